@@ -1,0 +1,1 @@
+"""Attention over page tables: the providers behind one small interface."""

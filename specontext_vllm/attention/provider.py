@@ -1,0 +1,76 @@
+"""The interface every attention implementation offers, and the choice among them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.attention.page_table import PageTable
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """The rows of a step that attend densely.
+
+    Attributes:
+        starts: ``[R + 1]`` int32 offsets of the rows' query tokens, from 0.
+        seq_lens: ``[R]`` int32 context lengths, the query tokens included.
+        block_table: ``[R, W]`` int32 block ids.
+        max_query_len, max_seq_len: upper bounds, in tokens.
+    """
+
+    starts: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+class AttentionProvider(ABC):
+    """Attention over paged KV ``[num_blocks, H, P, 2 * D]`` (contiguous; keys then values in the last axis)."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim, self.scale, self.dtype = num_heads, num_kv_heads, head_dim, scale, dtype
+        self.group = num_heads // num_kv_heads
+
+    def plan(self, table: PageTable, rows: int) -> None:
+        """Once a step, after the table is filled and before the first layer: what all layers' ``decode`` calls share."""
+        return
+
+    @abstractmethod
+    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+        """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same shape."""
+
+    @abstractmethod
+    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+        """Causal attention of ``query [N, num_heads, D]`` over the whole context into ``output`` of the same shape."""
+
+    @abstractmethod
+    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        """Store ``key``, ``value`` ``[>= N, H, D]`` at ``slots [N]`` int64; negative slots are padding."""
+
+
+def head_pages(kv_cache: Tensor) -> Tensor:
+    """The cache as ``[num_blocks * H, P, 2 * D]``: one row per head page."""
+    return kv_cache.view(-1, *kv_cache.shape[2:])
+
+
+def choose_provider(
+    num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, device_type: str
+) -> AttentionProvider:
+    """FlashAttention where vLLM has it for this dtype and head size, Triton on other GPUs, torch on a CPU."""
+    arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
+    if device_type == "cpu":
+        from specontext_vllm.attention.reference import TorchProvider
+
+        return TorchProvider(*arguments)
+    from specontext_vllm.attention.flash import FlashAttentionProvider, flash_attention_version
+
+    if flash_attention_version(head_dim, dtype) is not None:
+        return FlashAttentionProvider(*arguments)
+    from specontext_vllm.attention.triton import TritonProvider
+
+    return TritonProvider(*arguments)

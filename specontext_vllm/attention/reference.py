@@ -1,0 +1,55 @@
+"""Attention in plain torch: what CPU engines run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specontext_vllm.attention.page_table import PageTable
+from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
+from specontext_vllm.config import PAGE_SIZE, pages_for
+
+
+class TorchProvider(AttentionProvider):
+    """Gather the pages, then ``scaled_dot_product_attention``, row by row."""
+
+    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+        heads, d = self.num_kv_heads, self.head_dim
+        flat = head_pages(kv_cache)
+        lengths = table.lengths[: rows * heads].view(rows, heads).tolist()
+        for row in range(rows):
+            # The heads of a request read equally many pages, except that tests and other retrievers may give them different ones.
+            for head, tokens in enumerate(lengths[row]):
+                group = slice(head * self.group, (head + 1) * self.group)
+                if tokens == 0:
+                    output[row, group] = 0
+                    continue
+                ids = table.pages[row * heads + head, : pages_for(tokens)].long()
+                kv = flat[ids].view(-1, 2 * d)[:tokens]
+                output[row, group] = F.scaled_dot_product_attention(
+                    query[row, group][None], kv[None, :, :d], kv[None, :, d:], scale=self.scale
+                )[0]
+
+    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+        starts, seq_lens = rows.starts.tolist(), rows.seq_lens.tolist()
+        for row, context in enumerate(seq_lens):
+            span = slice(starts[row], starts[row + 1])
+            new = span.stop - span.start
+            if new == 0:
+                continue
+            ids = rows.block_table[row, : pages_for(context)].long()
+            # [H, context, 2 * D]
+            kv = kv_cache[ids].transpose(0, 1).reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
+            mask = torch.ones(new, context, dtype=torch.bool).tril(diagonal=context - new) if context > new else None
+            output[span] = F.scaled_dot_product_attention(
+                query[span].transpose(0, 1)[None], kv[None, ..., : self.head_dim], kv[None, ..., self.head_dim :],
+                attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,
+            )[0].transpose(0, 1)  # fmt: skip
+
+    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        real = slots >= 0
+        kept = slots[real]
+        block, offset = kept // PAGE_SIZE, kept % PAGE_SIZE
+        count = slots.shape[0]
+        kv_cache[block, :, offset] = torch.cat([key[:count][real], value[:count][real]], dim=-1).to(kv_cache.dtype)

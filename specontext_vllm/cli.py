@@ -1,0 +1,141 @@
+"""The `specontext` command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specontext_vllm.retrieval.checkpoint import (
+    HeadCheckpoint,
+    HeadError,
+    HeadSpec,
+    TensorInfo,
+    check_fits,
+    read_checkpoint,
+    read_config,
+    resolve_checkpoint,
+)
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """SpeContext for vLLM: page-sparse attention chosen by a retrieval head."""
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")],
+    target: Annotated[Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")] = None,
+) -> None:
+    """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target model.
+
+    Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint.
+    """
+    try:
+        head = read_checkpoint(resolve_checkpoint(checkpoint))
+        shape = None if target is None else _target_shape(target)
+    except HeadError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    console = Console(soft_wrap=True)
+    console.print(_tensor_table(head))
+    console.print(_facts_table(head))
+    if shape is None:
+        return
+    try:
+        check_fits(head.spec, **shape)
+    except HeadError as error:
+        console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    console.print(f"Fits {target}.", markup=False, highlight=False)
+
+
+def _target_shape(path: Path) -> dict[str, int]:
+    """The target's widths as `check_fits` takes them, from its config.json."""
+    config = read_config(path)
+    config = config.get("text_config", config)  # multimodal models nest the language model's settings
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise HeadError(f"{path}/config.json has no {missing[0]}: --target must be the folder of a language model.")
+    return {
+        "target_hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def _tensor_table(head: HeadCheckpoint) -> Table:
+    table = Table(title="Tensors", title_justify="left")
+    table.add_column("")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape")
+    table.add_column("dtype")
+    table.add_column("parameters", justify="right")
+    for verb, infos in (("kept", head.kept), ("pruned", head.pruned)):
+        for info in infos:
+            dtype = str(info.dtype).removeprefix("torch.")
+            table.add_row(verb, info.name, " x ".join(map(str, info.shape)), dtype, f"{info.parameters:,}")
+        table.add_section()
+    return table
+
+
+def _facts_table(head: HeadCheckpoint) -> Table:
+    spec = head.spec
+    table = Table(title="Retrieval head", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    rows: list[tuple[str, Any]] = [
+        ("format", spec.format),
+        ("kept of all parameters", _share(head.kept, head.pruned)),
+        ("the same without embedding and LM head", _share(*map(_without_vocabulary, (head.kept, head.pruned)))),
+        ("kept bytes", f"{sum(info.num_bytes for info in head.kept):,}"),
+        ("kept bytes without embedding", f"{sum(info.num_bytes for info in _without_vocabulary(head.kept)):,}"),
+        ("embedding", "the target's" if spec.embed_vocab_size is None else f"its own, {spec.embed_vocab_size} tokens"),
+        ("auxiliary layers", _aux(spec)),
+        ("query heads, KV heads, head_dim", f"{spec.num_heads}, {spec.num_kv_heads}, {spec.head_dim}"),
+        ("RoPE", f"theta {spec.rope_theta:g}, scaling {_scaling(spec)}, trained length {spec.trained_length}"),
+        ("norms", _norms(spec)),
+    ]
+    for name, value in rows:
+        table.add_row(name, str(value))
+    return table
+
+
+def _without_vocabulary(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+    return [info for info in infos if not info.is_vocabulary]
+
+
+def _share(kept: Sequence[TensorInfo], pruned: Sequence[TensorInfo]) -> str:
+    kept_count = sum(info.parameters for info in kept)
+    total = kept_count + sum(info.parameters for info in pruned)
+    return f"{kept_count:,} of {total:,}: {100 * (total - kept_count) / total:.1f} % pruned"
+
+
+def _aux(spec: HeadSpec) -> str:
+    if spec.aux_layer_ids is None:
+        return "2, L//2, L-3 of the target's L layers (default)"
+    return ", ".join(map(str, spec.aux_layer_ids))
+
+
+def _scaling(spec: HeadSpec) -> str:
+    if spec.rope_scaling is None:
+        return "none (YaRN beyond the trained length)"
+    return ", ".join(f"{key}={value}" for key, value in spec.rope_scaling.items())
+
+
+def _norms(spec: HeadSpec) -> str:
+    extra = {
+        "norm before fc": spec.norm_before_fc,
+        "a norm for each layer before fc": spec.fc_norm,
+        "q and k norm": spec.qk_norm,
+    }
+    return ", ".join(["embedding", "feature", *(name for name, present in extra.items() if present)])

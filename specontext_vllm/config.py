@@ -1,0 +1,123 @@
+"""The plugin's settings: one validated model, read from vLLM's ``additional_config["specontext"]``."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PAGE_SIZE = 16
+"""Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read."""
+
+CONFIG_KEY = "specontext"
+Retriever = Literal["dlm", "random", "recent", "dense"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; its message is one sentence naming the setting, what was found and what to do."""
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that hold ``tokens`` tokens from the start of a page."""
+    return -(-tokens // PAGE_SIZE)
+
+
+class SpeContextConfig(BaseModel):
+    """Settings of the specontext backend. All sizes are in tokens per KV head and request."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    retrieval_head: str | None = Field(
+        default=None, description='Folder or hub id of an EAGLE-3 checkpoint, or "dummy" for random weights.'
+    )
+    budget: int = Field(default=2048, gt=0, description="Tokens a decode step may read, sinks and recents included.")
+    sink_tokens: int = Field(default=16, ge=1, description="Tokens from the start that are always read.")
+    recent_tokens: int = Field(default=64, ge=1, description="Newest tokens that are always read.")
+    retriever: Retriever = "dlm"
+    confidence_threshold: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Kept attention mass of the head under which a request reads more; 0 = off."
+    )
+    fallback_budget: int | None = Field(
+        default=None, gt=0, description="Tokens such a request reads instead; default 4 x budget."
+    )
+    stats: bool = True
+
+    @model_validator(mode="after")
+    def _room_for_choice(self) -> SpeContextConfig:
+        least = PAGE_SIZE * (self.sink_pages + self.recent_pages + 1)
+        if self.budget < least:
+            raise ValueError(
+                f"budget: found {self.budget}, but sinks ({self.sink_pages} pages), recents ({self.recent_pages} pages) and one "
+                f"page to choose need {least} tokens; raise budget or lower sink_tokens ({self.sink_tokens}) or "
+                f"recent_tokens ({self.recent_tokens})."
+            )
+        if self.fallback_budget is not None and self.fallback_budget < self.budget:
+            raise ValueError(
+                f"fallback_budget: found {self.fallback_budget}, less than budget ({self.budget}); "
+                f"raise it, or leave it out for 4 x budget."
+            )
+        return self
+
+    @property
+    def budget_pages(self) -> int:
+        return self.budget // PAGE_SIZE
+
+    @property
+    def sink_pages(self) -> int:
+        """Pages read from the start: at least one, since token 0 has no pair in the head's K cache."""
+        return pages_for(self.sink_tokens)
+
+    @property
+    def recent_pages(self) -> int:
+        """Pages read at the end: the newest holds one token at least, the others are full."""
+        return pages_for(self.recent_tokens - 1) + 1
+
+    @property
+    def fallback_pages(self) -> int:
+        """Pages of a request whose confidence is under the threshold."""
+        tokens = 4 * self.budget if self.fallback_budget is None else self.fallback_budget
+        return tokens // PAGE_SIZE
+
+    def table_pages(self, max_model_len: int) -> int:
+        """Columns of the page table: the most pages one KV head of one request may read in a step."""
+        most = pages_for(max_model_len)
+        if self.retriever == "dense":
+            return most
+        return min(most, self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> SpeContextConfig:
+        """Read ``additional_config["specontext"]`` (absent: defaults).
+
+        Raises:
+            ConfigError: one sentence naming the key, what was found and what to do.
+        """
+        settings = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, dict) else {}
+        return cls.from_settings(settings)
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> SpeContextConfig:
+        """Validate a dict of settings; see ``from_additional_config``."""
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"additional_config.{CONFIG_KEY}: found {settings!r}, expected an object such as {{\"budget\": 2048}}."
+            )
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error.errors()[0])) from None
+
+
+def _sentence(error: Any) -> str:
+    """Turn pydantic's first complaint into one sentence."""
+    where = f"additional_config.{CONFIG_KEY}"
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = list(SpeContextConfig.model_fields)
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}."
+        return f"{where}: unknown key {key!r}; {hint}"
+    if error["type"] == "value_error":
+        return f"{where}.{error['ctx']['error']}"
+    return f"{where}.{key}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}."

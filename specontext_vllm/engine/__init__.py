@@ -1,0 +1,1 @@
+"""All that touches vLLM: registration, backend, metadata, workers, the two runner adapters."""

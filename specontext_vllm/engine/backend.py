@@ -1,0 +1,203 @@
+"""The SPECONTEXT attention backend: decode rows read the page table, prefill rows attend densely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from specontext_vllm.attention.page_table import PageTable
+from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, choose_provider
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
+from specontext_vllm.engine.registration import BACKEND_NAME
+
+
+class SpeContextBackend(AttentionBackend):
+    """What vLLM asks a backend about."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[SpeContextImpl]:
+        return SpeContextImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SpeContextMetadataBuilder]:
+        return SpeContextMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [PAGE_SIZE]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # One (page, KV head) contiguous: the unit that is selected.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+
+@dataclass
+class SpeContextMetadata:
+    """One step's attention, shared by all layers.
+
+    Attributes:
+        num_decodes: leading rows with one query token; they read ``table``.
+        table: the page table, filled before the first layer.
+        prefill: the rows behind them, or None.
+        num_tokens: query tokens of the step (with a FULL graph: padding included).
+        common: vLLM's own description of the step, for the adapter of the V1 runner.
+    """
+
+    num_decodes: int
+    table: PageTable
+    prefill: PrefillRows | None
+    num_tokens: int
+    common: CommonAttentionMetadata
+
+
+class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
+    """Owns the page table and the planning provider; the runner adapter fills both in each step."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Rows with one query token lead the batch (the V1 runner sorts by this threshold; the V2 runner always does).
+        self._init_reorder_batch_threshold(1)
+        config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        max_model_len = vllm_config.model_config.max_model_len
+        rows = max(
+            vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        )
+        width = config.table_pages(max_model_len)
+        if device.type == "cpu":
+            # Nothing is captured and memory is plenty: any budget may be set while the engine runs.
+            width = -(-max_model_len // PAGE_SIZE)
+        self.table = PageTable.allocate(rows, kv_cache_spec.num_kv_heads, width, device)
+        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        # All layers of a group have one shape, so the first layer's provider can plan for all of them.
+        self.provider: AttentionProvider = layers[0].impl.provider
+        for layer in layers:
+            layer.impl.provider = self.provider
+        self.num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SpeContextMetadata:
+        common = common_attn_metadata
+        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(common, decode_threshold=1)
+        prefill = None
+        if prefills:
+            starts = common.query_start_loc[decodes : common.num_reqs + 1]
+            prefill = PrefillRows(
+                starts=starts - decode_tokens if decodes else starts,
+                seq_lens=common.seq_lens[decodes : common.num_reqs],
+                block_table=common.block_table_tensor[decodes : common.num_reqs],
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
+            )
+        return SpeContextMetadata(decodes, self.table, prefill, decode_tokens + prefill_tokens, common)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SpeContextMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        # Captured kernels also run once: give them something harmless to read, one token of block 0 a row.
+        self.table.pages.zero_()
+        self.table.lengths.fill_(1)
+        self.provider.plan(self.table, metadata.num_decodes)
+        return metadata
+
+
+class SpeContextImpl(AttentionImpl):
+    """One layer's attention."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        unsupported = {
+            "ALiBi slopes": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            "a cap on attention logits": bool(logits_soft_cap),
+            "an attention type other than decoder": attn_type != AttentionType.DECODER,
+            "KV sharing between layers": kv_sharing_target_layer_name is not None,
+            f"{', '.join(extra)}": any(value is not None for value in extra.values()),
+        }
+        for what, found in unsupported.items():
+            if found:
+                raise ValueError(
+                    f"--attention-backend specontext: this model's attention uses {what}, which is not supported; "
+                    f"serve it with another backend."
+                )
+        from vllm.platforms import current_platform
+
+        self.provider = choose_provider(
+            num_heads, num_kv_heads, head_size, self.scale, torch.get_default_dtype(), current_platform.device_type
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SpeContextMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``query [N, num_heads, D]`` -> ``output`` of the same shape; ``kv_cache [num_blocks, H, P, 2 * D]``."""
+        if attn_metadata is None:  # vLLM's memory profile
+            return output.fill_(0)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("specontext: fused output quantization is not supported; turn that fusion off.")
+        decodes = attn_metadata.num_decodes
+        if decodes:
+            self.provider.decode(query[:decodes], kv_cache, attn_metadata.table, decodes, output[:decodes])
+        if attn_metadata.prefill is not None:
+            span = slice(decodes, attn_metadata.num_tokens)
+            self.provider.prefill(query[span], kv_cache, attn_metadata.prefill, output[span])
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the step's keys and values; a no-op before the cache exists."""
+        if kv_cache.numel():
+            self.provider.write(key, value, kv_cache, slot_mapping)

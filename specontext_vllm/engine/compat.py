@@ -1,0 +1,72 @@
+"""One idempotent function per place where vLLM 0.32.0 offers no hook and a class of its is wrapped in memory.
+
+Each docstring gives the symptom, the reason, and when the function can go.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+CPU_WORKER = "specontext_vllm.engine.worker.SpeContextCPUWorker"
+GPU_WORKER = "specontext_vllm.engine.worker.SpeContextGPUWorker"
+
+
+def choose_worker() -> None:
+    """Check the configuration and pick our worker class when the backend is SPECONTEXT.
+
+    Symptom: ``parallel_config.worker_cls`` stays vLLM's own and nothing runs the retrieval head.
+    Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say (vllm/config/vllm.py).
+    Remove when: attention backends can name a worker, or vLLM offers a per-step hook to plugins.
+    """
+    platform = _platform_class()
+    original = platform.check_and_update_config.__func__
+    if getattr(original, "_specontext", False):
+        return
+
+    @functools.wraps(original)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        from specontext_vllm.engine.registration import is_selected
+
+        if is_selected(vllm_config):
+            from specontext_vllm.engine.resolve import prepare_vllm_config
+
+            prepare_vllm_config(vllm_config)
+            if vllm_config.parallel_config.worker_cls == "auto":
+                vllm_config.parallel_config.worker_cls = CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
+        original(cls, vllm_config)
+
+    check_and_update_config._specontext = True
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def let_cpu_platform_choose_backend() -> None:
+    """Let the CPU platform return our backend when it was asked for.
+
+    Symptom: on a CPU, ``--attention-backend specontext`` runs CPU_ATTN.
+    Reason: ``CpuPlatform.get_attn_backend_cls`` ignores the selection (vllm/platforms/cpu.py).
+    Remove when: the CPU platform honours a registered backend.
+    """
+    platform = _platform_class()
+    if platform._enum.name != "CPU":
+        return
+    original = platform.get_attn_backend_cls.__func__
+    if getattr(original, "_specontext", False):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+        from specontext_vllm.engine.registration import BACKEND_NAME
+
+        if selected_backend is not None and selected_backend.name == BACKEND_NAME:
+            return selected_backend.get_path()
+        return original(cls, selected_backend, attn_selector_config, num_heads)
+
+    get_attn_backend_cls._specontext = True
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _platform_class() -> Any:
+    from vllm.platforms import current_platform
+
+    return current_platform if isinstance(current_platform, type) else type(current_platform)

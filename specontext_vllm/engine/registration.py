@@ -1,0 +1,52 @@
+"""Registers the SPECONTEXT attention backend with vLLM and hooks its platform class; no other backend is touched."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+BACKEND_NAME = "SPECONTEXT"
+BACKEND_PATH = "specontext_vllm.engine.backend.SpeContextBackend"
+
+_done = False
+
+
+def register() -> None:
+    """Make ``--attention-backend specontext`` known to this process. Idempotent."""
+    global _done
+    ensure_member()
+    if _done:
+        return
+    _done = True
+    from specontext_vllm.engine import compat
+
+    compat.choose_worker()
+    compat.let_cpu_platform_choose_backend()
+
+
+def ensure_member() -> Any:
+    """The SPECONTEXT member of vLLM's ``AttentionBackendEnum``, added and made picklable on the first call."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+        # Spawned children unpickle vLLM's config before plugins load; by name, a member they lack would not be found.
+        copyreg.pickle(AttentionBackendEnum, _reduce_member)
+    return AttentionBackendEnum[BACKEND_NAME]
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether this engine runs on the specontext backend."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+def _reduce_member(member: Any) -> tuple[Any, tuple[str]]:
+    return _restore_member, (member.name,)
+
+
+def _restore_member(name: str) -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    ensure_member()
+    return AttentionBackendEnum[name]

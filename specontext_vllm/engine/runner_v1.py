@@ -1,0 +1,51 @@
+"""Adapter to vLLM's V1 model runner, which CPU engines use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.forward_context import get_forward_context
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from specontext_vllm.engine.backend import SpeContextMetadata
+from specontext_vllm.engine.runtime import Runtime
+from specontext_vllm.retrieval.batch import StepBatch
+
+
+class SpeContextCPUModelRunner(CPUModelRunner):
+    """Selects and learns around ``_model_forward``; warm-up batches carry no metadata and pass through."""
+
+    runtime: Runtime | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.runtime = Runtime(self.vllm_config, self.model, self.device)
+        self.use_aux_hidden_state_outputs = self.runtime.reads_aux
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
+        self.runtime.bind(builders, kv_cache_config.num_blocks)
+
+    def _model_forward(self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
+        by_layer = get_forward_context().attn_metadata
+        if not by_layer:
+            return super()._model_forward(input_ids, positions, *args, **kwargs)
+        metadata: SpeContextMetadata = next(iter(by_layer.values()))
+        common = metadata.common
+        tokens = int(common.query_start_loc_cpu[common.num_reqs])
+        batch = StepBatch(
+            token_ids=input_ids[:tokens],
+            positions=positions[:tokens],
+            slots=common.slot_mapping[:tokens],
+            query_starts=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            seq_lens_bound=common.seq_lens[: common.num_reqs].tolist(),
+            num_decodes=metadata.num_decodes,
+            table_rows=metadata.num_decodes,
+        )
+        self.runtime.before_forward(batch)
+        output = super()._model_forward(input_ids, positions, *args, **kwargs)
+        self.runtime.after_forward(batch, output[1] if self.use_aux_hidden_state_outputs else None)
+        return output

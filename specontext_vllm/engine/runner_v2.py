@@ -1,0 +1,68 @@
+"""Adapter to vLLM's V2 model runner (CUDA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from specontext_vllm.engine.runtime import Runtime
+from specontext_vllm.retrieval.batch import StepBatch
+
+
+class SpeContextModelRunnerV2(GPUModelRunner):
+    """Selects pages in ``prepare_attn`` (real batches only, before metadata and graph replay) and learns in ``sample_tokens``.
+
+    Both run eagerly on the main stream; a captured graph only reads the page table, so nothing it replays can be stale.
+    """
+
+    runtime: Runtime | None = None
+    _batch: StepBatch | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.runtime = Runtime(self.vllm_config, self.model, self.device)
+        self.use_aux_hidden_state_outputs = self.runtime.reads_aux
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        super().profile_run(*args, **kwargs)
+        self.runtime.retriever.profile(self.max_num_tokens)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
+        self.runtime.bind(builders, kv_cache_config.num_blocks)
+
+    def update_requests(self, scheduler_output: Any) -> None:
+        if scheduler_output.kv_cache_block_copies:
+            raise RuntimeError("specontext: vLLM asked for copies of KV blocks, which the head's caches do not follow; please report it.")
+        super().update_requests(scheduler_output)
+
+    def prepare_attn(self, input_batch: Any) -> Any:
+        block_tables, slot_mappings = super().prepare_attn(input_batch)
+        rows, tokens = input_batch.num_reqs, input_batch.num_tokens
+        decodes = int((input_batch.num_scheduled_tokens[:rows] == 1).sum())
+        self._batch = StepBatch(
+            token_ids=input_batch.input_ids[:tokens],
+            positions=input_batch.positions[:tokens],
+            slots=slot_mappings[0][:tokens],
+            query_starts=input_batch.query_start_loc,
+            seq_lens=input_batch.seq_lens,
+            block_table=block_tables[0],
+            seq_lens_bound=input_batch.seq_lens_cpu_upper_bound[:rows].tolist(),
+            num_decodes=decodes,
+            # Only a batch of decodes alone is padded to a captured size.
+            table_rows=input_batch.num_reqs_after_padding if decodes == rows else decodes,
+        )
+        self.runtime.before_forward(self._batch)
+        return block_tables, slot_mappings
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        state, batch = self.execute_model_state, self._batch
+        output = super().sample_tokens(grammar_output)
+        self._batch = None
+        if state is not None and batch is not None:
+            self.runtime.after_forward(batch, state.aux_hidden_states)
+        return output

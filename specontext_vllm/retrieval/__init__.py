@@ -1,0 +1,1 @@
+"""The retrieval head, scoring, selection and distillation; knows tensors, not vLLM."""

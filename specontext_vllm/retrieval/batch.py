@@ -1,0 +1,42 @@
+"""One engine step as the retrieval head sees it; made by the runner adapters, free of vLLM's types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Rows of a step, those with one query token ("decode rows") first.
+
+    Attributes:
+        token_ids: ``[N]`` ids of the step's tokens.
+        positions: ``[N]`` int64.
+        slots: ``[N]`` int64 slots in the paged caches, none negative.
+        query_starts: ``[R + 1]`` int32 offsets of the rows' tokens.
+        seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a graph.
+        block_table: ``[>= R, W]`` int32; tails beyond a row's pages may be stale.
+        seq_lens_bound: R host integers, each at least the row's context length.
+        num_decodes: rows with one query token.
+        table_rows: rows of the page table to fill, padding included.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    seq_lens_bound: list[int]
+    num_decodes: int
+    table_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seq_lens_bound)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]

@@ -1,0 +1,495 @@
+"""Reads the retrieval head's weights out of an EAGLE-3 checkpoint.
+
+Three layouts exist in the wild: the original one (SafeAILab, `midlayer.*`), SpecForge's (the same tensors under another
+architecture name) and speculators' (`layers.0.*`, a nested config). They differ in names and defaults only, so all are
+read into one `HeadSpec` and one set of canonical tensor names. Where config and tensors disagree about a width,
+the tensors are right: published configs carry head dimensions that were edited for other engines (Tencent/AngelSlim#5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tensor_files import HeadError, TensorEntry, TensorInfo, list_tensors, read_json
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HUB_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json"]
+
+# Defaults of transformers' LlamaConfig, which every published head leans on when its config is silent. The RoPE base is
+# the trap: silence means 10,000, not the target's own base.
+_DEFAULT_ROPE_THETA = 10_000.0
+_DEFAULT_TRAINED_LENGTH = 2048
+_DEFAULT_RMS_NORM_EPS = 1e-6
+
+_LAYER_NAMES = {
+    "input_layernorm.weight": "embed_norm.weight",
+    "hidden_norm.weight": "feature_norm.weight",
+    "self_attn.q_proj.weight": "q_proj.weight",
+    "self_attn.q_proj.bias": "q_proj.bias",
+    "self_attn.k_proj.weight": "k_proj.weight",
+    "self_attn.k_proj.bias": "k_proj.bias",
+    "self_attn.q_norm.weight": "q_norm.weight",
+    "self_attn.k_norm.weight": "k_norm.weight",
+}
+_TOP_NAMES = ("fc.weight", "fc.bias", "input_norm.weight", "embed_tokens.weight")
+_REQUIRED = ("fc.weight", "embed_norm.weight", "q_proj.weight", "k_proj.weight")
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Shapes and settings of a retrieval head.
+
+    Attributes:
+        format: layout it was read from: "safeailab", "specforge", "speculators" or "dummy".
+        hidden_size: H, width of the fused feature.
+        target_hidden_size: width of one auxiliary hidden state of the target.
+        embed_size: E, width of the token embedding; q_proj and k_proj read E + H values.
+        num_heads, num_kv_heads, head_dim: nh, nkv, D of the head's attention.
+        rope_theta: RoPE base.
+        rope_scaling: the checkpoint's own RoPE scaling in transformers' terms, or None.
+        trained_length: positions that the checkpoint claims to know (`max_position_embeddings`).
+        aux_layer_ids: target layers to read, or None for `default_aux_layers`. Id i is the hidden state that enters
+            layer i (0: the embedding, num_layers: the last layer's output), as vLLM counts. Some heads made for SGLang
+            count layer outputs instead, which their config does not tell; vLLM takes their ids as they are, and so do we.
+        num_aux: auxiliary hidden states that fc concatenates.
+        norm_before_fc: one RMSNorm over the concatenation. fc_norm: one RMSNorm for each state.
+        qk_norm: RMSNorm over D on q and on k.
+        dtype: dtype of fc in the checkpoint.
+        embed_vocab_size: rows of the head's own token embedding, or None where it shares the target's.
+    """
+
+    format: str
+    hidden_size: int
+    target_hidden_size: int
+    embed_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    trained_length: int
+    aux_layer_ids: tuple[int, ...] | None
+    num_aux: int
+    norm_before_fc: bool
+    fc_norm: bool
+    qk_norm: bool
+    dtype: torch.dtype
+    embed_vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class HeadCheckpoint:
+    """A head's spec, its kept tensors under canonical names (on the CPU), and what was kept and pruned.
+
+    Canonical names: fc.weight [H, num_aux*H_target], fc.bias [H], input_norm.weight [num_aux*H_target],
+    fc_norm.{i}.weight [H_target], embed_norm.weight [E], feature_norm.weight [H], q_proj.weight [nh*D, E+H],
+    q_proj.bias [nh*D], k_proj.weight [nkv*D, E+H], k_proj.bias [nkv*D], q_norm.weight [D], k_norm.weight [D],
+    embed_tokens.weight [V, E]. fc.bias, the input norms, the q/k biases and norms, and embed_tokens are optional.
+    """
+
+    spec: HeadSpec
+    tensors: dict[str, Tensor]
+    kept: list[TensorInfo]
+    pruned: list[TensorInfo]
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """Folder of a checkpoint given as a folder or as a Hugging Face hub id (downloaded, or taken from the hub cache).
+
+    Raises:
+        HeadError: neither a folder nor an id the hub or its cache can provide.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise HeadError(f"{name} is a file: give the folder that holds it together with its config.json.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub client's failures share no base class
+        raise HeadError(
+            f"{name} is no folder here, and the Hugging Face hub did not provide it ({type(error).__name__}): check the "
+            "name, or download it where there is a network and give the folder."
+        ) from error
+
+
+def read_checkpoint(path: Path) -> HeadCheckpoint:
+    """Reads config and kept tensors of an EAGLE-3 checkpoint folder; the pruned tensors are never loaded.
+
+    Args:
+        path: folder with config.json and *.safetensors or pytorch_model.bin, sharded or not.
+
+    Raises:
+        HeadError: not a readable EAGLE-3 checkpoint.
+    """
+    path = Path(path)
+    config = read_config(path)
+    layout = _layout(config, path)
+    flat = _flatten(config)
+    entries = list_tensors(path)
+    found: dict[str, str] = {}
+    for name in entries:
+        canonical = _canonical_name(name)
+        if canonical is None:
+            continue
+        if canonical in found:
+            raise HeadError(f"{path} holds both {found[canonical]} and {name}: delete one of the two from the checkpoint.")
+        found[canonical] = name
+    _check_is_eagle3(found, entries, flat, path)
+
+    shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
+    spec = _spec(layout, flat, shapes, entries[found["fc.weight"]].info.dtype, path)
+    for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
+        # vLLM reads these only when the config asks for them; a left-over tensor must not change the result.
+        if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
+            del found[unused]
+    _check_tensors(spec, {c: entries[n].info for c, n in found.items()}, path)
+
+    kept = set(found.values())
+    return HeadCheckpoint(
+        spec=spec,
+        tensors={canonical: entries[name].load() for canonical, name in found.items()},
+        kept=[entry.info for name, entry in entries.items() if name in kept],
+        pruned=[entry.info for name, entry in entries.items() if name not in kept],
+    )
+
+
+def default_aux_layers(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's layers where the checkpoint names none: (2, L//2, L-3), as in SafeAILab's code and vLLM.
+
+    Raises:
+        HeadError: the rule gives no three ascending layers (L < 7).
+    """
+    ids = (2, num_layers // 2, num_layers - 3)
+    if not ids[0] < ids[1] < ids[2]:
+        raise HeadError(
+            f"The default auxiliary layers (2, L//2, L-3) are {ids} for a target of {num_layers} layers, which are not "
+            "distinct and ascending: set eagle_aux_hidden_state_layer_ids in the head's config.json."
+        )
+    return ids
+
+
+def resolve_aux_layers(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
+    """The auxiliary layer ids of `spec` for a target of `num_layers` layers, checked against it.
+
+    Raises:
+        HeadError: an id beyond the target's layers, or no usable default.
+    """
+    ids = spec.aux_layer_ids if spec.aux_layer_ids is not None else default_aux_layers(num_layers)
+    # num_layers itself is allowed: it is the last layer's output, which published heads do use.
+    if ids[-1] > num_layers:
+        raise HeadError(
+            f"The head reads the target's layers {ids}, but the target has only {num_layers} layers: use a head that was "
+            "trained for this target."
+        )
+    return ids
+
+
+def check_fits(spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_kv_heads: int, vocab_size: int) -> None:
+    """Checks that a head can choose KV pages for a target model.
+
+    The head's KV heads must be the target's, or a multiple of them: nkv_head = g * nkv_target. Then target KV head j is
+    scored by the element-wise maximum over the head's KV heads j*g .. j*g+g-1 (and over their query heads), the rule the
+    paper gives for GQA. Fewer heads than the target's are refused, since they would make several target heads share one
+    selection. The head dimension is free: it only enters the head's own scores.
+
+    Args:
+        target_hidden_size, num_layers, num_kv_heads, vocab_size: of the target, before any tensor-parallel split.
+
+    Raises:
+        HeadError: the head does not fit; the sentence says which width differs.
+    """
+    if spec.target_hidden_size != target_hidden_size:
+        raise HeadError(
+            f"The head's fc.weight reads {spec.num_aux} hidden states of width {spec.target_hidden_size}, but the target's "
+            f"hidden_size is {target_hidden_size}: use a head that was trained for this target."
+        )
+    if spec.embed_vocab_size is None and spec.embed_size != target_hidden_size:
+        raise HeadError(
+            f"The head takes token embeddings of width {spec.embed_size} and brings no embed_tokens.weight, but the "
+            f"target's embeddings are {target_hidden_size} wide: use a head that brings its own embedding."
+        )
+    if spec.embed_vocab_size is not None and spec.embed_vocab_size < vocab_size:
+        raise HeadError(
+            f"The head's embed_tokens.weight has {spec.embed_vocab_size} rows, but the target's vocab_size is {vocab_size}: "
+            "use a head that was trained for this target."
+        )
+    if spec.num_kv_heads % num_kv_heads:
+        raise HeadError(
+            f"The head has {spec.num_kv_heads} KV heads, which is neither the target's {num_kv_heads} nor a multiple of it: "
+            "use a head that was trained for this target."
+        )
+    resolve_aux_layers(spec, num_layers)
+
+
+def dummy_checkpoint(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float,
+    max_position: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> HeadCheckpoint:
+    """A head of a target's shape with random weights, for benchmarks: right in cost, meaningless in what it selects.
+
+    Projections have standard deviation 1/sqrt(fan_in) and norms are 1, so that q and k are O(1) for any input.
+    """
+    try:
+        ids = default_aux_layers(num_layers)
+    except HeadError:
+        ids = tuple(range(num_layers + 1))[-3:] if num_layers < 4 else (1, num_layers // 2, num_layers - 1)
+    generator = torch.Generator().manual_seed(seed)
+
+    def linear(out_features: int, in_features: int) -> Tensor:
+        return (torch.randn(out_features, in_features, generator=generator) / math.sqrt(in_features)).to(dtype)
+
+    tensors = {
+        "fc.weight": linear(hidden_size, len(ids) * hidden_size),
+        "embed_norm.weight": torch.ones(hidden_size, dtype=dtype),
+        "feature_norm.weight": torch.ones(hidden_size, dtype=dtype),
+        "q_proj.weight": linear(num_heads * head_dim, 2 * hidden_size),
+        "k_proj.weight": linear(num_kv_heads * head_dim, 2 * hidden_size),
+    }
+    spec = HeadSpec(
+        format="dummy",
+        hidden_size=hidden_size,
+        target_hidden_size=hidden_size,
+        embed_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=_DEFAULT_RMS_NORM_EPS,
+        rope_theta=rope_theta,
+        rope_scaling=None,
+        trained_length=max_position,
+        aux_layer_ids=ids,
+        num_aux=len(ids),
+        norm_before_fc=False,
+        fc_norm=False,
+        qk_norm=False,
+        dtype=dtype,
+    )
+    kept = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    return HeadCheckpoint(spec=spec, tensors=tensors, kept=kept, pruned=[])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises HeadError when it is missing or not a JSON object."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise HeadError(f"{path} holds no config.json: give the folder of a downloaded checkpoint.")
+    return read_json(file)
+
+
+def _layout(config: Mapping[str, Any], path: Path) -> str:
+    kind = config.get("speculators_model_type")
+    if kind is not None:
+        # P-EAGLE is EAGLE-3 with a mask vector for drafting in parallel, and drafting is what is pruned here.
+        if kind not in ("eagle3", "peagle"):
+            raise HeadError(f"{path} has speculators_model_type {kind!r}: a retrieval head needs an eagle3 checkpoint.")
+        if not isinstance(config.get("transformer_layer_config"), dict):
+            raise HeadError(f"{path}/config.json has no transformer_layer_config: convert it with speculators again.")
+        return "speculators"
+    names = config.get("architectures") or ()
+    return "specforge" if any("Eagle3" in name for name in names) else "safeailab"
+
+
+def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of settings; null counts as absent, as published configs use it that way."""
+    levels = (config.get("transformer_layer_config"), config, config.get("eagle_config"))
+    return {key: value for level in levels for key, value in (level or {}).items() if value is not None}
+
+
+def _canonical_name(name: str) -> str | None:
+    name = name.removeprefix("model.")
+    if name in _TOP_NAMES or (name.startswith("fc_norm.") and name.endswith(".weight")):
+        return name
+    for prefix in ("midlayer.", "layers.0."):
+        if name.startswith(prefix):
+            return _LAYER_NAMES.get(name.removeprefix(prefix))
+    return None
+
+
+def _check_is_eagle3(
+    found: Mapping[str, str], entries: Mapping[str, TensorEntry], flat: Mapping[str, Any], path: Path
+) -> None:
+    hidden = flat.get("hidden_size")
+    if "feature_norm.weight" not in found:
+        fc = entries[found["fc.weight"]].info.shape if "fc.weight" in found else None
+        if fc is not None and hidden is not None and tuple(fc) == (hidden, 2 * hidden):
+            raise HeadError(
+                f"{path} is an EAGLE-1 or EAGLE-2 checkpoint (fc.weight {list(fc)}, no hidden_norm.weight): a retrieval "
+                "head needs an EAGLE-3 checkpoint."
+            )
+        raise HeadError(
+            f"{path} holds no midlayer.hidden_norm.weight or layers.0.hidden_norm.weight, so it is not an EAGLE-3 "
+            "checkpoint: give an EAGLE-3 draft head, not the target model."
+        )
+    if flat.get("use_aux_hidden_state") is False:
+        raise HeadError(
+            f"{path} sets use_aux_hidden_state to false, so it reads the target's last layer only: a retrieval head needs "
+            "an EAGLE-3 checkpoint that reads auxiliary layers."
+        )
+    for canonical in _REQUIRED:
+        if canonical not in found:
+            original = {v: k for k, v in _LAYER_NAMES.items()}.get(canonical)
+            wanted = canonical if original is None else f"midlayer.{original} or layers.0.{original}"
+            raise HeadError(f"{path} holds no {wanted}: download an unquantized EAGLE-3 checkpoint in full.")
+
+
+def _spec(
+    layout: str, flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, path: Path
+) -> HeadSpec:
+    for canonical in (*_REQUIRED, "feature_norm.weight"):
+        wanted = 1 if "norm" in canonical else 2
+        if len(shapes[canonical]) != wanted:
+            raise HeadError(f"{path}: {canonical} has shape {list(shapes[canonical])}, not {wanted}-dimensional.")
+    hidden_size, fc_in = shapes["fc.weight"]
+    if flat.get("hidden_size", hidden_size) != hidden_size:
+        raise HeadError(
+            f"{path}: hidden_size is {flat['hidden_size']} in config.json but fc.weight has {hidden_size} rows: correct "
+            "hidden_size in config.json."
+        )
+    target_hidden_size = int(flat.get("target_hidden_size", hidden_size))
+    if fc_in % target_hidden_size:
+        raise HeadError(
+            f"{path}: fc.weight reads {fc_in} values, which is not a multiple of the target's hidden size "
+            f"{target_hidden_size}: set target_hidden_size in config.json to the target's hidden_size."
+        )
+    num_aux = fc_in // target_hidden_size
+    num_heads, num_kv_heads, head_dim = _attention_shape(flat, shapes, path)
+    rope_theta, rope_scaling = _rope(flat, path)
+    embed_tokens = shapes.get("embed_tokens.weight")
+    return HeadSpec(
+        format=layout,
+        hidden_size=hidden_size,
+        target_hidden_size=target_hidden_size,
+        embed_size=shapes["embed_norm.weight"][0],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(flat.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        trained_length=int(flat.get("max_position_embeddings", _DEFAULT_TRAINED_LENGTH)),
+        aux_layer_ids=_aux_layer_ids(flat, num_aux, path),
+        num_aux=num_aux,
+        norm_before_fc=bool(flat.get("norm_before_fc", False)),
+        fc_norm=bool(flat.get("fc_norm", False)),
+        qk_norm="q_norm.weight" in shapes or "k_norm.weight" in shapes,
+        dtype=dtype,
+        embed_vocab_size=None if embed_tokens is None else embed_tokens[0],
+    )
+
+
+def _attention_shape(
+    flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> tuple[int, int, int]:
+    """(nh, nkv, D): counts from the config, D from the tensors, whatever `head_dim` says."""
+    q_rows, k_rows = shapes["q_proj.weight"][0], shapes["k_proj.weight"][0]
+    if "num_attention_heads" not in flat:
+        raise HeadError(f"{path}/config.json has no num_attention_heads: add the draft model's number of heads.")
+    num_heads = int(flat["num_attention_heads"])
+    num_kv_heads = int(flat.get("num_key_value_heads", num_heads))
+    head_dim = q_rows // num_heads
+    if (num_heads * head_dim, num_kv_heads * head_dim) != (q_rows, k_rows) or num_heads % num_kv_heads or head_dim % 2:
+        raise HeadError(
+            f"{path}: q_proj has {q_rows} rows and k_proj {k_rows}, which do not divide into num_attention_heads "
+            f"{num_heads} and num_key_value_heads {num_kv_heads} of one even head dimension: correct config.json."
+        )
+    return num_heads, num_kv_heads, head_dim
+
+
+def _rope(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
+    """(base, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and `rope_scaling`."""
+    scaling = dict(flat.get("rope_scaling") or flat.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise HeadError(f"{path}: rope_parameters differ by layer type, which is not supported: give one flat set.")
+    theta = scaling.pop("rope_theta", None) or flat.get("rope_theta", _DEFAULT_ROPE_THETA)
+    if scaling.get("partial_rotary_factor", flat.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise HeadError(f"{path}: partial_rotary_factor is not 1, which is not supported: use another head.")
+    legacy = scaling.pop("type", None)
+    scaling.setdefault("rope_type", legacy or "default")
+    return float(theta), None if scaling["rope_type"] == "default" else scaling
+
+
+def _aux_layer_ids(flat: Mapping[str, Any], num_aux: int, path: Path) -> tuple[int, ...] | None:
+    ids = flat.get("eagle_aux_hidden_state_layer_ids")
+    if not ids:
+        if num_aux != 3:
+            raise HeadError(
+                f"{path}: fc.weight reads {num_aux} hidden states and the default rule names 3 layers: set "
+                "eagle_aux_hidden_state_layer_ids, or target_hidden_size, in config.json."
+            )
+        return None
+    ids = tuple(int(i) for i in ids)
+    if len(ids) != num_aux:
+        raise HeadError(
+            f"{path}: eagle_aux_hidden_state_layer_ids {list(ids)} are {len(ids)} layers but fc.weight reads {num_aux} "
+            "hidden states: correct the ids, or target_hidden_size, in config.json."
+        )
+    # vLLM hands the states over in ascending order, each once, so any other order would feed fc the wrong columns.
+    if ids[0] < 0 or any(a >= b for a, b in zip(ids, ids[1:])):
+        raise HeadError(
+            f"{path}: eagle_aux_hidden_state_layer_ids {list(ids)} are not distinct and ascending layer ids from 0 up: "
+            "correct them in config.json."
+        )
+    return ids
+
+
+def _check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -> None:
+    width = spec.embed_size + spec.hidden_size
+    aux_width = spec.num_aux * spec.target_hidden_size
+    q_rows, k_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    expected: dict[str, tuple[int, ...]] = {
+        "fc.weight": (spec.hidden_size, aux_width),
+        "embed_norm.weight": (spec.embed_size,),
+        "feature_norm.weight": (spec.hidden_size,),
+        "q_proj.weight": (q_rows, width),
+        "k_proj.weight": (k_rows, width),
+    }
+    if spec.norm_before_fc:
+        expected["input_norm.weight"] = (aux_width,)
+    if spec.fc_norm:
+        expected |= {f"fc_norm.{i}.weight": (spec.target_hidden_size,) for i in range(spec.num_aux)}
+    if spec.qk_norm:
+        expected |= {"q_norm.weight": (spec.head_dim,), "k_norm.weight": (spec.head_dim,)}
+    for canonical in expected:
+        if canonical not in infos:
+            raise HeadError(f"{path} holds no {canonical} although its configuration asks for it: download it in full.")
+    optional: dict[str, tuple[int, ...]] = {
+        "fc.bias": (spec.hidden_size,),
+        "q_proj.bias": (q_rows,),
+        "k_proj.bias": (k_rows,),
+        "embed_tokens.weight": (spec.embed_vocab_size or 0, spec.embed_size),
+    }
+    for canonical, info in infos.items():
+        wanted = expected.get(canonical) or optional.get(canonical)
+        if wanted is None:
+            raise HeadError(
+                f"{path}: {info.name} is one input norm too many for the {spec.num_aux} hidden states that fc.weight "
+                "reads: correct target_hidden_size in config.json."
+            )
+        if info.shape != wanted:
+            raise HeadError(
+                f"{path}: {info.name} has shape {list(info.shape)} where {list(wanted)} is needed: check hidden_size, "
+                "target_hidden_size and the head counts in config.json."
+            )
+        if info.dtype not in SUPPORTED_DTYPES:
+            raise HeadError(
+                f"{path}: {info.name} is stored as {info.dtype}, and quantized heads are not supported: use the bfloat16, "
+                "float16 or float32 checkpoint."
+            )

@@ -1,0 +1,32 @@
+"""The table of published EAGLE-3 heads by target model, `configs/known_heads.yaml`."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import yaml
+
+
+def known_head(model_id: str) -> str | None:
+    """Hub id of a published EAGLE-3 head for a target model, or None.
+
+    Args:
+        model_id: the target's full hub id, in any case. For a local folder, pass its config's `_name_or_path`.
+    """
+    return _heads().get(model_id.lower())
+
+
+@cache
+def _heads() -> dict[str, str]:
+    entries = yaml.safe_load(_configs().joinpath("known_heads.yaml").read_text())
+    return {entry["target"].lower(): entry["head"] for entry in entries}
+
+
+def _configs() -> Traversable:
+    try:
+        return resources.files("specontext_vllm.configs")
+    except ModuleNotFoundError:  # run from the source tree, where configs/ stands beside the package
+        return Path(__file__).parents[2] / "configs"

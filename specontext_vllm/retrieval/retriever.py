@@ -1,0 +1,274 @@
+"""The retrieval head at work: selects pages before a step's forward pass, learns the step's tokens after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.retrieval.batch import StepBatch
+from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.retrieval.head import RetrievalHead
+from specontext_vllm.retrieval.scoring import PageScores, fill_baseline, score_rows
+from specontext_vllm.retrieval.selection import Budget, select_rows
+
+WORKSPACE_BYTES = 64 << 20
+"""Bytes of the scoring workspace; a batch with more pages is scored in several parts. One row always fits."""
+
+PREFILL_CHUNK = 2048
+"""Prompt tokens whose keys are made at a time, which bounds the head's activations."""
+
+
+@dataclass
+class Counters:
+    """Sums since the last reset; device tensors, so that counting needs no synchronisation."""
+
+    pages_read: Tensor
+    kept_mass: Tensor
+    fallback_rows: Tensor
+    pages_total: Tensor
+    steps: int = 0
+    decode_rows: int = 0
+    selected_rows: int = 0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Counters:
+        def cell(dtype: torch.dtype) -> Tensor:
+            return torch.zeros((), dtype=dtype, device=device)
+
+        return cls(cell(torch.int64), cell(torch.float64), cell(torch.int64), cell(torch.int64))
+
+
+class Retriever:
+    """Owns the head, its caches and the scoring workspace of one worker.
+
+    ``before_forward`` fills the page table that all layers of the step read; ``after_forward`` turns the step's auxiliary
+    hidden states into keys. Nothing between them waits for the GPU.
+
+    Args:
+        config: validated settings.
+        head: the retrieval head, or None for a retriever that needs none.
+        embed: token ids ``[N]`` -> the target's embeddings ``[N, E]``.
+        num_kv_heads: KV heads of the target on this worker.
+        max_model_len: longest context, in tokens.
+        table_pages: columns of the page table: no selection may keep more pages.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self, config: SpeContextConfig, head: RetrievalHead | None, embed: Callable[[Tensor], Tensor], *,
+        num_kv_heads: int, max_model_len: int, table_pages: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.config, self.head, self.num_kv_heads, self.device = config, head, num_kv_heads, device
+        self.embed = embed if head is None or head.embed_tokens is None else head.embed
+        self.max_pages = pages_for(max_model_len)
+        self.table_pages = table_pages
+        self.cache: HeadCache | None = None
+        queries = num_kv_heads if head is None else head.spec.num_heads
+        capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries))
+        self.scores = PageScores.allocate(queries, num_kv_heads, capacity, device)
+        self.generator = torch.Generator(device=device).manual_seed(0)
+        self.counters = Counters.zero(device)
+        self._kept_mass = torch.ones(0, num_kv_heads, dtype=torch.float32, device=device)
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Make room for ``num_blocks`` pages of KV."""
+        if self.head is not None:
+            spec, dtype = self.head.spec, self.head.fc_weight.dtype
+            self.cache = HeadCache.allocate(num_blocks, spec.num_kv_heads, spec.head_dim, spec.hidden_size, dtype, self.device)
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes the head's caches take for one page."""
+        if self.head is None:
+            return 0
+        spec = self.head.spec
+        return HeadCache.bytes_per_block(spec.num_kv_heads, spec.head_dim, spec.hidden_size, self.head.fc_weight.dtype)
+
+    def configure(self, config: SpeContextConfig) -> None:
+        """Change the settings between steps; the head and the table's width stay.
+
+        Raises:
+            ConfigError: the page table is too narrow, or there is no head for ``dlm``.
+        """
+        needed = config.table_pages(self.max_pages * PAGE_SIZE)
+        if needed > self.table_pages:
+            raise ConfigError(
+                f"specontext: this engine's page table holds {self.table_pages * PAGE_SIZE} tokens a head and these settings "
+                f"read up to {needed * PAGE_SIZE}; start it with that budget (or retriever dense)."
+            )
+        if config.retriever == "dlm" and self.head is None:
+            raise ConfigError("specontext: retriever dlm needs a retrieval head and this engine was started without one.")
+        self.config = config
+
+    # -- before the forward pass --------------------------------------------------------------------------------------
+
+    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor) -> None:
+        """Fill the page table of the step's decode rows.
+
+        Args:
+            batch: the step.
+            pages: ``[>= table_rows * H, K]`` int32, written.
+            lengths: ``[>= table_rows * H]`` int32, written; 0 for padding rows.
+        """
+        if batch.table_rows == 0:
+            return
+        if self._kept_mass.shape[0] < batch.table_rows:
+            self._kept_mass = torch.ones(batch.table_rows, self.num_kv_heads, dtype=torch.float32, device=self.device)
+        config = self.config
+        budget = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
+        fallback = (config.confidence_threshold, config.fallback_pages) if config.confidence_threshold > 0 else None
+        bounds = [pages_for(n) for n in batch.seq_lens_bound[: batch.num_decodes]]
+        if config.retriever == "dense":
+            budget, fallback = Budget(self.max_pages, 1, 1), None
+        choosing = max(bounds, default=0) > budget.total
+        queries = None
+        if self.head is not None and batch.num_decodes:
+            queries = self._project_decodes(batch, with_queries=choosing and config.retriever == "dlm")
+        for rows in self._parts(bounds, batch.table_rows):
+            most = max(bounds[rows.start : rows.stop], default=1)
+            if choosing and queries is not None:
+                score_rows(
+                    queries, self.cache.keys, batch.block_table, batch.seq_lens, self.scores,
+                    rows=rows, max_pages=most, least_pages=budget.total,
+                )  # fmt: skip
+            elif choosing:
+                fill_baseline(config.retriever, self.scores, self.generator)
+            select_rows(
+                self.scores, batch.seq_lens, batch.block_table, pages, lengths, self._kept_mass, budget,
+                rows=rows, max_pages=most, fallback=fallback if queries is not None else None,
+            )  # fmt: skip
+        if config.stats:
+            self._count(batch, lengths, bounds, budget, fallback)
+
+    def _parts(self, bounds: list[int], table_rows: int) -> Iterator[range]:
+        """Consecutive rows whose pages fit the workspace; padding rows join the last part."""
+        first, held = 0, 0
+        for row, count in enumerate(bounds):
+            if held + count > self.scores.capacity:
+                yield range(first, row)
+                first, held = row, 0
+            held += count
+        yield range(first, table_rows)
+
+    def _project_decodes(self, batch: StepBatch, *, with_queries: bool) -> Tensor | None:
+        """Write the decode rows' keys; return their queries ``[B, NQ, D]`` if asked for."""
+        head, rows = self.head, batch.num_decodes
+        positions, slots = batch.positions[:rows], batch.slots[:rows]
+        embeds = self.embed(batch.token_ids[:rows]).to(head.qk_weight.dtype)
+        if self.device.type == "cpu":
+            fused = self.cache.previous(batch.block_table[:rows], positions)
+            if not with_queries:
+                self.cache.write_keys(head.keys(embeds, fused, positions), slots)
+                return None
+            queries, keys = head.project(embeds, fused, positions)
+            self.cache.write_keys(keys, slots)
+            return queries
+        from specontext_vllm.triton_kernels.head_input import head_input
+        from specontext_vllm.triton_kernels.head_rope import rope_and_cache
+
+        inputs = head_input(
+            embeds, self.cache.fused, batch.block_table, positions, head.embed_norm, head.feature_norm, head.spec.rms_norm_eps, PAGE_SIZE
+        )
+        skipped = 0 if with_queries else head.spec.num_heads
+        first = skipped * head.spec.head_dim
+        qk = F.linear(inputs, head.qk_weight[first:], None if head.qk_bias is None else head.qk_bias[first:])
+        queries = rope_and_cache(
+            qk, head.cos_sin, positions, slots, self.cache.keys, head.spec.num_heads - skipped,
+            None if head.qk_norm is None else head.qk_norm[skipped:], head.spec.rms_norm_eps,
+        )  # fmt: skip
+        return queries if with_queries else None
+
+    # -- after the forward pass ---------------------------------------------------------------------------------------
+
+    def after_forward(self, batch: StepBatch, aux: Sequence[Tensor]) -> None:
+        """Learn the step's tokens.
+
+        Prompt tokens get their keys here, since the pair of token p+1 needs the aux of token p from this very pass. The
+        decode rows' keys were written before it.
+
+        Args:
+            batch: the step that ``before_forward`` saw.
+            aux: ``[>= N, H_target]`` auxiliary hidden states, one tensor per aux layer.
+        """
+        if self.head is None:
+            return
+        decodes = batch.num_decodes
+        if decodes:
+            # One token a row: its fused aux is the newest of its page, whether or not the page is full.
+            fused = self.head.fuse([state[:decodes] for state in aux])
+            self.cache.fused[batch.slots[:decodes] // PAGE_SIZE] = fused
+        if decodes == batch.num_rows:
+            return
+        rows = slice(decodes, batch.num_rows)
+        starts = batch.query_starts[rows].long()
+        last = batch.query_starts[decodes + 1 : batch.num_rows + 1].long() - 1
+        before_first = self.cache.previous(batch.block_table[rows], batch.positions[starts])
+        newest = None
+        for begin in range(decodes, batch.num_tokens, PREFILL_CHUNK):
+            end = min(begin + PREFILL_CHUNK, batch.num_tokens)
+            fused = self.head.fuse([state[begin:end] for state in aux])
+            previous = torch.cat([fused[:1] if newest is None else newest, fused[:-1]])
+            previous = _scatter_inside(previous, starts - begin, before_first)
+            span = slice(begin, end)
+            embeds = self.embed(batch.token_ids[span]).to(fused.dtype)
+            keys = self.head.keys(embeds, previous, batch.positions[span])
+            self.cache.write_keys(keys, batch.slots[span])
+            is_last = _scatter_inside(torch.zeros_like(batch.slots[span]), last - begin, torch.ones_like(last)) > 0
+            page_end = (batch.positions[span] + 1) % PAGE_SIZE == 0
+            self.cache.remember(fused, batch.slots[span], page_end | is_last)
+            newest = fused[-1:]
+
+    def profile(self, num_tokens: int) -> None:
+        """Run the head's largest step on made-up data, so that vLLM's memory profile sees its activations."""
+        if self.head is None:
+            return
+        spec, dtype = self.head.spec, self.head.fc_weight.dtype
+        count = min(num_tokens, PREFILL_CHUNK)
+        aux = [torch.zeros(num_tokens, spec.target_hidden_size, dtype=dtype, device=self.device) for _ in range(spec.num_aux)]
+        fused = self.head.fuse([state[:count] for state in aux])
+        ids = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.head.project(self.embed(ids).to(dtype), fused, ids)
+
+    # -- figures ------------------------------------------------------------------------------------------------------
+
+    def _count(self, batch: StepBatch, lengths: Tensor, bounds: list[int], budget: Budget, fallback: tuple[float, int] | None) -> None:
+        counters, rows = self.counters, batch.num_decodes
+        counters.steps += 1
+        counters.decode_rows += rows
+        counters.pages_read += ((lengths[: rows * self.num_kv_heads] + PAGE_SIZE - 1) // PAGE_SIZE).sum()
+        counters.pages_total += ((batch.seq_lens[:rows] + PAGE_SIZE - 1) // PAGE_SIZE).sum() * self.num_kv_heads
+        if max(bounds, default=0) > budget.total:
+            mass = self._kept_mass[:rows].mean(-1)
+            counters.selected_rows += rows
+            counters.kept_mass += mass.sum()
+            if fallback is not None:
+                counters.fallback_rows += (mass < fallback[0]).sum()
+
+    def stats(self, reset: bool = False) -> dict[str, float | int | str]:
+        """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass."""
+        counters = self.counters
+        figures = {
+            "retriever": self.config.retriever,
+            "budget": self.config.budget,
+            "steps": counters.steps,
+            "decode_rows": counters.decode_rows,
+            "pages_read": int(counters.pages_read),
+            "pages_total": int(counters.pages_total),
+            "fallback_rows": int(counters.fallback_rows),
+            "kept_mass_mean": float(counters.kept_mass) / counters.selected_rows if counters.selected_rows else 1.0,
+        }
+        if reset:
+            self.counters = Counters.zero(self.device)
+        return figures
+
+
+def _scatter_inside(values: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    """``values [N, ...]`` with ``source[i]`` at ``index[i]`` where that lies in 0..N-1; without a host look at ``index``."""
+    count = values.shape[0]
+    inside = torch.where((index >= 0) & (index < count), index, count)
+    return torch.cat([values, values[:1]]).index_copy(0, inside, source.to(values.dtype))[:count]

@@ -1,0 +1,99 @@
+"""Scores of KV pages under the retrieval head's attention (paper C1; design/paper.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+
+
+@dataclass(frozen=True)
+class PageScores:
+    """Workspace of one scoring call: rows lie behind one another, each with its own number of pages.
+
+    Attributes:
+        page_max: ``[NQ, C]`` float32, largest ``q . k / sqrt(D)`` of a page's tokens, per query head of the head.
+        page_lse: ``[NQ, C]`` float32, log-sum-exp of the same.
+        order: ``[H, C]`` int32 scratch of the selection.
+    """
+
+    page_max: Tensor
+    page_lse: Tensor
+    order: Tensor
+
+    @classmethod
+    def allocate(cls, num_queries: int, num_kv_heads: int, capacity: int, device: torch.device) -> PageScores:
+        """Workspace for ``capacity`` pages."""
+        return cls(
+            torch.empty(num_queries, capacity, dtype=torch.float32, device=device),
+            torch.empty(num_queries, capacity, dtype=torch.float32, device=device),
+            torch.empty(num_kv_heads, capacity, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Pages the workspace holds."""
+        return self.page_max.shape[1]
+
+
+def score_rows(
+    queries: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scores: PageScores,
+    *, rows: range, max_pages: int, least_pages: int,
+) -> None:  # fmt: skip
+    """Score the pages of ``rows`` into the workspace, on the device of ``queries``.
+
+    Args:
+        queries: ``[B, NQ, D]`` rotated queries of the decode rows.
+        keys: ``[num_blocks, nkv, P, D]`` the head's K cache, the rows' newest keys included.
+        block_table: ``[>= B, W]`` int32; tails beyond a row's pages may be stale.
+        seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
+        max_pages: upper bound of a row's pages.
+        least_pages: rows with no more pages are skipped; they are read whole.
+    """
+    if queries.is_cuda:
+        from specontext_vllm.triton_kernels.score_pages import score_pages
+
+        score_pages(
+            queries, keys, block_table, seq_lens, scores.page_max, scores.page_lse,
+            first_row=rows.start, num_rows=len(rows), max_pages=max_pages, least_pages=least_pages,
+        )  # fmt: skip
+        return
+    start = 0
+    for row in rows:
+        tokens = int(seq_lens[row])
+        pages = pages_for(tokens)
+        if pages > least_pages:
+            page_max, page_lse = score_row(queries[row], keys, block_table[row], tokens)
+            scores.page_max[:, start : start + pages] = page_max
+            scores.page_lse[:, start : start + pages] = page_lse
+        start += pages
+
+
+def score_row(query: Tensor, keys: Tensor, block_row: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Page maxima and log-sum-exps ``[NQ, pages]`` of one row with ``tokens`` tokens.
+
+    Token 0 has no (token, aux) pair, so it takes no part; its page is always kept.
+    """
+    num_queries, head_dim = query.shape
+    nkv = keys.shape[1]
+    pages = pages_for(tokens)
+    row_keys = keys[block_row[:pages].long()].transpose(0, 1).reshape(nkv, pages * PAGE_SIZE, head_dim).float()
+    grouped = query.view(nkv, num_queries // nkv, head_dim).float()
+    logits = torch.einsum("hgd,htd->hgt", grouped, row_keys).reshape(num_queries, -1) * head_dim**-0.5
+    logits[:, tokens:] = float("-inf")
+    logits[:, 0] = float("-inf")
+    logits = logits.view(num_queries, pages, PAGE_SIZE)
+    return logits.amax(-1), logits.logsumexp(-1)
+
+
+def fill_baseline(retriever: str, scores: PageScores, generator: torch.Generator) -> None:
+    """Scores of a retriever that looks at no keys: ``random``, or ``recent`` (the newest pages win)."""
+    if retriever == "random":
+        scores.page_max.uniform_(-1.0, 0.0, generator=generator)
+    else:
+        # The workspace is ragged, but within a row its index grows with the position, which is all that the order needs.
+        scores.page_max.copy_(torch.arange(scores.capacity, dtype=torch.float32, device=scores.page_max.device))
+    scores.page_lse.zero_()

@@ -1,0 +1,90 @@
+"""Which pages a decode step reads: sinks, recents and the best of the rest, per request and KV head (paper C1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.retrieval.scoring import PageScores
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Pages per (request, KV head): ``total`` in all, ``sinks`` from the start and ``recents`` at the end among them."""
+
+    total: int
+    sinks: int
+    recents: int
+
+
+def select_rows(
+    scores: PageScores, seq_lens: Tensor, block_table: Tensor, pages: Tensor, lengths: Tensor, kept_mass: Tensor, budget: Budget,
+    *, rows: range, max_pages: int, fallback: tuple[float, int] | None = None,
+) -> None:  # fmt: skip
+    """Fill the page table of ``rows`` from the workspace, on the device of ``pages``.
+
+    The score of a page for a KV head is the largest attention weight over its tokens and the group's query heads
+    (element-wise max, paper C1 "Mapping"). A row with no more pages than the budget is read whole, and needs no scores.
+
+    Args:
+        scores: workspace of ``score_rows`` for the same rows.
+        seq_lens: ``[>= B]`` int32; 0 for padding rows.
+        block_table: ``[>= B, W]`` int32.
+        pages: ``[B * H, K]`` int32, written: ids ``block * H + head`` of the head pages in ascending order of position.
+        lengths: ``[B * H]`` int32, written: tokens in them.
+        kept_mass: ``[B, H]`` float32, written: attention mass of the head on the kept pages, mean over the group.
+        max_pages: upper bound of a row's pages.
+        fallback: ``(threshold, pages)``: rows whose mean kept mass lies under the threshold read that many pages instead.
+    """
+    num_kv_heads = kept_mass.shape[1]
+    if pages.is_cuda:
+        from specontext_vllm.triton_kernels.select_pages import select_pages
+
+        arguments = dict(
+            page_size=PAGE_SIZE, num_kv_heads=num_kv_heads, first_row=rows.start, num_rows=len(rows), max_pages=max_pages,
+            sink_pages=budget.sinks, recent_pages=budget.recents,
+        )  # fmt: skip
+        buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens, block_table, pages, lengths, kept_mass)
+        select_pages(*buffers, budget_pages=budget.total, **arguments)
+        if fallback is not None:
+            threshold, fallback_pages = fallback
+            select_pages(*buffers, budget_pages=fallback_pages, fallback_threshold=threshold, **arguments)
+        return
+    start = 0
+    for row in rows:
+        tokens = int(seq_lens[row])
+        count = pages_for(tokens)
+        span = slice(start, start + count)
+        table_row = block_table[row, :count]
+        page_max, page_lse = scores.page_max[:, span], scores.page_lse[:, span]
+        kept, mass = select_row(page_max, page_lse, count, num_kv_heads, budget)
+        if fallback is not None and mass.mean() < fallback[0]:
+            wider = Budget(fallback[1], budget.sinks, budget.recents)
+            kept, _ = select_row(page_max, page_lse, count, num_kv_heads, wider)
+        head = torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
+        block = slice(row * num_kv_heads, (row + 1) * num_kv_heads)
+        pages[block, : kept.shape[1]] = table_row[kept] * num_kv_heads + head
+        lengths[block] = tokens - (count - kept.shape[1]) * PAGE_SIZE
+        kept_mass[row] = mass
+        start += count
+
+
+def select_row(page_max: Tensor, page_lse: Tensor, count: int, num_kv_heads: int, budget: Budget) -> tuple[Tensor, Tensor]:
+    """Kept page positions ``[H, min(count, total)]`` int64 ascending, and kept mass ``[H]``, of one row.
+
+    Args:
+        page_max, page_lse: ``[NQ, count]`` float32.
+    """
+    if count <= budget.total:
+        return torch.arange(count).expand(num_kv_heads, count), torch.ones(num_kv_heads)
+    total = page_lse.logsumexp(-1, keepdim=True)
+    score = (page_max - total).view(num_kv_heads, -1, count).amax(1)
+    score[:, : budget.sinks] = float("inf")
+    score[:, count - budget.recents :] = float("inf")
+    # A stable sort gives ties to the older page, as the kernel does.
+    kept = score.sort(dim=-1, descending=True, stable=True).indices[:, : budget.total].sort(dim=-1).values
+    weight = (page_lse - total).exp().view(num_kv_heads, -1, count).mean(1)
+    return kept, weight.gather(1, kept).sum(-1)

@@ -1,0 +1,128 @@
+"""Tensors of a checkpoint folder, listed by name and shape; a tensor's data is read only when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+
+
+class HeadError(ValueError):
+    """A checkpoint that cannot serve as retrieval head. The message is one sentence: what was found, what to do."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, under the checkpoint's own name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> int:
+        """Learned values; 0 for the vocabulary maps `d2t` and `t2d`, which are look-up tables."""
+        return math.prod(self.shape) if self.dtype.is_floating_point else 0
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether its size grows with the vocabulary: token embedding or LM head."""
+        return "embed_tokens" in self.name or "lm_head" in self.name
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor's description, and the way to read it."""
+
+    info: TensorInfo
+    load: Callable[[], Tensor]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises HeadError when the file holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise HeadError(f"{file} is not valid JSON ({error}): download the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise HeadError(f"{file} is not a JSON object: download the checkpoint again.")
+    return content
+
+
+def list_tensors(path: Path) -> dict[str, TensorEntry]:
+    """All tensors of a folder by name, shapes only; safetensors are preferred where both kinds exist.
+
+    Raises:
+        HeadError: no weights, a missing shard, or a file that cannot be read.
+    """
+    for index, suffix, opener in (
+        ("model.safetensors.index.json", "*.safetensors", _open_safetensors),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin", _open_pickle),
+    ):
+        if (path / index).is_file():
+            shards = sorted(set(read_json(path / index).get("weight_map", {}).values()))
+            files = [path / shard for shard in shards]
+        else:
+            files = sorted(path.glob(suffix))
+        if not files:
+            continue
+        entries: dict[str, TensorEntry] = {}
+        for file in files:
+            if not file.is_file():
+                raise HeadError(f"{path / index} names {file.name}, which is not there: download the checkpoint in full.")
+            try:
+                entries |= opener(file)
+            except Exception as error:  # both readers raise their own kinds for a broken file
+                raise HeadError(f"{file} cannot be read ({type(error).__name__}): download the checkpoint again.") from error
+        return entries
+    raise HeadError(f"{path} holds neither *.safetensors nor pytorch_model.bin: download the checkpoint's weights.")
+
+
+def _open_safetensors(file: Path) -> dict[str, TensorEntry]:
+    from safetensors import safe_open
+
+    entries = {}
+    with safe_open(file, framework="pt") as handle:
+        for name in handle.keys():
+            view = handle.get_slice(name)
+            dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), torch.uint8)
+            info = TensorInfo(name, tuple(view.get_shape()), dtype)
+            entries[name] = TensorEntry(info, partial(_load_safetensor, file, name))
+    return entries
+
+
+def _load_safetensor(file: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as handle:
+        return handle.get_tensor(name)
+
+
+def _open_pickle(file: Path) -> dict[str, TensorEntry]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files from before torch 1.6 are no zip archives and cannot be mapped
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    return {
+        # The clone lets go of the mapping, and with it of the pruned tensors.
+        name: TensorEntry(TensorInfo(name, tuple(tensor.shape), tensor.dtype), tensor.clone)
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor)
+    }

@@ -1,0 +1,127 @@
+"""Every provider's decode against float32 gather + softmax: other pages for each head, ragged tails, NaN where nothing may be read."""
+
+import pytest
+import torch
+
+from specontext_vllm.attention.page_table import PageTable
+from specontext_vllm.attention.provider import PrefillRows
+from specontext_vllm.attention.reference import TorchProvider
+from specontext_vllm.attention.triton import TritonProvider
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from tests.paging import assert_close, paged_rows
+
+
+def random_table(rows, heads, device, seed, drop_tail=False):
+    """A table that keeps random pages of each head, and the set of (block, head) pairs it names."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = rows.seq_lens.tolist()
+    table = PageTable.allocate(len(lengths) + 1, heads, max(map(pages_for, lengths)), rows.cache.device)
+    table.pages.fill_(int(rows.block_table.max()) * heads)
+    kept = {}
+    for row, tokens in enumerate(lengths):
+        count = pages_for(tokens)
+        for head in range(heads):
+            n = int(torch.randint(1, count + 1, (1,), generator=generator))
+            pages = torch.randperm(count, generator=generator)[:n].sort().values
+            if not drop_tail and count - 1 not in pages:
+                pages[-1] = count - 1
+            used = n * PAGE_SIZE - ((count * PAGE_SIZE - tokens) if pages[-1] == count - 1 else 0)
+            sequence = row * heads + head
+            table.pages[sequence, :n] = (rows.block_table[row].cpu()[pages] * heads + head).to(rows.cache.device)
+            table.lengths[sequence] = used
+            kept[row, head] = torch.cat([torch.arange(p * PAGE_SIZE, min((p + 1) * PAGE_SIZE, tokens)) for p in pages.tolist()])
+    return table, kept
+
+
+def reference(query, rows, kept, heads, head_dim, scale):
+    group = query.shape[1] // heads
+    out = torch.zeros(query.shape, dtype=torch.float32)
+    for (row, head), tokens in kept.items():
+        kv = rows.dense[row][head, tokens]
+        for g in range(group):
+            weight = (kv[:, :head_dim] @ query[row, head * group + g].float() * scale).softmax(0)
+            out[row, head * group + g] = weight @ kv[:, head_dim:]
+    return out
+
+
+PROVIDERS = [
+    pytest.param(TorchProvider, torch.float32, id="torch-fp32"),
+    pytest.param(TritonProvider, torch.float32, id="triton-fp32"),
+    # Triton's interpreter has no bf16 dot.
+    pytest.param(TritonProvider, torch.bfloat16, id="triton-bf16", marks=pytest.mark.gpu),
+]
+
+
+def flash_provider(*arguments):
+    from specontext_vllm.attention.flash import FlashAttentionProvider
+
+    return FlashAttentionProvider(*arguments)
+
+
+PROVIDERS.append(pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu))
+
+
+@pytest.mark.parametrize(("provider", "dtype"), PROVIDERS)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "head_dim"),
+    [
+        pytest.param([1, 17, 63, 200], 2, 2, 64, id="gqa"),
+        pytest.param([100, 31], 4, 1, 32, id="mha"),
+        pytest.param([111], 1, 8, 128, id="mqa"),
+        pytest.param([33, 5], 2, 3, 40, id="odd"),
+    ],
+)
+@pytest.mark.parametrize("drop_tail", [False, True], ids=["tail-kept", "tail-dropped"])
+def test_decode_reads_the_tables_pages_and_nothing_else(provider, dtype, lengths, heads, group, head_dim, drop_tail, device):
+    rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=len(lengths))
+    table, kept = random_table(rows, heads, device, seed=11, drop_tail=drop_tail)
+    # Whatever the table does not name is poisoned.
+    named = torch.zeros(rows.cache.shape[:2], dtype=torch.bool)
+    for sequence in range(len(lengths) * heads):
+        ids = table.pages[sequence, : pages_for(int(table.lengths[sequence]))].cpu()
+        named[ids // heads, ids % heads] = True
+    rows.cache[~named.to(device)] = float("nan")
+    scale = head_dim**-0.5
+    query = torch.randn(len(lengths), heads * group, head_dim).to(dtype)
+    output = torch.full((len(lengths), heads * group, head_dim), float("nan"), dtype=dtype, device=device)
+    attention = provider(heads * group, heads, head_dim, scale, dtype)
+    attention.plan(table, len(lengths))
+    attention.decode(query.to(device), rows.cache, table, len(lengths), output)
+    expected = reference(query, rows, kept, heads, head_dim, scale)
+    assert_close("output", expected, output, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(("provider", "dtype"), [p for p in PROVIDERS if "triton" not in p.id] + [
+    pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
+])  # fmt: skip
+def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, device):
+    lengths, new, heads, group, head_dim = [40, 100, 17], [40, 33, 1], 2, 2, 64
+    rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=5)
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32, device=device)
+    query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
+    output = torch.full_like(query, float("nan")).to(device)
+    attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
+    attention.prefill(query.to(device), rows.cache, PrefillRows(starts, rows.seq_lens, rows.block_table, max(new), max(lengths)), output)
+    at = 0
+    for row, (tokens, count) in enumerate(zip(lengths, new)):
+        kv = rows.dense[row].repeat_interleave(group, 0)
+        q = query[at : at + count].float().transpose(0, 1)
+        scores = q @ kv[..., :head_dim].transpose(1, 2) * head_dim**-0.5
+        causal = torch.ones(count, tokens, dtype=torch.bool).tril(tokens - count)
+        expected = scores.masked_fill(~causal, float("-inf")).softmax(-1) @ kv[..., head_dim:]
+        assert_close("output", expected.transpose(0, 1), output[at : at + count], 1e-5 if dtype == torch.float32 else 1e-2)
+        at += count
+
+
+@pytest.mark.parametrize(("provider", "dtype"), [PROVIDERS[0], pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu),
+                                                 pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu)])  # fmt: skip
+def test_write_stores_rows_and_skips_padding(provider, dtype, device):
+    heads, head_dim = 2, 32
+    cache = torch.zeros(5, heads, PAGE_SIZE, 2 * head_dim, dtype=dtype, device=device)
+    slots = torch.tensor([3, 40, -1, 16], device=device)
+    key, value = (torch.randn(6, heads, head_dim, device=device).to(dtype) for _ in range(2))
+    provider(heads, heads, head_dim, 1.0, dtype).write(key, value, cache, slots)
+    for row in (0, 1, 3):
+        slot = int(slots[row])
+        assert torch.equal(cache[slot // PAGE_SIZE, :, slot % PAGE_SIZE], torch.cat([key[row], value[row]], -1))
+    assert int((cache != 0).any(-1).any(1).sum()) == 3

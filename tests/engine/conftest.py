@@ -1,0 +1,53 @@
+"""Engines are expensive (10 to 40 s each): each is started once a session and shared."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo"
+ENGINE = {
+    "model": str(DEMO_MODEL), "dtype": "float32", "max_model_len": 1536, "max_num_seqs": 4, "max_num_batched_tokens": 256,
+    "enforce_eager": True, "seed": 0, "disable_log_stats": False,
+    # 90 pages: four of the requests below do not fit at once, so some are preempted and resumed.
+    "num_gpu_blocks_override": 90,
+}  # fmt: skip
+
+
+@contextmanager
+def engine(**overrides) -> Iterator:
+    """A vLLM engine in this process, gone with all it held at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**{**ENGINE, **overrides})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Token ids of demo prompts: shorter than a page, ragged, and long enough for several chunks."""
+    from transformers import AutoTokenizer
+
+    from specontext_vllm.demo.tasks import make_problem
+
+    tokenizer = AutoTokenizer.from_pretrained(str(DEMO_MODEL))
+    lengths = (200, 333, 450, 513, 600)
+    made = []
+    for seed, length in enumerate(lengths):
+        problem = make_problem("recitation" if seed % 2 else "needle", seed=seed, approx_tokens=length)
+        made.append(tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+    return [made[0][:1], made[0][:5], made[0][:16], made[0][:17], *made]

@@ -1,0 +1,113 @@
+"""With a budget that covers the context, the tokens are stock vLLM's: float32, real weights, every way a request can go."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.conftest import DEMO_MODEL, engine
+
+MAX_TOKENS = 24
+
+
+def sampling(**changes):
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True, "detokenize": False, **changes})
+
+
+def preemptions(llm) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+def ids(outputs) -> list[list[int]]:
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def scenarios(llm, prompts) -> dict[str, object]:
+    """Every scenario on one engine; the same calls for the stock engine and ours."""
+
+    def generate(chosen, **changes):
+        return llm.generate([{"prompt_token_ids": p} for p in chosen], sampling(**changes), use_tqdm=False)
+
+    out: dict[str, object] = {}
+    # Each prompt alone; those over 256 tokens take several chunks.
+    out["plain"] = [ids(generate([p]))[0] for p in prompts]
+    before = preemptions(llm)
+    # All at once with long answers: ragged batches, decode and prefill rows mixed, more pages than the engine has.
+    out["ragged"] = ids(generate(prompts, max_tokens=90))
+    out["preempted"] = preemptions(llm) - before
+    hit = generate([prompts[-1]])
+    out["prefix hit"] = ids(hit)
+    out["cached tokens"] = hit[0].num_cached_tokens
+    # The hit may end inside what was generated, and the next turn goes on behind it.
+    longer = prompts[-1] + ids(hit)[0] + prompts[4][:40]
+    turn = generate([longer])
+    out["next turn"] = ids(turn)
+    llm.reset_prefix_cache()
+    out["next turn, cold"] = ids(generate([longer]))
+    llm.reset_prefix_cache()
+    out["neighbour aborted"] = abort_neighbour(llm, prompts)
+    return out
+
+
+def abort_neighbour(llm, prompts) -> list[int]:
+    """Tokens of a request whose neighbours are aborted in prefill and in decode."""
+    core = llm.llm_engine
+    for name, prompt in (("kept", prompts[-2]), ("decoding", prompts[5]), ("prefilling", prompts[-1])):
+        core.add_request(name, {"prompt_token_ids": prompt}, sampling())
+    final, step = [], 0
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.request_id.startswith("kept") and output.finished:
+                final = list(output.outputs[0].token_ids)
+        step += 1
+        if step == 4:
+            core.abort_request(["prefilling"])
+        if step == 9:
+            core.abort_request(["decoding"])
+    return final
+
+
+@pytest.fixture(scope="module")
+def stock(prompts):
+    with engine() as llm:
+        return scenarios(llm, prompts)
+
+
+@pytest.fixture(scope="module")
+def sparse(prompts):
+    settings = {"specontext": {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 2048}}
+    with engine(attention_backend="specontext", additional_config=settings) as llm:
+        out = scenarios(llm, prompts)
+        out["stats"] = llm.collective_rpc("specontext_stats")[0]
+        # The same engine with a budget that does not cover the longer prompts: answers go on, but pages are left out.
+        llm.collective_rpc("specontext_set", kwargs={"budget": 160})
+        llm.collective_rpc("specontext_stats", args=(True,))
+        out["small budget"] = scenarios(llm, prompts)
+        out["small stats"] = llm.collective_rpc("specontext_stats")[0]
+        return out
+
+
+@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted"])
+def test_tokens_equal_stock(stock, sparse, scenario):
+    assert sparse[scenario] == stock[scenario]
+
+
+def test_the_scenarios_happened(stock, sparse):
+    """Preemptions, prefix hits and decode steps took place, in both engines."""
+    assert stock["preempted"] > 0 and sparse["preempted"] > 0
+    assert sparse["cached tokens"] >= 256
+    assert sparse["stats"]["pages_read"] == sparse["stats"]["pages_total"] > 0
+    assert len(sparse["neighbour aborted"]) == MAX_TOKENS
+
+
+def test_a_small_budget_reads_less_and_survives_the_same_scenarios(sparse):
+    small = sparse["small stats"]
+    assert small["pages_read"] < 0.6 * small["pages_total"]
+    assert 0 < small["kept_mass_mean"] < 1
+    assert all(len(tokens) == MAX_TOKENS for tokens in sparse["small budget"]["plain"])
+
+
+def test_a_prefix_hit_selects_as_a_cold_start_does(sparse):
+    """Under a small budget too: the head's keys continue exactly behind a hit on prompt pages."""
+    assert sparse["small budget"]["prefix hit"][0] == sparse["small budget"]["plain"][-1]

@@ -1,0 +1,88 @@
+"""The scoring kernel against the torch reference, which is itself checked against a dense softmax."""
+
+import pytest
+import torch
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.retrieval.scoring import PageScores, score_row, score_rows
+from specontext_vllm.triton_kernels.score_pages import score_pages
+from tests.paging import assert_close, paged_rows
+
+SHAPES = [
+    pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
+    pytest.param([33, 300], 4, 4, 32, id="mha"),
+    pytest.param([129, 16, 48], 8, 1, 40, id="mqa-odd-head-dim"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "queries", "heads", "width"), SHAPES)
+def test_reference_is_the_softmax_over_the_row(lengths, queries, heads, width):
+    rows = paged_rows(lengths, heads, width, torch.float32, torch.device("cpu"), seed=1)
+    query = torch.randn(len(lengths), queries, width)
+    for row, tokens in enumerate(lengths):
+        page_max, page_lse = score_row(query[row], rows.cache, rows.block_table[row], tokens)
+        keys = rows.dense[row].repeat_interleave(queries // heads, 0)[:, 1:]
+        logits = torch.einsum("hd,htd->ht", query[row], keys) / width**0.5
+        assert_close("lse", logits.logsumexp(-1), page_lse.logsumexp(-1), 1e-5)
+        assert_close("max", logits.amax(-1), page_max.amax(-1), 1e-5)
+
+
+@pytest.mark.parametrize(("lengths", "queries", "heads", "width"), SHAPES)
+@pytest.mark.parametrize(
+    "dtype",
+    # Triton's interpreter has no bf16 dot.
+    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)],
+)
+def test_kernel_matches_reference(lengths, queries, heads, width, dtype, device):
+    rows = paged_rows(lengths, heads, width, dtype, device, seed=2)
+    query = torch.randn(len(lengths), queries, width).to(dtype)
+    scores = PageScores.allocate(queries, heads, sum(map(pages_for, lengths)) + 3, device)
+    scores.page_max.fill_(float("nan"))
+    scores.page_lse.fill_(float("nan"))
+    score_pages(
+        query.to(device), rows.cache, rows.block_table, rows.seq_lens, scores.page_max, scores.page_lse,
+        first_row=0, num_rows=len(lengths), max_pages=pages_for(max(lengths)), least_pages=1,
+    )  # fmt: skip
+    start = 0
+    for row, tokens in enumerate(lengths):
+        count = pages_for(tokens)
+        span = slice(start, start + count)
+        start += count
+        if count <= 1:
+            assert scores.page_max[:, span].isnan().all(), "a row that is read whole was scored"
+            continue
+        page_max, page_lse = score_row(query[row], rows.cache.cpu(), rows.block_table[row].cpu(), tokens)
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+        assert_close("max", page_max, scores.page_max[:, span], tolerance)
+        assert_close("lse", page_lse, scores.page_lse[:, span], tolerance)
+
+
+def test_parts_of_a_batch_score_like_the_whole(device):
+    lengths, heads, width = [100, 40, 260], 2, 32
+    rows = paged_rows(lengths, heads, width, torch.float32, device, seed=3)
+    query = torch.randn(3, 4, width, device=device)
+    whole = PageScores.allocate(4, heads, 64, device)
+    part = PageScores.allocate(4, heads, 64, device)
+    arguments = dict(max_pages=pages_for(260), least_pages=0)
+    whole_args = (query, rows.cache, rows.block_table, rows.seq_lens)
+    score_pages(*whole_args, whole.page_max, whole.page_lse, first_row=0, num_rows=3, **arguments)
+    score_pages(*whole_args, part.page_max, part.page_lse, first_row=1, num_rows=2, **arguments)
+    skipped = pages_for(lengths[0])
+    count = pages_for(40) + pages_for(260)
+    assert torch.equal(whole.page_max[:, skipped : skipped + count], part.page_max[:, :count])
+
+
+def test_score_rows_dispatches(device):
+    """The engine's entry point agrees with the kernel on this device."""
+    lengths = [50, 90]
+    rows = paged_rows(lengths, 2, 32, torch.float32, device, seed=4)
+    query = torch.randn(2, 4, 32, device=device)
+    first, second = (PageScores.allocate(4, 2, 16, device) for _ in range(2))
+    score_rows(query, rows.cache, rows.block_table, rows.seq_lens, first, rows=range(2), max_pages=6, least_pages=0)
+    score_pages(
+        query, rows.cache, rows.block_table, rows.seq_lens, second.page_max, second.page_lse,
+        first_row=0, num_rows=2, max_pages=6, least_pages=0,
+    )  # fmt: skip
+    used = sum(map(pages_for, lengths))
+    assert used * PAGE_SIZE >= sum(lengths)
+    assert_close("lse", first.page_lse[:, :used], second.page_lse[:, :used], 1e-5)

@@ -1,0 +1,123 @@
+"""The selection kernel against the torch reference, and both against the rule they implement."""
+
+import pytest
+import torch
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.retrieval.scoring import PageScores
+from specontext_vllm.retrieval.selection import Budget, select_row, select_rows
+from specontext_vllm.triton_kernels.select_pages import select_pages
+
+
+def random_scores(queries, heads, counts, device, seed, ties=False):
+    generator = torch.Generator().manual_seed(seed)
+    scores = PageScores.allocate(queries, heads, sum(counts) + 5, device)
+    scores.page_max.fill_(float("nan"))
+    scores.page_lse.fill_(float("nan"))
+    values = torch.randn(queries, sum(counts), generator=generator) * 3
+    if ties:
+        values = values.round()
+    scores.page_max[:, : sum(counts)] = values.to(device)
+    extra = torch.rand(queries, sum(counts), generator=generator) * (0 if ties else 1)
+    scores.page_lse[:, : sum(counts)] = (values + extra).to(device)
+    return scores
+
+
+def run_kernel(scores, lengths, heads, budget, device, width, **extra):
+    rows = len(lengths)
+    most = max(map(pages_for, lengths))
+    table = torch.stack([torch.randperm(most + 3) for _ in range(rows)]).to(torch.int32)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    pages = torch.full((rows * heads, width), -7, dtype=torch.int32, device=device)
+    out = torch.full((rows * heads,), -7, dtype=torch.int32, device=device)
+    mass = torch.zeros(rows, heads, device=device)
+    arguments = dict(
+        page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, max_pages=most, sink_pages=budget.sinks,
+        recent_pages=budget.recents,
+    )  # fmt: skip
+    buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens.to(device), table.to(device), pages, out, mass)
+    select_pages(*buffers, budget_pages=budget.total, **arguments)
+    if extra:
+        select_pages(*buffers, budget_pages=extra["fallback_pages"], fallback_threshold=extra["threshold"], **arguments)
+    return table, pages.cpu(), out.cpu(), mass.cpu()
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize(
+    ("lengths", "queries", "heads", "budget"),
+    [
+        pytest.param([5, 100, 333, 1000], 4, 2, Budget(8, 1, 2), id="gqa"),
+        pytest.param([0, 161, 16 * 9], 2, 2, Budget(9, 2, 3), id="mha-padding-row"),
+        pytest.param([16 * 70 + 1], 6, 1, Budget(33, 1, 5), id="mqa-odd-group"),
+    ],
+)
+def test_kernel_matches_reference(lengths, queries, heads, budget, ties, device):
+    counts = [pages_for(n) for n in lengths]
+    scores = random_scores(queries, heads, counts, device, seed=len(lengths), ties=ties)
+    table, pages, out, mass = run_kernel(scores, lengths, heads, budget, device, width=budget.total + 2)
+    start = 0
+    for row, (tokens, count) in enumerate(zip(lengths, counts)):
+        span = slice(start, start + count)
+        start += count
+        kept, reference_mass = select_row(scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), count, heads, budget)
+        for head in range(heads):
+            n = kept.shape[1]
+            expected = table[row, kept[head]] * heads + head
+            assert torch.equal(pages[row * heads + head, :n], expected.int())
+            assert (pages[row * heads + head, n:] == -7).all(), "wrote beyond the selection"
+            assert out[row * heads + head] == tokens - (count - n) * PAGE_SIZE
+        torch.testing.assert_close(mass[row], reference_mass, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_keeps_sinks_recents_and_the_best():
+    count, heads = 50, 2
+    page_max = torch.randn(4, count)
+    kept, _ = select_row(page_max, page_max, count, heads, Budget(10, 2, 3))
+    weight = page_max.softmax(-1).view(heads, 2, count).amax(1)
+    for head in range(heads):
+        chosen = set(kept[head].tolist())
+        assert {0, 1, 47, 48, 49} <= chosen and len(chosen) == 10
+        free = [p for p in range(2, 47)]
+        best = sorted(free, key=lambda p: -weight[head, p])[:5]
+        assert chosen == {0, 1, 47, 48, 49, *best}
+        assert kept[head].tolist() == sorted(chosen)
+
+
+def test_low_confidence_rows_read_more(device):
+    heads, lengths = 2, [640, 640]
+    counts = [40, 40]
+    scores = random_scores(2, heads, counts, device, seed=5)
+    # Row 0 has all its mass on one page, row 1 spreads it evenly.
+    scores.page_max[:, :40] = -20.0
+    scores.page_max[:, 7] = 5.0
+    scores.page_max[:, 40:80] = 0.0
+    scores.page_lse[:, :80] = scores.page_max[:, :80]
+    _, pages, out, mass = run_kernel(
+        scores, lengths, heads, Budget(8, 1, 2), device, width=24, threshold=0.5, fallback_pages=20
+    )
+    assert mass[0].min() > 0.9 and mass[1].max() < 0.5
+    assert out.view(2, heads)[0].tolist() == [8 * PAGE_SIZE] * heads
+    assert out.view(2, heads)[1].tolist() == [20 * PAGE_SIZE] * heads
+
+
+def test_fallback_that_covers_the_context_reads_it_all(device):
+    scores = random_scores(2, 2, [40], device, seed=6)
+    scores.page_max[:, :40] = 0.0
+    scores.page_lse[:, :40] = 0.0
+    table, pages, out, _ = run_kernel(scores, [635], 2, Budget(8, 1, 2), device, width=48, threshold=0.9, fallback_pages=48)
+    assert out.tolist() == [635, 635]
+    assert pages[1, :40].tolist() == (table[0, :40] * 2 + 1).tolist()
+
+
+def test_select_rows_agrees_with_the_kernel(device):
+    """The engine's entry point, on this device's path, with a fallback."""
+    heads, lengths, budget = 2, [300, 20, 500], Budget(6, 1, 2)
+    counts = [pages_for(n) for n in lengths]
+    scores = random_scores(4, heads, counts, device, seed=7)
+    table, pages, out, mass = run_kernel(scores, lengths, heads, budget, device, width=12, threshold=0.6, fallback_pages=12)
+    mine, mine_out, mine_mass = torch.full_like(pages, -7), torch.full_like(out, -7), torch.zeros_like(mass)
+    arguments = [t.to(device) for t in (torch.tensor(lengths, dtype=torch.int32), table, mine, mine_out, mine_mass)]
+    select_rows(scores, *arguments, budget, rows=range(3), max_pages=max(counts), fallback=(0.6, 12))
+    assert torch.equal(arguments[3].cpu(), out)
+    for sequence, tokens in enumerate(out.tolist()):
+        assert torch.equal(arguments[2].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)])

@@ -1,0 +1,373 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from specontext_vllm.retrieval import tensor_files
+from specontext_vllm.retrieval.checkpoint import (
+    HeadError,
+    check_fits,
+    default_aux_layers,
+    dummy_checkpoint,
+    read_checkpoint,
+    resolve_aux_layers,
+    resolve_checkpoint,
+)
+from specontext_vllm.retrieval.known_heads import known_head
+from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
+
+BASE = {"fc.weight", "embed_norm.weight", "feature_norm.weight", "q_proj.weight", "k_proj.weight"}
+BIASES = {"q_proj.bias", "k_proj.bias"}
+QK_NORMS = {"q_norm.weight", "k_norm.weight"}
+FC_NORMS = {f"fc_norm.{i}.weight" for i in range(3)}
+
+LAYOUTS = {
+    "safeailab": (Layout(), BASE),
+    "safeailab_bin": (Layout(storage="bin"), BASE),
+    "safeailab_bin_before_torch_1.6": (Layout(storage="bin_legacy"), BASE),
+    "safeailab_bin_sharded": (Layout(storage="bin_sharded"), BASE),
+    "safeailab_sharded": (Layout(storage="safetensors_sharded"), BASE),
+    "specforge": (Layout(format="specforge"), BASE),
+    "specforge_full_vocabulary": (Layout(format="specforge", vocabulary_maps=False), BASE),
+    "specforge_model_prefix": (Layout(format="specforge", prefix="model.", own_embedding=True), BASE | {"embed_tokens.weight"}),
+    "specforge_other_target_width": (Layout(format="specforge", target_hidden_size=56), BASE),
+    "speculators": (Layout(format="speculators"), BASE),
+    "speculators_qwen3": (Layout(format="speculators", qk_norm=True), BASE | QK_NORMS),
+    "speculators_bias": (Layout(format="speculators", bias=True), BASE | BIASES),
+    "speculators_norm_before_fc": (Layout(format="speculators", norm_before_fc=True), BASE | {"input_norm.weight"}),
+    "speculators_fc_norm": (Layout(format="speculators", fc_norm=True), BASE | FC_NORMS),
+    "speculators_sharded": (Layout(format="speculators", storage="safetensors_sharded"), BASE),
+    "bfloat16": (Layout(dtype=torch.bfloat16), BASE),
+}
+
+
+def _canonical(layout: Layout) -> dict[str, str]:
+    """Canonical name -> name in the file, spelled out for the test rather than taken from the reader."""
+    block = layout.prefix + ("layers.0." if layout.format == "speculators" else "midlayer.")
+    names = {
+        "embed_norm.weight": block + "input_layernorm.weight",
+        "feature_norm.weight": block + "hidden_norm.weight",
+        "q_proj.weight": block + "self_attn.q_proj.weight",
+        "q_proj.bias": block + "self_attn.q_proj.bias",
+        "k_proj.weight": block + "self_attn.k_proj.weight",
+        "k_proj.bias": block + "self_attn.k_proj.bias",
+        "q_norm.weight": block + "self_attn.q_norm.weight",
+        "k_norm.weight": block + "self_attn.k_norm.weight",
+    }
+    return names | {n: layout.prefix + n for n in ("fc.weight", "input_norm.weight", "embed_tokens.weight", *FC_NORMS)}
+
+
+@pytest.mark.parametrize("layout, expected", LAYOUTS.values(), ids=LAYOUTS)
+def test_reads_every_layout(tmp_path, layout, expected):
+    head = read_checkpoint(write_checkpoint(tmp_path, layout))
+    original = make_tensors(layout)
+    assert set(head.tensors) == expected
+    for canonical, tensor in head.tensors.items():
+        torch.testing.assert_close(tensor, original[_canonical(layout)[canonical]], rtol=0, atol=0)
+    kept, pruned = {info.name for info in head.kept}, {info.name for info in head.pruned}
+    assert kept == {_canonical(layout)[name] for name in expected}
+    assert kept | pruned == set(original) and not kept & pruned
+    assert {info.name: info.shape for info in head.kept + head.pruned} == {n: tuple(t.shape) for n, t in original.items()}
+
+
+@pytest.mark.parametrize("layout, expected", LAYOUTS.values(), ids=LAYOUTS)
+def test_spec_of_every_layout(tmp_path, layout, expected):
+    spec = read_checkpoint(write_checkpoint(tmp_path, layout)).spec
+    assert spec.format == layout.format
+    assert (spec.hidden_size, spec.target_hidden_size, spec.embed_size) == (40, layout.target_width, 40)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (6, 3, 10)
+    assert (spec.rope_theta, spec.rope_scaling, spec.trained_length) == (10_000.0, None, 64)
+    assert (spec.num_aux, spec.aux_layer_ids) == (3, None)
+    assert (spec.norm_before_fc, spec.fc_norm, spec.qk_norm) == (layout.norm_before_fc, layout.fc_norm, layout.qk_norm)
+    assert (spec.rms_norm_eps, spec.dtype) == (1e-5, layout.dtype)
+    assert spec.embed_vocab_size == (77 if layout.own_embedding else None)
+
+
+CONFIG_CASES = {
+    "head_dim_absent": (Layout(drop_config=("head_dim",)), {"head_dim": 10}),
+    "head_dim_edited_for_another_engine": (Layout(config={"head_dim": 7}), {"head_dim": 10}),
+    "no_kv_heads_means_mha": (Layout(num_kv_heads=6, drop_config=("num_key_value_heads",)), {"num_kv_heads": 6}),
+    "rope_theta": (Layout(config={"rope_theta": 500000}), {"rope_theta": 500_000.0}),
+    "rope_parameters_default": (
+        Layout(config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        {"rope_theta": 1e6, "rope_scaling": None},
+    ),
+    "rope_parameters_without_theta": (
+        Layout(config={"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+        {"rope_theta": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "rope_scaling_legacy_type": (
+        Layout(config={"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}),
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "rope_scaling_null": (Layout(config={"rope_scaling": None, "rope_theta": None}), {"rope_scaling": None}),
+    "trained_length_absent": (Layout(drop_config=("max_position_embeddings",)), {"trained_length": 2048}),
+    "aux_ids_in_eagle_config": (
+        Layout(config={"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4, 9]}}),
+        {"aux_layer_ids": (1, 4, 9)},
+    ),
+    "four_aux_layers": (
+        Layout(num_aux=4, config={"eagle_aux_hidden_state_layer_ids": [0, 2, 5, 8]}),
+        {"aux_layer_ids": (0, 2, 5, 8), "num_aux": 4},
+    ),
+    "norm_before_fc_in_eagle_config": (
+        Layout(norm_before_fc=True, drop_config=("norm_before_fc",), config={"eagle_config": {"norm_before_fc": True}}),
+        {"norm_before_fc": True},
+    ),
+    "unasked_input_norm_is_pruned_as_in_vllm": (
+        Layout(norm_before_fc=True, drop_config=("norm_before_fc",)),
+        {"norm_before_fc": False},
+    ),
+    "rms_norm_eps_absent": (Layout(drop_config=("rms_norm_eps",)), {"rms_norm_eps": 1e-6}),
+}
+
+
+@pytest.mark.parametrize("layout, expected", CONFIG_CASES.values(), ids=CONFIG_CASES)
+def test_settings(tmp_path, layout, expected):
+    head = read_checkpoint(write_checkpoint(tmp_path, layout))
+    assert {name: getattr(head.spec, name) for name in expected} == expected
+    assert ("input_norm.weight" in head.tensors) == head.spec.norm_before_fc
+
+
+def test_mask_hidden_and_second_layer_are_pruned(tmp_path):
+    layout = Layout(format="speculators")
+    tensors = make_tensors(layout) | {
+        "mask_hidden": torch.zeros(1, 120),
+        "layers.1.input_layernorm.weight": torch.ones(40),
+        "layers.1.self_attn.q_proj.weight": torch.ones(60, 40),
+    }
+    head = read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
+    assert {"mask_hidden", "layers.1.self_attn.q_proj.weight"} <= {info.name for info in head.pruned}
+
+
+def test_only_kept_tensors_are_loaded(tmp_path, monkeypatch):
+    loaded = []
+    load = tensor_files._load_safetensor
+    monkeypatch.setattr(tensor_files, "_load_safetensor", lambda file, name: loaded.append(name) or load(file, name))
+    head = read_checkpoint(write_checkpoint(tmp_path, Layout()))
+    assert sorted(loaded) == sorted(info.name for info in head.kept)
+
+
+def test_pickle_tensors_do_not_hold_the_file(tmp_path):
+    layout = Layout(storage="bin")
+    head = read_checkpoint(write_checkpoint(tmp_path, layout))
+    whole = sum(tensor.nbytes for tensor in make_tensors(layout).values())
+    assert sum(tensor.untyped_storage().nbytes() for tensor in head.tensors.values()) < whole / 2
+
+
+def test_parameter_counts_leave_the_vocabulary_maps_out(tmp_path):
+    head = read_checkpoint(write_checkpoint(tmp_path, Layout(own_embedding=True)))
+    counts = {info.name: info.parameters for info in head.kept + head.pruned}
+    assert (counts["d2t"], counts["t2d"]) == (0, 0)
+    assert counts["embed_tokens.weight"] == 77 * 40
+    assert {info.name for info in head.kept + head.pruned if info.is_vocabulary} == {"embed_tokens.weight", "lm_head.weight"}
+
+
+def _without(name):
+    def build(layout):
+        tensors = make_tensors(layout)
+        return {n: t for n, t in tensors.items() if name not in n}
+
+    return build
+
+
+def _with(**changes):
+    def build(layout):
+        return make_tensors(layout) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+
+    return build
+
+
+ERRORS = {
+    "eagle1": (Layout(num_aux=2), _without("hidden_norm"), "is an EAGLE-1 or EAGLE-2 checkpoint"),
+    "not_a_head": (Layout(), _without("midlayer"), "is not an EAGLE-3 checkpoint"),
+    "no_q_proj": (Layout(), _without("q_proj"), "holds no midlayer.self_attn.q_proj.weight"),
+    "no_fc": (Layout(), _without("fc."), "holds no fc.weight"),
+    "no_embed_norm": (Layout(), _without("input_layernorm"), "holds no midlayer.input_layernorm.weight"),
+    "last_layer_only": (Layout(config={"eagle_config": {"use_aux_hidden_state": False}}), None, "use_aux_hidden_state"),
+    "fc_not_a_multiple": (Layout(config={"target_hidden_size": 50}), None, "not a multiple of the target's hidden size 50"),
+    "aux_count_without_ids": (Layout(config={"target_hidden_size": 60}), None, "set eagle_aux_hidden_state_layer_ids"),
+    "aux_count": (Layout(config={"eagle_aux_hidden_state_layer_ids": [1, 2]}), None, "are 2 layers but fc.weight reads 3"),
+    "aux_order": (Layout(config={"eagle_aux_hidden_state_layer_ids": [4, 2, 8]}), None, "not distinct and ascending"),
+    "aux_double": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 2, 8]}), None, "not distinct and ascending"),
+    "hidden_size": (Layout(config={"hidden_size": 48}), None, "hidden_size is 48 in config.json but fc.weight has 40 rows"),
+    "head_count": (Layout(config={"num_attention_heads": 7}), None, "do not divide into num_attention_heads 7"),
+    "no_head_count": (Layout(drop_config=("num_attention_heads",)), None, "has no num_attention_heads"),
+    "q_columns": (Layout(), _with(midlayer__self_attn__q_proj__weight=torch.ones(60, 79)), r"\[60, 79\] where \[60, 80\]"),
+    "norm_length": (Layout(), _with(midlayer__hidden_norm__weight=torch.ones(39)), r"\[39\] where \[40\]"),
+    "norm_dimensions": (Layout(), _with(midlayer__hidden_norm__weight=torch.ones(40, 1)), "not 1-dimensional"),
+    "no_input_norm": (Layout(norm_before_fc=True), _without("input_norm"), "holds no input_norm.weight"),
+    "no_k_norm": (Layout(qk_norm=True), _without("k_norm"), "holds no k_norm.weight"),
+    "fc_norm_too_many": (Layout(fc_norm=True), _with(fc_norm__3__weight=torch.ones(40)), "one input norm too many"),
+    "quantized": (
+        Layout(),
+        _with(midlayer__self_attn__q_proj__weight=torch.ones(60, 80).to(torch.float8_e4m3fn)),
+        "stored as torch.float8_e4m3fn",
+    ),
+    "name_twice": (Layout(), _with(model__fc__weight=torch.ones(40, 120)), "holds both"),
+    "nested_rope": (Layout(config={"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}), None, "differ by layer type"),
+    "partial_rotary": (Layout(config={"partial_rotary_factor": 0.5}), None, "partial_rotary_factor"),
+}
+
+
+@pytest.mark.parametrize("layout, build, sentence", ERRORS.values(), ids=ERRORS)
+def test_bad_checkpoints_give_one_sentence(tmp_path, layout, build, sentence):
+    tensors = None if build is None else build(layout)
+    write_checkpoint(tmp_path, layout, tensors)
+    with pytest.raises(HeadError, match=sentence) as error:
+        read_checkpoint(tmp_path)
+    _assert_one_sentence(error)
+
+
+def _assert_one_sentence(error):
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text and ". " not in text
+
+
+def _remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _overwrite(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+FOLDERS = {
+    "no_config": (Layout(), _remove("config.json"), "holds no config.json"),
+    "broken_config": (Layout(), _overwrite("config.json", "{"), "not valid JSON"),
+    "config_is_a_list": (Layout(), _overwrite("config.json", "[]"), "not a JSON object"),
+    "no_weights": (Layout(), _remove("model.safetensors"), "neither \\*.safetensors nor pytorch_model.bin"),
+    "truncated_safetensors": (Layout(), _overwrite("model.safetensors", "junk"), "cannot be read"),
+    "truncated_bin": (Layout(storage="bin"), _overwrite("pytorch_model.bin", "junk"), "cannot be read"),
+    "shard_missing": (
+        Layout(storage="safetensors_sharded"),
+        _remove("model-00002-of-00002.safetensors"),
+        "names model-00002-of-00002.safetensors, which is not there",
+    ),
+    "other_speculator": (
+        Layout(),
+        _overwrite("config.json", json.dumps({"speculators_model_type": "dflash"})),
+        "speculators_model_type 'dflash'",
+    ),
+    "speculators_without_layer": (
+        Layout(),
+        _overwrite("config.json", json.dumps({"speculators_model_type": "eagle3"})),
+        "no transformer_layer_config",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout, damage, sentence", FOLDERS.values(), ids=FOLDERS)
+def test_bad_folders_give_one_sentence(tmp_path, layout, damage, sentence):
+    damage(write_checkpoint(tmp_path, layout))
+    with pytest.raises(HeadError, match=sentence):
+        read_checkpoint(tmp_path)
+
+
+def test_resolve_folder_file_and_unknown_id(tmp_path, monkeypatch):
+    assert resolve_checkpoint(str(tmp_path)) == tmp_path
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(HeadError, match="is a file"):
+        resolve_checkpoint(str(tmp_path / "weights"))
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(HeadError, match="some/head is no folder here") as error:
+        resolve_checkpoint("some/head")
+    _assert_one_sentence(error)
+
+
+def test_resolve_asks_the_hub_for_config_and_weights_only(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.update({name: allow_patterns}) or tmp_path
+    )
+    assert resolve_checkpoint("some/head") == tmp_path
+    assert "config.json" in asked["some/head"] and "*.safetensors" in asked["some/head"]
+
+
+@pytest.mark.parametrize("num_layers, ids", [(7, (2, 3, 4)), (8, (2, 4, 5)), (36, (2, 18, 33)), (80, (2, 40, 77))])
+def test_default_aux_layers(num_layers, ids):
+    assert default_aux_layers(num_layers) == ids
+
+
+@pytest.mark.parametrize("num_layers", [1, 4, 5, 6])
+def test_default_aux_layers_of_small_targets_are_refused(num_layers):
+    with pytest.raises(HeadError, match="set eagle_aux_hidden_state_layer_ids"):
+        default_aux_layers(num_layers)
+
+
+TARGET = {"target_hidden_size": 40, "num_layers": 12, "num_kv_heads": 3, "vocab_size": 77}
+
+FITS = {
+    "same": ({}, {}),
+    "one_target_head_takes_three": ({}, {"num_kv_heads": 1}),
+    "last_layer_output": ({"aux_layer_ids": (2, 6, 12)}, {}),
+    "own_embedding_of_other_width": ({"embed_size": 24, "embed_vocab_size": 80}, {}),
+}
+MISFITS = {
+    "hidden_size": ({}, {"target_hidden_size": 48}, "target's hidden_size is 48"),
+    "embed_size": ({"embed_size": 24}, {}, "token embeddings of width 24"),
+    "vocabulary": ({"embed_vocab_size": 70}, {}, "has 70 rows"),
+    "fewer_kv_heads": ({"num_kv_heads": 2}, {"num_kv_heads": 4}, "head has 2 KV heads"),
+    "kv_heads_no_multiple": ({}, {"num_kv_heads": 2}, "neither the target's 2 nor a multiple"),
+    "aux_beyond": ({"aux_layer_ids": (2, 6, 13)}, {}, "only 12 layers"),
+    "aux_default_too_small": ({}, {"num_layers": 6}, "distinct and ascending"),
+}
+
+
+@pytest.fixture
+def spec(tmp_path):
+    return read_checkpoint(write_checkpoint(tmp_path, Layout())).spec
+
+
+@pytest.mark.parametrize("head, target", FITS.values(), ids=FITS)
+def test_fits(spec, head, target):
+    check_fits(replace(spec, **head), **TARGET | target)
+
+
+@pytest.mark.parametrize("head, target, sentence", MISFITS.values(), ids=MISFITS)
+def test_does_not_fit(spec, head, target, sentence):
+    with pytest.raises(HeadError, match=sentence) as error:
+        check_fits(replace(spec, **head), **TARGET | target)
+    _assert_one_sentence(error)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 6, 7, 8, 32])
+def test_dummy_fits_its_target(num_layers):
+    shape = {"hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 10, "rope_theta": 5e5, "max_position": 99}
+    head = dummy_checkpoint(**shape, num_layers=num_layers, dtype=torch.bfloat16, seed=3)
+    check_fits(head.spec, target_hidden_size=24, num_layers=num_layers, num_kv_heads=2, vocab_size=7)
+    assert len(resolve_aux_layers(head.spec, num_layers)) == head.spec.num_aux
+    assert head.tensors["fc.weight"].shape == (24, head.spec.num_aux * 24)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in head.tensors.values())
+    again = dummy_checkpoint(**shape, num_layers=num_layers, dtype=torch.bfloat16, seed=3)
+    assert torch.equal(head.tensors["q_proj.weight"], again.tensors["q_proj.weight"])
+
+
+def test_known_heads():
+    assert known_head("meta-llama/llama-3.1-8b-instruct") == "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"
+    assert known_head("Qwen/Qwen3-8B") == "RedHatAI/Qwen3-8B-speculator.eagle3"
+    assert known_head("Qwen3-8B") is None
+    assert known_head("/models/Qwen/Qwen3-8B") is None
+
+
+def test_every_known_head_has_a_source():
+    import yaml
+
+    from specontext_vllm.retrieval import known_heads
+
+    entries = yaml.safe_load(known_heads._configs().joinpath("known_heads.yaml").read_text())
+    assert all(set(entry) == {"target", "head", "source"} and entry["source"].startswith("https://") for entry in entries)
+    targets = [entry["target"].lower() for entry in entries]
+    assert len(targets) == len(set(targets))
+
+
+def test_peagle_is_read_as_eagle3(tmp_path):
+    write_checkpoint(tmp_path, Layout(format="speculators"))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"speculators_model_type": "peagle", "mask_token_id": 5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_checkpoint(tmp_path).spec.format == "speculators"

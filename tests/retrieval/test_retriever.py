@@ -1,0 +1,219 @@
+"""The head's memory: whatever way a sequence is cut into steps, its keys are those of one pass over the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.retrieval import retriever as retriever_module
+from specontext_vllm.retrieval.batch import StepBatch
+from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+from specontext_vllm.retrieval.head import RetrievalHead
+from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.scoring import score_row
+from specontext_vllm.retrieval.selection import Budget, select_row
+from tests.paging import assert_close
+
+VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 16
+MAX_LEN = 512
+
+
+class World:
+    """Made-up sequences whose aux states are a function of (sequence, position), and a retriever that sees them in steps."""
+
+    def __init__(self, device, seed=0, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        self.device = device
+        checkpoint = dummy_checkpoint(
+            hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4,
+            max_position=MAX_LEN, dtype=torch.float32, seed=seed,
+        )  # fmt: skip
+        self.head = RetrievalHead(checkpoint, max_position=MAX_LEN, dtype=torch.float32, device=device)
+        self.table = torch.randn(VOCAB, HIDDEN, generator=generator).to(device)
+        self.config = SpeContextConfig(**{"budget": 64, "sink_tokens": 16, "recent_tokens": 17, **settings})
+        self.retriever = Retriever(
+            self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
+            table_pages=MAX_LEN // PAGE_SIZE, device=device,
+        )  # fmt: skip
+        self.blocks = torch.randperm(200, generator=generator).tolist()
+        self.retriever.allocate_cache(200)
+        self.retriever.cache.keys.fill_(float("nan"))
+        self.retriever.cache.fused.fill_(float("nan"))
+        self.tokens, self.aux, self.rows = {}, {}, {}
+        self.pages = torch.zeros(8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
+
+    def add(self, name, length, prefix_of=None, shared=0):
+        """A sequence of ``length`` tokens; its first ``shared`` tokens, and their blocks, are another one's."""
+        self.tokens[name] = torch.randint(0, VOCAB, (length,), device=self.device)
+        self.aux[name] = [torch.randn(length, HIDDEN, device=self.device) for _ in range(3)]
+        row = [self.blocks.pop() for _ in range(pages_for(length))]
+        if prefix_of is not None:
+            self.tokens[name][:shared] = self.tokens[prefix_of][:shared]
+            for mine, theirs in zip(self.aux[name], self.aux[prefix_of]):
+                mine[:shared] = theirs[:shared]
+            row[: shared // PAGE_SIZE] = self.rows[prefix_of][: shared // PAGE_SIZE]
+        self.rows[name] = row
+
+    def step(self, *spans):
+        """One engine step over (name, first, last) spans, decode rows first; returns the batch."""
+        spans = sorted(spans, key=lambda s: s[2] - s[1] != 1)
+        width = max(len(row) for row in self.rows.values()) + 1
+        table = torch.full((len(spans), width), 199, dtype=torch.int32)
+        ids, positions, slots, starts, lens = [], [], [], [0], []
+        for row, (name, first, last) in enumerate(spans):
+            table[row, : len(self.rows[name])] = torch.tensor(self.rows[name])
+            at = torch.arange(first, last)
+            ids.append(self.tokens[name][first:last])
+            positions.append(at)
+            slots.append(torch.tensor(self.rows[name])[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE)
+            starts.append(starts[-1] + last - first)
+            lens.append(last)
+        decodes = sum(last - first == 1 for _, first, last in spans)
+        batch = StepBatch(
+            token_ids=torch.cat(ids), positions=torch.cat(positions).to(self.device), slots=torch.cat(slots).to(self.device),
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
+            seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device), block_table=table.to(self.device),
+            seq_lens_bound=lens, num_decodes=decodes, table_rows=decodes,
+        )  # fmt: skip
+        self.retriever.before_forward(batch, self.pages, self.lengths)
+        self.retriever.after_forward(batch, [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)])
+        return batch
+
+    def expected_keys(self, name):
+        """Keys of the whole sequence by the definition: the pair (token p+1, aux p) at p+1; zeros for aux before token 0."""
+        fused = self.head.fuse(self.aux[name])
+        previous = torch.cat([torch.zeros_like(fused[:1]), fused[:-1]])
+        return self.head.keys(F.embedding(self.tokens[name], self.table), previous, torch.arange(len(fused), device=self.device))
+
+    def stored_keys(self, name, length):
+        at = torch.arange(length)
+        blocks = torch.tensor(self.rows[name])[at // PAGE_SIZE].to(self.device)
+        return self.retriever.cache.keys[blocks, :, (at % PAGE_SIZE).to(self.device)]
+
+
+CUTS = {
+    "one pass": [(0, 150)],
+    "chunks off the page grid": [(0, 37), (37, 90), (90, 150)],
+    "chunks on the page grid": [(0, 48), (48, 96), (96, 150)],
+    "token by token": [(i, i + 1) for i in range(150)],
+    "prefill then decode": [(0, 60), *[(i, i + 1) for i in range(60, 150)]],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+def test_keys_do_not_depend_on_the_steps(cut, device):
+    world = World(device)
+    world.add("a", 150)
+    for first, last in cut:
+        world.step(("a", first, last))
+    assert_close("keys", world.expected_keys("a"), world.stored_keys("a", 150), 1e-5)
+
+
+def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
+    """The head makes long prompts' keys a chunk at a time; seams inside rows and between rows must not show."""
+    monkeypatch.setattr(retriever_module, "PREFILL_CHUNK", 29)
+    world = World(device)
+    world.add("a", 150)
+    world.add("b", 61)
+    world.add("c", 40)
+    world.step(("c", 0, 39))
+    world.step(("a", 0, 150), ("b", 0, 61), ("c", 39, 40))
+    for name in "abc":
+        assert_close(name, world.expected_keys(name), world.stored_keys(name, len(world.tokens[name])), 1e-5)
+
+
+def test_ragged_batches_mixed_steps_and_a_shared_prefix(device):
+    world = World(device)
+    world.add("a", 120)
+    world.step(("a", 0, 100))
+    # b hits a's first 80 tokens and starts behind them; c is shorter than a page; a decodes meanwhile.
+    world.add("b", 130, prefix_of="a", shared=80)
+    world.add("c", 7)
+    world.step(("a", 100, 101), ("b", 80, 111), ("c", 0, 7))
+    world.step(("a", 101, 102), ("b", 111, 130))
+    # d hits all but one token of its prompt: its only row is a decode row at a page boundary.
+    world.add("d", 81, prefix_of="a", shared=80)
+    world.step(("d", 80, 81), ("a", 102, 103))
+    for name, length in (("a", 103), ("b", 130), ("c", 7), ("d", 81)):
+        assert_close(name, world.expected_keys(name)[:length], world.stored_keys(name, length), 1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}], ids=["plain", "fallback"])
+def test_the_page_table_is_the_naive_selection(settings, device):
+    world = World(device, **settings)
+    lengths = {"a": 210, "b": 60, "c": 161}
+    for name, length in lengths.items():
+        world.add(name, length)
+        world.step((name, 0, length - 1))
+    batch = world.step(*[(name, length - 1, length) for name, length in lengths.items()])
+    config = world.config
+    for row, (name, length) in enumerate(lengths.items()):
+        fused = world.head.fuse(world.aux[name])
+        embeds = F.embedding(world.tokens[name][-1:], world.table)
+        query, _ = world.head.project(embeds, fused[-2:-1], torch.tensor([length - 1], device=device))
+        page_max, page_lse = score_row(query[0], world.retriever.cache.keys, batch.block_table[row], length)
+        count = pages_for(length)
+        budget = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
+        kept, mass = select_row(page_max.cpu(), page_lse.cpu(), count, KV_HEADS, budget)
+        if config.confidence_threshold and mass.mean() < config.confidence_threshold:
+            kept, _ = select_row(page_max.cpu(), page_lse.cpu(), count, KV_HEADS, Budget(6, budget.sinks, budget.recents))
+        for head in range(KV_HEADS):
+            expected = torch.tensor(world.rows[name])[kept[head]] * KV_HEADS + head
+            sequence = row * KV_HEADS + head
+            assert world.pages[sequence, : kept.shape[1]].tolist() == expected.tolist()
+            assert int(world.lengths[sequence]) == length - (count - kept.shape[1]) * PAGE_SIZE
+
+
+def test_a_batch_larger_than_the_workspace_is_scored_in_parts(device):
+    tables = []
+    for capacity in (1000, 14):
+        torch.manual_seed(1)
+        world = World(device)
+        scores = world.retriever.scores
+        for name in ("page_max", "page_lse", "order"):
+            object.__setattr__(scores, name, getattr(scores, name)[:, :capacity].contiguous())
+        for name, length in (("a", 210), ("b", 200), ("c", 161)):
+            world.add(name, length)
+            world.step((name, 0, length - 1))
+        world.step(("a", 209, 210), ("b", 199, 200), ("c", 160, 161))
+        tables.append((world.pages[: 3 * KV_HEADS, :4].clone(), world.lengths.clone()))
+    assert torch.equal(tables[0][0], tables[1][0]) and torch.equal(tables[0][1], tables[1][1])
+
+
+@pytest.mark.parametrize("retriever", ["random", "recent", "dense"])
+def test_baselines(retriever, device):
+    world = World(device)
+    world.retriever.configure(world.config.model_copy(update={"retriever": retriever}))
+    world.add("a", 210)
+    world.step(("a", 0, 209))
+    world.step(("a", 209, 210))
+    pages = [world.rows["a"].index(p // KV_HEADS) for p in world.pages[0, :14].tolist() if p // KV_HEADS in world.rows["a"]]
+    if retriever == "dense":
+        assert int(world.lengths[0]) == 210 and pages == list(range(14))
+    elif retriever == "recent":
+        assert pages[:4] == [0, 11, 12, 13]
+    else:
+        assert pages[0] == 0 and pages[2:4] == [12, 13] and 0 < pages[1] < 12
+    # Switching the retriever never costs the head its memory.
+    assert_close("keys", world.expected_keys("a"), world.stored_keys("a", 210), 1e-5)
+
+
+def test_stats_count_pages(device):
+    world = World(device)
+    world.add("a", 210)
+    world.step(("a", 0, 209))
+    world.step(("a", 209, 210))
+    stats = world.retriever.stats(reset=True)
+    assert (stats["pages_read"], stats["pages_total"]) == (4 * KV_HEADS, 14 * KV_HEADS)
+    assert stats["decode_rows"] == 1 and 0 < stats["kept_mass_mean"] < 1
+    assert world.retriever.stats()["pages_read"] == 0
+
+
+def test_settings_beyond_the_table_are_refused(device):
+    world = World(device)
+    world.retriever.table_pages = 8
+    with pytest.raises(ConfigError, match="holds 128 tokens a head and these settings read up to 256"):
+        world.retriever.configure(world.config.model_copy(update={"budget": 256}))

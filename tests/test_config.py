@@ -1,0 +1,46 @@
+"""Every bad setting gives one sentence that names the key, what was found and what to do."""
+
+import pytest
+
+from specontext_vllm.config import ConfigError, SpeContextConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"budgett": 512}, "unknown key 'budgett'; did you mean 'budget'?"),
+        ({"colour": 1}, "unknown key 'colour'; the keys are retrieval_head, budget"),
+        ({"budget": 64}, "budget: found 64, but sinks (1 pages), recents (5 pages) and one page to choose need 112 tokens"),
+        ({"budget": "many"}, "budget: found 'many'; input should be a valid integer"),
+        ({"budget": -1}, "budget: found -1; input should be greater than 0"),
+        ({"retriever": "magic"}, "retriever: found 'magic'; input should be 'dlm', 'random', 'recent' or 'dense'"),
+        ({"confidence_threshold": 2}, "confidence_threshold: found 2; input should be less than or equal to 1"),
+        ({"fallback_budget": 512}, "fallback_budget: found 512, less than budget (2048)"),
+        ("no", "found 'no', expected an object"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict | str) and len(str(value)) < 40 else "",
+)
+def test_one_sentence(settings, sentence):
+    with pytest.raises(ConfigError) as error:
+        SpeContextConfig.from_settings(settings)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_pages_cover_the_tokens():
+    config = SpeContextConfig(sink_tokens=17, recent_tokens=64)
+    assert (config.sink_pages, config.recent_pages, config.budget_pages) == (2, 5, 128)
+    # The newest page may hold a single token: even then 64 of the newest tokens are in 5 pages.
+    assert (config.recent_pages - 1) * 16 + 1 >= 64
+
+
+def test_table_is_as_wide_as_the_widest_selection():
+    assert SpeContextConfig().table_pages(131072) == 128
+    assert SpeContextConfig().table_pages(1000) == 63
+    assert SpeContextConfig(confidence_threshold=0.5).table_pages(131072) == 512
+    assert SpeContextConfig(confidence_threshold=0.5, fallback_budget=4096).table_pages(131072) == 256
+    assert SpeContextConfig(retriever="dense").table_pages(131072) == 8192
+
+
+def test_absent_settings_are_the_defaults():
+    assert SpeContextConfig.from_additional_config(None) == SpeContextConfig.from_additional_config({}) == SpeContextConfig()

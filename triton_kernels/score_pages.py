@@ -1,0 +1,87 @@
+"""Scores of KV pages: the retrieval head's query against its paged keys, reduced to two numbers a page."""
+
+import torch
+import triton
+import triton.language as tl
+
+PAGES_PER_PROGRAM = 8
+
+
+@triton.jit
+def _score_pages_kernel(
+    p_queries, p_keys, p_block_table, p_seq_lens, p_max, p_lse,
+    scale, s_table, s_scores, first_row, least_pages,
+    NQ: tl.constexpr, NKV: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_local = tl.program_id(0)
+    i_block = tl.program_id(1)
+    i_kv = tl.program_id(2)
+    G: tl.constexpr = NQ // NKV
+    i_row = (first_row + i_local).to(tl.int64)
+    seq_len = tl.load(p_seq_lens + i_row)
+    pages = (seq_len + P - 1) // P
+    if (i_block * PAGES < pages) & (pages > least_pages):
+        # Rows lie behind one another in the workspace: this row starts after the pages of the rows before it.
+        o_row = tl.arange(0, ROWS)
+        b_before = tl.load(p_seq_lens + first_row + o_row, mask=o_row < i_local, other=0)
+        start = tl.sum((b_before + P - 1) // P)
+        # [PAGES * P]
+        o_t = tl.arange(0, PAGES * P)
+        o_page = i_block * PAGES + o_t // P
+        o_token = i_block * PAGES * P + o_t
+        m_token = o_token < seq_len
+        b_block = tl.load(p_block_table + i_row * s_table + o_page, mask=m_token, other=0).to(tl.int64)
+        # [PAGES * P, D_PAD]
+        o_d = tl.arange(0, D_PAD)
+        b_k = tl.load(
+            p_keys + (((b_block * NKV + i_kv) * P + o_t % P) * D)[:, None] + o_d[None, :],
+            mask=m_token[:, None] & (o_d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        # [G_PAD, D_PAD]
+        o_g = tl.arange(0, G_PAD)
+        b_q = tl.load(
+            p_queries + (i_row * NQ + i_kv * G + o_g)[:, None] * D + o_d[None, :],
+            mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        # Token 0 has no (token, aux) pair; its page is always kept.
+        b_s = tl.where((m_token & (o_token > 0))[None, :], b_s, float("-inf"))
+        # [G_PAD, PAGES, P] -> [G_PAD, PAGES]
+        b_s = tl.reshape(b_s, (G_PAD, PAGES, P))
+        b_max = tl.max(b_s, axis=2)
+        b_safe = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_lse = b_safe + tl.log(tl.sum(tl.exp(b_s - b_safe[:, :, None]), axis=2))
+        o_p = i_block * PAGES + tl.arange(0, PAGES)
+        o_out = (i_kv * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_p[None, :]
+        m_out = (o_g < G)[:, None] & (o_p < pages)[None, :]
+        tl.store(p_max + o_out, b_max, mask=m_out)
+        tl.store(p_lse + o_out, b_lse, mask=m_out)
+
+
+def score_pages(
+    queries: torch.Tensor, keys: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
+    page_max: torch.Tensor, page_lse: torch.Tensor, *, first_row: int, num_rows: int, max_pages: int, least_pages: int,
+) -> None:  # fmt: skip
+    """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head.
+
+    Args:
+        queries: ``[B, NQ, D]``.
+        keys: ``[num_blocks, NKV, P, D]``.
+        block_table: ``[>= B, W]`` int32.
+        seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
+        page_max, page_lse: ``[NQ, C]`` float32, written: row r's pages start after those of rows first_row..r-1.
+        first_row, num_rows: the rows to score.
+        max_pages: upper bound of a row's pages.
+        least_pages: rows with no more pages than this are left out (they are read whole).
+    """
+    nq, d = queries.shape[1:]
+    nkv, page_size = keys.shape[1:3]
+    grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), nkv)
+    _score_pages_kernel[grid](
+        queries, keys, block_table, seq_lens, page_max, page_lse,
+        d**-0.5, block_table.stride(0), page_max.stride(0), first_row, least_pages,
+        NQ=nq, NKV=nkv, G_PAD=max(16, triton.next_power_of_2(nq // nkv)), P=page_size, D=d,
+        D_PAD=max(16, triton.next_power_of_2(d)), PAGES=PAGES_PER_PROGRAM, ROWS=triton.next_power_of_2(num_rows),
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Top-K pages of every (request, KV head), and the page table that attention reads, in one kernel."""
+
+import torch
+import triton
+import triton.language as tl
+
+# Above the order-preserving integer of +inf: sinks and recents win against every score.
+_ALWAYS = 0x7F800001
+
+
+@triton.jit
+def _select_pages_kernel(
+    p_max, p_lse, p_order, p_seq_lens, p_block_table, p_pages, p_lengths, p_mass,
+    s_table, s_scores, s_pages, first_row, budget, sinks, recents, threshold,
+    H: tl.constexpr, H_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr,
+):  # fmt: skip
+    i_local = tl.program_id(0)
+    i_head = tl.program_id(1)
+    i_row = (first_row + i_local).to(tl.int64)
+    seq_len = tl.load(p_seq_lens + i_row)
+    pages = (seq_len + P - 1) // P
+    p_table = p_block_table + i_row * s_table
+    p_out = p_pages + (i_row * H + i_head) * s_pages
+    active = True
+    if FALLBACK:
+        o_h = tl.arange(0, H_PAD)
+        b_mass = tl.load(p_mass + i_row * H + o_h, mask=o_h < H, other=0.0)
+        active = tl.sum(b_mass) / H < threshold
+    o_block = tl.arange(0, BLOCK)
+    if active:
+        if pages <= budget:
+            for first in range(0, pages, BLOCK):
+                o_p = first + o_block
+                b_id = tl.load(p_table + o_p, mask=o_p < pages, other=0)
+                tl.store(p_out + o_p, b_id * H + i_head, mask=o_p < pages)
+            tl.store(p_lengths + i_row * H + i_head, seq_len)
+            if not FALLBACK:
+                tl.store(p_mass + i_row * H + i_head, 1.0)
+        else:
+            o_row = tl.arange(0, ROWS)
+            b_before = tl.load(p_seq_lens + first_row + o_row, mask=o_row < i_local, other=0)
+            start = tl.sum((b_before + P - 1) // P)
+            o_g = tl.arange(0, G_PAD)
+            m_g = o_g < G
+            # [G_PAD, BLOCK]
+            o_tile = (i_head * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_block[None, :]
+            # Log of the softmax denominator of each query head, [G_PAD].
+            b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
+            b_sum = tl.zeros((G_PAD,), tl.float32)
+            for first in range(0, pages, BLOCK):
+                m_tile = m_g[:, None] & (first + o_block < pages)[None, :]
+                b_lse = tl.load(p_lse + o_tile + first, mask=m_tile, other=float("-inf"))
+                b_lse = tl.where(m_g[:, None], b_lse, 0.0)
+                b_new = tl.maximum(b_top, tl.max(b_lse, axis=1))
+                b_sum = b_sum * tl.exp(b_top - b_new) + tl.sum(tl.exp(b_lse - b_new[:, None]), axis=1)
+                b_top = b_new
+            b_total = b_top + tl.log(b_sum)
+            # Score of a page: the largest attention weight (as a logarithm) over its tokens and the group's query heads,
+            # kept as an integer of the same order.
+            p_row_order = p_order + i_head.to(tl.int64) * s_scores + start
+            least = tl.full((), ALWAYS, tl.int64)
+            for first in range(0, pages, BLOCK):
+                o_p = first + o_block
+                m_tile = m_g[:, None] & (o_p < pages)[None, :]
+                b_m = tl.load(p_max + o_tile + first, mask=m_tile, other=float("-inf"))
+                b_m = tl.where(m_tile, b_m - b_total[:, None], float("-inf"))
+                b_bits = tl.max(b_m, axis=0).to(tl.int32, bitcast=True)
+                b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
+                b_order = tl.where((o_p < sinks) | (o_p >= pages - recents), ALWAYS, b_order)
+                tl.store(p_row_order + o_p, b_order, mask=o_p < pages)
+                least = tl.minimum(least, tl.min(tl.where(o_p < pages, b_order, ALWAYS)).to(tl.int64))
+            # Other threads of this program wrote what is read below.
+            tl.debug_barrier()
+            # The largest threshold that at least `budget` pages reach.
+            low = least
+            high = tl.full((), ALWAYS, tl.int64)
+            while low < high:
+                middle = low + (high - low + 1) // 2
+                count = tl.full((), 0, tl.int32)
+                for first in range(0, pages, BLOCK):
+                    o_p = first + o_block
+                    b_order = tl.load(p_row_order + o_p, mask=o_p < pages, other=-0x80000000)
+                    count += tl.sum(((b_order.to(tl.int64) >= middle) & (o_p < pages)).to(tl.int32))
+                low = tl.where(count >= budget, middle, low)
+                high = tl.where(count >= budget, high, middle - 1)
+                high = tl.where(count == budget, middle, high)
+            above = tl.full((), 0, tl.int32)
+            for first in range(0, pages, BLOCK):
+                o_p = first + o_block
+                b_order = tl.load(p_row_order + o_p, mask=o_p < pages, other=-0x80000000)
+                above += tl.sum(((b_order.to(tl.int64) > low) & (o_p < pages)).to(tl.int32))
+            # Pages in ascending order, so that the partly filled newest page comes last; ties go to the older page.
+            taken = tl.full((), 0, tl.int32)
+            tied = tl.full((), 0, tl.int32)
+            b_kept = tl.zeros((G_PAD,), tl.float32)
+            for first in range(0, pages, BLOCK):
+                o_p = first + o_block
+                m_p = o_p < pages
+                b_order = tl.load(p_row_order + o_p, mask=m_p, other=-0x80000000).to(tl.int64)
+                b_tie = ((b_order == low) & m_p).to(tl.int32)
+                m_keep = ((b_order > low) & m_p) | ((b_tie > 0) & (tied + tl.cumsum(b_tie, axis=0) <= budget - above))
+                b_keep = m_keep.to(tl.int32)
+                b_id = tl.load(p_table + o_p, mask=m_keep, other=0)
+                tl.store(p_out + taken + tl.cumsum(b_keep, axis=0) - 1, b_id * H + i_head, mask=m_keep)
+                taken += tl.sum(b_keep)
+                tied += tl.sum(b_tie)
+                b_lse = tl.load(p_lse + o_tile + first, mask=m_g[:, None] & m_keep[None, :], other=float("-inf"))
+                b_kept += tl.sum(tl.where(m_g[:, None] & m_keep[None, :], tl.exp(b_lse - b_total[:, None]), 0.0), axis=1)
+            tl.store(p_lengths + i_row * H + i_head, (budget - 1) * P + (seq_len - 1) % P + 1)
+            if not FALLBACK:
+                tl.store(p_mass + i_row * H + i_head, tl.sum(tl.where(m_g, b_kept, 0.0)) / G)
+
+
+def select_pages(
+    page_max: torch.Tensor, page_lse: torch.Tensor, order: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor,
+    pages: torch.Tensor, lengths: torch.Tensor, kept_mass: torch.Tensor, *, page_size: int, num_kv_heads: int, first_row: int,
+    num_rows: int, max_pages: int, budget_pages: int, sink_pages: int, recent_pages: int, fallback_threshold: float | None = None,
+) -> None:  # fmt: skip
+    """Keep each (row, KV head)'s sinks, recents and best pages; see ``specontext_vllm.retrieval.selection``.
+
+    Args:
+        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows.
+        order: ``[H, C]`` int32 scratch.
+        seq_lens, block_table: ``[>= B]`` int32, ``[>= B, W]`` int32.
+        pages: ``[B * H, K]`` int32 head pages, written in ascending order of position.
+        lengths: ``[B * H]`` int32 tokens in them, written.
+        kept_mass: ``[B, H]`` float32 attention mass kept, written; read only when ``fallback_threshold`` is given, which
+            rewrites the rows whose mean mass lies under it with ``budget_pages`` pages.
+    """
+    heads = num_kv_heads
+    group = page_max.shape[0] // heads
+    _select_pages_kernel[(num_rows, heads)](
+        page_max, page_lse, order, seq_lens, block_table, pages, lengths, kept_mass,
+        block_table.stride(0), page_max.stride(0), pages.stride(0), first_row, budget_pages, sink_pages, recent_pages,
+        0.0 if fallback_threshold is None else fallback_threshold,
+        H=heads, H_PAD=triton.next_power_of_2(heads), G=group, G_PAD=triton.next_power_of_2(group), P=page_size,
+        ROWS=triton.next_power_of_2(num_rows), BLOCK=min(4096, max(64, triton.next_power_of_2(max_pages))), ALWAYS=_ALWAYS,
+        FALLBACK=fallback_threshold is not None, num_warps=8,
+    )  # fmt: skip
