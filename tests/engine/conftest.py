@@ -13,10 +13,14 @@ import torch
 DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo"
 ENGINE = {
     "model": str(DEMO_MODEL), "dtype": "float32", "max_model_len": 1536, "max_num_seqs": 4, "max_num_batched_tokens": 256,
-    "enforce_eager": True, "seed": 0, "disable_log_stats": False,
-    # 90 pages: four of the requests below do not fit at once, so some are preempted and resumed.
-    "num_gpu_blocks_override": 90,
+    "enforce_eager": not torch.cuda.is_available(), "gpu_memory_utilization": 0.3, "seed": 0, "disable_log_stats": False,
+    # 1,600 tokens: four of the requests below do not fit at once, so some are preempted and resumed.
+    "block_size": 16, "num_gpu_blocks_override": 101,
 }  # fmt: skip
+
+
+# vLLM's own CPU attention takes blocks of 32 tokens; as many tokens in all.
+STOCK = {} if torch.cuda.is_available() else {"block_size": 32, "num_gpu_blocks_override": 51}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.conftest import DEMO_MODEL, STOCK, engine
 
 MAX_TOKENS = 24
 
@@ -70,7 +70,7 @@ def abort_neighbour(llm, prompts) -> list[int]:
 
 @pytest.fixture(scope="module")
 def stock(prompts):
-    with engine() as llm:
+    with engine(**STOCK) as llm:
         return scenarios(llm, prompts)
 
 

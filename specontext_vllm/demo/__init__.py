@@ -1,0 +1,1 @@
+"""The bundled demo: its tasks, its training, and `make demo`."""
