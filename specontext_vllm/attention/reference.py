@@ -41,7 +41,7 @@ class TorchProvider(AttentionProvider):
             ids = rows.block_table[row, : pages_for(context)].long()
             # [H, context, 2 * D]
             kv = kv_cache[ids].transpose(0, 1).reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
-            mask = torch.ones(new, context, dtype=torch.bool).tril(diagonal=context - new) if context > new else None
+            mask = torch.ones(new, context, dtype=torch.bool, device=query.device).tril(diagonal=context - new) if context > new else None
             output[span] = F.scaled_dot_product_attention(
                 query[span].transpose(0, 1)[None], kv[None, ..., : self.head_dim], kv[None, ..., self.head_dim :],
                 attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,

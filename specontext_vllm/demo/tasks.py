@@ -16,15 +16,18 @@ from specontext_vllm.demo import words as W
 BOS, USER, ASSISTANT, END, PAD = "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 SPECIALS = [PAD, BOS, END, USER, ASSISTANT]
 
-_PIECE = re.compile(r"<\|\w+\|>| ?[A-Za-z]+|\d|\n|[^\w\s]| ")
+PIECE_PATTERN = r" ?[A-Za-z]+| ?[0-9]|\n|[^A-Za-z0-9\s]|\s"
+_PIECE = re.compile(r"<\|\w+\|>|" + PIECE_PATTERN)
 
+# One word stands between a name and its value in every form: what a small model must learn is then one step, not many.
 FACTS = [
     "The code of {key} is {value}.",
     "The number of {key} is {value}.",
     "Remember that the code of {key} is {value}.",
-    "{key} has the number {value}.",
-    "Please note that {key} uses the code {value}.",
-    "The secret number for {key} is {value}.",
+    "Please note that the number for {key} is {value}.",
+    "You should know that {key} has {value} as a code.",
+    "Everyone knows that {key} uses {value} as a number.",
+    "My friend {key} got {value} as a secret code.",
 ]
 FACT_QUESTIONS = [
     "What is the code of {key}?",
@@ -124,7 +127,8 @@ def make_items(rng: Random, facts: int, passages: int) -> list[Item]:
     for key in keys[facts:]:
         body = " ".join(sentence(rng) for _ in range(rng.randint(3, 8)))
         question = rng.choice(PASSAGE_QUESTIONS).format(key=key)
-        items.append(Item("recitation", PASSAGE.format(key=key, body=body), question, body, body))
+        text = PASSAGE.format(key=key, body=body)
+        items.append(Item("recitation", text, question, text, body))
     rng.shuffle(items)
     return items
 
@@ -238,10 +242,11 @@ def make_problem(
 
 
 def score(problem: Problem, reply: str) -> float:
-    """Needle: 1.0 if the value is in the reply, else 0.0. Recitation: words right from the start, as a share of the passage's."""
+    """Needle: 1.0 if the value is in the reply, else 0.0. Recitation: words right from the start, as a share of the passage's; a
+    leading "Passage NAME:" does not count."""
     if problem.kind == "needle":
         return float(re.search(rf"(?<!\w){re.escape(problem.answer)}(?!\w)", reply) is not None)
-    wanted, got = problem.answer.split(), reply.split()
+    wanted, got = problem.answer.split(), re.sub(r"^\s*Passage \w+:", "", reply).split()
     right = 0
     while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
         right += 1
@@ -287,8 +292,8 @@ def vocabulary() -> list[str]:
     for group in (W.KEYS, W.SUBJECTS, W.VERBS, W.ADJECTIVES, W.NOUNS, W.LINKS, W.ADVERBS, W.COUNTS):
         found |= dict.fromkeys(f" {word}" for word in group)
     # Line starts have no space before the word.
-    found |= dict.fromkeys([*W.SUBJECTS, *W.KEYS, *"0123456789", "\n", " "])
-    texts = [*FACTS, *FACT_QUESTIONS, *PASSAGE_QUESTIONS, *PREAMBLES, PASSAGE, ACKNOWLEDGEMENT, FACT_ANSWER, "Question:", "Answer:"]
+    found |= dict.fromkeys([*W.SUBJECTS, *W.KEYS, *"0123456789", *(f" {digit}" for digit in range(10)), "\n", " "])
+    texts = [*FACTS, *FACT_QUESTIONS, *PASSAGE_QUESTIONS, *PREAMBLES, PASSAGE.split("{body}")[0], ACKNOWLEDGEMENT, FACT_ANSWER, "Question:", "Answer:"]
     for text in texts:
         text = re.sub(r"\{\w+\}", "", text)
         for part in (text, " " + text):

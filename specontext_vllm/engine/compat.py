@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-CPU_WORKER = "specontext_vllm.engine.worker.SpeContextCPUWorker"
-GPU_WORKER = "specontext_vllm.engine.worker.SpeContextGPUWorker"
+CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
+GPU_WORKER = "specontext_vllm.engine.worker_gpu.SpeContextGPUWorker"
 
 
 def choose_worker() -> None:
