@@ -52,7 +52,7 @@ amber ancient angry bare bitter black blind blue bold brave brief bright broad b
 clean clear clever cold common copper cruel curious damp dark dear deep dim distant dry dull dusty eager early easy
 empty equal fair faint famous fancy fast fat final fine firm flat foolish foreign fresh gentle giant glad golden grand
 grave gray great green happy hard harsh heavy hidden hollow honest hot huge humble humid icy idle iron jolly keen kind
-large late lazy light little local lonely long loose loud low lucky mad major mean mild minor modern muddy narrow near
+large late lazy light little local lonely long loose loud low lucky mad major mean mild minor modern muddy narrow
 neat new noble noisy odd old open orange pale patient plain polite poor pretty proud purple quick quiet rare raw ready
 red rich rigid ripe rough round royal rude rural rusty sacred sad safe salty scarce secret sharp shiny short shy
 silent silver simple slim slow small smooth soft solid sore sour spare square steep stiff still strange strict strong
@@ -81,7 +81,7 @@ villages violins wagons walls wasps watches wells whales wheels wings wolves woo
 LINKS = "above across after against along among around before behind below beneath beside between beyond despite during inside near outside past through toward under until upon within without".split()
 
 ADVERBS = """
-again alone badly boldly bravely briefly calmly daily early easily gladly hardly kindly loudly nearly nightly often
+again alone badly boldly bravely briefly calmly daily easily gladly hardly kindly loudly nearly nightly often
 openly proudly quickly quietly rarely sadly safely seldom slowly softly suddenly today together twice weekly
 """.split()
 

@@ -109,7 +109,9 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
         scores = q @ kv[..., :head_dim].transpose(1, 2) * head_dim**-0.5
         causal = torch.ones(count, tokens, dtype=torch.bool).tril(tokens - count)
         expected = scores.masked_fill(~causal, float("-inf")).softmax(-1) @ kv[..., head_dim:]
-        assert_close("output", expected.transpose(0, 1), output[at : at + count], 1e-5 if dtype == torch.float32 else 1e-2)
+        # vLLM's Triton attention multiplies float32 on tf32 units.
+        exact = dtype == torch.float32 and provider is TorchProvider
+        assert_close("output", expected.transpose(0, 1), output[at : at + count], 1e-5 if exact else 1e-2)
         at += count
 
 

@@ -1,0 +1,185 @@
+"""`python -m specontext_vllm.demo`: facts and a passage out of 8,000 tokens, by sparse and by dense attention.
+
+Starts `vllm serve` with the specontext backend, asks through the OpenAI client, ends it, and does the same with vLLM's own
+backend. Exit code 0: every answer of the specontext server was right; 1: not, or a server failed.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from openai import OpenAI, OpenAIError
+from rich.console import Console
+from rich.table import Table
+
+from specontext_vllm.demo.server import ServerError, VllmServer, device_arguments, has_gpu
+from specontext_vllm.demo.tasks import Problem, make_problem, score
+
+ASKED = (("needle", "question_last"), ("needle", "question_first"), ("needle", "multi_turn"), ("recitation", "question_last"))
+RIGHT = {"needle": 1.0, "recitation": 0.9}
+"""Scores from which an answer counts as right: the whole value; nine in ten words of the passage, from its start."""
+
+SPARE_TOKENS = 32
+"""Tokens a reply may have beyond two for each word that is asked for."""
+
+WARM_UP_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A streamed reply; times in seconds."""
+
+    text: str
+    right: bool
+    first_token: float
+    tokens: int
+    prompt_tokens: int
+    decode: float
+    pages_read: float | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the decode, without the first token; None for a reply of one token."""
+        return (self.tokens - 1) / self.decode if self.tokens > 1 and self.decode > 0 else None
+
+
+def ask(server: VllmServer, model: str, problem: Problem, *, sparse: bool, max_tokens: int | None = None) -> Answer:
+    """Stream one reply and measure it."""
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    if sparse:
+        server.rpc("specontext_stats", reset=True)
+    begin = time.perf_counter()
+    first = last = None
+    text, usage = "", None
+    stream = client.chat.completions.create(
+        model=model, messages=problem.messages, temperature=0, stream=True, stream_options={"include_usage": True},
+        max_tokens=max_tokens or 2 * len(problem.answer.split()) + SPARE_TOKENS,
+    )  # fmt: skip
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if chunk.choices and chunk.choices[0].delta.content:
+            last = time.perf_counter()
+            first = first or last
+            text += chunk.choices[0].delta.content
+    end = time.perf_counter()
+    share = None
+    if sparse:
+        stats = server.rpc("specontext_stats")
+        share = stats["pages_read"] / stats["pages_total"] if stats["pages_total"] else None
+    first, last = first or end, last or end
+    right = score(problem, text) >= RIGHT[problem.kind]
+    return Answer(text.strip(), right, first - begin, usage.completion_tokens, usage.prompt_tokens, last - first, share)
+
+
+def question(problem: Problem) -> str:
+    """The line that asks."""
+    lines = problem.messages[-1]["content"].splitlines()
+    return lines[0] if problem.layout == "question_first" else lines[-1]
+
+
+def run(console: Console, name: str, model: Path, arguments: list[str], problems: list[Problem], warm_up: Problem, *, sparse: bool) -> list[Answer]:
+    """Start one server, ask everything, end it."""
+    with console.status(f"{name}: the server starts ...") as status:
+
+        def on_wait(seconds: float) -> None:
+            status.update(f"{name}: the server starts ... {seconds:.0f} s")
+
+        console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
+        with VllmServer(model, arguments, on_wait) as server:
+            console.print(f"{name}: ready after {server.start_seconds:.0f} s (log {server.log})", markup=False, soft_wrap=True)
+            served = OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data[0].id
+            status.update(f"{name}: warming up ...")
+            ask(server, served, warm_up, sparse=sparse, max_tokens=16)
+            answers = []
+            for number, problem in enumerate(problems, 1):
+                status.update(f"{name}: question {number} of {len(problems)} ...")
+                answer = ask(server, served, problem, sparse=sparse)
+                answers.append(answer)
+                rate = answer.tokens_per_second
+                console.print(
+                    f"{name}: {question(problem)} -> {answer.text[:80]} ({answer.prompt_tokens:,} tokens read in "
+                    f"{answer.first_token:.2f} s{'' if rate is None else f', then {rate:.0f} tokens/s'})", markup=False, soft_wrap=True,
+                )  # fmt: skip
+            status.update(f"{name}: the server ends ...")
+    return answers
+
+
+def compare(problems: list[Problem], sparse: list[Answer], dense: list[Answer]) -> Table:
+    """Question by question, both servers."""
+    table = Table(title="SpeContext beside dense attention", title_justify="left", show_lines=True)
+    table.add_column("question", ratio=2)
+    table.add_column("specontext's answer", ratio=3)
+    table.add_column("dense answer", ratio=3)
+    table.add_column("right?")
+    for heading in ("KV pages read", "first token, s", "tokens/s", "dense: first token, s", "dense: tokens/s"):
+        table.add_column(heading, justify="right")
+
+    def rate(answer: Answer) -> str:
+        return "–" if answer.tokens_per_second is None else f"{answer.tokens_per_second:.0f}"
+
+    for problem, ours, theirs in zip(problems, sparse, dense, strict=True):
+        verdict = "yes" if ours.right else f"NO: {problem.answer}"
+        if not theirs.right:
+            verdict += " (dense: no)"
+        share = "–" if ours.pages_read is None else f"{ours.pages_read:.1%}"
+        table.add_row(
+            question(problem), ours.text, theirs.text, verdict, share,
+            f"{ours.first_token:.2f}", rate(ours), f"{theirs.first_token:.2f}", rate(theirs),
+        )  # fmt: skip
+    return table
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Model folder with a retrieval_head/ folder in it.")] = Path("models/demo"),
+    config: Annotated[Path, typer.Option(help="vLLM's YAML for the specontext server.")] = Path("configs/demo.yaml"),
+    tokens: Annotated[int, typer.Option(help="Approximate tokens of each prompt.")] = 8000,
+    seed: Annotated[int, typer.Option(help="Chooses the texts and questions.")] = 0,
+) -> None:
+    """Ask a server with the specontext backend, and one with vLLM's own, for facts and a passage out of long prompts."""
+    for option, path in (("--model", model / "config.json"), ("--config", config)):
+        if not path.exists():
+            typer.echo(f"{option}: {path} does not exist; run the demo from the repository's root or name another.", err=True)
+            raise typer.Exit(1)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    problems = [
+        make_problem(kind, seed=1000 * seed + i, approx_tokens=tokens, layout=layout) for i, (kind, layout) in enumerate(ASKED)
+    ]
+    warm_up = make_problem("needle", seed=WARM_UP_SEED + seed, approx_tokens=tokens, layout="question_last")
+    # A terminated demo leaves through the same doors as one that is interrupted.
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = ["--config", str(config.resolve()), *device_arguments()]
+    try:
+        sparse = run(console, "specontext", model, arguments, problems, warm_up, sparse=True)
+        # The same options; a later --attention-backend wins over the file's.
+        dense = run(console, "dense", model, [*arguments, "--attention-backend", "auto"], problems, warm_up, sparse=False)
+    except (ServerError, OpenAIError, OSError) as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("Interrupted; the server has ended.")
+        raise typer.Exit(130) from None
+    console.print(compare(problems, sparse, dense))
+    if not has_gpu():
+        console.print(
+            "The speeds above show nothing: a model of a few million parameters on a CPU, where the attention of the specontext "
+            "backend is plain torch. benchmarks/results/ holds measurements on a GPU."
+        )
+    else:
+        console.print("With a model this small, decode is bound by launches, not by KV; benchmarks/results/ shows where sparsity pays.")
+    wrong = sum(not answer.right for answer in sparse)
+    console.print(f"{len(sparse) - wrong} of {len(sparse)} answers of the specontext server are right.")
+    raise typer.Exit(1 if wrong else 0)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    typer.run(main)

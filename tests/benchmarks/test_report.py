@@ -1,0 +1,165 @@
+"""Reports, intervals, byte limits and the rows of the decode table; engines are not started."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import decode, report
+from benchmarks.__main__ import app
+from benchmarks.children import ChildError, run_child
+from benchmarks.intervals import bootstrap, wilson
+from benchmarks.machine import device_slug
+from benchmarks.recall import DENSE, STOCK, add_ratios
+from benchmarks.shapes import Shape
+
+MACHINE = {
+    "gpus": [{"name": "NVIDIA H200", "driver": "580.1", "memory": "143771 MiB"}], "cpu": "some CPU", "cores": 16,
+    "packages": {"torch": "2.11", "triton": None}, "commit": None,
+}  # fmt: skip
+
+
+def make_report(**fields):
+    tables = {"Times": (report.Column("cell", "cell"), report.Column("ms", "step, ms", ".2f"), report.Column("share", "share", ".1%"))}
+    return report.Report("decode", "A title", tables, machine=MACHINE, date="2026-01-01", command="python -m benchmarks decode", **fields)
+
+
+def test_the_files_hold_the_figures_and_the_command(tmp_path):
+    made = make_report(rows=[{"cell": "a|b", "ms": 7.456, "share": 0.0625}, {"cell": "c"}], failures={"stock": "it died."})
+    path = made.write(tmp_path)
+    assert path.name == "decode-h200.md"
+    text = path.read_text()
+    assert "| a\\|b | 7.46 | 6.2% |" in text
+    assert "| c | – | – |" in text
+    assert "failed: stock" in text and "`python -m benchmarks decode`" in text and "driver 580.1" in text
+    stored = json.loads((tmp_path / "decode-h200.json").read_text())
+    assert stored["rows"][0]["ms"] == 7.456 and stored["machine"] == MACHINE and stored["failures"] == {"stock": "it died."}
+
+
+def test_machines_without_a_gpu_share_a_name():
+    assert device_slug({"gpus": []}) == "cpu"
+    assert device_slug({"gpus": [{"name": "NVIDIA GeForce RTX 4060 Laptop GPU"}]}) == "rtx-4060-laptop-gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "requests", "tokens"), [("24x32k", 24, 32768), ("2x256", 2, 256), ("fitx128k", None, 131072)], ids=lambda v: str(v)
+)
+def test_cells(text, requests, tokens):
+    cell = decode.Cell.parse(text)
+    assert (cell.requests, cell.tokens) == (requests, tokens)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0x1k", "2x0", "2 x 1k", "-1x1k", "2x1m"])
+def test_a_wrong_cell_is_named(text):
+    with pytest.raises(ValueError, match="--cells"):
+        decode.Cell.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["decode", "--cells", "1x8k", "--model-shape", "tiny"], "--cells"),
+        (["decode", "--cells", "64x1k", "--model-shape", "tiny"], "--max-num-seqs"),
+        (["decode", "--model-shape", "9b"], "--model-shape"),
+        (["decode", "--backends", "fast"], "--backends"),
+        (["recall", "--model", "/nowhere"], "--model"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_wrong_option_ends_with_its_name(arguments, named):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr
+
+
+def test_byte_limits_of_the_8b_shape():
+    shape = Shape.named("8b")
+    # 8.03 B parameters, less the input embedding's 0.53 B.
+    assert shape.weight_bytes == pytest.approx(2 * 7.50e9, rel=0.01)
+    assert shape.kv_bytes_per_token == 131072
+    dense = shape.dense_step_bytes(24, 32768) - shape.weight_bytes
+    assert dense == 24 * 32768 * 131072
+    extra = shape.sparse_step_bytes(24, 32768, 2048) - shape.weight_bytes - shape.head_weight_bytes
+    assert extra == 24 * (2048 * 131072 + 32768 * 2048)
+    # Within the budget nothing is scored.
+    assert shape.sparse_step_bytes(1, 1024, 2048) == shape.dense_step_bytes(1, 1024) + shape.head_weight_bytes
+
+
+def engine_cell(median, stats=None):
+    step = {"median": median, "p10": median, "p90": median, "mean": median, "max": median}
+    return {"requests": 6, "prompt_tokens": 1000, "context_tokens": 1064, "prefill_s": 2.0, "step_ms": step, "stats": stats}
+
+
+def test_rows_hold_ratio_limits_and_rest():
+    cells = [decode.Cell.parse("fitx1k"), decode.Cell.parse("1x256")]
+    details = {
+        "engines": {
+            "stock": {"cells": {"fitx1k": engine_cell(30.0)}},
+            "specontext": {"cells": {"fitx1k": engine_cell(7.5, {"pages_read": 1, "pages_total": 16})}},
+        },
+        "stages_ms": {"fitx1k": {"head": 0.5, "scoring": 1.0, "selection": 0.25, "attention": 2.0}},
+        "copy_bandwidth_bytes_per_s": 4e12,
+    }
+    first, second = decode.make_rows(Shape.named("tiny"), cells, details, budget=256)
+    assert first["cell"] == "6 x 1k" and first["ratio"] == 4.0 and first["pages_read"] == 1 / 16
+    assert first["rest"] == 3.75
+    assert 0 < first["sparse_limit"] < first["stock_limit"]
+    assert second == {"cell": "1x256"}
+
+
+def test_ratios_are_to_stock_vllm_where_it_ran():
+    rows = [{"name": DENSE, "needle": 0.5, "recitation": 0.0}, {"name": "dlm 512", "needle": 0.4, "recitation": 0.0}]
+    add_ratios(rows)
+    assert rows[1]["needle_ratio"] == pytest.approx(0.8) and "recitation_ratio" not in rows[1]
+    rows.insert(0, {"name": STOCK, "needle": 1.0, "recitation": 1.0})
+    add_ratios(rows)
+    assert rows[2]["needle_ratio"] == pytest.approx(0.4) and rows[2]["recitation_ratio"] == 0.0
+
+
+def test_wilson():
+    # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert wilson(right, count) == pytest.approx((low, high), abs=6e-5)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_bootstrap_covers_the_mean():
+    scores = [0.0, 0.2, 0.9, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.7]
+    low, high = bootstrap(scores)
+    assert 0.4 < low < sum(scores) / 10 < high < 1.0
+    assert bootstrap(scores) == (low, high)
+    assert bootstrap([]) == (0.0, 1.0)
+
+
+def events(*values):
+    yield from values
+
+
+def events_then_failure(value):
+    yield value
+    raise ValueError("too small")
+
+
+def sleeper():
+    import time
+
+    yield "begun", 1
+    time.sleep(600)
+
+
+def test_a_child_reports_its_events(tmp_path):
+    assert list(run_child(events, ("a", 1), ("b", 2), log=tmp_path / "log", seconds=60)) == [("a", 1), ("b", 2)]
+
+
+def test_a_failing_child_keeps_its_events_and_says_why(tmp_path, capsys):
+    seen = []
+    with pytest.raises(ChildError, match="ValueError: too small"):
+        for event in run_child(events_then_failure, ("a", 1), log=tmp_path / "log", seconds=60):
+            seen.append(event)
+    assert seen == [("a", 1)]
+    assert "too small" in capsys.readouterr().out  # the log's tail
+
+
+def test_a_child_over_its_time_is_stopped(tmp_path):
+    with pytest.raises(ChildError, match="time limit"):
+        list(run_child(sleeper, log=tmp_path / "log", seconds=8))

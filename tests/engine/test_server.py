@@ -1,0 +1,136 @@
+"""A real `vllm serve` process with the demo model, asked by the real OpenAI client; and starts that must fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from specontext_vllm.demo.server import VllmServer, device_arguments, serve_command, server_environment
+from specontext_vllm.demo.tasks import Problem, make_problem, score
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "models" / "demo"
+REPLY_TOKENS = 40
+REFUSAL_SECONDS = 180
+
+pytestmark = pytest.mark.skipif(
+    not (DEMO_MODEL / "config.json").exists(),
+    reason="models/demo is missing; make it with python -m specontext_vllm.demo.train --out models/demo",
+)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[VllmServer]:
+    """The demo's own server; one start serves all tests."""
+    with VllmServer(DEMO_MODEL, ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments()]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: VllmServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+def needle(seed: int, tokens: int) -> Problem:
+    return make_problem("needle", seed=seed, approx_tokens=tokens, layout="question_last")
+
+
+def reply(client: OpenAI, problem: Problem) -> str:
+    answer = client.chat.completions.create(model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS)
+    return answer.choices[0].message.content
+
+
+def test_a_chat_finds_the_needle_and_reads_few_pages(server, client):
+    problem = needle(1, 3000)
+    server.rpc("specontext_stats", reset=True)
+    answer = client.chat.completions.create(model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS)
+    assert score(problem, answer.choices[0].message.content) == 1.0, answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+    assert 2000 < answer.usage.prompt_tokens < 4000
+    stats = server.rpc("specontext_stats")
+    assert stats["decode_rows"] >= answer.usage.completion_tokens - 1
+    # 512 of about 3,000 tokens.
+    assert 0.1 < stats["pages_read"] / stats["pages_total"] < 0.25
+
+
+def test_streaming_gives_the_same_text_piece_by_piece(client):
+    problem = needle(2, 2000)
+    whole = reply(client, problem)
+    stream = client.chat.completions.create(
+        model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS, stream=True,
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    parts, usage = [], None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        if chunk.choices and chunk.choices[0].delta.content:
+            parts.append(chunk.choices[0].delta.content)
+    assert "".join(parts) == whole
+    assert len(parts) > 1
+    assert usage.completion_tokens > 1
+
+
+def test_concurrent_requests_answer_as_alone(client):
+    problems = [needle(10 + i, tokens) for i, tokens in enumerate((300, 1000, 2000, 2500))]
+    with ThreadPoolExecutor(len(problems)) as pool:
+        together = list(pool.map(lambda problem: reply(client, problem), problems))
+    alone = [reply(client, problem) for problem in problems]
+    assert together == alone
+    assert sum(score(problem, text) for problem, text in zip(problems, together, strict=True)) >= len(problems) - 1, together
+
+
+def test_an_aborted_stream_leaves_the_server_well(client):
+    problem = needle(3, 2000)
+    expected = reply(client, problem)
+    with client.chat.completions.create(model="demo", messages=problem.messages, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}) as stream:  # fmt: skip
+        next(iter(stream))
+    assert reply(client, problem) == expected
+
+
+REFUSALS = {
+    "budget below sinks and recents": ({"budget": 8}, "budget: found 8"),
+    "unknown key": ({"buget": 512}, "unknown key 'buget'; did you mean 'budget'?"),
+    "no head": ({}, "retrieval_head: none given"),
+}
+
+
+@pytest.fixture(scope="session")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and stderr of the starts in ``REFUSALS``, all at once to save time: each mostly imports vLLM."""
+    headless = tmp_path_factory.mktemp("headless")
+    for file in DEMO_MODEL.iterdir():
+        if file.is_file():
+            (headless / file.name).symlink_to(file.resolve())
+    processes = {}
+    for name, (settings, _) in REFUSALS.items():
+        command = serve_command(
+            headless if name == "no head" else DEMO_MODEL, "--attention-backend", "specontext", "--port", "0",
+            "--additional-config", json.dumps({"specontext": settings}), *device_arguments(),
+        )  # fmt: skip
+        processes[name] = subprocess.Popen(
+            command, cwd=headless, env=server_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    results = {}
+    for name, process in processes.items():
+        try:
+            _, stderr = process.communicate(timeout=REFUSAL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, stderr = process.communicate()
+        results[name] = (process.returncode, stderr)
+    return results
+
+
+@pytest.mark.parametrize("name", REFUSALS, ids=str)
+def test_a_wrong_config_ends_the_start_with_its_sentence(refused, name):
+    code, stderr = refused[name]
+    assert code not in (0, -9), stderr[-2000:]
+    assert REFUSALS[name][1] in stderr, stderr[-2000:]
+    # Before any engine process: what the user sees last is the sentence.
+    assert "EngineCore failed to start" not in stderr
