@@ -533,7 +533,7 @@ def evaluate(model: Model, draft: DraftModel, ids: dict[str, int], deadline: flo
                 for method, budget in columns:
                     limit = 20 if kind == "needle" else 96
                     reply = decoder.decode(state, method, budget, limit, ids[tasks.END], generator)
-                    value = tasks.score(problem, "".join(text_of.get(t, "?") for t in reply))
+                    value = tasks.score(problem, "".join(text_of.get(t, "?") for t in reply if t != ids[tasks.END]))
                     results[method, budget].append(value)
                     if method == "dense":
                         layouts.setdefault(problem.layout, []).append(value)
