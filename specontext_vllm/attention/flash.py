@@ -33,7 +33,14 @@ class FlashAttentionProvider(AttentionProvider):
         self._attend, self._cache = flash_attn_varlen_func, reshape_and_cache_flash
         self.version = flash_attention_version(head_dim, dtype)
         self._metadata: dict[int, Tensor] = {}
+        self._processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         self._one: Tensor | None = None
+
+    def _splits(self, sequences: int) -> int:
+        """Most parts a sequence may be cut into. Enough sequences fill the GPU whole, and spare FA3 its combining kernel."""
+        if self.version != 3:
+            return 0
+        return 1 if sequences >= 0.8 * self._processors else MAX_SPLITS
 
     def plan(self, table: PageTable, rows: int) -> None:
         """Compute FA3's schedule of this step once instead of once a layer, into buffers that graphs may point at."""
@@ -45,7 +52,7 @@ class FlashAttentionProvider(AttentionProvider):
         metadata = get_scheduler_metadata(
             batch_size=sequences, max_seqlen_q=1, max_seqlen_k=table.max_pages * PAGE_SIZE, num_heads_q=self.group, num_heads_kv=1,
             headdim=self.head_dim, cache_seqlens=table.lengths[:sequences], qkv_dtype=self.dtype,
-            cu_seqlens_q=table.starts[: sequences + 1], page_size=PAGE_SIZE, causal=True, num_splits=MAX_SPLITS,
+            cu_seqlens_q=table.starts[: sequences + 1], page_size=PAGE_SIZE, causal=True, num_splits=self._splits(sequences),
         )  # fmt: skip
         kept = self._metadata.get(sequences)
         if kept is None:
@@ -65,7 +72,7 @@ class FlashAttentionProvider(AttentionProvider):
             cu_seqlens_q=table.starts[: sequences + 1], max_seqlen_k=table.max_pages * PAGE_SIZE,
             seqused_k=table.lengths[:sequences], block_table=table.pages[:sequences], causal=True, softmax_scale=self.scale,
             fa_version=self.version, scheduler_metadata=self._metadata.get(sequences),
-            num_splits=MAX_SPLITS if self.version == 3 else 0,
+            num_splits=self._splits(sequences),
         )  # fmt: skip
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:

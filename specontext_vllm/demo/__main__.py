@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def run(console: Console, name: str, model: Path, arguments: list[str], problems
 
         console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
         with VllmServer(model, arguments, on_wait) as server:
-            console.print(f"{name}: ready after {server.start_seconds:.0f} s (log {server.log})", markup=False, soft_wrap=True)
+            console.print(f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True)
             served = OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data[0].id
             status.update(f"{name}: warming up ...")
             ask(server, served, warm_up, sparse=sparse, max_tokens=16)
@@ -103,7 +104,7 @@ def run(console: Console, name: str, model: Path, arguments: list[str], problems
                 answers.append(answer)
                 rate = answer.tokens_per_second
                 console.print(
-                    f"{name}: {question(problem)} -> {answer.text[:80]} ({answer.prompt_tokens:,} tokens read in "
+                    f"{name}: {question(problem)} -> {_short(answer.text)} ({answer.prompt_tokens:,} tokens read in "
                     f"{answer.first_token:.2f} s{'' if rate is None else f', then {rate:.0f} tokens/s'})", markup=False, soft_wrap=True,
                 )  # fmt: skip
             status.update(f"{name}: the server ends ...")
@@ -113,26 +114,28 @@ def run(console: Console, name: str, model: Path, arguments: list[str], problems
 def compare(problems: list[Problem], sparse: list[Answer], dense: list[Answer]) -> Table:
     """Question by question, both servers."""
     table = Table(title="SpeContext beside dense attention", title_justify="left", show_lines=True)
-    table.add_column("question", ratio=2)
-    table.add_column("specontext's answer", ratio=3)
-    table.add_column("dense answer", ratio=3)
-    table.add_column("right?")
-    for heading in ("KV pages read", "first token, s", "tokens/s", "dense: first token, s", "dense: tokens/s"):
-        table.add_column(heading, justify="right")
-
-    def rate(answer: Answer) -> str:
-        return "–" if answer.tokens_per_second is None else f"{answer.tokens_per_second:.0f}"
-
+    table.add_column("question", ratio=3)
+    table.add_column("specontext's answer", ratio=4)
+    table.add_column("dense answer", ratio=4)
+    table.add_column("right?", ratio=1)
+    for heading in ("KV pages\nread", "specontext\nfirst token\ntokens/s", "dense\nfirst token\ntokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for problem, ours, theirs in zip(problems, sparse, dense, strict=True):
-        verdict = "yes" if ours.right else f"NO: {problem.answer}"
+        verdict = "yes" if ours.right else f"NO: {_short(problem.answer)}"
         if not theirs.right:
             verdict += " (dense: no)"
         share = "–" if ours.pages_read is None else f"{ours.pages_read:.1%}"
-        table.add_row(
-            question(problem), ours.text, theirs.text, verdict, share,
-            f"{ours.first_token:.2f}", rate(ours), f"{theirs.first_token:.2f}", rate(theirs),
-        )  # fmt: skip
+        table.add_row(question(problem), _short(ours.text), _short(theirs.text), verdict, share, _speed(ours), _speed(theirs))
     return table
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 160, placeholder=" ...")
+
+
+def _speed(answer: Answer) -> str:
+    rate = answer.tokens_per_second
+    return f"{answer.first_token:.2f} s\n{'–' if rate is None else f'{rate:.0f}/s'}"
 
 
 def main(
@@ -182,4 +185,6 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,9 @@ START_SECONDS = 600.0
 
 STOP_SECONDS = 30.0
 """Grace for an orderly end; then the whole process group is killed."""
+
+ENGINE_STOP_SECONDS = 5.0
+"""Grace for the engine's processes once the server has ended."""
 
 LOG_TAIL = 30
 """Lines of the log in the message of a failed start."""
@@ -83,7 +87,7 @@ class VllmServer:
     def __init__(self, model: Path, arguments: Sequence[str] = (), on_wait: Callable[[float], None] | None = None) -> None:
         self._model, self._arguments, self._on_wait = model, arguments, on_wait
         self._process: subprocess.Popen[bytes] | None = None
-        # Kept after a failure, for whoever reads the message.
+        # Left behind after a failure, for whoever reads the message.
         self.folder = Path(tempfile.mkdtemp(prefix="specontext-serve-"))
         self.log = self.folder / "server.log"
         self.port = _free_port()
@@ -105,12 +109,14 @@ class VllmServer:
         try:
             self._wait()
         except BaseException:
-            self._stop()
+            self._stop(grace=0.0)  # it serves nobody yet
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def rpc(self, method: str, **kwargs: Any) -> Any:
         """What the first worker answers to `collective_rpc`."""
@@ -139,20 +145,31 @@ class VllmServer:
                 self._on_wait(self.start_seconds)
             time.sleep(1)
 
-    def _stop(self) -> None:
+    def _stop(self, grace: float = STOP_SECONDS) -> None:
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         try:
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(grace)
+            # The engine's processes notice that the server is gone, and give their memory back.
+            deadline = time.monotonic() + min(grace, ENGINE_STOP_SECONDS)
+            while time.monotonic() < deadline and _group_lives(self._process.pid):
+                time.sleep(0.1)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            # Whatever is left of its session: the engine process, if it outlived the server.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _free_port() -> int:

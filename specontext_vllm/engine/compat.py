@@ -6,6 +6,9 @@ Each docstring gives the symptom, the reason, and when the function can go.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
@@ -64,6 +67,19 @@ def let_cpu_platform_choose_backend() -> None:
 
     get_attn_backend_cls._specontext = True
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def hide_our_kernels_folder() -> None:
+    """Keep vLLM from taking this repository's triton_kernels/ folder for the package of that name.
+
+    Symptom: run from the repository's root, vLLM logs "Failed to import Triton kernels ... No module named 'triton_kernels.matmul'".
+    Reason: it probes for a top-level ``triton_kernels`` (vllm/utils/import_utils.py), and the current folder is on sys.path.
+    Remove when: the folder or the probe is renamed.
+    """
+    found = importlib.util.find_spec("triton_kernels") if "triton_kernels" not in sys.modules else None
+    ours = Path(__file__).resolve().parents[2] / "triton_kernels"
+    if found is not None and any(Path(place).resolve() == ours for place in found.submodule_search_locations or ()):
+        sys.modules["triton_kernels"] = None  # find_spec and import then say that there is none
 
 
 def _platform_class() -> Any:

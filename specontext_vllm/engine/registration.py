@@ -20,6 +20,7 @@ def register() -> None:
     _done = True
     from specontext_vllm.engine import compat
 
+    compat.hide_our_kernels_folder()
     compat.choose_worker()
     compat.let_cpu_platform_choose_backend()
 

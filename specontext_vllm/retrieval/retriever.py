@@ -25,22 +25,29 @@ PREFILL_CHUNK = 2048
 
 @dataclass
 class Counters:
-    """Sums since the last reset; device tensors, so that counting needs no synchronisation."""
+    """Sums since the last reset. What the host cannot know is summed on the device, so that counting never waits for it.
 
-    pages_read: Tensor
+    Attributes:
+        pages_read, pages_total: head pages that the decode rows read and held.
+        kept_mass: sum of the rows' kept mass, over ``selected_rows`` rows of steps in which pages were chosen.
+        fallback_rows, fallback_pages: rows under the confidence threshold, and the pages they read beyond the budget.
+    """
+
     kept_mass: Tensor
     fallback_rows: Tensor
-    pages_total: Tensor
+    fallback_pages: Tensor
     steps: int = 0
     decode_rows: int = 0
     selected_rows: int = 0
+    pages_read: int = 0
+    pages_total: int = 0
 
     @classmethod
     def zero(cls, device: torch.device) -> Counters:
         def cell(dtype: torch.dtype) -> Tensor:
             return torch.zeros((), dtype=dtype, device=device)
 
-        return cls(cell(torch.int64), cell(torch.float64), cell(torch.int64), cell(torch.int64))
+        return cls(cell(torch.float64), cell(torch.int64), cell(torch.int64))
 
 
 class Retriever:
@@ -237,17 +244,18 @@ class Retriever:
     # -- figures ------------------------------------------------------------------------------------------------------
 
     def _count(self, batch: StepBatch, lengths: Tensor, bounds: list[int], budget: Budget, fallback: tuple[float, int] | None) -> None:
-        counters, rows = self.counters, batch.num_decodes
+        counters, rows, heads = self.counters, batch.num_decodes, self.num_kv_heads
         counters.steps += 1
         counters.decode_rows += rows
-        counters.pages_read += ((lengths[: rows * self.num_kv_heads] + PAGE_SIZE - 1) // PAGE_SIZE).sum()
-        counters.pages_total += ((batch.seq_lens[:rows] + PAGE_SIZE - 1) // PAGE_SIZE).sum() * self.num_kv_heads
+        counters.pages_total += heads * sum(bounds)
+        counters.pages_read += heads * sum(min(count, budget.total) for count in bounds)
         if max(bounds, default=0) > budget.total:
-            mass = self._kept_mass[:rows].mean(-1)
             counters.selected_rows += rows
-            counters.kept_mass += mass.sum()
+            counters.kept_mass += self._kept_mass[:rows].sum()
             if fallback is not None:
-                counters.fallback_rows += (mass < fallback[0]).sum()
+                read = (lengths[: rows * heads] + PAGE_SIZE - 1) // PAGE_SIZE
+                counters.fallback_pages += (read - budget.total).clamp(min=0).sum()
+                counters.fallback_rows += (self._kept_mass[:rows].mean(-1) < fallback[0]).sum()
 
     def stats(self, reset: bool = False) -> dict[str, float | int | str]:
         """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass."""
@@ -257,10 +265,10 @@ class Retriever:
             "budget": self.config.budget,
             "steps": counters.steps,
             "decode_rows": counters.decode_rows,
-            "pages_read": int(counters.pages_read),
-            "pages_total": int(counters.pages_total),
+            "pages_read": counters.pages_read + int(counters.fallback_pages),
+            "pages_total": counters.pages_total,
             "fallback_rows": int(counters.fallback_rows),
-            "kept_mass_mean": float(counters.kept_mass) / counters.selected_rows if counters.selected_rows else 1.0,
+            "kept_mass_mean": float(counters.kept_mass) / counters.selected_rows / self.num_kv_heads if counters.selected_rows else 1.0,
         }
         if reset:
             self.counters = Counters.zero(self.device)

