@@ -7,12 +7,12 @@ import triton.language as tl
 PAGES_PER_PROGRAM = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _score_pages_kernel(
-    p_queries, p_keys, p_block_table, p_seq_lens, p_max, p_lse,
+    p_queries, p_keys, p_block_table, p_seq_lens, p_starts, p_max, p_lse,
     scale, s_table, s_scores, first_row, least_pages,
     NQ: tl.constexpr, NKV: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGES: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_local = tl.program_id(0)
     i_block = tl.program_id(1)
@@ -22,10 +22,7 @@ def _score_pages_kernel(
     seq_len = tl.load(p_seq_lens + i_row)
     pages = (seq_len + P - 1) // P
     if (i_block * PAGES < pages) & (pages > least_pages):
-        # Rows lie behind one another in the workspace: this row starts after the pages of the rows before it.
-        o_row = tl.arange(0, ROWS)
-        b_before = tl.load(p_seq_lens + first_row + o_row, mask=o_row < i_local, other=0)
-        start = tl.sum((b_before + P - 1) // P)
+        start = tl.load(p_starts + i_local)
         # [PAGES * P]
         o_t = tl.arange(0, PAGES * P)
         o_page = i_block * PAGES + o_t // P
@@ -60,7 +57,7 @@ def _score_pages_kernel(
 
 
 def score_pages(
-    queries: torch.Tensor, keys: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
+    queries: torch.Tensor, keys: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor,
     page_max: torch.Tensor, page_lse: torch.Tensor, *, first_row: int, num_rows: int, max_pages: int, least_pages: int,
 ) -> None:  # fmt: skip
     """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head.
@@ -70,7 +67,8 @@ def score_pages(
         keys: ``[num_blocks, NKV, P, D]``.
         block_table: ``[>= B, W]`` int32.
         seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
-        page_max, page_lse: ``[NQ, C]`` float32, written: row r's pages start after those of rows first_row..r-1.
+        starts: ``[num_rows]`` int32, where each scored row's pages start in the workspace.
+        page_max, page_lse: ``[NQ, C]`` float32, written.
         first_row, num_rows: the rows to score.
         max_pages: upper bound of a row's pages.
         least_pages: rows with no more pages than this are left out (they are read whole).
@@ -79,9 +77,9 @@ def score_pages(
     nkv, page_size = keys.shape[1:3]
     grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), nkv)
     _score_pages_kernel[grid](
-        queries, keys, block_table, seq_lens, page_max, page_lse,
+        queries, keys, block_table, seq_lens, starts, page_max, page_lse,
         d**-0.5, block_table.stride(0), page_max.stride(0), first_row, least_pages,
         NQ=nq, NKV=nkv, G_PAD=max(16, triton.next_power_of_2(nq // nkv)), P=page_size, D=d,
-        D_PAD=max(16, triton.next_power_of_2(d)), PAGES=PAGES_PER_PROGRAM, ROWS=triton.next_power_of_2(num_rows),
+        D_PAD=max(16, triton.next_power_of_2(d)), PAGES=PAGES_PER_PROGRAM,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

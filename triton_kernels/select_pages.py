@@ -8,11 +8,11 @@ import triton.language as tl
 _ALWAYS = 0x7F800001
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _select_pages_kernel(
-    p_max, p_lse, p_order, p_seq_lens, p_block_table, p_pages, p_lengths, p_mass,
+    p_max, p_lse, p_order, p_seq_lens, p_starts, p_block_table, p_pages, p_lengths, p_mass,
     s_table, s_scores, s_pages, first_row, budget, sinks, recents, threshold,
-    H: tl.constexpr, H_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, H_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr,
     BLOCK: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr,
 ):  # fmt: skip
     i_local = tl.program_id(0)
@@ -38,9 +38,7 @@ def _select_pages_kernel(
             if not FALLBACK:
                 tl.store(p_mass + i_row * H + i_head, 1.0)
         else:
-            o_row = tl.arange(0, ROWS)
-            b_before = tl.load(p_seq_lens + first_row + o_row, mask=o_row < i_local, other=0)
-            start = tl.sum((b_before + P - 1) // P)
+            start = tl.load(p_starts + i_local)
             o_g = tl.arange(0, G_PAD)
             m_g = o_g < G
             # [G_PAD, BLOCK]
@@ -113,15 +111,17 @@ def _select_pages_kernel(
 
 
 def select_pages(
-    page_max: torch.Tensor, page_lse: torch.Tensor, order: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor,
+    page_max: torch.Tensor, page_lse: torch.Tensor, order: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor, block_table: torch.Tensor,
     pages: torch.Tensor, lengths: torch.Tensor, kept_mass: torch.Tensor, *, page_size: int, num_kv_heads: int, first_row: int,
-    num_rows: int, max_pages: int, budget_pages: int, sink_pages: int, recent_pages: int, fallback_threshold: float | None = None,
+    num_rows: int, widest: int, budget_pages: int, sink_pages: int, recent_pages: int, fallback_threshold: float | None = None,
 ) -> None:  # fmt: skip
     """Keep each (row, KV head)'s sinks, recents and best pages; see ``specontext_vllm.retrieval.selection``.
 
     Args:
         page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows.
         order: ``[H, C]`` int32 scratch.
+        starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for rows that are kept whole.
+        widest: most pages any row of this engine may have; only the tile size depends on it, so that one kernel is compiled.
         seq_lens, block_table: ``[>= B]`` int32, ``[>= B, W]`` int32.
         pages: ``[B * H, K]`` int32 head pages, written in ascending order of position.
         lengths: ``[B * H]`` int32 tokens in them, written.
@@ -131,10 +131,9 @@ def select_pages(
     heads = num_kv_heads
     group = page_max.shape[0] // heads
     _select_pages_kernel[(num_rows, heads)](
-        page_max, page_lse, order, seq_lens, block_table, pages, lengths, kept_mass,
+        page_max, page_lse, order, seq_lens, starts, block_table, pages, lengths, kept_mass,
         block_table.stride(0), page_max.stride(0), pages.stride(0), first_row, budget_pages, sink_pages, recent_pages,
         0.0 if fallback_threshold is None else fallback_threshold,
         H=heads, H_PAD=triton.next_power_of_2(heads), G=group, G_PAD=triton.next_power_of_2(group), P=page_size,
-        ROWS=triton.next_power_of_2(num_rows), BLOCK=min(4096, max(64, triton.next_power_of_2(max_pages))), ALWAYS=_ALWAYS,
-        FALLBACK=fallback_threshold is not None, num_warps=8,
+        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))), ALWAYS=_ALWAYS, FALLBACK=fallback_threshold is not None, num_warps=8,
     )  # fmt: skip

@@ -85,6 +85,7 @@ class Runtime:
             )
         self.builder = builders[0]
         self.retriever.allocate_cache(num_blocks)
+        self.retriever.warm_up(self.builder.table.pages, self.builder.table.lengths)
 
     def before_forward(self, batch: StepBatch) -> None:
         """Fill the page table and let the attention provider plan the step."""

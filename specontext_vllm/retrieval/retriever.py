@@ -241,6 +241,30 @@ class Retriever:
         ids = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.head.project(self.embed(ids).to(dtype), fused, ids)
 
+    def warm_up(self, pages: Tensor, lengths: Tensor) -> None:
+        """Compile the kernels of a step that chooses pages, so that no request waits for them.
+
+        One made-up row, just longer than the budget, lies in block 0, which vLLM never hands out. Does nothing where nothing is compiled.
+
+        Args:
+            pages, lengths: the page table, as in ``before_forward``.
+        """
+        if self.device.type == "cpu":
+            return
+        tokens = min(self.config.budget_pages + 1, self.max_pages) * PAGE_SIZE
+
+        def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=self.device)
+
+        for length in (PAGE_SIZE, tokens):
+            batch = StepBatch(
+                token_ids=filled(0, 1), positions=filled(length - 1, 1, dtype=torch.int64), slots=filled(0, 1, dtype=torch.int64),
+                query_starts=torch.arange(2, dtype=torch.int32, device=self.device), seq_lens=filled(length, 1),
+                block_table=filled(0, 1, self.max_pages), seq_lens_bound=[length], num_decodes=1, table_rows=1,
+            )  # fmt: skip
+            self.before_forward(batch, pages, lengths)
+        self.counters = Counters.zero(self.device)
+
     # -- figures ------------------------------------------------------------------------------------------------------
 
     def _count(self, batch: StepBatch, lengths: Tensor, bounds: list[int], budget: Budget, fallback: tuple[float, int] | None) -> None:

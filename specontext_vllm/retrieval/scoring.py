@@ -57,7 +57,7 @@ def score_rows(
         from specontext_vllm.triton_kernels.score_pages import score_pages
 
         score_pages(
-            queries, keys, block_table, seq_lens, scores.page_max, scores.page_lse,
+            queries, keys, block_table, seq_lens, row_starts(seq_lens, rows), scores.page_max, scores.page_lse,
             first_row=rows.start, num_rows=len(rows), max_pages=max_pages, least_pages=least_pages,
         )  # fmt: skip
         return
@@ -70,6 +70,12 @@ def score_rows(
             scores.page_max[:, start : start + pages] = page_max
             scores.page_lse[:, start : start + pages] = page_lse
         start += pages
+
+
+def row_starts(seq_lens: Tensor, rows: range) -> Tensor:
+    """Where the pages of each of ``rows`` start in the workspace: ``[len(rows)]`` int32, on the device."""
+    pages = (seq_lens[rows.start : rows.stop] + PAGE_SIZE - 1) // PAGE_SIZE
+    return (pages.cumsum(0) - pages).int()
 
 
 def score_row(query: Tensor, keys: Tensor, block_row: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores
+from specontext_vllm.retrieval.scoring import PageScores, row_starts
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ def select_rows(
         from specontext_vllm.triton_kernels.select_pages import select_pages
 
         arguments = dict(
-            page_size=PAGE_SIZE, num_kv_heads=num_kv_heads, first_row=rows.start, num_rows=len(rows), max_pages=max_pages,
+            page_size=PAGE_SIZE, num_kv_heads=num_kv_heads, first_row=rows.start, num_rows=len(rows), widest=block_table.shape[1],
             sink_pages=budget.sinks, recent_pages=budget.recents,
         )  # fmt: skip
-        buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens, block_table, pages, lengths, kept_mass)
+        # Rows that are all read whole have no scores to find.
+        starts = row_starts(seq_lens, rows) if max_pages > budget.total else seq_lens
+        buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens, starts, block_table, pages, lengths, kept_mass)
         select_pages(*buffers, budget_pages=budget.total, **arguments)
         if fallback is not None:
             threshold, fallback_pages = fallback

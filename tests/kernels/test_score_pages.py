@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores, score_row, score_rows
+from specontext_vllm.retrieval.scoring import PageScores, row_starts, score_row, score_rows
 from specontext_vllm.triton_kernels.score_pages import score_pages
 from tests.paging import assert_close, paged_rows
 
@@ -40,7 +40,7 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, device)
     scores.page_max.fill_(float("nan"))
     scores.page_lse.fill_(float("nan"))
     score_pages(
-        query.to(device), rows.cache, rows.block_table, rows.seq_lens, scores.page_max, scores.page_lse,
+        query.to(device), rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))), scores.page_max, scores.page_lse,
         first_row=0, num_rows=len(lengths), max_pages=pages_for(max(lengths)), least_pages=1,
     )  # fmt: skip
     start = 0
@@ -65,8 +65,8 @@ def test_parts_of_a_batch_score_like_the_whole(device):
     part = PageScores.allocate(4, heads, 64, device)
     arguments = dict(max_pages=pages_for(260), least_pages=0)
     whole_args = (query, rows.cache, rows.block_table, rows.seq_lens)
-    score_pages(*whole_args, whole.page_max, whole.page_lse, first_row=0, num_rows=3, **arguments)
-    score_pages(*whole_args, part.page_max, part.page_lse, first_row=1, num_rows=2, **arguments)
+    score_pages(*whole_args, row_starts(rows.seq_lens, range(3)), whole.page_max, whole.page_lse, first_row=0, num_rows=3, **arguments)
+    score_pages(*whole_args, row_starts(rows.seq_lens, range(1, 3)), part.page_max, part.page_lse, first_row=1, num_rows=2, **arguments)
     skipped = pages_for(lengths[0])
     count = pages_for(40) + pages_for(260)
     assert torch.equal(whole.page_max[:, skipped : skipped + count], part.page_max[:, :count])
@@ -80,7 +80,7 @@ def test_score_rows_dispatches(device):
     first, second = (PageScores.allocate(4, 2, 16, device) for _ in range(2))
     score_rows(query, rows.cache, rows.block_table, rows.seq_lens, first, rows=range(2), max_pages=6, least_pages=0)
     score_pages(
-        query, rows.cache, rows.block_table, rows.seq_lens, second.page_max, second.page_lse,
+        query, rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(2)), second.page_max, second.page_lse,
         first_row=0, num_rows=2, max_pages=6, least_pages=0,
     )  # fmt: skip
     used = sum(map(pages_for, lengths))

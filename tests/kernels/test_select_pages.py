@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores
+from specontext_vllm.retrieval.scoring import PageScores, row_starts
 from specontext_vllm.retrieval.selection import Budget, select_row, select_rows
 from specontext_vllm.triton_kernels.select_pages import select_pages
 
@@ -32,10 +32,11 @@ def run_kernel(scores, lengths, heads, budget, device, width, **extra):
     out = torch.full((rows * heads,), -7, dtype=torch.int32, device=device)
     mass = torch.zeros(rows, heads, device=device)
     arguments = dict(
-        page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, max_pages=most, sink_pages=budget.sinks,
+        page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, widest=most, sink_pages=budget.sinks,
         recent_pages=budget.recents,
     )  # fmt: skip
-    buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens.to(device), table.to(device), pages, out, mass)
+    starts = row_starts(seq_lens, range(rows)).to(device)
+    buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens.to(device), starts, table.to(device), pages, out, mass)
     select_pages(*buffers, budget_pages=budget.total, **arguments)
     if extra:
         select_pages(*buffers, budget_pages=extra["fallback_pages"], fallback_threshold=extra["threshold"], **arguments)
