@@ -1,0 +1,86 @@
+"""Does the demo model still answer when each step reads 512 of 8,000 tokens? With controls that show the test can fail."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
+from tests.engine.conftest import DEMO_MODEL, engine
+
+NEEDLES, RECITATIONS, TOKENS, BUDGET = 8, 4, 8000, 512
+
+
+def ask(llm, problems) -> list[float]:
+    from vllm import SamplingParams
+
+    params = [SamplingParams(temperature=0, max_tokens=24 + 2 * len(p.answer.split())) for p in problems]
+    replies = llm.chat([p.messages for p in problems], params, use_tqdm=False)
+    return [score(p, r.outputs[0].text) for p, r in zip(problems, replies)]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    # Started as dense, so that a GPU's page table is wide enough for every retriever; the head must then be named.
+    settings = {"budget": BUDGET, "retriever": "dense", "retrieval_head": str(DEMO_MODEL / "retrieval_head")}
+    with engine(
+        attention_backend="specontext", additional_config={"specontext": settings},
+        max_model_len=12288, max_num_batched_tokens=4096, num_gpu_blocks_override=None,
+    ) as running:  # fmt: skip
+        yield running
+
+
+@pytest.fixture(scope="module")
+def results(llm):
+    """Scores by retriever. All ask the same prompts; the first fills the prefix cache, the others decode behind its pages."""
+    problems = [make_problem("needle", seed=500 + i, approx_tokens=TOKENS, layout=LAYOUTS[i % len(LAYOUTS)]) for i in range(NEEDLES)]
+    problems += [make_problem("recitation", seed=600 + i, approx_tokens=TOKENS) for i in range(RECITATIONS)]
+    out = {}
+    for retriever in ("dense", "dlm", "recent", "random"):
+        llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": BUDGET})
+        llm.collective_rpc("specontext_stats", args=(True,))
+        scores = ask(llm, problems)
+        stats = llm.collective_rpc("specontext_stats")[0]
+        out[retriever] = {"needle": scores[:NEEDLES], "recitation": scores[NEEDLES:], "read": stats["pages_read"] / stats["pages_total"]}
+    return out
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_dense_answers(results):
+    assert mean(results["dense"]["needle"]) >= 0.9 and mean(results["dense"]["recitation"]) >= 0.9
+    assert results["dense"]["read"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["needle", "recitation"])
+def test_the_retrieval_head_keeps_the_answers(results, kind):
+    assert mean(results["dlm"][kind]) >= 0.95 * mean(results["dense"][kind])
+    assert results["dlm"]["read"] < 0.07
+
+
+@pytest.mark.parametrize("retriever", ["recent", "random"])
+def test_other_pages_do_not(results, retriever):
+    assert mean(results[retriever]["needle"] + results[retriever]["recitation"]) <= 0.3
+    assert results[retriever]["read"] == results["dlm"]["read"] or abs(results[retriever]["read"] - results["dlm"]["read"]) < 0.01
+
+
+def test_a_second_turn_behind_a_prefix_hit_answers_as_without_it(llm):
+    from vllm import SamplingParams
+
+    llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm", "budget": BUDGET})
+    first = make_problem("needle", seed=700, approx_tokens=3000, layout="question_last")
+    facts = re.findall(r"The (?:code|number) of (\w+) is (\d{6})", first.messages[0]["content"])
+    name, value = next((n, v) for n, v in facts if v != first.answer)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    turn = llm.chat(first.messages, params, use_tqdm=False)[0]
+    said = {"role": "assistant", "content": turn.outputs[0].text}
+    chat = [*first.messages, said, {"role": "user", "content": f"What is the code of {name}?"}]
+    warm = llm.chat(chat, params, use_tqdm=False)[0]
+    llm.reset_prefix_cache()
+    cold = llm.chat(chat, params, use_tqdm=False)[0]
+    assert warm.num_cached_tokens > 2500 and cold.num_cached_tokens == 0
+    assert warm.outputs[0].text == cold.outputs[0].text
+    assert score(first, turn.outputs[0].text) == 1.0 and value in warm.outputs[0].text

@@ -1,0 +1,83 @@
+"""The plugin in a process: lazy, idempotent, picklable in spawned children, and nobody else's backend changes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import cloudpickle
+import pytest
+
+import specontext_vllm
+
+IN_A_CHILD = """
+import pickle, sys
+member = pickle.loads(bytes.fromhex(sys.argv[1]))
+assert member.name == "SPECONTEXT", member
+print(member.get_class().get_name())
+"""
+
+
+@pytest.fixture(scope="module")
+def member():
+    specontext_vllm.register()
+    specontext_vllm.register()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum["SPECONTEXT"]
+
+
+def test_registering_loads_neither_torch_nor_vllm():
+    code = "import sys, specontext_vllm; print(sorted({'torch', 'vllm', 'transformers', 'triton'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_child_that_has_not_loaded_plugins_unpickles_the_backend(member):
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CHILD, pickle.dumps(member).hex()], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "SPECONTEXT"
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: cloudpickle.loads(cloudpickle.dumps(m))])
+def test_copies_are_the_member_itself(member, copier):
+    assert copier(member) is member
+
+
+def test_other_backends_still_pickle_to_themselves(member):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for other in (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.CPU_ATTN):
+        assert pickle.loads(pickle.dumps(other)) is other
+
+
+def test_the_platform_is_wrapped_once_and_asks_only_when_selected(member):
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    platform = type(current_platform)
+    before = platform.check_and_update_config.__func__
+    specontext_vllm.register()
+    assert platform.check_and_update_config.__func__ is before
+    if platform._enum.name == "CPU":
+        selector = SimpleNamespace(use_mla=False, use_sparse=False)
+        assert "specontext" in current_platform.get_attn_backend_cls(member, selector)
+        for other in (None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN):
+            assert current_platform.get_attn_backend_cls(other, selector) == AttentionBackendEnum.CPU_ATTN.get_path()
+
+
+def test_the_name_answers_to_the_enum(member):
+    from specontext_vllm.engine.backend import SpeContextBackend
+
+    assert SpeContextBackend.get_name() == member.name
+
+
+def test_our_kernels_folder_is_not_taken_for_the_package_vllm_probes_for(member):
+    """Named regression: run from the repository's root, vLLM logged that triton_kernels.matmul is missing."""
+    assert importlib.util.find_spec("triton_kernels") is None
