@@ -1,0 +1,26 @@
+"""Every table of the README is a committed result, to the digit."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLES = {
+    "decode-h200": ("cell", ("stock", ".2f"), ("sparse", ".2f"), ("ratio", ".2f"), ("pages_read", ".1%")),
+    "recall-cpu": ("name", ("needle", ".3f"), ("recitation", ".3f"), ("pages_read", ".1%")),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_readme_quotes_the_result_file(name):
+    text = (ROOT / "README.md").read_text()
+    table = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S)[1].strip().splitlines()[2:]
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    key, *columns = TABLES[name]
+    expected = []
+    for row in rows:
+        cells = ["–" if row.get(column) is None else format(row[column], style) for column, style in columns]
+        expected.append("| " + " | ".join([str(row[key]), *cells]) + " |")
+    assert table == expected
