@@ -539,7 +539,7 @@ def evaluate(model: Model, draft: DraftModel, ids: dict[str, int], deadline: flo
                         layouts.setdefault(problem.layout, []).append(value)
             row = "  ".join(f"{m}{f'@{b}' if b else ''} {np.mean(v):.3f}" for (m, b), v in results.items() if v)
             log(f"eval {kind} at {length} tokens ({len(results[columns[0]])} problems): {row}")
-            log(f"     dense by layout: " + "  ".join(f"{k} {np.mean(v):.2f}" for k, v in layouts.items()))
+            log("     dense by layout: " + "  ".join(f"{k} {np.mean(v):.2f}" for k, v in layouts.items()))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import get_num_attention_heads_from_layers, split_decodes_and_prefills
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from specontext_vllm.attention.page_table import PageTable
@@ -98,7 +98,6 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self.provider: AttentionProvider = layers[0].impl.provider
         for layer in layers:
             layer.impl.provider = self.provider
-        self.num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

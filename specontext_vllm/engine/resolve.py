@@ -75,8 +75,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config: found one",
          "KV connectors do not know the head's K cache; leave it out"),
         (model.enable_sleep_mode, "--enable-sleep-mode: on", "the head's K cache would be lost; leave it off"),
-        (cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"), f"--kv-cache-dtype: found {cache.cache_dtype!r}",
-         "use auto, float16 or bfloat16"),
+        (cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")), f"--kv-cache-dtype: found {cache.cache_dtype!r}",
+         "keys and values are kept in the model's own dtype; use auto"),
         (cache.user_specified_block_size and cache.block_size != PAGE_SIZE, f"--block-size: found {cache.block_size}",
          f"a page is one block of {PAGE_SIZE} tokens; leave it out or use {PAGE_SIZE}"),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
@@ -27,6 +28,7 @@ def llm():
     with engine(
         attention_backend="specontext", additional_config={"specontext": settings},
         max_model_len=12288, max_num_batched_tokens=4096, num_gpu_blocks_override=None,
+        dtype="bfloat16" if torch.cuda.is_available() else "float32",
     ) as running:  # fmt: skip
         yield running
 

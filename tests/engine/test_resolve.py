@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, find_head, prepare_vllm_config, refuse_unsupported
@@ -19,7 +20,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, **top):
         model=str(DEMO_MODEL), runner_type="generate", use_mla=False, is_hybrid=False, is_attention_free=False, is_encoder_decoder=False,
         is_multimodal_model=False, enable_prompt_embeds=False, enable_sleep_mode=False, hf_text_config=text,
         hf_config=SimpleNamespace(_name_or_path=""), get_sliding_window=lambda: None, get_hidden_size=lambda: 256,
-        get_total_num_kv_heads=lambda: 2, get_vocab_size=lambda: 3136, max_model_len=4096,
+        get_total_num_kv_heads=lambda: 2, get_vocab_size=lambda: 3136, max_model_len=4096, dtype=torch.bfloat16,
     )  # fmt: skip
     return SimpleNamespace(
         model_config=SimpleNamespace(**{**fields, **(model or {})}),
@@ -50,6 +51,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, **top):
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         ({"cache": {"block_size": 32, "user_specified_block_size": True}}, "--block-size: found 32"),
         ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype: found 'fp8'"),
+        ({"cache": {"cache_dtype": "float16"}}, "--kv-cache-dtype: found 'float16'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
