@@ -242,15 +242,13 @@ class Retriever:
         self.head.project(self.embed(ids).to(dtype), fused, ids)
 
     def warm_up(self, pages: Tensor, lengths: Tensor) -> None:
-        """Compile the kernels of a step that chooses pages, so that no request waits for them.
+        """Run a step that reads all and one that chooses, so that Triton compiles its kernels before a request waits for them.
 
-        One made-up row, just longer than the budget, lies in block 0, which vLLM never hands out. Does nothing where nothing is compiled.
+        The one made-up row, just longer than the budget, lies in block 0, which vLLM never hands out.
 
         Args:
             pages, lengths: the page table, as in ``before_forward``.
         """
-        if self.device.type == "cpu":
-            return
         tokens = min(self.config.budget_pages + 1, self.max_pages) * PAGE_SIZE
 
         def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

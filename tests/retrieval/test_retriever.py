@@ -37,7 +37,8 @@ class World:
             self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
             table_pages=MAX_LEN // PAGE_SIZE, device=device,
         )  # fmt: skip
-        self.blocks = torch.randperm(200, generator=generator).tolist()
+        # Block 0 is vLLM's null block: no sequence lies in it.
+        self.blocks = (torch.randperm(199, generator=generator) + 1).tolist()
         self.retriever.allocate_cache(200)
         self.retriever.cache.keys.fill_(float("nan"))
         self.retriever.cache.fused.fill_(float("nan"))
@@ -217,3 +218,16 @@ def test_settings_beyond_the_table_are_refused(device):
     world.retriever.table_pages = 8
     with pytest.raises(ConfigError, match="holds 128 tokens a head and these settings read up to 256"):
         world.retriever.configure(world.config.model_copy(update={"budget": 256}))
+
+
+def test_warming_up_leaves_no_trace_but_in_block_0(device):
+    world = World(device)
+    world.add("a", 150)
+    world.step(("a", 0, 149))
+    before = world.retriever.cache.keys.clone()
+    world.retriever.warm_up(world.pages, world.lengths)
+    after = world.retriever.cache.keys
+    assert torch.equal(before[1:].nan_to_num(7.0), after[1:].nan_to_num(7.0))
+    assert world.retriever.stats()["decode_rows"] == 0
+    # It chose: the row was a page longer than the budget.
+    assert int(world.lengths[0]) == world.config.budget
