@@ -114,13 +114,14 @@ class Retriever:
 
     # -- before the forward pass --------------------------------------------------------------------------------------
 
-    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor) -> None:
+    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None) -> None:
         """Fill the page table of the step's decode rows.
 
         Args:
             batch: the step.
             pages: ``[>= table_rows * H, K]`` int32, written.
             lengths: ``[>= table_rows * H]`` int32, written; 0 for padding rows.
+            ids: ``[>= table_rows, W]`` int32 what a page is called in ``pages``; default the block table's ids.
         """
         if batch.table_rows == 0:
             return
@@ -146,7 +147,7 @@ class Retriever:
             elif choosing:
                 fill_baseline(config.retriever, self.scores, self.generator)
             select_rows(
-                self.scores, batch.seq_lens, batch.block_table, pages, lengths, self._kept_mass, budget,
+                self.scores, batch.seq_lens, batch.block_table if ids is None else ids, pages, lengths, self._kept_mass, budget,
                 rows=rows, max_pages=most, fallback=fallback if queries is not None else None,
             )  # fmt: skip
         if config.stats:
@@ -241,6 +242,7 @@ class Retriever:
         ids = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.head.project(self.embed(ids).to(dtype), fused, ids)
 
+    @torch.inference_mode()
     def warm_up(self, pages: Tensor, lengths: Tensor) -> None:
         """Run a step that reads all and one that chooses, so that Triton compiles its kernels before a request waits for them.
 
