@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PAGE_SIZE = 16
 """Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read."""
@@ -41,7 +41,24 @@ class SpeContextConfig(BaseModel):
     fallback_budget: int | None = Field(
         default=None, gt=0, description="Tokens such a request reads instead; default 4 x budget."
     )
+    host_kv_gib: float | Literal["auto"] = Field(
+        default=0.0, description='Host memory in GiB that backs the KV cache; 0 = off, "auto" = the free memory less a reserve.'
+    )
+    gpu_kv_gib: float | None = Field(
+        default=None, gt=0, description="Cap in GiB on the GPU memory for KV, the head's caches included; default what vLLM grants."
+    )
+    stickiness: float = Field(
+        default=0.0, ge=0.0,
+        description="With a host pool: a page that must be fetched has to score 1 + stickiness times a held one; 0 = off.",
+    )
     stats: bool = True
+
+    @field_validator("host_kv_gib")
+    @classmethod
+    def _no_negative_pool(cls, value: float | str) -> float | str:
+        if value != "auto" and value < 0:
+            raise ValueError(f'host_kv_gib: found {value}; give 0 or more GiB, or "auto".')
+        return value
 
     @model_validator(mode="after")
     def _room_for_choice(self) -> SpeContextConfig:

@@ -10,10 +10,10 @@ _ALWAYS = 0x7F800001
 
 @triton.jit(do_not_specialize=["first_row"])
 def _select_pages_kernel(
-    p_max, p_lse, p_order, p_seq_lens, p_starts, p_block_table, p_pages, p_lengths, p_mass,
-    s_table, s_scores, s_pages, first_row, budget, sinks, recents, threshold,
+    p_max, p_lse, p_order, p_seq_lens, p_starts, p_block_table, p_pages, p_lengths, p_mass, p_lanes, p_slot_of,
+    s_table, s_scores, s_pages, s_slots, first_row, budget, sinks, recents, threshold, margin,
     H: tl.constexpr, H_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr,
+    BLOCK: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr, STICKY: tl.constexpr,
 ):  # fmt: skip
     i_local = tl.program_id(0)
     i_head = tl.program_id(1)
@@ -63,7 +63,12 @@ def _select_pages_kernel(
                 m_tile = m_g[:, None] & (o_p < pages)[None, :]
                 b_m = tl.load(p_max + o_tile + first, mask=m_tile, other=float("-inf"))
                 b_m = tl.where(m_tile, b_m - b_total[:, None], float("-inf"))
-                b_bits = tl.max(b_m, axis=0).to(tl.int32, bitcast=True)
+                b_best = tl.max(b_m, axis=0)
+                if STICKY:
+                    lane = tl.maximum(tl.load(p_lanes + i_row), 0).to(tl.int64)
+                    b_slot = tl.load(p_slot_of + (lane * H + i_head) * s_slots + o_p, mask=o_p < pages, other=-1)
+                    b_best += tl.where(b_slot >= 0, margin, 0.0)
+                b_bits = b_best.to(tl.int32, bitcast=True)
                 b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
                 b_order = tl.where((o_p < sinks) | (o_p >= pages - recents), ALWAYS, b_order)
                 tl.store(p_row_order + o_p, b_order, mask=o_p < pages)
@@ -114,6 +119,7 @@ def select_pages(
     page_max: torch.Tensor, page_lse: torch.Tensor, order: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor, block_table: torch.Tensor,
     pages: torch.Tensor, lengths: torch.Tensor, kept_mass: torch.Tensor, *, page_size: int, num_kv_heads: int, first_row: int,
     num_rows: int, widest: int, budget_pages: int, sink_pages: int, recent_pages: int, fallback_threshold: float | None = None,
+    held: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> None:  # fmt: skip
     """Keep each (row, KV head)'s sinks, recents and best pages; see ``specontext_vllm.retrieval.selection``.
 
@@ -127,13 +133,16 @@ def select_pages(
         lengths: ``[B * H]`` int32 tokens in them, written.
         kept_mass: ``[B, H]`` float32 attention mass kept, written; read only when ``fallback_threshold`` is given, which
             rewrites the rows whose mean mass lies under it with ``budget_pages`` pages.
+        held: ``(lanes [>= B] int32, slot_of [lanes, H, W] int32, margin)``: a page with a slot scores ``margin`` more.
     """
     heads = num_kv_heads
     group = page_max.shape[0] // heads
+    lanes, slot_of, margin = (seq_lens, seq_lens, 0.0) if held is None else held
     _select_pages_kernel[(num_rows, heads)](
-        page_max, page_lse, order, seq_lens, starts, block_table, pages, lengths, kept_mass,
-        block_table.stride(0), page_max.stride(0), pages.stride(0), first_row, budget_pages, sink_pages, recent_pages,
-        0.0 if fallback_threshold is None else fallback_threshold,
+        page_max, page_lse, order, seq_lens, starts, block_table, pages, lengths, kept_mass, lanes, slot_of,
+        block_table.stride(0), page_max.stride(0), pages.stride(0), slot_of.shape[-1], first_row, budget_pages, sink_pages,
+        recent_pages, 0.0 if fallback_threshold is None else fallback_threshold, margin,
         H=heads, H_PAD=triton.next_power_of_2(heads), G=group, G_PAD=triton.next_power_of_2(group), P=page_size,
-        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))), ALWAYS=_ALWAYS, FALLBACK=fallback_threshold is not None, num_warps=8,
+        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))), ALWAYS=_ALWAYS, FALLBACK=fallback_threshold is not None,
+        STICKY=held is not None, num_warps=8,
     )  # fmt: skip

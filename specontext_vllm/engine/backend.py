@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -21,6 +22,7 @@ from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, choose_provider
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.registration import BACKEND_NAME
+from specontext_vllm.residency.tiers import TieredKV
 
 
 class SpeContextBackend(AttentionBackend):
@@ -89,7 +91,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
             vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0
         )
         width = config.table_pages(max_model_len)
-        if device.type == "cpu":
+        if device.type == "cpu" and not config.host_kv_gib:
             # Nothing is captured and memory is plenty: any budget may be set while the engine runs.
             width = -(-max_model_len // PAGE_SIZE)
         self.table = PageTable.allocate(rows, kv_cache_spec.num_kv_heads, width, device)
@@ -160,6 +162,8 @@ class SpeContextImpl(AttentionImpl):
                 )
         from vllm.platforms import current_platform
 
+        self.tiers: TieredKV | None = None
+        self.layer = 0
         self.provider = choose_provider(
             num_heads, num_kv_heads, head_size, self.scale, torch.get_default_dtype(), current_platform.device_type
         )
@@ -181,13 +185,32 @@ class SpeContextImpl(AttentionImpl):
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("specontext: fused output quantization is not supported; turn that fusion off.")
-        decodes = attn_metadata.num_decodes
+        decodes, table, prefill = attn_metadata.num_decodes, attn_metadata.table, attn_metadata.prefill
+        if self.tiers is not None:
+            table = replace(table, pages=self.tiers.tables[self.layer])
         if decodes:
-            self.provider.decode(query[:decodes], kv_cache, attn_metadata.table, decodes, output[:decodes])
-        if attn_metadata.prefill is not None:
+            self.provider.decode(query[:decodes], kv_cache, table, decodes, output[:decodes])
+        if prefill is not None:
             span = slice(decodes, attn_metadata.num_tokens)
-            self.provider.prefill(query[span], kv_cache, attn_metadata.prefill, output[span])
+            if self.tiers is not None and self.tiers.attends_staged(self.layer):
+                self._prefill_staged(query[span], key[span], value[span], kv_cache, prefill, output[span])
+                return output
+            if self.tiers is not None:
+                prefill = replace(prefill, block_table=self.tiers.frames[self.layer][prefill.block_table.long()])
+            self.provider.prefill(query[span], kv_cache, prefill, output[span])
         return output
+
+    def _prefill_staged(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arena: torch.Tensor, prefill: PrefillRows, output: torch.Tensor
+    ) -> None:
+        """Prefill rows of an offloaded layer: their history arrives in a staging area, the new tokens are put behind it."""
+        for stage in self.tiers.stages(self.layer):
+            self.provider.write(key[stage.tokens], value[stage.tokens], arena, stage.slots)
+            starts = prefill.starts[stage.rows.start : stage.rows.stop + 1]
+            rows = replace(
+                prefill, starts=starts - starts[0], seq_lens=prefill.seq_lens[stage.rows], block_table=stage.block_table
+            )
+            self.provider.prefill(query[stage.tokens], arena, rows, output[stage.tokens])
 
     def do_kv_cache_update(
         self,
@@ -198,5 +221,9 @@ class SpeContextImpl(AttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write the step's keys and values; a no-op before the cache exists."""
-        if kv_cache.numel():
+        if self.tiers is not None:
+            metadata = get_forward_context().attn_metadata
+            if metadata is not None:
+                self.tiers.write(self.layer, key, value, slot_mapping, metadata[layer.layer_name].num_decodes)
+        elif kv_cache.numel():
             self.provider.write(key, value, kv_cache, slot_mapping)

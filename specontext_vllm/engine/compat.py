@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,30 @@ def hide_our_kernels_folder() -> None:
     ours = Path(__file__).resolve().parents[2] / "triton_kernels"
     if found is not None and any(Path(place).resolve() == ours for place in found.submodule_search_locations or ()):
         sys.modules["triton_kernels"] = None  # find_spec and import then say that there is none
+
+
+@contextmanager
+def allocate_kv_cache_as(cache: Any) -> Iterator[None]:
+    """Within the block, vLLM's KV cache of every layer is ``cache``.
+
+    Symptom: the model runners allocate as many blocks as the scheduler hands out, which with a host pool the GPU cannot hold.
+    Reason: allocation is one function called by name (vllm/v1/worker/utils.py, allocate_kv_cache), with no hook.
+    Remove when: a backend or worker can allocate the KV cache itself.
+    """
+    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker.gpu import attn_utils
+
+    def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: cache for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
+
+    originals = [(module, module.allocate_kv_cache) for module in (gpu_model_runner, attn_utils)]
+    for module, _ in originals:
+        module.allocate_kv_cache = allocate
+    try:
+        yield
+    finally:
+        for module, original in originals:
+            module.allocate_kv_cache = original
 
 
 def _platform_class() -> Any:

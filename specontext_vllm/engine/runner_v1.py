@@ -23,9 +23,14 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        with self.runtime.own_kv_cache(kv_cache_config.num_blocks, is_profiling=False):
+            super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
         self.runtime.bind(builders, kv_cache_config.num_blocks)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.begin_step(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _model_forward(self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
         by_layer = get_forward_context().attn_metadata
@@ -44,6 +49,8 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             seq_lens_bound=common.seq_lens[: common.num_reqs].tolist(),
             num_decodes=metadata.num_decodes,
             table_rows=metadata.num_decodes,
+            names=self.input_batch.req_ids[: common.num_reqs],
+            query_lens=common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist(),
         )
         self.runtime.before_forward(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)

@@ -29,10 +29,16 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         super().profile_run(*args, **kwargs)
         self.runtime.retriever.profile(self.max_num_tokens)
 
-    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> None:
+        with self.runtime.own_kv_cache(kv_cache_config.num_blocks, is_profiling):
+            super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
         self.runtime.bind(builders, kv_cache_config.num_blocks)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("dummy_run", False):
+            self.runtime.begin_step(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def update_requests(self, scheduler_output: Any) -> None:
         if scheduler_output.kv_cache_block_copies:
@@ -54,6 +60,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             num_decodes=decodes,
             # Only a batch of decodes alone is padded to a captured size.
             table_rows=input_batch.num_reqs_after_padding if decodes == rows else decodes,
+            names=input_batch.req_ids[:rows],
+            query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
         )
         self.runtime.before_forward(self._batch)
         return block_tables, slot_mappings

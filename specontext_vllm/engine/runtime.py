@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import math
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.model_executor.models.utils import extract_layer_index
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextMetadataBuilder
-from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, describe, load_head
+from specontext_vllm.engine.compat import allocate_kv_cache_as
+from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, describe, load_head, num_hidden_layers
+from specontext_vllm.residency.host_pool import HostPoolError
+from specontext_vllm.residency.ledger import StartedRequest
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
+from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.selection import Held
 
 logger = init_logger("vllm.specontext")
+
+HOST_RESERVE_SHARE = 0.1
+"""Share of the machine's free memory that host_kv_gib "auto" leaves alone; and never less than HOST_RESERVE_BYTES."""
+HOST_RESERVE_BYTES = 8 << 30
 
 
 class Runtime:
@@ -56,12 +71,16 @@ class Runtime:
                 "SpeContext retrieval head: %s, %.1f MB, aux layers %s; settings %s",
                 self.config.retrieval_head, head.num_bytes / 1e6, vllm_config.additional_config[AUX_LAYERS_KEY], describe(self.config),
             )  # fmt: skip
-        width = self.config.table_pages(model_config.max_model_len) if device.type != "cpu" else pages_for(model_config.max_model_len)
+        fixed_width = device.type != "cpu" or self.config.host_kv_gib
+        width = self.config.table_pages(model_config.max_model_len) if fixed_width else pages_for(model_config.max_model_len)
         self.retriever = Retriever(
             self.config, head, model.embed_input_ids, num_kv_heads=self.num_kv_heads, max_model_len=model_config.max_model_len,
             table_pages=width, device=device,
         )  # fmt: skip
         self.builder: SpeContextMetadataBuilder | None = None
+        self.plan: TierPlan | None = None
+        self.tiers: TieredKV | None = None
+        self._page_ids = torch.arange(pages_for(model_config.max_model_len), dtype=torch.int32, device=device)
 
     @property
     def reads_aux(self) -> bool:
@@ -72,6 +91,104 @@ class Runtime:
         """Share of the memory for KV that is left once the head's caches have theirs."""
         return kv_bytes_per_block / (kv_bytes_per_block + self.retriever.bytes_per_block)
 
+    # -- two tiers ----------------------------------------------------------------------------------------------------
+
+    def plan_tiers(self, gpu_bytes: int) -> int:
+        """Logical pages that ``gpu_bytes`` of GPU memory and the host pool hold together.
+
+        Raises:
+            ConfigError: a sentence with the numbers when they hold too little.
+        """
+        model = self._memory_model()
+        asked = self.config.host_kv_gib
+        free = psutil.virtual_memory().available
+        if asked == "auto":
+            host_bytes = max(0, free - max(HOST_RESERVE_BYTES, int(HOST_RESERVE_SHARE * free)))
+        else:
+            host_bytes = int(asked * 2**30)
+            if host_bytes > free:
+                raise ConfigError(
+                    f"additional_config.{CONFIG_KEY}.host_kv_gib: found {asked}, but this machine has {free / 2**30:.1f} GiB of "
+                    f"memory free; lower it."
+                )
+        try:
+            self.plan = model.plan(gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override)
+        except MemoryModelError as error:
+            raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
+        plan, layers = self.plan, self._num_layers
+        logger.info(
+            "SpeContext tiers: %d tokens fit, of which %d in all layers on the GPU; %d of %d layers are mirrored in %.2f GiB of host "
+            "memory; hot buffers of %d tokens a request; %.2f GiB on the GPU.",
+            plan.num_pages * 16, model.plan(gpu_bytes, 0).num_pages * 16, plan.host_layers, layers, plan.host_bytes / 2**30,
+            plan.hot_pages * 16, plan.gpu_bytes / 2**30,
+        )  # fmt: skip
+        return plan.num_pages
+
+    @property
+    def _num_layers(self) -> int:
+        return num_hidden_layers(self.vllm_config)
+
+    def _memory_model(self) -> MemoryModel:
+        model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
+        shape = KVShape(
+            num_layers=self._num_layers, num_kv_heads=self.num_kv_heads, head_dim=model.get_head_size(), itemsize=model.dtype.itemsize,
+            head_page_bytes=self.retriever.bytes_per_block,
+        )  # fmt: skip
+        return MemoryModel(
+            shape, budget_pages=self.config.budget_pages, table_pages=self.config.table_pages(model.max_model_len),
+            max_num_seqs=scheduler.max_num_seqs, max_model_len=model.max_model_len,
+        )  # fmt: skip
+
+    @contextmanager
+    def own_kv_cache(self, num_blocks: int, is_profiling: bool) -> Iterator[None]:
+        """While vLLM sets up its KV cache: bind every layer to our arena instead, when there is a host pool."""
+        self.tiers = None
+        if not self.config.host_kv_gib:
+            yield
+            return
+        model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
+        layers = self._num_layers
+        if is_profiling:
+            # vLLM captures a few graphs to learn what they take; they read the null frame only.
+            hot = self.config.table_pages(model.max_model_len)
+            plan = TierPlan(num_blocks, layers, hot, 1, 0, 0, 0, {})
+        else:
+            plan = replace(self.plan, num_pages=min(self.plan.num_pages, num_blocks))
+        rows = max(scheduler.max_num_seqs, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        try:
+            with torch.inference_mode():
+                self.tiers = TieredKV(
+                    plan, num_layers=layers, num_kv_heads=self.num_kv_heads, head_dim=model.get_head_size(), dtype=model.dtype,
+                    max_requests=scheduler.max_num_seqs, max_rows=rows, table_pages=self.config.table_pages(model.max_model_len),
+                    max_pages=pages_for(model.max_model_len),
+                    keep_unreferenced=bool(self.vllm_config.cache_config.enable_prefix_caching), device=self.device,
+                )  # fmt: skip
+        except HostPoolError as error:
+            raise ConfigError(f"additional_config.{CONFIG_KEY}.{error}") from None
+        with allocate_kv_cache_as(self.tiers.arena):
+            yield
+
+    @torch.inference_mode()
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Let the tiers follow what the scheduler decided: pages handed out, requests gone, rows that decode."""
+        if self.tiers is None:
+            return
+        out, cached = scheduler_output, scheduler_output.scheduled_cached_reqs
+        released = [*out.finished_req_ids, *(out.preempted_req_ids or ())]
+        started = [StartedRequest(r.req_id, list(r.block_ids[0]), r.num_computed_tokens // 16) for r in out.scheduled_new_reqs]
+        grown = []
+        for name, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            if name in cached.resumed_req_ids:
+                released.append(name)
+                started.append(StartedRequest(name, list(blocks[0]), computed // 16))
+            elif blocks is not None and blocks[0]:
+                grown.append((name, list(blocks[0])))
+        decoding = [name for name, tokens in out.num_scheduled_tokens.items() if tokens == 1]
+        self.tiers.follow(self.tiers.ledger.begin_step(released, started, grown, decoding))
+
+    # -- one engine -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
     def bind(self, builders: Sequence[SpeContextMetadataBuilder], num_blocks: int) -> None:
         """Take over the page table of the engine's one attention group and allocate the head's caches.
 
@@ -85,12 +202,31 @@ class Runtime:
             )
         self.builder = builders[0]
         self.retriever.allocate_cache(num_blocks)
-        self.retriever.warm_up(self.builder.table.pages, self.builder.table.lengths)
+        table = self.builder.table
+        self.retriever.warm_up(table.pages, table.lengths)
+        if self.tiers is not None:
+            self.tiers.bind(table.lengths)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for layer, name in enumerate(sorted(self.builder.layer_names, key=extract_layer_index)):
+            layers[name].impl.tiers, layers[name].impl.layer = self.tiers, layer
 
     def before_forward(self, batch: StepBatch) -> None:
         """Fill the page table and let the attention provider plan the step."""
-        table = self.builder.table
-        self.retriever.before_forward(batch, table.pages, table.lengths)
+        table, tiers = self.builder.table, self.tiers
+        ids = None if tiers is None else self._page_ids.expand(batch.table_rows, -1)
+        decodes, held = batch.num_decodes, None
+        if tiers is not None:
+            tiers.place_rows(batch.names[:decodes], batch.table_rows)
+            if self.retriever.config.stickiness:
+                held = Held(tiers.lanes, tiers.hot.slot_of, math.log1p(self.retriever.config.stickiness))
+        self.retriever.before_forward(batch, table.pages, table.lengths, ids, held)
+        if tiers is not None:
+            tiers.resolve(table.pages, table.lengths, batch.seq_lens, batch.block_table, batch.table_rows)
+            tokens = sum(batch.query_lens[decodes:])
+            tiers.begin_prefill(
+                batch.block_table[decodes:], batch.positions[batch.num_tokens - tokens :], batch.seq_lens_bound[decodes:],
+                batch.query_lens[decodes:],
+            )  # fmt: skip
         if batch.table_rows:
             self.builder.provider.plan(table, batch.table_rows)
 
@@ -99,9 +235,14 @@ class Runtime:
         if aux is not None:
             self.retriever.after_forward(batch, aux)
 
-    def set(self, retriever: str | None, budget: int | None) -> dict[str, Any]:
-        """Change retriever or budget between steps; see ``Retriever.configure``."""
-        changes = {key: value for key, value in (("retriever", retriever), ("budget", budget)) if value is not None}
+    def stats(self, reset: bool = False) -> dict[str, Any]:
+        """Figures since the last reset; see ``Retriever.stats`` and ``TieredKV.stats``."""
+        return {**self.retriever.stats(reset), **({} if self.tiers is None else self.tiers.stats(reset))}
+
+    def set(self, retriever: str | None, budget: int | None, stickiness: float | None = None) -> dict[str, Any]:
+        """Change retriever, budget or stickiness between steps; see ``Retriever.configure``."""
+        asked = {"retriever": retriever, "budget": budget, "stickiness": stickiness}
+        changes = {key: value for key, value in asked.items() if value is not None}
         config = SpeContextConfig.from_settings({**self.retriever.config.model_dump(exclude_unset=True), **changes})
         self.retriever.configure(config)
         return config.model_dump()

@@ -13,18 +13,24 @@ class SpeContextWorkerMixin:
     """What both workers add to vLLM's."""
 
     def determine_available_memory(self) -> int:
-        """Bytes for KV: vLLM's figure less the share of the head's caches."""
+        """Bytes for KV: vLLM's figure less the share of the head's caches; with a host pool, what both tiers hold."""
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
         per_block = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
+        if runtime.config.gpu_kv_gib is not None:
+            available = min(available, int(runtime.config.gpu_kv_gib * 2**30))
+        if runtime.config.host_kv_gib:
+            return runtime.plan_tiers(available) * per_block
         share = runtime.kv_share(per_block)
         logger.info("SpeContext: the head's caches take %.1f %% of the KV memory.", 100 * (1 - share))
         return int(available * share)
 
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures of this worker's decode steps since the last reset; see ``Retriever.stats``."""
-        return self.model_runner.runtime.retriever.stats(reset)
+        return self.model_runner.runtime.stats(reset)
 
-    def specontext_set(self, retriever: str | None = None, budget: int | None = None) -> dict[str, Any]:
-        """Change retriever or budget between steps; the settings in force are returned."""
-        return self.model_runner.runtime.set(retriever, budget)
+    def specontext_set(
+        self, retriever: str | None = None, budget: int | None = None, stickiness: float | None = None
+    ) -> dict[str, Any]:
+        """Change retriever, budget or stickiness between steps; the settings in force are returned."""
+        return self.model_runner.runtime.set(retriever, budget, stickiness)

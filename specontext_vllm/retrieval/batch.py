@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,8 @@ class StepBatch:
         seq_lens_bound: R host integers, each at least the row's context length.
         num_decodes: rows with one query token.
         table_rows: rows of the page table to fill, padding included.
+        names: R request ids.
+        query_lens: R host integers, the rows' query tokens.
     """
 
     token_ids: Tensor
@@ -32,6 +35,8 @@ class StepBatch:
     seq_lens_bound: list[int]
     num_decodes: int
     table_rows: int
+    names: Sequence[str] = ()
+    query_lens: Sequence[int] = ()
 
     @property
     def num_rows(self) -> int:

@@ -14,7 +14,7 @@ from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.scoring import PageScores, fill_baseline, score_rows
-from specontext_vllm.retrieval.selection import Budget, select_rows
+from specontext_vllm.retrieval.selection import Budget, Held, select_rows
 
 WORKSPACE_BYTES = 64 << 20
 """Bytes of the scoring workspace; a batch with more pages is scored in several parts. One row always fits."""
@@ -114,13 +114,14 @@ class Retriever:
 
     # -- before the forward pass --------------------------------------------------------------------------------------
 
-    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None) -> None:
+    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None) -> None:
         """Fill the page table of the step's decode rows.
 
         Args:
             batch: the step.
             pages: ``[>= table_rows * H, K]`` int32, written.
             lengths: ``[>= table_rows * H]`` int32, written; 0 for padding rows.
+            held: pages that selection sticks to.
             ids: ``[>= table_rows, W]`` int32 what a page is called in ``pages``; default the block table's ids.
         """
         if batch.table_rows == 0:
@@ -148,7 +149,7 @@ class Retriever:
                 fill_baseline(config.retriever, self.scores, self.generator)
             select_rows(
                 self.scores, batch.seq_lens, batch.block_table if ids is None else ids, pages, lengths, self._kept_mass, budget,
-                rows=rows, max_pages=most, fallback=fallback if queries is not None else None,
+                rows=rows, max_pages=most, fallback=fallback if queries is not None else None, held=held,
             )  # fmt: skip
         if config.stats:
             self._count(batch, lengths, bounds, budget, fallback)

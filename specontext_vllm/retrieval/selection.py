@@ -12,6 +12,21 @@ from specontext_vllm.retrieval.scoring import PageScores, row_starts
 
 
 @dataclass(frozen=True)
+class Held:
+    """Pages that need not be fetched, and how much a page that must be has to beat them by.
+
+    Attributes:
+        lanes: ``[>= B]`` int32, negative for padding rows.
+        slot_of: ``[lanes, H, W]`` int32, negative for pages that are not held.
+        margin: added to the logarithm of a held page's score.
+    """
+
+    lanes: Tensor
+    slot_of: Tensor
+    margin: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """Pages per (request, KV head): ``total`` in all, ``sinks`` from the start and ``recents`` at the end among them."""
 
@@ -22,7 +37,7 @@ class Budget:
 
 def select_rows(
     scores: PageScores, seq_lens: Tensor, block_table: Tensor, pages: Tensor, lengths: Tensor, kept_mass: Tensor, budget: Budget,
-    *, rows: range, max_pages: int, fallback: tuple[float, int] | None = None,
+    *, rows: range, max_pages: int, fallback: tuple[float, int] | None = None, held: Held | None = None,
 ) -> None:  # fmt: skip
     """Fill the page table of ``rows`` from the workspace, on the device of ``pages``.
 
@@ -38,6 +53,7 @@ def select_rows(
         kept_mass: ``[B, H]`` float32, written: attention mass of the head on the kept pages, mean over the group.
         max_pages: upper bound of a row's pages.
         fallback: ``(threshold, pages)``: rows whose mean kept mass lies under the threshold read that many pages instead.
+        held: sticky selection: what is held scores more by a margin.
     """
     num_kv_heads = kept_mass.shape[1]
     if pages.is_cuda:
@@ -46,6 +62,7 @@ def select_rows(
         arguments = dict(
             page_size=PAGE_SIZE, num_kv_heads=num_kv_heads, first_row=rows.start, num_rows=len(rows), widest=block_table.shape[1],
             sink_pages=budget.sinks, recent_pages=budget.recents,
+            held=None if held is None else (held.lanes, held.slot_of, held.margin),
         )  # fmt: skip
         # Rows that are all read whole have no scores to find.
         starts = row_starts(seq_lens, rows) if max_pages > budget.total else seq_lens
@@ -62,10 +79,11 @@ def select_rows(
         span = slice(start, start + count)
         table_row = block_table[row, :count]
         page_max, page_lse = scores.page_max[:, span], scores.page_lse[:, span]
-        kept, mass = select_row(page_max, page_lse, count, num_kv_heads, budget)
+        bonus = None if held is None else held.margin * (held.slot_of[held.lanes[row], :, :count] >= 0)
+        kept, mass = select_row(page_max, page_lse, count, num_kv_heads, budget, bonus)
         if fallback is not None and mass.mean() < fallback[0]:
             wider = Budget(fallback[1], budget.sinks, budget.recents)
-            kept, _ = select_row(page_max, page_lse, count, num_kv_heads, wider)
+            kept, _ = select_row(page_max, page_lse, count, num_kv_heads, wider, bonus)
         head = torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
         block = slice(row * num_kv_heads, (row + 1) * num_kv_heads)
         pages[block, : kept.shape[1]] = table_row[kept] * num_kv_heads + head
@@ -74,16 +92,21 @@ def select_rows(
         start += count
 
 
-def select_row(page_max: Tensor, page_lse: Tensor, count: int, num_kv_heads: int, budget: Budget) -> tuple[Tensor, Tensor]:
+def select_row(
+    page_max: Tensor, page_lse: Tensor, count: int, num_kv_heads: int, budget: Budget, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Kept page positions ``[H, min(count, total)]`` int64 ascending, and kept mass ``[H]``, of one row.
 
     Args:
         page_max, page_lse: ``[NQ, count]`` float32.
+        bonus: ``[H, count]`` added to the logarithms of the scores, or None.
     """
     if count <= budget.total:
         return torch.arange(count).expand(num_kv_heads, count), torch.ones(num_kv_heads)
     total = page_lse.logsumexp(-1, keepdim=True)
     score = (page_max - total).view(num_kv_heads, -1, count).amax(1)
+    if bonus is not None:
+        score = score + bonus
     score[:, : budget.sinks] = float("inf")
     score[:, count - budget.recents :] = float("inf")
     # A stable sort gives ties to the older page, as the kernel does.

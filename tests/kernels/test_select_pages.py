@@ -122,3 +122,30 @@ def test_select_rows_agrees_with_the_kernel(device):
     assert torch.equal(arguments[3].cpu(), out)
     for sequence, tokens in enumerate(out.tolist()):
         assert torch.equal(arguments[2].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)])
+
+
+def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
+    heads, lengths, budget = 2, [640, 640], Budget(8, 1, 2)
+    scores = random_scores(4, heads, [40, 40], device, seed=8)
+    lanes = torch.tensor([2, 0], dtype=torch.int32)
+    slot_of = torch.where(torch.rand(3, heads, 64, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1).int()
+    table = torch.arange(40, dtype=torch.int32).expand(2, 40).contiguous()
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    pages, out = torch.full((4, 8), -7, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    for margin in (0.0, 1.5, 100.0):
+        arguments = [t.to(device) for t in (seq_lens, table, pages, out, torch.zeros(2, heads))]
+        held = (lanes.to(device), slot_of.to(device), margin)
+        select_pages(
+            scores.page_max, scores.page_lse, scores.order, arguments[0], row_starts(seq_lens, range(2)).to(device), *arguments[1:],
+            page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=2, widest=40, sink_pages=1, recent_pages=2, budget_pages=8,
+            held=held,
+        )  # fmt: skip
+        for row in range(2):
+            span = slice(40 * row, 40 * row + 40)
+            is_held = slot_of[lanes[row], :, :40] >= 0
+            kept, _ = select_row(scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), 40, heads, budget, margin * is_held)
+            for head in range(heads):
+                assert arguments[2].cpu()[row * heads + head].tolist() == (kept[head] * heads + head).tolist()
+                if margin == 100.0:
+                    free = [p for p in kept[head].tolist() if p not in (0, 38, 39)]
+                    assert all(is_held[head, p] for p in free)

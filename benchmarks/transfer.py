@@ -1,0 +1,174 @@
+"""Case `transfer`: how much of the budget must be fetched a step, on the demo model, by size of the hot buffers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import report
+from benchmarks.children import ChildError, run_child
+from benchmarks.machine import gpus
+from benchmarks.recall import ENGINE_ENV, REPLY_TOKENS, make_problems, make_row
+from benchmarks.shapes import DEMO_MODEL, Shape
+
+REQUESTS = 16
+"""vLLM's max_num_seqs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Slots of the hot buffers as a multiple of the budget, and the margin of sticky selection."""
+
+    slots: float
+    stickiness: float
+
+    @property
+    def name(self) -> str:
+        what = "elastic" if self.stickiness == 0 else f"elastic, stickiness {self.stickiness:g}"
+        return what if self.slots == 1 else f"{what}, {self.slots:g}x slots"
+
+
+SETTINGS = (Setting(1, 0), Setting(1, 0.5), Setting(1, 1), Setting(1, 3), Setting(2, 0), Setting(2, 1), Setting(4, 0), Setting(4, 1))
+
+
+def apply(worker: Any, setting: Setting) -> None:
+    """Use a setting in a worker from the next request on, and note the misses of each step."""
+    runtime = worker.model_runner.runtime
+    tiers = runtime.tiers
+    runtime.set(None, None, setting.stickiness)
+    tiers.ledger.hot_pages = int(setting.slots * runtime.config.budget_pages)
+    if not hasattr(tiers, "noted"):
+        original = tiers.resolve
+
+        def resolve(selection: Any, lengths: Any, *args: Any) -> None:
+            original(selection, lengths, *args)
+            selected = int(((lengths + 15) // 16).sum()) if args[-1] else 0
+            if selected:
+                tiers.noted.append((int(tiers.hot.count), selected))
+
+        tiers.resolve = resolve
+    tiers.noted = []
+
+
+def noted(worker: Any) -> list[tuple[int, int]]:
+    """Per step: head pages missed and head pages selected."""
+    return worker.model_runner.runtime.tiers.noted
+
+
+def run_engine(
+    model: str, on_gpu: bool, dtype: str, budget: int, counts: tuple[int, int], tokens: int, settings: Sequence[Setting]
+) -> Iterator[tuple[str, Any]]:
+    """One engine answers all problems with each setting; runs in a child.
+
+    Yields:
+        ``("ready", facts)``, then ``("row", (setting, replies, stats, seconds, misses by step))``.
+    """
+    from vllm import LLM, SamplingParams
+
+    problems = make_problems(*counts, tokens)
+    shape = Shape.named("demo")
+    page_bytes = 16 * 2 * shape.num_key_value_heads * shape.head_dim * (4 if dtype == "float32" else 2)
+    pages = (tokens // 16 + 40) * len(problems)
+    # GPU room for the largest hot buffers of all layers, but not for one layer's pages: every layer may be offloaded.
+    room = (REQUESTS * 4 * (budget // 16) * shape.num_hidden_layers + pages // 2 + 4 * tokens // 16) * page_bytes + pages * 12288
+    config = {
+        "retrieval_head": str(Path(model, "retrieval_head")), "budget": budget, "gpu_kv_gib": room / 2**30,
+        "host_kv_gib": (shape.num_hidden_layers + 1) * pages * page_bytes / 2**30,
+    }  # fmt: skip
+    arguments: dict[str, Any] = {
+        "model": model, "dtype": dtype, "seed": 0, "enable_prefix_caching": True, "max_num_seqs": REQUESTS, "disable_log_stats": True,
+        "max_model_len": tokens + 1024, "num_gpu_blocks_override": pages, "attention_backend": "specontext", "additional_config": {"specontext": config},
+    }  # fmt: skip
+    arguments |= {"gpu_memory_utilization": 0.3} if on_gpu else {"enforce_eager": True}
+    llm = LLM(**arguments)
+    tokenizer = llm.get_tokenizer()
+    params = [
+        SamplingParams(temperature=0, max_tokens=REPLY_TOKENS + len(tokenizer.encode(p.answer, add_special_tokens=False)))
+        for p in problems
+    ]
+    yield "ready", {"arguments": arguments}
+    for setting in settings:
+        llm.collective_rpc(apply, args=(setting,))
+        llm.collective_rpc("specontext_stats", args=(True,))
+        start = time.perf_counter()
+        outputs = llm.chat([p.messages for p in problems], params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        yield "row", (
+            setting, [output.outputs[0].text for output in outputs], llm.collective_rpc("specontext_stats")[0], seconds,
+            llm.collective_rpc(noted)[0],
+        )  # fmt: skip
+
+
+TABLES = {
+    "Fetched a step, as a share of the budget": (
+        report.Column("name", "hot buffers"),
+        report.Column("share", "fetched, mean", ".1%"),
+        report.Column("p50", "median step", ".1%"),
+        report.Column("p90", "90th percentile", ".1%"),
+        report.Column("needle", "needle accuracy", ".3f"),
+        report.Column("needle_interval", "95 %"),
+        report.Column("recitation", "recitation", ".3f"),
+        report.Column("recitation_interval", "95 %"),
+    ),
+}
+
+
+def summarize(steps: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Shares of the steps in which no request began: a request's first selection is all misses, whatever the policy."""
+    import numpy as np
+
+    shares = np.array([missed / selected for missed, selected in steps if selected])
+    steady = shares[shares < 0.5]
+    total = sum(missed for missed, _ in steps) / max(1, sum(selected for _, selected in steps))
+    return {
+        "share": float(steady.mean()), "p50": float(np.median(steady)), "p90": float(np.percentile(steady, 90)),
+        "share_with_first_steps": total, "steady_steps": len(steady), "steps": len(shares),
+    }  # fmt: skip
+
+
+def main(
+    needles: Annotated[int, typer.Option(help="Needle problems.")] = 30,
+    recitations: Annotated[int, typer.Option(help="Recitation problems.")] = 10,
+    tokens: Annotated[int, typer.Option(help="Prompt length.")] = 8000,
+    budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 512,
+    seconds: Annotated[float, typer.Option(help="Time limit of the engine; what it measured till then is kept.")] = 1500,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
+) -> None:
+    """Misses of the hot buffers and accuracy, by slots and stickiness. Exit code 1 if anything failed."""
+    on_gpu = bool(gpus())
+    problems = make_problems(needles, recitations, tokens)
+    details: dict[str, Any] = {"budget": budget, "tokens": tokens, "stats": {}, "steady_shares": {}}
+    result = report.Report("transfer", f"Elastic loading on the demo model, prompts of {tokens} tokens, budget {budget}", TABLES, details=details)
+    result.notes.append(
+        "Without elastic loading every step fetches the whole budget (100 %). Mean over the steps in which fewer than half of the "
+        "selected pages were new; a request's first decode step fetches its whole selection whatever the policy."
+    )
+    env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")})}
+    log = Path(tempfile.mkdtemp(prefix="specontext-bench-")) / "transfer.log"
+    dtype = "bfloat16" if on_gpu else "float32"
+    arguments = (str(DEMO_MODEL), on_gpu, dtype, budget, (needles, recitations), tokens, SETTINGS)
+    print(f"starting (log {log})", flush=True)
+    try:
+        for kind, value in run_child(run_engine, *arguments, log=log, seconds=seconds, env=env):
+            if kind == "ready":
+                details |= value
+                continue
+            setting, replies, stats, took, steps = value
+            row = make_row(setting.name, problems, replies, None, took) | summarize(steps)
+            details["stats"][setting.name] = stats
+            details["steady_shares"][setting.name] = [round(m / s, 4) for m, s in steps if s and m / s < 0.5]
+            result.rows.append(row)
+            result.write(out)
+            print(f"{setting.name}: {row['share']:.1%} a step, {took:.0f} s", flush=True)
+    except ChildError as error:
+        result.failures["engine"] = str(error)
+    result.write(out)
+    result.show()
+    raise typer.Exit(1 if result.failures else 0)

@@ -1,0 +1,237 @@
+"""What fits where, and how long a step takes: the memory model of tiered KV (paper C3, with its errata mended)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+
+HOT_FACTORS = (4.0, 3.0, 2.0, 1.5, 1.0)
+"""Sizes of the hot buffers that are tried, in units of the page table's width."""
+
+HOT_SHARE = 0.97
+"""Share of the logical pages that larger hot buffers must leave."""
+
+LEAST_GAIN = 1.02
+"""Host memory must gain at least so much capacity, or the engine is refused."""
+
+
+class MemoryModelError(ValueError):
+    """What was asked for does not fit; the message is one sentence with the numbers."""
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """KV of one worker.
+
+    Attributes:
+        num_layers, num_kv_heads, head_dim: of the target, heads on this worker.
+        itemsize: bytes of one element.
+        head_page_bytes: bytes that the retrieval head's caches take for one page; 0 without a head.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int
+    head_page_bytes: int
+
+    @property
+    def page_bytes(self) -> int:
+        """One page of one layer, K and V."""
+        return self.num_kv_heads * PAGE_SIZE * 2 * self.head_dim * self.itemsize
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """Sizes of the two tiers.
+
+    Attributes:
+        num_pages: T, logical pages that the scheduler hands out.
+        host_layers: M, layers (the last ones) that the host pool mirrors and that may be offloaded.
+        hot_pages: S, most frames of one request's hot buffer in one layer.
+        frames: F, page-sized places on the GPU, staging areas included.
+        staging_pages: pages of each of the two staging areas.
+        host_bytes, gpu_bytes: what both tiers take.
+        parts: bytes on the GPU by what they are for.
+    """
+
+    num_pages: int
+    host_layers: int
+    hot_pages: int
+    frames: int
+    staging_pages: int
+    host_bytes: int
+    gpu_bytes: int
+    parts: dict[str, int]
+
+
+class MemoryModel:
+    """The paper's M_part for a paged engine.
+
+    M_part charges ``(L_GPU + 1 + alpha) S + L_CPU B`` tokens a request. Here the 1 is the head's own page (K only), alpha is 0
+    (nothing repeats K and V), B is the hot buffer, and weights and activations are no part of it: vLLM measures them.
+
+    Args:
+        shape: the KV.
+        budget_pages, table_pages: pages a KV head reads in a step, and the most it may.
+        max_num_seqs: n, requests in flight, each of which may hold a hot buffer.
+        max_model_len: longest context, in tokens; the staging areas hold it twice.
+    """
+
+    def __init__(self, shape: KVShape, *, budget_pages: int, table_pages: int, max_num_seqs: int, max_model_len: int) -> None:
+        self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
+        self.max_num_seqs, self.max_pages = max_num_seqs, pages_for(max_model_len)
+
+    def size(self, num_pages: int, host_layers: int, hot_pages: int) -> TierPlan:
+        """Bytes of a plan in the worst case: every page in use, every mirrored layer offloaded, every hot buffer full."""
+        shape, lanes = self.shape, self.max_num_seqs
+        staging = self.max_pages if host_layers else 0
+        hot = min(num_pages, lanes * hot_pages)
+        frames = (shape.num_layers - host_layers) * num_pages + host_layers * hot + 2 * staging
+        parts = {
+            "resident layers": (shape.num_layers - host_layers) * num_pages * shape.page_bytes,
+            "hot buffers": host_layers * hot * shape.page_bytes,
+            "staging": 2 * staging * shape.page_bytes,
+            "retrieval head's caches": num_pages * shape.head_page_bytes,
+        }
+        if host_layers:
+            parts["tables"] = self._table_bytes(num_pages, hot_pages)
+        return TierPlan(
+            num_pages, host_layers, hot_pages, frames, staging, host_layers * num_pages * shape.page_bytes, sum(parts.values()), parts
+        )
+
+    def _table_bytes(self, num_pages: int, hot_pages: int) -> int:
+        """int32 tables: frames, hot frames, page tables of all layers, slot maps and their state, the step's misses."""
+        layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.max_num_seqs
+        sequences = lanes * heads
+        return 4 * (
+            layers * num_pages + layers * lanes * hot_pages + layers * sequences * self.table_pages
+            + sequences * (self.max_pages + 4 * hot_pages + 3 * self.table_pages)
+        )  # fmt: skip
+
+    def plan(self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None) -> TierPlan:
+        """The plan with the most logical pages, and among hot buffers that cost less than 3 % of them the largest.
+
+        Args:
+            gpu_bytes, host_bytes: room for KV, the head's caches and tables; for the host pool.
+            num_pages: the user's own number of pages; then the plan with the fewest mirrored layers is taken.
+        Raises:
+            MemoryModelError: nothing fits, or host memory would gain less than 2 %.
+        """
+        widths = sorted({min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS}, reverse=True)
+        if num_pages is not None:
+            return self._fixed(gpu_bytes, host_bytes, num_pages, widths)
+        best = {width: self._largest(gpu_bytes, host_bytes, width) for width in widths}
+        most = max(plan.num_pages for plan in best.values())
+        if most == 0:
+            raise MemoryModelError(
+                f"{gpu_bytes / 2**30:.2f} GiB of GPU memory and {host_bytes / 2**30:.2f} GiB of host memory hold not one page; "
+                f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len ({self.max_pages * PAGE_SIZE})."
+            )
+        plan = next(best[width] for width in widths if best[width].num_pages >= HOT_SHARE * most)
+        alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
+        if host_bytes and plan.num_pages < LEAST_GAIN * alone:
+            raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
+        return plan
+
+    def _largest(self, gpu_bytes: int, host_bytes: int, hot_pages: int) -> TierPlan:
+        found = self.size(0, 0, hot_pages)
+        for host_layers in range(self.shape.num_layers + 1 if host_bytes else 1):
+            low, high = 0, 1 + max(gpu_bytes, host_bytes) // self.shape.page_bytes
+            while low < high:
+                middle = (low + high + 1) // 2
+                plan = self.size(middle, host_layers, hot_pages)
+                fits = plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes
+                low, high = (middle, high) if fits else (low, middle - 1)
+            if low > found.num_pages:
+                found = self.size(low, host_layers, hot_pages)
+        return found
+
+    def _fixed(self, gpu_bytes: int, host_bytes: int, num_pages: int, widths: list[int]) -> TierPlan:
+        for host_layers in range(self.shape.num_layers + 1):
+            for width in widths:
+                plan = self.size(num_pages, host_layers, width)
+                if plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes:
+                    return plan
+        least = self.size(num_pages, self.shape.num_layers, widths[-1])
+        raise MemoryModelError(
+            f"--num-gpu-blocks-override {num_pages} pages need {least.gpu_bytes / 2**30:.2f} GiB on the GPU and "
+            f"{least.host_bytes / 2**30:.2f} GiB on the host with every layer offloaded, but there are {gpu_bytes / 2**30:.2f} and "
+            f"{host_bytes / 2**30:.2f}; lower it."
+        )
+
+    def _no_gain(self, gpu_bytes: int, host_bytes: int, alone: int, width: int) -> str:
+        pays = 0
+        for lanes in sorted({2**i for i in range(11)} | {3 * 2**i for i in range(9)}):
+            model = MemoryModel(
+                self.shape, budget_pages=self.budget_pages, table_pages=self.table_pages, max_num_seqs=lanes,
+                max_model_len=self.max_pages * PAGE_SIZE,
+            )  # fmt: skip
+            if lanes < self.max_num_seqs and model._largest(gpu_bytes, host_bytes, width).num_pages >= LEAST_GAIN * alone:
+                pays = lanes
+        hot = self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes / 2**30
+        remedy = f"--max-num-seqs {pays} is the largest that pays" if pays else "none smaller pays either"
+        return (
+            f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot:.1f} GiB of the {gpu_bytes / 2**30:.1f} GiB on the GPU, so that "
+            f"{host_bytes / 2**30:.1f} GiB of host memory gain nothing; {remedy}, or set host_kv_gib to 0."
+        )
+
+    def thresholds(self, gpu_bytes: int, requests: int, host_bytes: int | None = None) -> list[int]:
+        """S_T[i]: the longest context, in tokens, of ``requests`` equal requests that fits with ``i`` layers offloaded, i = 0..L.
+
+        Derived from M_part itself (paper C3): its threshold formula drops a factor and its "place on GPU" means the CPU.
+        """
+        shape, found = self.shape, []
+        for offloaded in range(shape.num_layers + 1):
+            low, high = 0, 1 + max(gpu_bytes, host_bytes or 0) // shape.page_bytes
+            while low < high:
+                pages = (low + high + 1) // 2
+                fits = self._bytes_at(pages, requests, offloaded) <= gpu_bytes
+                fits &= host_bytes is None or offloaded * requests * pages * shape.page_bytes <= host_bytes
+                low, high = (pages, high) if fits else (low, pages - 1)
+            found.append(low * PAGE_SIZE)
+        return found
+
+    def _bytes_at(self, pages: int, requests: int, offloaded: int) -> int:
+        shape = self.shape
+        resident = (shape.num_layers - offloaded) * pages + offloaded * min(pages, self.table_pages)
+        staging = 2 * self.max_pages * shape.page_bytes if offloaded else 0
+        tables = self._table_bytes(requests * pages, self.table_pages) if offloaded else 0
+        return requests * (resident * shape.page_bytes + pages * shape.head_page_bytes) + staging + tables
+
+    def offloaded_layers(self, length: int, requests: int, gpu_bytes: int) -> int | None:
+        """Fewest layers to offload for ``requests`` requests of ``length`` tokens; None when even all do not suffice."""
+        fitting = (i for i in range(self.shape.num_layers + 1) if self._bytes_at(pages_for(length), requests, i) <= gpu_bytes)
+        return next(fitting, None)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time law: a step takes the longer of its compute and its transfers (measured by the spike within 10 %).
+
+    Attributes:
+        weight_bytes: read once a step, the head's included.
+        gpu_bytes_per_s: memory bandwidth of the GPU. link_bytes_per_s: of the PCIe link at 8 KiB rows.
+        overhead_s: what a step costs beyond the bytes it reads.
+    """
+
+    weight_bytes: int
+    gpu_bytes_per_s: float = 4.3e12
+    link_bytes_per_s: float = 50e9
+    overhead_s: float = 1e-3
+
+    def step(
+        self, shape: KVShape, *, requests: int, length: int, budget_pages: int, offloaded: int, miss_rate: float
+    ) -> tuple[float, float, int]:
+        """Seconds of compute, seconds of transfer, and bytes over PCIe of one decode step.
+
+        Args:
+            length: context, in tokens. miss_rate: share of the budget's pages that must be fetched.
+        """
+        pages = pages_for(length)
+        read = self.weight_bytes + requests * (
+            shape.num_layers * min(pages, budget_pages) * shape.page_bytes + (pages > budget_pages) * pages * shape.head_page_bytes
+        )
+        moved = int(offloaded * requests * min(pages, budget_pages) * miss_rate * shape.page_bytes)
+        return self.overhead_s + read / self.gpu_bytes_per_s, moved / self.link_bytes_per_s, moved

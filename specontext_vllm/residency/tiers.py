@@ -1,0 +1,337 @@
+"""Tiered KV of one worker: an arena of frames on the GPU, a pinned host pool behind it, and what moves between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.residency.host_pool import allocate_host_pool
+from specontext_vllm.residency.hot_buffers import HotBuffers
+from specontext_vllm.residency.ledger import Changes, Ledger
+from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.residency.transfer import Copier, fetch, write
+
+NULL_FRAME = 0
+"""Frame that every unused table entry points at: captured graphs read it when they warm up, nothing else does."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Prefill rows whose whole context lies in a staging area for one layer.
+
+    Attributes:
+        rows: the rows, counted from the first prefill row.
+        tokens: their query tokens, counted from the first prefill token.
+        block_table: ``[R, W]`` int32 frames of the rows' pages.
+        slots: ``[N]`` int64 places of the query tokens in the arena.
+    """
+
+    rows: slice
+    tokens: slice
+    block_table: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A ``Stage`` before it is known which staging area it gets: all places count from the area's start."""
+
+    rows: slice
+    tokens: slice
+    pages: Tensor
+    slots: Tensor
+    sources: Tensor
+    targets: Tensor
+    count: Tensor
+
+
+class TieredKV:
+    """KV pages of all layers over two tiers.
+
+    A step goes: ``begin_step`` (host books, tables, layers that move), ``resolve`` (misses and the layers' page tables), then
+    per layer ``write``, and for prefill rows of an offloaded layer ``stages``. All of it is enqueued on the current stream
+    and, for copies, on a side stream; nothing waits for the GPU. What a captured decode graph replays reads every
+    number that may change (resident layers, misses, tables) from device memory, so a move needs no new graph.
+
+    Args:
+        plan: the memory model's plan.
+        num_layers, num_kv_heads, head_dim, dtype: shape of the KV on this worker.
+        max_requests: most requests in flight.
+        max_rows: rows of the page table, padding of captured graphs included.
+        table_pages: its columns.
+        max_pages: most pages of one request.
+        keep_unreferenced: whether prefix caching is on.
+    """
+
+    poison = False
+    """Tests set it: frames that are given up are filled with NaN."""
+
+    def __init__(
+        self, plan: TierPlan, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_requests: int,
+        max_rows: int, table_pages: int, max_pages: int, keep_unreferenced: bool, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.plan, self.num_layers, self.num_kv_heads, self.device = plan, num_layers, num_kv_heads, device
+        self.first_mirrored = num_layers - plan.host_layers
+        page = (num_kv_heads, PAGE_SIZE, 2 * head_dim)
+        self.arena = torch.zeros(1 + plan.frames, *page, dtype=dtype, device=device)
+        self.host = allocate_host_pool((plan.host_layers, plan.num_pages, *page), dtype, device)
+        staging = plan.staging_pages
+        areas = torch.arange(1, 1 + 2 * staging, dtype=torch.int32, device=device)
+        self._areas = areas[:staging], areas[staging:]
+        self.ledger = Ledger(
+            num_layers=num_layers, num_pages=plan.num_pages, frames=np.arange(1 + 2 * staging, 1 + plan.frames),
+            host_layers=plan.host_layers, hot_pages=plan.hot_pages, max_requests=max_requests, keep_unreferenced=keep_unreferenced,
+        )  # fmt: skip
+        self.hot = HotBuffers(
+            max_requests, num_kv_heads, plan.hot_pages, max_pages, max_rows=max_rows, table_pages=table_pages, device=device
+        )
+
+        def cells(*shape: int) -> Tensor:
+            return torch.full(shape, NULL_FRAME, dtype=torch.int32, device=device)
+
+        self.frames = cells(num_layers, plan.num_pages)
+        self.hot_frames = cells(num_layers, max_requests, plan.hot_pages)
+        self.tables = cells(num_layers, max_rows * num_kv_heads, table_pages)
+        self.lanes = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self.resident = torch.full((1,), num_layers, dtype=torch.int32, device=device)
+        self._always = cells(1)
+        self._copier = Copier(device, num_layers)
+        self._groups: list[_Group] = []
+        self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
+        self.fetched = torch.zeros((), dtype=torch.int64, device=device)
+        self.missed = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps = self.moved_layers = 0
+
+    def bind(self, lengths: Tensor) -> None:
+        """Share the page table's ``lengths [max_rows * H]``, which captured graphs read."""
+        self._lengths = lengths
+
+    # -- once a step ----------------------------------------------------------------------------------------------------
+
+    def follow(self, changes: Changes) -> None:
+        """Bring the device up to the ledger: tables first, then fills and loads."""
+        if self.poison:
+            for frames in changes.given_up:
+                self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
+        _, pages = self.frames.shape
+        _, lanes, slots = self.hot_frames.shape
+        self._set(self.frames, [(layer * pages + page, frame) for layer, page, frame in changes.frames])
+        self._set(self.hot_frames, [((layer * lanes + lane) * slots + slot, frame) for layer, lane, slot, frame in changes.hot])
+        if changes.capacities:
+            self._set(self.hot.capacity, [(np.array(list(changes.capacities)), np.array(list(changes.capacities.values())))])
+        if changes.lanes:
+            self.hot.reset(self._upload(np.array(changes.lanes, np.int64)))
+        if changes.offloaded or changes.loads:
+            self.moved_layers += len(changes.offloaded) + len(changes.loads)
+        self.resident.fill_(self.ledger.resident)
+        if changes.offloaded:
+            held = self.hot.contents()
+            for layer in changes.offloaded:
+                if layer >= self.ledger.resident:
+                    self._fetch(layer, *held, self.hot_frames[layer].view(-1))
+        for layer, loaded in changes.loads:
+            if layer < self.ledger.resident:
+                self._load(layer, loaded)
+
+    def place_rows(self, names: Sequence[str], table_rows: int) -> None:
+        """Note which lane each row of the step has; the rows behind them are padding."""
+        lanes = np.full(max(table_rows, len(names)), -1, np.int32)
+        lanes[: len(names)] = [self.ledger.lanes[name] for name in names]
+        self.lanes[:table_rows].copy_(self._upload(lanes[:table_rows]), non_blocking=True)
+
+    def resolve(
+        self, selection: Tensor, lengths: Tensor, seq_lens: Tensor, block_table: Tensor, table_rows: int
+    ) -> None:
+        """Find the step's misses and write every layer's page table.
+
+        Args:
+            selection, lengths: ``[>= table_rows * H, K]``, ``[>= table_rows * H]`` int32; ids are ``page * H + head`` with the page
+                counted from the request's start.
+            seq_lens, block_table: the step's, logical.
+            table_rows: rows with a selection, padding included.
+        """
+        if not table_rows:
+            self.hot.count.zero_()
+            return
+        self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
+        self._write_tables(selection, lengths, block_table, table_rows)
+        offloaded = self.num_layers - self.ledger.resident
+        self.missed += self.hot.count[0]
+        self.fetched += self.hot.count[0] * offloaded
+        self.steps += 1
+
+    def _write_tables(self, selection: Tensor, lengths: Tensor, block_table: Tensor, rows: int) -> None:
+        heads = self.num_kv_heads
+        if selection.is_cuda:
+            from specontext_vllm.triton_kernels.layer_tables import layer_tables
+
+            layer_tables(
+                selection, self.hot.slots, lengths, self.lanes, block_table, self.frames, self.hot_frames, self.resident, self.tables,
+                num_rows=rows, num_kv_heads=heads, page_size=PAGE_SIZE,
+            )  # fmt: skip
+            return
+        resident = self.ledger.resident
+        for row in range(rows):
+            lane = int(self.lanes[row])
+            for head in range(heads if lane >= 0 else 0):
+                sequence = row * heads + head
+                count = pages_for(int(lengths[sequence]))
+                blocks = block_table[row, (selection[sequence, :count] // heads).long()].long()
+                slots = self.hot.slots[sequence, :count].long()
+                self.tables[:resident, sequence, :count] = self.frames[:resident, blocks] * heads + head
+                self.tables[resident:, sequence, :count] = self.hot_frames[resident:, lane, slots] * heads + head
+
+    def begin_prefill(
+        self, block_table: Tensor, positions: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
+    ) -> None:
+        """Plan how the step's prefill rows pass through the staging areas; nothing when no layer is offloaded.
+
+        Args:
+            block_table: ``[R, W]`` int32 of the prefill rows. positions: ``[N]`` of their query tokens.
+            seq_lens, query_lens: R host integers each.
+        """
+        self._groups = []
+        if self.ledger.resident == self.num_layers:
+            return
+        first = tokens = 0
+        while first < len(seq_lens):
+            last, held = first, 0
+            while last < len(seq_lens) and held + pages_for(seq_lens[last]) <= len(self._areas[0]):
+                held += pages_for(seq_lens[last])
+                last += 1
+            span = slice(first, last)
+            count = sum(query_lens[span])
+            self._groups.append(
+                self._group(block_table[span], positions[tokens : tokens + count], seq_lens[span], query_lens[span], span, tokens)
+            )
+            first, tokens = last, tokens + count
+
+    def _group(
+        self, block_table: Tensor, positions: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int], rows: slice, first_token: int
+    ) -> _Group:
+        heads, device = self.num_kv_heads, self.device
+        pages = [pages_for(n) for n in seq_lens]
+        offsets = np.concatenate([[0], np.cumsum(pages)])[:-1]
+        history = [pages_for(n - q) for n, q in zip(seq_lens, query_lens, strict=True)]
+        owner = np.repeat(np.arange(len(pages)), history)
+        page = np.concatenate([np.arange(n) for n in history]) if sum(history) else np.zeros(0, int)
+        head = torch.arange(heads, dtype=torch.int32, device=device)
+        blocks = block_table[self._upload(owner.astype(np.int64)), self._upload(page.astype(np.int64))]
+        places = self._upload((offsets[owner] + page).astype(np.int32))
+        starts = self._upload(np.repeat(offsets, query_lens).astype(np.int64))
+        columns = torch.arange(max(pages), dtype=torch.int32, device=device)
+        return _Group(
+            rows=rows,
+            tokens=slice(first_token, first_token + sum(query_lens)),
+            pages=self._upload(offsets.astype(np.int32))[:, None] + columns,
+            slots=starts * PAGE_SIZE + positions,
+            sources=(blocks[:, None] * heads + head).flatten(),
+            targets=(places[:, None] * heads + head).flatten(),
+            count=self._upload(np.array([len(page) * heads], np.int32)),
+        )
+
+    # -- once a layer ---------------------------------------------------------------------------------------------------
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, decodes: int) -> None:
+        """Store a layer's new tokens, once its misses have arrived; the first layer starts the copies of all.
+
+        Args:
+            key, value: ``[>= N, H, D]``. slots: ``[N]`` int64 logical slots, negative for padding.
+            decodes: leading tokens that belong to decode rows.
+        """
+        if layer == 0:
+            self._start_copies()
+        mirrored = layer >= self.first_mirrored
+        if mirrored:
+            self._copier.wait(layer)
+        write(
+            key, value, slots, self.tables[layer], self._lengths, self.frames[layer], self.resident, self.arena,
+            self.host[layer - self.first_mirrored] if mirrored else None, layer=layer, decodes=decodes,
+        )  # fmt: skip
+
+    def stages(self, layer: int) -> Iterator[Stage]:
+        """The prefill rows of an offloaded layer, group by group, each with its context in a staging area.
+
+        While one group attends, the next one's history is on its way into the other area.
+        """
+        for index, group in enumerate(self._groups):
+            use = (layer - self.ledger.resident) * len(self._groups) + index
+            area = self._areas[use % 2]
+            self._copier.wait_staged(use)
+            base = int(1 + (use % 2) * len(area))
+            yield Stage(group.rows, group.tokens, group.pages + base, group.slots + base * PAGE_SIZE)
+            self._copier.release_staged(use)
+            self._stage(use + 2)
+
+    def attends_staged(self, layer: int) -> bool:
+        """Whether this layer's prefill rows go through ``stages``."""
+        return layer >= self.ledger.resident
+
+    def _start_copies(self) -> None:
+        self._copier.fork()
+        for layer in range(self.first_mirrored, self.num_layers):
+            with self._copier.copying(layer):
+                self._fetch(layer, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[layer].view(-1), self.resident)
+        self._stage(0)
+        self._stage(1)
+
+    def _stage(self, use: int) -> None:
+        groups = self._groups
+        if not groups or use >= (self.num_layers - self.ledger.resident) * len(groups):
+            return
+        layer, group = self.ledger.resident + use // len(groups), groups[use % len(groups)]
+        with self._copier.staging(use):
+            self._fetch(layer, group.sources, group.targets, group.count, self._areas[use % 2])
+
+    # -- copies ---------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor | None = None) -> None:
+        fetch(
+            self.host, self.arena, sources, targets, count, places, self._always if resident is None else resident,
+            layer=layer, first_source=(layer - self.first_mirrored) * self.plan.num_pages * self.num_kv_heads,
+        )  # fmt: skip
+
+    def _load(self, layer: int, pages: np.ndarray) -> None:
+        heads = self.num_kv_heads
+        ids = (pages[:, None] * heads + np.arange(heads)).astype(np.int32).ravel()
+        places = self._upload(ids)
+        self._fetch(layer, places, places, self._upload(np.array([len(ids)], np.int32)), self.frames[layer])
+
+    def _set(self, table: Tensor, entries: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        if entries:
+            where = np.concatenate([index for index, _ in entries]).astype(np.int64)
+            values = np.concatenate([value for _, value in entries]).astype(np.int32)
+            # An entry that changed twice in a step has its last value.
+            where, last = np.unique(where[::-1], return_index=True)
+            table.view(-1).scatter_(0, self._upload(where), self._upload(values[::-1][last]))
+
+    def _upload(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # -- figures --------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stats(self, reset: bool = False) -> dict[str, int | float]:
+        """Figures since the last reset; waits for the device."""
+        head_page = self.arena[0, 0].nbytes
+        figures = {
+            "tier_steps": self.steps,
+            "missed_head_pages": int(self.missed),
+            "fetched_bytes": int(self.fetched) * head_page,
+            "resident_layers": self.ledger.resident,
+            "num_layers": self.num_layers,
+            "layer_moves": self.moved_layers,
+            "free_frames": self.ledger.free_frames,
+            "host_pool_bytes": self.host.nbytes,
+        }
+        if reset:
+            self.steps = self.moved_layers = 0
+            self.missed.zero_()
+            self.fetched.zero_()
+        return figures

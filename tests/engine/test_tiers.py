@@ -1,0 +1,66 @@
+"""Two tiers give the tokens of one: float32, real weights, frames for a quarter of the tokens, given-up frames full of NaN."""
+
+from __future__ import annotations
+
+import pytest
+
+from specontext_vllm.residency.tiers import TieredKV
+from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.test_exactness import scenarios
+
+PAGES = 111
+SETTINGS = {
+    "retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16,
+}  # fmt: skip
+# Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
+SHAPE = {"max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": PAGES, "attention_backend": "specontext"}
+
+
+def frames(worker) -> int | None:
+    """Frames of a worker's arena, or None without tiers."""
+    tiers = worker.model_runner.runtime.tiers
+    return None if tiers is None else tiers.plan.frames
+
+
+def run(prompts, **settings):
+    with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **settings}}) as llm:
+        out = scenarios(llm, prompts)
+        out["frames"] = llm.collective_rpc(frames)[0]
+        out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
+        # A long idle phase of one short request: pressure has gone, layers come back.
+        from tests.engine.test_exactness import ids, sampling
+
+        out["after pressure"] = ids(llm.generate([{"prompt_token_ids": prompts[3]}], sampling(max_tokens=100), use_tqdm=False))
+        out["late stats"] = llm.collective_rpc("specontext_stats")[0]
+        return out
+
+
+@pytest.fixture(scope="module")
+def one_tier(prompts):
+    return run(prompts)
+
+
+@pytest.fixture(scope="module")
+def two_tiers(prompts):
+    TieredKV.poison = True
+    try:
+        return run(prompts, host_kv_gib=0.25, gpu_kv_gib=0.0036)
+    finally:
+        TieredKV.poison = False
+
+
+@pytest.mark.parametrize(
+    "scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted", "after pressure"]
+)
+def test_tokens_are_those_of_one_tier(one_tier, two_tiers, scenario):
+    assert two_tiers[scenario] == one_tier[scenario]
+
+
+def test_the_scenarios_happened(one_tier, two_tiers):
+    assert one_tier["preempted"] > 0 and two_tiers["preempted"] == one_tier["preempted"]
+    assert two_tiers["cached tokens"] == one_tier["cached tokens"] > 0
+    assert two_tiers["frames"] <= 1.05 * PAGES * 6 / 4
+    stats, late = two_tiers["stats"], two_tiers["late stats"]
+    assert stats["layer_moves"] > 0 and stats["fetched_bytes"] > 0 and stats["missed_head_pages"] > 0
+    assert stats["pages_read"] < 0.5 * stats["pages_total"]
+    assert late["resident_layers"] == late["num_layers"], "layers did not come back"

@@ -1,0 +1,193 @@
+"""Hot buffers: the Triton kernels against the torch path over many steps, and both against what they promise."""
+
+import pytest
+import torch
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.residency.hot_buffers import HotBuffers
+from specontext_vllm.residency.transfer import fetch, write
+from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
+from specontext_vllm.triton_kernels.layer_tables import layer_tables
+from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
+from specontext_vllm.triton_kernels.write_tiered import write_tiered
+
+HEADS, SLOTS, LANES, MAX_PAGES, TABLE = 2, 6, 3, 30, 5
+
+
+def make(device):
+    return HotBuffers(LANES, HEADS, SLOTS, MAX_PAGES, max_rows=LANES, table_pages=TABLE, device=device)
+
+
+def random_step(generator, lanes, seq_lens, table):
+    """A selection of sinks, the newest page and random ones; ids are page * H + head."""
+    selection = torch.full((LANES * HEADS, TABLE), -7, dtype=torch.int32)
+    lengths = torch.zeros(LANES * HEADS, dtype=torch.int32)
+    for row, tokens in enumerate(seq_lens):
+        count = pages_for(tokens)
+        for head in range(HEADS if lanes[row] >= 0 else 0):
+            kept = min(count, TABLE)
+            middle = torch.randperm(max(count - 2, 0), generator=generator)[: kept - 2] + 1
+            pages = torch.cat([torch.tensor([0]), middle, torch.tensor([count - 1])])[-kept:].unique().sort().values
+            kept = len(pages)
+            selection[row * HEADS + head, :kept] = pages.int() * HEADS + head
+            lengths[row * HEADS + head] = tokens - (count - kept) * PAGE_SIZE
+    return selection, lengths
+
+
+def run_kernel(hot, selection, lengths, seq_lens, lanes, table, rows, step):
+    hot._step = step
+    hot.count.zero_()
+    resolve_pages(
+        selection, lengths, seq_lens, lanes, table, hot.capacity, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots,
+        hot._order, hot.sources, hot.targets, hot.count, step=step, num_rows=rows, page_size=PAGE_SIZE,
+    )  # fmt: skip
+
+
+def misses(hot):
+    count = int(hot.count)
+    return sorted(zip(hot.sources[:count].tolist(), hot.targets[:count].tolist()))
+
+
+@pytest.mark.parametrize("capacity", [5, 6], ids=["tight", "spare"])
+def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, device):
+    generator = torch.Generator().manual_seed(capacity)
+    reference, kernel = make(torch.device("cpu")), make(device)
+    table = torch.stack([torch.randperm(MAX_PAGES, generator=generator) for _ in range(LANES)]).int()
+    for hot in (reference, kernel):
+        hot.capacity.fill_(capacity)
+    held = [[{} for _ in range(HEADS)] for _ in range(LANES)]
+    for step in range(1, 25):
+        lanes = torch.tensor([2, 0, -1] if step % 3 else [1, 2, 0], dtype=torch.int32)
+        seq_lens = torch.tensor([16 * 9 + step, 70 + 16 * step, 0 if lanes[2] < 0 else 33], dtype=torch.int32)
+        selection, lengths = random_step(generator, lanes, seq_lens.tolist(), table)
+        reference.resolve(selection, lengths, seq_lens, lanes, table, LANES)
+        on_device = [t.to(device) for t in (selection, lengths, seq_lens, lanes, table)]
+        run_kernel(kernel, *on_device, LANES, step)
+        for name in ("slot_of", "page_of", "source_of", "stamp"):
+            assert torch.equal(getattr(reference, name), getattr(kernel, name).cpu()), name
+        assert misses(reference) == misses(kernel)
+        new_misses = dict((target, source) for source, target in misses(reference))
+        for row, lane in enumerate(lanes.tolist()):
+            for head in range(HEADS if lane >= 0 else 0):
+                sequence = row * HEADS + head
+                count = pages_for(int(lengths[sequence]))
+                pages = (selection[sequence, :count] // HEADS).tolist()
+                slots = reference.slots[sequence, :count].tolist()
+                assert slots == kernel.slots[sequence, :count].tolist()
+                assert len(set(slots)) == count and max(slots) < capacity
+                mine = held[lane][head]
+                for page, slot in zip(pages, slots):
+                    source = int(table[row, page]) * HEADS + head
+                    target = (lane * SLOTS + slot) * HEADS + head
+                    if page in mine:
+                        assert mine[page][0] == slot and target not in new_misses
+                    elif page == (int(seq_lens[row]) - 1) // PAGE_SIZE and int(seq_lens[row]) % PAGE_SIZE == 1:
+                        assert target not in new_misses
+                    else:
+                        assert new_misses[target] == source
+                evicted = [p for p, (slot, _) in mine.items() if p not in pages and slot in slots]
+                kept = [p for p in mine if p not in pages and p not in evicted]
+                if evicted and kept:
+                    assert max(mine[p][1] for p in evicted) <= min(mine[p][1] for p in kept), "not the least recently used"
+                for page in evicted:
+                    del mine[page]
+                mine.update({page: (slot, step) for page, slot in zip(pages, slots)})
+
+
+def test_reset_and_contents():
+    hot = make(torch.device("cpu"))
+    hot.capacity.fill_(6)
+    selection, lengths = random_step(torch.Generator().manual_seed(1), [0, 1, 2], [90, 40, 16], None)
+    seq_lens, lanes = torch.tensor([90, 40, 16]).int(), torch.arange(3).int()
+    table = torch.arange(LANES * MAX_PAGES).view(LANES, MAX_PAGES).int()
+    hot.resolve(selection, lengths, seq_lens, lanes, table, 3)
+    sources, targets, count = hot.contents()
+    assert int(count) == int((selection >= 0).sum())
+    assert sorted(zip(sources.tolist(), targets.tolist())) == misses(hot)
+    hot.reset(torch.tensor([0, 2]))
+    hot.capacity[1] = 0
+    assert int(hot.contents()[2]) == 0
+
+
+def test_fetch_copies_what_is_listed_and_nothing_else(device):
+    generator = torch.Generator().manual_seed(3)
+    host = torch.randn(2, 9, HEADS, PAGE_SIZE, 8, generator=generator)
+    places = torch.tensor([4, 7, 1], dtype=torch.int32)
+    sources = torch.tensor([3, 16, 9, 999], dtype=torch.int32)
+    targets = torch.tensor([1, 4, 2, -999], dtype=torch.int32)
+    for layer, resident, copied in ((5, 5, True), (5, 6, False)):
+        reference = torch.full((9, HEADS, PAGE_SIZE, 8), float("nan"))
+        arena = reference.clone().to(device)
+        numbers = [torch.tensor([3], dtype=torch.int32), places, torch.tensor([resident], dtype=torch.int32)]
+        fetch(host, reference, sources, targets, *numbers, layer=layer, first_source=9 * HEADS)
+        on_device = [t.to(device) for t in (sources, targets, *numbers)]
+        rows = host.pin_memory() if device.type == "cuda" else host
+        fetch_pages(
+            rows.view(torch.int32).view(-1, PAGE_SIZE * 8), arena.view(torch.int32).view(-1, PAGE_SIZE * 8), *on_device,
+            layer=layer, first_source=9 * HEADS, num_kv_heads=HEADS, programs=2,
+        )  # fmt: skip
+        torch.testing.assert_close(arena.cpu(), reference, rtol=0, atol=0, equal_nan=True)
+        expected = torch.full_like(reference, float("nan"))
+        if copied:
+            for source, target in zip(sources[:3].tolist(), targets[:3].tolist()):
+                expected[places[target // HEADS], target % HEADS] = host[1, source // HEADS, source % HEADS]
+        torch.testing.assert_close(reference, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_layer_tables_point_at_frames_or_hot_slots(device):
+    layers, rows, resident = 3, 2, 1
+    generator = torch.Generator().manual_seed(4)
+    table = torch.stack([torch.randperm(MAX_PAGES, generator=generator) for _ in range(rows)]).int()
+    lanes = torch.tensor([2, 0], dtype=torch.int32)
+    selection, lengths = random_step(generator, [2, 0], [90, 40], table)
+    slots = torch.randint(0, SLOTS, (LANES * HEADS, TABLE), generator=generator).int()
+    frames = torch.randperm(layers * MAX_PAGES, generator=generator).view(layers, MAX_PAGES).int()
+    hot = torch.randperm(layers * LANES * SLOTS, generator=generator).view(layers, LANES, SLOTS).int() + 1000
+    out = torch.full((layers, LANES * HEADS, TABLE), -7, dtype=torch.int32, device=device)
+    arguments = [
+        t.to(device) for t in (selection, slots, lengths, lanes, table, frames, hot, torch.tensor([resident], dtype=torch.int32))
+    ]
+    layer_tables(*arguments, out, num_rows=rows, num_kv_heads=HEADS, page_size=PAGE_SIZE)
+    for layer in range(layers):
+        for row in range(rows):
+            for head in range(HEADS):
+                sequence = row * HEADS + head
+                for k in range(TABLE):
+                    found = int(out[layer, sequence, k])
+                    if k >= pages_for(int(lengths[sequence])):
+                        assert found == -7
+                    elif layer < resident:
+                        assert found == frames[layer, table[row, selection[sequence, k] // HEADS]] * HEADS + head
+                    else:
+                        assert found == hot[layer, lanes[row], slots[sequence, k]] * HEADS + head
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+@pytest.mark.parametrize("resident", [1, 0], ids=["resident", "offloaded"])
+def test_write_kernel_matches_reference(mirrored, resident, device):
+    generator = torch.Generator().manual_seed(5)
+    tokens, decodes, d = 7, 2, 4
+    key, value = torch.randn(tokens + 2, HEADS, d, generator=generator), torch.randn(tokens + 2, HEADS, d, generator=generator)
+    slots = torch.tensor([40, 55, 16, 17, -1, 19, 100])
+    lengths = torch.tensor([17, 17, 30, 30], dtype=torch.int32)
+    table = torch.tensor([[2, 4, -9], [3, 5, -9], [6, 8, -9], [7, 9, -9]], dtype=torch.int32)
+    frames = torch.randperm(9, generator=generator).int() + 8
+    arena, mirror = torch.full((20, HEADS, PAGE_SIZE, 2 * d), float("nan")), torch.full((9, HEADS, PAGE_SIZE, 2 * d), float("nan"))
+    mine, my_mirror = arena.clone().to(device), mirror.clone()
+    if device.type == "cuda":
+        my_mirror = my_mirror.pin_memory()
+    flag = torch.tensor([resident], dtype=torch.int32)
+    write(key, value, slots, table, lengths, frames, flag, arena, mirror if mirrored else None, layer=0, decodes=decodes)
+    write_tiered(
+        *(t.to(device) for t in (key, value, slots, table, lengths, frames, flag)), mine, my_mirror if mirrored else None,
+        layer=0, num_decodes=decodes,
+    )  # fmt: skip
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    torch.testing.assert_close(mine.cpu(), arena, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(my_mirror, mirror, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(arena[2, 0, 0], torch.cat([key[0, 0], value[0, 0]]))
+    if mirrored:
+        assert torch.equal(mirror[3, 1, 7], torch.cat([key[1, 1], value[1, 1]]))
+    if resident:
+        assert torch.equal(arena[frames[1], 1, 3], torch.cat([key[5, 1], value[5, 1]]))
