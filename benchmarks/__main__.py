@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import decode, recall, transfer
+from benchmarks import capacity, decode, recall, transfer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-CASES = {"decode": decode.main, "recall": recall.main, "transfer": transfer.main}
+CASES = {"capacity": capacity.main, "decode": decode.main, "recall": recall.main, "transfer": transfer.main}
 for name, case in CASES.items():
     app.command(name)(case)
 

@@ -35,7 +35,7 @@ class Setting:
         return what if self.slots == 1 else f"{what}, {self.slots:g}x slots"
 
 
-SETTINGS = (Setting(1, 0), Setting(1, 0.5), Setting(1, 1), Setting(1, 3), Setting(2, 0), Setting(2, 1), Setting(4, 0), Setting(4, 1))
+SETTINGS = (Setting(1, 0), Setting(1, 0.5), Setting(1, 1), Setting(1, 3), Setting(2, 0), Setting(2, 1), Setting(2, 3))
 
 
 def apply(worker: Any, setting: Setting) -> None:
@@ -77,7 +77,7 @@ def run_engine(
     page_bytes = 16 * 2 * shape.num_key_value_heads * shape.head_dim * (4 if dtype == "float32" else 2)
     pages = (tokens // 16 + 40) * len(problems)
     # GPU room for the largest hot buffers of all layers, but not for one layer's pages: every layer may be offloaded.
-    room = (REQUESTS * 4 * (budget // 16) * shape.num_hidden_layers + pages // 2 + 4 * tokens // 16) * page_bytes + pages * 12288
+    room = (REQUESTS * 2 * (budget // 16) * shape.num_hidden_layers + pages // 2 + 4 * tokens // 16) * page_bytes + pages * 12288
     config = {
         "retrieval_head": str(Path(model, "retrieval_head")), "budget": budget, "gpu_kv_gib": room / 2**30,
         "host_kv_gib": (shape.num_hidden_layers + 1) * pages * page_bytes / 2**30,

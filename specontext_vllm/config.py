@@ -48,7 +48,7 @@ class SpeContextConfig(BaseModel):
         default=None, gt=0, description="Cap in GiB on the GPU memory for KV, the head's caches included; default what vLLM grants."
     )
     stickiness: float = Field(
-        default=0.0, ge=0.0,
+        default=1.0, ge=0.0,
         description="With a host pool: a page that must be fetched has to score 1 + stickiness times a held one; 0 = off.",
     )
     stats: bool = True

@@ -1,4 +1,4 @@
-"""Dependencies point one way: engine -> {retrieval, attention} -> triton_kernels (docs/architecture.md)."""
+"""Dependencies point one way: engine -> {retrieval, residency, attention} -> triton_kernels (docs/architecture.md)."""
 
 import ast
 from pathlib import Path
@@ -11,6 +11,7 @@ PACKAGE = ROOT / "specontext_vllm"
 WRAPPERS = {PACKAGE / "attention" / "flash.py", PACKAGE / "attention" / "triton.py"}
 ROOMS = {
     "retrieval": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.triton_kernels"},
+    "residency": {"specontext_vllm.config", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
     "attention": {"specontext_vllm.config", "specontext_vllm.attention", "specontext_vllm.triton_kernels"},
     "triton_kernels": {"specontext_vllm.triton_kernels"},
 }

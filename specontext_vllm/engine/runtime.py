@@ -111,6 +111,8 @@ class Runtime:
                     f"additional_config.{CONFIG_KEY}.host_kv_gib: found {asked}, but this machine has {free / 2**30:.1f} GiB of "
                     f"memory free; lower it."
                 )
+        # The pool is the engine's; its tensor-parallel workers share the machine.
+        host_bytes //= self.vllm_config.parallel_config.tensor_parallel_size
         try:
             self.plan = model.plan(gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override)
         except MemoryModelError as error:

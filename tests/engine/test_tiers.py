@@ -10,7 +10,7 @@ from tests.engine.test_exactness import scenarios
 
 PAGES = 111
 SETTINGS = {
-    "retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16,
+    "retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16, "stickiness": 0,
 }  # fmt: skip
 # Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
 SHAPE = {"max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": PAGES, "attention_backend": "specontext"}

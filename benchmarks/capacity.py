@@ -1,0 +1,306 @@
+"""Case `capacity`: more context in flight than the GPU holds: two tiers against stock vLLM with the same room on the GPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import report
+from benchmarks.children import ChildError, run_child
+from benchmarks.decode import BATCHED_TOKENS, ENGINE_ENV
+from benchmarks.machine import gpus
+from benchmarks.shapes import Shape
+
+SETTLE = 16
+"""Steps after the last change of the number of decoding requests that are not timed."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What both engines serve, and the memory they have for it."""
+
+    model: str
+    on_gpu: bool
+    budget: int
+    gpu_gib: float
+    host_gib: float
+    prompt_tokens: int
+    output_tokens: int
+    max_num_seqs: int
+
+    def arguments(self, tiered: bool) -> dict[str, Any]:
+        """Arguments of ``LLM``."""
+        arguments: dict[str, Any] = {
+            "model": self.model, "load_format": "dummy", "skip_tokenizer_init": True, "seed": 0, "enable_prefix_caching": True,
+            "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": BATCHED_TOKENS, "gpu_memory_utilization": 0.9,
+            "max_model_len": self.prompt_tokens + self.output_tokens + 16, "disable_log_stats": True,
+            "enforce_eager": not self.on_gpu,
+        }  # fmt: skip
+        if tiered:
+            settings = {"retrieval_head": "dummy", "budget": self.budget, "gpu_kv_gib": self.gpu_gib, "host_kv_gib": self.host_gib, "stickiness": 0}
+            return arguments | {"attention_backend": "specontext", "additional_config": {"specontext": settings}}
+        return arguments | {"kv_cache_memory_bytes": int(self.gpu_gib * 2**30)} | ({"attention_backend": "FLASH_ATTN"} if self.on_gpu else {})
+
+
+def drive_selection(worker: Any, shares: Sequence[float]) -> None:
+    """Make a worker's selections change as a real model's do: in step i the share ``shares[i]`` of the pages is scored anew.
+
+    Random weights select at random. The head's own scoring still runs, so that its time is in the step; its scores are then
+    replaced by numbers that stay the same but for that share.
+    """
+    import torch
+
+    from specontext_vllm.retrieval import retriever as module
+    from specontext_vllm.retrieval.scoring import row_starts
+
+    runtime = worker.model_runner.runtime
+    state = module.__dict__.setdefault("_driven", {"original": module.score_rows, "step": 0})
+    state["shares"] = list(shares)
+
+    def driven(queries: Any, keys: Any, block_table: Any, seq_lens: Any, scores: Any, *, rows: range, **bounds: Any) -> None:
+        state["original"](queries, keys, block_table, seq_lens, scores, rows=rows, **bounds)
+        real = range(rows.start, min(rows.stop, queries.shape[0]))
+        lanes = runtime.tiers.lanes[real.start : real.stop].long()
+        heads, width = runtime.num_kv_heads, block_table.shape[1]
+        if "base" not in state:
+            state["base"] = torch.rand(runtime.tiers.hot.capacity.shape[0], heads, width, device=queries.device)
+        base = state["base"][lanes]
+        share = state["shares"][state["step"] % len(state["shares"])]
+        state["step"] += 1
+        base = torch.where(torch.rand_like(base) < share, torch.rand_like(base), base)
+        state["base"][lanes] = base
+        starts = row_starts(seq_lens, real)[: len(real)]
+        page = torch.arange(width, device=queries.device)
+        inside = page < ((seq_lens[real.start : real.stop, None] + 15) // 16)
+        place = torch.where(inside, starts[:, None] + page, scores.capacity - 1).flatten().long()
+        # [rows, heads, width] -> [query heads, rows * width]
+        values = (10 * base).transpose(0, 1).reshape(heads, -1).repeat_interleave(scores.page_max.shape[0] // heads, dim=0)
+        scores.page_max[:, place] = values
+        scores.page_lse[:, place] = values
+
+    module.score_rows = driven
+
+
+def run_engine(load: Load, tiered: bool, requests: int | None, turnovers: dict[str, list[float]]) -> Iterator[tuple[str, Any]]:
+    """Start one engine and serve the load; runs in a child.
+
+    Args:
+        requests: how many; None: as many as the engine's own capacity holds at once.
+        turnovers: shares of pages scored anew a step, by name; each is one pass over the same prompts (the later ones hit the
+            prefix cache).
+    Yields:
+        ``("ready", facts)``, then per pass ``("pass", (name, figures))``.
+    """
+    begin = time.perf_counter()
+    from vllm import LLM
+
+    llm = LLM(**load.arguments(tiered))
+    config = llm.llm_engine.vllm_config
+    capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+    fitting = min(load.max_num_seqs, capacity // (load.prompt_tokens + load.output_tokens))
+    yield "ready", {
+        "start_s": round(time.perf_counter() - begin, 1), "kv_capacity_tokens": capacity, "fitting": fitting,
+        "arguments": load.arguments(tiered), "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "async_scheduling": config.scheduler_config.async_scheduling,
+    }  # fmt: skip
+    for name, shares in turnovers.items():
+        if tiered:
+            llm.collective_rpc(drive_selection, args=(shares,))
+        yield "pass", (name, serve(llm, load, requests or fitting, tiered))
+
+
+def serve(llm: Any, load: Load, requests: int, tiered: bool) -> dict[str, Any]:
+    """Send all requests at once, run them to their end, and time the steps in which most of them decode and none prefills."""
+    import numpy as np
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    params = SamplingParams(
+        temperature=0, max_tokens=load.output_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+    generator = np.random.default_rng(7)
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    begin = time.perf_counter()
+    for i in range(requests):
+        prompt = generator.integers(5, vocabulary - 5, load.prompt_tokens).tolist()
+        engine.add_request(f"{begin}-{i}", {"prompt_token_ids": prompt}, params)
+    ends, counts, first, stats = [], [], {}, None
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            first.setdefault(output.request_id, now - begin)
+        ends.append(now)
+        counts.append(len(outputs))
+        if tiered and counts[-SETTLE:] == [requests] * SETTLE and stats is None:
+            llm.collective_rpc("specontext_stats", args=(True,))
+            stats = {}
+            ends[-1] = time.perf_counter()
+        if tiered and stats == {} and len(outputs) == requests and any(len(o.outputs[0].token_ids) and o.finished for o in outputs):
+            stats = llm.collective_rpc("specontext_stats")[0]
+    total = time.perf_counter() - begin
+    most = Counter(c for c in counts if c).most_common(1)[0][0]
+    steady = [
+        1e3 * (ends[i] - ends[i - 1]) for i in range(SETTLE + 1, len(ends)) if counts[i - SETTLE : i + 1] == [most] * (SETTLE + 1)
+    ]
+    step = float(np.median(steady)) if steady else None
+    return {
+        "requests": requests, "decoding_at_once": most, "step_ms": step, "step_p90_ms": float(np.percentile(steady, 90)) if steady else None,
+        "steady_steps": len(steady), "decode_tokens_per_s": most / step * 1e3 if step else None,
+        "first_token_s": {"first": min(first.values()), "median": float(np.median(list(first.values()))), "last": max(first.values())},
+        "total_s": total, "output_tokens_per_s": requests * load.output_tokens / total, "stats": stats or None,
+    }  # fmt: skip
+
+
+def probe_link(shape: Shape) -> Iterator[tuple[str, Any]]:
+    """Events ``("link", (programs, bytes/s))``: the fetch kernel on random head pages of the shape, from 4 GiB of pinned memory."""
+    import torch
+
+    from benchmarks.stages import timed
+    from specontext_vllm.residency.host_pool import allocate_host_pool
+    from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
+
+    device = torch.device("cuda")
+    heads, words = shape.num_key_value_heads, 16 * shape.head_dim
+    pages, count = (4 << 30) // (4 * words), 16384
+    host = allocate_host_pool((pages, words), torch.int32, device)
+    arena = torch.empty(count, words, dtype=torch.int32, device=device)
+    sources = torch.randint(0, pages, (count,), dtype=torch.int32, device=device)
+    targets = torch.arange(count, dtype=torch.int32, device=device)
+    places = torch.arange(count // heads, dtype=torch.int32, device=device)
+    number, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (count, 0))
+    for programs in (8, 16, 32, 64):
+
+        def work(_: int, programs: int = programs) -> None:
+            fetch_pages(
+                host, arena, sources, targets, number, places, resident, layer=0, first_source=0, num_kv_heads=heads, programs=programs
+            )
+
+        yield "link", (programs, arena.nbytes / (1e-3 * timed(work, device, repeats=10)))
+
+
+TABLES = {
+    "Steady decode": (
+        report.Column("name", "engine, pages scored anew a step"),
+        report.Column("capacity", "KV capacity, tokens", ",d"),
+        report.Column("at_once", "requests at once"),
+        report.Column("step", "step, ms", ".2f"),
+        report.Column("p90", "p90, ms", ".2f"),
+        report.Column("rate", "tokens/s", ",.0f"),
+        report.Column("ratio", "times stock", ".2f"),
+        report.Column("fetched", "fetched a step, MB", ".0f"),
+        report.Column("missed", "of the budget", ".1%"),
+        report.Column("resident", "resident layers"),
+    ),
+    "End to end": (
+        report.Column("name", "engine, pages scored anew a step"),
+        report.Column("requests", "requests"),
+        report.Column("last_first", "until the last first token, s", ".1f"),
+        report.Column("total", "until all are done, s", ".1f"),
+        report.Column("throughput", "output tokens/s", ",.0f"),
+    ),
+}
+
+
+def make_rows(details: dict[str, Any], budget: int, heads: int) -> list[dict[str, Any]]:
+    """The tables' rows from what the children have reported."""
+    rows = []
+    stock = next(iter(details["engines"].get("stock", {}).get("passes", {}).values()), None)
+    for engine, kept in details["engines"].items():
+        for name, figures in kept["passes"].items():
+            row = {
+                "name": f"{engine}, {name}" if engine != "stock" else engine, "capacity": kept["kv_capacity_tokens"],
+                "at_once": figures["decoding_at_once"], "step": figures["step_ms"], "p90": figures["step_p90_ms"],
+                "rate": figures["decode_tokens_per_s"], "requests": figures["requests"], "last_first": figures["first_token_s"]["last"],
+                "total": figures["total_s"], "throughput": figures["output_tokens_per_s"],
+            }  # fmt: skip
+            if stock and engine != "stock" and row["rate"] and stock["decode_tokens_per_s"]:
+                row["ratio"] = row["rate"] / stock["decode_tokens_per_s"]
+            stats = figures["stats"]
+            if stats and stats["tier_steps"]:
+                row["fetched"] = stats["fetched_bytes"] / stats["tier_steps"] / 1e6
+                row["missed"] = stats["missed_head_pages"] / stats["tier_steps"] / (figures["decoding_at_once"] * heads * budget / 16)
+                row["resident"] = f"{stats['resident_layers']} of {stats['num_layers']}"
+            rows.append(row)
+    return rows
+
+
+def main(
+    model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "8b",
+    gpu_gib: Annotated[float, typer.Option(help="Room for KV on the GPU, both engines.")] = 16,
+    host_gib: Annotated[float, typer.Option(help="Host pool.")] = 80,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length.")] = 32768,
+    output_tokens: Annotated[int, typer.Option(help="Tokens each request generates.")] = 512,
+    budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
+    max_num_seqs: Annotated[int, typer.Option(help="vLLM's; hot buffers are sized for it.")] = 20,
+    turnover: Annotated[str, typer.Option(help="Comma-separated shares of pages scored anew a step, or `recorded`.")] = "recorded,0.05,0.1",
+    recorded: Annotated[Path, typer.Option(help="Result of the case `transfer` that `recorded` draws from.")] = (
+        report.RESULTS / "transfer-cpu.json"
+    ),
+    policy: Annotated[str, typer.Option(help="Row of that result.")] = "elastic, stickiness 1, 2x slots",
+    engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 300,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
+    work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs.")] = None,
+) -> None:
+    """Long requests in flight on little GPU memory: two tiers against stock vLLM. Exit code 1 if anything failed."""
+    shape = Shape.named(model_shape)
+    turnovers: dict[str, list[float]] = {}
+    for text in turnover.split(","):
+        turnovers[text] = json.loads(recorded.read_text())["details"]["steady_shares"][policy] if text == "recorded" else [float(text)]
+    folder = work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
+    on_gpu = bool(gpus())
+    load = Load(
+        str(shape.write(folder / "model")), on_gpu, budget, gpu_gib, host_gib, prompt_tokens, output_tokens, max_num_seqs
+    )  # fmt: skip
+    details: dict[str, Any] = {"shape": {"name": shape.name, **shape.config}, "engines": {}, "policy": policy}
+    title = f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {gpu_gib:g} GiB for KV on the GPU, host pool {host_gib:g} GiB"
+    result = report.Report("capacity", title, TABLES, details=details)
+    result.notes += [
+        "Random weights select at random, so the selections are driven: the head scores as ever, then a share of the pages gets new "
+        f"scores in each step. `recorded` takes the shares from the demo model's needle and recitation runs ({recorded.name}, policy "
+        f"{policy}); the others are fixed shares. Stickiness is off, since the recorded shares have it in them. Later passes use the same prompts and hit the prefix cache.",
+        "Steady decode: median over the steps in which the most frequent number of requests decodes and nothing prefills. Both engines "
+        "ran in this one command, each in a process of its own, with prefix caching, chunked prefill, async scheduling and CUDA graphs "
+        "as vLLM sets them.",
+    ]
+
+    def save() -> None:
+        result.rows = make_rows(details, budget, shape.num_key_value_heads)
+        result.write(out)
+
+    if on_gpu:
+        for _, (programs, rate) in run_child(probe_link, shape, log=folder / "link.log", seconds=60, env=ENGINE_ENV):
+            details.setdefault("link_bytes_per_s", {})[programs] = rate
+        rates = ", ".join(f"{rate / 1e9:.1f} with {programs}" for programs, rate in details["link_bytes_per_s"].items())
+        result.notes.append(f"The fetch kernel alone, random head pages of {4 * 16 * shape.head_dim} bytes, GB/s by programs: {rates}.")
+    requests: int | None = None
+    for name, tiered in (("specontext", True), ("stock", False)):
+        kept = details["engines"].setdefault(name, {"passes": {}})
+        passes = turnovers if tiered else {"": [0.0]}
+        print(f"{name}: starting (log {folder / name}.log)", flush=True)
+        try:
+            for kind, value in run_child(
+                run_engine, load, tiered, requests, passes, log=folder / f"{name}.log", seconds=engine_seconds, env=ENGINE_ENV
+            ):
+                if kind == "ready":
+                    kept |= value
+                    print(f"{name}: ready after {value['start_s']} s, {value['kv_capacity_tokens']:,} tokens, {value['fitting']} fit", flush=True)
+                else:
+                    kept["passes"][value[0]] = value[1]
+                    requests = requests or value[1]["requests"]
+                    print(f"{name} {value[0]}: {value[1]}", flush=True)
+                save()
+        except ChildError as error:
+            result.failures[name] = str(error)
+            save()
+    result.show()
+    raise typer.Exit(1 if result.failures else 0)
