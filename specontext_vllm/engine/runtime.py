@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 import math
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,9 @@ logger = init_logger("vllm.specontext")
 HOST_RESERVE_SHARE = 0.1
 """Share of the machine's free memory that host_kv_gib "auto" leaves alone; and never less than HOST_RESERVE_BYTES."""
 HOST_RESERVE_BYTES = 8 << 30
+
+REPORT_SECONDS = 10
+"""Time between two lines about the tiers in the log, as between vLLM's own."""
 
 
 class Runtime:
@@ -80,6 +84,7 @@ class Runtime:
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
         self.tiers: TieredKV | None = None
+        self._next_report = 0.0
         self._page_ids = torch.arange(pages_for(model_config.max_model_len), dtype=torch.int32, device=device)
 
     @property
@@ -163,7 +168,8 @@ class Runtime:
                     plan, num_layers=layers, num_kv_heads=self.num_kv_heads, head_dim=model.get_head_size(), dtype=model.dtype,
                     max_requests=scheduler.max_num_seqs, max_rows=rows, table_pages=self.config.table_pages(model.max_model_len),
                     max_pages=pages_for(model.max_model_len),
-                    keep_unreferenced=bool(self.vllm_config.cache_config.enable_prefix_caching), device=self.device,
+                    keep_unreferenced=bool(self.vllm_config.cache_config.enable_prefix_caching), timed=self.config.stats,
+                    device=self.device,
                 )  # fmt: skip
         except HostPoolError as error:
             raise ConfigError(f"additional_config.{CONFIG_KEY}.{error}") from None
@@ -186,7 +192,12 @@ class Runtime:
             elif blocks is not None and blocks[0]:
                 grown.append((name, list(blocks[0])))
         decoding = [name for name, tokens in out.num_scheduled_tokens.items() if tokens == 1]
-        self.tiers.follow(self.tiers.ledger.begin_step(released, started, grown, decoding))
+        self.tiers.begin_step(released, started, grown, decoding)
+        now = time.monotonic()
+        if self.config.stats and now >= self._next_report:
+            self._next_report = now + REPORT_SECONDS
+            if (report := self.tiers.report()) is not None:
+                logger.info("SpeContext tiers: %s.", report)
 
     # -- one engine -----------------------------------------------------------------------------------------------------
 

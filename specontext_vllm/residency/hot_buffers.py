@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.triton_kernels.counters import FETCHED, MISSED, RETURNED, SELECTED
 
 
 class HotBuffers:
@@ -17,6 +18,7 @@ class HotBuffers:
         slots: S, slots per (lane, KV head).
         max_pages: most pages of one request.
         max_rows, table_pages: shape of the selection, which bounds the misses of a step.
+        num_layers: L. resident: ``[1]`` int32, layers that need no misses. counts: the meter's counters.
 
     Attributes:
         capacity: ``[lanes]`` int32 usable slots.
@@ -29,12 +31,14 @@ class HotBuffers:
     """
 
     def __init__(
-        self, lanes: int, num_kv_heads: int, slots: int, max_pages: int, *, max_rows: int, table_pages: int, device: torch.device
-    ) -> None:
+        self, lanes: int, num_kv_heads: int, slots: int, max_pages: int, *, max_rows: int, table_pages: int, num_layers: int,
+        resident: Tensor, counts: Tensor, device: torch.device,
+    ) -> None:  # fmt: skip
         def cells(*shape: int, value: int = -1) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=device)
 
-        self.num_kv_heads, self.num_slots = num_kv_heads, slots
+        self.num_kv_heads, self.num_slots, self.num_layers = num_kv_heads, slots, num_layers
+        self.resident, self.counts = resident, counts
         self.capacity = cells(lanes, value=0)
         self.slot_of = cells(lanes, num_kv_heads, max_pages)
         self.page_of, self.source_of, self.stamp = (cells(lanes, num_kv_heads, slots) for _ in range(3))
@@ -48,6 +52,13 @@ class HotBuffers:
         """Forget what the given lanes (int64) hold."""
         for state in (self.slot_of, self.page_of, self.source_of, self.stamp):
             state.index_fill_(0, lanes, -1)
+
+    def trim(self) -> None:
+        """Forget what lies in slots beyond the lanes' capacities."""
+        self.slot_of.masked_fill_(self.slot_of >= self.capacity[:, None, None], -1)
+        beyond = torch.arange(self.num_slots, device=self.capacity.device) >= self.capacity[:, None, None]
+        for state in (self.page_of, self.source_of, self.stamp):
+            state.masked_fill_(beyond, -1)
 
     def resolve(self, selection: Tensor, lengths: Tensor, seq_lens: Tensor, lanes: Tensor, block_table: Tensor, rows: int) -> None:
         """Give every selected page a slot: hits keep theirs, misses take the least recently used; list the misses.
@@ -66,8 +77,8 @@ class HotBuffers:
 
             resolve_pages(
                 selection, lengths, seq_lens, lanes, block_table, self.capacity, self.slot_of, self.page_of, self.source_of,
-                self.stamp, self.slots, self._order, self.sources, self.targets, self.count,
-                step=self._step, num_rows=rows, page_size=PAGE_SIZE,
+                self.stamp, self.slots, self._order, self.sources, self.targets, self.count, self.resident, self.counts,
+                step=self._step, num_layers=self.num_layers, num_rows=rows, page_size=PAGE_SIZE,
             )  # fmt: skip
             return
         for row in range(rows):
@@ -81,7 +92,9 @@ class HotBuffers:
         pages = (selection[sequence, : pages_for(int(lengths[sequence]))] // heads).long()
         slot_of, page_of, stamp = self.slot_of[lane, head], self.page_of[lane, head], self.stamp[lane, head]
         slots = slot_of[pages].long()
-        stamp[slots[slots >= 0]] = step
+        hits = slots[slots >= 0]
+        returned = int((stamp[hits] != step - 1).sum())
+        stamp[hits] = step
         misses = pages[slots < 0]
         usable = int(self.capacity[lane])
         free = torch.nonzero(stamp[:usable] != step).flatten()
@@ -100,6 +113,11 @@ class HotBuffers:
         self.sources[start:end] = sources[fetched].int()
         self.targets[start:end] = ((lane * self.num_slots + taken[fetched]) * heads + head).int()
         self.count[0] = end
+        missed = end - start
+        self.counts[SELECTED] += len(pages)
+        self.counts[MISSED] += missed
+        self.counts[RETURNED] += returned
+        self.counts[FETCHED] += missed * (self.num_layers - int(self.resident))
 
     def contents(self) -> tuple[Tensor, Tensor, Tensor]:
         """Everything the slots hold, as ``(sources, targets, count)`` like the misses of a step."""

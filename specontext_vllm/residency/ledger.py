@@ -43,6 +43,7 @@ class Changes:
         hot: ``(layer, lane, slot, frame)`` arrays of changed hot-table entries.
         lanes: lanes whose slot maps start afresh.
         capacities: lane -> usable slots per KV head, where it changed.
+        trimmed: whether a running lane lost slots.
         offloaded: layers whose hot buffers must be filled from the host pool.
         loads: ``(layer, pages)``: pages to copy from the host pool into their frames.
     """
@@ -52,6 +53,7 @@ class Changes:
     hot: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     lanes: list[int] = field(default_factory=list)
     capacities: dict[int, int] = field(default_factory=dict)
+    trimmed: bool = False
     offloaded: list[int] = field(default_factory=list)
     loads: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ class Ledger:
     ) -> None:  # fmt: skip
         self.num_layers, self.num_pages, self.host_layers, self.hot_pages = num_layers, num_pages, host_layers, hot_pages
         self.keep_unreferenced = keep_unreferenced
+        self.hot_limit = hot_pages
         self.num_frames = len(frames)
         self.frame_table = np.full((num_layers, num_pages), NO_FRAME, np.int32)
         self.hot_table = np.full((num_layers, max_requests, hot_pages), NO_FRAME, np.int32)
@@ -102,9 +105,14 @@ class Ledger:
     def free_frames(self) -> int:
         return self._num_free
 
+    @property
+    def used_share(self) -> float:
+        """Share of the logical pages that requests in flight hold."""
+        return float((self.references > 0).mean())
+
     def begin_step(
         self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]],
-        decoding: Iterable[str],
+        decoding: Iterable[str], hot_limit: int | None = None,
     ) -> Changes:  # fmt: skip
         """Follow the scheduler through one step.
 
@@ -113,6 +121,7 @@ class Ledger:
             started: requests that enter the batch.
             grown: running requests and the pages they got.
             decoding: requests that decode in this step, which need a hot buffer.
+            hot_limit: most slots of a lane from now on, at most ``hot_pages``; None: as before.
         Raises:
             RuntimeError: the frames do not suffice with every mirrored layer offloaded; the memory model excludes it.
         """
@@ -120,6 +129,8 @@ class Ledger:
         for name in released:
             if name in self.lanes:
                 self._release(name, changes)
+        if hot_limit is not None and hot_limit != self.hot_limit:
+            self._limit_hot(hot_limit, changes)
         touched: list[int] = []
         hits: list[int] = []
         for request in started:
@@ -136,7 +147,7 @@ class Ledger:
         wanted = {}
         for name in decoding:
             lane = self.lanes[name]
-            most = min(self.hot_pages, len(self._pages[name]))
+            most = min(self.hot_limit, len(self._pages[name]))
             if most > self.capacity[lane]:
                 wanted[lane] = most
         touched_pages = np.unique(np.array(touched, np.int64))
@@ -145,6 +156,17 @@ class Ledger:
         self._grow_hot(wanted, changes)
         self._maybe_return_layer(changes)
         return changes
+
+    def layers_to_offload(self, hot_limit: int) -> int:
+        """Fewest layers that must be offloaded for the requests in flight with hot buffers of up to ``hot_limit`` slots."""
+        live = int((self.references > 0).sum())
+        # In layers without a mirror, cached pages without a request keep their frames.
+        cached = int((self.frame_table[: self.first_mirrored, self.references == 0] >= 0).sum())
+        hot = sum(min(hot_limit, len(pages)) for pages in self._pages.values())
+        excess = self.num_layers * live - (self.num_frames - cached)
+        if excess <= 0:
+            return 0
+        return self.host_layers if live <= hot else min(self.host_layers, -(-excess // (live - hot)))
 
     # -- moves --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +179,17 @@ class Ledger:
         self._free_lanes.append(lane)
         if not self.keep_unreferenced:
             self._drop_frames(np.arange(self.num_layers), np.unique(pages[self.references[pages] == 0]), changes)
+
+    def _limit_hot(self, hot_limit: int, changes: Changes) -> None:
+        self.hot_limit = hot_limit
+        layers = np.arange(self.resident, self.num_layers)
+        for lane in np.flatnonzero(self.capacity > hot_limit):
+            beyond = slice(hot_limit, int(self.capacity[lane]))
+            held = self.hot_table[layers, lane, beyond]
+            self._give_back(held[held >= 0], changes)
+            self.hot_table[layers, lane, beyond] = NO_FRAME
+            self.capacity[lane] = changes.capacities[int(lane)] = hot_limit
+            changes.trimmed = True
 
     def _make_room(self, touched: np.ndarray, wanted: dict[int, int], changes: Changes) -> None:
         growth = sum(most - int(self.capacity[lane]) for lane, most in wanted.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 
@@ -129,11 +129,23 @@ class MemoryModel:
                 f"{gpu_bytes / 2**30:.2f} GiB of GPU memory and {host_bytes / 2**30:.2f} GiB of host memory hold not one page; "
                 f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len ({self.max_pages * PAGE_SIZE})."
             )
-        plan = next(best[width] for width in widths if best[width].num_pages >= HOT_SHARE * most)
+        plan = self._with_spare_frames(next(best[width] for width in widths if best[width].num_pages >= HOT_SHARE * most), gpu_bytes)
         alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
         if host_bytes and plan.num_pages < LEAST_GAIN * alone:
             raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
         return plan
+
+    def _with_spare_frames(self, plan: TierPlan, gpu_bytes: int) -> TierPlan:
+        """What the worst case leaves of the GPU memory becomes frames too: lighter loads then keep more layers resident."""
+        shape = self.shape
+        useful = shape.num_layers * plan.num_pages + 2 * plan.staging_pages - plan.frames
+        spare = min((gpu_bytes - plan.gpu_bytes) // shape.page_bytes, useful)
+        if not plan.host_layers or spare <= 0:
+            return plan
+        size = spare * shape.page_bytes
+        return replace(
+            plan, frames=plan.frames + spare, gpu_bytes=plan.gpu_bytes + size, parts=plan.parts | {"spare frames": size}
+        )
 
     def _largest(self, gpu_bytes: int, host_bytes: int, hot_pages: int) -> TierPlan:
         found = self.size(0, 0, hot_pages)
@@ -153,7 +165,7 @@ class MemoryModel:
             for width in widths:
                 plan = self.size(num_pages, host_layers, width)
                 if plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes:
-                    return plan
+                    return self._with_spare_frames(plan, gpu_bytes)
         least = self.size(num_pages, self.shape.num_layers, widths[-1])
         raise MemoryModelError(
             f"--num-gpu-blocks-override {num_pages} pages need {least.gpu_bytes / 2**30:.2f} GiB on the GPU and "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,12 @@ from torch import Tensor
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.host_pool import allocate_host_pool
 from specontext_vllm.residency.hot_buffers import HotBuffers
-from specontext_vllm.residency.ledger import Changes, Ledger
+from specontext_vllm.residency.hot_size import HotSizePolicy
+from specontext_vllm.residency.ledger import Changes, Ledger, StartedRequest
 from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.residency.meter import Meter, miss_rates, ratios
 from specontext_vllm.residency.transfer import Copier, fetch, write
+from specontext_vllm.triton_kernels.counters import MISSED
 
 NULL_FRAME = 0
 """Frame that every unused table entry points at: captured graphs read it when they warm up, nothing else does."""
@@ -66,6 +69,7 @@ class TieredKV:
         table_pages: its columns.
         max_pages: most pages of one request.
         keep_unreferenced: whether prefix caching is on.
+        timed: whether to measure when prefetches arrive; two tiny kernels a layer.
     """
 
     poison = False
@@ -73,7 +77,7 @@ class TieredKV:
 
     def __init__(
         self, plan: TierPlan, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_requests: int,
-        max_rows: int, table_pages: int, max_pages: int, keep_unreferenced: bool, device: torch.device,
+        max_rows: int, table_pages: int, max_pages: int, keep_unreferenced: bool, timed: bool, device: torch.device,
     ) -> None:  # fmt: skip
         self.plan, self.num_layers, self.num_kv_heads, self.device = plan, num_layers, num_kv_heads, device
         self.first_mirrored = num_layers - plan.host_layers
@@ -87,9 +91,13 @@ class TieredKV:
             num_layers=num_layers, num_pages=plan.num_pages, frames=np.arange(1 + 2 * staging, 1 + plan.frames),
             host_layers=plan.host_layers, hot_pages=plan.hot_pages, max_requests=max_requests, keep_unreferenced=keep_unreferenced,
         )  # fmt: skip
+        self.resident = torch.full((1,), num_layers, dtype=torch.int32, device=device)
+        self.meter = Meter(device)
         self.hot = HotBuffers(
-            max_requests, num_kv_heads, plan.hot_pages, max_pages, max_rows=max_rows, table_pages=table_pages, device=device
-        )
+            max_requests, num_kv_heads, plan.hot_pages, max_pages, max_rows=max_rows, table_pages=table_pages, num_layers=num_layers,
+            resident=self.resident, counts=self.meter.counts, device=device,
+        )  # fmt: skip
+        self._policy = HotSizePolicy(table_pages, plan.hot_pages)
 
         def cells(*shape: int) -> Tensor:
             return torch.full(shape, NULL_FRAME, dtype=torch.int32, device=device)
@@ -98,20 +106,32 @@ class TieredKV:
         self.hot_frames = cells(num_layers, max_requests, plan.hot_pages)
         self.tables = cells(num_layers, max_rows * num_kv_heads, table_pages)
         self.lanes = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self.resident = torch.full((1,), num_layers, dtype=torch.int32, device=device)
         self._always = cells(1)
         self._copier = Copier(device, num_layers)
         self._groups: list[_Group] = []
         self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
-        self.fetched = torch.zeros((), dtype=torch.int64, device=device)
-        self.missed = torch.zeros((), dtype=torch.int64, device=device)
         self.steps = self.moved_layers = 0
+        # When each layer was ready for its prefetch, and when that had arrived.
+        self._ready, self._arrived = (torch.zeros(num_layers, dtype=torch.int64, device=device) for _ in range(2))
+        self._timing = (self._ready, self._arrived, self.meter.counts) if timed and device.type == "cuda" else None
+        self._reported = self.meter.seen, 0
 
     def bind(self, lengths: Tensor) -> None:
         """Share the page table's ``lengths [max_rows * H]``, which captured graphs read."""
         self._lengths = lengths
 
     # -- once a step ----------------------------------------------------------------------------------------------------
+
+    def begin_step(
+        self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]], decoding: Iterable[str]
+    ) -> None:
+        """Follow the scheduler through one step; see ``Ledger.begin_step``."""
+        rates = None if (news := self.meter.poll()) is None else miss_rates(news)
+        size = None
+        if rates is not None:
+            self._policy.observe(*rates)
+            size = self._policy.choose(self.ledger)
+        self.follow(self.ledger.begin_step(released, started, grown, decoding, size))
 
     def follow(self, changes: Changes) -> None:
         """Bring the device up to the ledger: tables first, then fills and loads."""
@@ -124,6 +144,8 @@ class TieredKV:
         self._set(self.hot_frames, [((layer * lanes + lane) * slots + slot, frame) for layer, lane, slot, frame in changes.hot])
         if changes.capacities:
             self._set(self.hot.capacity, [(np.array(list(changes.capacities)), np.array(list(changes.capacities.values())))])
+        if changes.trimmed:
+            self.hot.trim()
         if changes.lanes:
             self.hot.reset(self._upload(np.array(changes.lanes, np.int64)))
         if changes.offloaded or changes.loads:
@@ -160,9 +182,6 @@ class TieredKV:
             return
         self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
         self._write_tables(selection, lengths, block_table, table_rows)
-        offloaded = self.num_layers - self.ledger.resident
-        self.missed += self.hot.count[0]
-        self.fetched += self.hot.count[0] * offloaded
         self.steps += 1
 
     def _write_tables(self, selection: Tensor, lengths: Tensor, block_table: Tensor, rows: int) -> None:
@@ -248,10 +267,14 @@ class TieredKV:
             self._start_copies()
         mirrored = layer >= self.first_mirrored
         if mirrored:
+            if self._timing is not None:
+                from specontext_vllm.triton_kernels.stamp import stamp
+
+                stamp(self._ready, layer)
             self._copier.wait(layer)
         write(
             key, value, slots, self.tables[layer], self._lengths, self.frames[layer], self.resident, self.arena,
-            self.host[layer - self.first_mirrored] if mirrored else None, layer=layer, decodes=decodes,
+            self.host[layer - self.first_mirrored] if mirrored else None, self._timing if mirrored else None, layer=layer, decodes=decodes,
         )  # fmt: skip
 
     def stages(self, layer: int) -> Iterator[Stage]:
@@ -276,7 +299,10 @@ class TieredKV:
         self._copier.fork()
         for layer in range(self.first_mirrored, self.num_layers):
             with self._copier.copying(layer):
-                self._fetch(layer, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[layer].view(-1), self.resident)
+                self._fetch(
+                    layer, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[layer].view(-1), self.resident,
+                    None if self._timing is None else self._arrived,
+                )
         self._stage(0)
         self._stage(1)
 
@@ -290,10 +316,13 @@ class TieredKV:
 
     # -- copies ---------------------------------------------------------------------------------------------------------
 
-    def _fetch(self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor | None = None) -> None:
+    def _fetch(
+        self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> None:  # fmt: skip
         fetch(
             self.host, self.arena, sources, targets, count, places, self._always if resident is None else resident,
-            layer=layer, first_source=(layer - self.first_mirrored) * self.plan.num_pages * self.num_kv_heads,
+            layer=layer, first_source=(layer - self.first_mirrored) * self.plan.num_pages * self.num_kv_heads, times=times,
         )  # fmt: skip
 
     def _load(self, layer: int, pages: np.ndarray) -> None:
@@ -318,20 +347,40 @@ class TieredKV:
 
     @torch.inference_mode()
     def stats(self, reset: bool = False) -> dict[str, int | float]:
-        """Figures since the last reset; waits for the device."""
-        head_page = self.arena[0, 0].nbytes
+        """Figures since the last reset; waits for the device.
+
+        ``hit_rate``: share of the selected head pages that were in their hot buffer; ``fetched_bytes``: over all steps;
+        ``late_share``: of the layers' prefetches, those that arrived after their layer was ready, and ``late_us`` by how much in the mean;
+        ``hot_tokens``: size of a hot buffer now; ``host_pool_used``: share of the logical pages that requests in flight hold.
+        """
+        counted = self.meter.read(reset)
         figures = {
             "tier_steps": self.steps,
-            "missed_head_pages": int(self.missed),
-            "fetched_bytes": int(self.fetched) * head_page,
+            "missed_head_pages": int(counted[MISSED]),
+            **ratios(counted, self.arena[0, 0].nbytes),
             "resident_layers": self.ledger.resident,
             "num_layers": self.num_layers,
             "layer_moves": self.moved_layers,
+            "hot_tokens": self.ledger.hot_limit * PAGE_SIZE,
             "free_frames": self.ledger.free_frames,
             "host_pool_bytes": self.host.nbytes,
+            "host_pool_used": self.ledger.used_share,
         }
         if reset:
             self.steps = self.moved_layers = 0
-            self.missed.zero_()
-            self.fetched.zero_()
         return figures
+
+    def report(self) -> str | None:
+        """One line on the steps since the last report, as far as the host has seen them without waiting; None if nothing happened."""
+        seen, steps = self._reported
+        counted, passed = self.meter.seen - seen, self.steps - steps
+        self._reported = self.meter.seen, self.steps
+        if passed <= 0 or not counted.any():
+            return None
+        figures = ratios(counted, self.arena[0, 0].nbytes)
+        return (
+            f"hit rate {figures['hit_rate']:.1%}, {figures['fetched_bytes'] / passed / 1e6:.1f} MB fetched a step, "
+            f"{figures['late_share']:.1%} of the prefetches late by {figures['late_us']:.0f} us in the mean, {self.ledger.resident} of "
+            f"{self.num_layers} layers resident, hot buffers of {self.ledger.hot_limit * PAGE_SIZE} tokens, "
+            f"{self.ledger.used_share:.1%} of {self.plan.num_pages * PAGE_SIZE} tokens in use"
+        )

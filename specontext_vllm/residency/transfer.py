@@ -13,7 +13,7 @@ from specontext_vllm.config import PAGE_SIZE
 
 def fetch(
     host: Tensor, arena: Tensor, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor,
-    *, layer: int, first_source: int,
+    *, layer: int, first_source: int, times: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Copy head pages of one layer from the host pool into frames, unless ``resident[0]`` says that the layer is resident.
 
@@ -23,6 +23,7 @@ def fetch(
         targets: ``[C]`` int32 ``place * H + head``; ``places`` int32 has the frame of each.
         count: ``[1]`` int32, how many to copy; read on the device.
         resident: ``[1]`` int32.
+        times: ``[L]`` int64; the layer's entry gets the GPU's time when all had arrived. A CPU leaves it alone.
     """
     heads = arena.shape[1]
     if arena.is_cuda:
@@ -31,7 +32,7 @@ def fetch(
         words = arena[0, 0].nbytes // 4
         fetch_pages(
             host.view(torch.int32).view(-1, words), arena.view(torch.int32).view(-1, words), sources, targets, count, places, resident,
-            layer=layer, first_source=first_source, num_kv_heads=heads,
+            layer=layer, first_source=first_source, num_kv_heads=heads, times=times,
         )  # fmt: skip
         return
     if layer < int(resident):
@@ -44,7 +45,7 @@ def fetch(
 
 def write(
     key: Tensor, value: Tensor, slots: Tensor, table: Tensor, lengths: Tensor, frames: Tensor, resident: Tensor, arena: Tensor,
-    mirror: Tensor | None, *, layer: int, decodes: int,
+    mirror: Tensor | None, timing: tuple[Tensor, Tensor, Tensor] | None = None, *, layer: int, decodes: int,
 ) -> None:  # fmt: skip
     """Store one layer's new tokens in their frames and in its mirror.
 
@@ -53,12 +54,14 @@ def write(
         table, lengths: the layer's page table: a decode row's new token is the last of its last page.
         frames: ``[T]`` int32 of the layer, for prefill tokens where it is resident; where it is not they go to the mirror alone.
         mirror: ``[T, H, P, 2 * D]`` in the host pool, or None.
+        timing: when the layer was ready for its prefetch and when that had arrived, and the counters that take the difference; on a
+            GPU only.
         decodes: leading tokens that are decode rows.
     """
     if arena.is_cuda:
         from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
-        write_tiered(key, value, slots, table, lengths, frames, resident, arena, mirror, layer=layer, num_decodes=decodes)
+        write_tiered(key, value, slots, table, lengths, frames, resident, arena, mirror, timing, layer=layer, num_decodes=decodes)
         return
     real = torch.nonzero(slots >= 0).flatten()
     kv = torch.cat([key[real], value[real]], dim=-1).to(arena.dtype)

@@ -49,6 +49,39 @@ def two_tiers(prompts):
         TieredKV.poison = False
 
 
+def resize_every_second_look(worker) -> None:
+    """Make the hot buffers of a worker change their size whenever the policy is asked."""
+    tiers = worker.model_runner.runtime.tiers
+    assert tiers.plan.hot_pages > tiers.tables.shape[-1]
+    policy = tiers._policy
+
+    def choose(ledger):
+        policy.size = policy.smallest if policy.size == policy.largest else policy.largest
+        worker.resized = getattr(worker, "resized", 0) + 1
+        return policy.size
+
+    policy.choose = choose
+
+
+@pytest.fixture(scope="module")
+def resizing(prompts):
+    TieredKV.poison = True
+    try:
+        with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042}}) as llm:
+            llm.collective_rpc(resize_every_second_look)
+            out = scenarios(llm, prompts)
+            out["resized"] = llm.collective_rpc(lambda worker: worker.resized)[0]
+            return out
+    finally:
+        TieredKV.poison = False
+
+
+@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "neighbour aborted"])
+def test_tokens_survive_hot_buffers_that_change_their_size(one_tier, resizing, scenario):
+    assert resizing["resized"] > 10
+    assert resizing[scenario] == one_tier[scenario]
+
+
 @pytest.mark.parametrize(
     "scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted", "after pressure"]
 )
@@ -64,3 +97,4 @@ def test_the_scenarios_happened(one_tier, two_tiers):
     assert stats["layer_moves"] > 0 and stats["fetched_bytes"] > 0 and stats["missed_head_pages"] > 0
     assert stats["pages_read"] < 0.5 * stats["pages_total"]
     assert late["resident_layers"] == late["num_layers"], "layers did not come back"
+    assert 0 < stats["hit_rate"] < 1

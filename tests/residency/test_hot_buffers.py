@@ -6,16 +6,22 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.hot_buffers import HotBuffers
 from specontext_vllm.residency.transfer import fetch, write
+from specontext_vllm.triton_kernels import counters
 from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 from specontext_vllm.triton_kernels.layer_tables import layer_tables
 from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
 HEADS, SLOTS, LANES, MAX_PAGES, TABLE = 2, 6, 3, 30, 5
+LAYERS, RESIDENT = 7, 3
 
 
 def make(device):
-    return HotBuffers(LANES, HEADS, SLOTS, MAX_PAGES, max_rows=LANES, table_pages=TABLE, device=device)
+    resident = torch.tensor([RESIDENT], dtype=torch.int32, device=device)
+    counts = torch.zeros(counters.COUNTERS, dtype=torch.int64, device=device)
+    return HotBuffers(
+        LANES, HEADS, SLOTS, MAX_PAGES, max_rows=LANES, table_pages=TABLE, num_layers=LAYERS, resident=resident, counts=counts, device=device
+    )
 
 
 def random_step(generator, lanes, seq_lens, table):
@@ -39,7 +45,8 @@ def run_kernel(hot, selection, lengths, seq_lens, lanes, table, rows, step):
     hot.count.zero_()
     resolve_pages(
         selection, lengths, seq_lens, lanes, table, hot.capacity, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots,
-        hot._order, hot.sources, hot.targets, hot.count, step=step, num_rows=rows, page_size=PAGE_SIZE,
+        hot._order, hot.sources, hot.targets, hot.count, hot.resident, hot.counts, step=step, num_layers=LAYERS, num_rows=rows,
+        page_size=PAGE_SIZE,
     )  # fmt: skip
 
 
@@ -56,6 +63,7 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
     for hot in (reference, kernel):
         hot.capacity.fill_(capacity)
     held = [[{} for _ in range(HEADS)] for _ in range(LANES)]
+    returned = selected = missed = 0
     for step in range(1, 25):
         lanes = torch.tensor([2, 0, -1] if step % 3 else [1, 2, 0], dtype=torch.int32)
         seq_lens = torch.tensor([16 * 9 + step, 70 + 16 * step, 0 if lanes[2] < 0 else 33], dtype=torch.int32)
@@ -67,6 +75,7 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
             assert torch.equal(getattr(reference, name), getattr(kernel, name).cpu()), name
         assert misses(reference) == misses(kernel)
         new_misses = dict((target, source) for source, target in misses(reference))
+        missed += len(new_misses)
         for row, lane in enumerate(lanes.tolist()):
             for head in range(HEADS if lane >= 0 else 0):
                 sequence = row * HEADS + head
@@ -76,6 +85,8 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
                 assert slots == kernel.slots[sequence, :count].tolist()
                 assert len(set(slots)) == count and max(slots) < capacity
                 mine = held[lane][head]
+                selected += count
+                returned += sum(page in mine and mine[page][1] < step - 1 for page in pages)
                 for page, slot in zip(pages, slots):
                     source = int(table[row, page]) * HEADS + head
                     target = (lane * SLOTS + slot) * HEADS + head
@@ -92,6 +103,8 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
                 for page in evicted:
                     del mine[page]
                 mine.update({page: (slot, step) for page, slot in zip(pages, slots)})
+    assert reference.counts.tolist() == kernel.counts.tolist() == [selected, missed, returned, missed * (LAYERS - RESIDENT), 0, 0, 0]
+    assert returned > 0
 
 
 def test_reset_and_contents():
@@ -107,6 +120,24 @@ def test_reset_and_contents():
     hot.reset(torch.tensor([0, 2]))
     hot.capacity[1] = 0
     assert int(hot.contents()[2]) == 0
+
+
+def test_trim_forgets_what_lies_beyond_the_capacity():
+    hot = make(torch.device("cpu"))
+    hot.capacity.fill_(6)
+    table = torch.arange(LANES * MAX_PAGES).view(LANES, MAX_PAGES).int()
+    lanes, generator = torch.arange(3).int(), torch.Generator().manual_seed(2)
+    for tokens in (200, 201):
+        seq_lens = torch.full((3,), tokens, dtype=torch.int32)
+        hot.resolve(*random_step(generator, [0, 1, 2], [tokens] * 3, table), seq_lens, lanes, table, 3)
+    assert (hot.page_of[1, 0] >= 0).all()
+    hot.capacity[1] = 5
+    hot.trim()
+    assert (hot.page_of[1, :, 5] < 0).all() and (hot.page_of[1, :, :5] >= 0).all() and (hot.page_of[0] >= 0).all()
+    for lane in range(LANES):
+        for head in range(HEADS):
+            held = {int(page): slot for slot, page in enumerate(hot.page_of[lane, head]) if page >= 0}
+            assert held == {page: int(slot) for page, slot in enumerate(hot.slot_of[lane, head]) if slot >= 0}
 
 
 def test_fetch_copies_what_is_listed_and_nothing_else(device):
@@ -180,7 +211,7 @@ def test_write_kernel_matches_reference(mirrored, resident, device):
     write(key, value, slots, table, lengths, frames, flag, arena, mirror if mirrored else None, layer=0, decodes=decodes)
     write_tiered(
         *(t.to(device) for t in (key, value, slots, table, lengths, frames, flag)), mine, my_mirror if mirrored else None,
-        layer=0, num_decodes=decodes,
+        None, layer=0, num_decodes=decodes,
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -32,10 +32,10 @@ class Schedule(RuleBasedStateMachine):
         self.free = list(range(PAGES))
         self.counter = 0
 
-    def step(self, released=(), started=(), grown=(), decode_all=True):
+    def step(self, released=(), started=(), grown=(), decode_all=True, hot_limit=None):
         before = self.ledger.resident
         decoding = [name for name in self.ledger.lanes if name not in released] + [r.name for r in started] if decode_all else []
-        changes = self.ledger.begin_step(released, started, grown, decoding)
+        changes = self.ledger.begin_step(released, started, grown, decoding, hot_limit)
         for frames in changes.given_up:
             for frame in frames:
                 self.frame.pop(int(frame), None)
@@ -88,6 +88,10 @@ class Schedule(RuleBasedStateMachine):
         self.cached.append(pages)
         self.step(released=[name, "unknown"])
 
+    @rule(slots=st.integers(1, HOT))
+    def resize(self, slots):
+        self.step(hot_limit=slots)
+
     @rule(steps=st.integers(1, 80))
     def idle(self, steps):
         for _ in range(steps):
@@ -112,8 +116,9 @@ class Schedule(RuleBasedStateMachine):
                 for layer in range(ledger.resident, LAYERS):
                     assert self.host[(layer, page)] == self.version[page]
         for name, lane in ledger.lanes.items():
-            slots = min(HOT, len(self.running[name])) if ledger.capacity[lane] else 0
-            assert ledger.capacity[lane] <= HOT and ledger.capacity[lane] >= slots
+            slots = min(ledger.hot_limit, len(self.running[name])) if ledger.capacity[lane] else 0
+            assert slots <= ledger.capacity[lane] <= ledger.hot_limit
+            assert (ledger.hot_table[:, lane, ledger.capacity[lane] :] < 0).all()
             assert (ledger.hot_table[ledger.resident :, lane, : ledger.capacity[lane]] >= 0).all()
 
     @invariant()
@@ -150,6 +155,16 @@ def test_offloads_last_layer_first_and_returns_it_when_pressure_falls():
         books.begin_step([], [], [], ["a"])
     # b's pages are unreferenced but cached, in the layer without a mirror they keep their frames.
     assert books.resident == 4 and (books.frame_table[0] >= 0).all()
+
+
+def test_layers_to_offload_is_what_the_load_forces():
+    for limit in (1, 2, 4):
+        books = ledger(frames=np.arange(120), hot_pages=4)
+        books.begin_step([], [StartedRequest("a", list(range(20)), 0), StartedRequest("b", list(range(20, 36)), 0)], [], ["a", "b"], limit)
+        for _ in range(200):
+            books.begin_step([], [], [], ["a", "b"])
+        assert 0 < books.layers_to_offload(limit) == 4 - books.resident
+    assert ledger(frames=np.arange(400)).layers_to_offload(4) == 0
 
 
 def test_without_prefix_caching_released_pages_lose_their_frames():

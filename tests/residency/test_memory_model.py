@@ -85,7 +85,7 @@ def test_plan_against_what_is_allocated(name):
     tiers = TieredKV(
         plan, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
         dtype={2: torch.bfloat16, 4: torch.float32}[shape.itemsize], max_requests=3, max_rows=3, table_pages=4, max_pages=16,
-        keep_unreferenced=True, device=torch.device("cpu"),
+        keep_unreferenced=True, timed=True, device=torch.device("cpu"),
     )  # fmt: skip
     hot = tiers.hot
     tables = [tiers.frames, tiers.hot_frames, tiers.tables, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots, hot.sources]

@@ -1,0 +1,58 @@
+"""How large hot buffers are while the engine runs: few offloaded layers with small ones, or many with large ones."""
+
+from __future__ import annotations
+
+from specontext_vllm.residency.ledger import Ledger
+
+PRIOR_RATES = 0.056, 0.134
+"""Miss rates before any were measured: with buffers twice the selection, and no larger than it (benchmarks, transfer)."""
+
+SMOOTHING = 0.25
+"""Weight of the newest measurement."""
+
+LEAST_CUT = 0.8
+"""Another size must cut the predicted transfers to this share of the present ones."""
+
+SETTLE_LOOKS = 8
+"""Looks at the counters between two changes of the size."""
+
+
+class HotSizePolicy:
+    """Picks the size by the time law, step = max(compute, offloaded layers x misses / link).
+
+    Compute and link do not depend on the size, so the size with the smaller product of offloaded layers and miss rate is never the
+    slower one. Larger buffers miss less but leave fewer frames, so that more layers are offloaded.
+
+    Args:
+        smallest: S of a buffer that holds one selection. largest: what the memory model allows.
+    """
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        self.smallest, self.largest = min(smallest, largest), largest
+        self.size = largest
+        self.rates = {largest: PRIOR_RATES[0], self.smallest: PRIOR_RATES[1]}
+        self._looks = 0
+
+    def observe(self, missed: float, missed_by_smallest: float) -> None:
+        """Take in measured miss rates: at the present size, and what the smallest would have had (``meter.miss_rates``)."""
+        if self.smallest == self.largest:
+            return
+        if self.size == self.largest:
+            measured = {self.largest: missed, self.smallest: missed_by_smallest}
+        else:
+            # What larger buffers would save cannot be seen now; the ratio last seen stands.
+            ratio = self.rates[self.largest] / max(self.rates[self.smallest], 1e-9)
+            measured = {self.smallest: missed, self.largest: missed * ratio}
+        for size, rate in measured.items():
+            self.rates[size] += SMOOTHING * (rate - self.rates[size])
+
+    def choose(self, ledger: Ledger) -> int:
+        """The size to use from now on, for the load that the ledger has."""
+        self._looks += 1
+        other = self.smallest if self.size == self.largest else self.largest
+        if self._looks >= SETTLE_LOOKS and self._transfers(ledger, other) < LEAST_CUT * self._transfers(ledger, self.size):
+            self.size, self._looks = other, 0
+        return self.size
+
+    def _transfers(self, ledger: Ledger, size: int) -> float:
+        return ledger.layers_to_offload(size) * self.rates[size]

@@ -1,0 +1,75 @@
+"""Figures that the device counts, and how the host gets to see them without waiting."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from specontext_vllm.triton_kernels.counters import AWAITED, COUNTERS, FETCHED, LATE, LATE_NS, MISSED, RETURNED, SELECTED
+
+POLL_STEPS = 16
+"""Steps between two looks at the counters."""
+
+
+class Meter:
+    """Counters on the device, an exact reading of them, and a late one that costs no wait.
+
+    Attributes:
+        counts: ``[COUNTERS]`` int64 on the device; kernels add to it and nothing else writes it.
+        seen: the same as the host last saw it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
+        self.seen = np.zeros(COUNTERS, np.int64)
+        self._base = np.zeros(COUNTERS, np.int64)
+        self._cuda = device.type == "cuda"
+        self._copy = torch.zeros(COUNTERS, dtype=torch.int64, pin_memory=self._cuda)
+        self._copied: torch.cuda.Event | None = None
+        self._polls = 0
+
+    def poll(self) -> np.ndarray | None:
+        """Called once a step: what was counted between the last two looks, when there is news; else None."""
+        self._polls += 1
+        news = None
+        if self._copied is not None and self._copied.query():
+            now = self._copy.numpy().copy()
+            news, self.seen, self._copied = now - self.seen, now, None
+        if self._polls % POLL_STEPS == 0:
+            if not self._cuda:
+                now = self.counts.numpy().copy()
+                news, self.seen = now - self.seen, now
+            elif self._copied is None:
+                self._copy.copy_(self.counts, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+        return news
+
+    def read(self, reset: bool) -> np.ndarray:
+        """Exactly what was counted since the last reset; waits for the device."""
+        now = self.counts.cpu().numpy()
+        since = now - self._base
+        if reset:
+            self._base = now.copy()
+        return since
+
+
+def ratios(counted: np.ndarray, head_page_bytes: int) -> dict[str, float]:
+    """What counters of some steps say: ``hit_rate``, ``fetched_bytes``, ``late_share`` of the layers' prefetches and ``late_us``, the
+    mean microseconds of a late one."""
+    return {
+        "hit_rate": 1 - counted[MISSED] / max(1, counted[SELECTED]),
+        "fetched_bytes": int(counted[FETCHED]) * head_page_bytes,
+        "late_share": counted[LATE] / max(1, counted[AWAITED]),
+        "late_us": counted[LATE_NS] / max(1, counted[LATE]) / 1e3,
+    }
+
+
+def miss_rates(counted: np.ndarray) -> tuple[float, float] | None:
+    """Share of the selected head pages that were missed, and that would have been missed with no slot beyond the selection's own.
+
+    The second one counts hits on pages that the step before did not read. None when nothing was selected.
+    """
+    if not counted[SELECTED]:
+        return None
+    return counted[MISSED] / counted[SELECTED], (counted[MISSED] + counted[RETURNED]) / counted[SELECTED]
