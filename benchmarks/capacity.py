@@ -59,14 +59,13 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
     import torch
 
     from specontext_vllm.retrieval import retriever as module
-    from specontext_vllm.retrieval.scoring import row_starts
 
     runtime = worker.model_runner.runtime
     state = module.__dict__.setdefault("_driven", {"original": module.score_rows, "step": 0})
     state["shares"] = list(shares)
 
-    def driven(queries: Any, keys: Any, block_table: Any, seq_lens: Any, scores: Any, *, rows: range, **bounds: Any) -> None:
-        state["original"](queries, keys, block_table, seq_lens, scores, rows=rows, **bounds)
+    def driven(queries: Any, keys: Any, block_table: Any, seq_lens: Any, starts: Any, scores: Any, *, rows: range, **bounds: Any) -> None:
+        state["original"](queries, keys, block_table, seq_lens, starts, scores, rows=rows, **bounds)
         real = range(rows.start, min(rows.stop, queries.shape[0]))
         lanes = runtime.tiers.lanes[real.start : real.stop].long()
         heads, width = runtime.num_kv_heads, block_table.shape[1]
@@ -77,10 +76,9 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
         state["step"] += 1
         base = torch.where(torch.rand_like(base) < share, torch.rand_like(base), base)
         state["base"][lanes] = base
-        starts = row_starts(seq_lens, real)[: len(real)]
         page = torch.arange(width, device=queries.device)
         inside = page < ((seq_lens[real.start : real.stop, None] + 15) // 16)
-        place = torch.where(inside, starts[:, None] + page, scores.capacity - 1).flatten().long()
+        place = torch.where(inside, starts[: len(real), None] + page, scores.capacity - 1).flatten().long()
         # [rows, heads, width] -> [query heads, rows * width]
         values = (10 * base).transpose(0, 1).reshape(heads, -1).repeat_interleave(scores.page_max.shape[0] // heads, dim=0)
         scores.page_max[:, place] = values

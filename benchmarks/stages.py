@@ -79,7 +79,7 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.retrieval.head import RetrievalHead
     from specontext_vllm.retrieval.retriever import Retriever
-    from specontext_vllm.retrieval.scoring import PageScores, score_rows
+    from specontext_vllm.retrieval.scoring import PageScores, row_starts, score_rows
     from specontext_vllm.retrieval.selection import Budget, select_rows
 
     dtype, heads, kv_heads, d = torch.bfloat16, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
@@ -119,6 +119,7 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
     chosen = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
     choosing = pages > chosen.total
     scores = PageScores.allocate(heads, kv_heads, blocks, device)
+    starts = row_starts(batch.seq_lens, rows)
     kept_mass = torch.ones(requests, kv_heads, dtype=torch.float32, device=device)
     aux = [torch.randn(requests, shape.hidden_size, dtype=dtype, device=device) for _ in range(checkpoint.spec.num_aux)]
     provider = choose_provider(heads, kv_heads, d, d**-0.5, dtype, device.type)
@@ -128,7 +129,7 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
 
     def select(_: int) -> None:
         select_rows(
-            scores, batch.seq_lens, block_table, table.pages, table.lengths, kept_mass, chosen, rows=rows, max_pages=pages
+            scores, batch.seq_lens, starts, block_table, table.pages, table.lengths, kept_mass, chosen, rows=rows
         )
         provider.plan(table, requests)
 
@@ -140,7 +141,7 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
         queries = retriever._project_decodes(batch, with_queries=True)
         scoring = timed(
             lambda _: score_rows(
-                queries, retriever.cache.keys, block_table, batch.seq_lens, scores,
+                queries, retriever.cache.keys, block_table, batch.seq_lens, starts, scores,
                 rows=rows, max_pages=pages, least_pages=chosen.total,
             ),
             device,

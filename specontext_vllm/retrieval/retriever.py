@@ -13,7 +13,7 @@ from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pag
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.scoring import PageScores, fill_baseline, score_rows
+from specontext_vllm.retrieval.scoring import PageScores, fill_baseline, row_starts, score_rows
 from specontext_vllm.retrieval.selection import Budget, Held, select_rows
 
 WORKSPACE_BYTES = 64 << 20
@@ -140,16 +140,18 @@ class Retriever:
             queries = self._project_decodes(batch, with_queries=choosing and config.retriever == "dlm")
         for rows in self._parts(bounds, batch.table_rows):
             most = max(bounds[rows.start : rows.stop], default=1)
+            # Rows that are all read whole have no scores to find.
+            starts = row_starts(batch.seq_lens, rows) if choosing else batch.seq_lens
             if choosing and queries is not None:
                 score_rows(
-                    queries, self.cache.keys, batch.block_table, batch.seq_lens, self.scores,
+                    queries, self.cache.keys, batch.block_table, batch.seq_lens, starts, self.scores,
                     rows=rows, max_pages=most, least_pages=budget.total,
                 )  # fmt: skip
             elif choosing:
                 fill_baseline(config.retriever, self.scores, self.generator)
             select_rows(
-                self.scores, batch.seq_lens, batch.block_table if ids is None else ids, pages, lengths, self._kept_mass, budget,
-                rows=rows, max_pages=most, fallback=fallback if queries is not None else None, held=held,
+                self.scores, batch.seq_lens, starts, batch.block_table if ids is None else ids, pages, lengths, self._kept_mass, budget,
+                rows=rows, fallback=fallback if queries is not None else None, held=held,
             )  # fmt: skip
         if config.stats:
             self._count(batch, lengths, bounds, budget, fallback)

@@ -40,7 +40,7 @@ class PageScores:
 
 
 def score_rows(
-    queries: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, scores: PageScores,
+    queries: Tensor, keys: Tensor, block_table: Tensor, seq_lens: Tensor, starts: Tensor, scores: PageScores,
     *, rows: range, max_pages: int, least_pages: int,
 ) -> None:  # fmt: skip
     """Score the pages of ``rows`` into the workspace, on the device of ``queries``.
@@ -50,6 +50,7 @@ def score_rows(
         keys: ``[num_blocks, nkv, P, D]`` the head's K cache, the rows' newest keys included.
         block_table: ``[>= B, W]`` int32; tails beyond a row's pages may be stale.
         seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
+        starts: ``row_starts(seq_lens, rows)``.
         max_pages: upper bound of a row's pages.
         least_pages: rows with no more pages are skipped; they are read whole.
     """
@@ -57,19 +58,17 @@ def score_rows(
         from specontext_vllm.triton_kernels.score_pages import score_pages
 
         score_pages(
-            queries, keys, block_table, seq_lens, row_starts(seq_lens, rows), scores.page_max, scores.page_lse,
+            queries, keys, block_table, seq_lens, starts, scores.page_max, scores.page_lse,
             first_row=rows.start, num_rows=len(rows), max_pages=max_pages, least_pages=least_pages,
         )  # fmt: skip
         return
-    start = 0
-    for row in rows:
+    for row, start in zip(rows, starts[: len(rows)].tolist(), strict=True):
         tokens = int(seq_lens[row])
         pages = pages_for(tokens)
         if pages > least_pages:
             page_max, page_lse = score_row(queries[row], keys, block_table[row], tokens)
             scores.page_max[:, start : start + pages] = page_max
             scores.page_lse[:, start : start + pages] = page_lse
-        start += pages
 
 
 def row_starts(seq_lens: Tensor, rows: range) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores, row_starts
+from specontext_vllm.retrieval.scoring import PageScores
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Budget:
 
 
 def select_rows(
-    scores: PageScores, seq_lens: Tensor, block_table: Tensor, pages: Tensor, lengths: Tensor, kept_mass: Tensor, budget: Budget,
-    *, rows: range, max_pages: int, fallback: tuple[float, int] | None = None, held: Held | None = None,
+    scores: PageScores, seq_lens: Tensor, starts: Tensor, block_table: Tensor, pages: Tensor, lengths: Tensor, kept_mass: Tensor, budget: Budget,
+    *, rows: range, fallback: tuple[float, int] | None = None, held: Held | None = None,
 ) -> None:  # fmt: skip
     """Fill the page table of ``rows`` from the workspace, on the device of ``pages``.
 
@@ -47,11 +47,11 @@ def select_rows(
     Args:
         scores: workspace of ``score_rows`` for the same rows.
         seq_lens: ``[>= B]`` int32; 0 for padding rows.
+        starts: ``[>= len(rows)]`` int32, ``row_starts(seq_lens, rows)``; anything where no row has more pages than the budget.
         block_table: ``[>= B, W]`` int32.
         pages: ``[B * H, K]`` int32, written: ids ``block * H + head`` of the head pages in ascending order of position.
         lengths: ``[B * H]`` int32, written: tokens in them.
         kept_mass: ``[B, H]`` float32, written: attention mass of the head on the kept pages, mean over the group.
-        max_pages: upper bound of a row's pages.
         fallback: ``(threshold, pages)``: rows whose mean kept mass lies under the threshold read that many pages instead.
         held: sticky selection: what is held scores more by a margin.
     """
@@ -64,16 +64,13 @@ def select_rows(
             sink_pages=budget.sinks, recent_pages=budget.recents,
             held=None if held is None else (held.lanes, held.slot_of, held.margin),
         )  # fmt: skip
-        # Rows that are all read whole have no scores to find.
-        starts = row_starts(seq_lens, rows) if max_pages > budget.total else seq_lens
         buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens, starts, block_table, pages, lengths, kept_mass)
         select_pages(*buffers, budget_pages=budget.total, **arguments)
         if fallback is not None:
             threshold, fallback_pages = fallback
             select_pages(*buffers, budget_pages=fallback_pages, fallback_threshold=threshold, **arguments)
         return
-    start = 0
-    for row in rows:
+    for row, start in zip(rows, starts[: len(rows)].tolist(), strict=True):
         tokens = int(seq_lens[row])
         count = pages_for(tokens)
         span = slice(start, start + count)
@@ -89,7 +86,6 @@ def select_rows(
         pages[block, : kept.shape[1]] = table_row[kept] * num_kv_heads + head
         lengths[block] = tokens - (count - kept.shape[1]) * PAGE_SIZE
         kept_mass[row] = mass
-        start += count
 
 
 def select_row(

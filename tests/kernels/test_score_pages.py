@@ -78,9 +78,10 @@ def test_score_rows_dispatches(device):
     rows = paged_rows(lengths, 2, 32, torch.float32, device, seed=4)
     query = torch.randn(2, 4, 32, device=device)
     first, second = (PageScores.allocate(4, 2, 16, device) for _ in range(2))
-    score_rows(query, rows.cache, rows.block_table, rows.seq_lens, first, rows=range(2), max_pages=6, least_pages=0)
+    starts = row_starts(rows.seq_lens, range(2))
+    score_rows(query, rows.cache, rows.block_table, rows.seq_lens, starts, first, rows=range(2), max_pages=6, least_pages=0)
     score_pages(
-        query, rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(2)), second.page_max, second.page_lse,
+        query, rows.cache, rows.block_table, rows.seq_lens, starts, second.page_max, second.page_lse,
         first_row=0, num_rows=2, max_pages=6, least_pages=0,
     )  # fmt: skip
     used = sum(map(pages_for, lengths))

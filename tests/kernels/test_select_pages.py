@@ -117,11 +117,12 @@ def test_select_rows_agrees_with_the_kernel(device):
     scores = random_scores(4, heads, counts, device, seed=7)
     table, pages, out, mass = run_kernel(scores, lengths, heads, budget, device, width=12, threshold=0.6, fallback_pages=12)
     mine, mine_out, mine_mass = torch.full_like(pages, -7), torch.full_like(out, -7), torch.zeros_like(mass)
-    arguments = [t.to(device) for t in (torch.tensor(lengths, dtype=torch.int32), table, mine, mine_out, mine_mass)]
-    select_rows(scores, *arguments, budget, rows=range(3), max_pages=max(counts), fallback=(0.6, 12))
-    assert torch.equal(arguments[3].cpu(), out)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    arguments = [t.to(device) for t in (seq_lens, row_starts(seq_lens, range(3)), table, mine, mine_out, mine_mass)]
+    select_rows(scores, *arguments, budget, rows=range(3), fallback=(0.6, 12))
+    assert torch.equal(arguments[4].cpu(), out)
     for sequence, tokens in enumerate(out.tolist()):
-        assert torch.equal(arguments[2].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)])
+        assert torch.equal(arguments[3].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)])
 
 
 def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
