@@ -18,6 +18,10 @@ from benchmarks.children import ChildError, run_child
 from benchmarks.decode import BATCHED_TOKENS, ENGINE_ENV
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
+from benchmarks.timeline import start_profiler, stop_profiler
+
+PROFILED = 6
+"""Steps that the timeline records."""
 
 SETTLE = 16
 """Steps after the last change of the number of decoding requests that are not timed."""
@@ -30,24 +34,27 @@ class Load:
     model: str
     on_gpu: bool
     budget: int
-    gpu_gib: float
+    gpu_gib: float | None
     host_gib: float
     prompt_tokens: int
     output_tokens: int
     max_num_seqs: int
 
-    def arguments(self, tiered: bool) -> dict[str, Any]:
-        """Arguments of ``LLM``."""
+    def arguments(self, engine: str) -> dict[str, Any]:
+        """Arguments of ``LLM`` for an engine: stock, untiered (specontext without a host pool) or tiered."""
         arguments: dict[str, Any] = {
             "model": self.model, "load_format": "dummy", "skip_tokenizer_init": True, "seed": 0, "enable_prefix_caching": True,
             "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": BATCHED_TOKENS, "gpu_memory_utilization": 0.9,
             "max_model_len": self.prompt_tokens + self.output_tokens + 16, "disable_log_stats": True,
             "enforce_eager": not self.on_gpu,
         }  # fmt: skip
-        if tiered:
-            settings = {"retrieval_head": "dummy", "budget": self.budget, "gpu_kv_gib": self.gpu_gib, "host_kv_gib": self.host_gib, "stickiness": 0}
-            return arguments | {"attention_backend": "specontext", "additional_config": {"specontext": settings}}
-        return arguments | {"kv_cache_memory_bytes": int(self.gpu_gib * 2**30)} | ({"attention_backend": "FLASH_ATTN"} if self.on_gpu else {})
+        if engine == "stock":
+            room = {} if self.gpu_gib is None else {"kv_cache_memory_bytes": int(self.gpu_gib * 2**30)}
+            return arguments | room | ({"attention_backend": "FLASH_ATTN"} if self.on_gpu else {})
+        settings = {"retrieval_head": "dummy", "budget": self.budget, "stickiness": 0}
+        if engine == "tiered":
+            settings |= {"gpu_kv_gib": self.gpu_gib, "host_kv_gib": self.host_gib}
+        return arguments | {"attention_backend": "specontext", "additional_config": {"specontext": settings}}
 
 
 def drive_selection(worker: Any, shares: Sequence[float]) -> None:
@@ -63,14 +70,21 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
     runtime = worker.model_runner.runtime
     state = module.__dict__.setdefault("_driven", {"original": module.score_rows, "step": 0})
     state["shares"] = list(shares)
+    max_requests = worker.vllm_config.scheduler_config.max_num_seqs
+
+    def rows_of(rows: range) -> Any:
+        """The requests of the rows: their lanes, or without tiers the rows themselves, whose order does not matter there."""
+        if runtime.tiers is None:
+            return torch.arange(rows.start, rows.stop, device=runtime.device)
+        return runtime.tiers.lanes[rows.start : rows.stop].long()
 
     def driven(queries: Any, keys: Any, block_table: Any, seq_lens: Any, starts: Any, scores: Any, *, rows: range, **bounds: Any) -> None:
         state["original"](queries, keys, block_table, seq_lens, starts, scores, rows=rows, **bounds)
         real = range(rows.start, min(rows.stop, queries.shape[0]))
-        lanes = runtime.tiers.lanes[real.start : real.stop].long()
+        lanes = rows_of(real)
         heads, width = runtime.num_kv_heads, block_table.shape[1]
         if "base" not in state:
-            state["base"] = torch.rand(runtime.tiers.hot.capacity.shape[0], heads, width, device=queries.device)
+            state["base"] = torch.rand(max_requests, heads, width, device=queries.device)
         base = state["base"][lanes]
         share = state["shares"][state["step"] % len(state["shares"])]
         state["step"] += 1
@@ -87,36 +101,49 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
     module.score_rows = driven
 
 
-def run_engine(load: Load, tiered: bool, requests: int | None, turnovers: dict[str, list[float]]) -> Iterator[tuple[str, Any]]:
+def run_engine(
+    load: Load, engine: str, requests: int | None, turnovers: dict[str, list[float]], profile: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Start one engine and serve the load; runs in a child.
 
     Args:
+        engine: stock, untiered or tiered.
         requests: how many; None: as many as the engine's own capacity holds at once.
         turnovers: shares of pages scored anew a step, by name; each is one pass over the same prompts (the later ones hit the
             prefix cache).
+        profile: end with a pass that records a few steps' kernels.
     Yields:
-        ``("ready", facts)``, then per pass ``("pass", (name, figures))``.
+        ``("ready", facts)``, then per pass ``("pass", (name, figures))``, at last ``("timeline", kernels)`` if asked for.
     """
     begin = time.perf_counter()
     from vllm import LLM
 
-    llm = LLM(**load.arguments(tiered))
+    llm = LLM(**load.arguments(engine))
     config = llm.llm_engine.vllm_config
     capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
     fitting = min(load.max_num_seqs, capacity // (load.prompt_tokens + load.output_tokens))
     yield "ready", {
         "start_s": round(time.perf_counter() - begin, 1), "kv_capacity_tokens": capacity, "fitting": fitting,
-        "arguments": load.arguments(tiered), "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+        "arguments": load.arguments(engine), "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
         "async_scheduling": config.scheduler_config.async_scheduling,
     }  # fmt: skip
     for name, shares in turnovers.items():
-        if tiered:
+        if engine != "stock":
             llm.collective_rpc(drive_selection, args=(shares,))
-        yield "pass", (name, serve(llm, load, requests or fitting, tiered))
+        yield "pass", (name, serve(llm, load, requests or fitting, engine != "stock"))
+    if profile and load.on_gpu:
+        recorded: list[Any] = []
+        serve(llm, load, requests or fitting, engine != "stock", recorded)
+        yield "timeline", recorded
 
 
-def serve(llm: Any, load: Load, requests: int, tiered: bool) -> dict[str, Any]:
-    """Send all requests at once, run them to their end, and time the steps in which most of them decode and none prefills."""
+def serve(llm: Any, load: Load, requests: int, sparse: bool, timeline: list[Any] | None = None) -> dict[str, Any]:
+    """Send all requests at once, run them to their end, and time the steps in which most of them decode and none prefills.
+
+    Args:
+        sparse: whether it is our backend, which has figures.
+        timeline: takes the kernels of a few steady steps; the profiler slows those down.
+    """
     import numpy as np
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -139,11 +166,16 @@ def serve(llm: Any, load: Load, requests: int, tiered: bool) -> dict[str, Any]:
             first.setdefault(output.request_id, now - begin)
         ends.append(now)
         counts.append(len(outputs))
-        if tiered and counts[-SETTLE:] == [requests] * SETTLE and stats is None:
+        if sparse and counts[-SETTLE:] == [requests] * SETTLE and stats is None:
             llm.collective_rpc("specontext_stats", args=(True,))
             stats = {}
             ends[-1] = time.perf_counter()
-        if tiered and stats == {} and len(outputs) == requests and any(len(o.outputs[0].token_ids) and o.finished for o in outputs):
+        if timeline is not None and not timeline and counts[-2 * SETTLE :] == [requests] * (2 * SETTLE):
+            llm.collective_rpc(start_profiler)
+            for _ in range(PROFILED):
+                engine.step()
+            timeline += llm.collective_rpc(stop_profiler)[0]
+        if sparse and stats == {} and len(outputs) == requests and any(len(o.outputs[0].token_ids) and o.finished for o in outputs):
             stats = llm.collective_rpc("specontext_stats")[0]
     total = time.perf_counter() - begin
     most = Counter(c for c in counts if c).most_common(1)[0][0]
@@ -197,6 +229,8 @@ TABLES = {
         report.Column("ratio", "times stock", ".2f"),
         report.Column("fetched", "fetched a step, MB", ".0f"),
         report.Column("missed", "of the budget", ".1%"),
+        report.Column("late", "late prefetches", ".1%"),
+        report.Column("late_us", "late by, us", ".0f"),
         report.Column("resident", "resident layers"),
     ),
     "End to end": (
@@ -212,7 +246,8 @@ TABLES = {
 def make_rows(details: dict[str, Any], budget: int, heads: int) -> list[dict[str, Any]]:
     """The tables' rows from what the children have reported."""
     rows = []
-    stock = next(iter(details["engines"].get("stock", {}).get("passes", {}).values()), None)
+    first = {engine: next(iter(kept["passes"].values()), None) for engine, kept in details["engines"].items()}
+    stock, untiered = first.get(NAMES["stock"]), first.get(NAMES["untiered"])
     for engine, kept in details["engines"].items():
         for name, figures in kept["passes"].items():
             row = {
@@ -223,8 +258,11 @@ def make_rows(details: dict[str, Any], budget: int, heads: int) -> list[dict[str
             }  # fmt: skip
             if stock and engine != "stock" and row["rate"] and stock["decode_tokens_per_s"]:
                 row["ratio"] = row["rate"] / stock["decode_tokens_per_s"]
+            if untiered and engine == NAMES["tiered"] and row["step"]:
+                row["against"] = row["step"] / untiered["step_ms"]
             stats = figures["stats"]
-            if stats and stats["tier_steps"]:
+            if stats and stats.get("tier_steps"):
+                row |= {"late": stats["late_share"], "late_us": stats["late_us"]}
                 row["fetched"] = stats["fetched_bytes"] / stats["tier_steps"] / 1e6
                 row["missed"] = stats["missed_head_pages"] / stats["tier_steps"] / (figures["decoding_at_once"] * heads * budget / 16)
                 row["resident"] = f"{stats['resident_layers']} of {stats['num_layers']}"
@@ -232,9 +270,61 @@ def make_rows(details: dict[str, Any], budget: int, heads: int) -> list[dict[str
     return rows
 
 
+NAMES = {"stock": "stock", "untiered": "specontext, one tier", "tiered": "specontext"}
+DRIVEN = (
+    "Random weights select at random, so the selections are driven: the head scores as ever, then a share of the pages gets new scores in "
+    "each step. Stickiness is off, since it would distort that share. Later passes of an engine use the same prompts and hit the prefix cache."
+)
+STEADY = (
+    "Steady decode: median over the steps in which the most frequent number of requests decodes and nothing prefills. The engines ran in "
+    "this one command, each in a process of its own, with prefix caching, chunked prefill, async scheduling and CUDA graphs as vLLM sets "
+    "them. Late: layers whose misses arrived after the layer was ready for them, by the GPU's clock."
+)
+
+
+def compare(
+    result: report.Report, load: Load, shape: Shape, engines: dict[str, dict[str, list[float]]], folder: Path, out: Path, seconds: float
+) -> None:  # fmt: skip
+    """Run the engines one after the other into the result; the first one says how many requests there are.
+
+    Args:
+        engines: by name, each with its passes.
+    """
+    details = result.details
+
+    def save() -> None:
+        result.rows = make_rows(details, load.budget, shape.num_key_value_heads)
+        result.write(out)
+
+    requests: int | None = None
+    for engine, passes in engines.items():
+        name = NAMES[engine]
+        kept = details["engines"].setdefault(name, {"passes": {}})
+        log = folder / f"{engine}.log"
+        print(f"{name}: starting (log {log})", flush=True)
+        try:
+            arguments = (load, engine, requests, passes, engine == "tiered")
+            for kind, value in run_child(run_engine, *arguments, log=log, seconds=seconds, env=ENGINE_ENV):
+                if kind == "ready":
+                    kept |= value
+                    print(f"{name}: ready after {value['start_s']} s, {value['kv_capacity_tokens']:,} tokens, {value['fitting']} fit", flush=True)
+                elif kind == "timeline":
+                    details["timeline"] = value
+                else:
+                    kept["passes"][value[0]] = value[1]
+                    requests = requests or value[1]["requests"]
+                    print(f"{name} {value[0]}: {value[1]}", flush=True)
+                save()
+        except ChildError as error:
+            result.failures[name] = str(error)
+            save()
+    result.show()
+    raise typer.Exit(1 if result.failures else 0)
+
+
 def main(
     model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "8b",
-    gpu_gib: Annotated[float, typer.Option(help="Room for KV on the GPU, both engines.")] = 16,
+    gpu_gib: Annotated[float, typer.Option(help="Room for KV on the GPU, both engines; 0: all that vLLM grants.")] = 16,
     host_gib: Annotated[float, typer.Option(help="Host pool.")] = 80,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length.")] = 32768,
     output_tokens: Annotated[int, typer.Option(help="Tokens each request generates.")] = 512,
@@ -255,50 +345,64 @@ def main(
     for text in turnover.split(","):
         turnovers[text] = json.loads(recorded.read_text())["details"]["steady_shares"][policy] if text == "recorded" else [float(text)]
     folder = work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
-    on_gpu = bool(gpus())
     load = Load(
-        str(shape.write(folder / "model")), on_gpu, budget, gpu_gib, host_gib, prompt_tokens, output_tokens, max_num_seqs
+        str(shape.write(folder / "model")), bool(gpus()), budget, gpu_gib or None, host_gib, prompt_tokens, output_tokens, max_num_seqs
     )  # fmt: skip
     details: dict[str, Any] = {"shape": {"name": shape.name, **shape.config}, "engines": {}, "policy": policy}
-    title = f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {gpu_gib:g} GiB for KV on the GPU, host pool {host_gib:g} GiB"
-    result = report.Report("capacity", title, TABLES, details=details)
+    room = f"{gpu_gib:g} GiB" if gpu_gib else "all of vLLM's room"
+    title = f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {room} for KV on the GPU, host pool {host_gib:g} GiB"
+    result = report.Report("capacity" if gpu_gib else "capacity-full", title, TABLES, details=details)
     result.notes += [
-        "Random weights select at random, so the selections are driven: the head scores as ever, then a share of the pages gets new "
-        f"scores in each step. `recorded` takes the shares from the demo model's needle and recitation runs ({recorded.name}, policy "
-        f"{policy}); the others are fixed shares. Stickiness is off, since the recorded shares have it in them. Later passes use the same prompts and hit the prefix cache.",
-        "Steady decode: median over the steps in which the most frequent number of requests decodes and nothing prefills. Both engines "
-        "ran in this one command, each in a process of its own, with prefix caching, chunked prefill, async scheduling and CUDA graphs "
-        "as vLLM sets them.",
+        f"{DRIVEN} `recorded` takes the shares from the demo model's needle and recitation runs ({recorded.name}, policy {policy}); the "
+        "others are fixed shares.",
+        STEADY,
     ]
-
-    def save() -> None:
-        result.rows = make_rows(details, budget, shape.num_key_value_heads)
-        result.write(out)
-
-    if on_gpu:
+    if load.on_gpu:
         for _, (programs, rate) in run_child(probe_link, shape, log=folder / "link.log", seconds=60, env=ENGINE_ENV):
             details.setdefault("link_bytes_per_s", {})[programs] = rate
         rates = ", ".join(f"{rate / 1e9:.1f} with {programs}" for programs, rate in details["link_bytes_per_s"].items())
         result.notes.append(f"The fetch kernel alone, random head pages of {4 * 16 * shape.head_dim} bytes, GB/s by programs: {rates}.")
-    requests: int | None = None
-    for name, tiered in (("specontext", True), ("stock", False)):
-        kept = details["engines"].setdefault(name, {"passes": {}})
-        passes = turnovers if tiered else {"": [0.0]}
-        print(f"{name}: starting (log {folder / name}.log)", flush=True)
-        try:
-            for kind, value in run_child(
-                run_engine, load, tiered, requests, passes, log=folder / f"{name}.log", seconds=engine_seconds, env=ENGINE_ENV
-            ):
-                if kind == "ready":
-                    kept |= value
-                    print(f"{name}: ready after {value['start_s']} s, {value['kv_capacity_tokens']:,} tokens, {value['fitting']} fit", flush=True)
-                else:
-                    kept["passes"][value[0]] = value[1]
-                    requests = requests or value[1]["requests"]
-                    print(f"{name} {value[0]}: {value[1]}", flush=True)
-                save()
-        except ChildError as error:
-            result.failures[name] = str(error)
-            save()
-    result.show()
-    raise typer.Exit(1 if result.failures else 0)
+    compare(result, load, shape, {"tiered": turnovers, "stock": {"": [0.0]}}, folder, out, engine_seconds)
+
+
+def overlap(
+    model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "8b",
+    requests: Annotated[int, typer.Option(help="Requests in flight.")] = 24,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length.")] = 32768,
+    output_tokens: Annotated[int, typer.Option(help="Tokens each request generates.")] = 256,
+    budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
+    offloaded: Annotated[int, typer.Option(help="Layers to offload.")] = 16,
+    turnover: Annotated[str, typer.Option(help="Comma-separated shares of pages scored anew a step.")] = "0.112,0.05",
+    engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 300,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
+    work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs.")] = None,
+) -> None:
+    """What offloading costs where it is not needed: some layers offloaded against one tier, the same load. Exit code 1 if anything failed."""
+    from specontext_vllm.config import SpeContextConfig, pages_for
+    from specontext_vllm.residency.memory_model import HOT_FACTORS, KVShape, MemoryModel
+
+    shape = Shape.named(model_shape)
+    config = SpeContextConfig(budget=budget)
+    longest = prompt_tokens + output_tokens + 16
+    kv = KVShape(
+        shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 2, 16 * shape.head_key_bytes_per_token + 2 * shape.hidden_size
+    )
+    model = MemoryModel(
+        kv, budget_pages=config.budget_pages, table_pages=config.table_pages(longest), max_num_seqs=requests, max_model_len=longest
+    )
+    pages = 1 + requests * pages_for(prompt_tokens + output_tokens)
+    plan = model.size(pages, offloaded, min(pages_for(longest), int(HOT_FACTORS[0] * config.table_pages(longest))))
+    # Half a page more, lest rounding to GiB and back takes one away.
+    gpu_gib, host_gib = (plan.gpu_bytes + kv.page_bytes / 2) / 2**30, (plan.host_bytes + kv.page_bytes / 2) / 2**30
+    turnovers = {text: [float(text)] for text in turnover.split(",")}
+    folder = work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
+    load = Load(str(shape.write(folder / "model")), bool(gpus()), budget, gpu_gib, host_gib, prompt_tokens, output_tokens, requests)
+    details: dict[str, Any] = {"shape": {"name": shape.name, **shape.config}, "engines": {}}
+    title = (
+        f"{offloaded} of {shape.num_hidden_layers} layers offloaded against none, {requests} requests of {prompt_tokens} tokens, {model_shape} "
+        f"shape, budget {budget}"
+    )
+    tables = {"Steady decode": (*TABLES["Steady decode"], report.Column("against", "step, times one tier's", ".3f"))}
+    result = report.Report("overlap", title, tables, details=details, notes=[DRIVEN, STEADY])
+    engines = {"untiered": dict([next(iter(turnovers.items()))]), "tiered": turnovers}
+    compare(result, load, shape, engines, folder, out, engine_seconds)
