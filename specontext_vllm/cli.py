@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.residency.memory_model import MemoryModelError
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -55,6 +57,42 @@ def inspect(
         console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from None
     console.print(f"Fits {target}.", markup=False, highlight=False)
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Option(help="Folder of the model, or its config.json.")],
+    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.", min=0)],
+    host_gib: Annotated[float, typer.Option(help="Host memory to give to KV (host_kv_gib).", min=0)] = 0,
+    budget: Annotated[int, typer.Option(help="Tokens a KV head reads in a step.")] = 2048,
+    requests: Annotated[int, typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables.", min=1)] = 16,
+    length: Annotated[int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.", min=16)] = None,
+    miss_rate: Annotated[
+        float | None, typer.Option(help="Share of the budget's pages fetched a step; default as measured on the demo model.", min=0, max=1)
+    ] = None,
+    link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.", min=0.1)] = 49,
+    out: Annotated[Path, typer.Option(help="Picture (PNG).")] = Path("specontext-plan.png"),
+) -> None:
+    """Show what fits where with two tiers, when layers are offloaded, and the step time that follows; see docs/memory-model.md.
+
+    Exit code 2: it does not fit, with a sentence that says what is missing.
+    """
+    from specontext_vllm import planning
+
+    try:
+        shape = planning.read_model(model)
+        made = planning.make_plan(
+            shape, SpeContextConfig.from_settings({"budget": budget}), gpu_bytes=int(gpu_gib * 2**30), host_bytes=int(host_gib * 2**30),
+            requests=requests, max_model_len=length or shape.max_model_len, miss_rate=miss_rate, link_bytes_per_s=1e9 * link_gbps,
+        )  # fmt: skip
+    except (ConfigError, MemoryModelError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    console = Console()
+    for table in (planning.memory_table(made), planning.thresholds_table(made), planning.lengths_table(made)):
+        console.print(table)
+    planning.draw(made, out)
+    console.print(f"Picture: {out}", markup=False, highlight=False)
 
 
 def _target_shape(path: Path) -> dict[str, int]:

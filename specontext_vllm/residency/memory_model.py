@@ -189,49 +189,41 @@ class MemoryModel:
             f"{host_bytes / 2**30:.1f} GiB of host memory gain nothing; {remedy}, or set host_kv_gib to 0."
         )
 
-    def thresholds(self, gpu_bytes: int, requests: int, host_bytes: int | None = None) -> list[int]:
-        """S_T[i]: the longest context, in tokens, of ``requests`` equal requests that fits with ``i`` layers offloaded, i = 0..L.
+    def thresholds(self, plan: TierPlan, requests: int) -> list[int]:
+        """S_T[i]: the longest context, in tokens, of ``requests`` equal requests that fits with ``i`` layers offloaded, i = 0..M.
 
-        Derived from M_part itself (paper C3): its threshold formula drops a factor and its "place on GPU" means the CPU.
+        It is what the ledger does: frames hold whole contexts of L - i layers and hot buffers of i. Derived from M_part itself
+        (paper C3): the paper's threshold formula drops a factor, and its "place on GPU" means the CPU. 0 where not even one page fits.
         """
-        shape, found = self.shape, []
-        for offloaded in range(shape.num_layers + 1):
-            low, high = 0, 1 + max(gpu_bytes, host_bytes or 0) // shape.page_bytes
-            while low < high:
-                pages = (low + high + 1) // 2
-                fits = self._bytes_at(pages, requests, offloaded) <= gpu_bytes
-                fits &= host_bytes is None or offloaded * requests * pages * shape.page_bytes <= host_bytes
-                low, high = (pages, high) if fits else (low, pages - 1)
-            found.append(low * PAGE_SIZE)
+        layers, found = self.shape.num_layers, []
+        room = (plan.frames - 2 * plan.staging_pages) // requests
+        for offloaded in range(plan.host_layers + 1):
+            # Contexts shorter than a hot buffer take as much room offloaded as resident.
+            pages = room // layers
+            if pages > plan.hot_pages and offloaded:
+                pages = (room - offloaded * plan.hot_pages) // (layers - offloaded) if offloaded < layers else plan.num_pages
+            found.append(PAGE_SIZE * min(pages, plan.num_pages // requests, self.max_pages))
         return found
 
-    def _bytes_at(self, pages: int, requests: int, offloaded: int) -> int:
-        shape = self.shape
-        resident = (shape.num_layers - offloaded) * pages + offloaded * min(pages, self.table_pages)
-        staging = 2 * self.max_pages * shape.page_bytes if offloaded else 0
-        tables = self._table_bytes(requests * pages, self.table_pages) if offloaded else 0
-        return requests * (resident * shape.page_bytes + pages * shape.head_page_bytes) + staging + tables
-
-    def offloaded_layers(self, length: int, requests: int, gpu_bytes: int) -> int | None:
-        """Fewest layers to offload for ``requests`` requests of ``length`` tokens; None when even all do not suffice."""
-        fitting = (i for i in range(self.shape.num_layers + 1) if self._bytes_at(pages_for(length), requests, i) <= gpu_bytes)
-        return next(fitting, None)
+    def offloaded_layers(self, plan: TierPlan, length: int, requests: int) -> int | None:
+        """Fewest layers to offload for ``requests`` requests of ``length`` tokens; None when even all M do not suffice."""
+        return next((i for i, longest in enumerate(self.thresholds(plan, requests)) if longest >= length), None)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """The time law: a step takes the longer of its compute and its transfers (measured by the spike within 10 %).
+    """The time law: a step takes the longer of its compute and its transfers.
 
     Attributes:
         weight_bytes: read once a step, the head's included.
         gpu_bytes_per_s: memory bandwidth of the GPU. link_bytes_per_s: of the PCIe link at 8 KiB rows.
-        overhead_s: what a step costs beyond the bytes it reads.
+        overhead_s: what a step costs beyond the bytes it reads; 1.5 to 2.0 ms measured (benchmarks, decode).
     """
 
     weight_bytes: int
     gpu_bytes_per_s: float = 4.3e12
     link_bytes_per_s: float = 50e9
-    overhead_s: float = 1e-3
+    overhead_s: float = 1.7e-3
 
     def step(
         self, shape: KVShape, *, requests: int, length: int, budget_pages: int, offloaded: int, miss_rate: float
@@ -247,3 +239,8 @@ class StepTime:
         )
         moved = int(offloaded * requests * min(pages, budget_pages) * miss_rate * shape.page_bytes)
         return self.overhead_s + read / self.gpu_bytes_per_s, moved / self.link_bytes_per_s, moved
+
+    def dense_step(self, shape: KVShape, *, requests: int, length: int) -> float:
+        """Seconds of a decode step that reads every page of every layer from GPU memory."""
+        read = self.weight_bytes + requests * shape.num_layers * pages_for(length) * shape.page_bytes
+        return self.overhead_s + read / self.gpu_bytes_per_s

@@ -2,10 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from specontext_vllm.config import pages_for
+from specontext_vllm.residency.ledger import Ledger, StartedRequest
 from specontext_vllm.residency.memory_model import HOT_SHARE, KVShape, MemoryModel, MemoryModelError, StepTime
 from specontext_vllm.residency.tiers import TieredKV
 
@@ -45,15 +47,34 @@ def test_plan_is_the_largest_that_fits(seed):
     assert all(most[w] < HOT_SHARE * max(most.values()) for w in widths if w > plan.hot_pages)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_thresholds_are_the_longest_that_fit(seed):
-    shape, model, gpu, host = small(seed)
-    for requests in (1, 3):
-        for offloaded, tokens in enumerate(model.thresholds(gpu, requests, host)):
-            def fits(pages, offloaded=offloaded, requests=requests):
-                return model._bytes_at(pages, requests, offloaded) <= gpu and offloaded * requests * pages * shape.page_bytes <= host
+@pytest.mark.parametrize("seed", range(20))
+def test_thresholds_are_what_the_ledger_offloads(seed):
+    """Equal requests just as long as S_T[i] need i layers offloaded, and a page more of each needs more than i."""
+    r = random.Random(seed)
+    shape = KVShape(r.randint(3, 7), 2, 4, 2, 100)
+    requests = r.randint(1, 3)
+    model = MemoryModel(shape, budget_pages=2, table_pages=2, max_num_seqs=requests, max_model_len=640)
+    plan = model.plan(r.randint(200, 500) * shape.page_bytes, r.randint(300, 900) * shape.page_bytes)
+    thresholds = model.thresholds(plan, requests)
+    assert len(thresholds) == plan.host_layers + 1 and thresholds == sorted(thresholds)
 
-            assert tokens == 16 * max((p for p in range(1, 2000) if fits(p)), default=0)
+    def needed(pages):
+        books = Ledger(
+            num_layers=shape.num_layers, num_pages=plan.num_pages, frames=np.arange(2 * plan.staging_pages, plan.frames),
+            host_layers=plan.host_layers, hot_pages=plan.hot_pages, max_requests=requests, keep_unreferenced=False,
+        )  # fmt: skip
+        started = [StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0) for i in range(requests)]
+        books.begin_step([], started, [], [request.name for request in started])
+        return shape.num_layers - books.resident
+
+    for offloaded, tokens in enumerate(thresholds):
+        pages = tokens // 16
+        if pages > plan.hot_pages:
+            assert needed(pages) <= offloaded
+            assert model.offloaded_layers(plan, tokens, requests) <= offloaded
+        if pages > plan.hot_pages and pages < min(plan.num_pages // requests, model.max_pages) and offloaded < plan.host_layers:
+            assert needed(pages + 1) > offloaded
+    assert model.offloaded_layers(plan, thresholds[-1] + 1, requests) is None
 
 
 def test_capacity_of_the_paper_shape():
@@ -62,8 +83,8 @@ def test_capacity_of_the_paper_shape():
     both, alone = model.plan(16 * GIB, 80 * GIB), model.plan(16 * GIB, 0)
     assert 20 <= both.num_pages / pages_for(33280) < 22 and both.host_layers >= 29
     assert both.num_pages > 4 * alone.num_pages and alone.host_layers == 0
-    assert model.offloaded_layers(2048, 20, 16 * GIB) == 0
-    assert model.offloaded_layers(16384, 20, 16 * GIB) < model.offloaded_layers(32768, 20, 16 * GIB)
+    assert model.offloaded_layers(both, 2048, 20) == 0
+    assert model.offloaded_layers(both, 16384, 20) < model.offloaded_layers(both, 32768, 20)
 
 
 def test_refusals_name_the_setting_and_the_numbers():

@@ -1,0 +1,96 @@
+"""`specontext plan`: its figures are the memory model's, and bad input is named."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.shapes import Shape
+from specontext_vllm import planning
+from specontext_vllm.cli import app
+from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.residency.memory_model import MemoryModel
+from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return Shape.named("8b").write(tmp_path_factory.mktemp("model"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_the_model_is_read_from_its_config(folder):
+    shape = Shape.named("8b")
+    for path in (folder, folder / "config.json"):
+        model = planning.read_model(path)
+        assert (model.kv.num_layers, model.kv.num_kv_heads, model.kv.head_dim, model.kv.itemsize) == (32, 8, 128, 2)
+        embedding = 2 * shape.vocab_size * shape.hidden_size
+        assert model.weight_bytes == shape.weight_bytes + embedding and model.max_model_len == 131072
+    head = dummy_checkpoint(
+        hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, max_position=100, dtype=torch.bfloat16, seed=0
+    )
+    small = dict(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=64, vocab_size=32,
+        max_position_embeddings=100, model_type="llama", architectures=["LlamaForCausalLM"], torch_dtype="bfloat16",
+    )  # fmt: skip
+    (folder / "small").mkdir()
+    (folder / "small" / "config.json").write_text(json.dumps(small))
+    model = planning.read_model(folder / "small")
+    assert model.kv.head_page_bytes == HeadCache.bytes_per_block(2, 16, 64, torch.bfloat16)
+    assert model.head_bytes == pytest.approx(sum(tensor.nbytes for tensor in head.tensors.values()), rel=0.02)  # norms are left out
+
+
+def test_the_tables_are_the_engines_numbers(folder, tmp_path):
+    out = tmp_path / "deep" / "plan.png"
+    result = run("--model", folder, "--gpu-gib", 80, "--host-gib", 128, "--requests", 20, "--length", 65536, "--out", out)
+    assert result.exit_code == 0, result.output
+    model = planning.read_model(folder)
+    room = int(planning.UTILIZATION * 80 * GIB) - model.weight_bytes - model.head_bytes - planning.ACTIVATIONS
+    memory = MemoryModel(model.kv, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=65536)
+    plan = memory.plan(room, 128 * GIB)
+    assert f"{plan.num_pages * 16:,}" in result.output and f"{plan.host_layers} of 32" in result.output
+    for tokens in memory.thresholds(plan, 20):
+        assert f"{tokens:,}" in result.output
+    assert out.read_bytes()[:4] == b"\x89PNG" and str(out) in result.output
+
+
+def test_rows_follow_the_time_law(folder):
+    model = planning.read_model(folder)
+    made = planning.make_plan(
+        model, SpeContextConfig(budget=2048), gpu_bytes=40 * GIB, host_bytes=100 * GIB, requests=20, max_model_len=40960, miss_rate=0.1,
+        link_bytes_per_s=50e9,
+    )  # fmt: skip
+    offloading = [row for row in made.rows if row.get("resident", 32) < 32]
+    assert offloading and made.rows[0]["resident"] == 32 and made.rows[0]["moved_mb"] == 0
+    for row in offloading:
+        moved = (32 - row["resident"]) * 20 * 128 * 0.1 * model.kv.page_bytes
+        assert row["moved_mb"] == pytest.approx(moved / 1e6) and row["transfer_ms"] == pytest.approx(1e3 * moved / 50e9)
+        assert row["step_ms"] == max(row["compute_ms"], row["transfer_ms"]) and row["dense_ms"] > row["compute_ms"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--gpu-gib", 12], "--gpu-gib: 92% of 12.0 GiB do not hold the weights"),
+        (["--gpu-gib", 80, "--budget", 32], "budget: found 32"),
+        (["--gpu-gib", 24, "--host-gib", 80, "--requests", 1024], "--max-num-seqs 1024"),
+    ],
+)
+def test_bad_input_is_named(folder, arguments, named):
+    result = run("--model", folder, *arguments)
+    assert result.exit_code == 2 and named in result.output, result.output
+
+
+def test_a_folder_without_a_model(tmp_path):
+    result = run("--model", tmp_path, "--gpu-gib", 80)
+    assert result.exit_code == 2 and "holds no config.json" in result.output
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    result = run("--model", tmp_path, "--gpu-gib", 80)
+    assert result.exit_code == 2 and "not that of a causal language model" in result.output, result.output
