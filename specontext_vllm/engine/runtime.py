@@ -129,6 +129,12 @@ class Runtime:
             plan.num_pages * 16, model.plan(gpu_bytes, 0).num_pages * 16, plan.host_layers, layers, plan.host_bytes / 2**30,
             plan.hot_pages * 16, plan.gpu_bytes / 2**30,
         )  # fmt: skip
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        longest = model.thresholds(plan, requests)
+        logger.info(
+            "SpeContext tiers: %d requests keep every layer on the GPU up to %d tokens each, and fit up to %d with all mirrored layers offloaded.",
+            requests, longest[0], longest[-1],
+        )  # fmt: skip
         return plan.num_pages
 
     @property
