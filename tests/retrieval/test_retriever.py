@@ -231,3 +231,14 @@ def test_warming_up_leaves_no_trace_but_in_block_0(device):
     assert world.retriever.stats()["decode_rows"] == 0
     # It chose: the row was a page longer than the budget.
     assert int(world.lengths[0]) == world.config.budget
+
+
+def test_an_engine_may_bind_twice_the_first_time_in_inference_mode(device):
+    """Named regression: vLLM's graph profiling binds inside inference mode, the engine proper outside, and the CUDA engine did not start."""
+    world = World(device)
+    with torch.inference_mode():
+        world.retriever.allocate_cache(50)
+        world.retriever.warm_up(world.pages, world.lengths)
+    world.retriever.allocate_cache(200)
+    world.retriever.warm_up(world.pages, world.lengths)
+    assert world.retriever.stats()["steps"] == 0
