@@ -58,10 +58,10 @@ def ratios(counted: np.ndarray, head_page_bytes: int) -> dict[str, float]:
     """What counters of some steps say: ``hit_rate``, ``fetched_bytes``, ``late_share`` of the layers' prefetches and ``late_us``, the
     mean microseconds of a late one."""
     return {
-        "hit_rate": 1 - float(counted[MISSED]) / max(1, counted[SELECTED]),
+        "hit_rate": float(1 - counted[MISSED] / max(1, counted[SELECTED])),
         "fetched_bytes": int(counted[FETCHED]) * head_page_bytes,
-        "late_share": float(counted[LATE]) / max(1, counted[AWAITED]),
-        "late_us": float(counted[LATE_NS]) / max(1, counted[LATE]) / 1e3,
+        "late_share": float(counted[LATE] / max(1, counted[AWAITED])),
+        "late_us": float(counted[LATE_NS] / max(1, counted[LATE]) / 1e3),
     }
 
 
