@@ -26,10 +26,10 @@ from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
-from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.selection import Held
+from specontext_vllm.retrieval.shard import shard_checkpoint
 
 logger = init_logger("vllm.specontext")
 

@@ -8,7 +8,6 @@ import torch
 from specontext_vllm.demo.tasks import make_problem, score
 from tests.engine.conftest import engine
 
-
 SHAPE = {
     "attention_backend": "specontext", "tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": 4096,
     "max_num_batched_tokens": 2048,
