@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,11 +32,6 @@ MODES = {
 }
 
 
-@contextmanager
-def _in_order(copier: Any, layer: int) -> Iterator[None]:
-    yield
-
-
 def prepare(mode: str, pages: int) -> None:
     """Change this process's residency code to the mode; the modes differ in nothing else."""
     from specontext_vllm.residency.hot_buffers import HotBuffers
@@ -59,7 +53,9 @@ def prepare(mode: str, pages: int) -> None:
     HotSizePolicy.choose = lambda self, ledger: self.largest
     MemoryModel.plan = lambda self, gpu, host, num_pages=None: self.size(pages, self.shape.num_layers, 2 * self.table_pages if host else 0)
     if mode == "sparse only":
-        Copier.copying, Copier.wait = _in_order, lambda self, layer: None
+        # Each layer fetches for itself, on the stream that computes.
+        Copier.start = lambda self: None
+        Copier.wait = lambda self, layer: dict(self._copies)[layer](layer)
         resolve = HotBuffers.resolve
 
         def forget_and_resolve(self: Any, *arguments: Any) -> None:

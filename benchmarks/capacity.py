@@ -18,7 +18,7 @@ from benchmarks.children import ChildError, run_child
 from benchmarks.decode import BATCHED_TOKENS, ENGINE_ENV
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
-from benchmarks.timeline import start_profiler, stop_profiler
+from benchmarks.timeline import one_step, start_profiler, stop_profiler
 
 PROFILED = 6
 """Steps that the timeline records."""
@@ -132,32 +132,62 @@ def run_engine(
             llm.collective_rpc(drive_selection, args=(shares,))
         yield "pass", (name, serve(llm, load, requests or fitting, engine != "stock"))
     if profile and load.on_gpu:
-        recorded: list[Any] = []
-        serve(llm, load, requests or fitting, engine != "stock", recorded)
-        yield "timeline", recorded
+        yield "timeline", record_timeline(llm, load, requests or fitting)
 
 
-def serve(llm: Any, load: Load, requests: int, sparse: bool, timeline: list[Any] | None = None) -> dict[str, Any]:
-    """Send all requests at once, run them to their end, and time the steps in which most of them decode and none prefills.
-
-    Args:
-        sparse: whether it is our backend, which has figures.
-        timeline: takes the kernels of a few steady steps; the profiler slows those down.
-    """
+def send(llm: Any, load: Load, requests: int, output_tokens: int, name: str) -> list[str]:
+    """Add the load's requests, always the same prompts; returns their ids."""
     import numpy as np
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    engine = llm.llm_engine
     params = SamplingParams(
-        temperature=0, max_tokens=load.output_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
     )
     generator = np.random.default_rng(7)
-    vocabulary = engine.vllm_config.model_config.get_vocab_size()
-    begin = time.perf_counter()
-    for i in range(requests):
+    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    ids = [f"{name}-{i}" for i in range(requests)]
+    for request in ids:
         prompt = generator.integers(5, vocabulary - 5, load.prompt_tokens).tolist()
-        engine.add_request(f"{begin}-{i}", {"prompt_token_ids": prompt}, params)
+        llm.llm_engine.add_request(request, {"prompt_token_ids": prompt}, params)
+    return ids
+
+
+def record_timeline(llm: Any, load: Load, requests: int) -> list[Any]:
+    """The kernels of one steady decode step, which the profiler slows down; see ``timeline.one_step``."""
+    engine, settled, begin = llm.llm_engine, 0, time.perf_counter()
+    ids = send(llm, load, requests, 8 * SETTLE, "timeline")
+
+    def tell(what: str) -> None:
+        print(f"timeline: {what} after {time.perf_counter() - begin:.1f} s", flush=True)
+
+    while settled < 2 * SETTLE:
+        if not engine.has_unfinished_requests():
+            raise RuntimeError(f"the {requests} requests never all decoded at once.")
+        settled = settled + 1 if len(engine.step()) == requests else 0
+    tell("steady")
+    llm.collective_rpc(start_profiler)
+    tell("profiler started")
+    for _ in range(PROFILED):
+        engine.step()
+    tell("recorded")
+    kernels = llm.collective_rpc(stop_profiler)[0]
+    tell(f"{len(kernels)} kernels read")
+    engine.abort_request(ids)
+    return one_step(kernels)
+
+
+def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
+    """Send all requests at once, run them to their end, and time the steps in which most of them decode and none prefills.
+
+    Args:
+        sparse: whether it is our backend, which has figures.
+    """
+    import numpy as np
+
+    engine = llm.llm_engine
+    begin = time.perf_counter()
+    send(llm, load, requests, load.output_tokens, f"{begin}")
     ends, counts, first, stats = [], [], {}, None
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -170,11 +200,6 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool, timeline: list[Any]
             llm.collective_rpc("specontext_stats", args=(True,))
             stats = {}
             ends[-1] = time.perf_counter()
-        if timeline is not None and not timeline and counts[-2 * SETTLE :] == [requests] * (2 * SETTLE):
-            llm.collective_rpc(start_profiler)
-            for _ in range(PROFILED):
-                engine.step()
-            timeline += llm.collective_rpc(stop_profiler)[0]
         if sparse and stats == {} and len(outputs) == requests and any(len(o.outputs[0].token_ids) and o.finished for o in outputs):
             stats = llm.collective_rpc("specontext_stats")[0]
     total = time.perf_counter() - begin
@@ -189,33 +214,6 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool, timeline: list[Any]
         "first_token_s": {"first": min(first.values()), "median": float(np.median(list(first.values()))), "last": max(first.values())},
         "total_s": total, "output_tokens_per_s": requests * load.output_tokens / total, "stats": stats or None,
     }  # fmt: skip
-
-
-def probe_link(shape: Shape) -> Iterator[tuple[str, Any]]:
-    """Events ``("link", (programs, bytes/s))``: the fetch kernel on random head pages of the shape, from 4 GiB of pinned memory."""
-    import torch
-
-    from benchmarks.stages import timed
-    from specontext_vllm.residency.host_pool import allocate_host_pool
-    from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
-
-    device = torch.device("cuda")
-    heads, words = shape.num_key_value_heads, 16 * shape.head_dim
-    pages, count = (4 << 30) // (4 * words), 16384
-    host = allocate_host_pool((pages, words), torch.int32, device)
-    arena = torch.empty(count, words, dtype=torch.int32, device=device)
-    sources = torch.randint(0, pages, (count,), dtype=torch.int32, device=device)
-    targets = torch.arange(count, dtype=torch.int32, device=device)
-    places = torch.arange(count // heads, dtype=torch.int32, device=device)
-    number, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (count, 0))
-    for programs in (8, 16, 32, 64):
-
-        def work(_: int, programs: int = programs) -> None:
-            fetch_pages(
-                host, arena, sources, targets, number, places, resident, layer=0, first_source=0, num_kv_heads=heads, programs=programs
-            )
-
-        yield "link", (programs, arena.nbytes / (1e-3 * timed(work, device, repeats=10)))
 
 
 TABLES = {
@@ -303,13 +301,13 @@ def compare(
         log = folder / f"{engine}.log"
         print(f"{name}: starting (log {log})", flush=True)
         try:
-            arguments = (load, engine, requests, passes, engine == "tiered")
+            arguments = (load, engine, requests, passes, engine != "stock")
             for kind, value in run_child(run_engine, *arguments, log=log, seconds=seconds, env=ENGINE_ENV):
                 if kind == "ready":
                     kept |= value
                     print(f"{name}: ready after {value['start_s']} s, {value['kv_capacity_tokens']:,} tokens, {value['fitting']} fit", flush=True)
                 elif kind == "timeline":
-                    details["timeline"] = value
+                    details.setdefault("timeline", {})[name] = value
                 else:
                     kept["passes"][value[0]] = value[1]
                     requests = requests or value[1]["requests"]
@@ -357,11 +355,6 @@ def main(
         "others are fixed shares.",
         STEADY,
     ]
-    if load.on_gpu:
-        for _, (programs, rate) in run_child(probe_link, shape, log=folder / "link.log", seconds=60, env=ENGINE_ENV):
-            details.setdefault("link_bytes_per_s", {})[programs] = rate
-        rates = ", ".join(f"{rate / 1e9:.1f} with {programs}" for programs, rate in details["link_bytes_per_s"].items())
-        result.notes.append(f"The fetch kernel alone, random head pages of {4 * 16 * shape.head_dim} bytes, GB/s by programs: {rates}.")
     compare(result, load, shape, {"tiered": turnovers, "stock": {"": [0.0]}}, folder, out, engine_seconds)
 
 
@@ -372,7 +365,7 @@ def overlap(
     output_tokens: Annotated[int, typer.Option(help="Tokens each request generates.")] = 256,
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
     offloaded: Annotated[int, typer.Option(help="Layers to offload.")] = 16,
-    turnover: Annotated[str, typer.Option(help="Comma-separated shares of pages scored anew a step.")] = "0.112,0.05",
+    turnover: Annotated[str, typer.Option(help="Comma-separated shares of pages scored anew a step.")] = "0.05,0.112",
     engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 300,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
     work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs.")] = None,

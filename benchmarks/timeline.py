@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,15 +49,24 @@ def kind_of(name: str) -> str:
     return next((kind for part, kind in KINDS.items() if part in name), "norms, activations, sampling and the rest")
 
 
-def one_step(kernels: list[Any]) -> list[tuple[str, float, float]]:
-    """``(kind, start, end)`` in microseconds of the kernels between two selections: one whole decode step."""
+def one_step(kernels: list[Any]) -> list[tuple[str, int, float, float]]:
+    """The kernels from one selection to the next, one whole decode step; their times count from its begin.
+
+    Raises:
+        ValueError: there are not two selections.
+    """
     begins = [start for name, _, start, _ in kernels if "_select_pages" in name]
     if len(begins) < 2:
         raise ValueError("the recorded kernels hold no whole step (fewer than two selections).")
     # The step in the middle; the first one may carry the profiler's own start.
     middle = len(begins) // 2
     first, last = begins[middle - 1], begins[middle]
-    return [(kind_of(name), start - first, start + duration - first) for name, _, start, duration in kernels if first <= start < last]
+    return [(name, stream, round(start - first, 2), duration) for name, stream, start, duration in kernels if first <= start < last]
+
+
+def spans(step: list[Any]) -> list[tuple[str, float, float]]:
+    """``(kind, begin, end)`` of a step's kernels, microseconds."""
+    return [(kind_of(name), start, start + duration) for name, _, start, duration in step]
 
 
 def overlap(step: list[tuple[str, float, float]]) -> dict[str, float]:
@@ -69,6 +79,7 @@ def overlap(step: list[tuple[str, float, float]]) -> dict[str, float]:
 
 def main(
     result: Annotated[Path, typer.Argument(help="Result file that holds a timeline, such as benchmarks/results/capacity-h200.json.")],
+    engine: Annotated[str, typer.Option(help="Engine in it; the last one if not given.")] = "",
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/timeline.png"),
 ) -> None:
     """Draw one recorded decode step: what ran on the GPU beside the copies."""
@@ -78,23 +89,29 @@ def main(
     from matplotlib import pyplot
 
     content = json.loads(result.read_text())
-    kernels = content["details"].get("timeline")
-    if not kernels:
-        raise typer.BadParameter(f"{result}: holds no timeline; run the case on a GPU.")
-    step = one_step(kernels)
+    timelines = content["details"].get("timeline") or {}
+    if not timelines or (engine and engine not in timelines):
+        raise typer.BadParameter(f"{result}: holds no timeline of {engine or 'any engine'}, but of {list(timelines)}; run the case on a GPU.")
+    for name, kernels in timelines.items():
+        by_kind: Counter[str] = Counter()
+        for kind, begin, end in spans(kernels):
+            by_kind[kind] += end - begin
+        print(f"{name}: {overlap(spans(kernels))}; us by kind: { {kind: round(us) for kind, us in by_kind.most_common()} }")
+    engine = engine or list(timelines)[-1]
+    step = spans(timelines[engine])
     kinds = sorted({kind for kind, _, _ in step}, key=lambda k: (not k.startswith("prefetch"), k))
     colors = dict(zip(kinds, pyplot.get_cmap("tab10").colors, strict=False))
     end = max(b for _, _, b in step)
     figure, axes = pyplot.subplots(2, 1, figsize=(14, 2 + 0.9 * len(kinds)), constrained_layout=True)
     for axis, (left, right) in zip(axes, ((0, end), (0.45 * end, 0.55 * end)), strict=True):
         for row, kind in enumerate(kinds):
-            spans = [(a / 1e3, (b - a) / 1e3) for k, a, b in step if k == kind and b >= left and a <= right]
-            axis.broken_barh(spans, (row - 0.4, 0.8), color=colors[kind])
+            bars = [(a / 1e3, (b - a) / 1e3) for k, a, b in step if k == kind and b >= left and a <= right]
+            axis.broken_barh(bars, (row - 0.4, 0.8), color=colors[kind])
         axis.set_yticks(range(len(kinds)), kinds)
         axis.invert_yaxis()
         axis.set_xlim(left / 1e3, right / 1e3)
         axis.set_xlabel("ms from the selection of the step")
-    figure.suptitle(f"One decode step. {content['title']} ({content['machine']['gpus'][0]['name']}, {content['date']})", fontsize=10)
+    figure.suptitle(f"One decode step, {engine}. {content['title']} ({content['machine']['gpus'][0]['name']}, {content['date']})", fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
-    print(f"{out}: {overlap(step)}")
+    print(out)

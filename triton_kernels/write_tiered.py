@@ -9,7 +9,7 @@ from specontext_vllm.triton_kernels import counters
 _AWAITED, _LATE, _LATE_NS = tl.constexpr(counters.AWAITED), tl.constexpr(counters.LATE), tl.constexpr(counters.LATE_NS)
 
 
-@triton.jit(do_not_specialize=["num_decodes"])
+@triton.jit(do_not_specialize=["num_decodes", "layer"], do_not_specialize_on_alignment=["p_tables", "p_frames"])
 def _write_tiered_kernel(
     p_key, p_value, p_slots, p_tables, p_lengths, p_frames, p_resident, p_arena, p_host, p_ready, p_arrived, p_counts, num_decodes,
     s_key, s_value, s_table, layer,

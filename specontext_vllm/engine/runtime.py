@@ -222,23 +222,27 @@ class Runtime:
         self.builder = builders[0]
         self.retriever.allocate_cache(num_blocks)
         table = self.builder.table
-        self.retriever.warm_up(table.pages, table.lengths)
         if self.tiers is not None:
-            self.tiers.bind(table.lengths)
+            self.tiers.bind(table.pages, table.lengths)
+        self.retriever.warm_up(table.pages, table.lengths, self._ids(1), self._held())
         layers = self.vllm_config.compilation_config.static_forward_context
         for layer, name in enumerate(sorted(self.builder.layer_names, key=extract_layer_index)):
             layers[name].impl.tiers, layers[name].impl.layer = self.tiers, layer
 
+    def _ids(self, rows: int) -> Tensor | None:
+        """What the selection lists instead of blocks: with two tiers, pages counted from the request's start."""
+        return None if self.tiers is None else self._page_ids.expand(rows, -1)
+
+    def _held(self) -> Held | None:
+        tiers, stickiness = self.tiers, self.retriever.config.stickiness
+        return None if tiers is None or not stickiness else Held(tiers.lanes, tiers.hot.slot_of, math.log1p(stickiness))
+
     def before_forward(self, batch: StepBatch) -> None:
         """Fill the page table and let the attention provider plan the step."""
-        table, tiers = self.builder.table, self.tiers
-        ids = None if tiers is None else self._page_ids.expand(batch.table_rows, -1)
-        decodes, held = batch.num_decodes, None
+        table, tiers, decodes = self.builder.table, self.tiers, batch.num_decodes
         if tiers is not None:
             tiers.place_rows(batch.names[:decodes], batch.table_rows)
-            if self.retriever.config.stickiness:
-                held = Held(tiers.lanes, tiers.hot.slot_of, math.log1p(self.retriever.config.stickiness))
-        self.retriever.before_forward(batch, table.pages, table.lengths, ids, held)
+        self.retriever.before_forward(batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held())
         if tiers is not None:
             tiers.resolve(table.pages, table.lengths, batch.seq_lens, batch.block_table, batch.table_rows)
             tokens = sum(batch.query_lens[decodes:])

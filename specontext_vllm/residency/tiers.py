@@ -116,9 +116,14 @@ class TieredKV:
         self._timing = (self._ready, self._arrived, self.meter.counts) if timed and device.type == "cuda" else None
         self._reported = self.meter.seen, 0
 
-    def bind(self, lengths: Tensor) -> None:
-        """Share the page table's ``lengths [max_rows * H]``, which captured graphs read."""
+    def bind(self, pages: Tensor, lengths: Tensor) -> None:
+        """Share the page table's ``pages [max_rows * H, K]`` and ``lengths [max_rows * H]``, which captured graphs read, and make ready to copy."""
         self._lengths = lengths
+        self._copier.prepare(self._fetch_misses, range(self.first_mirrored, self.num_layers))
+        # One row without a lane: nothing happens, but Triton compiles its kernels before a request waits for them.
+        row = torch.zeros(1, self.hot.slot_of.shape[2], dtype=torch.int32, device=self.device)
+        self.resolve(pages, lengths, row[0, :1], row, 1)
+        self.steps = 0
 
     # -- once a step ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +174,7 @@ class TieredKV:
     def resolve(
         self, selection: Tensor, lengths: Tensor, seq_lens: Tensor, block_table: Tensor, table_rows: int
     ) -> None:
-        """Find the step's misses and write every layer's page table.
+        """Find the step's misses, start their copies, and write every layer's page table.
 
         Args:
             selection, lengths: ``[>= table_rows * H, K]``, ``[>= table_rows * H]`` int32; ids are ``page * H + head`` with the page
@@ -181,6 +186,7 @@ class TieredKV:
             self.hot.count.zero_()
             return
         self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
+        self._copier.start()
         self._write_tables(selection, lengths, block_table, table_rows)
         self.steps += 1
 
@@ -208,7 +214,7 @@ class TieredKV:
     def begin_prefill(
         self, block_table: Tensor, positions: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int]
     ) -> None:
-        """Plan how the step's prefill rows pass through the staging areas; nothing when no layer is offloaded.
+        """Plan how the step's prefill rows pass through the staging areas, and fill the first; nothing when no layer is offloaded.
 
         Args:
             block_table: ``[R, W]`` int32 of the prefill rows. positions: ``[N]`` of their query tokens.
@@ -229,6 +235,10 @@ class TieredKV:
                 self._group(block_table[span], positions[tokens : tokens + count], seq_lens[span], query_lens[span], span, tokens)
             )
             first, tokens = last, tokens + count
+        if self._groups:
+            self._copier.fork()
+            self._stage(0)
+            self._stage(1)
 
     def _group(
         self, block_table: Tensor, positions: Tensor, seq_lens: Sequence[int], query_lens: Sequence[int], rows: slice, first_token: int
@@ -257,14 +267,12 @@ class TieredKV:
     # -- once a layer ---------------------------------------------------------------------------------------------------
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, decodes: int) -> None:
-        """Store a layer's new tokens, once its misses have arrived; the first layer starts the copies of all.
+        """Store a layer's new tokens, once its misses have arrived.
 
         Args:
             key, value: ``[>= N, H, D]``. slots: ``[N]`` int64 logical slots, negative for padding.
             decodes: leading tokens that belong to decode rows.
         """
-        if layer == 0:
-            self._start_copies()
         mirrored = layer >= self.first_mirrored
         if mirrored:
             if self._timing is not None:
@@ -295,17 +303,6 @@ class TieredKV:
         """Whether this layer's prefill rows go through ``stages``."""
         return layer >= self.ledger.resident
 
-    def _start_copies(self) -> None:
-        self._copier.fork()
-        for layer in range(self.first_mirrored, self.num_layers):
-            with self._copier.copying(layer):
-                self._fetch(
-                    layer, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[layer].view(-1), self.resident,
-                    None if self._timing is None else self._arrived,
-                )
-        self._stage(0)
-        self._stage(1)
-
     def _stage(self, use: int) -> None:
         groups = self._groups
         if not groups or use >= (self.num_layers - self.ledger.resident) * len(groups):
@@ -315,6 +312,12 @@ class TieredKV:
             self._fetch(layer, group.sources, group.targets, group.count, self._areas[use % 2])
 
     # -- copies ---------------------------------------------------------------------------------------------------------
+
+    def _fetch_misses(self, layer: int) -> None:
+        self._fetch(
+            layer, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[layer].view(-1), self.resident,
+            None if self._timing is None else self._arrived,
+        )  # fmt: skip
 
     def _fetch(
         self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -83,26 +83,50 @@ class Copier:
 
     def __init__(self, device: torch.device, num_layers: int) -> None:
         self._cuda = device.type == "cuda"
+        self._copies: list[tuple[int, Callable[[int], None]]] = []
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
-            self._arrived = [torch.cuda.Event() for _ in range(num_layers)]
+            # External: recorded by the graph of the copies and waited for by whichever graph the model's layers run in.
+            self._arrived = [torch.cuda.Event(external=True) for _ in range(num_layers)]
             self._staged = [torch.cuda.Event() for _ in range(2)]
             self._released = [torch.cuda.Event() for _ in range(2)]
+
+    def prepare(self, copy: Callable[[int], None], layers: Iterable[int]) -> None:
+        """Take ``copy(layer)``, which fetches the misses of a layer; on a GPU, run it once for all layers and capture it as a graph.
+
+        A graph of its own, so that the copies start as soon as the misses are known, whatever the model runs in, for the price of
+        one launch. ``copy`` must read what changes from device memory.
+        """
+        self._copies = [(layer, copy) for layer in layers]
+        if not self._cuda or not self._copies:
+            return
+        self.fork()
+        with torch.cuda.stream(self._stream):
+            self._copy_all()
+        self._stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._copy_all()
+
+    def _copy_all(self) -> None:
+        for layer, copy in self._copies:
+            copy(layer)
+            if self._cuda:
+                self._arrived[layer].record()
 
     def fork(self) -> None:
         """Let the side stream begin behind all that is enqueued."""
         if self._cuda:
             self._stream.wait_stream(torch.cuda.current_stream())
 
-    @contextmanager
-    def copying(self, layer: int) -> Iterator[None]:
-        """The misses of a layer."""
+    def start(self) -> None:
+        """Fetch the misses of all layers in layer order, behind all that is enqueued."""
         if not self._cuda:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-            self._arrived[layer].record()
+            self._copy_all()
+        elif self._copies:
+            self.fork()
+            with torch.cuda.stream(self._stream):
+                self._graph.replay()
 
     def wait(self, layer: int) -> None:
         """Let the current stream wait for the misses of a layer."""

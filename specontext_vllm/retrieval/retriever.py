@@ -246,13 +246,13 @@ class Retriever:
         self.head.project(self.embed(ids).to(dtype), fused, ids)
 
     @torch.inference_mode()
-    def warm_up(self, pages: Tensor, lengths: Tensor) -> None:
+    def warm_up(self, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None) -> None:
         """Run a step that reads all and one that chooses, so that Triton compiles its kernels before a request waits for them.
 
         The one made-up row, just longer than the budget, lies in block 0, which vLLM never hands out.
 
         Args:
-            pages, lengths: the page table, as in ``before_forward``.
+            pages, lengths, ids, held: as in ``before_forward``; ids for one row.
         """
         tokens = min(self.config.budget_pages + 1, self.max_pages) * PAGE_SIZE
 
@@ -265,7 +265,7 @@ class Retriever:
                 query_starts=torch.arange(2, dtype=torch.int32, device=self.device), seq_lens=filled(length, 1),
                 block_table=filled(0, 1, self.max_pages), seq_lens_bound=[length], num_decodes=1, table_rows=1,
             )  # fmt: skip
-            self.before_forward(batch, pages, lengths)
+            self.before_forward(batch, pages, lengths, ids, held)
         self.counters = Counters.zero(self.device)
 
     # -- figures ------------------------------------------------------------------------------------------------------

@@ -143,24 +143,26 @@ def test_trim_forgets_what_lies_beyond_the_capacity():
 def test_fetch_copies_what_is_listed_and_nothing_else(device):
     generator = torch.Generator().manual_seed(3)
     host = torch.randn(2, 9, HEADS, PAGE_SIZE, 8, generator=generator)
-    places = torch.tensor([4, 7, 1], dtype=torch.int32)
-    sources = torch.tensor([3, 16, 9, 999], dtype=torch.int32)
-    targets = torch.tensor([1, 4, 2, -999], dtype=torch.int32)
+    places = torch.randperm(19, generator=generator).int()[:11]
+    listed = 9 * HEADS - 2
+    # Behind the listed ones lie indices that must not be read.
+    sources = torch.cat([torch.randperm(9 * HEADS, generator=generator)[:listed], torch.tensor([9999])]).int()
+    targets = torch.cat([torch.randperm(11 * HEADS, generator=generator)[:listed], torch.tensor([-9999])]).int()
     for layer, resident, copied in ((5, 5, True), (5, 6, False)):
-        reference = torch.full((9, HEADS, PAGE_SIZE, 8), float("nan"))
+        reference = torch.full((19, HEADS, PAGE_SIZE, 8), float("nan"))
         arena = reference.clone().to(device)
-        numbers = [torch.tensor([3], dtype=torch.int32), places, torch.tensor([resident], dtype=torch.int32)]
+        numbers = [torch.tensor([listed], dtype=torch.int32), places, torch.tensor([resident], dtype=torch.int32)]
         fetch(host, reference, sources, targets, *numbers, layer=layer, first_source=9 * HEADS)
         on_device = [t.to(device) for t in (sources, targets, *numbers)]
         rows = host.pin_memory() if device.type == "cuda" else host
         fetch_pages(
             rows.view(torch.int32).view(-1, PAGE_SIZE * 8), arena.view(torch.int32).view(-1, PAGE_SIZE * 8), *on_device,
-            layer=layer, first_source=9 * HEADS, num_kv_heads=HEADS, programs=2,
+            layer=layer, first_source=9 * HEADS, num_kv_heads=HEADS, programs=2, tile_bytes=1024,
         )  # fmt: skip
         torch.testing.assert_close(arena.cpu(), reference, rtol=0, atol=0, equal_nan=True)
         expected = torch.full_like(reference, float("nan"))
         if copied:
-            for source, target in zip(sources[:3].tolist(), targets[:3].tolist()):
+            for source, target in zip(sources[:listed].tolist(), targets[:listed].tolist()):
                 expected[places[target // HEADS], target % HEADS] = host[1, source // HEADS, source % HEADS]
         torch.testing.assert_close(reference, expected, rtol=0, atol=0, equal_nan=True)
 
