@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TABLES = {
     "decode-h200": ("cell", ("stock", ".2f"), ("sparse", ".2f"), ("ratio", ".2f"), ("pages_read", ".1%")),
+    "capacity-h200": ("name", ("at_once", ""), ("step", ".2f"), ("rate", ",.0f"), ("ratio", ".2f"), ("missed", ".1%")),
     "recall-cpu": ("name", ("needle", ".3f"), ("recitation", ".3f"), ("pages_read", ".1%")),
 }
 
