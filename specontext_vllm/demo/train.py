@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from specontext_vllm.demo import tasks
-from specontext_vllm.retrieval.distill import DraftModel, alignment_loss, attention_target, draft_loss, rotate
+from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.losses import alignment_loss, attention_target, draft_loss
 
 AUX_LAYERS = (1, 3, 4)
 WINDOW = 64
@@ -177,6 +178,16 @@ def batches(ids: dict[str, int], batch: int, length: int, seed: int, workers: in
 # -- model ----------------------------------------------------------------------------------------------------------------
 
 
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """RoPE in rotate-half form on ``x [..., T, D]`` at ``positions [T]``."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, None].float() * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 class Block(nn.Module):
     """A Llama decoder layer."""
 
@@ -278,22 +289,13 @@ def save_model(model: Model, vocabulary: int, ids: dict[str, int], out: Path) ->
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_head(draft: DraftModel, size: Size, vocabulary: int, out: Path) -> None:
-    """Write the head as an EAGLE-3 checkpoint in SafeAILab's layout, bfloat16."""
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": size.hidden,
-        "intermediate_size": size.draft_ffn, "num_hidden_layers": 1, "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads, "head_dim": size.head_dim, "rms_norm_eps": size.eps, "vocab_size": vocabulary,
-        "draft_vocab_size": vocabulary, "max_position_embeddings": size.max_position, "rope_theta": size.theta,
-        "hidden_act": "silu", "torch_dtype": "bfloat16", "target_hidden_size": size.hidden,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(AUX_LAYERS), "use_aux_hidden_state": True},
-    }  # fmt: skip
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {k: v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in draft.checkpoint().items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+def draft_shape(size: Size, vocabulary: int) -> DraftShape:
+    """The head that goes with a model of this size."""
+    return DraftShape(
+        hidden=size.hidden, heads=size.heads, kv_heads=size.kv_heads, head_dim=size.head_dim, ffn=size.draft_ffn, vocabulary=vocabulary,
+        draft_vocabulary=vocabulary, rope_theta=size.theta, rope_scaling=None, eps=size.eps, max_position=size.max_position,
+        aux_layers=AUX_LAYERS,
+    )  # fmt: skip
 
 
 def check_equals_transformers(model: Model, folder: Path, log: Log) -> None:
@@ -567,9 +569,9 @@ def main() -> None:
     # From here on the weights are the ones that were saved.
     model.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in model.state_dict().items()})
     model.requires_grad_(False)
-    draft = DraftModel(size.hidden, size.heads, size.kv_heads, size.head_dim, size.draft_ffn, vocabulary, size.theta, size.eps).to(args.device)
+    draft = DraftModel(draft_shape(size, vocabulary)).to(args.device)
     train_head(model, draft, ids, 0.86 * total - log.seconds, args.device, log)
-    save_head(draft, size, vocabulary, args.out / "retrieval_head")
+    draft.save(args.out / "retrieval_head")
     draft.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in draft.state_dict().items()})
     evaluate(model, draft, ids, total - 12, log)
     check_equals_transformers(model, args.out, log)

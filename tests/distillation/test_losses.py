@@ -2,8 +2,9 @@
 
 import torch
 
+from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.losses import alignment_loss, attention_target, draft_loss
 from specontext_vllm.retrieval.checkpoint import read_checkpoint
-from specontext_vllm.retrieval.distill import DraftModel, alignment_loss, attention_target, draft_loss
 from specontext_vllm.retrieval.head import RetrievalHead
 from tests.paging import assert_close
 
@@ -53,12 +54,12 @@ def test_draft_loss_is_zero_only_for_equal_logits():
 
 def test_the_saved_head_computes_what_was_trained(tmp_path):
     """DraftModel -> EAGLE-3 file -> RetrievalHead: the same queries and keys."""
-    from specontext_vllm.demo.train import SMOKE, save_head
+    from specontext_vllm.demo.train import SMOKE, draft_shape
 
     torch.manual_seed(0)
-    draft = DraftModel(SMOKE.hidden, SMOKE.heads, SMOKE.kv_heads, SMOKE.head_dim, SMOKE.draft_ffn, 128, SMOKE.theta, SMOKE.eps)
+    draft = DraftModel(draft_shape(SMOKE, 128))
     draft.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in draft.state_dict().items()})
-    save_head(draft, SMOKE, 128, tmp_path)
+    draft.save(tmp_path)
     head = RetrievalHead(read_checkpoint(tmp_path), max_position=64, dtype=torch.float32, device="cpu")
     aux = [torch.randn(40, SMOKE.hidden) for _ in range(3)]
     embeds, positions = torch.randn(40, SMOKE.hidden), torch.arange(40)
