@@ -38,7 +38,7 @@ def prepare(mode: str, pages: int) -> None:
     from specontext_vllm.residency.hot_size import HotSizePolicy
     from specontext_vllm.residency.ledger import Ledger
     from specontext_vllm.residency.memory_model import MemoryModel
-    from specontext_vllm.residency.transfer import Copier
+    from specontext_vllm.residency.tiers import TieredKV
 
     if mode == "+ adaptive":
         return
@@ -54,8 +54,8 @@ def prepare(mode: str, pages: int) -> None:
     MemoryModel.plan = lambda self, gpu, host, num_pages=None: self.size(pages, self.shape.num_layers, 2 * self.table_pages if host else 0)
     if mode == "sparse only":
         # Each layer fetches for itself, on the stream that computes.
-        Copier.start = lambda self: None
-        Copier.wait = lambda self, layer: dict(self._copies)[layer](layer)
+        TieredKV._start_copies = lambda self: None
+        TieredKV._await_copies = lambda self, layer: self._fetch_misses(range(layer, layer + 1), None)
         resolve = HotBuffers.resolve
 
         def forget_and_resolve(self: Any, *arguments: Any) -> None:

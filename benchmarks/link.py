@@ -35,10 +35,10 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     """
     import torch
 
+    from benchmarks.gpu_clock import stamp
     from benchmarks.stages import timed
     from specontext_vllm.residency.host_pool import allocate_host_pool
     from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
-    from specontext_vllm.triton_kernels.stamp import stamp
 
     device = torch.device("cuda")
     heads, words, hidden, inner = shape.num_key_value_heads, 16 * shape.head_dim, shape.hidden_size, shape.intermediate_size
@@ -48,7 +48,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     arena = torch.empty(PAGES, words, dtype=torch.int32, device=device)
     sources = torch.randint(0, pages, (PAGES,), dtype=torch.int32, device=device)
     targets = torch.randperm(PAGES, device=device).int()
-    places = torch.randperm(PAGES // heads, device=device).int()
+    places = torch.randperm(PAGES // heads, device=device).int()[None]
     number, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (PAGES, 0))
     widths = ((hidden, qkv), (shape.head_dim * shape.num_attention_heads, hidden), (hidden, 2 * inner), (inner, hidden))
     inputs = [torch.randn(rows, wide, dtype=torch.bfloat16, device=device) for wide, _ in widths]
@@ -74,7 +74,8 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
             for _ in range(layers):
                 products()
             stamp(times, 1)
-            torch.cuda.current_stream().wait_stream(side)
+            if copy is not None:
+                torch.cuda.current_stream().wait_stream(side)
         taken = []
         for _ in range(5):
             graph.replay()
@@ -89,8 +90,8 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
 
         def copy(programs: int = programs, kib: int = kib) -> None:
             fetch_pages(
-                host, arena, sources, targets, number, places, resident, layer=0, first_source=0, num_kv_heads=heads,
-                programs=programs, tile_bytes=1024 * kib,
+                host, arena, sources, targets, number, places, resident, layers=range(1), first_source=0, layer_sources=0,
+                num_kv_heads=heads, programs=programs, tile_bytes=1024 * kib,
             )  # fmt: skip
 
         alone = timed(lambda _, copy=copy: copy(), device, repeats=10)

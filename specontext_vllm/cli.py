@@ -95,6 +95,42 @@ def plan(
     console.print(f"Picture: {out}", markup=False, highlight=False)
 
 
+@app.command()
+def distill(
+    model: Annotated[Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")],
+    out: Annotated[Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")],
+    data: Annotated[list[str], typer.Option(help="Text or JSON-lines files (`text`, `messages` or `conversations`), repeatable; or `synthetic`.")],
+    init: Annotated[str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")] = None,
+    context: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 32768,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step; default the context.")] = None,
+    hours: Annotated[float, typer.Option(help="Training time in all.")] = 1.0,
+    loss: Annotated[str, typer.Option(help="both, draft or align.")] = "both",
+    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 1e-3,
+    draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default all.")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens of the recall figure.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of data and sampling.")] = 0,
+) -> None:
+    """Train a retrieval head for a model. Exit code 0: written; 2: the model, the data or the checkpoint cannot be used.
+
+    Several GPUs: `accelerate launch -m specontext_vllm.cli distill ...`.
+    """
+    from specontext_vllm.distillation.command import DistillError
+    from specontext_vllm.distillation.command import distill as run
+    from specontext_vllm.distillation.trainer import Settings
+
+    if loss not in ("both", "draft", "align"):
+        typer.echo(f"--loss: found {loss!r}; use both, draft or align.", err=True)
+        raise typer.Exit(2)
+    settings = Settings(
+        context=context, batch_tokens=batch_tokens or context, hours=hours, loss=loss, learning_rate=learning_rate, budget=budget, seed=seed
+    )
+    try:
+        run(model, data, out, settings, init, draft_vocabulary)
+    except DistillError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+
+
 def _target_shape(path: Path) -> dict[str, int]:
     """The target's widths as `check_fits` takes them, from its config.json."""
     config = read_config(path)
@@ -177,3 +213,7 @@ def _norms(spec: HeadSpec) -> str:
         "q and k norm": spec.qk_norm,
     }
     return ", ".join(["embedding", "feature", *(name for name, present in extra.items() if present)])
+
+
+if __name__ == "__main__":
+    app()

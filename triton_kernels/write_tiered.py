@@ -4,28 +4,16 @@ import torch
 import triton
 import triton.language as tl
 
-from specontext_vllm.triton_kernels import counters
-
-_AWAITED, _LATE, _LATE_NS = tl.constexpr(counters.AWAITED), tl.constexpr(counters.LATE), tl.constexpr(counters.LATE_NS)
-
 
 @triton.jit(do_not_specialize=["num_decodes", "layer"], do_not_specialize_on_alignment=["p_tables", "p_frames"])
 def _write_tiered_kernel(
-    p_key, p_value, p_slots, p_tables, p_lengths, p_frames, p_resident, p_arena, p_host, p_ready, p_arrived, p_counts, num_decodes,
+    p_key, p_value, p_slots, p_tables, p_lengths, p_frames, p_resident, p_arena, p_host, num_decodes,
     s_key, s_value, s_table, layer,
-    H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MIRRORED: tl.constexpr, TIMED: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MIRRORED: tl.constexpr,
 ):  # fmt: skip
     i_token = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     slot = tl.load(p_slots + i_token)
-    if TIMED:
-        if (i_token == 0) & (i_head == 0) & (num_decodes > 0):
-            if layer >= tl.load(p_resident):
-                late = tl.load(p_arrived + layer) - tl.load(p_ready + layer)
-                tl.atomic_add(p_counts + _AWAITED, 1)
-                if late > 0:
-                    tl.atomic_add(p_counts + _LATE, 1)
-                    tl.atomic_add(p_counts + _LATE_NS, late)
     if slot >= 0:
         # [D_PAD]
         o_d = tl.arange(0, D_PAD)
@@ -53,7 +41,7 @@ def _write_tiered_kernel(
 
 def write_tiered(
     key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, frames: torch.Tensor,
-    resident: torch.Tensor, arena: torch.Tensor, host: torch.Tensor | None, timing: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None, *, layer: int, num_decodes: int,
+    resident: torch.Tensor, arena: torch.Tensor, host: torch.Tensor | None, *, layer: int, num_decodes: int,
 ) -> None:  # fmt: skip
     """Store one layer's new tokens.
 
@@ -65,13 +53,11 @@ def write_tiered(
             of an offloaded layer go to the host pool alone.
         arena: ``[frames, H, P, 2 * D]``.
         host: ``[T, H, P, 2 * D]`` the layer's pages in the pinned pool, or None when it has no mirror.
-        timing: ``[L]`` int64 times when each layer was ready for its prefetch and when that had arrived, and the counters
-            (module ``counters``) that get the difference; or None.
     """
     _, heads, page_size, width = arena.shape
     _write_tiered_kernel[(slots.shape[0], heads)](
-        key, value, slots, table, lengths, frames, resident, arena, arena if host is None else host, *(timing or (slots, slots, slots)), num_decodes,
+        key, value, slots, table, lengths, frames, resident, arena, arena if host is None else host, num_decodes,
         key.stride(0), value.stride(0), table.stride(0), layer,
         H=heads, P=page_size, D=width // 2, D_PAD=triton.next_power_of_2(width // 2), MIRRORED=host is not None,
-        TIMED=timing is not None, num_warps=1,
+        num_warps=1,
     )  # fmt: skip

@@ -254,7 +254,12 @@ def score(problem: Problem, reply: str) -> float:
 
 
 def training_document(rng: Random, size: int) -> list[tuple[str, bool]]:
-    """A conversation of at most ``size`` pieces with as many questions as sensibly fit, in a random layout."""
+    """A conversation of at most ``size`` pieces in the demo's own format."""
+    return render(training_turns(rng, size))
+
+
+def training_turns(rng: Random, size: int) -> list[tuple[str, str]]:
+    """Turns (role, text) of at most ``size`` pieces with as many questions as sensibly fit, in a random layout."""
     layout = rng.choice(("question_last", "question_last", "question_first", "question_both", "plain", "split"))
     with_passages = rng.random() < 0.7
     with_facts = not with_passages or rng.random() < 0.85
@@ -283,7 +288,7 @@ def training_document(rng: Random, size: int) -> list[tuple[str, bool]]:
             total -= sizes[id(item)]
     if rng.random() < 0.1:
         body = 0  # no filler at all
-    return render(conversation(rng, layout, items, asked, body))
+    return conversation(rng, layout, items, asked, body)
 
 
 def vocabulary() -> list[str]:

@@ -21,31 +21,57 @@ def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) ->
     return (kl * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
-def attention_target(queries: list[Tensor], keys: list[Tensor], at: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Where the teacher looks from positions ``at``, beyond the newest ``window`` tokens.
+class AttentionTarget:
+    """Where the teacher looks, gathered layer by layer.
 
-    The attention of sampled queries only is formed, so memory is ``nkv * S * T`` a sequence and layer. Token 0 has no pair in the
-    head and is a sink in the teacher: give sequences without it.
+    The attention of sampled queries only is formed, in chunks of them, so memory is ``nkv * S * T`` a sequence and no layer's is kept.
+    Token 0 has no pair in the head and is a sink in the teacher: give sequences without it.
 
     Args:
-        queries: per layer ``[B, nh, T, D]``. keys: per layer ``[B, nkv, T, D]``. at: ``[B, S]`` positions.
-    Returns:
-        ``(target [B, nkv, S, T], mass [B, nkv, S])``: the maximum over layers and over a group's query heads of the attention
-        weights, normalised; and the sum it had.
+        window: newest tokens that do not count, since the budget holds them anyway.
+        over_layers: "max" or "mean" of the layers' weights.
     """
-    nkv, length, d = keys[0].shape[1:]
-    step = torch.arange(length, device=at.device)
-    causal = step <= at[:, None, :, None]
-    far = step < at[:, None, :, None] - window
-    target = None
-    for q, k in zip(queries, keys):
-        chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(1, (nkv, -1))
-        logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), k.float()) * d**-0.5
-        weight = logits.masked_fill(~causal[:, :, None], float("-inf")).softmax(-1).amax(2)
-        target = weight if target is None else torch.maximum(target, weight)
-    target = target * far
-    mass = target.sum(-1)
-    return target / mass.clamp(min=1e-6)[..., None], mass
+
+    CHUNK = 1 << 27
+    """Attention weights formed at once."""
+
+    def __init__(self, window: int, over_layers: str = "max") -> None:
+        self.window, self.over_layers = window, over_layers
+        self._target: Tensor | None = None
+        self._far: Tensor | None = None
+
+    def watch(self, query: Tensor, key: Tensor, at: Tensor) -> None:
+        """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, at positions ``at [B, S]``."""
+        (batch, heads, length, d), kv_heads = query.shape, key.shape[1]
+        step = torch.arange(length, device=at.device)
+        if self._target is None:
+            self._target = torch.zeros(batch, kv_heads, at.shape[1], length, device=query.device)
+            self._far = step < at[:, None, :, None] - self.window
+        chunk = max(1, self.CHUNK // (batch * heads * length))
+        for first in range(0, at.shape[1], chunk):
+            here = at[:, first : first + chunk]
+            chosen = query.gather(2, here[:, None, :, None].expand(-1, heads, -1, d)).unflatten(1, (kv_heads, -1))
+            logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), key.float()) * d**-0.5
+            weight = logits.masked_fill_(step > here[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)
+            known = self._target[:, :, first : first + chunk]
+            if self.over_layers == "max":
+                torch.maximum(known, weight, out=known)
+            else:
+                known += weight
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """``(target [B, nkv, S, T], mass [B, nkv, S])``: a distribution over tokens, and the weight it had before it was made one."""
+        target = self._target * self._far
+        mass = target.sum(-1)
+        return target / mass.clamp(min=1e-6)[..., None], mass
+
+
+def attention_target(queries: list[Tensor], keys: list[Tensor], at: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """``AttentionTarget`` over layers that are all at hand."""
+    collector = AttentionTarget(window)
+    for query, key in zip(queries, keys, strict=True):
+        collector.watch(query, key, at)
+    return collector.result()
 
 
 def alignment_loss(q: Tensor, k: Tensor, at: Tensor, target: Tensor, mass: Tensor, window: int) -> Tensor:

@@ -69,7 +69,7 @@ class TieredKV:
         table_pages: its columns.
         max_pages: most pages of one request.
         keep_unreferenced: whether prefix caching is on.
-        timed: whether to measure when prefetches arrive; two tiny kernels a layer.
+        timed: whether to count prefetches that are late, and by how much.
     """
 
     poison = False
@@ -111,15 +111,12 @@ class TieredKV:
         self._groups: list[_Group] = []
         self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
         self.steps = self.moved_layers = 0
-        # When each layer was ready for its prefetch, and when that had arrived.
-        self._ready, self._arrived = (torch.zeros(num_layers, dtype=torch.int64, device=device) for _ in range(2))
-        self._timing = (self._ready, self._arrived, self.meter.counts) if timed and device.type == "cuda" else None
+        self._late = self.meter.counts if timed else None
         self._reported = self.meter.seen, 0
 
     def bind(self, pages: Tensor, lengths: Tensor) -> None:
-        """Share the page table's ``pages [max_rows * H, K]`` and ``lengths [max_rows * H]``, which captured graphs read, and make ready to copy."""
+        """Share the page table's ``pages [max_rows * H, K]`` and ``lengths [max_rows * H]``, which captured graphs read, and make ready."""
         self._lengths = lengths
-        self._copier.prepare(self._fetch_misses, range(self.first_mirrored, self.num_layers))
         # One row without a lane: nothing happens, but Triton compiles its kernels before a request waits for them.
         row = torch.zeros(1, self.hot.slot_of.shape[2], dtype=torch.int32, device=self.device)
         self.resolve(pages, lengths, row[0, :1], row, 1)
@@ -140,6 +137,8 @@ class TieredKV:
 
     def follow(self, changes: Changes) -> None:
         """Bring the device up to the ledger: tables first, then fills and loads."""
+        # Where no layer was offloaded nothing waited for the copies of the step before, which read these tables.
+        self._copier.join()
         if self.poison:
             for frames in changes.given_up:
                 self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
@@ -160,7 +159,7 @@ class TieredKV:
             held = self.hot.contents()
             for layer in changes.offloaded:
                 if layer >= self.ledger.resident:
-                    self._fetch(layer, *held, self.hot_frames[layer].view(-1))
+                    self._fetch_one(layer, *held, self.hot_frames[layer].view(-1))
         for layer, loaded in changes.loads:
             if layer < self.ledger.resident:
                 self._load(layer, loaded)
@@ -186,7 +185,7 @@ class TieredKV:
             self.hot.count.zero_()
             return
         self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
-        self._copier.start()
+        self._start_copies()
         self._write_tables(selection, lengths, block_table, table_rows)
         self.steps += 1
 
@@ -274,15 +273,11 @@ class TieredKV:
             decodes: leading tokens that belong to decode rows.
         """
         mirrored = layer >= self.first_mirrored
-        if mirrored:
-            if self._timing is not None:
-                from specontext_vllm.triton_kernels.stamp import stamp
-
-                stamp(self._ready, layer)
-            self._copier.wait(layer)
+        if mirrored and decodes:
+            self._await_copies(layer)
         write(
             key, value, slots, self.tables[layer], self._lengths, self.frames[layer], self.resident, self.arena,
-            self.host[layer - self.first_mirrored] if mirrored else None, self._timing if mirrored else None, layer=layer, decodes=decodes,
+            self.host[layer - self.first_mirrored] if mirrored else None, layer=layer, decodes=decodes,
         )  # fmt: skip
 
     def stages(self, layer: int) -> Iterator[Stage]:
@@ -309,30 +304,37 @@ class TieredKV:
             return
         layer, group = self.ledger.resident + use // len(groups), groups[use % len(groups)]
         with self._copier.staging(use):
-            self._fetch(layer, group.sources, group.targets, group.count, self._areas[use % 2])
+            self._fetch_one(layer, group.sources, group.targets, group.count, self._areas[use % 2])
 
     # -- copies ---------------------------------------------------------------------------------------------------------
 
-    def _fetch_misses(self, layer: int) -> None:
-        self._fetch(
-            layer, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[layer].view(-1), self.resident,
-            None if self._timing is None else self._arrived,
-        )  # fmt: skip
+    def _start_copies(self) -> None:
+        self._copier.start(lambda done: self._fetch_misses(range(self.first_mirrored, self.num_layers), done))
+
+    def _await_copies(self, layer: int) -> None:
+        self._copier.wait(layer, self.resident, self._late)
+
+    def _fetch_misses(self, layers: range, done: Tensor | None) -> None:
+        hot = self.hot
+        places = self.hot_frames[layers.start : layers.stop].flatten(1)
+        self._fetch(layers, hot.sources, hot.targets, hot.count, places, self.resident, done)
 
     def _fetch(
-        self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor | None = None,
-        times: Tensor | None = None,
+        self, layers: range, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor, done: Tensor | None = None,
     ) -> None:  # fmt: skip
         fetch(
-            self.host, self.arena, sources, targets, count, places, self._always if resident is None else resident,
-            layer=layer, first_source=(layer - self.first_mirrored) * self.plan.num_pages * self.num_kv_heads, times=times,
+            self.host, self.arena, sources, targets, count, places, resident,
+            layers=layers, first_mirrored=self.first_mirrored, done=done,
         )  # fmt: skip
+
+    def _fetch_one(self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor) -> None:
+        self._fetch(range(layer, layer + 1), sources, targets, count, places[None], self._always)
 
     def _load(self, layer: int, pages: np.ndarray) -> None:
         heads = self.num_kv_heads
         ids = (pages[:, None] * heads + np.arange(heads)).astype(np.int32).ravel()
         places = self._upload(ids)
-        self._fetch(layer, places, places, self._upload(np.array([len(ids)], np.int32)), self.frames[layer])
+        self._fetch_one(layer, places, places, self._upload(np.array([len(ids)], np.int32)), self.frames[layer])
 
     def _set(self, table: Tensor, entries: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         if entries:

@@ -5,9 +5,8 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.hot_buffers import HotBuffers
-from specontext_vllm.residency.transfer import fetch, write
+from specontext_vllm.residency.transfer import write
 from specontext_vllm.triton_kernels import counters
-from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 from specontext_vllm.triton_kernels.layer_tables import layer_tables
 from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
@@ -140,33 +139,6 @@ def test_trim_forgets_what_lies_beyond_the_capacity():
             assert held == {page: int(slot) for page, slot in enumerate(hot.slot_of[lane, head]) if slot >= 0}
 
 
-def test_fetch_copies_what_is_listed_and_nothing_else(device):
-    generator = torch.Generator().manual_seed(3)
-    host = torch.randn(2, 9, HEADS, PAGE_SIZE, 8, generator=generator)
-    places = torch.randperm(19, generator=generator).int()[:11]
-    listed = 9 * HEADS - 2
-    # Behind the listed ones lie indices that must not be read.
-    sources = torch.cat([torch.randperm(9 * HEADS, generator=generator)[:listed], torch.tensor([9999])]).int()
-    targets = torch.cat([torch.randperm(11 * HEADS, generator=generator)[:listed], torch.tensor([-9999])]).int()
-    for layer, resident, copied in ((5, 5, True), (5, 6, False)):
-        reference = torch.full((19, HEADS, PAGE_SIZE, 8), float("nan"))
-        arena = reference.clone().to(device)
-        numbers = [torch.tensor([listed], dtype=torch.int32), places, torch.tensor([resident], dtype=torch.int32)]
-        fetch(host, reference, sources, targets, *numbers, layer=layer, first_source=9 * HEADS)
-        on_device = [t.to(device) for t in (sources, targets, *numbers)]
-        rows = host.pin_memory() if device.type == "cuda" else host
-        fetch_pages(
-            rows.view(torch.int32).view(-1, PAGE_SIZE * 8), arena.view(torch.int32).view(-1, PAGE_SIZE * 8), *on_device,
-            layer=layer, first_source=9 * HEADS, num_kv_heads=HEADS, programs=2, tile_bytes=1024,
-        )  # fmt: skip
-        torch.testing.assert_close(arena.cpu(), reference, rtol=0, atol=0, equal_nan=True)
-        expected = torch.full_like(reference, float("nan"))
-        if copied:
-            for source, target in zip(sources[:listed].tolist(), targets[:listed].tolist()):
-                expected[places[target // HEADS], target % HEADS] = host[1, source // HEADS, source % HEADS]
-        torch.testing.assert_close(reference, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def test_layer_tables_point_at_frames_or_hot_slots(device):
     layers, rows, resident = 3, 2, 1
     generator = torch.Generator().manual_seed(4)
@@ -213,7 +185,7 @@ def test_write_kernel_matches_reference(mirrored, resident, device):
     write(key, value, slots, table, lengths, frames, flag, arena, mirror if mirrored else None, layer=0, decodes=decodes)
     write_tiered(
         *(t.to(device) for t in (key, value, slots, table, lengths, frames, flag)), mine, my_mirror if mirrored else None,
-        None, layer=0, num_decodes=decodes,
+        layer=0, num_decodes=decodes,
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()
