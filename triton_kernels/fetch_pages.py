@@ -8,7 +8,7 @@ from specontext_vllm.triton_kernels import counters
 
 _AWAITED, _LATE, _LATE_NS = tl.constexpr(counters.AWAITED), tl.constexpr(counters.LATE), tl.constexpr(counters.LATE_NS)
 
-PROGRAMS = 8
+PROGRAMS = 6
 """Programs that copy. Each keeps an SM to itself, which costs the matrix products beside it about 1 % of their time."""
 TILE_BYTES = 65536
 """What each program has in flight; ``PROGRAMS`` of them fill a PCIe 5 x16 link (case `link` of the benchmarks)."""
