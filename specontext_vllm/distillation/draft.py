@@ -26,6 +26,17 @@ _NAMES = {"fc.weight": "fc.weight", "norm.weight": "norm", "lm_head.weight": "lm
 """SafeAILab's names -> ``DraftModel``'s."""
 
 
+def aux_layers_for(num_layers: int) -> tuple[int, ...]:
+    """EAGLE-3's auxiliary layers, or for a target too shallow for that rule (1, L // 2, L - 2).
+
+    Raises:
+        HeadError: fewer than five layers.
+    """
+    if num_layers < 5:
+        raise HeadError(f"--model: it has {num_layers} layers, and a head reads the states of three different ones in its middle; give one with five or more.")
+    return default_aux_layers(num_layers) if num_layers > 6 else (1, num_layers // 2, num_layers - 2)
+
+
 @dataclass(frozen=True)
 class DraftShape:
     """What a draft model is made of; everything its ``config.json`` says.
@@ -70,7 +81,7 @@ class DraftShape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads, ffn=config.intermediate_size,
             vocabulary=config.vocab_size, draft_vocabulary=min(draft_vocabulary or config.vocab_size, config.vocab_size),
             rope_theta=float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0), rope_scaling=None,
-            eps=config.rms_norm_eps, max_position=max_position, aux_layers=default_aux_layers(config.num_hidden_layers),
+            eps=config.rms_norm_eps, max_position=max_position, aux_layers=aux_layers_for(config.num_hidden_layers),
         )  # fmt: skip
 
     def head_spec(self) -> HeadSpec:
