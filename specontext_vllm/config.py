@@ -11,7 +11,9 @@ PAGE_SIZE = 16
 """Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read."""
 
 CONFIG_KEY = "specontext"
-Retriever = Literal["dlm", "random", "recent", "dense"]
+Retriever = Literal["dlm", "quest", "recent", "random", "oracle", "dense"]
+PER_LAYER = ("quest", "oracle")
+"""Retrievers that select anew in each layer, with the layer's own queries."""
 
 
 class ConfigError(ValueError):
@@ -68,6 +70,11 @@ class SpeContextConfig(BaseModel):
                 f"budget: found {self.budget}, but sinks ({self.sink_pages} pages), recents ({self.recent_pages} pages) and one "
                 f"page to choose need {least} tokens; raise budget or lower sink_tokens ({self.sink_tokens}) or "
                 f"recent_tokens ({self.recent_tokens})."
+            )
+        if self.retriever in PER_LAYER and self.host_kv_gib:
+            raise ValueError(
+                f"host_kv_gib: found {self.host_kv_gib} with retriever {self.retriever}, which chooses pages too late for them to be fetched; "
+                f"set it to 0 or use another retriever."
             )
         if self.fallback_budget is not None and self.fallback_budget < self.budget:
             raise ValueError(

@@ -11,8 +11,8 @@ PAGES_PER_PROGRAM = 8
 def _score_pages_kernel(
     p_queries, p_keys, p_block_table, p_seq_lens, p_starts, p_max, p_lse,
     scale, s_table, s_scores, first_row, least_pages,
-    NQ: tl.constexpr, NKV: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGES: tl.constexpr, PRECISION: tl.constexpr,
+    NQ: tl.constexpr, NKV: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
+    FIRST: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_local = tl.program_id(0)
     i_block = tl.program_id(1)
@@ -32,7 +32,7 @@ def _score_pages_kernel(
         # [PAGES * P, D_PAD]
         o_d = tl.arange(0, D_PAD)
         b_k = tl.load(
-            p_keys + (((b_block * NKV + i_kv) * P + o_t % P) * D)[:, None] + o_d[None, :],
+            p_keys + (((b_block * NKV + i_kv) * P + o_t % P) * S)[:, None] + o_d[None, :],
             mask=m_token[:, None] & (o_d < D)[None, :], other=0.0,
         )  # fmt: skip
         # [G_PAD, D_PAD]
@@ -42,8 +42,7 @@ def _score_pages_kernel(
             mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
         )  # fmt: skip
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        # Token 0 has no (token, aux) pair; its page is always kept.
-        b_s = tl.where((m_token & (o_token > 0))[None, :], b_s, float("-inf"))
+        b_s = tl.where((m_token & (o_token >= FIRST))[None, :], b_s, float("-inf"))
         # [G_PAD, PAGES, P] -> [G_PAD, PAGES]
         b_s = tl.reshape(b_s, (G_PAD, PAGES, P))
         b_max = tl.max(b_s, axis=2)
@@ -58,13 +57,13 @@ def _score_pages_kernel(
 
 def score_pages(
     queries: torch.Tensor, keys: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor,
-    page_max: torch.Tensor, page_lse: torch.Tensor, *, first_row: int, num_rows: int, max_pages: int, least_pages: int,
+    page_max: torch.Tensor, page_lse: torch.Tensor, *, first_row: int, num_rows: int, max_pages: int, least_pages: int, first_token: int = 1,
 ) -> None:  # fmt: skip
     """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head.
 
     Args:
         queries: ``[B, NQ, D]``.
-        keys: ``[num_blocks, NKV, P, D]``.
+        keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider cache.
         block_table: ``[>= B, W]`` int32.
         seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
         starts: ``[num_rows]`` int32, where each scored row's pages start in the workspace.
@@ -72,6 +71,7 @@ def score_pages(
         first_row, num_rows: the rows to score.
         max_pages: upper bound of a row's pages.
         least_pages: rows with no more pages than this are left out (they are read whole).
+        first_token: tokens before it take no part.
     """
     nq, d = queries.shape[1:]
     nkv, page_size = keys.shape[1:3]
@@ -80,6 +80,6 @@ def score_pages(
         queries, keys, block_table, seq_lens, starts, page_max, page_lse,
         d**-0.5, block_table.stride(0), page_max.stride(0), first_row, least_pages,
         NQ=nq, NKV=nkv, G_PAD=max(16, triton.next_power_of_2(nq // nkv)), P=page_size, D=d,
-        D_PAD=max(16, triton.next_power_of_2(d)), PAGES=PAGES_PER_PROGRAM,
+        D_PAD=max(16, triton.next_power_of_2(d)), S=keys.stride(2), FIRST=first_token, PAGES=PAGES_PER_PROGRAM,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, c
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.registration import BACKEND_NAME
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.layer_selection import LayerSelector
 
 
 class SpeContextBackend(AttentionBackend):
@@ -66,7 +67,7 @@ class SpeContextMetadata:
         table: the page table, filled before the first layer.
         prefill: the rows behind them, or None.
         num_tokens: query tokens of the step (with a FULL graph: padding included).
-        common: vLLM's own description of the step, for the adapter of the V1 runner.
+        common: vLLM's own description of the step, for retrievers that select per layer and the adapter of the V1 runner.
     """
 
     num_decodes: int
@@ -74,6 +75,11 @@ class SpeContextMetadata:
     prefill: PrefillRows | None
     num_tokens: int
     common: CommonAttentionMetadata
+
+
+def max_table_rows(vllm_config: Any) -> int:
+    """Most decode rows of a step, padding to a captured size included."""
+    return max(vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
 
 
 class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
@@ -87,14 +93,11 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self._init_reorder_batch_threshold(1)
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         max_model_len = vllm_config.model_config.max_model_len
-        rows = max(
-            vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        )
         width = config.table_pages(max_model_len)
         if device.type == "cpu" and not config.host_kv_gib:
             # Nothing is captured and memory is plenty: any budget may be set while the engine runs.
             width = -(-max_model_len // PAGE_SIZE)
-        self.table = PageTable.allocate(rows, kv_cache_spec.num_kv_heads, width, device)
+        self.table = PageTable.allocate(max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device)
         layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
         # All layers of a group have one shape, so the first layer's provider can plan for all of them.
         self.provider: AttentionProvider = layers[0].impl.provider
@@ -163,6 +166,7 @@ class SpeContextImpl(AttentionImpl):
         from vllm.platforms import current_platform
 
         self.tiers: TieredKV | None = None
+        self.selector: LayerSelector | None = None
         self.layer = 0
         self.provider = choose_provider(
             num_heads, num_kv_heads, head_size, self.scale, torch.get_default_dtype(), current_platform.device_type
@@ -188,6 +192,11 @@ class SpeContextImpl(AttentionImpl):
         decodes, table, prefill = attn_metadata.num_decodes, attn_metadata.table, attn_metadata.prefill
         if self.tiers is not None:
             table = replace(table, pages=self.tiers.tables[self.layer])
+        if decodes and self.selector is not None and self.selector.active:
+            common = attn_metadata.common
+            self.selector.select(
+                self.layer, query[:decodes], kv_cache, common.block_table_tensor, common.seq_lens, table.pages, table.lengths
+            )
         if decodes:
             self.provider.decode(query[:decodes], kv_cache, table, decodes, output[:decodes])
         if prefill is not None:
@@ -227,3 +236,5 @@ class SpeContextImpl(AttentionImpl):
                 self.tiers.write(self.layer, key, value, slot_mapping, metadata[layer.layer_name].num_decodes)
         elif kv_cache.numel():
             self.provider.write(key, value, kv_cache, slot_mapping)
+            if self.selector is not None:
+                self.selector.learn(self.layer, kv_cache, slot_mapping)

@@ -17,10 +17,12 @@ from specontext_vllm.retrieval.checkpoint import (
     resolve_checkpoint,
 )
 from specontext_vllm.retrieval.known_heads import known_head
+from specontext_vllm.retrieval.shard import shard_checkpoint
 
 HEAD_FOLDER = "retrieval_head"
 DUMMY = "dummy"
 AUX_LAYERS_KEY = "specontext_aux_layers"
+ENGINES_KEY = "specontext_engines_per_machine"
 
 
 def prepare_vllm_config(vllm_config: Any) -> None:
@@ -28,7 +30,8 @@ def prepare_vllm_config(vllm_config: Any) -> None:
 
     The resolved head's folder replaces ``additional_config["specontext"]["retrieval_head"]``, so that workers on this and
     other machines read the same one. The aux layers are written beside it because ``additional_config`` is part of
-    vLLM's compile-cache key and they change what the compiled model returns. Idempotent.
+    vLLM's compile-cache key and they change what the compiled model returns. So is the number of data-parallel engines on this machine, which
+    share its memory: an engine's own configuration no longer has it. Idempotent.
 
     Raises:
         ConfigError: one sentence naming the setting, what was found and what to do.
@@ -40,6 +43,7 @@ def prepare_vllm_config(vllm_config: Any) -> None:
     vllm_config.cache_config.block_size = PAGE_SIZE
     vllm_config.cache_config.user_specified_block_size = True
     resolved = dict(vllm_config.additional_config or {})
+    resolved.setdefault(ENGINES_KEY, max(1, vllm_config.parallel_config.data_parallel_size_local))
     if config.retriever == "dlm" or config.retrieval_head is not None:
         head = find_head(config, vllm_config.model_config)
         aux_layers = resolve_aux_layers(load_head(head, vllm_config).spec, num_hidden_layers(vllm_config))
@@ -139,6 +143,8 @@ def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
     try:
         checkpoint = read_checkpoint(Path(head))
         check_fits(checkpoint.spec, **shape)
+        # Heads that cannot be divided are refused here, not in a worker.
+        shard_checkpoint(checkpoint, rank=0, size=vllm_config.parallel_config.tensor_parallel_size)
     except HeadError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.retrieval_head: {error}") from None
     return checkpoint

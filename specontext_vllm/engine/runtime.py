@@ -12,21 +12,23 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group, in_the_same_node_as
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.utils import extract_layer_index
 
-from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.engine.backend import SpeContextMetadataBuilder
+from specontext_vllm.config import CONFIG_KEY, PER_LAYER, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder, max_table_rows
 from specontext_vllm.engine.compat import allocate_kv_cache_as
-from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, describe, load_head, num_hidden_layers
+from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, describe, load_head, num_hidden_layers
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.head import RetrievalHead
+from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.selection import Held
 from specontext_vllm.retrieval.shard import shard_checkpoint
@@ -39,6 +41,17 @@ HOST_RESERVE_BYTES = 8 << 30
 
 REPORT_SECONDS = 10
 """Time between two lines about the tiers in the log, as between vLLM's own."""
+
+
+def workers_on_this_machine() -> int:
+    """Tensor-parallel workers of this engine that share this machine's memory; all workers must call it together."""
+    group = get_tp_group()
+    neighbours = 1
+    for source in range(group.world_size if group.world_size > 1 else 0):
+        same = in_the_same_node_as(group.cpu_group, source)
+        if source == group.rank_in_group:
+            neighbours = sum(same)
+    return neighbours
 
 
 class Runtime:
@@ -63,7 +76,7 @@ class Runtime:
             if not supports_eagle3(model):
                 raise ConfigError(
                     f"model: {type(model).__name__} cannot hand out the hidden states that an EAGLE-3 head reads (vLLM's "
-                    f"SupportsEagle3); use a model that can, or additional_config.{CONFIG_KEY}.retriever random, recent or dense."
+                    f"SupportsEagle3); use a model that can, or additional_config.{CONFIG_KEY}.retriever quest, which needs none."
                 )
             checkpoint = load_head(self.config.retrieval_head, vllm_config)
             tp = parallel.tensor_parallel_size
@@ -81,6 +94,7 @@ class Runtime:
             self.config, head, model.embed_input_ids, num_kv_heads=self.num_kv_heads, max_model_len=model_config.max_model_len,
             table_pages=width, device=device,
         )  # fmt: skip
+        self.selector = self._make_selector(self.config) if self.config.retriever in PER_LAYER else None
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
         self.tiers: TieredKV | None = None
@@ -93,8 +107,10 @@ class Runtime:
         return self.retriever.head is not None
 
     def kv_share(self, kv_bytes_per_block: int) -> float:
-        """Share of the memory for KV that is left once the head's caches have theirs."""
-        return kv_bytes_per_block / (kv_bytes_per_block + self.retriever.bytes_per_block)
+        """Share of the memory for KV that is left once the retriever's caches have theirs."""
+        model = self.vllm_config.model_config
+        bounds = LayerSelector.bytes_per_block(self.config, self._num_layers, self.num_kv_heads, model.get_head_size(), model.dtype)
+        return kv_bytes_per_block / (kv_bytes_per_block + self.retriever.bytes_per_block + bounds)
 
     # -- two tiers ----------------------------------------------------------------------------------------------------
 
@@ -116,8 +132,8 @@ class Runtime:
                     f"additional_config.{CONFIG_KEY}.host_kv_gib: found {asked}, but this machine has {free / 2**30:.1f} GiB of "
                     f"memory free; lower it."
                 )
-        # The pool is the engine's; its tensor-parallel workers share the machine.
-        host_bytes //= self.vllm_config.parallel_config.tensor_parallel_size
+        # The setting is the machine's; the workers on it share it.
+        host_bytes //= workers_on_this_machine() * self.vllm_config.additional_config[ENGINES_KEY]
         try:
             self.plan = model.plan(gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override)
         except MemoryModelError as error:
@@ -167,12 +183,11 @@ class Runtime:
             plan = TierPlan(num_blocks, layers, hot, 1, 0, 0, 0, {})
         else:
             plan = replace(self.plan, num_pages=min(self.plan.num_pages, num_blocks))
-        rows = max(scheduler.max_num_seqs, self.vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         try:
             with torch.inference_mode():
                 self.tiers = TieredKV(
                     plan, num_layers=layers, num_kv_heads=self.num_kv_heads, head_dim=model.get_head_size(), dtype=model.dtype,
-                    max_requests=scheduler.max_num_seqs, max_rows=rows, table_pages=self.config.table_pages(model.max_model_len),
+                    max_requests=scheduler.max_num_seqs, max_rows=max_table_rows(self.vllm_config), table_pages=self.config.table_pages(model.max_model_len),
                     max_pages=pages_for(model.max_model_len),
                     keep_unreferenced=bool(self.vllm_config.cache_config.enable_prefix_caching), timed=self.config.stats,
                     device=self.device,
@@ -225,9 +240,21 @@ class Runtime:
         if self.tiers is not None:
             self.tiers.bind(table.pages, table.lengths)
         self.retriever.warm_up(table.pages, table.lengths, self._ids(1), self._held())
+        if self.selector is not None:
+            self.selector.allocate(self._num_layers, num_blocks, self.vllm_config.model_config.dtype)
+        for layer, impl in enumerate(self._attention_layers()):
+            impl.tiers, impl.selector, impl.layer = self.tiers, self.selector, layer
+
+    def _attention_layers(self) -> list[SpeContextImpl]:
         layers = self.vllm_config.compilation_config.static_forward_context
-        for layer, name in enumerate(sorted(self.builder.layer_names, key=extract_layer_index)):
-            layers[name].impl.tiers, layers[name].impl.layer = self.tiers, layer
+        return [layers[name].impl for name in sorted(self.builder.layer_names, key=extract_layer_index)]
+
+    def _make_selector(self, config: SpeContextConfig) -> LayerSelector:
+        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        return LayerSelector(
+            config, num_heads=model.get_num_attention_heads(parallel), num_kv_heads=self.num_kv_heads, head_dim=model.get_head_size(),
+            max_pages=pages_for(model.max_model_len), max_rows=max_table_rows(self.vllm_config), device=self.device,
+        )  # fmt: skip
 
     def _ids(self, rows: int) -> Tensor | None:
         """What the selection lists instead of blocks: with two tiers, pages counted from the request's start."""
@@ -263,9 +290,32 @@ class Runtime:
         return {**self.retriever.stats(reset), **({} if self.tiers is None else self.tiers.stats(reset))}
 
     def set(self, retriever: str | None, budget: int | None, stickiness: float | None = None) -> dict[str, Any]:
-        """Change retriever, budget or stickiness between steps; see ``Retriever.configure``."""
+        """Change retriever, budget or stickiness between steps; see ``Retriever.configure``.
+
+        Raises:
+            ConfigError: this engine cannot follow.
+        """
         asked = {"retriever": retriever, "budget": budget, "stickiness": stickiness}
         changes = {key: value for key, value in asked.items() if value is not None}
         config = SpeContextConfig.from_settings({**self.retriever.config.model_dump(exclude_unset=True), **changes})
+        self._check_per_layer(config)
         self.retriever.configure(config)
+        if self.selector is None and config.retriever in PER_LAYER:
+            self.selector = self._make_selector(config)
+            for impl in self._attention_layers():
+                impl.selector = self.selector
+        if self.selector is not None:
+            self.selector.config = config
         return config.model_dump()
+
+    def _check_per_layer(self, config: SpeContextConfig) -> None:
+        """Refuse what a retriever that selects per layer cannot change any more."""
+        before = self.retriever.config
+        if config.retriever == "quest" and (self.selector is None or self.selector.bounds is None):
+            raise ConfigError("specontext: retriever quest keeps bounds of every page from the start; start the engine with it to switch to it.")
+        captured = self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+        if captured and {before.retriever, config.retriever} & set(PER_LAYER) and before != config:
+            raise ConfigError(
+                f"specontext: this engine's CUDA graphs hold the selection (retriever {before.retriever}, budget {before.budget}); start it "
+                f"with enforce_eager to change them, or with the settings wanted."
+            )

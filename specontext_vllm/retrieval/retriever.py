@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.config import PAGE_SIZE, PER_LAYER, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.scoring import PageScores, fill_baseline, row_starts, score_rows
-from specontext_vllm.retrieval.selection import Budget, Held, select_rows
-
-WORKSPACE_BYTES = 64 << 20
-"""Bytes of the scoring workspace; a batch with more pages is scored in several parts. One row always fits."""
+from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, PageScores, fill_baseline, row_starts, score_rows
+from specontext_vllm.retrieval.selection import Budget, Held, fill_lengths, select_rows
 
 PREFILL_CHUNK = 2048
 """Prompt tokens whose keys are made at a time, which bounds the head's activations."""
@@ -115,7 +112,7 @@ class Retriever:
     # -- before the forward pass --------------------------------------------------------------------------------------
 
     def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None) -> None:
-        """Fill the page table of the step's decode rows.
+        """Fill the page table of the step's decode rows; for a retriever that selects per layer only its lengths.
 
         Args:
             batch: the step.
@@ -138,7 +135,9 @@ class Retriever:
         queries = None
         if self.head is not None and batch.num_decodes:
             queries = self._project_decodes(batch, with_queries=choosing and config.retriever == "dlm")
-        for rows in self._parts(bounds, batch.table_rows):
+        if config.retriever in PER_LAYER:
+            fill_lengths(batch.seq_lens[: batch.table_rows], lengths, self.num_kv_heads, budget)
+        for rows in () if config.retriever in PER_LAYER else self._parts(bounds, batch.table_rows):
             most = max(bounds[rows.start : rows.stop], default=1)
             # Rows that are all read whole have no scores to find.
             starts = row_starts(batch.seq_lens, rows) if choosing else batch.seq_lens
@@ -276,7 +275,7 @@ class Retriever:
         counters.decode_rows += rows
         counters.pages_total += heads * sum(bounds)
         counters.pages_read += heads * sum(min(count, budget.total) for count in bounds)
-        if max(bounds, default=0) > budget.total:
+        if max(bounds, default=0) > budget.total and self.config.retriever not in PER_LAYER:
             counters.selected_rows += rows
             counters.kept_mass += self._kept_mass[:rows].sum()
             if fallback is not None:
@@ -284,9 +283,10 @@ class Retriever:
                 counters.fallback_pages += (read - budget.total).clamp(min=0).sum()
                 counters.fallback_rows += (self._kept_mass[:rows].mean(-1) < fallback[0]).sum()
 
-    def stats(self, reset: bool = False) -> dict[str, float | int | str]:
-        """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass."""
+    def stats(self, reset: bool = False) -> dict[str, float | int | str | None]:
+        """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass (None for selections per layer)."""
         counters = self.counters
+        kept_mass = float(counters.kept_mass) / counters.selected_rows / self.num_kv_heads if counters.selected_rows else 1.0
         figures = {
             "retriever": self.config.retriever,
             "budget": self.config.budget,
@@ -295,7 +295,7 @@ class Retriever:
             "pages_read": counters.pages_read + int(counters.fallback_pages),
             "pages_total": counters.pages_total,
             "fallback_rows": int(counters.fallback_rows),
-            "kept_mass_mean": float(counters.kept_mass) / counters.selected_rows / self.num_kv_heads if counters.selected_rows else 1.0,
+            "kept_mass_mean": None if self.config.retriever in PER_LAYER else kept_mass,
         }
         if reset:
             self.counters = Counters.zero(self.device)

@@ -88,6 +88,13 @@ def select_rows(
         kept_mass[row] = mass
 
 
+def fill_lengths(seq_lens: Tensor, lengths: Tensor, num_kv_heads: int, budget: Budget) -> None:
+    """Fill the page table's lengths, which depend on the contexts alone: ``seq_lens [B]`` int32 -> ``lengths [>= B * H]`` int32."""
+    beyond = (budget.total - 1) * PAGE_SIZE + (seq_lens - 1) % PAGE_SIZE + 1
+    kept = torch.where(seq_lens <= budget.total * PAGE_SIZE, seq_lens, beyond)
+    lengths[: len(seq_lens) * num_kv_heads].view(-1, num_kv_heads).copy_(kept[:, None])
+
+
 def select_row(
     page_max: Tensor, page_lse: Tensor, count: int, num_kv_heads: int, budget: Budget, bonus: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -8,25 +8,29 @@ from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, HeadError
 
 
 def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> HeadCheckpoint:
-    """Query and KV heads of one worker; everything before the projections is kept whole.
+    """Query and KV heads of one worker, cut as vLLM cuts the target's (vllm/model_executor/layers/linear.py, QKVParallelLinear).
 
-    A worker scores pages for its own KV heads only, so the workers need not talk to one another.
+    With more workers than KV heads several of them have the same KV head, each with its own share of the query heads; what they choose
+    for it may then differ, as the attention of their query heads does. Everything before the projections is kept whole. A worker
+    scores pages for its own heads only, so the workers need not talk to one another.
 
     Raises:
-        HeadError: the head's KV heads do not divide among the workers.
+        HeadError: the head's heads do not divide among the workers.
     """
     spec = checkpoint.spec
-    if spec.num_kv_heads % size:
+    replicas = max(1, size // spec.num_kv_heads)
+    if (spec.num_kv_heads * replicas) % size or spec.num_heads % size:
         raise HeadError(
-            f"--tensor-parallel-size: found {size}, which does not divide the retrieval head's {spec.num_kv_heads} KV heads; "
-            f"use a divisor of it."
+            f"--tensor-parallel-size: found {size}, among which the retrieval head's {spec.num_kv_heads} KV heads and {spec.num_heads} query "
+            f"heads cannot be divided; use a divisor or a multiple of the KV heads that divides the query heads."
         )
+    kv_heads = spec.num_kv_heads * replicas // size
+    heads = spec.num_heads // size
     tensors = dict(checkpoint.tensors)
-    for name, heads in (("q_proj", spec.num_heads), ("k_proj", spec.num_kv_heads)):
-        rows = heads // size * spec.head_dim
+    for name, count, place in (("q_proj", heads, rank), ("k_proj", kv_heads, rank // replicas)):
+        rows = count * spec.head_dim
         for part in ("weight", "bias"):
             key = f"{name}.{part}"
             if key in tensors:
-                tensors[key] = tensors[key][rank * rows : (rank + 1) * rows]
-    spec = replace(spec, num_heads=spec.num_heads // size, num_kv_heads=spec.num_kv_heads // size)
-    return replace(checkpoint, spec=spec, tensors=tensors)
+                tensors[key] = tensors[key][place * rows : (place + 1) * rows]
+    return replace(checkpoint, spec=replace(spec, num_heads=heads, num_kv_heads=kv_heads), tensors=tensors)

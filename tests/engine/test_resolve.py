@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
-from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, find_head, prepare_vllm_config, refuse_unsupported
+from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, find_head, prepare_vllm_config, refuse_unsupported
 from tests.engine.conftest import DEMO_MODEL
 
 
@@ -28,7 +28,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, **top):
         parallel_config=SimpleNamespace(
             **{
                 "pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
-                "enable_dbo": False, **(parallel or {}),
+                "enable_dbo": False, "tensor_parallel_size": 1, "data_parallel_size_local": 1, **(parallel or {}),
             }
         ),
         additional_config={} if additional is None else additional,
@@ -97,7 +97,21 @@ def test_a_head_for_another_model_does_not_fit():
         prepare_vllm_config(vllm_config(model={"get_hidden_size": lambda: 512}))
 
 
-def test_a_retriever_without_a_head_needs_none(tmp_path):
-    config = vllm_config({"specontext": {"retriever": "recent"}}, model={"model": str(tmp_path)})
+def test_heads_that_workers_cannot_divide_are_refused():
+    with pytest.raises(ConfigError, match="--tensor-parallel-size: found 3"):
+        prepare_vllm_config(vllm_config(parallel={"tensor_parallel_size": 3}))
+
+
+def test_engines_on_one_machine_are_counted_before_they_know_of_themselves_only():
+    config = vllm_config(parallel={"data_parallel_size_local": 4})
+    prepare_vllm_config(config)
+    config.parallel_config.data_parallel_size_local = 1  # as vLLM sets it in each engine's process
+    prepare_vllm_config(config)
+    assert config.additional_config[ENGINES_KEY] == 4
+
+
+@pytest.mark.parametrize("retriever", ["recent", "quest"])
+def test_a_retriever_without_a_head_needs_none(tmp_path, retriever):
+    config = vllm_config({"specontext": {"retriever": retriever}}, model={"model": str(tmp_path)})
     prepare_vllm_config(config)
     assert AUX_LAYERS_KEY not in config.additional_config

@@ -1,0 +1,41 @@
+"""A worker's part of a head computes the queries and keys that the whole head has for the worker's heads."""
+
+import pytest
+import torch
+
+from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint
+from specontext_vllm.retrieval.head import RetrievalHead
+from specontext_vllm.retrieval.shard import shard_checkpoint
+from tests.retrieval.eagle3_files import Layout, write_checkpoint
+
+
+def project(checkpoint):
+    spec = checkpoint.spec
+    generator = torch.Generator().manual_seed(1)
+    aux = [torch.randn(9, spec.target_hidden_size, generator=generator) for _ in range(spec.num_aux)]
+    head = RetrievalHead(checkpoint, max_position=64, dtype=torch.float32, device="cpu")
+    return head.project(torch.randn(9, spec.embed_size, generator=generator), head.fuse(aux), torch.arange(9))
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "size"), [(2, 2), (6, 3), (2, 6), (1, 3), (1, 2)], ids=["one-each", "mha", "replicated", "mqa", "mqa-pairs"]
+)
+@pytest.mark.parametrize("extras", [{}, {"format": "speculators", "bias": True, "qk_norm": True}], ids=["plain", "bias-and-norms"])
+def test_workers_have_the_heads_that_vllm_gives_them(tmp_path, kv_heads, size, extras):
+    write_checkpoint(tmp_path, Layout(num_kv_heads=kv_heads, **extras))
+    whole = read_checkpoint(tmp_path)
+    heads, group = whole.spec.num_heads, whole.spec.num_heads // kv_heads
+    q, k = project(whole)
+    for rank in range(size):
+        own_q, own_k = project(shard_checkpoint(whole, rank=rank, size=size))
+        mine = range(rank * heads // size, (rank + 1) * heads // size)
+        torch.testing.assert_close(own_q, q[:, mine.start : mine.stop])
+        # The KV heads are those that the worker's query heads belong to.
+        torch.testing.assert_close(own_k, k[:, mine.start // group : (mine.stop - 1) // group + 1])
+
+
+@pytest.mark.parametrize(("kv_heads", "size"), [(2, 4), (6, 4), (3, 2)], ids=["query-heads", "both", "kv-heads"])
+def test_heads_that_cannot_be_divided_are_refused(tmp_path, kv_heads, size):
+    write_checkpoint(tmp_path, Layout(num_kv_heads=kv_heads))
+    with pytest.raises(HeadError, match=f"--tensor-parallel-size: found {size}"):
+        shard_checkpoint(read_checkpoint(tmp_path), rank=0, size=size)
