@@ -97,6 +97,11 @@ class VllmServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """Process id of the server; its engine's processes are its children."""
+        return self._process.pid
+
     def __enter__(self) -> VllmServer:
         command = serve_command(self._model, *self._arguments, "--host", "127.0.0.1", "--port", str(self.port))
         with self.log.open("wb") as log:
@@ -124,6 +129,17 @@ class VllmServer:
         request = urllib.request.Request(f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)["results"][0]
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the server and all processes it started; shared pages count for each of them."""
+        import psutil
+
+        total = 0
+        server = psutil.Process(self.pid)
+        for process in (server, *server.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
+        return total
 
     def log_tail(self) -> str:
         """The last lines of the log."""

@@ -29,6 +29,11 @@ class SpeContextWorkerMixin:
         """Figures of this worker's decode steps since the last reset; see ``Retriever.stats``."""
         return self.model_runner.runtime.stats(reset)
 
+    def specontext_audit(self) -> dict[str, int]:
+        """Check the books of the two tiers; see ``Ledger.audit``. Empty without a host pool."""
+        tiers = self.model_runner.runtime.tiers
+        return {} if tiers is None else tiers.ledger.audit()
+
     def specontext_set(
         self, retriever: str | None = None, budget: int | None = None, stickiness: float | None = None
     ) -> dict[str, Any]:

@@ -157,6 +157,27 @@ class Ledger:
         self._maybe_return_layer(changes)
         return changes
 
+    def audit(self) -> dict[str, int]:
+        """Count everything anew: ``requests``, ``pages`` they hold, ``frames`` in tables, ``free_frames``.
+
+        Raises:
+            RuntimeError: a frame is owned twice or lost, or a page is counted wrongly; the books are of no use any more.
+        """
+        owned = np.concatenate([self.frame_table[self.frame_table >= 0], self.hot_table[self.hot_table >= 0]])
+        everything = np.concatenate([owned, self._free[: self._num_free]])
+        if len(everything) != self.num_frames or len(np.unique(everything)) != self.num_frames:
+            raise RuntimeError(
+                f"specontext: of {self.num_frames} frames {len(owned)} are in tables and {self._num_free} free, {len(np.unique(everything))} "
+                f"different ones in all; please report it."
+            )
+        held = np.bincount(np.array([page for pages in self._pages.values() for page in pages], np.int64), minlength=self.num_pages)
+        if (held != self.references).any() or len(self.lanes) + len(self._free_lanes) != len(self.capacity):
+            raise RuntimeError(
+                f"specontext: {len(self.lanes)} requests hold {held.sum()} pages, {self.references.sum()} are counted, and "
+                f"{len(self._free_lanes)} of {len(self.capacity)} lanes are free; please report it."
+            )
+        return {"requests": len(self.lanes), "pages": int((held > 0).sum()), "frames": len(owned), "free_frames": self._num_free}
+
     def layers_to_offload(self, hot_limit: int) -> int:
         """Fewest layers that must be offloaded for the requests in flight with hot buffers of up to ``hot_limit`` slots."""
         live = int((self.references > 0).sum())

@@ -1,6 +1,7 @@
 """The ledger under random schedules: no frame owned twice, none lost, and every page that is needed can be found."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -103,6 +104,7 @@ class Schedule(RuleBasedStateMachine):
         held = np.concatenate([ledger.frame_table[ledger.frame_table >= 0], ledger.hot_table[ledger.hot_table >= 0]])
         everything = np.concatenate([held, ledger._free[: ledger.free_frames]])
         assert sorted(everything) == list(range(10, 10 + FRAMES))
+        assert ledger.audit()["requests"] == len(ledger.lanes)
 
     @invariant()
     def pages_are_where_the_tables_say(self):
@@ -165,6 +167,23 @@ def test_layers_to_offload_is_what_the_load_forces():
             books.begin_step([], [], [], ["a", "b"])
         assert 0 < books.layers_to_offload(limit) == 4 - books.resident
     assert ledger(frames=np.arange(400)).layers_to_offload(4) == 0
+
+
+@pytest.mark.parametrize("damage", ["twice", "lost", "reference", "lane"])
+def test_audit_finds_damage(damage):
+    books = ledger()
+    books.begin_step([], [StartedRequest("a", [1, 2, 3], 0)], [], ["a"])
+    assert books.audit() == {"requests": 1, "pages": 3, "frames": 12, "free_frames": 84}
+    if damage == "twice":
+        books.frame_table[0, 1] = books.frame_table[0, 2]
+    elif damage == "lost":
+        books.frame_table[0, 1] = -1
+    elif damage == "reference":
+        books.references[7] = 1
+    else:
+        books.lanes.pop("a")
+    with pytest.raises(RuntimeError, match="please report it"):
+        books.audit()
 
 
 def test_without_prefix_caching_released_pages_lose_their_frames():

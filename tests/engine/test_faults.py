@@ -1,0 +1,93 @@
+"""What clients and the machine do to a server: odd prompts, crowds that hang up, and an engine process that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from random import Random
+
+import psutil
+import pytest
+from openai import BadRequestError, OpenAI, OpenAIError
+
+from benchmarks import soak
+from specontext_vllm.demo.server import VllmServer
+from tests.engine.conftest import DEMO_MODEL
+
+SETTINGS = {"budget": 192, "host_kv_gib": 0.25, "gpu_kv_gib": 0.026}
+CLIENTS = 200
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[VllmServer]:
+    """Two tiers, and pages for a few long requests only."""
+    with VllmServer(DEMO_MODEL, soak.server_arguments(SETTINGS, 401, 16)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return soak.make_prompts(DEMO_MODEL, 20)
+
+
+def complete(client, prompt, **options):
+    return client.completions.create(model="demo", prompt=prompt, temperature=0, **{"max_tokens": 8, **options})
+
+
+@pytest.mark.parametrize("length", [1, soak.MAX_MODEL_LEN - 1], ids=["one-token", "longest"])
+def test_prompts_of_extreme_lengths_are_answered(client, prompts, length):
+    long = (prompts[0] * 8)[:length]
+    assert complete(client, long, extra_body={"ignore_eos": True}).usage.completion_tokens == min(8, soak.MAX_MODEL_LEN - length)
+
+
+def test_a_prompt_beyond_the_model_is_refused_and_harms_nobody(client, prompts):
+    before = complete(client, prompts[0]).choices[0].text
+    with pytest.raises(BadRequestError, match=str(soak.MAX_MODEL_LEN)):
+        complete(client, (prompts[0] * 8)[: soak.MAX_MODEL_LEN + 1])
+    assert complete(client, prompts[0]).choices[0].text == before
+
+
+def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
+    """200 clients, many more than run at once, leave after none to twelve events of their streams."""
+    before = complete(client, prompts[1]).choices[0].text
+
+    class LeavesAlways(Random):
+        def choices(self, population, *args, **kwargs):
+            return ["given up"] if "given up" in population else super().choices(population, *args, **kwargs)
+
+    async def crowd() -> soak.Outcome:
+        import aiohttp
+
+        outcome = soak.Outcome()
+        load = soak.Load(prompts, [[]] * len(prompts), CLIENTS, None, CLIENTS)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240)) as session:
+            await asyncio.gather(*(soak.ask(session, server.url, load, LeavesAlways(i), outcome) for i in range(CLIENTS)))
+        return outcome
+
+    outcome = asyncio.run(crowd())
+    assert outcome.counts["given up"] == CLIENTS and not outcome.failed
+    left = soak.settle(server, prompts[0])
+    assert left["running"] == left["waiting"] == 0 and left["kv_cache_usage"] == 0 and left["books"]["requests"] <= 1
+    assert complete(client, prompts[1]).choices[0].text == before
+
+
+def test_a_killed_engine_ends_the_server_at_once(server, client, prompts):
+    """The last test of this server: a client in the middle of a stream hears of it, and no process stays behind."""
+    processes = psutil.Process(server.pid).children(recursive=True)
+    engine = next(p for p in processes if "EngineCore" in "".join(p.cmdline()))
+    stream = complete(client, prompts[0], max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    engine.kill()
+    begin = time.monotonic()
+    with pytest.raises(OpenAIError):
+        for _ in stream:
+            pass
+    gone, alive = psutil.wait_procs([psutil.Process(server.pid), *processes] if psutil.pid_exists(server.pid) else processes, timeout=60)
+    assert not alive, alive
+    assert time.monotonic() - begin < 60

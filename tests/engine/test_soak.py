@@ -1,0 +1,45 @@
+"""A few hundred requests of the soak benchmark against a real server, and what its checks find when something is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from benchmarks import soak
+from benchmarks.children import run_child
+from tests.conftest import CUDA
+from tests.engine.conftest import DEMO_MODEL
+
+REQUESTS = 200
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory) -> soak.Load:
+    prompts = soak.make_prompts(DEMO_MODEL, 40)
+    log = tmp_path_factory.mktemp("soak") / "references.log"
+    ((_, references),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=soak.ENGINE_ENV)
+    return soak.Load(prompts, references, REQUESTS, None, concurrency=24)
+
+
+@pytest.mark.parametrize("name", soak.ENGINES, ids=lambda name: name.split(",")[0].replace(" ", "-"))
+def test_a_full_server_answers_all_and_forgets_all(load, name):
+    settings, pages, exact = soak.ENGINES[name]
+    outcome, left = soak.soak(DEMO_MODEL, load, settings, pages, max_num_seqs=16)
+    # 200 requests are too few to speak of memory.
+    assert {k: v for k, v in soak.complaints(outcome, left, exact).items() if k != "memory"} == {}
+    assert outcome.done == REQUESTS and outcome.counts["given up"] > 20
+    assert left["preemptions"] > 0 and left["prefix_hit_tokens"] > 0
+    if "host_kv_gib" in settings:
+        assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
+        # Every answer that dense attention and few pages agree on is one that paging cannot have spoilt.
+        assert outcome.counts["wrong"] < 0.2 * REQUESTS
+
+
+def test_complaints_name_what_is_wrong():
+    outcome = soak.Outcome(Counter(whole=100, wrong=1, failed=1), ["prompt 3"], ["prompt 4: TimeoutError"])
+    outcome.memory = [(float(i), i, 1000 + i * 10) for i in range(100)]
+    left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.25, "books": {"requests": 2}}
+    assert set(soak.complaints(outcome, left, True)) == {"wrong tokens", "failed requests", "memory", "requests left", "lanes left"}
+    calm = soak.Outcome(Counter(whole=100), memory=[(float(i), i, 1000) for i in range(100)])
+    assert soak.complaints(calm, {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "books": {}}, True) == {}
