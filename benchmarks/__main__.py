@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import ablation, capacity, decode, link, memory, recall, timeline, transfer
+from benchmarks import ablation, capacity, decode, link, memory, recall, speed, timeline, transfer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 CASES = {
@@ -13,6 +13,7 @@ CASES = {
 }  # fmt: skip
 for name, case in CASES.items():
     app.command(name)(case)
+app.add_typer(speed.app, name="speed")
 
 # Engines run in spawned children, which import this module again under another name.
 if __name__ == "__main__":
