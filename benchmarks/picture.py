@@ -50,7 +50,7 @@ def draw_steps(rows: list[dict[str, Any]], title: str, out: Path, metadata: dict
     for axis, (name, group) in zip(axes[0], panels, strict=True):
         contexts = [row["context"] for row in group]
         for key, (label, dashes) in LIMITS.items():
-            style = {"linestyle": dashes} if name else {"linestyle": "none", "marker": "_", "markersize": 30, "alpha": 1 if key == "stock_limit" else 0.5}
+            style = {"linestyle": dashes} if name else {"linestyle": "none", "marker": "_", "markersize": 22, "alpha": 1 if key == "stock_limit" else 0.5}
             axis.plot(contexts, [_number(row, key) for row in group], color="#555555", linewidth=1.3, label=label, **style)
         for key in reversed(KEYS.values()):
             times = [_number(row, key) for row in group]
@@ -69,11 +69,9 @@ def draw_steps(rows: list[dict[str, Any]], title: str, out: Path, metadata: dict
         axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
         axis.grid(color="#DDDDDD", linewidth=0.7)
         axis.set_axisbelow(True)
-        axis.margins(x=0.12, y=0.12)
+        axis.margins(x=0.12, y=0.12 if name else 0.2)
     axes[0][0].set_ylabel("decode step, ms")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    for handle in handles:
-        handle.set_markersize(min(handle.get_markersize(), 12))
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(labels))
     figure.suptitle(title, fontsize=11)
     out.parent.mkdir(parents=True, exist_ok=True)
