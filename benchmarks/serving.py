@@ -70,10 +70,11 @@ def write_tokenizer(shape: Shape, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{i}": i for i in range(shape.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    # In brackets, since the special ones are looked for inside words too.
+    words = {f"<{i}>": i for i in range(shape.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": f"w{shape.bos_token_id}", "eos_token": f"w{shape.eos_token_id}"}
+    special = {"bos_token": f"<{shape.bos_token_id}>", "eos_token": f"<{shape.eos_token_id}>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 

@@ -11,6 +11,7 @@ import typer
 
 from benchmarks import report, serving, steps as stepping, workloads
 from benchmarks.engines import EngineSpec
+from benchmarks.hugging_face import MOST_STEPS
 from benchmarks.machine import device_slug, gpus
 from benchmarks.picture import draw_steps
 from benchmarks.shapes import Shape
@@ -24,10 +25,9 @@ MOST_REQUESTS = 32
 EDGE_BATCHED_TOKENS = 2048
 """Prompt tokens of one step on 4 GiB: their activations count against the cap."""
 
-WORKLOAD_STEPS = 48
-
 ModelShape = Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")]
 Budget = Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")]
+Timed = Annotated[int, typer.Option(min=2, help="Timed steps of each cell; at most 32 of Hugging Face.")]
 Engines = Annotated[str, typer.Option(help="Comma-separated; results of the others stay as they are.")]
 EngineSeconds = Annotated[float, typer.Option(help="Time limit of each engine; what it measured till then is kept.")]
 Scale = Annotated[float, typer.Option(help="All lengths are multiplied by this.")]
@@ -86,7 +86,7 @@ def steps(
     cells: Annotated[str, typer.Option(help="Comma-separated REQUESTSxTOKENS; `fit` requests: as many as the KV room holds.")] = CELLS,
     model_shape: ModelShape = "8b",
     budget: Budget = 2048,
-    timed: Annotated[int, typer.Option(min=2, help="Timed steps of each cell; at most 32 of Hugging Face.")] = 128,
+    timed: Timed = 128,
     engines: Engines = ",".join(stepping.KEYS),
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's; `fit` never exceeds it.")] = MOST_REQUESTS,
     engine_seconds: EngineSeconds = 280,
@@ -113,7 +113,7 @@ def steps(
     every = stepping.parse_cells(",".join(details["cells"]), shape, MOST_REQUESTS + max_num_seqs)
     every.sort(key=lambda cell: (cell.tokens, cell.requests or max_num_seqs))
     notes = [
-        f"Steady state: all requests decode; median over {timed} steps (Hugging Face: {min(timed, 32)}) after the last prefill. Each engine "
+        f"Steady state: all requests decode; median over {timed} steps (Hugging Face: {min(timed, MOST_STEPS)}) after the last prefill. Each engine "
         "in a process of its own, one after the other. vLLM's with prefix caching, chunked prefill and async scheduling as vLLM sets them"
         + (" and CUDA graphs." if on_gpu else "; on this CPU eagerly, so the times show nothing but that it runs."),
         "Hugging Face: transformers' model alone with a DynamicCache, as `generate` runs it: one prefill over all prompts, then step by step. "
@@ -195,6 +195,7 @@ def paper(
     budget: Budget = 2048,
     engines: Engines = ",".join(workloads.ENGINES),
     requests: Annotated[int, typer.Option(help="Most requests of the vLLM engines (vLLM's max_num_seqs).")] = MOST_REQUESTS,
+    timed: Timed = 48,
     scale: Scale = 1,
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
@@ -209,7 +210,7 @@ def paper(
     ]
     _compare_workloads(
         "speed-paper", title, notes, refusing(lambda: Shape.named(model_shape)), dict(budget=budget, max_num_seqs=requests), engines,
-        PAPER_REQUESTS, scale, engine_seconds, out, work,
+        PAPER_REQUESTS, timed, scale, engine_seconds, out, work,
     )  # fmt: skip
 
 
@@ -221,6 +222,7 @@ def edge(
     engines: Engines = ",".join(workloads.ENGINES),
     requests: Annotated[int, typer.Option(help="Most requests of every engine (vLLM's max_num_seqs).")] = 8,
     turnover: Annotated[float, typer.Option(help="Share of pages scored anew a step.")] = 0.05,
+    timed: Timed = 48,
     scale: Scale = 1,
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
@@ -246,13 +248,14 @@ def edge(
     ]
     settings = dict(budget=budget, max_num_seqs=requests, gpu_gib=gpu_gib, host_gib=host_gib, turnover=turnover)
     _compare_workloads(
-        "speed-edge", title, notes, shape, settings | {"batched_tokens": EDGE_BATCHED_TOKENS}, engines, None, scale, engine_seconds, out, work
+        "speed-edge", title, notes, shape, settings | {"batched_tokens": EDGE_BATCHED_TOKENS}, engines, None, timed, scale, engine_seconds,
+        out, work,
     )  # fmt: skip
 
 
 def _compare_workloads(
-    case: str, title: str, notes: list[str], shape: Shape, settings: dict[str, Any], engines: str, eager_requests: int | None, scale: float,
-    engine_seconds: float, out: Path, work: Path | None,
+    case: str, title: str, notes: list[str], shape: Shape, settings: dict[str, Any], engines: str, eager_requests: int | None, timed: int,
+    scale: float, engine_seconds: float, out: Path, work: Path | None,
 ) -> None:  # fmt: skip
     """Run the engines over the four workloads into the result of a case.
 
@@ -277,7 +280,7 @@ def _compare_workloads(
     model, on_gpu = str(shape.write(folder / "model")), bool(gpus())
     for name in chosen:
         own = settings if name == "specontext" else {key: value for key, value in settings.items() if key != "host_gib"}
-        spec = EngineSpec(name, model, on_gpu, steps=WORKLOAD_STEPS, shared_prompts=True, max_model_len=longest, **own)
+        spec = EngineSpec(name, model, on_gpu, steps=timed, shared_prompts=True, max_model_len=longest, **own)
         for _ in stepping.run_into(result, spec, cells[name], log=folder / f"{name}.log", seconds=engine_seconds):
             result.rows = workloads.make_rows(scenes, cells, result.details)
             result.notes = [*notes, *stepping.run_notes(result.details)]
