@@ -101,7 +101,8 @@ class EngineSpec:
             "disable_log_stats": True,
         }  # fmt: skip
         if self.max_model_len:
-            arguments["max_model_len"] = self.max_model_len
+            # Under a cap, stock vLLM takes what fits (-1) and would not start with more.
+            arguments["max_model_len"] = -1 if self.gpu_gib and not self.is_ours else self.max_model_len
         if not self.on_gpu:
             arguments["enforce_eager"] = True  # compiling for a CPU takes minutes and a C++ compiler
         if self.gpu_gib and self.on_gpu:
@@ -176,6 +177,9 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     import numpy as np
 
     engine = llm.llm_engine
+    full = {"requests": requests, "out_of_memory": f"the KV cache holds {capacity:,} tokens"}
+    if requests == 0:
+        return full
     longest = engine.vllm_config.model_config.max_model_len
     # Requests that are through with their prompt decode while others still prefill.
     prefill_steps = -(-requests * cell.tokens // spec.batched_tokens) + requests
@@ -184,8 +188,8 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     prompt_tokens = min(cell.tokens, limit - output_tokens)
     if prompt_tokens < 1:
         raise ValueError(f"{output_tokens} output tokens leave no room for a prompt in {limit}; lower --steps.")
-    if requests == 0 or requests * (prompt_tokens + output_tokens) > capacity:
-        return {"requests": requests, "out_of_memory": f"the KV cache holds {capacity:,} tokens"}
+    if requests * (prompt_tokens + output_tokens) > capacity:
+        return full
     ids = _send(engine, cell, requests, prompt_tokens, output_tokens, None if spec.shared_prompts else index)
 
     begin = time.perf_counter()

@@ -124,7 +124,8 @@ class Filler:
         Raises:
             FigureError: a marker that cannot be filled, with the document and the line.
         """
-        begun, ended = len(re.findall(r"<!-- (?:table|fig|picture) ", self.text)), len(re.findall(r"<!-- /(?:table|fig|picture) -->", self.text))
+        begun = len(re.findall(r"<!-- (?:table|fig|picture) ", self.text))
+        ended = len(re.findall(r"<!-- /(?:table|fig|picture) -->", self.text))
         filled = MARKERS.sub(self._replace, self.text)
         if not begun == ended == self.count:
             raise FigureError(f"{self.path}: {begun} markers begin, {ended} end and {self.count} can be read; each needs its own end.")

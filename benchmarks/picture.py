@@ -17,7 +17,8 @@ STYLES = {
 }
 """Label, colour (Okabe and Ito's palette, distinct to the colour-blind) and marker by column key; marker and colour say the same."""
 
-LIMITS = {"stock_limit": ("byte limit, dense", (0, (5, 2))), "sparse_limit": ("byte limit, sparse", (0, (1, 1.5)))}
+LIMITS = {"stock_limit": ("byte limit, dense", (0, (5, 2)), 1.0), "sparse_limit": ("byte limit, sparse", (0, (1, 1.5)), 0.5)}
+"""Label, dashes of a line and opacity of a mark by column key."""
 
 
 def panels_of(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -49,9 +50,10 @@ def draw_steps(rows: list[dict[str, Any]], title: str, out: Path, metadata: dict
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, constrained_layout=True)
     for axis, (name, group) in zip(axes[0], panels, strict=True):
         contexts = [row["context"] for row in group]
-        for key, (label, dashes) in LIMITS.items():
-            style = {"linestyle": dashes} if name else {"linestyle": "none", "marker": "_", "markersize": 22, "alpha": 1 if key == "stock_limit" else 0.5}
-            axis.plot(contexts, [_number(row, key) for row in group], color="#555555", linewidth=1.3, label=label, **style)
+        for key, (label, dashes, alpha) in LIMITS.items():
+            marks = {"linestyle": "none", "marker": "_", "markersize": 22, "alpha": alpha}
+            style = {"linestyle": dashes, "linewidth": 1.3} if name else marks
+            axis.plot(contexts, [_number(row, key) for row in group], color="#555555", label=label, **style)
         for key in reversed(KEYS.values()):
             times = [_number(row, key) for row in group]
             if any(map(math.isfinite, times)):

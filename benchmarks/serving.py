@@ -143,7 +143,8 @@ def _bench(url: str, model: Path, load: Load, seed: int, requests: int, seconds:
         sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", url, "--model", str(model),
         "--dataset-name", "random", "--random-input-len", str(load.prompt), "--random-output-len", str(load.output),
         "--num-prompts", str(requests), "--max-concurrency", str(load.concurrency), "--seed", str(seed), "--temperature", "0",
-        "--percentile-metrics", "ttft,tpot", "--save-result", "--result-dir", str(folder), "--result-filename", result.name, "--disable-tqdm",
+        "--percentile-metrics", "ttft,tpot", "--save-result", "--result-dir", str(folder), "--result-filename", result.name,
+        "--disable-tqdm",
     ]  # fmt: skip
     with log.open("wb") as output:
         done = subprocess.run(

@@ -113,11 +113,13 @@ def steps(
     every = stepping.parse_cells(",".join(details["cells"]), shape, MOST_REQUESTS + max_num_seqs)
     every.sort(key=lambda cell: (cell.tokens, cell.requests or max_num_seqs))
     notes = [
-        f"Steady state: all requests decode; median over {timed} steps (Hugging Face: {min(timed, MOST_STEPS)}) after the last prefill. Each engine "
-        "in a process of its own, one after the other. vLLM's with prefix caching, chunked prefill and async scheduling as vLLM sets them"
+        f"Steady state: all requests decode; median over {timed} steps (Hugging Face: {min(timed, MOST_STEPS)}) after the last prefill. "
+        "Each engine in a process of its own, one after the other. vLLM's with prefix caching, chunked prefill and async scheduling as "
+        "vLLM sets them"
         + (" and CUDA graphs." if on_gpu else "; on this CPU eagerly, so the times show nothing but that it runs."),
-        "Hugging Face: transformers' model alone with a DynamicCache, as `generate` runs it: one prefill over all prompts, then step by step. "
-        f'"{stepping.OUT_OF_MEMORY}": that prefill, or the KV cache, does not fit this device. A prefill time is given where no prompt began as one before it.',
+        "Hugging Face: transformers' model alone with a DynamicCache, as `generate` runs it: one prefill over all prompts, then step by "
+        f'step. "{stepping.OUT_OF_MEMORY}": that prefill, or the KV cache, does not fit this device. A prefill time is given where no '
+        "prompt began as one before it.",
         stepping.LIMIT_NOTE,
     ]
 
@@ -171,8 +173,8 @@ def serve(
     known = {tuple(load) for load in details["loads"]} | {(load.name, load.prompt, load.output, load.concurrency) for load in loads}
     details["loads"] = sorted(known, key=lambda load: load[1:])
     notes = [
-        f"The client sends {rounds} round(s) of as many random requests as run at once, all as soon as one is free; temperature 0. Medians over the "
-        "requests. One server per engine for all rows, with the same options but for the backend.",
+        f"The client sends {rounds} round(s) of as many random requests as run at once, all as soon as one is free; temperature 0. "
+        "Medians over the requests. One server per engine for all rows, with the same options but for the backend.",
         "The tokenizer has one word per id; the weights are random, so the words mean nothing.",
     ]
 
@@ -205,8 +207,8 @@ def paper(
     title = f"The paper's workloads, {model_shape} shape, random weights, budget {budget} tokens"
     notes = [
         workloads.NOTE,
-        f"Hugging Face eager holds {PAPER_REQUESTS} requests, as in the paper; vLLM's engines as many as their KV cache holds at `in + out` "
-        f"tokens, up to {requests}.",
+        f"Hugging Face eager holds {PAPER_REQUESTS} requests, as in the paper; vLLM's engines as many as their KV cache holds at "
+        f"`in + out` tokens, up to {requests}.",
     ]
     _compare_workloads(
         "speed-paper", title, notes, refusing(lambda: Shape.named(model_shape)), dict(budget=budget, max_num_seqs=requests), engines,
@@ -220,7 +222,7 @@ def edge(
     gpu_gib: Annotated[float, typer.Option(help="GPU memory that each engine may use, weights included.")] = 4,
     budget: Budget = 2048,
     engines: Engines = ",".join(workloads.ENGINES),
-    requests: Annotated[int, typer.Option(help="Most requests of every engine (vLLM's max_num_seqs).")] = 8,
+    requests: Annotated[int, typer.Option(help="Most requests of every engine (vLLM's max_num_seqs).")] = 6,
     turnover: Annotated[float, typer.Option(help="Share of pages scored anew a step.")] = 0.05,
     timed: Timed = 48,
     scale: Scale = 1,
@@ -242,9 +244,10 @@ def edge(
     )
     notes = [
         workloads.NOTE,
-        f"{capped} Each engine has as many requests as it can hold at `in + out` tokens, up to {requests} (Hugging Face: {requests}, halved till a step "
-        f"fits). specontext has a host pool of {host_gib:g} GiB; its selections are driven: the head scores as ever, then a share of {turnover:g} of the "
-        "pages gets new scores in each step, since random weights would select at random. Stickiness is off.",
+        f"{capped} Each engine has as many requests as it can hold at `in + out` tokens, up to {requests} (Hugging Face: {requests}, "
+        f"halved till a step fits). specontext has a host pool of {host_gib:g} GiB; its selections are driven: the head scores as ever, "
+        f"then a share of {turnover:g} of the pages gets new scores in each step, since random weights would select at random. "
+        "Stickiness is off.",
     ]
     settings = dict(budget=budget, max_num_seqs=requests, gpu_gib=gpu_gib, host_gib=host_gib, turnover=turnover)
     _compare_workloads(

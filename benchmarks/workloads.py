@@ -143,6 +143,6 @@ NOTE = (
     "Each engine decodes with all its requests at once, from the context `in` to `in + out`. The mean step is the mean over every context "
     "length on that way of the step times (medians) at the sampled contexts, interpolated linearly between them; before the first and "
     "after the last sampled context the nearest one's time holds. Tokens/s = requests / mean step; with the prefill: requests * out / "
-    "(prefill + out * mean step). vLLM's engines prefill from one sampled context to the next (prefix cache), and the prefill is the sum of those; "
-    "Hugging Face's is one call over all prompts, as in `generate`, and its sampled contexts are filled with random K and V."
+    "(prefill + out * mean step). vLLM's engines prefill from one sampled context to the next (prefix cache), and the prefill is the "
+    "sum of those; Hugging Face's is one call over all prompts, as in `generate`, and its sampled contexts are filled with random K and V."
 )

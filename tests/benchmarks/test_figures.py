@@ -55,7 +55,8 @@ def test_an_expression(expression, value):
 
 
 @pytest.mark.parametrize(
-    "expression", ['row("3 x 3k").ratio', "rows[9].ratio", "rows[0].nothing", "open('/etc/passwd')", "rows.__class__", "1 +", "title", "-rows[0]"]
+    "expression",
+    ['row("3 x 3k").ratio', "rows[9].ratio", "rows[0].nothing", "open('/etc/passwd')", "rows.__class__", "1 +", "title", "-rows[0]"],
 )
 def test_any_other_expression_is_refused(expression):
     with pytest.raises(figures.FigureError):
@@ -63,7 +64,10 @@ def test_any_other_expression_is_refused(expression):
 
 
 def test_a_changed_figure_is_told_with_its_line_and_filled(tmp_path, results):
-    text = 'One.\nIt is <!-- fig decode-x row("2 x 2k").ratio .2f -->4.62<!-- /fig -->x, and <!-- fig decode-x rows[0].ratio .2f -->0.98<!-- /fig -->x.\n'
+    text = (
+        'One.\nIt is <!-- fig decode-x row("2 x 2k").ratio .2f -->4.62<!-- /fig -->x, and '
+        "<!-- fig decode-x rows[0].ratio .2f -->0.98<!-- /fig -->x.\n"
+    )
     filled, (difference,) = fill(tmp_path, results, text)
     assert filled == text.replace("4.62", "4.26")
     assert str(difference) == f"{tmp_path}/README.md:2: found '4.62', the result file says '4.26'"

@@ -50,7 +50,8 @@ def test_cells_are_timed_and_what_does_not_fit_is_told(folder, monkeypatch):
         return real(model, cache, tokens)
 
     monkeypatch.setattr(hugging_face, "_step", small)
-    cells = [Cell.parse("2x64"), Cell.parse("4x128"), Cell(4, 128, "filled", prefill=False), Cell(None, 256, "room", room=256, prefill=False)]
+    filled = [Cell(4, 128, "filled", prefill=False), Cell(None, 256, "room", room=256, prefill=False)]
+    cells = [Cell.parse("2x64"), Cell.parse("4x128"), *filled]
     kinds = list(hugging_face.run_hugging_face(spec, cells, {}))
     assert [kind for kind, _ in kinds] == ["ready", "cell", "cell", "cell", "cell"]
     figures = dict(value for kind, value in kinds if kind == "cell")

@@ -21,7 +21,8 @@ def timed(context, ms, requests=4, prefill=None, cached=0):
 
 def make_result(tmp_path, **details):
     details = {"shape": "s", "engines": {}, "stages_ms": {}} | details
-    return report.Report("speed-steps", "T", {"Times": (steps.CELL,)}, details=details, date="tuesday", command="python -m benchmarks speed steps")
+    tables = {"Times": (steps.CELL,)}
+    return report.Report("speed-steps", "T", tables, details=details, date="tuesday", command="python -m benchmarks speed steps")
 
 
 def test_every_engine_has_its_columns_and_what_does_not_fit_is_told():
@@ -94,13 +95,15 @@ def test_workload_rows_follow_from_the_sampled_steps():
     scenes = [workloads.Workload("[1k,3k]", 1000, 3000), workloads.Workload("[3k,1k]", 3000, 1000)]
     names = ("1000 of 4000", "3000 of 4000", "4000 of 4000")
     lengths = (1000, 3000, 4000)
-    cells = {name: [Cell(None, tokens, cell, 4000, prefill=False) for cell, tokens in zip(names, lengths, strict=True)] for name in workloads.ENGINES}
+    sampled = [Cell(None, tokens, cell, 4000, prefill=False) for cell, tokens in zip(names, lengths, strict=True)]
+    cells = {name: list(sampled) for name in workloads.ENGINES}
     prefills = [Cell(4, scene.prompt, scene.prefill_cell, 4000) for scene in scenes]
     cells["hf-eager"] += prefills
     flat = {name: timed(tokens, ms=10.0, requests=20, prefill=1.0) for name, tokens in zip(names, lengths, strict=True)}
     rising = {name: timed(tokens, ms=tokens / 100, requests=10, prefill=2.0) for name, tokens in zip(names, lengths, strict=True)}
     eager = {name: timed(tokens, ms=100.0, requests=4) for name, tokens in zip(names, lengths, strict=True)}
-    eager |= {prefills[0].name: timed(1000, 100.0, prefill=5.0), prefills[1].name: {"requests": 4, "out_of_memory": "the prefill does not fit"}}
+    eager[prefills[0].name] = timed(1000, 100.0, prefill=5.0)
+    eager[prefills[1].name] = {"requests": 4, "out_of_memory": "the prefill does not fit"}
     details = {"engines": {"specontext": {"cells": flat}, "stock": {"cells": rising}, "hf-eager": {"cells": eager}}}
     first, second = workloads.make_rows(scenes, cells, details)
     # 20 requests at 10 ms; 10 requests at 25 ms on average; 4 at 100 ms.
