@@ -167,7 +167,7 @@ def serve(
 
     shape, loads, chosen, result = refusing(prepare)
     folder = _work_folder(work)
-    model = shape.write(folder / "model")
+    model = shape.write(folder / "model").resolve()  # the client asks for the model by the server's name for it
     serving.write_tokenizer(shape, model)
     details = result.details
     known = {tuple(load) for load in details["loads"]} | {(load.name, load.prompt, load.output, load.concurrency) for load in loads}

@@ -49,18 +49,22 @@ def parse_cells(text: str, shape: Shape, max_num_seqs: int) -> list[Cell]:
 
 
 def run_into(result: report.Report, spec: EngineSpec, cells: Sequence[Cell], *, log: Path, seconds: float) -> Iterator[None]:
-    """Measure one engine's cells in a child process into the result; see ``collect``.
-
-    Requests of "fit" cells are those that the engines already measured had.
-    """
-    fits: dict[str, int] = {}
-    for engine in result.details["engines"].values():
-        for cell, figures in engine["cells"].items():
-            fits.setdefault(cell, figures["requests"])
+    """Measure one engine's cells in a child process into the result; see ``collect``."""
+    fits = fits_of(result.details, cells)
     run = run_hugging_face if spec.name in ATTENTION else run_engine
     print(f"{spec.name}: log {log}", flush=True)
     events = run_child(run, spec, cells, fits, log=log, seconds=seconds, env=engine_env(spec.on_gpu))
     return collect(result, spec.name, [cell.name for cell in cells], events)
+
+
+def fits_of(details: dict[str, Any], cells: Sequence[Cell]) -> dict[str, int]:
+    """Requests of the "fit" cells, as the engines already measured had them; with a room of its own, each engine fills it by itself."""
+    shared = {cell.name for cell in cells if cell.requests is None and cell.room is None}
+    fits: dict[str, int] = {}
+    for engine in details["engines"].values():
+        for cell in shared & engine["cells"].keys():
+            fits.setdefault(cell, engine["cells"][cell]["requests"])
+    return fits
 
 
 def collect(result: report.Report, name: str, cells: Sequence[str], events: Iterable[tuple[str, Any]]) -> Iterator[None]:

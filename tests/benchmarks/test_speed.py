@@ -74,6 +74,12 @@ def test_results_of_another_shape_are_not_added_to(tmp_path):
         make_result(tmp_path, shape="another").take_over(tmp_path, ("shape",))
 
 
+def test_fit_cells_have_the_same_requests_in_all_engines_but_rooms_have_not():
+    cells = [Cell.parse("fitx1k"), Cell.parse("2x1k"), Cell(None, 1024, "1024 of 4096", room=4096)]
+    measured = {cell.name: timed(1024, 5.0, requests=3) for cell in cells}
+    assert steps.fits_of({"engines": {"specontext": {"cells": measured}, "stock": {"cells": {}}}}, cells) == {"fitx1k": 3}
+
+
 def test_workload_cells_cover_the_way_of_each_workload():
     scenes = workloads.scaled(1)
     cells = workloads.make_cells(scenes, "stock", 4, 1)
