@@ -23,7 +23,7 @@ LIMITS = {"stock_limit": ("byte limit, dense", (0, (5, 2)), 1.0), "sparse_limit"
 
 def panels_of(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """One panel for each number of requests that has several contexts, else one for all rows; each with its title."""
-    rows = [row | _parts(row["cell"]) for row in rows if "sparse" in row or "stock" in row]
+    rows = [row | _parts(row["cell"]) for row in rows if any(math.isfinite(_number(row, key)) for key in STYLES)]
     by_requests: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         by_requests.setdefault(row["requests"], []).append(row)

@@ -136,7 +136,7 @@ def steps(
         for _ in stepping.probe_into(result, shape, ordered, log=folder / "stages.log"):
             save()
     picture = out / f"speed-steps-{device_slug(result.machine)}.png"
-    if any("context" in row for row in result.rows):
+    if any("context" in row for row in result.rows):  # something was timed
         draw_steps(result.rows, result.title, picture)
     _end(result, out)
 

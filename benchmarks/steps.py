@@ -165,7 +165,8 @@ def make_rows(shape: Shape, cells: Sequence[Cell], details: dict[str, Any], budg
 def _make_row(shape: Shape, cell: Cell, details: dict[str, Any], budget: int) -> dict[str, Any]:
     by_engine = {name: details["engines"].get(name, {}).get("cells", {}).get(cell.name) for name in KEYS}
     known = _measured(details, cell.name)
-    row: dict[str, Any] = {"cell": cell.label(known["requests"]) if known else cell.name}
+    requests = known["requests"] if known else cell.requests
+    row: dict[str, Any] = {"cell": cell.label(requests) if requests else cell.name}
     if known:
         row |= {"requests": known["requests"], "context": known["context_tokens"]}
     for name, key in KEYS.items():

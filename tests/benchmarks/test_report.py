@@ -115,7 +115,7 @@ def test_rows_hold_ratio_limits_and_rest():
     assert first["rest"] == 3.75
     assert 0 < first["sparse_limit"] < first["stock_limit"]
     assert first["over_limit"] == pytest.approx(7.5 / first["sparse_limit"])
-    assert second == {"cell": "1x256"}
+    assert second == {"cell": "1 x 256"}
 
 
 def test_ratios_are_to_stock_vllm_where_it_ran():
