@@ -105,7 +105,7 @@ def run_server(
         ``("ready", facts)``, then per load ``("cell", (name, figures))`` or ``("failed", (name, reason))``.
 
     Raises:
-        ServerError: the server did not start in time.
+        ServerError: the server did not start or answer in time.
     """
     deadline = time.monotonic() + seconds
 
@@ -124,17 +124,15 @@ def run_server(
             left = deadline - time.monotonic()
             try:
                 yield "cell", (load.cell, _bench(server.url, model, load, seed, load.concurrency * rounds, left, folder))
-            except (ServerError, subprocess.TimeoutExpired) as error:
-                reason = "not done within --engine-seconds." if isinstance(error, subprocess.TimeoutExpired) else str(error)
-                yield "failed", (load.cell, reason)
+            except ServerError as error:
+                yield "failed", (load.cell, str(error))
 
 
 def _bench(url: str, model: Path, load: Load, seed: int, requests: int, seconds: float, folder: Path) -> dict[str, Any]:
     """Run `vllm bench serve` once; ``FIGURES`` of its result.
 
     Raises:
-        ServerError: the client failed, or a request did.
-        subprocess.TimeoutExpired: it took more than ``seconds``.
+        ServerError: the client or a request failed, or it took more than ``seconds``.
     """
     stem = f"{load.cell.replace('/', '-')}"
     result, log = folder / f"{stem}.json", folder / f"{stem}.log"
@@ -146,11 +144,16 @@ def _bench(url: str, model: Path, load: Load, seed: int, requests: int, seconds:
         "--percentile-metrics", "ttft,tpot", "--save-result", "--result-dir", str(folder), "--result-filename", result.name,
         "--disable-tqdm",
     ]  # fmt: skip
+    if seconds <= 0:
+        raise ServerError("no time was left of --engine-seconds.")
     with log.open("wb") as output:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=server_environment(), cwd=folder,
-            timeout=max(1.0, seconds), check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=server_environment(), cwd=folder,
+                timeout=seconds, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"it was stopped after {seconds:.0f} s, the rest of --engine-seconds.") from None
     if done.returncode or not result.exists():
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise ServerError(f"vllm bench serve ended with exit code {done.returncode}; {log} ends with: {' '.join(last)}")

@@ -150,7 +150,7 @@ def serve(
     budget: Budget = 2048,
     engines: Engines = "specontext,stock",
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = MOST_REQUESTS,
-    engine_seconds: EngineSeconds = 570,
+    engine_seconds: EngineSeconds = 1200,
     out: Out = report.RESULTS,
     work: Work = None,
 ) -> None:
@@ -167,7 +167,7 @@ def serve(
 
     shape, loads, chosen, result = refusing(prepare)
     folder = _work_folder(work)
-    model = shape.write(folder / "model").resolve()  # the client asks for the model by the server's name for it
+    model = shape.write(folder / "model")
     serving.write_tokenizer(shape, model)
     details = result.details
     known = {tuple(load) for load in details["loads"]} | {(load.name, load.prompt, load.output, load.concurrency) for load in loads}
@@ -292,7 +292,8 @@ def _compare_workloads(
 
 
 def _work_folder(work: Path | None) -> Path:
-    return work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
+    # Absolute: servers and clients run in other folders, and the client asks for the model by its path.
+    return (work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))).resolve()
 
 
 def _end(result: report.Report, out: Path) -> None:
