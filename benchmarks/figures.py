@@ -70,7 +70,7 @@ def evaluate(expression: str, result: dict[str, Any]) -> Any:
     """
     try:
         return _value(ast.parse(expression, mode="eval").body, result)
-    except (SyntaxError, KeyError, IndexError, TypeError, StopIteration) as error:
+    except (SyntaxError, KeyError, IndexError, TypeError, ZeroDivisionError, StopIteration) as error:
         raise FigureError(f"{expression}: cannot be read from the result ({type(error).__name__}: {error}).") from None
 
 
@@ -133,7 +133,6 @@ class Filler:
 
     def _replace(self, found: re.Match[str]) -> str:
         kind, name, argument, body = found.groups()
-        line = self.text.count("\n", 0, found.start()) + 1
         self.count += 1
         try:
             path = self.results / f"{name}.json"
@@ -142,11 +141,14 @@ class Filler:
             make: Callable[..., str] = {"table": self._table, "fig": self._figure, "picture": self._picture}[kind]
             expected = make(found, argument or "", body, json.loads(path.read_text()))
         except FigureError as error:
-            raise FigureError(f"{self.path}:{line}: {error}") from None
+            raise FigureError(f"{self.path}:{self._line(found)}: {error}") from None
         if expected != body:
-            self.differences.append(Difference(self.path, line, body.strip(), expected.strip()))
+            self.differences.append(Difference(self.path, self._line(found), body.strip(), expected.strip()))
         begin, end = (place - found.start() for place in found.span(4))
         return found[0][:begin] + expected + found[0][end:]
+
+    def _line(self, found: re.Match[str]) -> int:
+        return self.text.count("\n", 0, found.start()) + 1
 
     def _table(self, found: re.Match[str], argument: str, body: str, result: dict[str, Any]) -> str:
         heading = body.strip("\n").splitlines()[:2]
@@ -166,17 +168,14 @@ class Filler:
             raise FigureError(f"{expression}: {value!r} has no format {style!r}.") from None
 
     def _picture(self, found: re.Match[str], argument: str, body: str, result: dict[str, Any]) -> str:
-        from PIL import Image
-
-        from benchmarks.picture import draw_steps
+        from benchmarks.picture import draw_steps, drawn_from
 
         link = re.search(r"!\[.*?\]\((.+?)\)", body)
         if not link:
             raise FigureError("a picture's marker is followed by the picture's link.")
         path, source = self.path.parent / link[1], source_of(result)
-        if not path.exists() or Image.open(path).info.get("Source") != source["Source"]:
-            line = self.text.count("\n", 0, found.start()) + 1
-            self.differences.append(Difference(self.path, line, link[1], f"drawn from {source['Source']}"))
+        if drawn_from(path) != source["Source"]:
+            self.differences.append(Difference(self.path, self._line(found), link[1], f"drawn from {source['Source']}"))
             if self.redraw:
                 draw_steps(result["rows"], result["title"], path, source)
         return body

@@ -37,7 +37,7 @@ def draw_steps(rows: list[dict[str, Any]], title: str, out: Path, metadata: dict
     """Write the picture (PNG) of the rows of a `decode` or `speed steps` result.
 
     Args:
-        metadata: text kept in the file.
+        metadata: text kept in the file; see ``drawn_from``.
     """
     import matplotlib
 
@@ -79,6 +79,16 @@ def draw_steps(rows: list[dict[str, Any]], title: str, out: Path, metadata: dict
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120, metadata=metadata)
     pyplot.close(figure)
+
+
+def drawn_from(path: Path) -> str | None:
+    """The `Source` that a picture keeps; None without one."""
+    from PIL import Image
+
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get("Source")
 
 
 def _name_points(axis: Any, group: list[dict[str, Any]]) -> None:
