@@ -234,7 +234,7 @@ def edge(
     shape = refusing(lambda: Shape.named(model_shape))
     shape = Shape(shape.name, shape.config | {"tie_word_embeddings": True})  # as Llama-3.2-1B has it, to fit
     longest = max(workload.room for workload in workloads.scaled(scale))
-    host_gib = round(requests * (longest + 64) * shape.kv_bytes_per_token / 2**30, 2)
+    host_gib = requests * (longest + 64) * shape.kv_bytes_per_token / 2**30
     on_gpu = bool(gpus())
     title = f"Edge: {gpu_gib:g} GiB of GPU memory, {model_shape} shape with tied embeddings, random weights, budget {budget} tokens"
     capped = (
@@ -245,7 +245,7 @@ def edge(
     notes = [
         workloads.NOTE,
         f"{capped} Each engine has as many requests as it can hold at `in + out` tokens, up to {requests} (Hugging Face: {requests}, "
-        f"halved till a step fits). specontext has a host pool of {host_gib:g} GiB; its selections are driven: the head scores as ever, "
+        f"halved till a step fits). specontext has a host pool of {host_gib:.3g} GiB; its selections are driven: the head scores as ever, "
         f"then a share of {turnover:g} of the pages gets new scores in each step, since random weights would select at random. "
         "Stickiness is off.",
     ]
