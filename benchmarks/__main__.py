@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import ablation, capacity, decode, link, memory, recall, soak, timeline, transfer
+from benchmarks import ablation, capacity, decode, figures, link, memory, recall, soak, speed, timeline, transfer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 CASES = {
-    "ablation": ablation.main, "capacity": capacity.main, "decode": decode.main, "link": link.main, "memory": memory.main,
-    "overlap": capacity.overlap, "recall": recall.main, "soak": soak.main, "timeline": timeline.main, "transfer": transfer.main,
+    "ablation": ablation.main, "capacity": capacity.main, "decode": decode.main, "figures": figures.main, "link": link.main,
+    "memory": memory.main, "overlap": capacity.overlap, "recall": recall.main, "soak": soak.main, "timeline": timeline.main,
+    "transfer": transfer.main,
 }  # fmt: skip
 for name, case in CASES.items():
     app.command(name)(case)
+app.add_typer(speed.app, name="speed")
 
 # Engines run in spawned children, which import this module again under another name.
 if __name__ == "__main__":

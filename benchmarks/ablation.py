@@ -14,12 +14,10 @@ import typer
 from benchmarks import report
 from benchmarks.capacity import DRIVEN, Load, drive_selection, serve
 from benchmarks.children import ChildError, run_child
-from benchmarks.decode import ENGINE_ENV
+from benchmarks.engines import ENGINE_ENV
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
-
-WORKLOADS = {"[2k,16k]": (2, 16), "[2k,32k]": (2, 32), "[16k,2k]": (16, 2), "[32k,2k]": (32, 2)}
-"""Thousands of tokens in and out (paper, table 3)."""
+from benchmarks.workloads import mean_step, scaled
 
 SAMPLES = (2048, 4096, 8192, 12288, 18432, 24576, 34304)
 """Context lengths whose steps are timed; between them a step's time is interpolated."""
@@ -82,15 +80,6 @@ def run_mode(load: Load, mode: str, requests: int, share: float, samples: list[i
         yield "step", (tokens, figures["step_ms"], figures["stats"])
 
 
-def mean_step(steps: dict[int, float], first: int, last: int) -> float:
-    """Mean of the interpolated step times over contexts of ``first`` to ``last`` tokens."""
-    import numpy as np
-
-    lengths = np.arange(first, last + 1)
-    known = sorted(steps)
-    return float(np.interp(lengths, known, [steps[n] for n in known]).mean())
-
-
 def main(
     model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "8b",
     gpu_gib: Annotated[float, typer.Option(help="Room for KV on the GPU.")] = 8,
@@ -147,12 +136,11 @@ def main(
 def make_rows(steps: dict[str, dict[int, float]], scale: float) -> list[dict[str, Any]]:
     """The table's rows from the sampled step times."""
     rows = []
-    for name, (prompt, output) in WORKLOADS.items():
-        first, last = int(scale * 1024 * prompt), int(scale * 1024 * (prompt + output))
-        row: dict[str, Any] = {"workload": name}
+    for workload in scaled(scale):
+        row: dict[str, Any] = {"workload": workload.name}
         for mode, known in steps.items():
             if known:
-                row[mode] = mean_step(known, first, last)
+                row[mode] = mean_step(known, workload.prompt, workload.room)
         sparse, elastic, adaptive = (row.get(mode) for mode in MODES)
         if sparse and elastic:
             row["elastic"] = sparse / elastic

@@ -15,7 +15,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, run_child
-from benchmarks.decode import BATCHED_TOKENS, ENGINE_ENV
+from benchmarks.engines import BATCHED_TOKENS, ENGINE_ENV
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.timeline import one_step, start_profiler, stop_profiler

@@ -11,7 +11,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, run_child
-from benchmarks.decode import ENGINE_ENV
+from benchmarks.engines import ENGINE_ENV
 from benchmarks.shapes import Shape
 
 PAGES = 16384

@@ -87,6 +87,25 @@ class Report:
         stem.with_suffix(".md").write_text(self.markdown())
         return stem.with_suffix(".md")
 
+    def take_over(self, folder: Path, same: Sequence[str]) -> None:
+        """Start from the details and failures that an earlier run of this case left in ``folder``; without one, from nothing.
+
+        Args:
+            same: keys of ``details`` that must be as they were.
+
+        Raises:
+            ValueError: a result that was made otherwise; the message says what differs.
+        """
+        path = folder / f"{self.case}-{machine.device_slug(self.machine)}.json"
+        if not path.exists():
+            return
+        earlier = json.loads(path.read_text())
+        for key in same:
+            wanted, found = json.loads(json.dumps(self.details[key])), earlier["details"].get(key)
+            if found != wanted:
+                raise ValueError(f"--out: {path} was made with another {key} ({found}, now {wanted}); give another folder or remove it.")
+        self.details, self.failures = earlier["details"], earlier["failures"]
+
     def show(self) -> None:
         """Print the tables, the notes and the failures."""
         # A pipe has no width; wrapping at 80 columns would tear a table apart.

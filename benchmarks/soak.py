@@ -19,7 +19,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, run_child
-from benchmarks.decode import ENGINE_ENV
+from benchmarks.engines import ENGINE_ENV
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
 

@@ -5,9 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import decode, report
+from benchmarks import report, steps
 from benchmarks.__main__ import app
 from benchmarks.children import ChildError, run_child
+from benchmarks.engines import Cell
 from benchmarks.intervals import bootstrap, wilson
 from benchmarks.machine import device_slug
 from benchmarks.recall import DENSE, STOCK, add_ratios
@@ -45,14 +46,14 @@ def test_machines_without_a_gpu_share_a_name():
     ("text", "requests", "tokens"), [("24x32k", 24, 32768), ("2x256", 2, 256), ("fitx128k", None, 131072)], ids=lambda v: str(v)
 )
 def test_cells(text, requests, tokens):
-    cell = decode.Cell.parse(text)
+    cell = Cell.parse(text)
     assert (cell.requests, cell.tokens) == (requests, tokens)
 
 
 @pytest.mark.parametrize("text", ["", "x", "0x1k", "2x0", "2 x 1k", "-1x1k", "2x1m"])
 def test_a_wrong_cell_is_named(text):
     with pytest.raises(ValueError, match="--cells"):
-        decode.Cell.parse(text)
+        Cell.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,15 @@ def test_a_wrong_cell_is_named(text):
         (["decode", "--model-shape", "9b"], "--model-shape"),
         (["decode", "--backends", "fast"], "--backends"),
         (["recall", "--model", "/nowhere"], "--model"),
+        (["speed", "steps", "--cells", "1x8k", "--model-shape", "tiny"], "--cells"),
+        (["speed", "steps", "--engines", "stock,flashy"], "--engines"),
+        (["speed", "serve", "--lengths", "8k", "--model-shape", "8b"], "--lengths"),
+        (["speed", "serve", "--lengths", "4k/64", "--model-shape", "tiny"], "--lengths"),
+        (["speed", "serve", "--concurrency", "0"], "--concurrency"),
+        (["speed", "serve", "--engines", "quest"], "--engines"),
+        (["speed", "paper", "--model-shape", "tiny"], "--scale"),
+        (["speed", "paper", "--engines", "hf-sdpa"], "--engines"),
+        (["speed", "edge", "--model-shape", "9b"], "--model-shape"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -91,7 +101,7 @@ def engine_cell(median, stats=None):
 
 
 def test_rows_hold_ratio_limits_and_rest():
-    cells = [decode.Cell.parse("fitx1k"), decode.Cell.parse("1x256")]
+    cells = [Cell.parse("fitx1k"), Cell.parse("1x256")]
     details = {
         "engines": {
             "stock": {"cells": {"fitx1k": engine_cell(30.0)}},
@@ -100,11 +110,12 @@ def test_rows_hold_ratio_limits_and_rest():
         "stages_ms": {"fitx1k": {"head": 0.5, "scoring": 1.0, "selection": 0.25, "attention": 2.0}},
         "copy_bandwidth_bytes_per_s": 4e12,
     }
-    first, second = decode.make_rows(Shape.named("tiny"), cells, details, budget=256)
+    first, second = steps.make_rows(Shape.named("tiny"), cells, details, budget=256)
     assert first["cell"] == "6 x 1k" and first["ratio"] == 4.0 and first["pages_read"] == 1 / 16
     assert first["rest"] == 3.75
     assert 0 < first["sparse_limit"] < first["stock_limit"]
-    assert second == {"cell": "1x256"}
+    assert first["over_limit"] == pytest.approx(7.5 / first["sparse_limit"])
+    assert second == {"cell": "1 x 256"}
 
 
 def test_ratios_are_to_stock_vllm_where_it_ran():
