@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -21,6 +22,7 @@ from specontext_vllm.retrieval.known_heads import known_head
 HEAD_FOLDER = "retrieval_head"
 DUMMY = "dummy"
 AUX_LAYERS_KEY = "specontext_aux_layers"
+METRICS_FOLDER = "specontext_metrics_folder"
 
 
 def prepare_vllm_config(vllm_config: Any) -> None:
@@ -46,6 +48,15 @@ def prepare_vllm_config(vllm_config: Any) -> None:
         resolved[CONFIG_KEY] = {**resolved.get(CONFIG_KEY, {}), "retrieval_head": head}
         resolved[AUX_LAYERS_KEY] = list(aux_layers)
     vllm_config.additional_config = resolved
+
+
+def name_metrics_folder(vllm_config: Any) -> None:
+    """In the front end: tell the workers which folder /metrics is read from.
+
+    It travels in the observability settings, because workers get them with the config, wherever they run, and vLLM's compile-cache key leaves
+    them out; an environment variable would reach every child of this process, other servers included.
+    """
+    setattr(vllm_config.observability_config, METRICS_FOLDER, front_end_folder())
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
