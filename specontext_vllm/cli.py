@@ -96,6 +96,24 @@ def plan(
 
 
 @app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="A running `vllm serve`, such as http://127.0.0.1:8000.")],
+    every: Annotated[float, typer.Option(help="Seconds between two readings.", min=0.5)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the figures since the start and end.")] = False,
+) -> None:
+    """Watch a server's specontext figures; Ctrl-C ends. Exit code 2: no server there, or one without specontext."""
+    from specontext_vllm.observability.top import TopError, watch
+
+    try:
+        watch(url, every, once, Console())
+    except TopError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        pass
+
+
+@app.command()
 def distill(
     model: Annotated[Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")],
     out: Annotated[Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")],

@@ -54,6 +54,8 @@ class Exporter:
             self._files = None if folder is None else MetricFiles(folder, labels, get_tensor_model_parallel_rank())
         except OSError as error:
             logger.warning("SpeContext: the figures of this worker stay out of /metrics, whose folder it cannot write to (%s).", error)
+        # Rates need the zero that counters start from.
+        self.step(idle=True)
 
     def close(self) -> None:
         """Take this worker's metrics out of /metrics."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -53,19 +53,18 @@ def read(address: str) -> Reading:
     """What /metrics says of specontext now.
 
     Raises:
-        TopError: no answer, no Prometheus text, or nothing of specontext in it.
+        TopError: no answer, no Prometheus text, or no figure of specontext in it.
     """
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
             text = answer.read().decode()
         reading = parse(text)
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise TopError(f"{address}: no metrics there ({reason}); give the address of a running vllm serve, such as http://127.0.0.1:8000.") from None
     if not reading:
         raise TopError(
-            f"{address}: nothing of specontext there; start the server with --attention-backend specontext, or wait for its first step if it has "
-            f"just started."
+            f"{address}: nothing of specontext there; start the server with --attention-backend specontext, and without stats false."
         )
     return reading
 
@@ -143,10 +142,10 @@ Cell = Callable[[Mapping[str, float], float | None], str]
 """Text of a figure, from sums over some seconds; None: since the start, where a rate has no meaning."""
 
 
-def _share(part: Metric, *whole: Metric) -> Cell:
+def _share(part: Metric, *whole: str) -> Cell:
     def text(sums: Mapping[str, float], seconds: float | None) -> str:
-        total = sum(sums.get(metric.name, 0.0) for metric in whole)
-        return f"{sums.get(part.name, 0.0) / total:.1%}" if total else ABSENT
+        total = sum(sums.get(name, 0.0) for name in whole)
+        return f"{sums[part.name] / total:.1%}" if total and part.name in sums else ABSENT
 
     return text
 
@@ -175,14 +174,14 @@ def _observed(metric: Metric, scale: float, style: str, unit: str) -> Cell:
 _ROWS: dict[str, Cell] = {
     "decode rows": _rate(catalog.DECODE_ROWS),
     "decode steps": _rate(catalog.DECODE_STEPS),
-    "pages read, of those held": _share(catalog.PAGES_READ, catalog.PAGES_HELD),
+    "pages read, of those held": _share(catalog.PAGES_READ, catalog.PAGES_HELD.name),
     "kept attention mass, mean": _observed(catalog.KEPT_MASS_RATIO, 1, ".1%", ""),
-    "rows that fell back": _share(catalog.FALLBACK_ROWS, catalog.DECODE_ROWS),
+    "rows that fell back, of those that chose": _share(catalog.FALLBACK_ROWS, f"{catalog.KEPT_MASS_RATIO.name}_count"),
     "select, mean of sampled steps": _observed(catalog.SELECT_SECONDS, 1e3, ".2f", " ms"),
     "learn, mean of sampled steps": _observed(catalog.LEARN_SECONDS, 1e3, ".2f", " ms"),
-    "hot buffer hit rate": _share(catalog.HITS, catalog.HITS, catalog.MISSES),
+    "hot buffer hit rate": _share(catalog.HITS, catalog.HITS.name, catalog.MISSES.name),
     "fetched": _rate(catalog.FETCHED_BYTES, 1e-6, unit=" MB"),
-    "late prefetches": _share(catalog.LATE_PREFETCHES, catalog.PREFETCHES),
+    "late prefetches": _share(catalog.LATE_PREFETCHES, catalog.PREFETCHES.name),
     "late by, mean": _mean(catalog.LATE_SECONDS.name, catalog.LATE_PREFETCHES.name, 1e6, ".0f", " us"),
     "layers moved": _rate(catalog.LAYER_MOVES),
 }
