@@ -1,4 +1,4 @@
-"""One idempotent function per place where vLLM 0.32.0 offers no hook and a class of its is wrapped in memory.
+"""One idempotent function per place where vLLM (versions.py) offers no hook and a class of its is wrapped in memory.
 
 Each docstring gives the symptom, the reason, and when the function can go.
 """

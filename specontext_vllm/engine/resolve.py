@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.registration import unsupported_vllm
 from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
@@ -37,6 +38,8 @@ def prepare_vllm_config(vllm_config: Any) -> None:
     """
     if vllm_config.model_config is None:
         return
+    if (sentence := unsupported_vllm()) is not None:
+        raise ConfigError(sentence)
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     refuse_unsupported(vllm_config)
     vllm_config.cache_config.block_size = PAGE_SIZE
