@@ -35,13 +35,14 @@ def main() -> None:
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")],
     target: Annotated[Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pytorch_model.bin where there are no safetensors.")] = False,
 ) -> None:
     """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target model.
 
     Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint.
     """
     try:
-        head = read_checkpoint(resolve_checkpoint(checkpoint))
+        head = read_checkpoint(resolve_checkpoint(checkpoint), allow_pickle=allow_pickle)
         shape = None if target is None else _target_shape(target)
     except HeadError as error:
         typer.echo(str(error), err=True)

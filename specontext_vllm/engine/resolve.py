@@ -151,7 +151,8 @@ def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
             seed=model.seed,
         )
     try:
-        checkpoint = read_checkpoint(Path(head))
+        config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        checkpoint = read_checkpoint(Path(head), allow_pickle=config.allow_pickle)
         check_fits(checkpoint.spec, **shape)
     except HeadError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.retrieval_head: {error}") from None
