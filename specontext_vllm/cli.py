@@ -35,13 +35,14 @@ def main() -> None:
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")],
     target: Annotated[Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pytorch_model.bin where there are no safetensors.")] = False,
 ) -> None:
     """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target model.
 
     Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint.
     """
     try:
-        head = read_checkpoint(resolve_checkpoint(checkpoint))
+        head = read_checkpoint(resolve_checkpoint(checkpoint), allow_pickle=allow_pickle)
         shape = None if target is None else _target_shape(target)
     except HeadError as error:
         typer.echo(str(error), err=True)
@@ -93,6 +94,24 @@ def plan(
         console.print(table)
     planning.draw(made, out)
     console.print(f"Picture: {out}", markup=False, highlight=False)
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="A running `vllm serve`, such as http://127.0.0.1:8000.")],
+    every: Annotated[float, typer.Option(help="Seconds between two readings.", min=0.5)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the figures since the start and end.")] = False,
+) -> None:
+    """Watch a server's specontext figures; Ctrl-C ends. Exit code 2: no server there, or one without specontext."""
+    from specontext_vllm.observability.top import TopError, watch
+
+    try:
+        watch(url, every, once, Console())
+    except TopError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        pass
 
 
 @app.command()

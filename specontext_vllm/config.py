@@ -53,6 +53,9 @@ class SpeContextConfig(BaseModel):
         default=1.0, ge=0.0,
         description="With a host pool: a page that must be fetched has to score 1 + stickiness times a held one; 0 = off.",
     )
+    allow_pickle: bool = Field(
+        default=False, description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors."
+    )
     stats: bool = True
 
     @field_validator("host_kv_gib")

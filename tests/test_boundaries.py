@@ -11,8 +11,9 @@ PACKAGE = ROOT / "specontext_vllm"
 WRAPPERS = {PACKAGE / "attention" / "flash.py", PACKAGE / "attention" / "triton.py"}
 ROOMS = {
     "retrieval": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.triton_kernels"},
-    "residency": {"specontext_vllm.config", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
+    "residency": {"specontext_vllm.config", "specontext_vllm.late_copy", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
     "attention": {"specontext_vllm.config", "specontext_vllm.attention", "specontext_vllm.triton_kernels"},
+    "observability": {"specontext_vllm.observability", "specontext_vllm.retrieval.counters"},
     "triton_kernels": {"specontext_vllm.triton_kernels"},
 }
 

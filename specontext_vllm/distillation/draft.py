@@ -203,7 +203,7 @@ class DraftModel(nn.Module):
             HeadError: not an EAGLE-3 checkpoint, or one with parts that training here does not know.
         """
         spec, config = read_checkpoint(folder).spec, read_config(folder)
-        entries = list_tensors(folder)
+        entries = list_tensors(folder, allow_pickle=False)
         tensors: dict[str, Tensor] = {}
         unknown = []
         for name, entry in entries.items():

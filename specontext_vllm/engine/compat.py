@@ -1,4 +1,4 @@
-"""One idempotent function per place where vLLM 0.32.0 offers no hook and a class of its is wrapped in memory.
+"""One idempotent function per place where vLLM (versions.py) offers no hook and a class of its is wrapped in memory.
 
 Each docstring gives the symptom, the reason, and when the function can go.
 """
@@ -34,9 +34,10 @@ def choose_worker() -> None:
         from specontext_vllm.engine.registration import is_selected
 
         if is_selected(vllm_config):
-            from specontext_vllm.engine.resolve import prepare_vllm_config
+            from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config
 
             prepare_vllm_config(vllm_config)
+            name_metrics_folder(vllm_config)
             if vllm_config.parallel_config.worker_cls == "auto":
                 vllm_config.parallel_config.worker_cls = CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
         original(cls, vllm_config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
+from specontext_vllm.versions import complaint
+
 BACKEND_NAME = "SPECONTEXT"
 BACKEND_PATH = "specontext_vllm.engine.backend.SpeContextBackend"
 
@@ -12,7 +14,29 @@ _done = False
 
 
 def register() -> None:
-    """Make ``--attention-backend specontext`` known to this process. Idempotent."""
+    """Make ``--attention-backend specontext`` known to this process. Idempotent.
+
+    Under a vLLM that is not supported the backend is refused when it is asked for; where not even the hooks are found, a warning says so and
+    vLLM's other backends go on.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError):
+        if (sentence := unsupported_vllm()) is None:
+            raise
+        from vllm.logger import init_logger
+
+        init_logger("vllm.specontext").warning(sentence)
+
+
+def unsupported_vllm() -> str | None:
+    """One sentence if the installed vLLM is not supported."""
+    import vllm
+
+    return complaint(vllm.__version__)
+
+
+def _register() -> None:
     global _done
     ensure_member()
     if _done:

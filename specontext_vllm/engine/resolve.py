@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.registration import unsupported_vllm
+from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -23,6 +25,7 @@ HEAD_FOLDER = "retrieval_head"
 DUMMY = "dummy"
 AUX_LAYERS_KEY = "specontext_aux_layers"
 ENGINES_KEY = "specontext_engines_per_machine"
+METRICS_FOLDER = "specontext_metrics_folder"
 
 
 def prepare_vllm_config(vllm_config: Any) -> None:
@@ -38,6 +41,8 @@ def prepare_vllm_config(vllm_config: Any) -> None:
     """
     if vllm_config.model_config is None:
         return
+    if (sentence := unsupported_vllm()) is not None:
+        raise ConfigError(sentence)
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     refuse_unsupported(vllm_config)
     vllm_config.cache_config.block_size = PAGE_SIZE
@@ -50,6 +55,15 @@ def prepare_vllm_config(vllm_config: Any) -> None:
         resolved[CONFIG_KEY] = {**resolved.get(CONFIG_KEY, {}), "retrieval_head": head}
         resolved[AUX_LAYERS_KEY] = list(aux_layers)
     vllm_config.additional_config = resolved
+
+
+def name_metrics_folder(vllm_config: Any) -> None:
+    """In the front end: tell the workers which folder /metrics is read from.
+
+    It travels in the observability settings, because workers get them with the config, wherever they run, and vLLM's compile-cache key leaves
+    them out; an environment variable would reach every child of this process, other servers included.
+    """
+    setattr(vllm_config.observability_config, METRICS_FOLDER, front_end_folder())
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -141,7 +155,8 @@ def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
             seed=model.seed,
         )
     try:
-        checkpoint = read_checkpoint(Path(head))
+        config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        checkpoint = read_checkpoint(Path(head), allow_pickle=config.allow_pickle)
         check_fits(checkpoint.spec, **shape)
         # Heads that cannot be divided are refused here, not in a worker.
         shard_checkpoint(checkpoint, rank=0, size=vllm_config.parallel_config.tensor_parallel_size)

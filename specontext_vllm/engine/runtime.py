@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from specontext_vllm.config import CONFIG_KEY, PER_LAYER, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder, max_table_rows
 from specontext_vllm.engine.compat import allocate_kv_cache_as
+from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, describe, load_head, num_hidden_layers
+from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
@@ -98,6 +100,7 @@ class Runtime:
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
         self.tiers: TieredKV | None = None
+        self._exporter: Exporter | None = None
         self._next_report = 0.0
         self._page_ids = torch.arange(pages_for(model_config.max_model_len), dtype=torch.int32, device=device)
 
@@ -199,10 +202,14 @@ class Runtime:
 
     @torch.inference_mode()
     def begin_step(self, scheduler_output: Any) -> None:
-        """Let the tiers follow what the scheduler decided: pages handed out, requests gone, rows that decode."""
-        if self.tiers is None:
-            return
-        out, cached = scheduler_output, scheduler_output.scheduled_cached_reqs
+        """Let the tiers follow what the scheduler decided, and publish figures."""
+        if self.tiers is not None:
+            self._follow(self.tiers, scheduler_output)
+        self._exporter.step(idle=not scheduler_output.total_num_scheduled_tokens)
+
+    def _follow(self, tiers: TieredKV, out: Any) -> None:
+        """Pages handed out, requests gone, rows that decode."""
+        cached = out.scheduled_cached_reqs
         released = [*out.finished_req_ids, *(out.preempted_req_ids or ())]
         started = [StartedRequest(r.req_id, list(r.block_ids[0]), r.num_computed_tokens // 16) for r in out.scheduled_new_reqs]
         grown = []
@@ -213,11 +220,11 @@ class Runtime:
             elif blocks is not None and blocks[0]:
                 grown.append((name, list(blocks[0])))
         decoding = [name for name, tokens in out.num_scheduled_tokens.items() if tokens == 1]
-        self.tiers.begin_step(released, started, grown, decoding)
+        tiers.begin_step(released, started, grown, decoding)
         now = time.monotonic()
         if self.config.stats and now >= self._next_report:
             self._next_report = now + REPORT_SECONDS
-            if (report := self.tiers.report()) is not None:
+            if (report := tiers.report()) is not None:
                 logger.info("SpeContext tiers: %s.", report)
 
     # -- one engine -----------------------------------------------------------------------------------------------------
@@ -244,6 +251,13 @@ class Runtime:
             self.selector.allocate(self._num_layers, num_blocks, self.vllm_config.model_config.dtype)
         for layer, impl in enumerate(self._attention_layers()):
             impl.tiers, impl.selector, impl.layer = self.tiers, self.selector, layer
+        self.close()
+        self._exporter = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
+
+    def close(self) -> None:
+        """Take the worker's figures out of /metrics."""
+        if self._exporter is not None:
+            self._exporter.close()
 
     def _attention_layers(self) -> list[SpeContextImpl]:
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -269,9 +283,11 @@ class Runtime:
         table, tiers, decodes = self.builder.table, self.tiers, batch.num_decodes
         if tiers is not None:
             tiers.place_rows(batch.names[:decodes], batch.table_rows)
-        self.retriever.before_forward(batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held())
+        with self._timed(batch, self._exporter.select):
+            self.retriever.before_forward(batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held())
+            if tiers is not None:
+                tiers.resolve(table.pages, table.lengths, batch.seq_lens, batch.block_table, batch.table_rows)
         if tiers is not None:
-            tiers.resolve(table.pages, table.lengths, batch.seq_lens, batch.block_table, batch.table_rows)
             tokens = sum(batch.query_lens[decodes:])
             tiers.begin_prefill(
                 batch.block_table[decodes:], batch.positions[batch.num_tokens - tokens :], batch.seq_lens_bound[decodes:],
@@ -283,7 +299,11 @@ class Runtime:
     def after_forward(self, batch: StepBatch, aux: Sequence[Tensor] | None) -> None:
         """Hand the step's auxiliary hidden states to the head."""
         if aux is not None:
-            self.retriever.after_forward(batch, aux)
+            with self._timed(batch, self._exporter.learn):
+                self.retriever.after_forward(batch, aux)
+
+    def _timed(self, batch: StepBatch, watch: Stopwatch) -> AbstractContextManager[None]:
+        return watch.lap() if self.config.stats and batch.num_decodes else nullcontext()
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures since the last reset; see ``Retriever.stats`` and ``TieredKV.stats``."""

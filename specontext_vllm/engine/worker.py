@@ -25,6 +25,13 @@ class SpeContextWorkerMixin:
         logger.info("SpeContext: the head's caches take %.1f %% of the KV memory.", 100 * (1 - share))
         return int(available * share)
 
+    def shutdown(self) -> None:
+        """Take the figures out of /metrics, then end as vLLM's worker does."""
+        runner = getattr(self, "model_runner", None)
+        if getattr(runner, "runtime", None) is not None:
+            runner.runtime.close()
+        super().shutdown()
+
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures of this worker's decode steps since the last reset; see ``Retriever.stats``."""
         return self.model_runner.runtime.stats(reset)

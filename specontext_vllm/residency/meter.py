@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from specontext_vllm.late_copy import LateCopy
 from specontext_vllm.triton_kernels.counters import AWAITED, COUNTERS, FETCHED, LATE, LATE_NS, MISSED, RETURNED, SELECTED
 
 POLL_STEPS = 16
@@ -23,26 +24,17 @@ class Meter:
         self.counts = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
         self.seen = np.zeros(COUNTERS, np.int64)
         self._base = np.zeros(COUNTERS, np.int64)
-        self._cuda = device.type == "cuda"
-        self._copy = torch.zeros(COUNTERS, dtype=torch.int64, pin_memory=self._cuda)
-        self._copied: torch.cuda.Event | None = None
+        self._copy = LateCopy(self.counts)
         self._polls = 0
 
     def poll(self) -> np.ndarray | None:
         """Called once a step: what was counted between the last two looks, when there is news; else None."""
         self._polls += 1
-        news = None
-        if self._copied is not None and self._copied.query():
-            now = self._copy.numpy().copy()
-            news, self.seen, self._copied = now - self.seen, now, None
         if self._polls % POLL_STEPS == 0:
-            if not self._cuda:
-                now = self.counts.numpy().copy()
-                news, self.seen = now - self.seen, now
-            elif self._copied is None:
-                self._copy.copy_(self.counts, non_blocking=True)
-                self._copied = torch.cuda.Event()
-                self._copied.record()
+            self._copy.ask()
+        if (taken := self._copy.take()) is None:
+            return None
+        news, self.seen = taken[0] - self.seen, taken[0]
         return news
 
     def read(self, reset: bool) -> np.ndarray:

@@ -111,8 +111,19 @@ class TieredKV:
         self._groups: list[_Group] = []
         self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
         self.steps = self.moved_layers = 0
+        self._stats_base = 0, 0
         self._late = self.meter.counts if timed else None
         self._reported = self.meter.seen, 0
+
+    @property
+    def head_page_bytes(self) -> int:
+        """Bytes of one page of one KV head of one layer."""
+        return self.arena[0, 0].nbytes
+
+    @property
+    def hot_tokens(self) -> int:
+        """Size of a request's hot buffer now, in tokens per KV head."""
+        return self.ledger.hot_limit * PAGE_SIZE
 
     def bind(self, pages: Tensor, lengths: Tensor) -> None:
         """Share the page table's ``pages [max_rows * H, K]`` and ``lengths [max_rows * H]``, which captured graphs read, and make ready."""
@@ -359,21 +370,21 @@ class TieredKV:
         ``hot_tokens``: size of a hot buffer now; ``host_pool_used``: share of the logical pages that requests in flight hold.
         """
         counted = self.meter.read(reset)
-        figures = {
-            "tier_steps": self.steps,
+        steps, moved = self._stats_base
+        if reset:
+            self._stats_base = self.steps, self.moved_layers
+        return {
+            "tier_steps": self.steps - steps,
             "missed_head_pages": int(counted[MISSED]),
-            **ratios(counted, self.arena[0, 0].nbytes),
+            **ratios(counted, self.head_page_bytes),
             "resident_layers": self.ledger.resident,
             "num_layers": self.num_layers,
-            "layer_moves": self.moved_layers,
-            "hot_tokens": self.ledger.hot_limit * PAGE_SIZE,
+            "layer_moves": self.moved_layers - moved,
+            "hot_tokens": self.hot_tokens,
             "free_frames": self.ledger.free_frames,
             "host_pool_bytes": self.host.nbytes,
             "host_pool_used": self.ledger.used_share,
         }
-        if reset:
-            self.steps = self.moved_layers = 0
-        return figures
 
     def report(self) -> str | None:
         """One line on the steps since the last report, as far as the host has seen them without waiting; None if nothing happened."""
@@ -382,10 +393,10 @@ class TieredKV:
         self._reported = self.meter.seen, self.steps
         if passed <= 0 or not counted.any():
             return None
-        figures = ratios(counted, self.arena[0, 0].nbytes)
+        figures = ratios(counted, self.head_page_bytes)
         return (
             f"hit rate {figures['hit_rate']:.1%}, {figures['fetched_bytes'] / passed / 1e6:.1f} MB fetched a step, "
             f"{figures['late_share']:.1%} of the prefetches late by {figures['late_us']:.0f} us in the mean, {self.ledger.resident} of "
-            f"{self.num_layers} layers resident, hot buffers of {self.ledger.hot_limit * PAGE_SIZE} tokens, "
+            f"{self.num_layers} layers resident, hot buffers of {self.hot_tokens} tokens, "
             f"{self.ledger.used_share:.1%} of {self.plan.num_pages * PAGE_SIZE} tokens in use"
         )

@@ -62,6 +62,7 @@ class HeadSpec:
         qk_norm: RMSNorm over D on q and on k.
         dtype: dtype of fc in the checkpoint.
         embed_vocab_size: rows of the head's own token embedding, or None where it shares the target's.
+        target_vocab_size: tokens of the target it was made for, the length of its `t2d` map; None without one.
     """
 
     format: str
@@ -82,6 +83,7 @@ class HeadSpec:
     qk_norm: bool
     dtype: torch.dtype
     embed_vocab_size: int | None = None
+    target_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,20 +124,21 @@ def resolve_checkpoint(name: str) -> Path:
         ) from error
 
 
-def read_checkpoint(path: Path) -> HeadCheckpoint:
+def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint:
     """Reads config and kept tensors of an EAGLE-3 checkpoint folder; the pruned tensors are never loaded.
 
     Args:
         path: folder with config.json and *.safetensors or pytorch_model.bin, sharded or not.
+        allow_pickle: whether pytorch_model.bin may be opened; see ``list_tensors``.
 
     Raises:
-        HeadError: not a readable EAGLE-3 checkpoint.
+        HeadError: not a readable EAGLE-3 checkpoint, or a kept tensor with values that are no finite numbers.
     """
     path = Path(path)
     config = read_config(path)
     layout = _layout(config, path)
     flat = _flatten(config)
-    entries = list_tensors(path)
+    entries = list_tensors(path, allow_pickle=allow_pickle)
     found: dict[str, str] = {}
     for name in entries:
         canonical = _canonical_name(name)
@@ -147,7 +150,8 @@ def read_checkpoint(path: Path) -> HeadCheckpoint:
     _check_is_eagle3(found, entries, flat, path)
 
     shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
-    spec = _spec(layout, flat, shapes, entries[found["fc.weight"]].info.dtype, path)
+    vocabulary = next((entry.info.shape[0] for name, entry in entries.items() if name.removeprefix("model.") == "t2d"), None)
+    spec = _spec(layout, flat, shapes, entries[found["fc.weight"]].info.dtype, vocabulary, path)
     for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
         # vLLM reads these only when the config asks for them; a left-over tensor must not change the result.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
@@ -157,10 +161,25 @@ def read_checkpoint(path: Path) -> HeadCheckpoint:
     kept = set(found.values())
     return HeadCheckpoint(
         spec=spec,
-        tensors={canonical: entries[name].load() for canonical, name in found.items()},
+        tensors={canonical: _load(entries[name], path) for canonical, name in found.items()},
         kept=[entry.info for name, entry in entries.items() if name in kept],
         pruned=[entry.info for name, entry in entries.items() if name not in kept],
     )
+
+
+def _load(entry: TensorEntry, path: Path) -> Tensor:
+    """A tensor's data, which must be finite: one NaN makes every score of every page NaN, and the selection arbitrary."""
+    name = entry.info.name
+    try:
+        tensor = entry.load()
+    except Exception as error:  # both readers raise their own kinds for a broken file
+        raise HeadError(f"{path}: {name} cannot be read ({type(error).__name__}): download the checkpoint again.") from error
+    if bad := int((~torch.isfinite(tensor)).sum()):
+        raise HeadError(
+            f"{path}: {name} holds {bad} of {tensor.numel()} values that are NaN or infinite: download the checkpoint again, or use one from "
+            "before its training diverged."
+        )
+    return tensor
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, ...]:
@@ -221,6 +240,11 @@ def check_fits(spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_
     if spec.embed_vocab_size is not None and spec.embed_vocab_size < vocab_size:
         raise HeadError(
             f"The head's embed_tokens.weight has {spec.embed_vocab_size} rows, but the target's vocab_size is {vocab_size}: "
+            "use a head that was trained for this target."
+        )
+    if spec.target_vocab_size is not None and spec.target_vocab_size != vocab_size:
+        raise HeadError(
+            f"The head's t2d map is for a vocabulary of {spec.target_vocab_size} tokens, but the target's vocab_size is {vocab_size}: "
             "use a head that was trained for this target."
         )
     if spec.num_kv_heads % num_kv_heads:
@@ -351,8 +375,9 @@ def _check_is_eagle3(
 
 
 def _spec(
-    layout: str, flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, path: Path
-) -> HeadSpec:
+    layout: str, flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
+    target_vocab_size: int | None, path: Path,
+) -> HeadSpec:  # fmt: skip
     for canonical in (*_REQUIRED, "feature_norm.weight"):
         wanted = 1 if "norm" in canonical else 2
         if len(shapes[canonical]) != wanted:
@@ -392,6 +417,7 @@ def _spec(
         qk_norm="q_norm.weight" in shapes or "k_norm.weight" in shapes,
         dtype=dtype,
         embed_vocab_size=None if embed_tokens is None else embed_tokens[0],
+        target_vocab_size=target_vocab_size,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,39 +11,23 @@ from torch import Tensor
 from specontext_vllm.config import PAGE_SIZE, PER_LAYER, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.retrieval.counters import (
+    CHOOSING_ROWS,
+    DECODE_ROWS,
+    FALLBACK_PAGES,
+    FALLBACK_ROWS,
+    KEPT_MASS,
+    PAGES_HELD,
+    PAGES_READ,
+    STEPS,
+    Counters,
+)
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, PageScores, fill_baseline, row_starts, score_rows
 from specontext_vllm.retrieval.selection import Budget, Held, fill_lengths, select_rows
 
 PREFILL_CHUNK = 2048
 """Prompt tokens whose keys are made at a time, which bounds the head's activations."""
-
-
-@dataclass
-class Counters:
-    """Sums since the last reset. What the host cannot know is summed on the device, so that counting never waits for it.
-
-    Attributes:
-        pages_read, pages_total: head pages that the decode rows read and held.
-        kept_mass: sum of the rows' kept mass, over ``selected_rows`` rows of steps in which pages were chosen.
-        fallback_rows, fallback_pages: rows under the confidence threshold, and the pages they read beyond the budget.
-    """
-
-    kept_mass: Tensor
-    fallback_rows: Tensor
-    fallback_pages: Tensor
-    steps: int = 0
-    decode_rows: int = 0
-    selected_rows: int = 0
-    pages_read: int = 0
-    pages_total: int = 0
-
-    @classmethod
-    def zero(cls, device: torch.device) -> Counters:
-        def cell(dtype: torch.dtype) -> Tensor:
-            return torch.zeros((), dtype=dtype, device=device)
-
-        return cls(cell(torch.float64), cell(torch.int64), cell(torch.int64))
 
 
 class Retriever:
@@ -76,7 +59,7 @@ class Retriever:
         capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries))
         self.scores = PageScores.allocate(queries, num_kv_heads, capacity, device)
         self.generator = torch.Generator(device=device).manual_seed(0)
-        self.counters = Counters.zero(device)
+        self.counters = Counters(device)
         self._kept_mass = torch.ones(0, num_kv_heads, dtype=torch.float32, device=device)
 
     def allocate_cache(self, num_blocks: int) -> None:
@@ -265,41 +248,34 @@ class Retriever:
                 block_table=filled(0, 1, self.max_pages), seq_lens_bound=[length], num_decodes=1, table_rows=1,
             )  # fmt: skip
             self.before_forward(batch, pages, lengths, ids, held)
-        self.counters = Counters.zero(self.device)
+        self.counters = Counters(self.device)
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
     def _count(self, batch: StepBatch, lengths: Tensor, bounds: list[int], budget: Budget, fallback: tuple[float, int] | None) -> None:
         counters, rows, heads = self.counters, batch.num_decodes, self.num_kv_heads
-        counters.steps += 1
-        counters.decode_rows += rows
-        counters.pages_total += heads * sum(bounds)
-        counters.pages_read += heads * sum(min(count, budget.total) for count in bounds)
+        counters.count_rows(rows, heads * sum(min(count, budget.total) for count in bounds), heads * sum(bounds))
         if max(bounds, default=0) > budget.total and self.config.retriever not in PER_LAYER:
-            counters.selected_rows += rows
-            counters.kept_mass += self._kept_mass[:rows].sum()
+            kept = self._kept_mass[:rows]
+            counters.count_choice(kept)
             if fallback is not None:
                 read = (lengths[: rows * heads] + PAGE_SIZE - 1) // PAGE_SIZE
-                counters.fallback_pages += (read - budget.total).clamp(min=0).sum()
-                counters.fallback_rows += (self._kept_mass[:rows].mean(-1) < fallback[0]).sum()
+                counters.count_fallback((kept.mean(-1) < fallback[0]).sum(), (read - budget.total).clamp(min=0).sum())
 
     def stats(self, reset: bool = False) -> dict[str, float | int | str | None]:
         """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass (None for selections per layer)."""
-        counters = self.counters
-        kept_mass = float(counters.kept_mass) / counters.selected_rows / self.num_kv_heads if counters.selected_rows else 1.0
-        figures = {
+        counted = self.counters.since_reset(reset)
+        kept_mass = float(counted[KEPT_MASS] / counted[CHOOSING_ROWS]) if counted[CHOOSING_ROWS] else 1.0
+        return {
             "retriever": self.config.retriever,
             "budget": self.config.budget,
-            "steps": counters.steps,
-            "decode_rows": counters.decode_rows,
-            "pages_read": counters.pages_read + int(counters.fallback_pages),
-            "pages_total": counters.pages_total,
-            "fallback_rows": int(counters.fallback_rows),
+            "steps": int(counted[STEPS]),
+            "decode_rows": int(counted[DECODE_ROWS]),
+            "pages_read": int(counted[PAGES_READ] + counted[FALLBACK_PAGES]),
+            "pages_total": int(counted[PAGES_HELD]),
+            "fallback_rows": int(counted[FALLBACK_ROWS]),
             "kept_mass_mean": None if self.config.retriever in PER_LAYER else kept_mass,
         }
-        if reset:
-            self.counters = Counters.zero(self.device)
-        return figures
 
 
 def _scatter_inside(values: Tensor, index: Tensor, source: Tensor) -> Tensor:

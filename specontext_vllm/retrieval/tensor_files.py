@@ -66,11 +66,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def list_tensors(path: Path) -> dict[str, TensorEntry]:
+def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
     """All tensors of a folder by name, shapes only; safetensors are preferred where both kinds exist.
 
+    Args:
+        allow_pickle: whether pytorch_model.bin may be opened where there are no safetensors. torch then unpickles tensors only (weights_only).
+
     Raises:
-        HeadError: no weights, a missing shard, or a file that cannot be read.
+        HeadError: no weights, a pickle without consent, a missing shard, or a file that cannot be read.
     """
     for index, suffix, opener in (
         ("model.safetensors.index.json", "*.safetensors", _open_safetensors),
@@ -83,6 +86,11 @@ def list_tensors(path: Path) -> dict[str, TensorEntry]:
             files = sorted(path.glob(suffix))
         if not files:
             continue
+        if opener is _open_pickle and not allow_pickle:
+            raise HeadError(
+                f"{path} holds its weights as a pickle ({files[0].name}) and no *.safetensors: convert them, or, if you trust where they come "
+                f"from, set additional_config.specontext.allow_pickle (specontext inspect: --allow-pickle)."
+            )
         entries: dict[str, TensorEntry] = {}
         for file in files:
             if not file.is_file():

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from openai import OpenAI
 
-DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo"
+from specontext_vllm.demo.server import VllmServer, device_arguments
+
+ROOT = Path(__file__).parents[2]
+DEMO_MODEL = ROOT / "models" / "demo"
 ENGINE = {
     "model": str(DEMO_MODEL), "dtype": "float32", "max_model_len": 1536, "max_num_seqs": 4, "max_num_batched_tokens": 256,
     "enforce_eager": not torch.cuda.is_available(), "gpu_memory_utilization": 0.3, "seed": 0, "disable_log_stats": False,
@@ -55,3 +59,15 @@ def prompts() -> list[list[int]]:
         problem = make_problem("recitation" if seed % 2 else "needle", seed=seed, approx_tokens=length)
         made.append(tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False))
     return [made[0][:1], made[0][:5], made[0][:16], made[0][:17], *made]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[VllmServer]:
+    """The demo's own server; one start serves all tests."""
+    with VllmServer(DEMO_MODEL, ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments()]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: VllmServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
-from specontext_vllm.demo.server import VllmServer, device_arguments, serve_command, server_environment
+from specontext_vllm.demo.server import device_arguments, serve_command, server_environment
 from specontext_vllm.demo.tasks import Problem, make_problem, score
 
 ROOT = Path(__file__).parents[2]
@@ -23,18 +22,6 @@ pytestmark = pytest.mark.skipif(
     not (DEMO_MODEL / "config.json").exists(),
     reason="models/demo is missing; make it with python -m specontext_vllm.demo.train --out models/demo",
 )
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[VllmServer]:
-    """The demo's own server; one start serves all tests."""
-    with VllmServer(DEMO_MODEL, ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments()]) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def client(server: VllmServer) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
 
 
 def needle(seed: int, tokens: int) -> Problem:

@@ -26,6 +26,7 @@ def run(prompts, **settings):
     with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **settings}}) as llm:
         out = scenarios(llm, prompts)
         out["frames"] = llm.collective_rpc(frames)[0]
+        out["metrics"] = [(metric.name, getattr(metric, "value", None)) for metric in llm.get_metrics() if "specontext" in metric.name]
         out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
         # A long idle phase of one short request: pressure has gone, layers come back.
         from tests.engine.test_exactness import ids, sampling
@@ -98,3 +99,12 @@ def test_the_scenarios_happened(one_tier, two_tiers):
     assert stats["pages_read"] < 0.5 * stats["pages_total"]
     assert late["resident_layers"] == late["num_layers"], "layers did not come back"
     assert 0 < stats["hit_rate"] < 1
+
+
+def test_an_engine_in_this_process_has_its_own_metrics_and_leaves_none(one_tier, two_tiers):
+    for run, tiered in ((one_tier, False), (two_tiers, True)):
+        names = [name for name, _ in run["metrics"]]
+        # Engines before this one, in the same process, would show as further series or as more rows.
+        assert len(names) == len(set(names))
+        assert 0 < dict(run["metrics"])["vllm:specontext_decode_rows"] <= run["stats"]["decode_rows"]
+        assert ("vllm:specontext_hot_buffer_misses" in names) == ("vllm:specontext_host_pool_bytes" in names) == tiered

@@ -60,7 +60,7 @@ def _canonical(layout: Layout) -> dict[str, str]:
 
 @pytest.mark.parametrize("layout, expected", LAYOUTS.values(), ids=LAYOUTS)
 def test_reads_every_layout(tmp_path, layout, expected):
-    head = read_checkpoint(write_checkpoint(tmp_path, layout))
+    head = read_checkpoint(write_checkpoint(tmp_path, layout), allow_pickle="bin" in layout.storage)
     original = make_tensors(layout)
     assert set(head.tensors) == expected
     for canonical, tensor in head.tensors.items():
@@ -73,7 +73,7 @@ def test_reads_every_layout(tmp_path, layout, expected):
 
 @pytest.mark.parametrize("layout, expected", LAYOUTS.values(), ids=LAYOUTS)
 def test_spec_of_every_layout(tmp_path, layout, expected):
-    spec = read_checkpoint(write_checkpoint(tmp_path, layout)).spec
+    spec = read_checkpoint(write_checkpoint(tmp_path, layout), allow_pickle="bin" in layout.storage).spec
     assert spec.format == layout.format
     assert (spec.hidden_size, spec.target_hidden_size, spec.embed_size) == (40, layout.target_width, 40)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (6, 3, 10)
@@ -151,7 +151,7 @@ def test_only_kept_tensors_are_loaded(tmp_path, monkeypatch):
 
 def test_pickle_tensors_do_not_hold_the_file(tmp_path):
     layout = Layout(storage="bin")
-    head = read_checkpoint(write_checkpoint(tmp_path, layout))
+    head = read_checkpoint(write_checkpoint(tmp_path, layout), allow_pickle=True)
     whole = sum(tensor.nbytes for tensor in make_tensors(layout).values())
     assert sum(tensor.untyped_storage().nbytes() for tensor in head.tensors.values()) < whole / 2
 
@@ -233,13 +233,25 @@ def _overwrite(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
+
+def _cut(name):
+    """A download that broke off: the header is whole, the data is not."""
+
+    def damage(folder):
+        with (folder / name).open("r+b") as file:
+            file.truncate((folder / name).stat().st_size * 3 // 4)
+
+    return damage
+
+
 FOLDERS = {
     "no_config": (Layout(), _remove("config.json"), "holds no config.json"),
     "broken_config": (Layout(), _overwrite("config.json", "{"), "not valid JSON"),
     "config_is_a_list": (Layout(), _overwrite("config.json", "[]"), "not a JSON object"),
     "no_weights": (Layout(), _remove("model.safetensors"), "neither \\*.safetensors nor pytorch_model.bin"),
+    "pickle_without_consent": (Layout(storage="bin"), lambda folder: None, "as a pickle \\(pytorch_model.bin\\).*set additional_config.specontext.allow_pickle"),
+    "cut_safetensors": (Layout(), _cut("model.safetensors"), "model.safetensors cannot be read"),
     "truncated_safetensors": (Layout(), _overwrite("model.safetensors", "junk"), "cannot be read"),
-    "truncated_bin": (Layout(storage="bin"), _overwrite("pytorch_model.bin", "junk"), "cannot be read"),
     "shard_missing": (
         Layout(storage="safetensors_sharded"),
         _remove("model-00002-of-00002.safetensors"),
@@ -263,6 +275,51 @@ def test_bad_folders_give_one_sentence(tmp_path, layout, damage, sentence):
     damage(write_checkpoint(tmp_path, layout))
     with pytest.raises(HeadError, match=sentence):
         read_checkpoint(tmp_path)
+
+
+def test_a_broken_pickle_gives_one_sentence(tmp_path):
+    write_checkpoint(tmp_path, Layout(storage="bin"))
+    (tmp_path / "pytorch_model.bin").write_text("junk")
+    with pytest.raises(HeadError, match="pytorch_model.bin cannot be read") as error:
+        read_checkpoint(tmp_path, allow_pickle=True)
+    _assert_one_sentence(error)
+
+
+def test_consent_to_a_pickle_does_not_run_it(tmp_path):
+    write_checkpoint(tmp_path, Layout(storage="bin"))
+    torch.save({"fc.weight": _Touches(tmp_path / "touched")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(HeadError, match="pytorch_model.bin cannot be read"):
+        read_checkpoint(tmp_path, allow_pickle=True)
+    assert not (tmp_path / "touched").exists()
+
+
+class _Touches:
+    """Unpickled freely, it makes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return type(self.file).touch, (self.file,)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["fc.weight", "midlayer.self_attn.k_proj.weight", "midlayer.hidden_norm.weight"])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path, name, value):
+    layout = Layout(dtype=torch.bfloat16)
+    tensors = make_tensors(layout)
+    tensors[name].view(-1)[3] = value
+    write_checkpoint(tmp_path, layout, tensors)
+    with pytest.raises(HeadError, match=rf"{name} holds 1 of {tensors[name].numel()} values that are NaN or infinite") as error:
+        read_checkpoint(tmp_path)
+    _assert_one_sentence(error)
+
+
+def test_a_pruned_tensor_may_hold_anything(tmp_path):
+    layout = Layout()
+    tensors = make_tensors(layout)
+    tensors["lm_head.weight"].fill_(float("nan"))
+    read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
 
 
 def test_resolve_folder_file_and_unknown_id(tmp_path, monkeypatch):
@@ -306,10 +363,12 @@ FITS = {
     "same": ({}, {}),
     "one_target_head_takes_three": ({}, {"num_kv_heads": 1}),
     "last_layer_output": ({"aux_layer_ids": (2, 6, 12)}, {}),
+    "no_vocabulary_map": ({"target_vocab_size": None}, {"vocab_size": 80}),
     "own_embedding_of_other_width": ({"embed_size": 24, "embed_vocab_size": 80}, {}),
 }
 MISFITS = {
     "hidden_size": ({}, {"target_hidden_size": 48}, "target's hidden_size is 48"),
+    "other_vocabulary": ({}, {"vocab_size": 80}, "t2d map is for a vocabulary of 77 tokens, but the target's vocab_size is 80"),
     "embed_size": ({"embed_size": 24}, {}, "token embeddings of width 24"),
     "vocabulary": ({"embed_vocab_size": 70}, {}, "has 70 rows"),
     "fewer_kv_heads": ({"num_kv_heads": 2}, {"num_kv_heads": 4}, "head has 2 KV heads"),

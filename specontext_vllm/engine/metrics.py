@@ -1,0 +1,127 @@
+"""A worker's figures on their way to /metrics; the mechanism is in ``observability/files.py``, the list in ``observability/catalog.py``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from specontext_vllm.engine.resolve import METRICS_FOLDER
+from specontext_vllm.engine.stopwatch import Stopwatch
+from specontext_vllm.late_copy import LateCopy
+from specontext_vllm.observability import catalog
+from specontext_vllm.observability.files import MetricFiles
+from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval import counters as decode
+from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.triton_kernels import counters as tier
+
+logger = init_logger("vllm.specontext")
+
+PUBLISH_SECONDS = 1.0
+"""Time between two readings; scrapes are further apart."""
+
+
+class Exporter:
+    """Publishes one worker's figures.
+
+    Args:
+        vllm_config: the engine's configuration, seen by ``name_metrics_folder``.
+        retriever, tiers: where the figures are; tiers None with one tier.
+    """
+
+    def __init__(self, vllm_config: Any, retriever: Retriever, tiers: TieredKV | None, device: torch.device) -> None:
+        self._retriever, self._tiers = retriever, tiers
+        self._counting = retriever.config.stats
+        self._timed_copies = device.type == "cuda"
+        self.select = Stopwatch(catalog.SECONDS, device)
+        self.learn = Stopwatch(catalog.SECONDS, device)
+        sources = [retriever.counters.cells] + ([] if tiers is None else [tiers.meter.counts])
+        self._copy = LateCopy(*sources)
+        self._host = retriever.counters.host
+        self._next = 0.0
+        self._files: MetricFiles | None = None
+        labels = {
+            "model_name": vllm_config.model_config.served_model_name,
+            "engine": str(vllm_config.parallel_config.data_parallel_index),
+        }
+        folder = getattr(vllm_config.observability_config, METRICS_FOLDER, None)
+        try:
+            self._files = None if folder is None else MetricFiles(folder, labels, get_tensor_model_parallel_rank())
+        except OSError as error:
+            logger.warning("SpeContext: the figures of this worker stay out of /metrics, whose folder it cannot write to (%s).", error)
+        # Rates need the zero that counters start from.
+        self.step(idle=True)
+
+    def close(self) -> None:
+        """Take this worker's metrics out of /metrics."""
+        if self._files is not None:
+            self._files.close()
+
+    def step(self, idle: bool) -> None:
+        """Called once a step, before its work is enqueued.
+
+        Args:
+            idle: nothing is scheduled. Whatever has been counted is then published at once, so that an engine at rest shows its last step.
+                The device has nothing left to do that the engine does not wait for as well.
+        """
+        if self._files is None:
+            return
+        if idle:
+            self._host = self._retriever.counters.host
+            self._publish(self._copy.wait())
+            return
+        now = time.monotonic()
+        if now >= self._next and self._copy.ask():
+            self._next = now + PUBLISH_SECONDS
+            self._host = self._retriever.counters.host.copy()
+        if (taken := self._copy.take()) is not None:
+            self._publish(taken)
+
+    def _publish(self, cells: list[np.ndarray]) -> None:
+        if self._counting:
+            self._publish_decodes(np.concatenate([self._host, cells[0]]))
+        if self._tiers is not None:
+            if self._counting:
+                self._publish_fetches(cells[1])
+            self._publish_tiers()
+
+    def _publish_decodes(self, counted: np.ndarray) -> None:
+        files = self._files
+        files.set(catalog.DECODE_STEPS, counted[decode.STEPS])
+        files.set(catalog.DECODE_ROWS, counted[decode.DECODE_ROWS])
+        files.set(catalog.PAGES_READ, counted[decode.PAGES_READ] + counted[decode.FALLBACK_PAGES])
+        files.set(catalog.PAGES_HELD, counted[decode.PAGES_HELD])
+        if self._retriever.head is None:
+            return
+        at_most = [*counted[decode.KEPT_MASS_BUCKETS], counted[decode.CHOOSING_ROWS]]
+        files.set_histogram(catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0), counted[decode.KEPT_MASS])
+        if self._retriever.config.confidence_threshold:
+            files.set(catalog.FALLBACK_ROWS, counted[decode.FALLBACK_ROWS])
+        for metric, watch in ((catalog.SELECT_SECONDS, self.select), (catalog.LEARN_SECONDS, self.learn)):
+            watch.collect()
+            files.set_histogram(metric, watch.counts, watch.total)
+
+    def _publish_fetches(self, counted: np.ndarray) -> None:
+        files = self._files
+        files.set(catalog.HITS, counted[tier.SELECTED] - counted[tier.MISSED])
+        files.set(catalog.MISSES, counted[tier.MISSED])
+        files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * self._tiers.head_page_bytes)
+        files.set(catalog.LAYER_MOVES, self._tiers.moved_layers)
+        if self._timed_copies:
+            files.set(catalog.PREFETCHES, counted[tier.AWAITED])
+            files.set(catalog.LATE_PREFETCHES, counted[tier.LATE])
+            files.set(catalog.LATE_SECONDS, counted[tier.LATE_NS] / 1e9)
+
+    def _publish_tiers(self) -> None:
+        files, tiers = self._files, self._tiers
+        ledger = tiers.ledger
+        files.set(catalog.RESIDENT_LAYERS, ledger.resident)
+        files.set(catalog.OFFLOADED_LAYERS, tiers.num_layers - ledger.resident)
+        files.set(catalog.HOT_BUFFER_TOKENS, tiers.hot_tokens)
+        files.set(catalog.HOST_POOL_BYTES, tiers.host.nbytes)
+        files.set(catalog.HOST_POOL_USED, ledger.used_share)

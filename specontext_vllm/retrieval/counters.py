@@ -1,0 +1,61 @@
+"""What a worker's decode steps come to, summed since the engine started."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STEPS, DECODE_ROWS, CHOOSING_ROWS, PAGES_READ, PAGES_HELD = range(5)
+"""Known to the host: steps with decode rows; their rows; rows of steps in which pages were chosen; head pages that the rows read
+(within the budget) and held."""
+
+KEPT_MASS, FALLBACK_ROWS, FALLBACK_PAGES = range(5, 8)
+"""Summed on the device: kept mass of the choosing rows, the mean over a row's KV heads; rows under the confidence threshold, and the head
+pages that they read beyond the budget."""
+
+KEPT_MASS_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+KEPT_MASS_BUCKETS = slice(8, 8 + len(KEPT_MASS_EDGES))
+"""Summed on the device: choosing rows whose kept mass is at most the edge, for each edge."""
+
+_HOST = KEPT_MASS
+"""Places before this one are the host's."""
+
+
+class Counters:
+    """Sums that never fall. What the host cannot know is summed on the device, so that counting never waits for it.
+
+    Attributes:
+        host: ``[5]`` float64, the places up to PAGES_HELD.
+        cells: the rest, float64 on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = np.zeros(_HOST)
+        self.cells = torch.zeros(KEPT_MASS_BUCKETS.stop - _HOST, dtype=torch.float64, device=device)
+        self._edges = torch.tensor(KEPT_MASS_EDGES, dtype=torch.float32, device=device)
+        self._base = np.zeros(KEPT_MASS_BUCKETS.stop)
+
+    def count_rows(self, rows: int, pages_read: int, pages_held: int) -> None:
+        """A step's decode rows and the head pages they read and hold."""
+        self.host[:] += (1, rows, 0, pages_read, pages_held)
+
+    def count_choice(self, kept_mass: Tensor) -> None:
+        """Rows of a step in which pages were chosen. kept_mass: ``[B, H]`` float32."""
+        self.host[CHOOSING_ROWS] += len(kept_mass)
+        mean = kept_mass.mean(-1)
+        self.cells[KEPT_MASS - _HOST] += mean.sum()
+        self.cells[KEPT_MASS_BUCKETS.start - _HOST :] += (mean[:, None] <= self._edges).sum(0)
+
+    def count_fallback(self, rows: Tensor, pages: Tensor) -> None:
+        """Rows that fell back, and the head pages they read beyond the budget: scalars on the device."""
+        self.cells[FALLBACK_ROWS - _HOST] += rows
+        self.cells[FALLBACK_PAGES - _HOST] += pages
+
+    def since_reset(self, reset: bool) -> np.ndarray:
+        """All places, counted since the last reset; waits for the device."""
+        now = np.concatenate([self.host, self.cells.cpu().numpy()])
+        since = now - self._base
+        if reset:
+            self._base = now
+        return since

@@ -1,0 +1,18 @@
+"""Which vLLM the plugin drives: stated here once; setup.py reads it, and the locks and the README are tested against it."""
+
+from __future__ import annotations
+
+SUPPORTED_VLLM = ">=0.32.0,<0.33"
+"""Releases that tests have driven. The plugin wraps classes in memory (engine/compat.py), and their next shape is not known in advance."""
+
+
+def complaint(version: str) -> str | None:
+    """One sentence about a vLLM that is not supported; None about one that is."""
+    from packaging.specifiers import SpecifierSet
+
+    if SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True):
+        return None
+    return (
+        f"vLLM: found {version}, but this release of specontext drives vllm{SUPPORTED_VLLM}; install such a vLLM, or a release of specontext "
+        f"made for yours."
+    )

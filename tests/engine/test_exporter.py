@@ -1,0 +1,92 @@
+"""What a worker publishes, and what it leaves out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.engine import metrics, stopwatch
+from specontext_vllm.engine.resolve import METRICS_FOLDER
+from specontext_vllm.observability import catalog
+from specontext_vllm.retrieval.retriever import Retriever
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch, device):
+    """Settings -> (exporter of a retriever without a head, scrape of its folder, the retriever)."""
+    monkeypatch.setattr(metrics, "get_tensor_model_parallel_rank", lambda: 0)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+
+    def made(folder=str(tmp_path), **settings):
+        retriever = Retriever(
+            SpeContextConfig(retriever="recent", **settings), None, lambda ids: ids, num_kv_heads=2, max_model_len=4096, table_pages=128,
+            device=device,
+        )  # fmt: skip
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(served_model_name="m"), parallel_config=SimpleNamespace(data_parallel_index=3),
+            observability_config=SimpleNamespace(**{METRICS_FOLDER: folder}),
+        )  # fmt: skip
+        return metrics.Exporter(config, retriever, None, device), lambda: {s.name: s for m in registry.collect() for s in m.samples}, retriever
+
+    return made
+
+
+def test_counters_start_at_zero_and_an_engine_at_rest_is_exact(make):
+    exporter, scrape, retriever = make()
+    start = scrape()[catalog.DECODE_ROWS.name]
+    assert (start.value, start.labels) == (0, {"model_name": "m", "engine": "3"})
+    retriever.counters.count_rows(5, 20, 70)
+    exporter.step(idle=True)
+    page = scrape()
+    assert (page[catalog.DECODE_ROWS.name].value, page[catalog.PAGES_READ.name].value, page[catalog.PAGES_HELD.name].value) == (5, 20, 70)
+    exporter.close()
+    assert not scrape()
+
+
+def test_a_busy_engine_publishes_once_in_a_while(make, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    exporter, scrape, retriever = make()
+
+    def step() -> float:
+        retriever.counters.count_rows(1, 1, 1)
+        exporter.step(idle=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            exporter.step(idle=False)
+        return scrape()[catalog.DECODE_STEPS.name].value
+
+    seen = [step() for _ in range(4)]
+    now[0] += metrics.PUBLISH_SECONDS
+    assert [*seen, step(), step()] == [1, 1, 1, 1, 5, 5]
+
+
+def test_without_stats_what_needs_counting_is_absent(make):
+    exporter, scrape, _ = make(stats=False)
+    exporter.step(idle=True)
+    assert not scrape()
+
+
+def test_a_worker_that_cannot_reach_the_folder_goes_on(make):
+    exporter, scrape, _ = make(folder="/nowhere")
+    exporter.step(idle=True)
+    exporter.close()
+    assert not scrape()
+
+
+def test_a_stopwatch_times_one_lap_in_sixteen(device):
+    watch = stopwatch.Stopwatch((1e-9, 1e3), device)
+    for _ in range(2 * stopwatch.SAMPLED_STEPS + 1):
+        with watch.lap():
+            torch.zeros(4, device=device).add_(1)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    watch.collect()
+    assert watch.counts.tolist() == [0, 3, 0]
+    assert 0 < watch.total < 60

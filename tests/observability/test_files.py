@@ -1,0 +1,106 @@
+"""Workers' files as prometheus_client's collector reads them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+
+from specontext_vllm.observability import catalog, files
+from specontext_vllm.observability.files import MetricFiles
+
+LABELS = {"model_name": "m", "engine": "0"}
+
+
+def samples(registry: CollectorRegistry) -> dict[tuple, float]:
+    """What a scrape of the registry says: (name, labels as sorted pairs) -> value."""
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def key(name: str, **labels: str) -> tuple:
+    return name, tuple(sorted({**LABELS, **labels}.items()))
+
+
+@pytest.fixture
+def registry(tmp_path) -> CollectorRegistry:
+    made = CollectorRegistry()
+    MultiProcessCollector(made, str(tmp_path))
+    return made
+
+
+def test_ranks_have_series_of_their_own_and_rank_0_speaks_for_all(tmp_path, registry):
+    ranks = [MetricFiles(str(tmp_path), LABELS, rank) for rank in range(2)]
+    for rank, worker in enumerate(ranks):
+        worker.set(catalog.HITS, 10 + rank)
+        worker.set(catalog.HITS, 20 + rank)
+        worker.set(catalog.DECODE_ROWS, 7)
+        worker.set(catalog.RESIDENT_LAYERS, 3 - rank)
+    assert samples(registry) == {
+        key(catalog.HITS.name, tp_rank="0"): 20, key(catalog.HITS.name, tp_rank="1"): 21,
+        key(catalog.RESIDENT_LAYERS.name, tp_rank="0"): 3, key(catalog.RESIDENT_LAYERS.name, tp_rank="1"): 2,
+        key(catalog.DECODE_ROWS.name): 7,
+    }  # fmt: skip
+
+
+def test_a_histogram_is_cumulative_in_the_scrape(tmp_path, registry):
+    worker = MetricFiles(str(tmp_path), LABELS, 0)
+    counts = [1, 0, 2, *[0] * (len(catalog.KEPT_MASS_RATIO.edges) - 4), 4, 5]
+    worker.set_histogram(catalog.KEPT_MASS_RATIO, counts, 9.5)
+    page, name = samples(registry), catalog.KEPT_MASS_RATIO.name
+    assert [page[key(f"{name}_bucket", tp_rank="0", le=le)] for le in ("0.1", "0.2", "0.3", "0.99", "+Inf")] == [1, 1, 3, 7, 12]
+    assert (page[key(f"{name}_count", tp_rank="0")], page[key(f"{name}_sum", tp_rank="0")]) == (12, 9.5)
+
+
+def test_help_and_type_are_the_catalog_s(tmp_path, registry):
+    worker = MetricFiles(str(tmp_path), LABELS, 0)
+    for metric in catalog.METRICS:
+        if metric.kind == "histogram":
+            worker.set_histogram(metric, [0] * (len(metric.edges) + 1), 0)
+        else:
+            worker.set(metric, 0)
+    text = generate_latest(registry).decode()
+    for metric in catalog.METRICS:
+        assert f"# HELP {metric.name} {metric.text}\n" in text
+        assert f"# TYPE {metric.name} {metric.kind}\n" in text
+
+
+def test_the_figures_of_an_engine_go_with_it(tmp_path, registry):
+    gone, running = (MetricFiles(str(tmp_path), {**LABELS, "engine": name}, 0) for name in "01")
+    gone.set(catalog.HITS, 1)
+    running.set(catalog.HITS, 2)
+    gone.close()
+    gone.close()
+    assert samples(registry) == {key(catalog.HITS.name, engine="1", tp_rank="0"): 2}
+
+
+def test_several_servers_share_the_folder_that_vllm_reads(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert files.front_end_folder() == str(tmp_path)
+
+
+def test_one_server_shows_its_workers_and_forgets_the_killed(monkeypatch):
+    registry = CollectorRegistry()
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(files, "REGISTRY", registry)
+    monkeypatch.setattr(files, "_folder", None)
+    folder = files.front_end_folder()
+    killed = (
+        "import os; from specontext_vllm.observability import catalog; from specontext_vllm.observability.files import MetricFiles; "
+        f"worker = MetricFiles({folder!r}, {LABELS!r}, 0); worker.set(catalog.HITS, 5); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
+    assert samples(registry) == {key(catalog.HITS.name, tp_rank="0"): 5}
+    alive = MetricFiles(folder, LABELS, 0)
+    alive.set(catalog.HITS, 1)
+    assert files.front_end_folder() == folder
+    assert samples(registry) == {key(catalog.HITS.name, tp_rank="0"): 1}
+
+
+def test_a_folder_of_another_machine_is_an_oserror(tmp_path):
+    with pytest.raises(OSError):
+        MetricFiles(str(tmp_path / "elsewhere"), LABELS, 0)
