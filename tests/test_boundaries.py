@@ -1,4 +1,4 @@
-"""Dependencies point one way: engine -> {retrieval, residency, attention} -> triton_kernels (docs/architecture.md)."""
+"""Dependencies point one way: engine -> {sidecar, retrieval, residency, attention} -> triton_kernels, and sidecar -> retrieval (docs/architecture.md)."""
 
 import ast
 from pathlib import Path
@@ -13,6 +13,7 @@ ROOMS = {
     "retrieval": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.triton_kernels"},
     "residency": {"specontext_vllm.config", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
     "attention": {"specontext_vllm.config", "specontext_vllm.attention", "specontext_vllm.triton_kernels"},
+    "sidecar": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.sidecar"},
     "triton_kernels": {"specontext_vllm.triton_kernels"},
 }
 

@@ -25,6 +25,12 @@ class SpeContextWorkerMixin:
         logger.info("SpeContext: the head's caches take %.1f %% of the KV memory.", 100 * (1 - share))
         return int(available * share)
 
+    def shutdown(self) -> None:
+        """End the sidecar's actor, if there is one, before vLLM's worker lets go of the rest."""
+        if (runtime := getattr(getattr(self, "model_runner", None), "runtime", None)) is not None:
+            runtime.close()
+        super().shutdown()
+
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures of this worker's decode steps since the last reset; see ``Retriever.stats``."""
         return self.model_runner.runtime.stats(reset)
