@@ -72,16 +72,16 @@ class Link:
         with self._failures():
             return self._graph.execute(message)
 
-    def receive(self, sent: Any, seconds: float = REPLY_SECONDS) -> Any:
-        """The reply to a message; in the order in which they were sent.
+    def receive(self, sent: Any, seconds: float | None = None) -> Any:
+        """The reply to a message, within REPLY_SECONDS if not told otherwise.
 
         Raises:
             SidecarDown: the actor is gone, failed over the message, or took longer.
         """
         with self._failures():
-            return self._ray.get(sent, timeout=seconds)
+            return self._ray.get(sent, timeout=REPLY_SECONDS if seconds is None else seconds)
 
-    def ask(self, message: Any, seconds: float = REPLY_SECONDS) -> Any:
+    def ask(self, message: Any, seconds: float | None = None) -> Any:
         """``send`` and ``receive``."""
         return self.receive(self.send(message), seconds)
 

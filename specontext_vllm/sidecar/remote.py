@@ -342,6 +342,7 @@ class RemoteRetriever:
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """``Retriever.stats``, and of the sidecar: restarts, rows read whole for want of it, seconds waited for selections (since
         the last reset); whether it is up, and pages it does not know (now)."""
+        self._adopt()
         figures = {
             **self.dense.stats(reset), "retriever": self.config.retriever, **self._figures,
             "sidecar_up": int(self._link is not None), "sidecar_lost_pages": self.lost.count,
