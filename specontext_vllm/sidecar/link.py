@@ -95,7 +95,7 @@ class Link:
     def _failures(self) -> Iterator[None]:
         try:
             yield
-        except self._ray.exceptions.RayError as error:
+        except Exception as error:  # Ray's own, mostly, but not all that it raises share a class
             lines = str(error).strip().splitlines() or [""]
             # Ray puts the sentence of an error inside the actor last, its own first.
             told = lines[-1] if isinstance(error, self._ray.exceptions.RayTaskError) else lines[0]

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,6 @@ class RemoteRetriever:
         self._link: Link | None = None
         self._next_link: Future[Link] | None = None
         self._closed = threading.Event()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="specontext-sidecar")
         self._step: _Step | None = None
         self._unsent: tuple[_Step, list[Tensor]] | None = None
         self._unread: tuple[_Step, Any] | None = None
@@ -134,8 +133,8 @@ class RemoteRetriever:
             self._link.ask(Allocate(num_blocks), START_SECONDS)
         except SidecarDown as error:
             raise ConfigError(
-                f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but the actor ({self.config.sidecar_cpus} CPUs and {self.config.sidecar_gpus:g} GPUs "
-                f"of the cluster) did not start: {error}; free them, ask for fewer, or use sidecar inline."
+                f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but its actor (sidecar_cpus {self.config.sidecar_cpus}, sidecar_gpus "
+                f"{self.config.sidecar_gpus:g}) did not start: {error}; free them in Ray's cluster, ask for fewer or use sidecar inline."
             ) from error
 
     def _connect(self) -> Link:
@@ -163,7 +162,7 @@ class RemoteRetriever:
                 for message in self._refills():
                     link.ask(message, START_SECONDS)
                 return link
-            except SidecarDown as error:
+            except Exception as error:  # whatever it is, requests go on meanwhile
                 if link is not None:
                     self._discard(link)
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
@@ -192,8 +191,15 @@ class RemoteRetriever:
             if missed is not None:
                 self.lost.lose(missed[0].pages.numpy())
         self._step = self._unsent = self._unread = None
-        dead, self._link = self._link, None
-        self._next_link = self._background.submit(self._reconnect, dead)
+        dead, self._link, self._next_link = self._link, None, Future()
+        # A daemon, so that a process may end although no actor can be had.
+        threading.Thread(target=self._restart, args=(dead, self._next_link), name="specontext-sidecar", daemon=True).start()
+
+    def _restart(self, dead: Link, future: Future[Link]) -> None:
+        try:
+            future.set_result(self._reconnect(dead))
+        except BaseException as error:
+            future.set_exception(error)
 
     def _adopt(self) -> None:
         """Take over a restarted actor, if there is one."""
@@ -207,11 +213,10 @@ class RemoteRetriever:
     def close(self) -> None:
         """End the actor; Ray itself goes on until the process ends."""
         self._closed.set()
-        self._background.shutdown(wait=True, cancel_futures=True)
-        done = self._next_link is not None and not self._next_link.cancelled() and self._next_link.exception() is None
-        for link in (self._link, self._next_link.result() if done else None):
-            if link is not None:
-                self._discard(link)
+        if self._next_link is not None and self._next_link.exception() is None:
+            self._link = self._next_link.result()
+        if self._link is not None:
+            self._discard(self._link)
         self._link = self._next_link = None
 
     def configure(self, config: SpeContextConfig) -> None:

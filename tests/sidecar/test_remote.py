@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.sidecar import link
@@ -49,10 +49,14 @@ def world():
         dtype=torch.float32, seed=0,
     )  # fmt: skip
     config = replace_config(world.config, sidecar="ray")
-    remote = RemoteRetriever(
-        config, checkpoint, lambda ids: F.embedding(ids, world.table), vocab_size=VOCAB, num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
-        max_rows=8, max_tokens=256, dtype=torch.float32, device=device,
-    )  # fmt: skip
+
+    def make(config):
+        return RemoteRetriever(
+            config, checkpoint, lambda ids: F.embedding(ids, world.table), vocab_size=VOCAB, num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
+            max_rows=8, max_tokens=256, dtype=torch.float32, device=device,
+        )  # fmt: skip
+
+    world.make_remote, remote = make, make(config)
     remote.allocate_cache(BLOCKS)
     world.retriever = Twins(world.retriever, remote, device)
     yield world
@@ -162,6 +166,15 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
         assert inline != whole(world, name, length)
     after = remote.stats()
     assert after["sidecar_restarts"] == 1 and after["sidecar_dense_rows"] == 4 and after["sidecar_lost_pages"] > 0
+
+
+def test_an_actor_that_finds_no_room_is_told_in_one_sentence(world, monkeypatch):
+    """The cluster's one core is taken."""
+    monkeypatch.setattr(link, "START_SECONDS", 1)
+    second = world.make_remote(world.retriever.remote.config)
+    with pytest.raises(ConfigError, match=r"sidecar: found 'ray', but its actor \(sidecar_cpus 1, sidecar_gpus 0\) did not start: GetTimeout"):
+        second.allocate_cache(BLOCKS)
+    second.close()
 
 
 def test_ray_listens_on_the_loopback_interface_alone(world):
