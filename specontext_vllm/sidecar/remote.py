@@ -75,8 +75,8 @@ class RemoteRetriever:
         dtype: the model's.
     """
 
-    reads_aux = True
     bytes_per_block = 0
+    """Of the worker's KV memory: the head's caches are the actor's."""
 
     def __init__(
         self, config: SpeContextConfig, checkpoint: HeadCheckpoint, embed: Callable[[Tensor], Tensor], *, vocab_size: int,
@@ -187,9 +187,9 @@ class RemoteRetriever:
     def _fail(self, error: SidecarDown, step: _Step | None = None) -> None:
         """The actor is gone in ``step``, or between steps: note what it missed and have a new one started."""
         logger.warning("SpeContext sidecar: %s; requests are read whole until it has been restarted.", error)
-        for missed in (self._unsent, self._unread, None if step is None else (step,)):
-            if missed is not None:
-                self.lost.lose(missed[0].pages.numpy())
+        unlearned = [waiting[0] for waiting in (self._unsent, self._unread) if waiting is not None]
+        for missed in (*unlearned, *([] if step is None else [step])):
+            self.lost.lose(missed.pages.numpy())
         self._step = self._unsent = self._unread = None
         dead, self._link, self._next_link = self._link, None, Future()
         # A daemon, so that a process may end although no actor can be had.
@@ -208,7 +208,7 @@ class RemoteRetriever:
         self._link, self._next_link = self._next_link.result(), None
         self._figures["sidecar_restarts"] += 1
         self._sent_table.fill(0)
-        logger.warning("SpeContext sidecar: restarted with %d pages; %d are lost.", self._mirrored.sum(), self.lost.count)
+        logger.info("SpeContext sidecar: restarted with %d pages; %d are lost.", self._mirrored.sum(), self.lost.count)
 
     def close(self) -> None:
         """End the actor; Ray itself goes on until the process ends."""
@@ -307,18 +307,19 @@ class RemoteRetriever:
         dense = self.lost.touched_rows(step.block_table, step.seq_lens[:decodes])
         if dense:
             self._read_whole(dense, batch, pages, lengths)
+            selected = (selection.lengths.view(decodes, heads)[dense] + PAGE_SIZE - 1) // PAGE_SIZE
+            whole = sum(pages_for(batch.seq_lens_bound[row]) for row in dense)
+            self.dense.counters.pages_read += heads * whole - int(selected.sum())
+            self._figures["sidecar_dense_rows"] += len(dense)
 
     def _read_whole(self, rows: list[int], batch: StepBatch, pages: Tensor, lengths: Tensor) -> None:
         """Let ``rows`` of the page table hold all their pages."""
-        heads, counters = self.num_kv_heads, self.dense.counters
-        mass = torch.empty(batch.num_decodes, heads, dtype=torch.float32, device=self.device)
+        mass = torch.empty(batch.num_decodes, self.num_kv_heads, dtype=torch.float32, device=self.device)
         for row in rows:
             select_rows(
                 self.dense.scores, batch.seq_lens, batch.seq_lens, batch.block_table, pages, lengths, mass, Budget(self.max_pages, 1, 1),
                 rows=range(row, row + 1),
             )  # fmt: skip
-            counters.pages_read += heads * max(0, pages_for(batch.seq_lens_bound[row]) - self.config.budget_pages)
-        self._figures["sidecar_dense_rows"] += len(rows)
 
     def after_forward(self, batch: StepBatch, aux: list[Tensor]) -> None:
         """Hand the step's auxiliary hidden states on; see ``Retriever.after_forward``."""

@@ -26,17 +26,22 @@ class Twins:
     """An inline retriever and a remote one that see the same steps; stands in for ``World.retriever``."""
 
     def __init__(self, inline, remote, device):
-        self.inline, self.remote, self.config = inline, remote, inline.config
+        self.inline, self.remote, self.config, self.pages_read = inline, remote, inline.config, 0
         self.pages = torch.zeros(8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
 
     def before_forward(self, batch, pages, lengths):
         self.inline.before_forward(batch, pages, lengths)
         self.remote.before_forward(batch, self.pages, self.lengths)
+        self.pages_read += sum(pages_for(n) for n in self.lengths[: batch.num_decodes * KV_HEADS].tolist())
 
     def after_forward(self, batch, aux):
         self.inline.after_forward(batch, aux)
+        self.before_learning()
         self.remote.after_forward(batch, aux)
+
+    def before_learning(self):
+        """A test's place between a selection and what is learned from its step."""
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +145,20 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
     remote = world.retriever.remote
     lived, paused, hit, new, cut = (f"{name} {death}" for name in ("lived", "paused", "hit", "new", "cut"))
     world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
-    before = remote.stats(reset=True)
-    assert before["sidecar_up"]
+    assert remote.stats(reset=True)["sidecar_up"]
+    world.retriever.pages_read = 0
     for name in (lived, paused):
         world.add(name, 200)
         step(world, (name, 0, 150))
         step(world, (name, 150, 151))
     world.add(cut, 200)
+    # What this chunk teaches is sent but never acknowledged: it is lost.
+    monkeypatch.setattr(world.retriever, "before_learning", lambda: os.kill(actor_pid(), signal.SIGSTOP))
     step(world, (cut, 0, 150))
+    if death == "killed":
+        os.kill(actor_pid(), signal.SIGKILL)
+    monkeypatch.undo()
     monkeypatch.setattr(link, "REPLY_SECONDS", 2)
-    # What was learned from the last chunk was not acknowledged: it is lost.
-    os.kill(actor_pid(), signal.SIGKILL if death == "killed" else signal.SIGSTOP)
     for i in (151, 152):
         assert [remote for _, remote in step(world, (lived, i, i + 1))] == [whole(world, lived, i + 1)]
     assert remote.stats()["sidecar_up"] == 0
@@ -165,6 +173,7 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
         assert found == (whole(world, name, length) if name in (lived, cut) else inline), name
         assert inline != whole(world, name, length)
     after = remote.stats()
+    assert after["pages_read"] == world.retriever.pages_read
     assert after["sidecar_restarts"] == 1 and after["sidecar_dense_rows"] == 4 and after["sidecar_lost_pages"] > 0
 
 
