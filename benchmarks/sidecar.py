@@ -112,8 +112,8 @@ def main(
     ]
     if not on_gpu:
         result.notes.append(
-            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine: the column `added` is what the exchange costs where nothing "
-            f"is gained by moving the head."
+            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {os.getloadavg()[0]:.1f}): `added` is what "
+            f"the exchange costs where nothing is gained by moving the head."
         )
     env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}

@@ -97,8 +97,8 @@ class Link:
             yield
         except Exception as error:  # Ray's own, mostly, but not all that it raises share a class
             lines = str(error).strip().splitlines() or [""]
-            # Ray puts the sentence of an error inside the actor last, its own first.
-            told = lines[-1] if isinstance(error, self._ray.exceptions.RayTaskError) else lines[0]
+            # What went wrong inside the actor stands at the end of its traceback, Ray's own sentence at the beginning.
+            told = lines[-1] if any(line.startswith("  File ") for line in lines) else lines[0]
             raise SidecarDown(f"{type(error).__name__}: {told}") from error
 
 

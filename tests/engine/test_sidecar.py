@@ -64,7 +64,7 @@ def inline(prompts):
 
 
 @pytest.fixture(scope="module")
-def ray(prompts):
+def remote(prompts):
     pytest.importorskip("ray")
     return run(prompts, "ray")
 
@@ -73,19 +73,20 @@ def ray(prompts):
     "scenario",
     ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted", "lived through a death", "after it", "hits after it"],
 )
-def test_tokens_are_those_of_the_head_in_the_worker(inline, ray, scenario):
-    assert ray[scenario] == inline[scenario]
+def test_tokens_are_those_of_the_head_in_the_worker(inline, remote, scenario):
+    assert remote[scenario] == inline[scenario]
 
 
-def test_the_scenarios_happened(inline, ray):
-    assert inline["preempted"] > 0 and ray["preempted"] == inline["preempted"]
-    assert ray["cached tokens"] == inline["cached tokens"] > 0
-    ours, theirs = ray["stats"], inline["stats"]
-    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-3)
+def test_the_scenarios_happened(inline, remote):
+    assert inline["preempted"] > 0 and remote["preempted"] == inline["preempted"]
+    assert remote["cached tokens"] == inline["cached tokens"] > 0
+    ours, theirs = remote["stats"], inline["stats"]
+    assert ours["kept_mass_mean"] == pytest.approx(theirs["kept_mass_mean"], rel=1e-4)
+    assert {**ours, "kept_mass_mean": None}.items() >= {**theirs, "kept_mass_mean": None}.items()
     assert ours["pages_read"] < 0.5 * ours["pages_total"]
     assert ours["sidecar_dense_rows"] == ours["sidecar_restarts"] == 0
-    late = ray["late stats"]
+    late = remote["late stats"]
     # The request that lived through the death read densely to its end, and nobody else did.
     assert late["sidecar_restarts"] == 1 and late["sidecar_up"] == 1
     assert late["sidecar_dense_rows"] >= 40
-    assert ray["hits after it"][0] > 0 and ray["hits after it"][2] > 0
+    assert remote["hits after it"][0] > 0 and remote["hits after it"][2] > 0
