@@ -64,8 +64,8 @@ def make_rows(cells: list[Cell], engines: dict[str, Any]) -> list[dict[str, Any]
             if figures := engines.get(place, {}).get("cells", {}).get(cell.name):
                 step, stats = figures["step_ms"], figures["stats"]
                 row |= {
-                    "cell": cell.label(figures["requests"]), place: step["median"], f"{place}_spread": f"{step['p10']:.2f} to {step['p90']:.2f}",
-                    f"{place}_prefill": figures["prefill_s"], "pages_read": stats["pages_read"] / stats["pages_total"],
+                    "cell": cell.label(figures["requests"]), place: step["median"],
+                    f"{place}_spread": f"{step['p10']:.2f} to {step['p90']:.2f}", f"{place}_prefill": figures["prefill_s"], "pages_read": stats["pages_read"] / stats["pages_total"],
                 }  # fmt: skip
                 if place == "ray":
                     row["waited"] = 1e3 * stats["sidecar_wait_seconds"] / stats["steps"]
@@ -85,7 +85,7 @@ def main(
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = 32,
     engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine; what it measured till then is kept.")] = 600,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
-    work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs; default a new temporary one.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder of the engines' logs; default a new temporary one.")] = None,
 ) -> None:
     """Steady decode step with the head inline and in a Ray actor, side by side. Exit code 1 if anything failed."""
     try:
@@ -105,15 +105,15 @@ def main(
     title = f"The head inline and in a Ray actor, {model_shape} shape, {weights}, budget {budget} tokens"
     result = report.Report("sidecar", title, TABLES, details=details)
     result.notes = [
-        f"Steady state: all requests decode; median over {steps} steps after the last prefill. One engine after the other in this one command. "
-        f"The actor asked Ray for {sidecar_cpus} CPU cores and {sidecar_gpus:g} GPUs.",
-        "Waiting for the actor: from the sending of the step to the arrival of the selection, mean; the head's own work lies in it, as it lies "
-        "in the inline step.",
+        f"Steady state: all requests decode; median over {steps} steps after the last prefill. One engine after the other in this one "
+        f"command. The actor asked Ray for {sidecar_cpus} CPU cores and {sidecar_gpus:g} GPUs.",
+        "Waiting for the actor: from the sending of the step to the arrival of the selection, mean; the head's own work lies in it, as it "
+        "lies in the inline step.",
     ]
     if not on_gpu:
         result.notes.append(
-            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {os.getloadavg()[0]:.1f}): `added` is what "
-            f"the exchange costs where nothing is gained by moving the head."
+            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {os.getloadavg()[0]:.1f}): `added` is "
+            f"what the exchange costs where nothing is gained by moving the head."
         )
     env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}

@@ -1,4 +1,4 @@
-"""Dependencies point one way: engine -> {sidecar, retrieval, residency, attention} -> triton_kernels, and sidecar -> retrieval (docs/architecture.md)."""
+"""Dependencies point one way: engine -> {sidecar -> retrieval, residency, attention} -> triton_kernels (docs/architecture.md)."""
 
 import ast
 from pathlib import Path

@@ -24,7 +24,7 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"sidecar_gpus": 0.5}, "sidecar_gpus: found 0.5, but sidecar is inline; set sidecar to ray or leave it out."),
         ({"sidecar": "ray", "sidecar_gpus": 2}, "sidecar_gpus: found 2; input should be less than or equal to 1"),
         ({"sidecar": "ray", "sidecar_cpus": 0}, "sidecar_cpus: found 0; input should be greater than or equal to 1"),
-        ({"sidecar": "ray", "retriever": "recent"}, "sidecar: found 'ray' with retriever 'recent', which has no head to run there; use"),
+        ({"sidecar": "ray", "retriever": "recent"}, "sidecar: found 'ray' with retriever 'recent', which has no head"),
         ({"sidecar": "ray", "host_kv_gib": 1}, "sidecar: found 'ray' with host_kv_gib 1.0; the host pool's slot maps live in vLLM's worker"),
         ("no", "found 'no', expected an object"),
     ],

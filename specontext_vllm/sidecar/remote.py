@@ -120,8 +120,8 @@ class RemoteRetriever:
         Raises:
             ConfigError: it does not start.
         """
-        head = self.spec.checkpoint.spec
-        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, torch.device("cpu"))
+        head, host = self.spec.checkpoint.spec, torch.device("cpu")
+        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, host)
         self._mirrored = np.zeros(num_blocks, dtype=bool)
         self.lost = LostPages(num_blocks)
         try:
@@ -133,8 +133,8 @@ class RemoteRetriever:
             self._link.ask(Allocate(num_blocks), START_SECONDS)
         except SidecarDown as error:
             raise ConfigError(
-                f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but its actor (sidecar_cpus {self.config.sidecar_cpus}, sidecar_gpus "
-                f"{self.config.sidecar_gpus:g}) did not start: {error}; free them in Ray's cluster, ask for fewer or use sidecar inline."
+                f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but its actor (sidecar_cpus {self.config.sidecar_cpus}, "
+                f"sidecar_gpus {self.config.sidecar_gpus:g}) did not start: {error}; free them in Ray's cluster, ask for fewer or use sidecar inline."
             ) from error
 
     def _connect(self) -> Link:

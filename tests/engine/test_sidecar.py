@@ -71,8 +71,11 @@ def remote(prompts):
 
 @pytest.mark.parametrize(
     "scenario",
-    ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted", "lived through a death", "after it", "hits after it"],
-)
+    [
+        "plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted", "lived through a death", "after it",
+        "hits after it",
+    ],
+)  # fmt: skip
 def test_tokens_are_those_of_the_head_in_the_worker(inline, remote, scenario):
     assert remote[scenario] == inline[scenario]
 

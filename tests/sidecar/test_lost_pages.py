@@ -31,7 +31,7 @@ class Oracle:
         return all(self.key[row[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE] for p in range(tokens))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_rows_with_an_unknown_key_are_found(data):
     """Requests grow, end, and begin anew in any free blocks, perhaps behind a page of another's, with the actor there or away."""

@@ -181,7 +181,8 @@ def test_an_actor_that_finds_no_room_is_told_in_one_sentence(world, monkeypatch)
     """The cluster's one core is taken."""
     monkeypatch.setattr(link, "START_SECONDS", 1)
     second = world.make_remote(world.retriever.remote.config)
-    with pytest.raises(ConfigError, match=r"sidecar: found 'ray', but its actor \(sidecar_cpus 1, sidecar_gpus 0\) did not start: GetTimeout"):
+    sentence = r"sidecar: found 'ray', but its actor \(sidecar_cpus 1, sidecar_gpus 0\) did not start: GetTimeout"
+    with pytest.raises(ConfigError, match=sentence):
         second.allocate_cache(BLOCKS)
     second.close()
 
