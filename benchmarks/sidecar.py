@@ -65,7 +65,8 @@ def make_rows(cells: list[Cell], engines: dict[str, Any]) -> list[dict[str, Any]
                 step, stats = figures["step_ms"], figures["stats"]
                 row |= {
                     "cell": cell.label(figures["requests"]), place: step["median"],
-                    f"{place}_spread": f"{step['p10']:.2f} to {step['p90']:.2f}", f"{place}_prefill": figures["prefill_s"], "pages_read": stats["pages_read"] / stats["pages_total"],
+                    f"{place}_spread": f"{step['p10']:.2f} to {step['p90']:.2f}", f"{place}_prefill": figures["prefill_s"],
+                    "pages_read": stats["pages_read"] / stats["pages_total"],
                 }  # fmt: skip
                 if place == "ray":
                     row["waited"] = 1e3 * stats["sidecar_wait_seconds"] / stats["steps"]
@@ -111,9 +112,10 @@ def main(
         "lies in the inline step.",
     ]
     if not on_gpu:
+        load = os.getloadavg()[0]
         result.notes.append(
-            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {os.getloadavg()[0]:.1f}): `added` is "
-            f"what the exchange costs where nothing is gained by moving the head."
+            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {load:.1f}): `added` is what "
+            f"the exchange costs where nothing is gained by moving the head."
         )
     env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}

@@ -134,7 +134,8 @@ class RemoteRetriever:
         except SidecarDown as error:
             raise ConfigError(
                 f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but its actor (sidecar_cpus {self.config.sidecar_cpus}, "
-                f"sidecar_gpus {self.config.sidecar_gpus:g}) did not start: {error}; free them in Ray's cluster, ask for fewer or use sidecar inline."
+                f"sidecar_gpus {self.config.sidecar_gpus:g}) did not start: {error}; free them in Ray's cluster, ask for fewer or use sidecar "
+                f"inline."
             ) from error
 
     def _connect(self) -> Link:
