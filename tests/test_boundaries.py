@@ -1,4 +1,4 @@
-"""Dependencies point one way: engine -> {retrieval, residency, attention} -> triton_kernels (docs/architecture.md)."""
+"""Dependencies point one way: engine -> {sidecar -> retrieval, residency, attention} -> triton_kernels (docs/architecture.md)."""
 
 import ast
 from pathlib import Path
@@ -14,6 +14,7 @@ ROOMS = {
     "residency": {"specontext_vllm.config", "specontext_vllm.late_copy", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
     "attention": {"specontext_vllm.config", "specontext_vllm.attention", "specontext_vllm.triton_kernels"},
     "observability": {"specontext_vllm.observability", "specontext_vllm.retrieval.counters"},
+    "sidecar": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.sidecar"},
     "triton_kernels": {"specontext_vllm.triton_kernels"},
 }
 

@@ -21,6 +21,12 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"host_kv_gib": "lots"}, "found 'lots'"),
         ({"gpu_kv_gib": 0}, "gpu_kv_gib: found 0; input should be greater than 0"),
         ({"stickiness": -0.5}, "stickiness: found -0.5; input should be greater than or equal to 0"),
+        ({"sidecar": "yes"}, "sidecar: found 'yes'; input should be 'inline' or 'ray'."),
+        ({"sidecar_gpus": 0.5}, "sidecar_gpus: found 0.5, but sidecar is inline; set sidecar to ray or leave it out."),
+        ({"sidecar": "ray", "sidecar_gpus": 2}, "sidecar_gpus: found 2; input should be less than or equal to 1"),
+        ({"sidecar": "ray", "sidecar_cpus": 0}, "sidecar_cpus: found 0; input should be greater than or equal to 1"),
+        ({"sidecar": "ray", "retriever": "recent"}, "sidecar: found 'ray' with retriever 'recent', which has no head"),
+        ({"sidecar": "ray", "host_kv_gib": 1}, "sidecar: found 'ray' with host_kv_gib 1.0; the host pool's slot maps live in vLLM's worker"),
         ("no", "found 'no', expected an object"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict | str) and len(str(value)) < 40 else "",
@@ -45,6 +51,9 @@ def test_table_is_as_wide_as_the_widest_selection():
     assert SpeContextConfig(confidence_threshold=0.5).table_pages(131072) == 512
     assert SpeContextConfig(confidence_threshold=0.5, fallback_budget=4096).table_pages(131072) == 256
     assert SpeContextConfig(retriever="dense").table_pages(131072) == 8192
+    # Rows are read whole while the sidecar is away, but what it selects is no wider than ever.
+    assert SpeContextConfig(sidecar="ray").table_pages(131072) == 8192
+    assert SpeContextConfig(sidecar="ray").selection_pages(131072) == 128
 
 
 def test_absent_settings_are_the_defaults():

@@ -18,9 +18,16 @@ from specontext_vllm.observability.files import MetricFiles
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval import counters as decode
 from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.sidecar.remote import RemoteRetriever
 from specontext_vllm.triton_kernels import counters as tier
 
 logger = init_logger("vllm.specontext")
+
+SIDECAR = {
+    "sidecar_up": catalog.SIDECAR_UP, "sidecar_restarts": catalog.SIDECAR_RESTARTS, "sidecar_dense_rows": catalog.SIDECAR_DENSE_ROWS,
+    "sidecar_lost_pages": catalog.SIDECAR_LOST_PAGES, "sidecar_wait_seconds": catalog.SIDECAR_WAIT_SECONDS,
+}  # fmt: skip
+"""Metrics of ``RemoteRetriever.figures``."""
 
 PUBLISH_SECONDS = 1.0
 """Time between two readings; scrapes are further apart."""
@@ -34,7 +41,7 @@ class Exporter:
         retriever, tiers: where the figures are; tiers None with one tier.
     """
 
-    def __init__(self, vllm_config: Any, retriever: Retriever, tiers: TieredKV | None, device: torch.device) -> None:
+    def __init__(self, vllm_config: Any, retriever: Retriever | RemoteRetriever, tiers: TieredKV | None, device: torch.device) -> None:
         self._retriever, self._tiers = retriever, tiers
         self._counting = retriever.config.stats
         self._timed_copies = device.type == "cuda"
@@ -83,6 +90,9 @@ class Exporter:
             self._publish(taken)
 
     def _publish(self, cells: list[np.ndarray]) -> None:
+        if isinstance(self._retriever, RemoteRetriever):
+            for name, value in self._retriever.figures().items():
+                self._files.set(SIDECAR[name], value)
         if self._counting:
             self._publish_decodes(np.concatenate([self._host, cells[0]]))
         if self._tiers is not None:
@@ -96,7 +106,7 @@ class Exporter:
         files.set(catalog.DECODE_ROWS, counted[decode.DECODE_ROWS])
         files.set(catalog.PAGES_READ, counted[decode.PAGES_READ] + counted[decode.FALLBACK_PAGES])
         files.set(catalog.PAGES_HELD, counted[decode.PAGES_HELD])
-        if self._retriever.head is None:
+        if not self._retriever.reads_aux:
             return
         at_most = [*counted[decode.KEPT_MASS_BUCKETS], counted[decode.CHOOSING_ROWS]]
         files.set_histogram(catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0), counted[decode.KEPT_MASS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def prepare_vllm_config(vllm_config: Any) -> None:
         raise ConfigError(sentence)
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     refuse_unsupported(vllm_config)
+    if config.sidecar == "ray":
+        refuse_sidecar(vllm_config.parallel_config)
     vllm_config.cache_config.block_size = PAGE_SIZE
     vllm_config.cache_config.user_specified_block_size = True
     resolved = dict(vllm_config.additional_config or {})
@@ -101,6 +104,18 @@ def refuse_unsupported(vllm_config: Any) -> None:
     for refused, found, remedy in refusals:
         if refused:
             raise ConfigError(f"{found}, which --attention-backend specontext does not support: {remedy}.")
+
+
+def refuse_sidecar(parallel: Any) -> None:
+    """Raise a ConfigError where the head cannot run in a Ray actor."""
+    setting = f"additional_config.{CONFIG_KEY}.sidecar: found 'ray'"
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"{setting}, but Ray is not installed; pip install 'specontext-vllm[sidecar]' or use sidecar inline.")
+    if parallel.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"{setting} with --tensor-parallel-size {parallel.tensor_parallel_size}; a restarted actor asks its worker for the embedding, "
+            f"which several workers only hold together: use sidecar inline."
+        )
 
 
 def find_head(config: SpeContextConfig, model_config: Any) -> str:

@@ -29,11 +29,13 @@ from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
+from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.selection import Held
 from specontext_vllm.retrieval.shard import shard_checkpoint
+from specontext_vllm.sidecar.remote import RemoteRetriever
 
 logger = init_logger("vllm.specontext")
 
@@ -73,7 +75,7 @@ class Runtime:
         self.config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
         self.num_kv_heads = model_config.get_num_kv_heads(parallel)
-        head = None
+        checkpoint = None
         if self.config.retrieval_head is not None:
             if not supports_eagle3(model):
                 raise ConfigError(
@@ -85,17 +87,12 @@ class Runtime:
             if tp > 1:
                 checkpoint = shard_checkpoint(checkpoint, rank=get_tensor_model_parallel_rank(), size=tp)
             model.set_aux_hidden_state_layers(tuple(vllm_config.additional_config[AUX_LAYERS_KEY]))
-            head = RetrievalHead(checkpoint, max_position=model_config.max_model_len, dtype=model_config.dtype, device=device)
+            weights = sum(tensor.numel() for tensor in checkpoint.tensors.values()) * model_config.dtype.itemsize
             logger.info(
                 "SpeContext retrieval head: %s, %.1f MB, aux layers %s; settings %s",
-                self.config.retrieval_head, head.num_bytes / 1e6, vllm_config.additional_config[AUX_LAYERS_KEY], describe(self.config),
+                self.config.retrieval_head, weights / 1e6, vllm_config.additional_config[AUX_LAYERS_KEY], describe(self.config),
             )  # fmt: skip
-        fixed_width = device.type != "cpu" or self.config.host_kv_gib
-        width = self.config.table_pages(model_config.max_model_len) if fixed_width else pages_for(model_config.max_model_len)
-        self.retriever = Retriever(
-            self.config, head, model.embed_input_ids, num_kv_heads=self.num_kv_heads, max_model_len=model_config.max_model_len,
-            table_pages=width, device=device,
-        )  # fmt: skip
+        self.retriever = self._make_retriever(checkpoint)
         self.selector = self._make_selector(self.config) if self.config.retriever in PER_LAYER else None
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
@@ -104,10 +101,27 @@ class Runtime:
         self._next_report = 0.0
         self._page_ids = torch.arange(pages_for(model_config.max_model_len), dtype=torch.int32, device=device)
 
+    def _make_retriever(self, checkpoint: HeadCheckpoint | None) -> Retriever | RemoteRetriever:
+        model, config = self.vllm_config.model_config, self.config
+        shape = {"num_kv_heads": self.num_kv_heads, "max_model_len": model.max_model_len, "device": self.device}
+        embed = self.model.embed_input_ids
+        if config.sidecar == "ray":
+            scheduler = self.vllm_config.scheduler_config
+            return RemoteRetriever(
+                config, checkpoint, embed, vocab_size=model.get_vocab_size(), max_rows=scheduler.max_num_seqs,
+                max_tokens=scheduler.max_num_batched_tokens, dtype=model.dtype, **shape,
+            )  # fmt: skip
+        head = None
+        if checkpoint is not None:
+            head = RetrievalHead(checkpoint, max_position=model.max_model_len, dtype=model.dtype, device=self.device)
+        fixed_width = self.device.type != "cpu" or config.host_kv_gib
+        width = config.table_pages(model.max_model_len) if fixed_width else pages_for(model.max_model_len)
+        return Retriever(config, head, embed, table_pages=width, **shape)
+
     @property
     def reads_aux(self) -> bool:
         """Whether the model must return auxiliary hidden states."""
-        return self.retriever.head is not None
+        return self.retriever.reads_aux
 
     def kv_share(self, kv_bytes_per_block: int) -> float:
         """Share of the memory for KV that is left once the retriever's caches have theirs."""
@@ -251,13 +265,9 @@ class Runtime:
             self.selector.allocate(self._num_layers, num_blocks, self.vllm_config.model_config.dtype)
         for layer, impl in enumerate(self._attention_layers()):
             impl.tiers, impl.selector, impl.layer = self.tiers, self.selector, layer
-        self.close()
-        self._exporter = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
-
-    def close(self) -> None:
-        """Take the worker's figures out of /metrics."""
         if self._exporter is not None:
             self._exporter.close()
+        self._exporter = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
 
     def _attention_layers(self) -> list[SpeContextImpl]:
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -308,6 +318,13 @@ class Runtime:
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures since the last reset; see ``Retriever.stats`` and ``TieredKV.stats``."""
         return {**self.retriever.stats(reset), **({} if self.tiers is None else self.tiers.stats(reset))}
+
+    def close(self) -> None:
+        """Let go of what outlives this object: the worker's figures in /metrics, and the sidecar's actor."""
+        if self._exporter is not None:
+            self._exporter.close()
+        if isinstance(self.retriever, RemoteRetriever):
+            self.retriever.close()
 
     def set(self, retriever: str | None, budget: int | None, stickiness: float | None = None) -> dict[str, Any]:
         """Change retriever, budget or stickiness between steps; see ``Retriever.configure``.

@@ -26,10 +26,9 @@ class SpeContextWorkerMixin:
         return int(available * share)
 
     def shutdown(self) -> None:
-        """Take the figures out of /metrics, then end as vLLM's worker does."""
-        runner = getattr(self, "model_runner", None)
-        if getattr(runner, "runtime", None) is not None:
-            runner.runtime.close()
+        """Take the figures out of /metrics and end the sidecar's actor, if there is one, before vLLM's worker lets go of the rest."""
+        if (runtime := getattr(getattr(self, "model_runner", None), "runtime", None)) is not None:
+            runtime.close()
         super().shutdown()
 
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:

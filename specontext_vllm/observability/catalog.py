@@ -85,5 +85,10 @@ OFFLOADED_LAYERS = _gauge("offloaded_layers", "layers", "Layers with only hot bu
 HOT_BUFFER_TOKENS = _gauge("hot_buffer_tokens", "tokens", "Size of a request's hot buffer, per KV head.")
 HOST_POOL_BYTES = _gauge("host_pool_bytes", "bytes", "Pinned host memory that holds KV.")
 HOST_POOL_USED = _gauge("host_pool_used_ratio", "ratio", "Share of the host pool's pages that hold KV of requests in flight.")
+SIDECAR_UP = _gauge("sidecar_up", "0 or 1", "1 while the sidecar's actor selects, 0 while requests are read whole for want of it.")
+SIDECAR_RESTARTS = _counter("sidecar_restarts", "restarts", "Times that the sidecar's actor was replaced after it had died or hung.")
+SIDECAR_DENSE_ROWS = _counter("sidecar_dense_rows", "rows", "Decode rows read whole because the sidecar was away or did not know their pages.")
+SIDECAR_LOST_PAGES = _gauge("sidecar_lost_pages", "pages", "Pages that the sidecar does not know, since it was away when they were written.")
+SIDECAR_WAIT_SECONDS = _counter("sidecar_wait_seconds", "seconds", "Time that steps waited for the sidecar's selection.")
 
 METRICS: tuple[Metric, ...] = tuple(value for value in globals().values() if isinstance(value, Metric))

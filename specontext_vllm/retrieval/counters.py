@@ -52,6 +52,11 @@ class Counters:
         self.cells[FALLBACK_ROWS - _HOST] += rows
         self.cells[FALLBACK_PAGES - _HOST] += pages
 
+    def add(self, counted: np.ndarray) -> None:
+        """What another ``Counters`` has counted, all places ``[19]`` float64."""
+        self.host += counted[:_HOST]
+        self.cells += torch.from_numpy(counted[_HOST:]).to(self.cells.device)
+
     def since_reset(self, reset: bool) -> np.ndarray:
         """All places, counted since the last reset; waits for the device."""
         now = np.concatenate([self.host, self.cells.cpu().numpy()])

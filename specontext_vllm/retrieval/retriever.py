@@ -62,6 +62,11 @@ class Retriever:
         self.counters = Counters(device)
         self._kept_mass = torch.ones(0, num_kv_heads, dtype=torch.float32, device=device)
 
+    @property
+    def reads_aux(self) -> bool:
+        """Whether ``after_forward`` wants the model's auxiliary hidden states."""
+        return self.head is not None
+
     def allocate_cache(self, num_blocks: int) -> None:
         """Make room for ``num_blocks`` pages of KV."""
         if self.head is not None:

@@ -1,0 +1,1 @@
+"""The retrieval head in a Ray actor, on another device than the model; knows Ray and tensors, not vLLM (docs/sidecar.md)."""

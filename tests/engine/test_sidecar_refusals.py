@@ -1,0 +1,33 @@
+"""An engine whose head cannot run in a Ray actor is refused before it starts, in one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from specontext_vllm.config import ConfigError
+from specontext_vllm.engine.resolve import prepare_vllm_config
+from tests.engine.test_resolve import vllm_config
+
+SIDECAR = {"specontext": {"sidecar": "ray"}}
+
+
+def test_ray_is_not_installed(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find_spec(name, *rest))
+    with pytest.raises(ConfigError, match=r"sidecar: found 'ray', but Ray is not installed; pip install 'specontext-vllm\[sidecar\]'"):
+        prepare_vllm_config(vllm_config(SIDECAR))
+
+
+def test_several_workers():
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match="sidecar: found 'ray' with --tensor-parallel-size 2; .*use sidecar inline"):
+        prepare_vllm_config(vllm_config(SIDECAR, parallel={"tensor_parallel_size": 2}))
+
+
+def test_one_worker_is_prepared():
+    pytest.importorskip("ray")
+    config = vllm_config(SIDECAR, parallel={"tensor_parallel_size": 1})
+    prepare_vllm_config(config)
+    assert config.additional_config["specontext"]["sidecar"] == "ray"

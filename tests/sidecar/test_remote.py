@@ -1,0 +1,204 @@
+"""A sidecar in a real Ray process selects what the head in the worker does, step for step, and densely while it is dead."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
+from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.sidecar import link
+from specontext_vllm.sidecar.remote import RemoteRetriever
+from tests.retrieval.test_retriever import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MAX_LEN, VOCAB, World
+
+BLOCKS = 200
+
+
+class Twins:
+    """An inline retriever and a remote one that see the same steps; stands in for ``World.retriever``."""
+
+    def __init__(self, inline, remote, device):
+        self.inline, self.remote, self.config, self.pages_read = inline, remote, inline.config, 0
+        self.pages = torch.zeros(8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
+
+    def before_forward(self, batch, pages, lengths):
+        self.inline.before_forward(batch, pages, lengths)
+        self.remote.before_forward(batch, self.pages, self.lengths)
+        self.pages_read += sum(pages_for(n) for n in self.lengths[: batch.num_decodes * KV_HEADS].tolist())
+
+    def after_forward(self, batch, aux):
+        self.inline.after_forward(batch, aux)
+        self.before_learning()
+        self.remote.after_forward(batch, aux)
+
+    def before_learning(self):
+        """A test's place between a selection and what is learned from its step."""
+
+
+@pytest.fixture(scope="module")
+def world():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    world = World(device)
+    checkpoint = dummy_checkpoint(
+        hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4, max_position=MAX_LEN,
+        dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    config = replace_config(world.config, sidecar="ray")
+
+    def make(config):
+        return RemoteRetriever(
+            config, checkpoint, lambda ids: F.embedding(ids, world.table), vocab_size=VOCAB, num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
+            max_rows=8, max_tokens=256, dtype=torch.float32, device=device,
+        )  # fmt: skip
+
+    world.make_remote, remote = make, make(config)
+    remote.allocate_cache(BLOCKS)
+    world.retriever = Twins(world.retriever, remote, device)
+    yield world
+    remote.close()
+
+
+def replace_config(config, **changes):
+    return type(config).from_settings({**config.model_dump(exclude_unset=True), **changes})
+
+
+def actor_pid() -> int:
+    """The actor's process, a grandchild of this one."""
+    actors = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Sidecar")]
+    assert len(actors) == 1, [p.name() for p in psutil.Process().children(recursive=True)]
+    return actors[0].pid
+
+
+def row_of(lengths, pages, row):
+    """What a row of the page table holds, per head."""
+    heads = range(row * KV_HEADS, (row + 1) * KV_HEADS)
+    return [(int(lengths[h]), pages[h, : pages_for(int(lengths[h]))].tolist()) for h in heads]
+
+
+def whole(world, name, length):
+    return [(length, [block * KV_HEADS + head for block in world.rows[name][: pages_for(length)]]) for head in range(KV_HEADS)]
+
+
+def step(world, *spans):
+    """One step; per decode row, in the order of ``spans``: what the inline head selects, and what the remote's page table holds."""
+    world.step(*spans)
+    twins, decodes = world.retriever, [s for s in spans if s[2] - s[1] == 1]
+    return [(row_of(world.lengths, world.pages, i), row_of(twins.lengths, twins.pages, i)) for i in range(len(decodes))]
+
+
+def wait_until_up(remote):
+    deadline = time.monotonic() + 120
+    while not remote.stats()["sidecar_up"]:
+        assert time.monotonic() < deadline, "the sidecar did not come back"
+        time.sleep(0.1)
+
+
+def test_it_has_the_interface_of_a_retriever():
+    for name in ("before_forward", "after_forward", "warm_up", "profile", "allocate_cache", "configure", "stats"):
+        mine, theirs = (inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, Retriever))
+        assert list(mine.parameters) == list(theirs.parameters), name
+
+
+def test_the_page_table_is_the_inline_heads(world):
+    """Chunked prompts, a prefix hit, mixed and ragged steps, contexts within the budget and beyond it."""
+    world.add("a", 300)
+    world.add("short", 60)
+    world.step(("a", 0, 130))
+    world.step(("a", 130, 200), ("short", 0, 40))
+    for i in range(200, 215):
+        for inline, remote in step(world, ("a", i, i + 1), ("short", i - 160, i - 159)):
+            assert remote == inline
+    world.add("hit", 300, prefix_of="a", shared=112)
+    for inline, remote in step(world, ("a", 215, 216), ("hit", 112, 180)):
+        assert remote == inline
+    rows = step(world, ("hit", 180, 181), ("a", 216, 217))
+    assert all(remote == inline for inline, remote in rows)
+    assert rows[0][1] != whole(world, "hit", 181), "the budget must matter"
+    ours, theirs = world.retriever.remote.stats(), world.retriever.inline.stats()
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs)
+    assert ours["sidecar_dense_rows"] == 0 and ours["sidecar_wait_seconds"] > 0
+
+
+def test_settings_change_between_steps(world):
+    twins = world.retriever
+    for budget in (96, 64):
+        for retriever in (twins.inline, twins.remote):
+            retriever.configure(replace_config(retriever.config, budget=budget))
+        at = 217 + (budget == 64)
+        (inline, remote), = step(world, ("a", at, at + 1))  # fmt: skip
+        assert remote == inline and len(remote[0][1]) == budget // PAGE_SIZE
+
+
+@pytest.mark.parametrize("death", ["killed", "hung"])
+def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, monkeypatch):
+    """A request that lived through the outage stays dense; one that paused, a prefix hit on its pages, and a new one do not."""
+    remote = world.retriever.remote
+    lived, paused, hit, new, cut = (f"{name} {death}" for name in ("lived", "paused", "hit", "new", "cut"))
+    world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
+    assert remote.stats(reset=True)["sidecar_up"]
+    world.retriever.pages_read = 0
+    for name in (lived, paused):
+        world.add(name, 200)
+        step(world, (name, 0, 150))
+        step(world, (name, 150, 151))
+    world.add(cut, 200)
+    # What this chunk teaches is sent but never acknowledged: it is lost.
+    monkeypatch.setattr(world.retriever, "before_learning", lambda: os.kill(actor_pid(), signal.SIGSTOP))
+    step(world, (cut, 0, 150))
+    if death == "killed":
+        os.kill(actor_pid(), signal.SIGKILL)
+    monkeypatch.undo()
+    monkeypatch.setattr(link, "REPLY_SECONDS", 2)
+    for i in (151, 152):
+        assert [remote for _, remote in step(world, (lived, i, i + 1))] == [whole(world, lived, i + 1)]
+    assert remote.stats()["sidecar_up"] == 0
+    monkeypatch.undo()
+    wait_until_up(remote)
+    world.add(hit, 200, prefix_of=paused, shared=144)
+    world.add(new, 200)
+    step(world, (hit, 144, 170), (new, 0, 170))
+    rows = step(world, (hit, 170, 171), (lived, 153, 154), (new, 170, 171), (paused, 151, 152), (cut, 150, 151))
+    for row, (inline, found) in enumerate(rows):
+        name, length = ((hit, 171), (lived, 154), (new, 171), (paused, 152), (cut, 151))[row]
+        assert found == (whole(world, name, length) if name in (lived, cut) else inline), name
+        assert inline != whole(world, name, length)
+    after = remote.stats()
+    assert after["pages_read"] == world.retriever.pages_read
+    assert after["sidecar_restarts"] == 1 and after["sidecar_dense_rows"] == 4 and after["sidecar_lost_pages"] > 0
+
+
+def test_an_actor_that_finds_no_room_is_told_in_one_sentence(world, monkeypatch):
+    """The cluster's one core is taken."""
+    monkeypatch.setattr(link, "START_SECONDS", 1)
+    second = world.make_remote(world.retriever.remote.config)
+    sentence = r"sidecar: found 'ray', but its actor \(sidecar_cpus 1, sidecar_gpus 0\) did not start: GetTimeout"
+    with pytest.raises(ConfigError, match=sentence):
+        second.allocate_cache(BLOCKS)
+    second.close()
+
+
+def test_ray_listens_on_the_loopback_interface_alone(world):
+    if "RAY_ADDRESS" in os.environ:
+        pytest.skip("the cluster in RAY_ADDRESS is somebody else's")
+    listening = [
+        connection.laddr.ip
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]  # fmt: skip
+    assert len(listening) > 3
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_the_handler_of_sigterm_is_left_alone(world):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
