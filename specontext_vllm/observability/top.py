@@ -150,12 +150,12 @@ def _share(part: Metric, *whole: str) -> Cell:
     return text
 
 
-def _rate(metric: Metric, scale: float = 1.0, style: str = ",.1f", unit: str = "") -> Cell:
+def _rate(metric: Metric, scale: float = 1.0, unit: str = "") -> Cell:
     def text(sums: Mapping[str, float], seconds: float | None) -> str:
         if metric.name not in sums:
             return ABSENT
         value = sums[metric.name] * scale
-        return f"{value:,.0f}{unit}" if seconds is None else f"{value / seconds:{style}}{unit}/s"
+        return f"{value:,.0f}{unit}" if seconds is None else f"{value / seconds:,.1f}{unit}/s"
 
     return text
 
