@@ -71,7 +71,7 @@ class EngineSpec:
         shared_prompts: a request's prompt begins the same in all cells of one ``room``, so that a cell after a shorter one only
             prefills what is new. Else every cell has prompts of its own.
         max_model_len: None: the model's own.
-        gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on the KV cache alone. None: 90 % of the GPU.
+        gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on our backend's KV cache alone. None: 90 % of the GPU.
         host_gib: host pool behind the engines of our backend; their selections are then driven, see ``capacity.drive_selection``.
         turnover: share of the pages that a driven selection scores anew in a step.
     """
@@ -116,8 +116,6 @@ class EngineSpec:
             if self.gpu_gib and not self.on_gpu:
                 settings["gpu_kv_gib"] = self.gpu_gib
             return arguments | {"attention_backend": "specontext", "additional_config": {"specontext": settings}}
-        if self.gpu_gib and not self.on_gpu:
-            arguments["kv_cache_memory_bytes"] = int(self.gpu_gib * 2**30)
         return arguments | ({"attention_backend": "FLASH_ATTN"} if self.on_gpu else {})
 
 

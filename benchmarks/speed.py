@@ -240,7 +240,7 @@ def edge(
     capped = (
         "The cap: vLLM's gpu_memory_utilization, and for Hugging Face torch's per-process memory fraction; both leave out the CUDA context."
         if on_gpu
-        else "On this CPU the cap is on vLLM's KV cache alone, and Hugging Face has none."
+        else "On this CPU the cap is on specontext's KV cache alone; the others have none."
     )
     notes = [
         workloads.NOTE,
