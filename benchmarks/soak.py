@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 import time
 import urllib.request
@@ -19,7 +18,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, run_child
-from benchmarks.engines import ENGINE_ENV
+from benchmarks.engines import engine_env
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
 
@@ -326,9 +325,8 @@ def main(
         f"{WARM_UP_SHARE:.0%} of the requests; up to {GROWTH:.0%} counts as none.",
         "With the small budget an answer may differ from dense attention's, and after a preemption from its own undisturbed run; the number says how many did.",
     ]
-    env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     try:
-        (kind_and_references,) = run_child(answer_densely, str(model), on_gpu, prompts, log=folder / "references.log", seconds=1800, env=env)
+        (kind_and_references,) = run_child(answer_densely, str(model), on_gpu, prompts, log=folder / "references.log", seconds=1800, env=engine_env(on_gpu))
     except ChildError as error:
         typer.echo(f"the references could not be made: {error}", err=True)
         raise typer.Exit(1) from None

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.children import run_child
+from benchmarks.engines import engine_env
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL
 
@@ -18,7 +19,7 @@ REQUESTS = 200
 def load(tmp_path_factory) -> soak.Load:
     prompts = soak.make_prompts(DEMO_MODEL, 40)
     log = tmp_path_factory.mktemp("soak") / "references.log"
-    ((_, references),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=soak.ENGINE_ENV)
+    ((_, references),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
     return soak.Load(prompts, references, REQUESTS, None, concurrency=24)
 
 
