@@ -45,7 +45,7 @@ TABLES = {
         report.Column("inline", "inline, ms", ".2f"),
         report.Column("ray", "ray, ms", ".2f"),
         report.Column("added", "added, ms", ".2f"),
-        report.Column("waited", "of it waiting for the actor, ms", ".2f"),
+        report.Column("waited", "ray: waiting for the actor (mean), ms", ".2f"),
         report.Column("inline_spread", "inline p10 to p90"),
         report.Column("ray_spread", "ray p10 to p90"),
         report.Column("pages_read", "pages read", ".1%"),
@@ -117,6 +117,8 @@ def main(
             f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {load:.1f}): `added` is what "
             f"the exchange costs where nothing is gained by moving the head."
         )
+        if load > os.cpu_count():
+            result.notes.append("**The machine was busy with other work throughout**: the figures show that it runs, and bound the cost from above.")
     env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}
     for place in PLACES:
