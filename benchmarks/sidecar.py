@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, run_child
-from benchmarks.engines import Cell, EngineSpec, engine_env, run_engine
+from benchmarks.decode import ENGINE_ENV, Cell, EngineSpec, run_engine
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
 
@@ -27,7 +27,7 @@ class SidecarEngine(EngineSpec):
         settings: added to the ``specontext`` settings.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
     def arguments(self) -> dict[str, Any]:
         arguments = super().arguments()
@@ -45,7 +45,7 @@ TABLES = {
         report.Column("inline", "inline, ms", ".2f"),
         report.Column("ray", "ray, ms", ".2f"),
         report.Column("added", "added, ms", ".2f"),
-        report.Column("waited", "of it waiting for the actor, ms", ".2f"),
+        report.Column("waited", "ray: waiting for the actor (mean), ms", ".2f"),
         report.Column("inline_spread", "inline p10 to p90"),
         report.Column("ray_spread", "ray p10 to p90"),
         report.Column("pages_read", "pages read", ".1%"),
@@ -117,13 +117,16 @@ def main(
             f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {load:.1f}): `added` is what "
             f"the exchange costs where nothing is gained by moving the head."
         )
+        if load > os.cpu_count():
+            result.notes.append("**The machine was busy with other work throughout**: the figures show that it runs, and bound the cost from above.")
+    env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}
     for place in PLACES:
-        spec = SidecarEngine("specontext", model, on_gpu, budget, max_num_seqs, steps, settings=moved if place == "ray" else {})
+        spec = SidecarEngine("specontext", model, on_gpu, budget, max_num_seqs, steps, moved if place == "ray" else {})
         kept = details["engines"].setdefault(place, {"cells": {}})
         print(f"{place}: starting (log {folder / place}.log)", flush=True)
         try:
-            for kind, value in run_child(run_engine, spec, parsed, {}, log=folder / f"{place}.log", seconds=engine_seconds, env=engine_env(on_gpu)):
+            for kind, value in run_child(run_engine, spec, parsed, {}, log=folder / f"{place}.log", seconds=engine_seconds, env=env):
                 if kind == "ready":
                     kept |= value
                 elif kind == "cell":
