@@ -18,13 +18,13 @@ from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.distillation.data import Sequences, Synthetic, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, DraftShape, rows_at
 from specontext_vllm.distillation.losses import AttentionTarget
-from specontext_vllm.distillation.recall import Recall, held_out_recall
+from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, recall_of
 from specontext_vllm.distillation.teacher import Lesson, Teacher, load_teacher, read_config, read_tokenizer
 from specontext_vllm.distillation.trainer import Distiller, Settings
 
 BUDGETS = (128, 256)
-NEEDLES, FIRST_SEED, REPLY_TOKENS = 24, 9000, 14
-DRAFT_POSITIONS = 128
+NEEDLES, FIRST_SEED, REPLY_TOKENS = 20, 9000, 14
+DRAFT_POSITIONS, ASKED = 128, 64
 BASE: dict[str, Any] = {"loss": "both", "over_layers": "max", "align_weight": 1.0, "window": 96, "seed": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "both, max, weight 1, window 96": {},
@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window 32": {"window": 32},
     "window 256": {"window": 256},
 }
+DECODED = tuple(name for name, changes in VARIANTS.items() if not changes or {"loss", "over_layers"} & set(changes))
+"""Variants whose answers are decoded as well, which costs as much as their training."""
 
 TABLES = {
     "Held-out recall: share of the teacher's attention beyond the newest 64 tokens that the chosen pages hold": (
@@ -94,19 +96,31 @@ def train(runs: dict[str, Distiller], teacher: Teacher, data: Sequences, steps: 
     return found
 
 
-@torch.no_grad()
-def agreement(teacher: Teacher, draft: DraftModel, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Share of held-out positions before answers at which the draft's first choice is the teacher's."""
-    right = count = 0
-    for number, (ids, weights) in enumerate(batches):
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out sequence that the teacher has seen: where it was watched, and the lesson by how the layers are put together."""
+
+    at: Tensor
+    lessons: dict[str, Lesson]
+
+    @classmethod
+    def seen(cls, teacher: Teacher, ids: Tensor, weights: Tensor, seed: int) -> HeldOut:
         ids, weights = ids.to(teacher.device), weights.to(teacher.device)
-        at, _ = sample_positions(weights[:, 1:], DRAFT_POSITIONS, torch.Generator(device=ids.device).manual_seed(number))
-        lesson = teacher(ids, at, AttentionTarget(BASE["window"]))
-        place = torch.arange(1, ids.shape[1], device=ids.device)
+        at, _ = sample_positions(weights[:, 1:], ASKED, torch.Generator(device=ids.device).manual_seed(seed), first=max(BUDGETS))
+        collectors = Collectors([(RECENT_TOKENS, "max"), (RECENT_TOKENS, "mean")])
+        return cls(at, {kind[1]: lesson for kind, lesson in collectors.lessons(teacher(ids, at, collectors)).items()})
+
+
+@torch.no_grad()
+def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[HeldOut]) -> float:
+    """Share of the held-out positions at which the draft's first choice is the teacher's."""
+    right = []
+    for sequence in held_out:
+        lesson, at = sequence.lessons["max"], sequence.at
+        place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
         drafted = draft.lm_head(draft.states(*draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place), at))
-        right += int((drafted.argmax(-1) == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).sum())
-        count += at.numel()
-    return right / count
+        right.append((drafted.argmax(-1) == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).float().mean())
+    return float(torch.stack(right).mean())
 
 
 def needles(model: Any, draft: DraftModel, tokenizer: Any, tokens: int) -> list[float]:
@@ -150,9 +164,9 @@ def make_row(name: str, recalls: dict[str, list[dict[int, Recall]]], base: dict[
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Steps of each variant.", min=1)] = 300,
-    context: Annotated[int, typer.Option(help="Longest sequence, tokens; one is a step.", min=512)] = 1024,
-    held_out: Annotated[int, typer.Option(help="Sequences that recall is measured on.", min=2)] = 24,
+    steps: Annotated[int, typer.Option(help="Steps of each variant.", min=1)] = 150,
+    context: Annotated[int, typer.Option(help="Longest sequence, tokens; one is a step.", min=512)] = 768,
+    held_out: Annotated[int, typer.Option(help="Sequences that recall is measured on.", min=2)] = 16,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
     """Variants of the distillation loss on the demo model."""
@@ -176,17 +190,19 @@ def main(
     title = f"Losses of a retrieval head: {steps} steps of {context} tokens on the demo model"
     result = report.Report("losses", title, TABLES, details={"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}})
     unseen = Sequences(documents, tokenizer, [context], context, held_out=True)
-    sequences = [unseen[i] for i in range(held_out)]
+    sequences = [HeldOut.seen(teacher, *unseen[i], seed=i) for i in range(held_out)]
     model = demo_model(device)
     base: dict[str, list[dict[int, Recall]]] = {}
     for name, run in runs.items():
-        recalls = {m: held_out_recall(teacher, run.draft, sequences, BUDGETS, positions=64, over_layers=m) for m in ("max", "mean")}
+        with torch.no_grad():
+            recalls = {m: [recall_of(run.draft, s.lessons[m], s.at, BUDGETS) for s in sequences] for m in ("max", "mean")}
         base = base or recalls
         row = {**make_row(name, recalls, base), "agreement": agreement(teacher, run.draft, sequences)}
         result.details["recall"][name] = {m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()}
-        result.details["needles"][name] = scores = needles(model, run.draft, tokenizer, context)
-        low, high = wilson(int(sum(scores)), len(scores))
-        row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
+        if name in DECODED:
+            result.details["needles"][name] = scores = needles(model, run.draft, tokenizer, context)
+            low, high = wilson(int(sum(scores)), len(scores))
+            row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
         result.rows.append(row)
         print(f"{name}: {row}", flush=True)
     best = {f"{m}_{b}": sum(s[b].best for s in found) / len(found) for m, found in base.items() for b in BUDGETS if m == "max" or b == BUDGETS[0]}

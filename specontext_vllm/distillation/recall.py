@@ -13,9 +13,10 @@ from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.distillation.data import sample_positions
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import AttentionTarget
-from specontext_vllm.distillation.teacher import Teacher
+from specontext_vllm.distillation.teacher import Lesson, Teacher
 
 _SERVED = SpeContextConfig.model_construct()
+RECENT_TOKENS = _SERVED.recent_tokens
 LEAST_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
 """Tokens of sinks, recents and one page to choose."""
 
@@ -62,34 +63,31 @@ def choose(scores: Tensor, at: Tensor, pages: int) -> Tensor:
     return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, held.topk(min(pages, held.shape[-1]), -1).indices, True)
 
 
+def recall_of(draft: DraftModel, lesson: Lesson, at: Tensor, budgets: Sequence[int]) -> dict[int, Recall]:
+    """Recall at each budget (tokens) of positions ``at [B, S]`` that the lesson watched, weighted by the teacher's mass."""
+    place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
+    with torch.autocast(at.device.type, torch.bfloat16, enabled=lesson.aux.dtype == torch.bfloat16):
+        _, q, k, _ = draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place)
+    scores, sums = page_scores(q, k, at), page_sums(lesson.target)
+    weight = lesson.mass / lesson.mass.sum().clamp(min=1e-9)
+
+    def share(by: Tensor, budget: int) -> float:
+        return float(((sums * choose(by, at, budget // PAGE_SIZE)).sum(-1) * weight).sum())
+
+    return {budget: Recall(share(scores, budget), share(sums, budget)) for budget in budgets}
+
+
 @torch.no_grad()
-def held_out_recall(
-    teacher: Teacher, draft: DraftModel, batches: Iterable[tuple[Tensor, Tensor]], budgets: Sequence[int], *, positions: int,
-    over_layers: str = "max",
-) -> list[dict[int, Recall]]:  # fmt: skip
-    """Recall at each budget (tokens), for each of the batches.
+def held_out_recall(teacher: Teacher, draft: DraftModel, batches: Iterable[tuple[Tensor, Tensor]], budget: int, positions: int) -> Recall:
+    """Mean recall over batches ``(ids [B, T], weights [B, T])`` at a budget (tokens) under T.
 
-    Tokens that follow the largest budget are asked, those before answers first; the newest ``recent_tokens`` of the context do not
-    count, since every budget holds them.
-
-    Args:
-        batches: ``(ids [B, T], weights [B, T])``, T above the largest budget. positions: tokens of a sequence that are asked.
-        over_layers: the teacher's layers together, as in ``AttentionTarget``.
+    Tokens that follow the budget are asked, ``positions`` of a sequence, those before answers first; the newest ``recent_tokens`` of the
+    context do not count, since every budget holds them.
     """
     rows = []
     for number, (ids, weights) in enumerate(batches):
         ids, weights = ids.to(teacher.device), weights.to(teacher.device)
         generator = torch.Generator(device=ids.device).manual_seed(number)
-        at, _ = sample_positions(weights[:, 1:], positions, generator, first=max(budgets))
-        lesson = teacher(ids, at, AttentionTarget(_SERVED.recent_tokens, over_layers))
-        place = torch.arange(1, ids.shape[1], device=ids.device)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=lesson.aux.dtype == torch.bfloat16):
-            _, q, k, _ = draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place)
-        scores, sums = page_scores(q, k, at), page_sums(lesson.target)
-        weight = lesson.mass / lesson.mass.sum().clamp(min=1e-9)
-
-        def share(by: Tensor, budget: int) -> float:
-            return float(((sums * choose(by, at, budget // PAGE_SIZE)).sum(-1) * weight).sum())
-
-        rows.append({budget: Recall(share(scores, budget), share(sums, budget)) for budget in budgets})
-    return rows
+        at, _ = sample_positions(weights[:, 1:], positions, generator, first=budget)
+        rows.append(recall_of(draft, teacher(ids, at, AttentionTarget(RECENT_TOKENS)), at, [budget])[budget])
+    return Recall(sum(row.found for row in rows) / len(rows), sum(row.best for row in rows) / len(rows))

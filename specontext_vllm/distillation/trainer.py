@@ -247,10 +247,8 @@ class Distiller:
             return figures
         if self.settings.budget < self.settings.context:
             held_out = (self.held_out[i] for i in range(HELD_OUT_SEQUENCES))
-            positions = self.settings.align_positions
-            rows = held_out_recall(self.teacher, self.draft, held_out, [self.settings.budget], positions=positions)
-            for name in ("found", "best"):
-                figures["recall" if name == "found" else "recall_best"] = round(sum(getattr(r[self.settings.budget], name) for r in rows) / len(rows), 4)
+            recall = held_out_recall(self.teacher, self.draft, held_out, self.settings.budget, self.settings.align_positions)
+            figures |= {"recall": round(recall.found, 4), "recall_best": round(recall.best, 4)}
         if self.teacher.device.type == "cuda":
             figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.curve_file.parent.mkdir(parents=True, exist_ok=True)
