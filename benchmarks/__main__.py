@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import ablation, capacity, decode, link, losses, memory, recall, timeline, transfer
+from benchmarks import ablation, capacity, decode, distill, link, losses, memory, recall, timeline, transfer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 CASES = {
-    "ablation": ablation.main, "capacity": capacity.main, "decode": decode.main, "link": link.main, "losses": losses.main, "memory": memory.main,
+    "ablation": ablation.main, "capacity": capacity.main, "decode": decode.main, "distill": distill.main, "link": link.main, "losses": losses.main, "memory": memory.main,
     "overlap": capacity.overlap, "recall": recall.main, "timeline": timeline.main, "transfer": transfer.main,
 }  # fmt: skip
 for name, case in CASES.items():
