@@ -143,7 +143,9 @@ def distill(model: Path, data: list[str], out: Path, *, init: str | None, draft_
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of each other.
+    on_gpu = torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)
     console = Console(soft_wrap=True, quiet=not accelerator.is_main_process)
     config = read_config(model)
     settings = make_settings(config, **options)

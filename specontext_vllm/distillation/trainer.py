@@ -186,7 +186,7 @@ class Distiller:
         """Go on from a saved state, if there is one; what the curve says beyond it is forgotten."""
         if not self.state_file.is_file():
             return False
-        state = torch.load(self.state_file, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         self.draft.load_state_dict(state["draft"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
