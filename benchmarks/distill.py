@@ -111,8 +111,8 @@ def main(
     on_gpu = bool(gpus())
     result = report.Report("distill", f"specontext distill, {model_shape} shape, random weights", TABLES)
     result.notes.append(
-        f"One sequence of random tokens a step, mean of {steps} steps after a first one; 64 positions aligned and 512 drafted. Teacher: its weights; draft: float32 "
-        "weights; optimizer: AdamW's two moments. Peak and reserved: torch's allocator, the measurement of recall included."
+        f"One sequence of random tokens a step, mean of {steps} steps after a first one; 64 positions aligned and 512 drafted. Teacher: "
+        "its weights; draft: float32 weights; optimizer: AdamW's two moments. Peak and reserved: torch's allocator, recall measured too."
     )
     log = Path(tempfile.mkdtemp(prefix="specontext-bench-")) / "distill.log"
     for context in map(int, contexts.split(",")):

@@ -205,14 +205,16 @@ def main(
             row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
         result.rows.append(row)
         print(f"{name}: {row}", flush=True)
-    best = {f"{m}_{b}": sum(s[b].best for s in found) / len(found) for m, found in base.items() for b in BUDGETS if m == "max" or b == BUDGETS[0]}
+    best = {f"{m}_{b}": sum(s[b].best for s in found) / len(found) for m, found in base.items() for b in BUDGETS}
     result.rows.append({"name": "the best choice there is", **best})
     result.notes += [
-        f"The same {steps} batches of {context} tokens for all (sequences of {', '.join(map(str, plain.lengths))} tokens), the same initial "
-        f"weights but in the second row, {plain.align_positions} positions aligned and {DRAFT_POSITIONS} drafted a sequence, peak rate {plain.learning_rate:g}.",
-        f"Recall: mean over {held_out} held-out sequences of {context} tokens; differences are paired with the first row by sequence, bootstrap. The second row "
-        "shows what the initial weights alone change.",
-        f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded with a budget of {BUDGETS[0]}; Wilson intervals.",
+        f"The same {steps} batches of {context} tokens for all (sequences of {', '.join(map(str, plain.lengths))} tokens), the same "
+        f"initial weights but in the second row; {plain.align_positions} positions aligned and {DRAFT_POSITIONS} drafted a sequence, "
+        f"peak rate {plain.learning_rate:g}.",
+        f"Recall: mean over {held_out} held-out sequences of {context} tokens; differences are paired with the first row by sequence, "
+        "bootstrap. The second row shows what the initial weights alone change.",
+        f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded with a budget of {BUDGETS[0]}; Wilson "
+        "intervals.",
     ]
     result.write(out)
     result.show()

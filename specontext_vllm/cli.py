@@ -99,15 +99,15 @@ def plan(
 def distill(
     model: Annotated[Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")],
     out: Annotated[Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")],
-    data: Annotated[list[str], typer.Option(help="Text or JSON-lines files (`text`, `messages` or `conversations`), repeatable; or `synthetic`.")],
+    data: Annotated[list[str], typer.Option(help="Files of text or JSON lines, see docs/distill.md; repeatable; or `synthetic`.")],
     init: Annotated[str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")] = None,
-    context: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit where that is less.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit if less.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step and process; default the context.")] = None,
     hours: Annotated[float, typer.Option(help="Training time in all, resumed runs included.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours: the same steps give the same head.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
     loss: Annotated[Literal["both", "draft", "align"], typer.Option(help="What is minimised; see docs/distill.md.")] = "both",
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default by the model's width.")] = None,
-    draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default the 32000 most frequent in the data.")] = None,
+    draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default the 32000 commonest.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens of the recall figure; default a sixteenth of the context.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
 ) -> None:
@@ -122,8 +122,8 @@ def distill(
 
     try:
         run(
-            model, data, out, init=init, draft_vocabulary=draft_vocabulary, context=context, batch_tokens=batch_tokens, hours=hours, steps=steps,
-            loss=loss, learning_rate=learning_rate, budget=budget, seed=seed,
+            model, data, out, init=init, draft_vocabulary=draft_vocabulary, context=context, batch_tokens=batch_tokens, hours=hours,
+            steps=steps, loss=loss, learning_rate=learning_rate, budget=budget, seed=seed,
         )  # fmt: skip
     except DistillError as error:
         typer.echo(str(error), err=True)

@@ -21,9 +21,12 @@ from specontext_vllm.distillation.teacher import Teacher, TeacherError, load_tea
 from specontext_vllm.distillation.trainer import Distiller, Loss, Settings
 from specontext_vllm.retrieval.checkpoint import HeadError, check_fits, resolve_checkpoint
 
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 CONTEXT, LEAST_CONTEXT = 32768, 256
 DRAFT_VOCABULARY = 32000
 """Of a new head, at most: the LM head would else be larger than all the rest of it. Published EAGLE-3 heads have as many."""
+COUNTED = 64
+"""Batches in which its tokens are counted."""
 DEMO_WIDTH, DEMO_RATE = 256, 1e-3
 """Hidden size and peak learning rate of the demo's head."""
 
@@ -40,8 +43,8 @@ def make_settings(
     config: Any, *, context: int | None, batch_tokens: int | None, hours: float, steps: int | None, loss: Loss,
     learning_rate: float | None, budget: int | None, seed: int,
 ) -> Settings:  # fmt: skip
-    """Settings for a target, what was not given filled in: the longest context up to 32768, a budget of a sixteenth of it (2048 of 32768), a
-    learning rate that falls with the width (muP's rule for Adam) from the demo's.
+    """Settings for a target, with defaults for what was not given: the longest context up to 32768, a budget of a sixteenth of it (2048 of
+    32768), a learning rate that falls with the width from the demo's (muP's rule for Adam).
 
     Args:
         config: the target's transformers config. The others: the command's options.
@@ -68,7 +71,7 @@ def make_settings(
     )  # fmt: skip
 
 
-def most_frequent(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: int) -> torch.Tensor:
+def most_frequent(batches: Batches, count: int) -> torch.Tensor:
     """The ``count`` tokens that occur most in the batches, filled up with the lowest ids: ``[count]`` int64, ascending."""
     seen: Counter[int] = Counter()
     for ids, _ in batches:
@@ -78,11 +81,11 @@ def most_frequent(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], count: i
     return torch.tensor(sorted(chosen))
 
 
-def make_draft(config: Any, settings: Settings, init: str | None, draft_vocabulary: int | None, data: Sequences) -> DraftModel:
+def make_draft(config: Any, settings: Settings, init: str | None, draft_vocabulary: int | None, batches: Batches) -> DraftModel:
     """A new head of the target's shape, or a published one to go on from.
 
     Args:
-        data: what the tokens of a reduced draft vocabulary are counted in.
+        batches: what the tokens of a reduced draft vocabulary are counted in.
     Raises:
         HeadError: the published one does not fit.
         OptionError: a draft vocabulary out of range.
@@ -107,7 +110,7 @@ def make_draft(config: Any, settings: Settings, init: str | None, draft_vocabula
         raise OptionError(f"--draft-vocabulary: found {draft_vocabulary}; give 1 to {config.vocab_size}, the model's own.")
     shape = DraftShape.for_target(config, max_position=settings.context, draft_vocabulary=draft_vocabulary or DRAFT_VOCABULARY)
     reduced = shape.draft_vocabulary < shape.vocabulary
-    return DraftModel(shape, most_frequent((data[i] for i in range(64)), shape.draft_vocabulary) if reduced else None)
+    return DraftModel(shape, most_frequent(batches, shape.draft_vocabulary) if reduced else None)
 
 
 def claim_folder(out: Path, facts: dict[str, Any]) -> None:
@@ -152,7 +155,8 @@ def distill(model: Path, data: list[str], out: Path, *, init: str | None, draft_
     tokenizer = read_tokenizer(model)
     documents: Documents = Synthetic(tokenizer) if data == ["synthetic"] else Files([Path(name) for name in data], tokenizer)
     kind = {"lengths": settings.lengths, "batch_tokens": settings.batch_tokens, "seed": settings.seed}
-    draft = make_draft(config, settings, init, draft_vocabulary, Sequences(documents, tokenizer, **kind))
+    first = Sequences(documents, tokenizer, **kind)
+    draft = make_draft(config, settings, init, draft_vocabulary, (first[i] for i in range(COUNTED)))
     facts = {
         "model": str(model), "data": data, "init": init, "loss": settings.loss, "context": settings.context,
         "batch_tokens": settings.batch_tokens, "learning_rate": settings.learning_rate, "draft_vocabulary": draft.shape.draft_vocabulary,

@@ -31,7 +31,7 @@ class DataError(ValueError):
 
 
 class Documents(Protocol):
-    """Where text comes from: ``document(rng, tokens, held_out)`` gives stretches of text and whether each answers what was asked."""
+    """Where text comes from: ``document(rng, tokens, held_out)`` gives stretches of it and whether each answers what was asked."""
 
     def document(self, rng: Random, tokens: int, held_out: bool) -> list[tuple[str, bool]]: ...
 
@@ -67,7 +67,8 @@ class Synthetic:
         self._per_piece = len(tokenizer(words, add_special_tokens=False)["input_ids"]) / len(tasks.pieces(words))
 
     def document(self, rng: Random, tokens: int, held_out: bool) -> list[tuple[str, bool]]:
-        turns = tasks.training_turns(tasks.random_for(rng.getrandbits(62), "held-out" if held_out else "train"), int(tokens / self._per_piece))
+        own = tasks.random_for(rng.getrandbits(62), "held-out" if held_out else "train")
+        turns = tasks.training_turns(own, int(tokens / self._per_piece))
         if turns[0][0] in ("user", "assistant"):
             return as_text(turns, self.tokenizer)
         return [(f" {text}" if role == "answer" else text, role == "answer") for role, text in turns]
@@ -97,8 +98,8 @@ class Files:
         self._documents = np.array(found, dtype=np.int64)
         if len(found) < 2:
             raise DataError(
-                f"--data: found {len(found)} document in {self.paths[0]}, and one is held out to measure on; give more (a text file is cut into "
-                f"documents of {PIECE_BYTES >> 10} KiB, a JSON line is one)."
+                f"--data: found {len(found)} document in {self.paths[0]}, and one is held out to measure on; give more (a text file is cut "
+                f"into documents of {PIECE_BYTES >> 10} KiB, a JSON line is one)."
             )
 
     def _lines(self, path: Path) -> Iterator[tuple[int, int]]:
@@ -188,7 +189,8 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
                 turns = [(ROLES[turn[speaker]], turn[said]) for turn in record[key]]
             except (KeyError, TypeError) as error:
                 raise DataError(
-                    f"`{key}` has a turn without {speaker!r} (one of {', '.join(ROLES)}) and {said!r} ({type(error).__name__}: {error}); mend or drop it."
+                    f"`{key}` has a turn without {speaker!r} (one of {', '.join(ROLES)}) and {said!r} ({type(error).__name__}: {error}); "
+                    "mend or drop it."
                 ) from None
             if not turns or not all(isinstance(text, str) for _, text in turns) or not any(text.strip() for _, text in turns):
                 raise DataError(f"`{key}` has no turns, or turns that are no text; mend or drop it.")

@@ -23,7 +23,9 @@ _LAYER = {
     **{f"self_attn.{n}.weight": f"{n}.weight" for n in ("q_proj", "k_proj", "v_proj", "o_proj")},
     **{f"mlp.{n}.weight": f"{n}.weight" for n in ("gate_proj", "up_proj", "down_proj")},
 }
-_NAMES = {"fc.weight": "fc.weight", "norm.weight": "norm", "lm_head.weight": "lm_head.weight"} | {f"midlayer.{k}": v for k, v in _LAYER.items()}
+_NAMES = {
+    "fc.weight": "fc.weight", "norm.weight": "norm", "lm_head.weight": "lm_head.weight", **{f"midlayer.{k}": v for k, v in _LAYER.items()},
+}  # fmt: skip
 """SafeAILab's names -> ``DraftModel``'s."""
 
 
@@ -34,7 +36,9 @@ def aux_layers_for(num_layers: int) -> tuple[int, ...]:
         HeadError: fewer than five layers.
     """
     if num_layers < 5:
-        raise HeadError(f"--model: it has {num_layers} layers, and a head reads the states of three different ones in its middle; give one with five or more.")
+        raise HeadError(
+            f"--model: it has {num_layers} layers, and a head reads the states of three in its middle; give one with five or more."
+        )
     return default_aux_layers(num_layers) if num_layers > 6 else (1, num_layers // 2, num_layers - 2)
 
 
@@ -234,12 +238,16 @@ class DraftModel(nn.Module):
         widths = {"its target's hidden_size": spec.target_hidden_size, "the width of its embedding": spec.embed_size}
         for what, width in widths.items():
             if width != spec.hidden_size:
-                raise HeadError(f"--init {folder}: {what} is {width} and its own hidden_size {spec.hidden_size}; only heads as wide as their target are trained.")
+                raise HeadError(
+                    f"--init {folder}: {what} is {width} and its own hidden_size {spec.hidden_size}; give a head as wide as its target."
+                )
         drafted = tensors["lm_head.weight"].shape[0]
         ids = None
         if drafted < vocabulary:
             if "d2t" not in entries:
-                raise HeadError(f"--init {folder}: lm_head.weight has {drafted} rows for {vocabulary} tokens and there is no d2t; download it in full.")
+                raise HeadError(
+                    f"--init {folder}: lm_head.weight has {drafted} rows for {vocabulary} tokens and there is no d2t; download it in full."
+                )
             ids = entries["d2t"].load().long() + torch.arange(drafted)
         scaling = rope_parameters(spec, max_position)
         theta = scaling.pop("rope_theta")

@@ -64,7 +64,7 @@ def read_tokenizer(folder: Path) -> Any:
 
     tokenizer = _read(AutoTokenizer, folder)
     if not tokenizer.is_fast:
-        raise TeacherError(f"--model: {folder} has a slow tokenizer, which does not tell where its tokens stand; add its tokenizer.json.")
+        raise TeacherError(f"--model: {folder} has a slow tokenizer, which does not tell where tokens stand; add its tokenizer.json.")
     return tokenizer
 
 
@@ -86,20 +86,21 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
         return kind.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise TeacherError(f"--model: {folder} cannot be read by transformers' {kind.__name__} ({type(error).__name__}: {reason}).") from None
+        raise TeacherError(f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: {reason}).") from None
 
 
 def check_teacher(config: Any) -> None:
     """Raise a TeacherError for models that the specontext backend does not serve either, or that have no layers to look on."""
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
     needed = ("num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size")
+    missing = [key for key in needed if not hasattr(config, key)]
+    window = getattr(config, "sliding_window", None)
     refusals = [
         (config.is_encoder_decoder, "is an encoder-decoder", "a decoder-only model"),
         (getattr(config, "kv_lora_rank", None), "has multi-head latent attention (MLA)", "a model with ordinary attention"),
-        (getattr(config, "sliding_window", None), f"has layers that look back {getattr(config, 'sliding_window', None)} tokens only", "a model without sliding windows"),
+        (window, f"has layers that look back {window} tokens only", "a model without sliding windows"),
         (kinds, f"has layers of the kinds {', '.join(sorted(kinds))}", "a model with full attention in every layer"),
-        (any(not hasattr(config, key) for key in needed), f"has no {next((k for k in needed if not hasattr(config, k)), '')} in its config.json",
-         "a text model of the Llama, Qwen or Mistral families"),
+        (missing, f"has no {', '.join(missing)} in its config.json", "a text model of the Llama, Qwen or Mistral families"),
     ]  # fmt: skip
     for refused, found, wanted in refusals:
         if refused:

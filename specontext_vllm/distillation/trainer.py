@@ -21,6 +21,7 @@ from specontext_vllm.distillation.recall import held_out_recall
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
 Loss = Literal["both", "draft", "align"]
+Data = Sequences | list[tuple[Tensor, Tensor]]
 WARMUP_STEPS, WARMUP_SHARE = 100, 0.05
 """The learning rate has its peak after so many steps, or so much of the run where that is sooner."""
 HELD_OUT_SEQUENCES = 4
@@ -101,9 +102,10 @@ class Distiller:
     """
 
     def __init__(
-        self, teacher: Teacher, draft: DraftModel, data: Sequences, held_out: Sequences, settings: Settings, out: Path, accelerator: Any
+        self, teacher: Teacher, draft: DraftModel, data: Data, held_out: Data, settings: Settings, out: Path, accelerator: Any
     ) -> None:  # fmt: skip
-        self.teacher, self.data, self.held_out, self.settings, self.out, self.accelerator = teacher, data, held_out, settings, out, accelerator
+        self.teacher, self.data, self.held_out = teacher, data, held_out
+        self.settings, self.out, self.accelerator = settings, out, accelerator
         # Not `prepare`d: the losses call parts of the draft model, which DistributedDataParallel, hooked to forward(), would not notice.
         self.draft = draft.to(accelerator.device)
         self.optimizer = torch.optim.AdamW(self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
@@ -160,8 +162,9 @@ class Distiller:
                 drafted, weight = sample_positions(weights[:, 1:], settings.draft_positions, generator)
                 logits = draft.lm_head(draft.states(fused, q, k, inputs, drafted))
                 found["draft"] = draft_loss(logits, self.teacher.logits(rows_at(lesson.hidden[:, 1:], drafted), draft.draft_ids), weight)
-            if settings.loss != "draft":
-                found["align"] = alignment_loss(q, k, at, lesson.target, lesson.mass, settings.window)
+        if settings.loss != "draft":
+            # Outside of autocast, which would round its logits.
+            found["align"] = alignment_loss(q, k, at, lesson.target, lesson.mass, settings.window)
         return found
 
     def _share_gradients(self) -> None:

@@ -8,7 +8,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from specontext_vllm.distillation.data import ANSWER, HELD_OUT, PIECE_BYTES, TEXT, DataError, Files, Sequences, Synthetic, as_text, batches, sample_positions
+from specontext_vllm.distillation.data import (
+    ANSWER,
+    HELD_OUT,
+    PIECE_BYTES,
+    TEXT,
+    DataError,
+    Files,
+    Sequences,
+    Synthetic,
+    as_text,
+    batches,
+    sample_positions,
+)
 from tests.engine.conftest import DEMO_MODEL
 
 
@@ -106,7 +118,8 @@ def test_a_missing_file_is_refused(tmp_path, tokenizer):
 
 def test_turns_that_the_template_refuses_are_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + tokenizer.chat_template
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
     path = write(tmp_path, "a.jsonl", CHAT, {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]})
     with pytest.raises(DataError, match="line 2: the model's chat template refuses turns by system, user, assistant"):
         Files([path], tokenizer)

@@ -63,7 +63,8 @@ def test_vllms_own_speculative_decoding_takes_it(head, asked):
     prompts, replies = asked
     # vLLM's CPU attention takes blocks of its own size, so none is named.
     with engine(
-        speculative_config={"method": "eagle3", "model": str(head), "num_speculative_tokens": 1}, block_size=None, num_gpu_blocks_override=None,
+        speculative_config={"method": "eagle3", "model": str(head), "num_speculative_tokens": 1},
+        block_size=None, num_gpu_blocks_override=None,
     ) as llm:  # fmt: skip
         assert generate(llm, prompts) == replies
         counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}

@@ -20,7 +20,9 @@ from specontext_vllm.distillation.trainer import Distiller, Progress, Settings, 
 from tests.engine.conftest import DEMO_MODEL
 
 STEPS, CONTEXT = 10, 256
-SETTINGS = {"context": CONTEXT, "batch_tokens": CONTEXT, "budget": 128, "steps": STEPS, "workers": 0, "save_seconds": 0.0, "draft_positions": 32}
+SETTINGS = {
+    "context": CONTEXT, "batch_tokens": CONTEXT, "budget": 128, "steps": STEPS, "workers": 0, "save_seconds": 0.0, "draft_positions": 32,
+}  # fmt: skip
 
 
 def make_run(out: Path, **changes) -> Distiller:
@@ -55,8 +57,9 @@ def steps_of(out: Path) -> list[int]:
 
 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
-    child = [sys.executable, "-c", f"from pathlib import Path; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(Path({str(tmp_path)!r}))"]
-    process = subprocess.Popen(child, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    program = "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(pathlib.Path(sys.argv[1]))"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2], env=env)
     state = tmp_path / "training" / "state.pt"
     try:
         while process.poll() is None and not (state.is_file() and 3 <= torch.load(state, weights_only=True)["progress"]["step"]):

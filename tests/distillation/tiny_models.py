@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 WIDTHS = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4, "max_position_embeddings": 512,
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
 }  # fmt: skip
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -31,6 +32,7 @@ def write_model(folder: Path, config: Any, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms as well: a q-norm of ones would hide that it is left out.
-            parameter.copy_(torch.rand_like(parameter) + 0.5 if parameter.dim() == 1 and "norm" in name else torch.randn_like(parameter) * 0.3)
+            is_norm = parameter.dim() == 1 and "norm" in name
+            parameter.copy_(torch.rand_like(parameter) + 0.5 if is_norm else torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
     return folder
