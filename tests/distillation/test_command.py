@@ -93,10 +93,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_two_processes_train_one_head_and_go_on(tmp_path):
     """gloo on a CPU: together they take twice the tokens; alone each would train, and overwrite, a head of its own."""
     for steps in (2, 3):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "specontext_vllm.cli", "distill"]
-        options = ["--model", str(DEMO_MODEL), "--data", "synthetic", "--out", str(tmp_path), "--context", "256", "--steps", str(steps)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "specontext_vllm.cli"]
+        options = ["distill", "--model", str(DEMO_MODEL), "--data", "synthetic", "--out", str(tmp_path), "--context", "256"]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([*launch, *options], cwd=Path(__file__).parents[2], env=env, check=True, timeout=300)
+        subprocess.run([*launch, *options, "--steps", str(steps)], cwd=Path(__file__).parents[2], env=env, check=True, timeout=300)
     curve = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
     assert [(line["step"], line["tokens"]) for line in curve] == [(0, 0), (2, 2 * 2 * 256), (3, 3 * 2 * 256)]
     assert json.loads((tmp_path / "training" / "run.json").read_text())["processes"] == 2
