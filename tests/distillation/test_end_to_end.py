@@ -14,13 +14,16 @@ from tests.engine.conftest import DEMO_MODEL, engine
 TOKENS = 40
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    out = tmp_path_factory.mktemp("head")
-    options = ["--data", "synthetic", "--context", "256", "--steps", "60"]
-    result = CliRunner().invoke(app, ["distill", "--model", str(DEMO_MODEL), "--out", str(out), *options])
+def distill(out, *options):
+    arguments = ["distill", "--model", DEMO_MODEL, "--data", "synthetic", "--out", out, "--context", 256, *options]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     return out
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    return distill(tmp_path_factory.mktemp("head"), "--steps", 50)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,7 @@ def generate(llm, prompts):
 
 def test_recall_rises(head):
     curve = [json.loads(line) for line in (head / "training" / "curve.jsonl").read_text().splitlines()]
-    assert curve[0]["step"] == 0 and curve[-1]["step"] == 60
+    assert curve[0]["step"] == 0 and curve[-1]["step"] == 50
     assert curve[-1]["recall"] > curve[0]["recall"] + 0.02 and curve[-1]["recall"] < curve[-1]["recall_best"]
 
 
@@ -59,7 +62,9 @@ def test_the_plugin_serves_it(head, asked):
     assert 0 < stats["pages_read"] < 0.5 * stats["pages_total"]
 
 
-def test_vllms_own_speculative_decoding_takes_it(head, asked):
+def test_vllms_own_speculative_decoding_takes_it(tmp_path, asked):
+    """From the shipped head on, since a draft part takes longer to train from nothing than a test may."""
+    head = distill(tmp_path / "head", "--init", DEMO_MODEL / "retrieval_head", "--steps", 2)
     prompts, replies = asked
     # vLLM's CPU attention takes blocks of its own size, so none is named.
     with engine(
@@ -68,4 +73,5 @@ def test_vllms_own_speculative_decoding_takes_it(head, asked):
     ) as llm:  # fmt: skip
         assert generate(llm, prompts) == replies
         counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    assert counts["vllm:spec_decode_num_draft_tokens"] > 0 and counts["vllm:spec_decode_num_accepted_tokens"] > 0
+    drafted, accepted = (counts[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted"))
+    assert accepted > 0.5 * drafted > 0
