@@ -40,7 +40,7 @@ class Settings:
         learning_rate: peak; a cosine to a tenth follows, over the hours or steps.
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
         window: newest tokens that alignment leaves out.
-        align_weight: factor of the alignment loss.
+        align_weight: factor of the alignment loss (docs/distill.md, what we learned about the loss).
         over_layers: "max" or "mean" over the teacher's layers.
         budget: tokens of the recall figure.
         report_seconds, save_seconds: how often to measure and to save.
@@ -58,7 +58,7 @@ class Settings:
     draft_positions: int = 512
     align_positions: int = 64
     window: int = 96
-    align_weight: float = 1.0
+    align_weight: float = 3.0
     over_layers: str = "max"
     report_seconds: float = 30.0
     save_seconds: float = 300.0
