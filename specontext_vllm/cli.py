@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -118,33 +118,32 @@ def top(
 def distill(
     model: Annotated[Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")],
     out: Annotated[Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")],
-    data: Annotated[list[str], typer.Option(help="Text or JSON-lines files (`text`, `messages` or `conversations`), repeatable; or `synthetic`.")],
+    data: Annotated[list[str], typer.Option(help="Files of text or JSON lines, see docs/distill.md; repeatable; or `synthetic`.")],
     init: Annotated[str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")] = None,
-    context: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 32768,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step; default the context.")] = None,
-    hours: Annotated[float, typer.Option(help="Training time in all.")] = 1.0,
-    loss: Annotated[str, typer.Option(help="both, draft or align.")] = "both",
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 1e-3,
-    draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default all.")] = None,
-    budget: Annotated[int, typer.Option(help="Tokens of the recall figure.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Of data and sampling.")] = 0,
+    context: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit if less.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step and process; default the context.")] = None,
+    hours: Annotated[float, typer.Option(help="Training time in all, resumed runs included.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
+    loss: Annotated[Literal["both", "draft", "align"], typer.Option(help="What is minimised; see docs/distill.md.")] = "both",
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default by the model's width.")] = None,
+    draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default the 32000 commonest.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens of the recall figure; default a sixteenth of the context.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
 ) -> None:
-    """Train a retrieval head for a model. Exit code 0: written; 2: the model, the data or the checkpoint cannot be used.
+    """Train a retrieval head for a model; see docs/distill.md. Run it again after a kill: it goes on from its last state.
+
+    Exit code 0: written; 2: the model, the data, the checkpoint or an option cannot be used.
 
     Several GPUs: `accelerate launch -m specontext_vllm.cli distill ...`.
     """
     from specontext_vllm.distillation.command import DistillError
     from specontext_vllm.distillation.command import distill as run
-    from specontext_vllm.distillation.trainer import Settings
 
-    if loss not in ("both", "draft", "align"):
-        typer.echo(f"--loss: found {loss!r}; use both, draft or align.", err=True)
-        raise typer.Exit(2)
-    settings = Settings(
-        context=context, batch_tokens=batch_tokens or context, hours=hours, loss=loss, learning_rate=learning_rate, budget=budget, seed=seed
-    )
     try:
-        run(model, data, out, settings, init, draft_vocabulary)
+        run(
+            model, data, out, init=init, draft_vocabulary=draft_vocabulary, context=context, batch_tokens=batch_tokens, hours=hours,
+            steps=steps, loss=loss, learning_rate=learning_rate, budget=budget, seed=seed,
+        )  # fmt: skip
     except DistillError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

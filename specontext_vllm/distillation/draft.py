@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specontext_vllm.retrieval.checkpoint import HeadError, HeadSpec, default_aux_layers, read_checkpoint, read_config, resolve_aux_layers
+from specontext_vllm.distillation.files import whole_file
+from specontext_vllm.retrieval.checkpoint import HeadError, HeadSpec, default_aux_layers, read_checkpoint, resolve_aux_layers
 from specontext_vllm.retrieval.rope import rope_parameters, rope_table
 from specontext_vllm.retrieval.tensor_files import list_tensors
 
@@ -22,7 +23,9 @@ _LAYER = {
     **{f"self_attn.{n}.weight": f"{n}.weight" for n in ("q_proj", "k_proj", "v_proj", "o_proj")},
     **{f"mlp.{n}.weight": f"{n}.weight" for n in ("gate_proj", "up_proj", "down_proj")},
 }
-_NAMES = {"fc.weight": "fc.weight", "norm.weight": "norm", "lm_head.weight": "lm_head.weight"} | {f"midlayer.{k}": v for k, v in _LAYER.items()}
+_NAMES = {
+    "fc.weight": "fc.weight", "norm.weight": "norm", "lm_head.weight": "lm_head.weight", **{f"midlayer.{k}": v for k, v in _LAYER.items()},
+}  # fmt: skip
 """SafeAILab's names -> ``DraftModel``'s."""
 
 
@@ -33,8 +36,15 @@ def aux_layers_for(num_layers: int) -> tuple[int, ...]:
         HeadError: fewer than five layers.
     """
     if num_layers < 5:
-        raise HeadError(f"--model: it has {num_layers} layers, and a head reads the states of three different ones in its middle; give one with five or more.")
+        raise HeadError(
+            f"--model: it has {num_layers} layers, and a head reads the states of three in its middle; give one with five or more."
+        )
     return default_aux_layers(num_layers) if num_layers > 6 else (1, num_layers // 2, num_layers - 2)
+
+
+def rows_at(x: Tensor, at: Tensor) -> Tensor:
+    """Rows ``[B, S, H]`` of ``x [B, T, H]`` at positions ``at [B, S]``."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,8 @@ class DraftModel(nn.Module):
 
         def linear(fan_in: int, fan_out: int) -> nn.Linear:
             layer = nn.Linear(fan_in, fan_out, bias=False)
-            nn.init.normal_(layer.weight, 0.0, 0.03)
+            # Logits of unit size whatever the width.
+            nn.init.normal_(layer.weight, 0.0, fan_in**-0.5)
             return layer
 
         def norm() -> nn.Parameter:
@@ -157,11 +168,20 @@ class DraftModel(nn.Module):
 
         return fused, self._rotate(split(self.q_proj(inputs)), positions), self._rotate(split(self.k_proj(inputs)), positions), inputs
 
-    def states(self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor) -> Tensor:
-        """``[B, T, H]`` that the LM head reads: the pruned part's values, output projection, MLP and final norm."""
+    def states(self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor, at: Tensor | None = None) -> Tensor:
+        """What the LM head reads: the pruned part's values, output projection, MLP and final norm.
+
+        Args:
+            fused, q, k, inputs: from ``queries_keys``. at: ``[B, S]`` positions that are wanted, so that the MLP, whose activations are the
+                widest, sees no others; None for all.
+        Returns:
+            ``[B, S, H]``, or ``[B, T, H]``.
+        """
         v = self.v_proj(inputs).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        h = fused + self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(-2)
+        if at is not None:
+            fused, mixed = rows_at(fused, at), rows_at(mixed, at)
+        h = fused + self.o_proj(mixed)
         y = self._norm(h, self.post_attention_layernorm)
         h = h + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
         return self._norm(h, self.norm)
@@ -183,52 +203,60 @@ class DraftModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write an EAGLE-3 checkpoint in SafeAILab's layout, weights in bfloat16."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.shape.config(), indent=2) + "\n")
         tensors = {
             name: (t.to(torch.bfloat16) if t.is_floating_point() else t).detach().cpu().contiguous()
             for name, t in self.checkpoint().items()
         }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with whole_file(folder / "model.safetensors") as part:
+            part.write_bytes(save(tensors, metadata={"format": "pt"}))
+        with whole_file(folder / "config.json") as part:
+            part.write_text(json.dumps(self.shape.config(), indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: Path, *, max_position: int, num_layers: int) -> DraftModel:
+    def load(cls, folder: Path, *, max_position: int, num_layers: int, vocabulary: int) -> DraftModel:
         """A published EAGLE-3 checkpoint to train on, extended by YaRN where it was trained on shorter sequences.
 
         Args:
-            max_position: longest sequence it will be trained on. num_layers: of the target.
+            max_position: longest sequence it will be trained on. num_layers, vocabulary: of the target.
         Raises:
             HeadError: not an EAGLE-3 checkpoint, or one with parts that training here does not know.
         """
-        spec, config = read_checkpoint(folder).spec, read_config(folder)
+        spec = read_checkpoint(folder).spec
         entries = list_tensors(folder, allow_pickle=False)
-        tensors: dict[str, Tensor] = {}
-        unknown = []
-        for name, entry in entries.items():
-            ours = _NAMES.get(name.replace("layers.0.", "midlayer.", 1))
-            if ours is not None:
-                tensors[ours] = entry.load().float()
-            elif name not in ("d2t", "t2d", "embed_tokens.weight"):
-                unknown.append(name)
+        names = {name: _NAMES.get(name.removeprefix("model.").replace("layers.0.", "midlayer.", 1)) for name in entries}
+        tensors = {ours: entries[name].load().float() for name, ours in names.items() if ours is not None}
+        unknown = [name for name, ours in names.items() if ours is None and name not in ("d2t", "t2d", "embed_tokens.weight")]
         missing = sorted(set(_NAMES.values()) - set(tensors))
         if unknown or missing:
             raise HeadError(
-                f"--init {folder}: cannot be trained further here (tensors unknown: {unknown or 'none'}, missing: {missing or 'none'}); "
-                "start without --init, or from a checkpoint with SafeAILab's tensors."
+                f"--init {folder}: cannot be trained further here (tensors unknown: {', '.join(unknown) or 'none'}; missing: "
+                f"{', '.join(missing) or 'none'}); start without --init, or from a checkpoint with SafeAILab's tensors."
             )
+        widths = {"its target's hidden_size": spec.target_hidden_size, "the width of its embedding": spec.embed_size}
+        for what, width in widths.items():
+            if width != spec.hidden_size:
+                raise HeadError(
+                    f"--init {folder}: {what} is {width} and its own hidden_size {spec.hidden_size}; give a head as wide as its target."
+                )
+        drafted = tensors["lm_head.weight"].shape[0]
+        ids = None
+        if drafted < vocabulary:
+            if "d2t" not in entries:
+                raise HeadError(
+                    f"--init {folder}: lm_head.weight has {drafted} rows for {vocabulary} tokens and there is no d2t; download it in full."
+                )
+            ids = entries["d2t"].load().long() + torch.arange(drafted)
         scaling = rope_parameters(spec, max_position)
         theta = scaling.pop("rope_theta")
-        vocabulary = int(config["vocab_size"])
         shape = DraftShape(
             hidden=spec.hidden_size, heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            ffn=tensors["gate_proj.weight"].shape[0], vocabulary=vocabulary, draft_vocabulary=tensors["lm_head.weight"].shape[0],
+            ffn=tensors["gate_proj.weight"].shape[0], vocabulary=vocabulary, draft_vocabulary=drafted,
             rope_theta=theta, rope_scaling=None if scaling["rope_type"] == "default" else scaling,
             eps=spec.rms_norm_eps, max_position=max(max_position, spec.trained_length), aux_layers=resolve_aux_layers(spec, num_layers),
         )  # fmt: skip
-        if shape.draft_vocabulary < vocabulary:
-            tensors["draft_ids"] = entries["d2t"].load().long() + torch.arange(shape.draft_vocabulary)
-        model = cls(shape, tensors.get("draft_ids"))
-        model.load_state_dict(tensors)
+        model = cls(shape, ids)
+        model.load_state_dict(tensors if ids is None else {**tensors, "draft_ids": ids})
         return model

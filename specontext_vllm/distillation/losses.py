@@ -39,19 +39,25 @@ class AttentionTarget:
         self.window, self.over_layers = window, over_layers
         self._target: Tensor | None = None
         self._far: Tensor | None = None
+        self._layers = 0
 
-    def watch(self, query: Tensor, key: Tensor, at: Tensor) -> None:
-        """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, at positions ``at [B, S]``."""
+    def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, at positions ``at [B, S]``.
+
+        Args:
+            scale: factor of ``q . k``; None for ``D ** -0.5``.
+        """
         (batch, heads, length, d), kv_heads = query.shape, key.shape[1]
         step = torch.arange(length, device=at.device)
         if self._target is None:
             self._target = torch.zeros(batch, kv_heads, at.shape[1], length, device=query.device)
             self._far = step < at[:, None, :, None] - self.window
+        self._layers += 1
         chunk = max(1, self.CHUNK // (batch * heads * length))
         for first in range(0, at.shape[1], chunk):
             here = at[:, first : first + chunk]
             chosen = query.gather(2, here[:, None, :, None].expand(-1, heads, -1, d)).unflatten(1, (kv_heads, -1))
-            logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), key.float()) * d**-0.5
+            logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), key.float()) * (scale or d**-0.5)
             weight = logits.masked_fill_(step > here[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)
             known = self._target[:, :, first : first + chunk]
             if self.over_layers == "max":
@@ -62,6 +68,8 @@ class AttentionTarget:
     def result(self) -> tuple[Tensor, Tensor]:
         """``(target [B, nkv, S, T], mass [B, nkv, S])``: a distribution over tokens, and the weight it had before it was made one."""
         target = self._target * self._far
+        if self.over_layers == "mean":
+            target /= self._layers
         mass = target.sum(-1)
         return target / mass.clamp(min=1e-6)[..., None], mass
 

@@ -2,38 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
+from specontext_vllm.distillation.data import sample_positions
+from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.teacher import Lesson, Teacher
+
+_SERVED = SpeContextConfig.model_construct()
+RECENT_TOKENS = _SERVED.recent_tokens
+LEAST_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
+"""Tokens of sinks, recents and one page to choose."""
 
 
-def recall_at_budget(q: Tensor, k: Tensor, at: Tensor, target: Tensor, pages: int) -> Tensor:
-    """Share of the target's weight in the pages that the head would choose, as the engine chooses them.
+@dataclass(frozen=True)
+class Recall:
+    """Share of the teacher's far attention on the pages a budget holds; ``best``: on those of the choice that holds most of it."""
 
-    A page's score is the largest softmax weight of a token in it, over the group's query heads; the first page and the newest ones are
-    always in (``sink_tokens``, ``recent_tokens`` of the config's defaults).
+    found: float
+    best: float
+
+
+def page_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
+    """The engine's score of a page: the largest softmax weight of a token in it, over the group's query heads.
 
     Args:
-        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T.
-        at: ``[B, S]`` positions among them. target: ``[B, nkv, S, T]``. pages: the budget.
+        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T. at: ``[B, S]`` positions among them.
     Returns:
-        ``[B, nkv, S]``.
+        ``[B, nkv, S, pages]``.
     """
-    defaults = SpeContextConfig.model_construct()
     kv_heads, length, d = k.shape[1:]
     step = torch.arange(length, device=at.device)
     chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(1, (kv_heads, -1))
     logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), k.float()) * d**-0.5
-    weight = logits.masked_fill(step > at[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)
+    return _pages(logits.masked_fill_(step > at[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)).amax(-1)
+
+
+def page_sums(target: Tensor) -> Tensor:
+    """The teacher's weight on each page, ``[B, nkv, S, pages]`` of ``target [B, nkv, S, T]``."""
+    return _pages(target).sum(-1)
+
+
+def _pages(weight: Tensor) -> Tensor:
     # Index 0 here is token 1: one more in front makes pages the engine's pages.
-    held = F.pad(weight, (1, -(length + 1) % PAGE_SIZE)).unflatten(-1, (-1, PAGE_SIZE)).amax(-1)
-    newest = (at + 1) // PAGE_SIZE
-    page = torch.arange(held.shape[-1], device=at.device)
-    distance = newest[:, None, :, None] - page
-    held = held.masked_fill((page < defaults.sink_pages) | ((distance >= 0) & (distance < defaults.recent_pages)), 2.0)
+    return F.pad(weight, (1, -(weight.shape[-1] + 1) % PAGE_SIZE)).unflatten(-1, (-1, PAGE_SIZE))
+
+
+def choose(scores: Tensor, at: Tensor, pages: int) -> Tensor:
+    """Chosen pages as booleans like ``scores [B, nkv, S, pages]``: sinks, recents, then the best; none that is newer than the token."""
+    page = torch.arange(scores.shape[-1], device=at.device)
+    distance = ((at + 1) // PAGE_SIZE)[:, None, :, None] - page
+    held = scores.masked_fill((page < _SERVED.sink_pages) | ((distance >= 0) & (distance < _SERVED.recent_pages)), float("inf"))
     held = held.masked_fill(distance < 0, -1.0)
-    best = torch.zeros_like(held, dtype=torch.bool).scatter_(-1, held.topk(min(pages, held.shape[-1]), -1).indices, True)
-    inside = best.repeat_interleave(PAGE_SIZE, -1)[..., 1 : length + 1]
-    return (target * inside).sum(-1)
+    return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, held.topk(min(pages, held.shape[-1]), -1).indices, True)
+
+
+def recall_of(draft: DraftModel, lesson: Lesson, at: Tensor, budgets: Sequence[int]) -> dict[int, Recall]:
+    """Recall at each budget (tokens) of positions ``at [B, S]`` that the lesson watched, weighted by the teacher's mass."""
+    place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
+    with torch.autocast(at.device.type, torch.bfloat16, enabled=lesson.aux.dtype == torch.bfloat16):
+        _, q, k, _ = draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place)
+    scores, sums = page_scores(q, k, at), page_sums(lesson.target)
+    weight = lesson.mass / lesson.mass.sum().clamp(min=1e-9)
+
+    def share(by: Tensor, budget: int) -> float:
+        return float(((sums * choose(by, at, budget // PAGE_SIZE)).sum(-1) * weight).sum())
+
+    return {budget: Recall(share(scores, budget), share(sums, budget)) for budget in budgets}
+
+
+@torch.no_grad()
+def held_out_recall(teacher: Teacher, draft: DraftModel, batches: Iterable[tuple[Tensor, Tensor]], budget: int, positions: int) -> Recall:
+    """Mean recall over batches ``(ids [B, T], weights [B, T])`` at a budget (tokens) under T.
+
+    Tokens that follow the budget are asked, ``positions`` of a sequence, those before answers first; the newest ``recent_tokens`` of the
+    context do not count, since every budget holds them.
+    """
+    rows = []
+    for number, (ids, weights) in enumerate(batches):
+        ids, weights = ids.to(teacher.device), weights.to(teacher.device)
+        generator = torch.Generator(device=ids.device).manual_seed(number)
+        at, _ = sample_positions(weights[:, 1:], positions, generator, first=budget)
+        rows.append(recall_of(draft, teacher(ids, at, AttentionTarget(RECENT_TOKENS)), at, [budget])[budget])
+    return Recall(sum(row.found for row in rows) / len(rows), sum(row.best for row in rows) / len(rows))

@@ -39,29 +39,72 @@ class Lesson:
     mass: Tensor
 
 
-def load_teacher(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen causal LM of transformers from a local folder.
+def read_config(folder: Path) -> Any:
+    """transformers' config of a model folder, checked.
 
     Raises:
-        TeacherError: not a model with full attention in every layer.
+        TeacherError: none there, one that cannot be read, or not a model with full attention in every layer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    if not (folder / "config.json").is_file():
+        raise TeacherError(f"--model: {folder} has no config.json; give the folder of a Hugging Face model.")
+    config = _read(AutoConfig, folder)
     check_teacher(config)
+    return config
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, a fast one.
+
+    Raises:
+        TeacherError: none there, or one that cannot say where in the text its tokens stand.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _read(AutoTokenizer, folder)
+    if not tokenizer.is_fast:
+        raise TeacherError(f"--model: {folder} has a slow tokenizer, which does not tell where tokens stand; add its tokenizer.json.")
+    return tokenizer
+
+
+def load_teacher(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The frozen causal LM in a folder; its config is one that ``read_config`` took.
+
+    Raises:
+        TeacherError: weights that cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
     register_attention()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION).to(device).eval().requires_grad_(False)
+    model = _read(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=ATTENTION)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _read(kind: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TeacherError(f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: {reason}).") from None
 
 
 def check_teacher(config: Any) -> None:
-    """Raise a TeacherError for models that the backend does not serve either."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
-    if sliding or kinds != {"full_attention"} or not hasattr(config, "num_attention_heads"):
-        raise TeacherError(
-            f"--model: {config.model_type} has layers of the kinds {sorted(kinds)}, and the specontext backend serves models with full attention in "
-            "every layer; give such a model."
-        )
+    """Raise a TeacherError for models that the specontext backend does not serve either, or that have no layers to look on."""
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
+    needed = ("num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size")
+    missing = [key for key in needed if not hasattr(config, key)]
+    window = getattr(config, "sliding_window", None)
+    refusals = [
+        (config.is_encoder_decoder, "is an encoder-decoder", "a decoder-only model"),
+        (getattr(config, "kv_lora_rank", None), "has multi-head latent attention (MLA)", "a model with ordinary attention"),
+        (window, f"has layers that look back {window} tokens only", "a model without sliding windows"),
+        (kinds, f"has layers of the kinds {', '.join(sorted(kinds))}", "a model with full attention in every layer"),
+        (missing, f"has no {', '.join(missing)} in its config.json", "a text model of the Llama, Qwen or Mistral families"),
+    ]  # fmt: skip
+    for refused, found, wanted in refusals:
+        if refused:
+            raise TeacherError(f"--model: {config.model_type} {found}, which the specontext backend does not serve; give {wanted}.")
 
 
 def register_attention() -> None:
@@ -73,7 +116,7 @@ def register_attention() -> None:
     ) -> tuple[Tensor, None]:
         observer = getattr(module, "observer", None)
         if observer is not None:
-            observer(query, key)
+            observer(query, key, scaling)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return mixed.transpose(1, 2), None
 
@@ -88,13 +131,11 @@ class Teacher:
     Args:
         model: from ``load_teacher``.
         aux_layers: layers whose input states it hands over; the number of layers stands for the last one's output.
-        watched: layers whose attention counts; None for all.
     """
 
-    def __init__(self, model: Any, aux_layers: Sequence[int], watched: Sequence[int] | None = None) -> None:
+    def __init__(self, model: Any, aux_layers: Sequence[int]) -> None:
         self.model, self.aux_layers = model, tuple(aux_layers)
         self.layers = model.base_model.layers
-        self.watched = range(len(self.layers)) if watched is None else watched
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +145,7 @@ class Teacher:
         return self.model.get_input_embeddings()(ids)
 
     def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Logits of the tokens ``ids`` (None: all) for ``hidden [..., H]``."""
+        """Logits ``[..., V]``, of the tokens ``ids`` only or of all, for ``hidden [..., H]``."""
         weight = self.model.get_output_embeddings().weight
         return F.linear(hidden, weight if ids is None else weight[ids])
 
@@ -120,15 +161,15 @@ class Teacher:
                 states[place] = arguments[0] if arguments else named["hidden_states"]
 
             hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-        for place in self.watched:
+        for layer in self.layers:
             # Token 0 has no pair in the head, and is a sink in the teacher.
-            self.layers[place].self_attn.observer = lambda q, k: collector.watch(q[:, :, 1:], k[:, :, 1:], at)
+            layer.self_attn.observer = lambda q, k, scale: collector.watch(q[:, :, 1:], k[:, :, 1:], at, scale)
         try:
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-            for place in self.watched:
-                del self.layers[place].self_attn.observer
+            for layer in self.layers:
+                del layer.self_attn.observer
         target, mass = collector.result()
         return Lesson(self.embed(ids), torch.cat([states[place] for place in self.aux_layers], -1), hidden, target, mass)

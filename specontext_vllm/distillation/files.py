@@ -1,0 +1,18 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place to write to; what stands there at the end becomes ``path`` in one step, so that a kill leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,157 @@
+"""Runs on the demo model: a kill in the middle changes nothing, gradients reach what each loss trains, and the head learns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from specontext_vllm.distillation.data import Sequences, Synthetic
+from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
+from specontext_vllm.distillation.trainer import Distiller, Progress, Settings, rate_at
+from tests.engine.conftest import DEMO_MODEL
+
+STEPS, CONTEXT = 10, 256
+SETTINGS = {
+    "context": CONTEXT, "batch_tokens": CONTEXT, "budget": 128, "steps": STEPS, "workers": 0, "save_seconds": 0.0, "draft_positions": 32,
+}  # fmt: skip
+
+
+def make_run(out: Path, **changes) -> Distiller:
+    settings = Settings(**{**SETTINGS, **changes})
+    tokenizer = read_tokenizer(DEMO_MODEL)
+    torch.manual_seed(settings.seed)
+    draft = DraftModel(DraftShape.for_target(read_config(DEMO_MODEL), max_position=CONTEXT))
+    teacher = Teacher(load_teacher(DEMO_MODEL, torch.device("cpu"), torch.float32), draft.shape.aux_layers)
+    data, held_out = (Sequences(Synthetic(tokenizer), tokenizer, settings.lengths, CONTEXT, held_out=held) for held in (False, True))
+    return Distiller(teacher, draft, data, held_out, settings, out, Accelerator(cpu=True))
+
+
+def run_to_the_end(out: Path) -> None:
+    """In the child as well, so that both have the same number of threads."""
+    torch.set_num_threads(1)
+    run = make_run(out)
+    run.resume()
+    list(run.run())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    threads = torch.get_num_threads()
+    run_to_the_end(out)
+    torch.set_num_threads(threads)
+    return out
+
+
+def steps_of(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "training" / "curve.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
+    program = "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(pathlib.Path(sys.argv[1]))"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2], env=env)
+    state = tmp_path / "training" / "state.pt"
+    try:
+        while process.poll() is None and not (state.is_file() and 3 <= torch.load(state, weights_only=True)["progress"]["step"]):
+            time.sleep(0.02)
+        assert process.poll() is None, "the run was over before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    stopped = torch.load(state, weights_only=True)["progress"]["step"]
+    assert 3 <= stopped < STEPS
+    run_to_the_end(tmp_path)
+    for name, tensor in load_file(uninterrupted / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
+    assert steps_of(tmp_path) == steps_of(uninterrupted) == [0, STEPS]
+
+
+def test_a_kill_while_saving_leaves_a_state(uninterrupted, tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    run.step(*run.data[0])
+    run.save()
+    run.step(*run.data[1])
+
+    def half(_, part):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        run.save()
+    monkeypatch.undo()
+    again = make_run(tmp_path)
+    assert again.resume() and again.progress.step == 1
+
+
+def test_a_resumed_curve_forgets_what_came_after_the_state(tmp_path):
+    run = make_run(tmp_path)
+    run.step(*run.data[0])
+    run.save()
+    run.curve_file.write_text('{"step": 0}\n{"step": 1}\n{"step": 7}\n{"ste')
+    again = make_run(tmp_path)
+    again.resume()
+    assert steps_of(tmp_path) == [0, 1]
+
+
+TRAINED = {
+    "align": {"fc", "input_layernorm", "hidden_norm", "q_proj", "k_proj"},
+    "draft": {"fc", "input_layernorm", "hidden_norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+              "post_attention_layernorm", "norm", "lm_head"},
+}  # fmt: skip
+TRAINED["both"] = TRAINED["draft"]
+
+
+@pytest.mark.parametrize("loss", TRAINED)
+def test_each_loss_trains_its_part(tmp_path, loss):
+    run = make_run(tmp_path, loss=loss)
+    before = {name: p.detach().clone() for name, p in run.draft.named_parameters()}
+    found = run.step(*run.data[0])
+    assert set(found) == {"draft", "align"} - {{"align": "draft", "draft": "align"}.get(loss)}
+    changed = {name.removesuffix(".weight") for name, p in run.draft.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == TRAINED[loss]
+    assert all(p.grad is None for p in run.teacher.model.parameters())
+
+
+def test_no_tensor_is_sequence_by_sequence_or_sequence_by_vocabulary(tmp_path):
+    """Every result of every operation of a step, with a sequence so long that such a tensor would be the largest by far."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    length, vocabulary = CONTEXT * 4, 3136
+    # Flash attention's own CPU kernel is one operation; its inside is not seen, and is not T x T.
+    run = make_run(tmp_path, align_positions=8, draft_positions=16)
+    run.draft.rope = torch.zeros(length, run.draft.shape.head_dim)
+    largest = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            result = function(*arguments, **(named or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, torch.Tensor):
+                    largest[tensor.numel()] = (str(function), tuple(tensor.shape))
+            return result
+
+    ids = torch.randint(0, vocabulary, (1, length))
+    with Watch():
+        run.step(ids, torch.full((1, length), 0.1))
+    assert max(largest) < min(length * length, length * vocabulary), largest[max(largest)]
+
+
+def test_learning_rate_rises_then_falls_by_steps_or_by_the_clock():
+    by_steps = Settings(**{**SETTINGS, "steps": 1000})
+    rates = [rate_at(by_steps, Progress(step=step)) for step in (0, 49, 500, 999)]
+    assert rates[0] < rates[1] > rates[2] > rates[3] >= 0.1 * by_steps.learning_rate
+    by_clock = Settings(**{**SETTINGS, "steps": None, "hours": 1.0})
+    assert rate_at(by_clock, Progress(step=5000, seconds=3600)) == pytest.approx(0.1 * by_clock.learning_rate)
+    assert Progress(seconds=1800).share(by_clock) == 0.5
