@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, run_child
-from benchmarks.decode import ENGINE_ENV, Cell, EngineSpec, run_engine
+from benchmarks.engines import Cell, EngineSpec, engine_env, run_engine
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
 
@@ -27,7 +27,7 @@ class SidecarEngine(EngineSpec):
         settings: added to the ``specontext`` settings.
     """
 
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
         arguments = super().arguments()
@@ -119,14 +119,13 @@ def main(
         )
         if load > os.cpu_count():
             result.notes.append("**The machine was busy with other work throughout**: the figures show that it runs, and bound the cost from above.")
-    env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")})}
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}
     for place in PLACES:
-        spec = SidecarEngine("specontext", model, on_gpu, budget, max_num_seqs, steps, moved if place == "ray" else {})
+        spec = SidecarEngine("specontext", model, on_gpu, budget, max_num_seqs, steps, settings=moved if place == "ray" else {})
         kept = details["engines"].setdefault(place, {"cells": {}})
         print(f"{place}: starting (log {folder / place}.log)", flush=True)
         try:
-            for kind, value in run_child(run_engine, spec, parsed, {}, log=folder / f"{place}.log", seconds=engine_seconds, env=env):
+            for kind, value in run_child(run_engine, spec, parsed, {}, log=folder / f"{place}.log", seconds=engine_seconds, env=engine_env(on_gpu)):
                 if kind == "ready":
                     kept |= value
                 elif kind == "cell":
