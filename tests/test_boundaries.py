@@ -14,6 +14,7 @@ ROOMS = {
     "residency": {"specontext_vllm.config", "specontext_vllm.late_copy", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
     "attention": {"specontext_vllm.config", "specontext_vllm.attention", "specontext_vllm.triton_kernels"},
     "observability": {"specontext_vllm.observability", "specontext_vllm.retrieval.counters"},
+    "distillation": {"specontext_vllm.config", "specontext_vllm.demo", "specontext_vllm.distillation", "specontext_vllm.retrieval"},
     "sidecar": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.sidecar"},
     "triton_kernels": {"specontext_vllm.triton_kernels"},
 }

@@ -15,13 +15,16 @@ from typing import Any
 
 CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
 GPU_WORKER = "specontext_vllm.engine.worker_gpu.SpeContextGPUWorker"
+SCHEDULERS = {False: "specontext_vllm.engine.scheduler.SpeContextScheduler", True: "specontext_vllm.engine.scheduler.SpeContextAsyncScheduler"}
+"""By whether scheduling is asynchronous."""
 
 
 def choose_worker() -> None:
-    """Check the configuration and pick our worker class when the backend is SPECONTEXT.
+    """Check the configuration and pick our worker and scheduler classes when the backend is SPECONTEXT.
 
     Symptom: ``parallel_config.worker_cls`` stays vLLM's own and nothing runs the retrieval head.
-    Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say (vllm/config/vllm.py).
+    Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say (vllm/config/vllm.py). It also has the last
+    word on asynchronous scheduling, by which the scheduler is chosen.
     Remove when: attention backends can name a worker, or vLLM offers a per-step hook to plugins.
     """
     platform = _platform_class()
@@ -41,6 +44,8 @@ def choose_worker() -> None:
             if vllm_config.parallel_config.worker_cls == "auto":
                 vllm_config.parallel_config.worker_cls = CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
         original(cls, vllm_config)
+        if is_selected(vllm_config):
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
 
     check_and_update_config._specontext = True
     platform.check_and_update_config = classmethod(check_and_update_config)

@@ -9,6 +9,7 @@ from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.registration import unsupported_vllm
+from specontext_vllm.engine.compat import SCHEDULERS
 from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
@@ -86,6 +87,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
          f"model: {model.model} has sliding-window layers", "every layer must be full attention"),
         (vllm_config.speculative_config is not None, "--speculative-config: found one",
          "speculative decoding is not served yet; leave it out"),
+        (vllm_config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
+         f"--scheduler-cls: found {vllm_config.scheduler_config.scheduler_cls}", "it brings a scheduler of its own; leave it out"),
         (parallel.pipeline_parallel_size > 1, f"--pipeline-parallel-size: found {parallel.pipeline_parallel_size}",
          "use --tensor-parallel-size instead"),
         (parallel.decode_context_parallel_size > 1, f"--decode-context-parallel-size: found {parallel.decode_context_parallel_size}",

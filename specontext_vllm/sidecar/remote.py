@@ -76,6 +76,7 @@ class RemoteRetriever:
         dtype: the model's.
     """
 
+    reads_aux = True
     bytes_per_block = 0
     """Of the worker's KV memory: the head's caches are the actor's."""
 

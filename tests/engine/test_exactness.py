@@ -43,9 +43,10 @@ def scenarios(llm, prompts) -> dict[str, object]:
     # Each prompt alone; those over 256 tokens take several chunks.
     out["plain"] = [ids(generate([p]))[0] for p in prompts]
     before = preemptions(llm)
-    # All at once with long answers: ragged batches, decode and prefill rows mixed, more pages than the engine has.
-    out["ragged"] = ids(generate(prompts, max_tokens=90))
+    # All at once with long answers, the longest first: ragged batches, decode and prefill rows mixed, more pages than the engine has.
+    out["ragged"] = ids(generate(prompts[::-1], max_tokens=90))
     out["preempted"] = preemptions(llm) - before
+    generate([prompts[-1]], max_tokens=1)
     hit = generate([prompts[-1]])
     out["prefix hit"] = ids(hit)
     out["cached tokens"] = hit[0].num_cached_tokens
@@ -55,6 +56,15 @@ def scenarios(llm, prompts) -> dict[str, object]:
     out["next turn"] = ids(turn)
     llm.reset_prefix_cache()
     out["next turn, cold"] = ids(generate([longer]))
+    llm.reset_prefix_cache()
+    # The same prompt several times at once, and its beginning: its pages are in the prefix cache before they are computed. One token is left to
+    # do behind the hit, so that a twin that did not wait would be a decode row over pages that nobody has seen yet.
+    twin = prompts[-1][: (len(prompts[-1]) - 1) // 16 * 16 + 1]
+    out["twin alone"] = ids(generate([twin]))[0]
+    llm.reset_prefix_cache()
+    twins = generate([twin, prompts[3], twin, twin[:-100] + prompts[5][:30], twin])
+    out["twins"] = [tokens for i, tokens in enumerate(ids(twins)) if i in (0, 2, 4)]
+    out["twins' hits"] = [twins[i].num_cached_tokens for i in (2, 4)]
     llm.reset_prefix_cache()
     out["neighbour aborted"] = abort_neighbour(llm, prompts)
     return out
@@ -98,7 +108,7 @@ def sparse(prompts):
         return out
 
 
-@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "neighbour aborted"])
+@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "twins", "neighbour aborted"])
 def test_tokens_equal_stock(stock, sparse, scenario):
     assert sparse[scenario] == stock[scenario]
 
@@ -116,6 +126,13 @@ def test_a_small_budget_reads_less_and_survives_the_same_scenarios(sparse):
     assert small["pages_read"] < 0.6 * small["pages_total"]
     assert 0 < small["kept_mass_mean"] < 1
     assert all(sparse["small budget"]["plain"])
+
+
+def test_twins_answer_as_alone_and_share_their_pages(sparse):
+    """Under a small budget too: a hit waits for the step that computes its pages."""
+    small = sparse["small budget"]
+    assert small["twins"] == [small["twin alone"]] * 3
+    assert min(small["twins' hits"]) >= 256
 
 
 def test_a_prefix_hit_selects_as_a_cold_start_does(sparse):

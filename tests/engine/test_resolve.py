@@ -13,7 +13,7 @@ from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, find_hea
 from tests.engine.conftest import DEMO_MODEL
 
 
-def vllm_config(additional=None, model=None, cache=None, parallel=None, **top):
+def vllm_config(additional=None, model=None, cache=None, parallel=None, scheduler_cls=None, **top):
     """A stand-in with the attributes that resolve.py reads, of the demo model."""
     text = SimpleNamespace(num_hidden_layers=6, num_attention_heads=4, layer_types=None)
     fields = dict(
@@ -31,6 +31,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, **top):
                 "enable_dbo": False, "tensor_parallel_size": 1, "data_parallel_size_local": 1, **(parallel or {}),
             }
         ),
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls),
         additional_config={} if additional is None else additional,
         **{"speculative_config": None, "kv_transfer_config": None, **top},
     )  # fmt: skip
@@ -47,6 +48,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, **top):
         ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
         ({"model": {"runner_type": "pooling"}}, "--runner: found 'pooling'"),
         ({"speculative_config": object()}, "--speculative-config"),
+        ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         ({"cache": {"block_size": 32, "user_specified_block_size": True}}, "--block-size: found 32"),
