@@ -5,10 +5,11 @@ from __future__ import annotations
 import typer
 
 from benchmarks import ablation, capacity, decode, link, memory, recall, timeline, transfer
+from benchmarks.accuracy import command as accuracy
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 CASES = {
-    "ablation": ablation.main, "capacity": capacity.main, "decode": decode.main, "link": link.main, "memory": memory.main,
+    "ablation": ablation.main, "accuracy": accuracy.main, "capacity": capacity.main, "decode": decode.main, "link": link.main, "memory": memory.main,
     "overlap": capacity.overlap, "recall": recall.main, "timeline": timeline.main, "transfer": transfer.main,
 }  # fmt: skip
 for name, case in CASES.items():
