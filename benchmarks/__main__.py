@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import ablation, capacity, decode, link, memory, recall, timeline, transfer
+from benchmarks import ablation, capacity, decode, link, memory, timeline, transfer
 from benchmarks.accuracy import command as accuracy
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 CASES = {
     "ablation": ablation.main, "accuracy": accuracy.main, "capacity": capacity.main, "decode": decode.main, "link": link.main, "memory": memory.main,
-    "overlap": capacity.overlap, "recall": recall.main, "timeline": timeline.main, "transfer": transfer.main,
+    "overlap": capacity.overlap, "timeline": timeline.main, "transfer": transfer.main,
 }  # fmt: skip
 for name, case in CASES.items():
     app.command(name)(case)

@@ -134,7 +134,7 @@ def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
         "dense, and so is the first token of each reply, which prefill makes.",
         *(f"{name.replace('_', ' ')}: {task.about}." for name, task in grid.tasks.items()),
         f"† dense attention itself scores less than the task's floor ({', '.join(sorted({f'{t.floor:g}' for t in grid.tasks.values()}))}): the "
-        "model cannot do the task, so it says nothing about a retriever and the other cells are left out; so is it of the means.",
+        "model cannot do the task, so it says nothing about a retriever; its other cells and longer contexts are left out, and it is not in the means.",
         "Always read: the first page, and the newest 64 tokens; with budgets under 256 the newest quarter of the budget.",
         "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Tokens/s: emitted by up to 16 "
         f"requests together, prompts in the prefix cache, {graphs}.",
@@ -164,14 +164,15 @@ class Run:
         self.cells = {cell: result for cell, result in found if result is not None}
 
     def missing(self) -> list[tuple[Group, list[Setting]]]:
-        """What is still to be asked; nothing of a task that dense cannot do."""
-        out = []
+        """What is still to be asked; nothing of a task from the context on in which dense cannot do it."""
+        out: list[tuple[Group, list[Setting]]] = []
+        failed: set[str] = set()
         for group in self.groups:
             dense = self.cells.get(group.cell(Setting(DENSE)))
             if dense is not None and summary.says_nothing(self.grid.tasks[group.task], dense["scores"]):
-                continue
+                failed.add(group.task)
             settings = [setting for setting in self.grid.settings(group.context) if group.cell(setting) not in self.cells]
-            if settings:
+            if settings and group.task not in failed:
                 out.append((group, settings))
         return out
 
@@ -188,7 +189,7 @@ class Run:
     def write(self) -> None:
         """Tables, CSV and pictures of what is there."""
         lines = summary.all_figures(self.ordered(), self.grid.tasks)
-        self.result.rows = summary.rows(lines)
+        self.result.rows, self.result.tables = summary.rows(lines), summary.tables(lines)
         path = self.result.write(self.out)
         summary.write_csv(path.with_suffix(".csv"), lines)
         plots.draw(lines, self.result.rows, path.with_suffix(""), self.grid.model.name)
@@ -240,9 +241,8 @@ def main(
         title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
         folder = work or WORK / f"accuracy-{model.resolve().name}-{device_slug(machine)}"
         result = report.Report(
-            "accuracy", title, summary.tables(list(chosen), bool(with_fallback)), machine=machine,
-            notes=_notes(grid, spec, read_folder(longbench)[1] if longbench else []),
-        )  # fmt: skip
+            "accuracy", title, {}, machine=machine, notes=_notes(grid, spec, read_folder(longbench)[1] if longbench else [])
+        )
         run = Run(grid, groups, CellStore(folder, _settings(grid, dtype, spec, machine)), result, out)
     except (OptionError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)

@@ -50,7 +50,8 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
     """Answer each group's prompts once with each of its settings.
 
     A group's prompts are prefilled first. Their pages hold prompt tokens only and are always made densely, so that all settings read the same.
-    Where dense comes first and cannot do the task, the group's other settings are left out: they would say nothing.
+    Where dense comes first and cannot do the task, the group's other settings are left out, and so are the task's later (longer) groups: they
+    would say nothing.
 
     Yields:
         ``("ready", facts)``; then ``("prefilled", (group, seconds))`` and ``("cell", (group, setting, result))``, groups by their index. A result
@@ -62,12 +63,14 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
 
     from benchmarks.accuracy import forcing
 
-    tasks = find_tasks(longbench)
+    tasks, failed = find_tasks(longbench), set()
     arguments = spec.arguments()
     llm = LLM(**arguments, **forcing.engine_arguments(spec.on_gpu))
     yield "ready", {"start_s": round(time.perf_counter() - begin, 1), "arguments": arguments}
     for index, (group, settings) in enumerate(work):
         task = tasks[group.task]
+        if task.name in failed:
+            continue
         prompts = [{"prompt_token_ids": e.prompt} for e in group.examples]
         params = [
             SamplingParams(temperature=0, max_tokens=e.reply_tokens) if e.forced is None else forcing.forced_params(e.forced, spec.on_gpu)
@@ -94,4 +97,5 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
                 "stats": llm.collective_rpc("specontext_stats")[0],
             })  # fmt: skip
             if setting.retriever == DENSE and says_nothing(task, scores):
+                failed.add(task.name)
                 break

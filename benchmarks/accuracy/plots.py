@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.cells import DENSE
+
 # Okabe and Ito's colours, which colour-blind readers tell apart; the markers say the same.
 STYLES = {
     "dlm": ("#0072B2", "o"), "quest": ("#E69F00", "s"), "oracle": ("#009E73", "^"), "recent": ("#D55E00", "v"), "random": ("#CC79A7", "D"),
-    "dense": ("#000000", "*"),
+    DENSE: ("#000000", "*"),
 }  # fmt: skip
 OTHER_STYLE = ("#56B4E9", "P")
 
@@ -39,21 +41,30 @@ def draw(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], stem: 
     return written
 
 
-def _grid(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+PANELS_A_ROW = 3
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with ``count`` panels, three in a row."""
     from matplotlib.figure import Figure
 
+    columns = min(PANELS_A_ROW, count)
+    rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
 
 
 def _distinct(lines: Sequence[dict[str, Any]], key: str) -> list[Any]:
     return list(dict.fromkeys(line[key] for line in lines))
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
     """One legend for all panels, under them."""
-    found = {}
-    for axis in axes.flat:
+    found: dict[str, Any] = {}
+    for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False)
@@ -73,46 +84,45 @@ def _y_label(kind: str) -> str:
 
 
 def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
-    grid = [line for line in lines if not line["threshold"] and line["retriever"] != "dense"]
-    if not grid:
+    grid = [line for line in lines if not line["threshold"]]
+    panels = list(dict.fromkeys((line["context"], line["task"]) for line in grid if line["retriever"] != DENSE))
+    if not panels:
         return None
-    contexts, tasks = sorted(set(_distinct(grid, "context"))), _distinct(grid, "task")
-    figure, axes = _grid(len(contexts), len(tasks), 2.9, 2.6)
-    for axis_row, context in zip(axes, contexts):
-        for axis, task in zip(axis_row, tasks):
-            here = [line for line in lines if line["context"] == context and line["task"] == task and not line["threshold"]]
-            if not here:
-                axis.set_axis_off()
-                continue
-            _panel(axis, f"{task.replace('_', ' ')}, {context:,} tokens", "budget, tokens per KV head", _y_label(here[0]["kind"]))
-            for retriever in _distinct(here, "retriever"):
-                _curve(axis, retriever, [line for line in here if line["retriever"] == retriever])
-            axis.set_xscale("log", base=2)
-            budgets = sorted({line["budget"] for line in here if line["budget"]})
-            axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets], rotation=45)
-            axis.minorticks_off()
-            if here[0]["kind"] == "perplexity":
-                axis.set_yscale("log")
-            else:
-                axis.set_ylim(-0.04, 1.06)
+    figure, axes = _panels(len(panels), 3.4, 2.7)
+    retrievers = [name for name in _distinct(grid, "retriever") if name != DENSE]
+    for axis, (context, task) in zip(axes, panels):
+        here = [line for line in grid if line["context"] == context and line["task"] == task]
+        _panel(axis, f"{task.replace('_', ' ')}, {context:,} tokens", "budget, tokens per KV head", _y_label(here[0]["kind"]))
+        for place, retriever in enumerate(retrievers):
+            # Side by side, so that curves of the same values are all seen.
+            _curve(axis, retriever, [line for line in here if line["retriever"] == retriever], shift=1.05 ** (place - len(retrievers) / 2))
+        for line in here:
+            if line["retriever"] == DENSE:
+                axis.axhline(line["value"], color=STYLES[DENSE][0], linestyle="--", linewidth=1, label="dense (reads all)")
+        axis.set_xscale("log", base=2)
+        budgets = sorted({line["budget"] for line in here if line["budget"]})
+        axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets], rotation=45)
+        axis.minorticks_off()
+        _y_scale(axis, here[0]["kind"])
     _legend(figure, axes)
     figure.suptitle(f"{model}: accuracy over budget, bars are 95 % intervals", fontsize=12)
     return figure
 
 
-def _curve(axis: Any, retriever: str, lines: Sequence[dict[str, Any]]) -> None:
+def _y_scale(axis: Any, kind: str) -> None:
+    if kind == "perplexity":
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(-0.04, 1.08)
+
+
+def _curve(axis: Any, retriever: str, lines: Sequence[dict[str, Any]], shift: float) -> None:
     colour, marker = STYLES.get(retriever, OTHER_STYLE)
-    if retriever == "dense":
-        line = lines[0]
-        axis.axhline(line["value"], color=colour, linestyle="--", linewidth=1, label="dense (reads all)")
-        axis.axhspan(line["low"], line["high"], color=colour, alpha=0.06, linewidth=0)
-        return
     lines = sorted(lines, key=lambda line: line["budget"])
-    values = [line["value"] for line in lines]
     errors = [[max(0.0, line["value"] - line["low"]) for line in lines], [max(0.0, line["high"] - line["value"]) for line in lines]]
     axis.errorbar(
-        [line["budget"] for line in lines], values, yerr=errors, color=colour, marker=marker, markersize=4, linewidth=1.4, capsize=2,
-        elinewidth=0.7, label=retriever,
+        [line["budget"] * shift for line in lines], [line["value"] for line in lines], yerr=errors, color=colour, marker=marker, markersize=4,
+        linewidth=1.4, capsize=2, elinewidth=0.7, label=retriever,
     )  # fmt: skip
 
 
@@ -121,8 +131,8 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
     if not points:
         return None
     contexts = sorted({row["context"] for row in points})
-    figure, axes = _grid(1, len(contexts), 5.2, 4.0)
-    for axis, context in zip(axes[0], contexts):
+    figure, axes = _panels(len(contexts), 5.2, 4.0)
+    for axis, context in zip(axes, contexts):
         here = [row for row in points if row["context"] == context]
         tasks = max(row["tasks"] for row in here)
         _panel(axis, f"{context:,} tokens, mean of {tasks} tasks", "decode tokens/s (all requests together)", "mean score, 0 to 1")
@@ -130,7 +140,7 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
             colour, marker = STYLES.get(retriever, OTHER_STYLE)
             mine = sorted((row for row in here if row["retriever"] == retriever), key=lambda row: row["budget"] or 0)
             x, y = [row["tokens_per_s"] for row in mine], [row["mean"] for row in mine]
-            axis.plot(x, y, color=colour, marker=marker, markersize=9 if retriever == "dense" else 5, linewidth=1, label=retriever)
+            axis.plot(x, y, color=colour, marker=marker, markersize=9 if retriever == DENSE else 5, linewidth=1, label=retriever)
             for row in mine:
                 if row["budget"]:
                     axis.annotate(str(row["budget"]), (row["tokens_per_s"], row["mean"]), textcoords="offset points", xytext=(4, 5), fontsize=7, color=colour)
@@ -154,20 +164,19 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     ]
     tasks = _distinct(with_threshold, "task")
     contexts = sorted({line["context"] for line in with_threshold})
-    figure, axes = _grid(1, len(tasks), 3.2, 3.2)
-    for axis, task in zip(axes[0], tasks):
-        here = [line for line in base + with_threshold if line["task"] == task]
+    figure, axes = _panels(len(tasks), 3.6, 2.9)
+    for axis, task in zip(axes, tasks):
+        here = [line for line in base + with_threshold if line["task"] == task and line["fallback_share"] is not None]
         _panel(axis, task.replace("_", " "), "share of decode rows that fell back", _y_label(here[0]["kind"]))
-        for context, (colour, marker) in zip(contexts, STYLES.values()):
-            mine = sorted((line for line in here if line["context"] == context), key=lambda line: line["fallback_share"])
-            axis.plot([line["fallback_share"] for line in mine], [line["value"] for line in mine], color=colour, marker=marker, markersize=5,
-                      linewidth=1.2, label=f"{context:,} tokens")  # fmt: skip
-            for line in mine:
-                axis.annotate(f"{line['threshold']:g}", (line["fallback_share"], line["value"]), textcoords="offset points", xytext=(3, 5),
-                              fontsize=7, color=colour)  # fmt: skip
-        axis.set_xlim(-0.05, 1.1)
-        if here[0]["kind"] != "perplexity":
-            axis.set_ylim(-0.04, 1.08)
+        for place, (context, (colour, marker)) in enumerate(zip(contexts, STYLES.values())):
+            mine = sorted((line for line in here if line["context"] == context), key=lambda line: line["threshold"])
+            points = [(line["fallback_share"], line["value"]) for line in mine]
+            axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.2, label=f"{context:,} tokens")
+            for point in dict.fromkeys(points):
+                label = ", ".join(f"{line['threshold']:g}" for line, other in zip(mine, points) if other == point)
+                axis.annotate(label, point, textcoords="offset points", xytext=(4, -10 - 9 * place), fontsize=7, color=colour)
+        axis.set_xlim(-0.05, 1.15)
+        _y_scale(axis, here[0]["kind"])
     _legend(figure, axes)
     figure.suptitle(f"{model}: confidence fallback of {with_threshold[0]['retriever']} {budget}, figures are thresholds", fontsize=12)
     return figure

@@ -86,17 +86,23 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tables' rows: one for each context and setting, a column for each task; those with a threshold are of the table of thresholds."""
+    """The tables' rows: one for each context and setting, a column for each task.
+
+    Which table a row stands in says the key that its name has: ``name``, ``fallback_name`` (settings with a threshold), and beside the first
+    ``failed_name`` (dense rows with tasks that dense cannot do).
+    """
     out: dict[tuple[int, Setting], dict[str, Any]] = {}
     for line in lines:
         setting = Setting(line["retriever"], line["budget"], line["threshold"])
         row = out.setdefault((line["context"], setting), {})
         if not row:
-            name = {"fallback_name": f"{line['context']:,}"} if setting.threshold else {"name": setting.name}
+            name = {"fallback_name": setting.retriever} if setting.threshold else {"name": setting.name}
             row |= {**name, **{key: line[key] for key in ("context", "retriever", "budget", "recent_tokens", "threshold")}}
         row[line["task"]] = line["value"]
         row[f"{line['task']}_text"] = as_text(line)
-        if not line["says_nothing"]:
+        if line["says_nothing"]:
+            row["failed_name"] = setting.name
+        else:
             row.setdefault("_lines", []).append(line)
     for row in out.values():
         row |= _over_tasks(row.pop("_lines", []))
@@ -126,19 +132,27 @@ def _over_tasks(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def tables(tasks: Sequence[str], thresholds: bool) -> dict[str, Sequence[report.Column]]:
-    """Columns of the tables; see ``rows``."""
-    scores = [report.Column(f"{name}_text", name.removeprefix("longbench/").replace("_", " ")) for name in tasks]
+def tables(lines: Sequence[dict[str, Any]]) -> dict[str, Sequence[report.Column]]:
+    """Columns of the tables; see ``rows``. A task that dense cannot do in any context has its figures in a table of their own."""
+    tasks = dict.fromkeys(line["task"] for line in lines)
+    done = dict.fromkeys(line["task"] for line in lines if not line["says_nothing"])
+    able, unable = ([_task_column(name) for name in tasks if (name in done) == can] for can in (True, False))
     over_tasks = (report.Column("mean", "mean", ".3f"), report.Column("pages_read", "pages read", ".1%"))
-    out = {
+    context = report.Column("context", "context", ",")
+    out: dict[str, Sequence[report.Column]] = {
         "By context, retriever and budget": (
-            report.Column("name", "retriever and budget"), report.Column("context", "context", ","), *scores, *over_tasks,
-            report.Column("tokens_per_s", "tokens/s", ",.0f"),
-        ),
+            report.Column("name", "retriever and budget"), context, *able, *over_tasks, report.Column("tokens_per_s", "tokens/s", ",.0f")
+        )
     }  # fmt: skip
-    if thresholds:
+    if any(line["threshold"] for line in lines):
         out["Confidence fallback"] = (
-            report.Column("fallback_name", "context"), report.Column("budget", "budget", ","), report.Column("threshold", "threshold", "g"),
-            report.Column("fallback_share", "rows that fell back", ".1%"), *scores, *over_tasks,
+            report.Column("fallback_name", "retriever"), context, report.Column("budget", "budget", ","),
+            report.Column("threshold", "threshold", "g"), report.Column("fallback_share", "rows that fell back", ".1%"), *able, *over_tasks,
         )  # fmt: skip
+    if unable:
+        out["Tasks that this model cannot do with all of its context"] = (report.Column("failed_name", "retriever"), context, *unable)
     return out
+
+
+def _task_column(name: str) -> report.Column:
+    return report.Column(f"{name}_text", name.removeprefix("longbench/").replace("_", " "))
