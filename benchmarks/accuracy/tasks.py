@@ -162,7 +162,7 @@ def _user(text: str, question: str) -> list[dict[str, str]]:
 
 
 def _many(size: int) -> int:
-    return max(VALUES, min(MOST_FACTS, size // 128))
+    return max(VALUES + 1, min(MOST_FACTS, size // 128))
 
 
 # -- drafts -------------------------------------------------------------------------------------------------------------
@@ -183,13 +183,18 @@ def single(seed: int, size: int) -> Draft:
 
 def multi_key(seed: int, size: int) -> Draft:
     items, text = _facts(seed, size, _many(size))
-    return _ask(_random("multi_key", seed).sample(items, 1), text)
+    return _ask([_key_item(seed, items)], text)
+
+
+def _key_item(seed: int, items: list[demo.Item]) -> demo.Item:
+    return _random("multi_key", seed).sample(items, 1)[0]
 
 
 def multi_query(seed: int, size: int) -> Draft:
-    # Not multi_key's question first: the prompt would hold what the model said there, from KV made under sparse attention.
     items, text = _facts(seed, size, _many(size))
-    return _ask(_random("multi_query", seed).sample(items, VALUES), text)
+    # Not multi_key's question first: the prompt would hold what the model said there, from KV made under sparse attention.
+    others = [item for item in items if item is not _key_item(seed, items)]
+    return _ask(_random("multi_query", seed).sample(others, VALUES), text)
 
 
 def list_facts(seed: int, size: int) -> Draft:
