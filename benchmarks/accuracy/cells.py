@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.tasks import Example
-from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 
 DENSE = "dense"
 
@@ -34,9 +34,12 @@ class Setting:
 
     @property
     def recent_tokens(self) -> int | None:
-        """A quarter of a small budget, so that pages are left to choose; the default from 256 tokens on."""
-        default = SpeContextConfig.model_fields["recent_tokens"].default
-        return None if self.budget is None else min(default, self.budget // 4)
+        """The default wherever it leaves a page to choose; else a quarter of the budget."""
+        if self.budget is None:
+            return None
+        default = SpeContextConfig()
+        least = PAGE_SIZE * (default.sink_pages + default.recent_pages + 1)
+        return default.recent_tokens if self.budget >= least else self.budget // 4
 
     def changes(self) -> dict[str, Any]:
         """Arguments of ``specontext_set``.
@@ -112,22 +115,22 @@ class CellStore:
         """The finished cell, or None.
 
         Raises:
-            CellError: it was asked other prompts.
+            CellError: it was asked other prompts, or had other settings under the same name.
         """
         path = self._path(cell)
         if not path.exists():
             return None
         found = json.loads(path.read_text())
-        if found["digest"] != digest:
+        if (found["digest"], found["changes"]) != (digest, cell.setting.changes()):
             raise CellError(
-                f"--work: {self.folder} holds the cell ({cell.name}) for other prompts (another number of them, or other texts); name "
-                f"another folder, or delete this one to start anew."
+                f"--work: {self.folder} holds the cell ({cell.name}) for other prompts (another number of them, or other texts) or other "
+                f"settings; name another folder, or delete this one to start anew."
             )
         return found
 
     def put(self, cell: Cell, digest: str, result: dict[str, Any]) -> None:
         """Keep a finished cell."""
-        _write(self._path(cell), {"cell": cell.name, "digest": digest, **result})
+        _write(self._path(cell), {"cell": cell.name, "digest": digest, "changes": cell.setting.changes(), **result})
 
     def _path(self, cell: Cell) -> Path:
         name = f"{cell.task}-{cell.context}-{cell.setting.name}"

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -103,9 +102,9 @@ def _find_head(model: Path, head: str | None, retrievers: str | None) -> tuple[s
     return head, names
 
 
-def _weights(folder: Path) -> dict[str, int]:
-    """Sizes of the weight files, by which another model of the same name is told."""
-    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+def _weights(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the weight files, by which another model in the same place is told."""
+    return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _settings(grid: Grid, dtype: str, spec: EngineSpec, machine: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def _settings(grid: Grid, dtype: str, spec: EngineSpec, machine: dict[str, Any])
         "config": hashlib.sha256((grid.model / "config.json").read_bytes()).hexdigest()[:16],
         "weights": _weights(grid.model),
         "retrieval head": {"source": grid.head, **(_weights(Path(grid.head)) if grid.head else {})},
-        "dtype": dtype, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": version("vllm"), "code": _code(),
+        "dtype": dtype, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"], "code": _code(),
     }  # fmt: skip
 
 
@@ -135,13 +134,15 @@ def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
         *(f"{name.replace('_', ' ')}: {task.about}." for name, task in grid.tasks.items()),
         f"† dense attention itself scores less than the task's floor ({', '.join(sorted({f'{t.floor:g}' for t in grid.tasks.values()}))}): the "
         "model cannot do the task, so it says nothing about a retriever; its other cells and longer contexts are left out, and it is not in the means.",
-        "Always read: the first page, and the newest 64 tokens; with budgets under 256 the newest quarter of the budget.",
-        "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Tokens/s: emitted by up to 16 "
+        "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a page to choose, "
+        "the newest quarter of the budget instead.",
+        "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Kept mass: share of the head's own "
+        "attention that lies on them, its confidence. Tokens/s: emitted by up to 16 "
         f"requests together, prompts in the prefix cache, {graphs}.",
     ]
     if grid.thresholds:
         notes.append(f"Confidence fallback: dlm with a budget of {grid.threshold_budget}; a row whose kept mass is under the threshold reads four times that.")
-    if "dlm" not in grid.retrievers:
+    if grid.head is None and "dlm" not in grid.retrievers:
         notes.append("dlm was left out: no retrieval head was given or found in the model's folder.")
     if left_out:
         notes.append(f"LongBench files left out (not English or code): {', '.join(left_out)}.")
@@ -192,7 +193,7 @@ class Run:
         self.result.rows, self.result.tables = summary.rows(lines), summary.tables(lines)
         path = self.result.write(self.out)
         summary.write_csv(path.with_suffix(".csv"), lines)
-        plots.draw(lines, self.result.rows, path.with_suffix(""), self.grid.model.name)
+        plots.draw(lines, self.result.rows, path.with_suffix(""), self.grid.model.resolve().name)
 
 
 def main(
@@ -208,6 +209,7 @@ def main(
     longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
     work: Annotated[Path | None, typer.Option(help="Folder of finished cells, which a later run goes on from, and of the engine's log.")] = None,
+    measure: Annotated[bool, typer.Option(help="Whether to measure what is missing, or only to write what is there.")] = True,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
     """Accuracy by retriever, budget and context, with confidence intervals. Exit code 1 if anything failed."""
@@ -228,7 +230,7 @@ def main(
         for context in grid.contexts:
             for setting in grid.settings(context):
                 setting.changes()
-        typer.echo("writing the prompts")
+        typer.echo("making the prompts")
         groups = grid.groups(_writer(model))
         longest = max(len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for group in groups for e in group.examples)
         if longest > reach:
@@ -247,7 +249,11 @@ def main(
     except (OptionError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
-    _fill(run, spec, longbench, folder)
+    if measure:
+        _fill(run, spec, longbench, folder)
+    absent = sum(len(settings) for _, settings in run.missing())
+    if absent:
+        result.notes.append(f"{absent} cells of this grid have not been measured; run the command again to measure them.")
     run.write()
     result.show()
     typer.echo(f"written: {out}")
@@ -275,7 +281,6 @@ def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path) -> N
             elif kind == "prefilled":
                 index, seconds = value
                 typer.echo(f"{missing[index][0].task}, {missing[index][0].context} tokens: prompts prefilled in {seconds:.0f} s")
-                run.write()
             else:
                 index, setting, cell = value
                 run.add(missing[index][0], setting, cell)

@@ -65,7 +65,8 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
 
     tasks, failed = find_tasks(longbench), set()
     arguments = spec.arguments()
-    llm = LLM(**arguments, **forcing.engine_arguments(spec.on_gpu))
+    forces = any(example.forced for group, _ in work for example in group.examples)
+    llm = LLM(**arguments, **(forcing.engine_arguments(spec.on_gpu) if forces else {}))
     yield "ready", {"start_s": round(time.perf_counter() - begin, 1), "arguments": arguments}
     for index, (group, settings) in enumerate(work):
         task = tasks[group.task]

@@ -141,13 +141,14 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
             mine = sorted((row for row in here if row["retriever"] == retriever), key=lambda row: row["budget"] or 0)
             x, y = [row["tokens_per_s"] for row in mine], [row["mean"] for row in mine]
             axis.plot(x, y, color=colour, marker=marker, markersize=9 if retriever == DENSE else 5, linewidth=1, label=retriever)
-            for row in mine:
-                if row["budget"]:
-                    axis.annotate(str(row["budget"]), (row["tokens_per_s"], row["mean"]), textcoords="offset points", xytext=(4, 5), fontsize=7, color=colour)
+            # The ends of a curve say which way the budget grows.
+            for row in {row["budget"]: row for row in (mine[0], mine[-1]) if row["budget"]}.values():
+                axis.annotate(f"{row['budget']:,}", (row["tokens_per_s"], row["mean"]), textcoords="offset points", xytext=(4, 5), fontsize=7,
+                              color=colour)  # fmt: skip
         axis.set_ylim(-0.04, 1.08)
         axis.set_xlim(left=0)
     _legend(figure, axes)
-    figure.suptitle(f"{model}: accuracy over speed, figures are budgets", fontsize=12)
+    figure.suptitle(f"{model}: accuracy over speed, figures are the smallest and largest budget", fontsize=12)
     return figure
 
 
@@ -172,11 +173,23 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
             mine = sorted((line for line in here if line["context"] == context), key=lambda line: line["threshold"])
             points = [(line["fallback_share"], line["value"]) for line in mine]
             axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.2, label=f"{context:,} tokens")
-            for point in dict.fromkeys(points):
-                label = ", ".join(f"{line['threshold']:g}" for line, other in zip(mine, points) if other == point)
-                axis.annotate(label, point, textcoords="offset points", xytext=(4, -10 - 9 * place), fontsize=7, color=colour)
+            for point, label in _labels(points, [f"{line['threshold']:g}" for line in mine]):
+                axis.annotate(label, point, textcoords="offset points", xytext=(3, -11 - 9 * place), fontsize=7, color=colour)
         axis.set_xlim(-0.05, 1.15)
         _y_scale(axis, here[0]["kind"])
     _legend(figure, axes)
     figure.suptitle(f"{model}: confidence fallback of {with_threshold[0]['retriever']} {budget}, figures are thresholds", fontsize=12)
     return figure
+
+
+def _labels(points: Sequence[tuple[float, float]], texts: Sequence[str]) -> list[tuple[tuple[float, float], str]]:
+    """One label where points lie too close together for one each."""
+    out: list[tuple[tuple[float, float], str]] = []
+    last: tuple[float, float] | None = None
+    for point, text in zip(points, texts):
+        if last is not None and abs(point[0] - last[0]) < 0.09 and abs(point[1] - last[1]) < 0.05 * max(1.0, abs(last[1])):
+            out[-1] = out[-1][0], f"{out[-1][1]}, {text}"
+        else:
+            out.append((point, text))
+        last = point
+    return out

@@ -57,8 +57,8 @@ def figures(cell: Cell, task: Task, result: dict[str, Any], dense: dict[str, Any
     line: dict[str, Any] = {
         "task": cell.task, "kind": task.kind, "context": cell.context, "retriever": setting.retriever, "budget": setting.budget,
         "recent_tokens": setting.recent_tokens, "threshold": setting.threshold, "prompts": len(scores), "value": value(task, scores),
-        "low": low, "high": high, "of_dense": None, "says_nothing": None, "pages_read": None, "fallback_share": None,
-        "tokens": result["tokens"], "seconds": result["seconds"] if result["cached"] >= CACHED_ENOUGH else None,
+        "low": low, "high": high, "of_dense": None, "says_nothing": None, "pages_read": None, "kept_mass": None,
+        "fallback_share": None, "tokens": result["tokens"], "seconds": result["seconds"] if result["cached"] >= CACHED_ENOUGH else None,
     }  # fmt: skip
     if dense is not None:
         line["says_nothing"] = says_nothing(task, dense["scores"])
@@ -66,6 +66,8 @@ def figures(cell: Cell, task: Task, result: dict[str, Any], dense: dict[str, Any
             line["of_dense"] = line["value"] / value(task, dense["scores"])
     if stats["pages_total"]:
         line["pages_read"] = stats["pages_read"] / stats["pages_total"]
+    if setting.retriever == "dlm":
+        line["kept_mass"] = stats["kept_mass_mean"]
     if setting.threshold and stats["decode_rows"]:
         line["fallback_share"] = stats["fallback_rows"] / stats["decode_rows"]
     return line
@@ -123,7 +125,7 @@ def _over_tasks(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {"mean": sum(scored) / len(scored) if scored else None, "tasks": len(scored)}
     if timed:
         out["tokens_per_s"] = sum(line["tokens"] for line in timed) / sum(line["seconds"] for line in timed)
-    for key in ("pages_read", "fallback_share"):
+    for key in ("pages_read", "kept_mass", "fallback_share"):
         # Every decode step counts the same.
         known = [line for line in lines if line[key] is not None]
         tokens = sum(line["tokens"] for line in known)
@@ -137,7 +139,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> dict[str, Sequence[report.Column]
     tasks = dict.fromkeys(line["task"] for line in lines)
     done = dict.fromkeys(line["task"] for line in lines if not line["says_nothing"])
     able, unable = ([_task_column(name) for name in tasks if (name in done) == can] for can in (True, False))
-    over_tasks = (report.Column("mean", "mean", ".3f"), report.Column("pages_read", "pages read", ".1%"))
+    over_tasks = (report.Column("mean", "mean", ".3f"), report.Column("pages_read", "pages read", ".1%"), report.Column("kept_mass", "kept mass", ".3f"))
     context = report.Column("context", "context", ",")
     out: dict[str, Sequence[report.Column]] = {
         "By context, retriever and budget": (

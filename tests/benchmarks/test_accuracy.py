@@ -14,7 +14,7 @@ from benchmarks.accuracy.tasks import TASKS, Example
 from specontext_vllm.config import ConfigError
 
 SETTINGS = {"model": "demo", "dtype": "float32"}
-STATS = {"pages_read": 10, "pages_total": 100, "decode_rows": 40, "fallback_rows": 10}
+STATS = {"pages_read": 10, "pages_total": 100, "decode_rows": 40, "fallback_rows": 10, "kept_mass_mean": 0.3}
 
 
 def result(scores, **fields):
@@ -36,7 +36,7 @@ def make_run(folder, groups=None, thresholds=(), tasks=("single", "variables"), 
 
 def test_a_setting_keeps_pages_to_choose():
     assert Setting("dlm", 64).changes() == {"retriever": "dlm", "confidence_threshold": 0.0, "budget": 64, "recent_tokens": 16}
-    assert Setting("dlm", 512).recent_tokens == 64
+    assert Setting("dlm", 112).recent_tokens == Setting("dlm", 512).recent_tokens == 64
     assert Setting(DENSE).changes() == {"retriever": DENSE, "confidence_threshold": 0.0}
     with pytest.raises(ConfigError, match="budget"):
         Setting("dlm", 32).changes()
@@ -64,13 +64,16 @@ def test_where_dense_fails_the_rest_and_longer_contexts_are_left_out(tmp_path):
     assert [(g.task, g.context) for g, _ in run.missing()] == [("single", 4096), ("single", 8192)]
 
 
-def test_cells_of_other_settings_or_prompts_are_refused(tmp_path):
+def test_cells_of_other_settings_or_prompts_are_refused(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     run.add(run.groups[0], Setting(DENSE), result([1.0] * 4))
     with pytest.raises(CellError, match="another dtype .'float32', now 'bfloat16'"):
         CellStore(tmp_path / "work", {**SETTINGS, "dtype": "bfloat16"})
     with pytest.raises(CellError, match="other prompts"):
         make_run(tmp_path, groups=[group(reply_tokens=10)])
+    monkeypatch.setattr(Setting, "changes", lambda self: {"retriever": self.retriever, "recent_tokens": 32})
+    with pytest.raises(CellError, match="other settings"):
+        make_run(tmp_path)
 
 
 def test_figures():
