@@ -106,8 +106,8 @@ class CellStore:
             if different:
                 key = different[0]
                 raise CellError(
-                    f"--work: {folder} holds cells measured with another {key} ({found.get(key)!r}, now {settings.get(key)!r}); name another "
-                    f"folder, or delete this one to start anew."
+                    f"--work: {folder} holds cells measured with another {key} ({found.get(key)!r}, now {settings.get(key)!r}); name "
+                    f"another folder, or delete this one to start anew."
                 )
         _write(path, settings)
 

@@ -16,7 +16,7 @@ from benchmarks.accuracy import plots, summary
 from benchmarks.accuracy.cells import DENSE, Cell, CellError, CellStore, Group, Setting
 from benchmarks.accuracy.engine import EngineSpec, run_engine
 from benchmarks.accuracy.longbench import LongBenchError, find_tasks, read_folder
-from benchmarks.accuracy.tasks import TASKS, Task, Writer
+from benchmarks.accuracy.tasks import TASKS, PromptError, Task, Writer
 from benchmarks.children import ENGINE_ENV, ChildError, run_child
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.shapes import DEMO_MODEL
@@ -122,26 +122,31 @@ def _code() -> str:
     """Digest of the code that makes and scores the replies."""
     root = Path(__file__).parents[2]
     rooms = (root / "specontext_vllm" / name for name in ("attention", "engine", "residency", "retrieval", "triton_kernels"))
-    files = [Path(__file__).with_name("metrics.py"), root / "specontext_vllm" / "config.py", *(f for room in rooms for f in room.glob("*.py"))]
+    files = [Path(__file__).with_name("metrics.py"), root / "specontext_vllm" / "config.py"]
+    files += [file for room in rooms for file in room.glob("*.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
-    graphs = "without CUDA graphs, so that retrievers can be switched (speed with graphs: `python -m benchmarks speed`)" if spec.eager else "with CUDA graphs"
+    floors = ", ".join(sorted({f"{task.floor:g}" for task in grid.tasks.values()}))
+    graphs = "without CUDA graphs, so that retrievers can be switched (speed with graphs: `python -m benchmarks speed`)"
     notes = [
-        "Greedy replies; values with 95 % intervals: Wilson for right or wrong, bootstrap over the prompts for scores and perplexity. Prefill is "
-        "dense, and so is the first token of each reply, which prefill makes.",
+        "Greedy replies; values with 95 % intervals: Wilson for right or wrong, bootstrap over the prompts for scores and perplexity. "
+        "Prefill is dense, and so is the first token of each reply, which prefill makes.",
         *(f"{name.replace('_', ' ')}: {task.about}." for name, task in grid.tasks.items()),
-        f"† dense attention itself scores less than the task's floor ({', '.join(sorted({f'{t.floor:g}' for t in grid.tasks.values()}))}): the "
-        "model cannot do the task, so it says nothing about a retriever; its other cells and longer contexts are left out, and it is not in the means.",
-        "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a page to choose, "
-        "the newest quarter of the budget instead.",
-        "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Kept mass: share of the head's own "
-        "attention that lies on them, its confidence. Tokens/s: emitted by up to 16 "
-        f"requests together, prompts in the prefix cache, {graphs}.",
+        f"† dense attention itself scores less than the task's floor ({floors}): the model cannot do the task, so it says nothing about "
+        "a retriever; its other cells and longer contexts are left out, and it is not in the means.",
+        "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a page "
+        "to choose, the newest quarter of the budget instead.",
+        "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Kept mass: share of "
+        "the head's own attention that lies on them, its confidence. Tokens/s: emitted by up to 16 requests together, prompts in the prefix cache, "
+        f"{graphs if spec.eager else 'with CUDA graphs'}.",
     ]
     if grid.thresholds:
-        notes.append(f"Confidence fallback: dlm with a budget of {grid.threshold_budget}; a row whose kept mass is under the threshold reads four times that.")
+        notes.append(
+            f"Confidence fallback: dlm with a budget of {grid.threshold_budget}; a row whose kept mass is under the threshold reads "
+            "four times that."
+        )
     if grid.head is None and "dlm" not in grid.retrievers:
         notes.append("dlm was left out: no retrieval head was given or found in the model's folder.")
     if left_out:
@@ -198,17 +203,25 @@ class Run:
 
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = DEMO_MODEL,
-    head: Annotated[str | None, typer.Option(help="Retrieval head: a folder or hub id. Default: the model's retrieval_head/ folder.")] = None,
+    head: Annotated[str | None, typer.Option(help="Retrieval head: folder or hub id. Default: the model's retrieval_head/.")] = None,
     tasks: Annotated[str | None, typer.Option(help=f"Some of {','.join(TASKS)}, or longbench/DATASET. Default: all.")] = None,
-    retrievers: Annotated[str | None, typer.Option(help=f"Some of {','.join(get_args(Retriever))}; dense is always measured. Default: all.")] = None,
+    retrievers: Annotated[
+        str | None, typer.Option(help=f"Some of {','.join(get_args(Retriever))}; dense is always measured. Default: all.")
+    ] = None,
     budgets: Annotated[str, typer.Option(help="Tokens per KV head that a decode step reads.")] = ",".join(map(str, BUDGETS)),
-    contexts: Annotated[str | None, typer.Option(help="Tokens of a prompt. Default: 4096, 8192, 16384 and 32768 as far as the model reaches.")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help=f"Tokens of a prompt. Default: {', '.join(map(str, CONTEXTS))} as far as the model reaches.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task and context.")] = 50,
-    thresholds: Annotated[str, typer.Option(help="Confidence thresholds of dlm's fallback; 0: none.")] = ",".join(f"{t:g}" for t in THRESHOLDS),
+    thresholds: Annotated[
+        str, typer.Option(help="Confidence thresholds of dlm's fallback; 0: none.")
+    ] = ",".join(f"{threshold:g}" for threshold in THRESHOLDS),
     threshold_budget: Annotated[int | None, typer.Option(help="Budget they are tried with. Default: the smallest.")] = None,
     longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
-    work: Annotated[Path | None, typer.Option(help="Folder of finished cells, which a later run goes on from, and of the engine's log.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished cells, which a later run goes on from, and of the engine's log.")
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Whether to measure what is missing, or only to write what is there.")] = True,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
@@ -234,10 +247,12 @@ def main(
         groups = grid.groups(_writer(model))
         longest = max(len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for group in groups for e in group.examples)
         if longest > reach:
-            raise OptionError(f"--contexts: found {max(lengths)}; with the reply that makes {longest} tokens and the model reaches {reach}.")
+            raise OptionError(
+                f"--contexts: found {max(lengths)}; with the reply that makes {longest} tokens and the model reaches {reach}; use a shorter one."
+            )
         spec = EngineSpec(
-            str(model), found_head, "quest" if "quest" in names else DENSE, dtype, on_gpu, eager=not on_gpu or not PER_LAYER.isdisjoint(names),
-            max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
+            str(model), found_head, "quest" if "quest" in names else DENSE, dtype, on_gpu,
+            eager=not on_gpu or not PER_LAYER.isdisjoint(names), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
         )  # fmt: skip
         machine = facts()
         title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
@@ -246,7 +261,7 @@ def main(
             "accuracy", title, {}, machine=machine, notes=_notes(grid, spec, read_folder(longbench)[1] if longbench else [])
         )
         run = Run(grid, groups, CellStore(folder, _settings(grid, dtype, spec, machine)), result, out)
-    except (OptionError, LongBenchError, CellError, ConfigError) as error:
+    except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     if measure:
@@ -269,12 +284,14 @@ def _writer(model: Path) -> Writer:
 def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path) -> None:
     """Have an engine answer what is missing; every cell is kept as soon as it is there."""
     missing = run.missing()
-    typer.echo(f"{len(run.cells)} cells are there, up to {sum(len(settings) for _, settings in missing)} are to be measured ({folder})")
+    count = sum(len(settings) for _, settings in missing)
+    typer.echo(f"{len(run.cells)} cells are there, up to {count} are to be measured ({folder})")
     if not missing:
         return
     env = {**ENGINE_ENV, **({} if spec.on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")})}
     try:
-        for kind, value in run_child(run_engine, spec, missing, longbench, log=folder / "engine.log", seconds=ENGINE_SECONDS, env=env):
+        log = folder / "engine.log"
+        for kind, value in run_child(run_engine, spec, missing, longbench, log=log, seconds=ENGINE_SECONDS, env=env):
             if kind == "ready":
                 run.result.details["engine"] = value
                 typer.echo(f"engine: ready after {value['start_s']} s")

@@ -49,14 +49,14 @@ class EngineSpec:
 def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]], longbench: Path | None) -> Iterator[tuple[str, Any]]:
     """Answer each group's prompts once with each of its settings.
 
-    A group's prompts are prefilled first. Their pages hold prompt tokens only and are always made densely, so that all settings read the same.
-    Where dense comes first and cannot do the task, the group's other settings are left out, and so are the task's later (longer) groups: they
-    would say nothing.
+    A group's prompts are prefilled first. Their pages hold prompt tokens only and are always made densely, so that all settings read
+    the same. Where dense comes first and cannot do the task, the group's other settings are left out, and so are the task's later
+    (longer) groups: they would say nothing.
 
     Yields:
-        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` and ``("cell", (group, setting, result))``, groups by their index. A result
-        has ``replies`` (texts, or lists of log-probabilities), their ``scores``, ``tokens`` emitted, ``seconds`` they took, share of the prompts'
-        tokens that were ``cached``, and the engine's ``stats``.
+        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` and ``("cell", (group, setting, result))``, groups by their index.
+        A result has ``replies`` (texts, or lists of log-probabilities), their ``scores``, ``tokens`` emitted, ``seconds`` they took, share
+        of the prompts' tokens that were ``cached``, and the engine's ``stats``.
     """
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams

@@ -55,7 +55,8 @@ def log_probabilities(output: Any, tokens: list[int]) -> list[float]:
     """
     emitted = list(output.token_ids)
     if emitted != tokens:
-        raise RuntimeError(f"forced {len(tokens)} tokens, but the engine emitted others from number {_first_difference(emitted, tokens)} on")
+        first = _first_difference(emitted, tokens)
+        raise RuntimeError(f"forced {len(tokens)} tokens, but the engine emitted others from number {first} on")
     return [step[token].logprob for step, token in zip(output.logprobs, emitted)][1:]
 
 

@@ -1,7 +1,7 @@
 """LongBench (Bai et al. 2024, arXiv 2308.14508) from the user's own JSONL files: one file a dataset, as it is published.
 
-The metrics are LongBench's. Its prompt templates are not ours to copy: the plain prompts here are our own, so figures compare between the rows
-of one table, not with published ones. Contexts that are too long lose their middle, as in LongBench.
+The metrics are LongBench's. Its prompt templates are not ours to copy: the plain prompts here are our own, so figures compare between the
+rows of one table, not with published ones. Contexts that are too long lose their middle, as in LongBench.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _task(name: str, records: list[dict[str, Any]]) -> Task:
         prompt = _prompt(writer, dataset, record["context"], record["input"], context)
         return Example(prompt, tuple(record["answers"]), dataset.reply_tokens)
 
-    return Task(f"longbench/{name}", "score", metric, make, f"LongBench {name}, {len(records)} records, prompts of our own", len(records), floor=0.05)
+    about = f"LongBench {name}, {len(records)} records, prompts of our own"
+    return Task(f"longbench/{name}", "score", metric, make, about, count=len(records), floor=0.05)
 
 
 def _prompt(writer: Writer, dataset: Dataset, text: str, question: str, context: int) -> list[int]:

@@ -95,7 +95,8 @@ def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
         _panel(axis, f"{task.replace('_', ' ')}, {context:,} tokens", "budget, tokens per KV head", _y_label(here[0]["kind"]))
         for place, retriever in enumerate(retrievers):
             # Side by side, so that curves of the same values are all seen.
-            _curve(axis, retriever, [line for line in here if line["retriever"] == retriever], shift=1.05 ** (place - len(retrievers) / 2))
+            mine = [line for line in here if line["retriever"] == retriever]
+            _curve(axis, retriever, mine, shift=1.05 ** (place - len(retrievers) / 2))
         for line in here:
             if line["retriever"] == DENSE:
                 axis.axhline(line["value"], color=STYLES[DENSE][0], linestyle="--", linewidth=1, label="dense (reads all)")
@@ -121,8 +122,8 @@ def _curve(axis: Any, retriever: str, lines: Sequence[dict[str, Any]], shift: fl
     lines = sorted(lines, key=lambda line: line["budget"])
     errors = [[max(0.0, line["value"] - line["low"]) for line in lines], [max(0.0, line["high"] - line["value"]) for line in lines]]
     axis.errorbar(
-        [line["budget"] * shift for line in lines], [line["value"] for line in lines], yerr=errors, color=colour, marker=marker, markersize=4,
-        linewidth=1.4, capsize=2, elinewidth=0.7, label=retriever,
+        [line["budget"] * shift for line in lines], [line["value"] for line in lines], yerr=errors, color=colour, marker=marker,
+        markersize=4, linewidth=1.4, capsize=2, elinewidth=0.7, label=retriever,
     )  # fmt: skip
 
 
@@ -143,8 +144,8 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
             axis.plot(x, y, color=colour, marker=marker, markersize=9 if retriever == DENSE else 5, linewidth=1, label=retriever)
             # The ends of a curve say which way the budget grows.
             for row in {row["budget"]: row for row in (mine[0], mine[-1]) if row["budget"]}.values():
-                axis.annotate(f"{row['budget']:,}", (row["tokens_per_s"], row["mean"]), textcoords="offset points", xytext=(4, 5), fontsize=7,
-                              color=colour)  # fmt: skip
+                point = (row["tokens_per_s"], row["mean"])
+                axis.annotate(f"{row['budget']:,}", point, textcoords="offset points", xytext=(4, 5), fontsize=7, color=colour)
         axis.set_ylim(-0.04, 1.08)
         axis.set_xlim(left=0)
     _legend(figure, axes)
@@ -171,6 +172,8 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
         _panel(axis, task.replace("_", " "), "share of decode rows that fell back", _y_label(here[0]["kind"]))
         for place, (context, (colour, marker)) in enumerate(zip(contexts, STYLES.values())):
             mine = sorted((line for line in here if line["context"] == context), key=lambda line: line["threshold"])
+            if not mine:
+                continue
             points = [(line["fallback_share"], line["value"]) for line in mine]
             axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.2, label=f"{context:,} tokens")
             for point, label in _labels(points, [f"{line['threshold']:g}" for line in mine]):

@@ -90,8 +90,9 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tables' rows: one for each context and setting, a column for each task.
 
-    Which table a row stands in says the key that its name has: ``name``, ``fallback_name`` (settings with a threshold), and beside the first
-    ``failed_name`` (dense rows with tasks that dense cannot do).
+    Which table a row stands in says the key that its name has: ``name``, ``fallback_name`` (settings with a threshold), and beside the
+    first ``failed_name`` (dense rows with tasks that dense cannot do). Means and speed are there only for settings that have all the
+    tasks that dense can do in that context.
     """
     out: dict[tuple[int, Setting], dict[str, Any]] = {}
     for line in lines:
@@ -106,8 +107,10 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row["failed_name"] = setting.name
         else:
             row.setdefault("_lines", []).append(line)
-    for row in out.values():
-        row |= _over_tasks(row.pop("_lines", []))
+    able = {context: len(row.get("_lines", ())) for (context, setting), row in out.items() if setting == Setting(DENSE)}
+    for (context, _), row in out.items():
+        own = row.pop("_lines", [])
+        row |= _over_tasks(own) if len(own) == able.get(context) else {}
     return list(out.values())
 
 
@@ -139,7 +142,8 @@ def tables(lines: Sequence[dict[str, Any]]) -> dict[str, Sequence[report.Column]
     tasks = dict.fromkeys(line["task"] for line in lines)
     done = dict.fromkeys(line["task"] for line in lines if not line["says_nothing"])
     able, unable = ([_task_column(name) for name in tasks if (name in done) == can] for can in (True, False))
-    over_tasks = (report.Column("mean", "mean", ".3f"), report.Column("pages_read", "pages read", ".1%"), report.Column("kept_mass", "kept mass", ".3f"))
+    mean, kept_mass = report.Column("mean", "mean", ".3f"), report.Column("kept_mass", "kept mass", ".3f")
+    over_tasks = (mean, report.Column("pages_read", "pages read", ".1%"), kept_mass)
     context = report.Column("context", "context", ",")
     out: dict[str, Sequence[report.Column]] = {
         "By context, retriever and budget": (

@@ -1,8 +1,8 @@
 """Long-context tasks in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654), recitation and lists, for any tokenizer.
 
-Text, facts and questions are those of the bundled demo model (specontext_vllm/demo/tasks.py): plain English that any chat model reads. Every
-example is drawn from (document, seed) under a split of its own, so the demo model never saw one. Tasks of the same document share its
-text up to the question, and so its pages in the prefix cache.
+Text, facts and questions are those of the bundled demo model (specontext_vllm/demo/tasks.py): plain English that any chat model reads.
+Every example is drawn from (document, seed) under a split of its own, so the demo model never saw one. Tasks of the same document share
+its text up to the question, and so its pages in the prefix cache.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ QUESTION_PIECES = 96
 """Room for what stands beside the text: the same for all tasks, so that those of one document share all of it."""
 LONG_PASSAGE = 30
 """Sentences of the long passage, nine tokens each with the demo's tokenizer."""
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be made; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,9 @@ class Writer:
         Args:
             draft: size in pieces of the demo's grammar -> draft. The same size gives the same draft.
             force: whether the reply is forced.
+
+        Raises:
+            PromptError: what must be in the prompt takes more.
         """
         size = int(context / self._per_piece)
         best: tuple[list[int], Draft] | None = None
@@ -128,7 +135,7 @@ class Writer:
                 break
             size += int((0.985 * context - len(prompt)) / self._per_piece)
         if best is None:
-            raise ValueError(f"--contexts: found {context}, too few tokens for this task; use a longer one.")
+            raise PromptError(f"--contexts: found {context}, too few tokens for this task; use a longer one.")
         prompt, made = best
         reply = self.encode(made.reply)
         return Example(prompt, made.answers, len(reply) + len(reply) // 10 + self.SLACK_TOKENS, reply if force else None)
@@ -233,7 +240,8 @@ def variables(seed: int, size: int) -> Draft:
     rng = _random("variables", seed)
     names = rng.sample(W.KEYS, CHAINS * HOPS)
     numbers = rng.sample(range(10000, 100000), CHAINS)
-    places: list[tuple[float, str]] = [(rng.random(), demo.sentence(rng)) for _ in range(int((size - CHAINS * HOPS * 9 - QUESTION_PIECES) / 9))]
+    fillers = (size - CHAINS * HOPS * 9 - QUESTION_PIECES) // 9
+    places: list[tuple[float, str]] = [(rng.random(), demo.sentence(rng)) for _ in range(fillers)]
     for chain, number in enumerate(numbers):
         own = names[chain * HOPS : (chain + 1) * HOPS]
         steps = [f"Let {own[0]} be {number}.", *(f"Let {after} be the same as {before}." for before, after in zip(own, own[1:]))]
@@ -275,7 +283,9 @@ def long_recitation(seed: int, size: int) -> Draft:
     return _ask([asked], _text(rng, [*items, asked], size))
 
 
-def _task(name: str, kind: Kind, metric: Callable[[str, Sequence[str]], float] | None, draft: Callable[[int, int], Draft], about: str) -> Task:
+def _task(
+    name: str, kind: Kind, metric: Callable[[str, Sequence[str]], float] | None, draft: Callable[[int, int], Draft], about: str
+) -> Task:
     def make(writer: Writer, seed: int, context: int) -> Example:
         return writer.fit(lambda size: draft(seed, size), context, force=kind == "perplexity")
 
@@ -299,6 +309,7 @@ TASKS = {
         _task("recitation", "score", metrics.recited, recitation, "a passage of three to eight sentences; share right from the start"),
         _task("perplexity", "perplexity", None, recitation,
               "of the same passage, emitted by force: each token's probability is that of a decode step that read only the selection"),
-        _task("long_recitation", "score", metrics.recited, long_recitation, f"a passage of {LONG_PASSAGE} sentences; share right from the start"),
+        _task("long_recitation", "score", metrics.recited, long_recitation,
+              f"a passage of {LONG_PASSAGE} sentences; share right from the start"),
     )
 }  # fmt: skip

@@ -89,7 +89,8 @@ def test_figures():
 
 
 def test_perplexity_is_that_of_the_forced_tokens():
-    assert summary.score(TASKS["perplexity"], Example([1], ("x",), 3, [5, 6, 7]), [math.log(0.5), math.log(0.125)]) == pytest.approx(math.log(4))
+    forced = Example([1], ("x",), 3, [5, 6, 7])
+    assert summary.score(TASKS["perplexity"], forced, [math.log(0.5), math.log(0.125)]) == pytest.approx(math.log(4))
 
 
 def test_table_csv_and_pictures(tmp_path):
