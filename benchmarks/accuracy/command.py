@@ -107,14 +107,15 @@ def _weights(folder: Path) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
 
 
-def _settings(grid: Grid, dtype: str, spec: EngineSpec, machine: dict[str, Any]) -> dict[str, Any]:
+def _settings(grid: Grid, spec: EngineSpec, machine: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for cells to stand in one table."""
     return {
         "model": str(grid.model.resolve()),
         "config": hashlib.sha256((grid.model / "config.json").read_bytes()).hexdigest()[:16],
         "weights": _weights(grid.model),
         "retrieval head": {"source": grid.head, **(_weights(Path(grid.head)) if grid.head else {})},
-        "dtype": dtype, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"], "code": _code(),
+        "dtype": spec.dtype, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"],
+        "code": _code(),
     }  # fmt: skip
 
 
@@ -136,11 +137,11 @@ def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
         *(f"{name.replace('_', ' ')}: {task.about}." for name, task in grid.tasks.items()),
         f"† dense attention itself scores less than the task's floor ({floors}): the model cannot do the task, so it says nothing about "
         "a retriever; its other cells and longer contexts are left out, and it is not in the means.",
-        "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a page "
-        "to choose, the newest quarter of the budget instead.",
+        "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a "
+        "page to choose, the newest quarter of the budget instead.",
         "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Kept mass: share of "
-        "the head's own attention that lies on them, its confidence. Tokens/s: emitted by up to 16 requests together, prompts in the prefix cache, "
-        f"{graphs if spec.eager else 'with CUDA graphs'}.",
+        "the head's own attention that lies on them, its confidence. Tokens/s: emitted by up to 16 requests together, prompts in the "
+        f"prefix cache, {graphs if spec.eager else 'with CUDA graphs'}.",
     ]
     if grid.thresholds:
         notes.append(
@@ -230,37 +231,18 @@ def main(
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
     try:
-        if not (model / "config.json").exists():
-            raise OptionError(f"--model: no config.json in {model}; name a model folder.")
         known = find_tasks(longbench)
         chosen = {name: known[name] for name in _names("--tasks", tasks, list(known))}
-        found_head, names = _find_head(model, head, retrievers)
-        reach = _longest(model)
-        sizes = _numbers("--budgets", budgets, int)
-        with_fallback = [t for t in _numbers("--thresholds", thresholds, float) if t] if "dlm" in names else []
-        lengths = [n for n in CONTEXTS if n < reach] if contexts is None else _numbers("--contexts", contexts, int)
-        grid = Grid(model, found_head, chosen, names, sizes, lengths, prompts, with_fallback, threshold_budget or sizes[0])
-        for context in grid.contexts:
-            for setting in grid.settings(context):
-                setting.changes()
+        grid = _grid(model, head, chosen, retrievers, budgets, contexts, prompts, thresholds, threshold_budget)
         typer.echo("making the prompts")
         groups = grid.groups(_writer(model))
-        longest = max(len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for group in groups for e in group.examples)
-        if longest > reach:
-            raise OptionError(
-                f"--contexts: found {max(lengths)}; with the reply that makes {longest} tokens and the model reaches {reach}; use a shorter one."
-            )
-        spec = EngineSpec(
-            str(model), found_head, "quest" if "quest" in names else DENSE, dtype, on_gpu,
-            eager=not on_gpu or not PER_LAYER.isdisjoint(names), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
-        )  # fmt: skip
+        spec = _spec(grid, groups, dtype, on_gpu)
         machine = facts()
-        title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
         folder = work or WORK / f"accuracy-{model.resolve().name}-{device_slug(machine)}"
-        result = report.Report(
-            "accuracy", title, {}, machine=machine, notes=_notes(grid, spec, read_folder(longbench)[1] if longbench else [])
-        )
-        run = Run(grid, groups, CellStore(folder, _settings(grid, dtype, spec, machine)), result, out)
+        title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
+        notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
+        result = report.Report("accuracy", title, {}, machine=machine, notes=notes)
+        run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
@@ -273,6 +255,51 @@ def main(
     result.show()
     typer.echo(f"written: {out}")
     raise typer.Exit(1 if result.failures else 0)
+
+
+def _grid(
+    model: Path, head: str | None, tasks: dict[str, Task], retrievers: str | None, budgets: str, contexts: str | None, prompts: int,
+    thresholds: str, threshold_budget: int | None,
+) -> Grid:  # fmt: skip
+    """Check the options.
+
+    Raises:
+        OptionError, ConfigError: one cannot be used.
+    """
+    if not (model / "config.json").exists():
+        raise OptionError(f"--model: no config.json in {model}; name a model folder.")
+    sizes = _numbers("--budgets", budgets, int)
+    fallbacks = [threshold for threshold in _numbers("--thresholds", thresholds, float) if threshold]
+    lengths = None if contexts is None else _numbers("--contexts", contexts, int)
+    found_head, names = _find_head(model, head, retrievers)
+    if lengths is None:
+        lengths = [context for context in CONTEXTS if context < _longest(model)]
+    grid = Grid(
+        model, found_head, tasks, names, sizes, lengths, prompts, fallbacks if "dlm" in names else [], threshold_budget or sizes[0]
+    )
+    for context in grid.contexts:
+        for setting in grid.settings(context):
+            setting.changes()
+    return grid
+
+
+def _spec(grid: Grid, groups: Sequence[Group], dtype: str, on_gpu: bool) -> EngineSpec:
+    """The engine that holds the longest prompt with its reply.
+
+    Raises:
+        OptionError: the model does not reach so far.
+    """
+    longest = max(len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for group in groups for e in group.examples)
+    reach = _longest(grid.model)
+    if longest > reach:
+        raise OptionError(
+            f"--contexts: found {max(grid.contexts)}; with the reply that makes {longest} tokens and the model reaches {reach}; use "
+            f"shorter ones."
+        )
+    return EngineSpec(
+        model=str(grid.model), head=grid.head, retriever="quest" if "quest" in grid.retrievers else DENSE, dtype=dtype, on_gpu=on_gpu,
+        eager=not on_gpu or not PER_LAYER.isdisjoint(grid.retrievers), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
+    )  # fmt: skip
 
 
 def _writer(model: Path) -> Writer:
