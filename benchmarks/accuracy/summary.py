@@ -111,7 +111,13 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for (context, _), row in out.items():
         own = row.pop("_lines", [])
         row |= _over_tasks(own) if len(own) == able.get(context) else {}
-    return list(out.values())
+    order = list(dict.fromkeys(line["retriever"] for line in lines))
+
+    def place(key: tuple[int, Setting]) -> tuple[Any, ...]:
+        context, setting = key
+        return context, setting.threshold, order.index(setting.retriever), setting.budget or 0
+
+    return [out[key] for key in sorted(out, key=place)]
 
 
 def as_text(line: dict[str, Any]) -> str:
