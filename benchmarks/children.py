@@ -12,6 +12,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+ENGINE_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""For a child that is one engine. Async scheduling does not need an engine process of its own (vllm/config/vllm.py turns it on for the
+uniprocess executor as well); runs record that it was on."""
+
 LOG_TAIL = 40
 """Lines of a failed child's log that are shown."""
 

@@ -9,17 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.children import ENGINE_ENV
+
 SETTLE = 8
 """Steps between the last prefill and the first timed step."""
 
 BATCHED_TOKENS = 16384
 """vLLM's max_num_batched_tokens: the prompt tokens of one step."""
-
-ENGINE_ENV = {
-    # The engine runs in the child itself. Async scheduling does not need an engine process of its own (vllm/config/vllm.py
-    # turns it on for the uniprocess executor as well); the run records that it was on.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-}  # fmt: skip
 
 RETRIEVERS = {"specontext": {"retrieval_head": "dummy"}, "quest": {"retriever": "quest"}}
 """Settings of the engines that run our backend."""

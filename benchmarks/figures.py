@@ -1,6 +1,7 @@
 """Case `figures`: every figure of README.md and docs/*.md that a result file has, filled in from that file.
 
-A table: the heading stays as it is written, the rows are made. Columns are `KEY` or `KEY:FORMAT`, of the result's `rows`:
+A table: the heading stays as it is written, the rows are made. Columns are `KEY` or `KEY:FORMAT`, of the result's `rows`; `KEY=VALUE|VALUE`
+keeps only rows with one of the values; rows without a value in the first column are left out:
 
     <!-- table decode-h200 cell stock:.2f ratio:.2f -->
     | requests x context | stock, ms | times faster |
@@ -93,8 +94,12 @@ def _value(node: ast.expr, result: dict[str, Any]) -> Any:
 
 def make_table(columns: str, heading: list[str], result: dict[str, Any]) -> str:
     """The lines of a table: its heading, then one line per row of the result."""
-    parsed = [Column(key, "", style) for key, _, style in (column.partition(":") for column in columns.split())]
-    lines = ["| " + " | ".join(column.cell(row).replace("|", "\\|") for column in parsed) + " |" for row in result["rows"]]
+    filters = [key.split("=") for key in columns.split() if "=" in key]
+    parsed = [Column(key, "", style) for key, _, style in (column.partition(":") for column in columns.split() if "=" not in column)]
+    rows = [row for row in result["rows"] if row.get(parsed[0].key) is not None]
+    for key, values in filters:
+        rows = [row for row in rows if str(row.get(key)) in values.split("|")]
+    lines = ["| " + " | ".join(column.cell(row).replace("|", "\\|") for column in parsed) + " |" for row in rows]
     return "\n".join([*heading, *lines])
 
 

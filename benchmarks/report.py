@@ -42,7 +42,7 @@ class Report:
     Attributes:
         case: the case's name.
         title: what the table shows, in one line.
-        tables: columns of each table by its heading; all tables show the same rows.
+        tables: columns of each table by its heading; a table shows the rows that have a value for its first column.
         rows: values by column key.
         details: everything else that was measured, JSON-serialisable.
         notes: sentences under the table.
@@ -60,6 +60,10 @@ class Report:
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
     command: str = field(default_factory=lambda: shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
 
+    def rows_of(self, columns: Sequence[Column]) -> list[dict[str, Any]]:
+        """Rows of one table."""
+        return [row for row in self.rows if row.get(columns[0].key) is not None]
+
     def markdown(self) -> str:
         """The tables, the notes, and how to get them again."""
         lines = [f"# {self.title}", ""]
@@ -67,7 +71,7 @@ class Report:
             lines += [f"## {heading}", ""]
             lines.append("| " + " | ".join(column.heading for column in columns) + " |")
             lines.append("|" + "---|" * len(columns))
-            for row in self.rows:
+            for row in self.rows_of(columns):
                 lines.append("| " + " | ".join(column.cell(row).replace("|", "\\|") for column in columns) + " |")
             lines.append("")
         lines += [f"- {note}" for note in self.notes]
@@ -115,7 +119,7 @@ class Report:
             table = Table(title=heading, title_justify="left")
             for column in columns:
                 table.add_column(column.heading, justify="right" if column.style else "left")
-            for row in self.rows:
+            for row in self.rows_of(columns):
                 table.add_row(*(column.cell(row) for column in columns))
             console.print(table)
         for note in self.notes:

@@ -13,13 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ChildError, run_child
+from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.intervals import bootstrap, wilson
 from benchmarks.machine import gpus
-from benchmarks.recall import ENGINE_ENV, REPLY_TOKENS, make_problems, make_row
 from benchmarks.shapes import DEMO_MODEL, Shape
 
 REQUESTS = 16
 """vLLM's max_num_seqs."""
+FIRST_SEED = 7000
+REPLY_TOKENS = 24
+"""Tokens a reply may have beyond its answer's own."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,37 @@ class Setting:
 SETTINGS = (Setting(1, 0), Setting(1, 0.5), Setting(1, 1), Setting(1, 3), Setting(2, 0), Setting(2, 1), Setting(2, 3))
 
 
+def make_problems(needles: int, recitations: int, tokens: int) -> list[Any]:
+    """Held-out problems of the demo model; every layout in turn, seeds fixed."""
+    from specontext_vllm.demo.tasks import LAYOUTS, make_problem
+
+    kinds = [("needle", i) for i in range(needles)] + [("recitation", i) for i in range(recitations)]
+    return [
+        make_problem(kind, seed=FIRST_SEED + number, approx_tokens=tokens, layout=LAYOUTS[i % len(LAYOUTS)], split="test")
+        for number, (kind, i) in enumerate(kinds)
+    ]
+
+
+def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
+    """Needle accuracy and recitation with their 95 % intervals."""
+    from specontext_vllm.demo.tasks import score
+
+    scores: dict[str, list[float]] = {"needle": [], "recitation": []}
+    for problem, reply in zip(problems, replies, strict=True):
+        scores[problem.kind].append(score(problem, reply))
+    intervals = {"needle": wilson(round(sum(scores["needle"])), len(scores["needle"])), "recitation": bootstrap(scores["recitation"])}
+    row: dict[str, Any] = {}
+    for kind, values in scores.items():
+        if values:
+            row |= {kind: sum(values) / len(values), f"{kind}_interval": "{:.2f} to {:.2f}".format(*intervals[kind])}
+    return row
+
+
 def apply(worker: Any, setting: Setting) -> None:
     """Use a setting in a worker from the next request on, and note the misses of each step."""
     runtime = worker.model_runner.runtime
     tiers = runtime.tiers
-    runtime.set(None, None, setting.stickiness)
+    runtime.set(stickiness=setting.stickiness)
     tiers.ledger.hot_pages = int(setting.slots * runtime.config.budget_pages)
     if not hasattr(tiers, "noted"):
         original = tiers.resolve
@@ -161,7 +190,7 @@ def main(
                 details |= value
                 continue
             setting, replies, stats, took, steps = value
-            row = make_row(setting.name, problems, replies, None, took) | summarize(steps)
+            row = {"name": setting.name, "seconds": took, **accuracy(problems, replies), **summarize(steps)}
             details["stats"][setting.name] = stats
             details["steady_shares"][setting.name] = [round(m / s, 4) for m, s in steps if s and m / s < 0.5]
             result.rows.append(row)

@@ -326,13 +326,19 @@ class Runtime:
         if isinstance(self.retriever, RemoteRetriever):
             self.retriever.close()
 
-    def set(self, retriever: str | None, budget: int | None, stickiness: float | None = None) -> dict[str, Any]:
-        """Change retriever, budget or stickiness between steps; see ``Retriever.configure``.
+    def set(
+        self, retriever: str | None = None, budget: int | None = None, *, recent_tokens: int | None = None, stickiness: float | None = None,
+        confidence_threshold: float | None = None, fallback_budget: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Change settings of the selection between steps, None: leave as it is; see ``Retriever.configure``.
 
         Raises:
-            ConfigError: this engine cannot follow.
+            ConfigError: one sentence when the settings cannot be, or this engine cannot follow; the ones before stay in force.
         """
-        asked = {"retriever": retriever, "budget": budget, "stickiness": stickiness}
+        asked = {
+            "retriever": retriever, "budget": budget, "recent_tokens": recent_tokens, "stickiness": stickiness,
+            "confidence_threshold": confidence_threshold, "fallback_budget": fallback_budget,
+        }  # fmt: skip
         changes = {key: value for key, value in asked.items() if value is not None}
         config = SpeContextConfig.from_settings({**self.retriever.config.model_dump(exclude_unset=True), **changes})
         self._check_per_layer(config)

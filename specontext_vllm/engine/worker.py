@@ -40,8 +40,6 @@ class SpeContextWorkerMixin:
         tiers = self.model_runner.runtime.tiers
         return {} if tiers is None else tiers.ledger.audit()
 
-    def specontext_set(
-        self, retriever: str | None = None, budget: int | None = None, stickiness: float | None = None
-    ) -> dict[str, Any]:
-        """Change retriever, budget or stickiness between steps; the settings in force are returned."""
-        return self.model_runner.runtime.set(retriever, budget, stickiness)
+    def specontext_set(self, **changes: Any) -> dict[str, Any]:
+        """Change settings between steps; see ``Runtime.set``. The settings in force are returned."""
+        return self.model_runner.runtime.set(**changes)

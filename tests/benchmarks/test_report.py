@@ -11,7 +11,6 @@ from benchmarks.children import ChildError, run_child
 from benchmarks.engines import Cell
 from benchmarks.intervals import bootstrap, wilson
 from benchmarks.machine import device_slug
-from benchmarks.recall import DENSE, STOCK, add_ratios
 from benchmarks.shapes import Shape
 
 MACHINE = {
@@ -35,6 +34,13 @@ def test_the_files_hold_the_figures_and_the_command(tmp_path):
     assert "failed: stock" in text and "`python -m benchmarks decode`" in text and "driver 580.1" in text
     stored = json.loads((tmp_path / "decode-h200.json").read_text())
     assert stored["rows"][0]["ms"] == 7.456 and stored["machine"] == MACHINE and stored["failures"] == {"stock": "it died."}
+
+
+def test_a_table_shows_the_rows_that_have_its_first_column(tmp_path):
+    made = make_report(rows=[{"cell": "a", "ms": 1.0}, {"other": "b", "ms": 2.0}])
+    made.tables["Others"] = (report.Column("other", "other"),)
+    text = made.write(tmp_path).read_text()
+    assert text.count("| a | 1.00 |") == 1 and text.count("| b |") == 1 and "2.00" not in text
 
 
 def test_machines_without_a_gpu_share_a_name():
@@ -63,7 +69,7 @@ def test_a_wrong_cell_is_named(text):
         (["decode", "--cells", "64x1k", "--model-shape", "tiny"], "--max-num-seqs"),
         (["decode", "--model-shape", "9b"], "--model-shape"),
         (["decode", "--backends", "fast"], "--backends"),
-        (["recall", "--model", "/nowhere"], "--model"),
+        (["accuracy", "--model", "/nowhere"], "--model"),
         (["speed", "steps", "--cells", "1x8k", "--model-shape", "tiny"], "--cells"),
         (["speed", "steps", "--engines", "stock,flashy"], "--engines"),
         (["speed", "serve", "--lengths", "8k", "--model-shape", "8b"], "--lengths"),
@@ -116,15 +122,6 @@ def test_rows_hold_ratio_limits_and_rest():
     assert 0 < first["sparse_limit"] < first["stock_limit"]
     assert first["over_limit"] == pytest.approx(7.5 / first["sparse_limit"])
     assert second == {"cell": "1 x 256"}
-
-
-def test_ratios_are_to_stock_vllm_where_it_ran():
-    rows = [{"name": DENSE, "needle": 0.5, "recitation": 0.0}, {"name": "dlm 512", "needle": 0.4, "recitation": 0.0}]
-    add_ratios(rows)
-    assert rows[1]["needle_ratio"] == pytest.approx(0.8) and "recitation_ratio" not in rows[1]
-    rows.insert(0, {"name": STOCK, "needle": 1.0, "recitation": 1.0})
-    add_ratios(rows)
-    assert rows[2]["needle_ratio"] == pytest.approx(0.4) and rows[2]["recitation_ratio"] == 0.0
 
 
 def test_wilson():

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
+from benchmarks.accuracy import forcing
 from specontext_vllm.config import Retriever
 from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
@@ -31,7 +32,7 @@ def llm():
     with engine(
         attention_backend="specontext", additional_config={"specontext": settings},
         max_model_len=12288, max_num_batched_tokens=4096, num_gpu_blocks_override=None, enforce_eager=True,
-        dtype="bfloat16" if torch.cuda.is_available() else "float32",
+        dtype="bfloat16" if torch.cuda.is_available() else "float32", **forcing.engine_arguments(torch.cuda.is_available()),
     ) as running:  # fmt: skip
         yield running
 
@@ -102,3 +103,40 @@ def test_a_second_turn_behind_a_prefix_hit_answers_as_without_it(llm):
     assert warm.num_cached_tokens > 2500 and cold.num_cached_tokens == 0
     assert warm.outputs[0].text == cold.outputs[0].text
     assert score(first, turn.outputs[0].text) == 1.0 and value in warm.outputs[0].text
+
+
+def test_the_fallback_reads_four_budgets_where_the_head_is_not_sure(llm):
+    problem = make_problem("needle", seed=500, approx_tokens=TOKENS, layout=LAYOUTS[0])  # its pages are in the prefix cache
+    read = {}
+    for threshold in (0.0, 1.0):
+        settings = {"retriever": "dlm", "budget": 128, "recent_tokens": 32, "confidence_threshold": threshold}
+        assert settings.items() <= llm.collective_rpc("specontext_set", kwargs=settings)[0].items()
+        llm.collective_rpc("specontext_stats", args=(True,))
+        ask(llm, [problem])
+        stats = llm.collective_rpc("specontext_stats")[0]
+        read[threshold] = stats["pages_read"] / stats["decode_rows"] / 2
+        assert stats["fallback_rows"] == (stats["decode_rows"] if threshold else 0)
+    assert read == {0.0: 128 / 16, 1.0: 4 * 128 / 16}
+    llm.collective_rpc("specontext_set", kwargs={"confidence_threshold": 0.0})
+
+
+def test_forced_tokens_have_the_probabilities_of_decode_steps(llm):
+    """Forcing what the model says anyway changes nothing; a retriever that misses the passage gives its tokens less."""
+    from vllm import SamplingParams
+
+    on_gpu = torch.cuda.is_available()
+    messages = make_problem("recitation", seed=600, approx_tokens=TOKENS).messages
+    means = {}
+    llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm", "budget": BUDGET, "recent_tokens": 64})
+    free = llm.chat(messages, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0), use_tqdm=False)[0].outputs[0]
+    tokens = list(free.token_ids)
+    for retriever in ("dlm", "recent"):
+        llm.collective_rpc("specontext_set", kwargs={"retriever": retriever})
+        output = llm.chat(messages, forcing.forced_params(tokens, on_gpu), use_tqdm=False)[0].outputs[0]
+        found = forcing.log_probabilities(output, tokens)
+        means[retriever] = sum(found) / len(found)
+        if retriever == "dlm":
+            assert found == pytest.approx(forcing.log_probabilities(free, tokens), abs=1e-4 if not on_gpu else 0.05)
+    assert means["recent"] < means["dlm"] - 1
+    with pytest.raises(RuntimeError, match="number 3 on"):
+        forcing.log_probabilities(free, [*tokens[:3], tokens[3] + 1, *tokens[4:]])

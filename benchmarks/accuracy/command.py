@@ -1,0 +1,334 @@
+"""The command: reads the options, asks an engine for the cells that are missing, writes tables, CSV and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from benchmarks import report
+from benchmarks.accuracy import plots, summary
+from benchmarks.accuracy.cells import DENSE, Cell, CellError, CellStore, Group, Setting
+from benchmarks.accuracy.engine import EngineSpec, run_engine
+from benchmarks.accuracy.longbench import LongBenchError, find_tasks, read_folder
+from benchmarks.accuracy.tasks import TASKS, PromptError, Task, Writer
+from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.machine import device_slug, facts, gpus
+from benchmarks.shapes import DEMO_MODEL
+from specontext_vllm.config import PAGE_SIZE, ConfigError, Retriever, pages_for
+
+WORK = Path(__file__).parents[1] / ".work"
+CONTEXTS = (4096, 8192, 16384, 32768)
+BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+ENGINE_SECONDS = 6 * 3600
+PER_LAYER = frozenset({"quest", "oracle"})
+"""Retrievers that select in each layer's forward pass, which a captured decode graph does not hold."""
+
+
+class OptionError(ValueError):
+    """An option that cannot be used; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked for, checked."""
+
+    model: Path
+    head: str | None
+    tasks: dict[str, Task]
+    retrievers: list[str]
+    budgets: list[int]
+    contexts: list[int]
+    prompts: int
+    thresholds: list[float]
+    threshold_budget: int
+
+    def settings(self, context: int) -> list[Setting]:
+        """Dense first, then every retriever with every budget that is less than the context, then the thresholds of the fallback."""
+        out = [Setting(DENSE)]
+        out += [Setting(name, budget) for name in self.retrievers if name != DENSE for budget in self.budgets if budget < context]
+        out += [Setting("dlm", self.threshold_budget, threshold) for threshold in self.thresholds if threshold]
+        return out
+
+    def groups(self, writer: Writer) -> list[Group]:
+        """All prompts, the shorter contexts first."""
+        return [
+            Group(name, context, [task.make(writer, seed, context) for seed in range(min(self.prompts, task.count or self.prompts))])
+            for context in self.contexts
+            for name, task in self.tasks.items()
+        ]
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        found = sorted({kind(part) for part in text.split(",")})
+    except ValueError:
+        raise OptionError(f"{option}: found {text!r}; give numbers separated by commas.") from None
+    if found[0] < 0:
+        raise OptionError(f"{option}: found {found[0]}; give positive numbers.")
+    return found
+
+
+def _names(option: str, text: str | None, known: Sequence[str]) -> list[str]:
+    names = list(known) if text is None else text.split(",")
+    for name in names:
+        if name not in known:
+            raise OptionError(f"{option}: found {name!r}; use some of {', '.join(known)}.")
+    return names
+
+
+def _longest(model: Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(str(model)).get_text_config().max_position_embeddings)
+
+
+def _find_head(model: Path, head: str | None, retrievers: str | None) -> tuple[str | None, list[str]]:
+    """The head, and the retrievers that can run with it."""
+    beside = model / "retrieval_head"
+    head = head or (str(beside) if beside.is_dir() else None)
+    known = list(get_args(Retriever))
+    names = _names("--retrievers", retrievers, known)
+    if head is None and "dlm" in names:
+        if retrievers is not None:
+            raise OptionError(f"--retrievers: dlm needs a retrieval head and {model} has no retrieval_head folder; name one with --head.")
+        names.remove("dlm")
+    return head, names
+
+
+def _weights(folder: Path) -> dict[str, list[int]]:
+    """Size and time of the weight files, by which another model in the same place is told."""
+    return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
+
+
+def _settings(grid: Grid, spec: EngineSpec, machine: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for cells to stand in one table."""
+    return {
+        "model": str(grid.model.resolve()),
+        "config": hashlib.sha256((grid.model / "config.json").read_bytes()).hexdigest()[:16],
+        "weights": _weights(grid.model),
+        "retrieval head": {"source": grid.head, **(_weights(Path(grid.head)) if grid.head else {})},
+        "dtype": spec.dtype, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"],
+        "code": _code(),
+    }  # fmt: skip
+
+
+def _code() -> str:
+    """Digest of the code that makes and scores the replies."""
+    root = Path(__file__).parents[2]
+    rooms = (root / "specontext_vllm" / name for name in ("attention", "engine", "residency", "retrieval", "triton_kernels"))
+    files = [Path(__file__).with_name("metrics.py"), root / "specontext_vllm" / "config.py"]
+    files += [file for room in rooms for file in room.glob("*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
+
+
+def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
+    floors = ", ".join(sorted({f"{task.floor:g}" for task in grid.tasks.values()}))
+    graphs = "without CUDA graphs, so that retrievers can be switched (speed with graphs: `python -m benchmarks speed`)"
+    notes = [
+        "Greedy replies; values with 95 % intervals: Wilson for right or wrong, bootstrap over the prompts for scores and perplexity. "
+        "Prefill is dense, and so is the first token of each reply, which prefill makes.",
+        *(f"{name.replace('_', ' ')}: {task.about}." for name, task in grid.tasks.items()),
+        f"† dense attention itself scores less than the task's floor ({floors}): the model cannot do the task, so it says nothing about "
+        "a retriever; its other cells and longer contexts are left out, and it is not in the means.",
+        "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a "
+        "page to choose, the newest quarter of the budget instead.",
+        "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Kept mass: share of "
+        "the head's own attention that lies on them, its confidence. Tokens/s: emitted by up to 16 requests together, prompts in the "
+        f"prefix cache, {graphs if spec.eager else 'with CUDA graphs'}.",
+    ]
+    if grid.thresholds:
+        notes.append(
+            f"Confidence fallback: dlm with a budget of {grid.threshold_budget}; a row whose kept mass is under the threshold reads "
+            "four times that."
+        )
+    if grid.head is None and "dlm" not in grid.retrievers:
+        notes.append("dlm was left out: no retrieval head was given or found in the model's folder.")
+    if left_out:
+        notes.append(f"LongBench files left out (not English or code): {', '.join(left_out)}.")
+    return notes
+
+
+@dataclass
+class Run:
+    """Cells as they come in, and the files made of them."""
+
+    grid: Grid
+    groups: list[Group]
+    store: CellStore
+    result: report.Report
+    out: Path
+
+    def __post_init__(self) -> None:
+        wanted = ((group, setting) for group in self.groups for setting in self.grid.settings(group.context))
+        found = ((group.cell(setting), self.store.get(group.cell(setting), group.digest)) for group, setting in wanted)
+        self.cells = {cell: result for cell, result in found if result is not None}
+
+    def missing(self) -> list[tuple[Group, list[Setting]]]:
+        """What is still to be asked; nothing of a task from the context on in which dense cannot do it."""
+        out: list[tuple[Group, list[Setting]]] = []
+        failed: set[str] = set()
+        for group in self.groups:
+            dense = self.cells.get(group.cell(Setting(DENSE)))
+            if dense is not None and summary.says_nothing(self.grid.tasks[group.task], dense["scores"]):
+                failed.add(group.task)
+            settings = [setting for setting in self.grid.settings(group.context) if group.cell(setting) not in self.cells]
+            if settings and group.task not in failed:
+                out.append((group, settings))
+        return out
+
+    def add(self, group: Group, setting: Setting, result: dict[str, Any]) -> None:
+        """Keep a new cell."""
+        self.store.put(group.cell(setting), group.digest, result)
+        self.cells[group.cell(setting)] = result
+
+    def ordered(self) -> dict[Cell, dict[str, Any]]:
+        """The cells in the grid's order, whatever run they came from."""
+        wanted = (group.cell(setting) for group in self.groups for setting in self.grid.settings(group.context))
+        return {cell: self.cells[cell] for cell in wanted if cell in self.cells}
+
+    def write(self) -> None:
+        """Tables, CSV and pictures of what is there."""
+        lines = summary.all_figures(self.ordered(), self.grid.tasks)
+        self.result.rows, self.result.tables = summary.rows(lines), summary.tables(lines)
+        path = self.result.write(self.out)
+        summary.write_csv(path.with_suffix(".csv"), lines)
+        plots.draw(lines, self.result.rows, path.with_suffix(""), self.grid.model.resolve().name)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Model folder.")] = DEMO_MODEL,
+    head: Annotated[str | None, typer.Option(help="Retrieval head: folder or hub id. Default: the model's retrieval_head/.")] = None,
+    tasks: Annotated[str | None, typer.Option(help=f"Some of {','.join(TASKS)}, or longbench/DATASET. Default: all.")] = None,
+    retrievers: Annotated[
+        str | None, typer.Option(help=f"Some of {','.join(get_args(Retriever))}; dense is always measured. Default: all.")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Tokens per KV head that a decode step reads.")] = ",".join(map(str, BUDGETS)),
+    contexts: Annotated[
+        str | None, typer.Option(help=f"Tokens of a prompt. Default: {', '.join(map(str, CONTEXTS))} as far as the model reaches.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task and context.")] = 50,
+    thresholds: Annotated[
+        str, typer.Option(help="Confidence thresholds of dlm's fallback; 0: none.")
+    ] = ",".join(f"{threshold:g}" for threshold in THRESHOLDS),
+    threshold_budget: Annotated[int | None, typer.Option(help="Budget they are tried with. Default: the smallest.")] = None,
+    longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of finished cells, which a later run goes on from, and of the engine's log.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Whether to measure what is missing, or only to write what is there.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
+) -> None:
+    """Accuracy by retriever, budget and context, with confidence intervals. Exit code 1 if anything failed."""
+    on_gpu = bool(gpus())
+    if dtype == "auto" and not on_gpu:
+        dtype = "float32"
+    try:
+        known = find_tasks(longbench)
+        chosen = {name: known[name] for name in _names("--tasks", tasks, list(known))}
+        grid = _grid(model, head, chosen, retrievers, budgets, contexts, prompts, thresholds, threshold_budget)
+        typer.echo("making the prompts")
+        groups = grid.groups(_writer(model))
+        spec = _spec(grid, groups, dtype, on_gpu)
+        machine = facts()
+        folder = work or WORK / f"accuracy-{model.resolve().name}-{device_slug(machine)}"
+        title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
+        notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
+        result = report.Report("accuracy", title, {}, machine=machine, notes=notes)
+        run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
+    except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    if measure:
+        _fill(run, spec, longbench, folder)
+    absent = sum(len(settings) for _, settings in run.missing())
+    if absent:
+        result.notes.append(f"{absent} cells of this grid have not been measured; run the command again to measure them.")
+    run.write()
+    result.show()
+    typer.echo(f"written: {out}")
+    raise typer.Exit(1 if result.failures else 0)
+
+
+def _grid(
+    model: Path, head: str | None, tasks: dict[str, Task], retrievers: str | None, budgets: str, contexts: str | None, prompts: int,
+    thresholds: str, threshold_budget: int | None,
+) -> Grid:  # fmt: skip
+    """Check the options.
+
+    Raises:
+        OptionError, ConfigError: one cannot be used.
+    """
+    if not (model / "config.json").exists():
+        raise OptionError(f"--model: no config.json in {model}; name a model folder.")
+    sizes = _numbers("--budgets", budgets, int)
+    fallbacks = [threshold for threshold in _numbers("--thresholds", thresholds, float) if threshold]
+    lengths = None if contexts is None else _numbers("--contexts", contexts, int)
+    found_head, names = _find_head(model, head, retrievers)
+    if lengths is None:
+        lengths = [context for context in CONTEXTS if context < _longest(model)]
+    grid = Grid(
+        model, found_head, tasks, names, sizes, lengths, prompts, fallbacks if "dlm" in names else [], threshold_budget or sizes[0]
+    )
+    for context in grid.contexts:
+        for setting in grid.settings(context):
+            setting.changes()
+    return grid
+
+
+def _spec(grid: Grid, groups: Sequence[Group], dtype: str, on_gpu: bool) -> EngineSpec:
+    """The engine that holds the longest prompt with its reply.
+
+    Raises:
+        OptionError: the model does not reach so far.
+    """
+    longest = max(len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for group in groups for e in group.examples)
+    reach = _longest(grid.model)
+    if longest > reach:
+        raise OptionError(
+            f"--contexts: found {max(grid.contexts)}; with the reply that makes {longest} tokens and the model reaches {reach}; use "
+            f"shorter ones."
+        )
+    return EngineSpec(
+        model=str(grid.model), head=grid.head, retriever="quest" if "quest" in grid.retrievers else DENSE, dtype=dtype, on_gpu=on_gpu,
+        eager=not on_gpu or not PER_LAYER.isdisjoint(grid.retrievers), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
+    )  # fmt: skip
+
+
+def _writer(model: Path) -> Writer:
+    from transformers import AutoTokenizer
+
+    return Writer(AutoTokenizer.from_pretrained(str(model)))
+
+
+def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path) -> None:
+    """Have an engine answer what is missing; every cell is kept as soon as it is there."""
+    missing = run.missing()
+    count = sum(len(settings) for _, settings in missing)
+    typer.echo(f"{len(run.cells)} cells are there, up to {count} are to be measured ({folder})")
+    if not missing:
+        return
+    env = {**ENGINE_ENV, **({} if spec.on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")})}
+    try:
+        log = folder / "engine.log"
+        for kind, value in run_child(run_engine, spec, missing, longbench, log=log, seconds=ENGINE_SECONDS, env=env):
+            if kind == "ready":
+                run.result.details["engine"] = value
+                typer.echo(f"engine: ready after {value['start_s']} s")
+            elif kind == "prefilled":
+                index, seconds = value
+                typer.echo(f"{missing[index][0].task}, {missing[index][0].context} tokens: prompts prefilled in {seconds:.0f} s")
+            else:
+                index, setting, cell = value
+                run.add(missing[index][0], setting, cell)
+                task = run.grid.tasks[missing[index][0].task]
+                typer.echo(f"  {setting.name}: {summary.value(task, cell['scores']):.3f}, {cell['seconds']:.1f} s")
+    except ChildError as error:
+        run.result.failures["engine"] = str(error)

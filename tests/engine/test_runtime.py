@@ -1,0 +1,45 @@
+"""Changing settings between steps, without an engine."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine.runtime import Runtime
+from specontext_vllm.retrieval.retriever import Retriever
+
+
+@pytest.fixture
+def runtime(device):
+    """A stand-in with a retriever that has no head and a page table of 512 tokens."""
+    config = SpeContextConfig(retriever="recent", budget=256)
+    retriever = Retriever(config, None, lambda ids: ids, num_kv_heads=2, max_model_len=1024, table_pages=32, device=device)
+    return SimpleNamespace(retriever=retriever)
+
+
+def test_what_is_not_named_stays(runtime):
+    Runtime.set(runtime, confidence_threshold=0.25, fallback_budget=512)
+    found = Runtime.set(runtime, "random", 128, recent_tokens=32)
+    assert (found["retriever"], found["budget"], found["recent_tokens"]) == ("random", 128, 32)
+    assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (0.25, 512, 1.0)
+    assert runtime.retriever.config.model_dump() == found
+    assert Runtime.set(runtime, confidence_threshold=0.0)["confidence_threshold"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"confidence_threshold": 1.5}, "confidence_threshold: found 1.5"),
+        ({"fallback_budget": 128}, "fallback_budget: found 128"),
+        # Four budgets of 256 tokens do not fit the table.
+        ({"confidence_threshold": 0.5}, "page table holds 512 tokens"),
+        ({"recent_tokens": 256}, "budget: found 256"),
+        ({"retriever": "dlm"}, "needs a retrieval head"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be_leave_the_old_ones_in_force(runtime, changes, named):
+    before = runtime.retriever.config
+    with pytest.raises(ConfigError, match=named):
+        Runtime.set(runtime, **changes)
+    assert runtime.retriever.config is before
