@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.accuracy import forcing
-from specontext_vllm.config import Retriever
+from specontext_vllm.config import PER_LAYER, Retriever
 from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
 
-NEEDLES, RECITATIONS, TOKENS, BUDGET = 8, 4, 8000, 512
+NEEDLES, RECITATIONS, TOKENS, BUDGET = 6, 3, 8000, 512
 
 
 def ask(llm, problems) -> list[float]:
@@ -46,9 +46,14 @@ def results(llm):
     for retriever in get_args(Retriever):
         llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": BUDGET})
         llm.collective_rpc("specontext_stats", args=(True,))
-        scores = ask(llm, problems)
+        # On a CPU a selection in every layer takes its time: every second problem.
+        asked = problems[::2] if retriever in PER_LAYER else problems
+        scores = ask(llm, asked)
         stats = llm.collective_rpc("specontext_stats")[0]
-        out[retriever] = {"needle": scores[:NEEDLES], "recitation": scores[NEEDLES:], "read": stats["pages_read"] / stats["pages_total"]}
+        out[retriever] = {
+            **{kind: [s for p, s in zip(asked, scores) if p.kind == kind] for kind in ("needle", "recitation")},
+            "read": stats["pages_read"] / stats["pages_total"],
+        }  # fmt: skip
     return out
 
 

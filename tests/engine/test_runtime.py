@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.config import CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine.runtime import Runtime
@@ -11,19 +12,22 @@ from specontext_vllm.retrieval.retriever import Retriever
 
 @pytest.fixture
 def runtime(device):
-    """A stand-in with a retriever that has no head and a page table of 512 tokens."""
+    """One without a model, with a retriever that has no head and a page table of 512 tokens; nothing is captured."""
     config = SpeContextConfig(retriever="recent", budget=256)
     retriever = Retriever(config, None, lambda ids: ids, num_kv_heads=2, max_model_len=1024, table_pages=32, device=device)
-    return SimpleNamespace(retriever=retriever)
+    bare = object.__new__(Runtime)
+    bare.retriever, bare.selector = retriever, None
+    bare.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
+    return bare
 
 
 def test_what_is_not_named_stays(runtime):
-    Runtime.set(runtime, confidence_threshold=0.25, fallback_budget=512)
-    found = Runtime.set(runtime, "random", 128, recent_tokens=32)
+    runtime.set(confidence_threshold=0.25, fallback_budget=512)
+    found = runtime.set("random", 128, recent_tokens=32)
     assert (found["retriever"], found["budget"], found["recent_tokens"]) == ("random", 128, 32)
     assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (0.25, 512, 1.0)
     assert runtime.retriever.config.model_dump() == found
-    assert Runtime.set(runtime, confidence_threshold=0.0)["confidence_threshold"] == 0.0
+    assert runtime.set(confidence_threshold=0.0)["confidence_threshold"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -35,11 +39,19 @@ def test_what_is_not_named_stays(runtime):
         ({"confidence_threshold": 0.5}, "page table holds 512 tokens"),
         ({"recent_tokens": 256}, "budget: found 256"),
         ({"retriever": "dlm"}, "needs a retrieval head"),
+        ({"retriever": "quest"}, "start the engine with it"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_be_leave_the_old_ones_in_force(runtime, changes, named):
     before = runtime.retriever.config
     with pytest.raises(ConfigError, match=named):
-        Runtime.set(runtime, **changes)
+        runtime.set(**changes)
     assert runtime.retriever.config is before
+
+
+def test_graphs_that_hold_a_selection_hold_on_to_its_settings(runtime):
+    runtime.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    with pytest.raises(ConfigError, match="CUDA graphs hold the selection"):
+        runtime.set("oracle")
+    assert runtime.set("random")["retriever"] == "random"
