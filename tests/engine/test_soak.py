@@ -12,7 +12,7 @@ from benchmarks.engines import engine_env
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL
 
-REQUESTS = 200
+REQUESTS = 120
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def load(tmp_path_factory) -> soak.Load:
 def test_a_full_server_answers_all_and_forgets_all(load, name):
     settings, pages, exact = soak.ENGINES[name]
     outcome, left = soak.soak(DEMO_MODEL, load, settings, pages, max_num_seqs=16)
-    # 200 requests are too few to speak of memory.
+    # These are too few to speak of memory.
     assert {k: v for k, v in soak.complaints(outcome, left, exact).items() if k != "memory"} == {}
-    assert outcome.done == REQUESTS and outcome.counts["given up"] > 20
+    assert outcome.done == REQUESTS and outcome.counts["given up"] > 10
     assert left["preemptions"] > 0 and left["prefix_hit_tokens"] > 0
     if "host_kv_gib" in settings:
         assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
