@@ -316,7 +316,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = bool(gpus())
     prompts = make_prompts(model)
-    result = report.Report("soak", f"Demo model: {requests:,} requests of 1 to {MAX_MODEL_LEN} tokens at a full server", TABLES)
+    result = report.Report("soak", f"Demo model: requests of 1 to {MAX_MODEL_LEN} tokens at a full server", TABLES)
     result.notes = [
         f"{len(prompts)} prompts of 1 to {max(map(len, prompts))} tokens in random order, up to {ANSWER_TOKENS} tokens asked for; six in ten answers are "
         f"taken whole, two streamed, two given up in the stream. References: stock vLLM, dense, recorded before. {max_num_seqs} requests run at once, "
