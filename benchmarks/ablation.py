@@ -13,8 +13,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.capacity import DRIVEN, Load, drive_selection, serve
-from benchmarks.children import ChildError, run_child
-from benchmarks.engines import ENGINE_ENV
+from benchmarks.children import ENGINE_ENV, ChildError, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.workloads import mean_step, scaled

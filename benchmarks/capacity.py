@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ChildError, run_child
-from benchmarks.engines import BATCHED_TOKENS, ENGINE_ENV
+from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.engines import BATCHED_TOKENS
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.timeline import one_step, start_profiler, stop_profiler

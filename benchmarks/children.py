@@ -20,6 +20,11 @@ LOG_TAIL = 40
 """Lines of a failed child's log that are shown."""
 
 
+def engine_env(on_gpu: bool, cpu_kv_gib: int = 1) -> dict[str, str]:
+    """The environment of a child that is one engine. On a CPU, vLLM takes the room for KV from it: the caller's own, or ``cpu_kv_gib``."""
+    return ENGINE_ENV if on_gpu else {**ENGINE_ENV, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(cpu_kv_gib))}
+
+
 class ChildError(RuntimeError):
     """A child that failed, died or ran out of time; the message is one sentence."""
 

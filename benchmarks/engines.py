@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from benchmarks.children import ENGINE_ENV
 
 SETTLE = 8
 """Steps between the last prefill and the first timed step."""
@@ -19,11 +16,6 @@ BATCHED_TOKENS = 16384
 
 RETRIEVERS = {"specontext": {"retrieval_head": "dummy"}, "quest": {"retriever": "quest"}}
 """Settings of the engines that run our backend."""
-
-
-def engine_env(on_gpu: bool) -> dict[str, str]:
-    """The children's environment; on a CPU, vLLM takes the room for KV from it."""
-    return ENGINE_ENV if on_gpu else {**ENGINE_ENV, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ChildError, run_child
-from benchmarks.engines import ENGINE_ENV
+from benchmarks.children import ENGINE_ENV, ChildError, run_child
 from benchmarks.shapes import Shape
 
 PAGES = 16384

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ChildError, run_child
-from benchmarks.engines import Cell, EngineSpec, engine_env, run_engine
+from benchmarks.children import ChildError, engine_env, run_child
+from benchmarks.engines import Cell, EngineSpec, run_engine
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
 

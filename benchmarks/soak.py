@@ -17,8 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ChildError, run_child
-from benchmarks.engines import engine_env
+from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
 

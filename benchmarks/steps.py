@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.children import ChildError, run_child
-from benchmarks.engines import ENGINE_ENV, Cell, EngineSpec, engine_env, run_engine
+from benchmarks.children import ENGINE_ENV, ChildError, engine_env, run_child
+from benchmarks.engines import Cell, EngineSpec, run_engine
 from benchmarks.hugging_face import ATTENTION, run_hugging_face
 from benchmarks.shapes import Shape
 from specontext_vllm.demo.server import ServerError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.intervals import bootstrap, wilson
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
@@ -179,7 +178,7 @@ def main(
         "Without elastic loading every step fetches the whole budget (100 %). Mean over the steps in which fewer than half of the "
         "selected pages were new; a request's first decode step fetches its whole selection whatever the policy."
     )
-    env = {**ENGINE_ENV, **({} if on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")})}
+    env = engine_env(on_gpu, cpu_kv_gib=4)
     log = Path(tempfile.mkdtemp(prefix="specontext-bench-")) / "transfer.log"
     dtype = "bfloat16" if on_gpu else "float32"
     arguments = (str(DEMO_MODEL), on_gpu, dtype, budget, (needles, recitations), tokens, SETTINGS)

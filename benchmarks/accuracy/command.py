@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from benchmarks.accuracy.cells import DENSE, Cell, CellError, CellStore, Group, 
 from benchmarks.accuracy.engine import EngineSpec, run_engine
 from benchmarks.accuracy.longbench import LongBenchError, find_tasks, read_folder
 from benchmarks.accuracy.tasks import TASKS, PromptError, Task, Writer
-from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.config import PAGE_SIZE, ConfigError, Retriever, pages_for
@@ -315,7 +314,7 @@ def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path) -> N
     typer.echo(f"{len(run.cells)} cells are there, up to {count} are to be measured ({folder})")
     if not missing:
         return
-    env = {**ENGINE_ENV, **({} if spec.on_gpu else {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "4")})}
+    env = engine_env(spec.on_gpu, cpu_kv_gib=4)
     try:
         log = folder / "engine.log"
         for kind, value in run_child(run_engine, spec, missing, longbench, log=log, seconds=ENGINE_SECONDS, env=env):

@@ -18,7 +18,7 @@ class LayerSelector:
     query heads gives the largest share of its softmax.
 
     Args:
-        config: validated settings; ``configure`` replaces them.
+        config: validated settings; others may take their place between steps, where no graph holds them.
         num_heads, num_kv_heads, head_dim: of the target on this worker.
         max_pages: pages of the longest context.
         max_rows: most decode rows of a step, padding included.

@@ -7,8 +7,7 @@ from collections import Counter
 import pytest
 
 from benchmarks import soak
-from benchmarks.children import run_child
-from benchmarks.engines import engine_env
+from benchmarks.children import engine_env, run_child
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL
 
