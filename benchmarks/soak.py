@@ -112,12 +112,13 @@ def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterat
     yield "references", [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def server_arguments(settings: dict[str, Any], pages: int | None, max_num_seqs: int) -> list[str]:
-    """Options of `vllm serve`; with few ``pages`` running requests run out of them and are preempted."""
+def server_arguments(settings: dict[str, Any] | None, pages: int | None, max_num_seqs: int) -> list[str]:
+    """Options of `vllm serve`; with few ``pages`` running requests run out of them and are preempted. No ``settings``: vLLM without specontext."""
     from specontext_vllm.demo.server import device_arguments
 
+    plugin = [] if settings is None else ["--attention-backend", "specontext", "--additional-config", json.dumps({"specontext": settings})]
     return [
-        "--attention-backend", "specontext", "--additional-config", json.dumps({"specontext": settings}), "--max-model-len", str(MAX_MODEL_LEN),
+        *plugin, "--max-model-len", str(MAX_MODEL_LEN),
         "--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "512", "--gpu-memory-utilization", "0.3", "--served-model-name", "demo",
         *(("--num-gpu-blocks-override", str(pages)) if pages else ()), *device_arguments(),
     ]  # fmt: skip
@@ -212,8 +213,8 @@ def metric(url: str, name: str) -> float:
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
-def settle(server: Any, prompt: list[int]) -> dict[str, Any]:
-    """Wait until the server is idle, and count what it still holds.
+def settle(server: Any, prompt: list[int], plugin: bool) -> dict[str, Any]:
+    """Wait until the server is idle, and count what it still holds; of the worker's books only where the ``plugin`` keeps some.
 
     One more short request makes the worker hear of the last requests' end, and is itself still in the books then.
     """
@@ -226,18 +227,18 @@ def settle(server: Any, prompt: list[int]) -> dict[str, Any]:
     return {
         "running": metric(server.url, "vllm:num_requests_running"), "waiting": metric(server.url, "vllm:num_requests_waiting"),
         "kv_cache_usage": metric(server.url, "vllm:kv_cache_usage_perc"), "preemptions": metric(server.url, "vllm:num_preemptions_total"),
-        "prefix_hit_tokens": metric(server.url, "vllm:prefix_cache_hits_total"), "books": server.rpc("specontext_audit"),
-        "stats": server.rpc("specontext_stats"),
+        "prefix_hit_tokens": metric(server.url, "vllm:prefix_cache_hits_total"), "books": server.rpc("specontext_audit") if plugin else {},
+        "stats": server.rpc("specontext_stats") if plugin else {},
     }  # fmt: skip
 
 
-def soak(model: Path, load: Load, settings: dict[str, Any], pages: int | None, max_num_seqs: int) -> tuple[Outcome, dict[str, Any]]:
+def soak(model: Path, load: Load, settings: dict[str, Any] | None, pages: int | None, max_num_seqs: int) -> tuple[Outcome, dict[str, Any]]:
     """Start a server, apply the load, and look at what is left; ``(outcome, settle's figures)``."""
     from specontext_vllm.demo.server import VllmServer
 
     with VllmServer(model, server_arguments(settings, pages, max_num_seqs)) as server:
         outcome = asyncio.run(apply_load(server, load))
-        return outcome, settle(server, load.prompts[0])
+        return outcome, settle(server, load.prompts[0], settings is not None)
 
 
 def complaints(outcome: Outcome, left: dict[str, Any], exact: bool) -> dict[str, str]:
@@ -293,13 +294,15 @@ def make_row(name: str, outcome: Outcome, left: dict[str, Any]) -> dict[str, Any
     }  # fmt: skip
 
 
-ENGINES: dict[str, tuple[dict[str, Any], int, bool]] = {
+ENGINES: dict[str, tuple[dict[str, Any] | None, int, bool]] = {
     # A budget over every context: the tokens are dense attention's, under preemption too.
     "one tier, budget over the context": ({"budget": MAX_MODEL_LEN}, 321, True),
     # Pages of generated tokens are made anew, densely, after a preemption, so that a small budget's tokens hang on the schedule.
     "two tiers, budget 192": ({"budget": 192, "host_kv_gib": 0.5, "gpu_kv_gib": 0.026}, 401, False),
+    # What vLLM does by itself under this load, its growth of memory above all.
+    "stock vLLM": (None, 321, True),
 }
-"""Settings, pages and whether tokens must be exact, by name."""
+"""Settings (None: vLLM without specontext), pages and whether tokens must be exact, by name."""
 
 
 def main(
