@@ -12,6 +12,7 @@ PAGE_SIZE = 16
 
 CONFIG_KEY = "specontext"
 Retriever = Literal["dlm", "quest", "recent", "random", "oracle", "dense"]
+AttentionProviderName = Literal["auto", "flash", "triton", "xformers"]
 PER_LAYER = ("quest", "oracle")
 """Retrievers that select anew in each layer, with the layer's own queries."""
 
@@ -63,6 +64,9 @@ class SpeContextConfig(BaseModel):
         default=0.0, ge=0.0, le=1.0, description="GPUs, or the fraction of one, that the actor asks Ray for; 0 = it runs on a CPU."
     )
     sidecar_cpus: int = Field(default=1, ge=1, description="CPU cores that the actor asks Ray for.")
+    attention_provider: AttentionProviderName = Field(
+        default="auto", description="Whose attention kernels run; auto: FlashAttention where vLLM has it, else Triton, on a CPU torch."
+    )
     stats: bool = True
 
     @field_validator("host_kv_gib")

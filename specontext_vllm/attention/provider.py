@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specontext_vllm.attention.page_table import PageTable
+from specontext_vllm.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class PrefillRows:
         seq_lens: ``[R]`` int32 context lengths, the query tokens included.
         block_table: ``[R, W]`` int32 block ids.
         max_query_len, max_seq_len: upper bounds, in tokens.
+        offsets: ``starts`` on the host.
     """
 
     starts: Tensor
@@ -27,6 +30,7 @@ class PrefillRows:
     block_table: Tensor
     max_query_len: int
     max_seq_len: int
+    offsets: Sequence[int]
 
 
 class AttentionProvider(ABC):
@@ -59,17 +63,32 @@ def head_pages(kv_cache: Tensor) -> Tensor:
 
 
 def choose_provider(
-    num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, device_type: str
+    name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, device_type: str
 ) -> AttentionProvider:
-    """FlashAttention where vLLM has it for this dtype and head size, Triton on other GPUs, torch on a CPU."""
+    """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head size, Triton on other GPUs, torch on a CPU.
+
+    Raises:
+        ConfigError: when the named provider cannot run here.
+    """
     arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
     if device_type == "cpu":
+        if name != "auto":
+            raise ConfigError(f"attention_provider: found {name!r}, which needs a GPU; use auto on a CPU.")
         from specontext_vllm.attention.reference import TorchProvider
 
         return TorchProvider(*arguments)
+    if name == "xformers":
+        from specontext_vllm.attention.xformers import XformersProvider
+
+        return XformersProvider(*arguments)
     from specontext_vllm.attention.flash import FlashAttentionProvider, flash_attention_version
 
-    if flash_attention_version(head_dim, dtype) is not None:
+    has_flash = flash_attention_version(head_dim, dtype) is not None
+    if name == "flash" and not has_flash:
+        raise ConfigError(
+            f"attention_provider: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads of {head_dim} on this GPU; use auto."
+        )
+    if has_flash and name != "triton":
         return FlashAttentionProvider(*arguments)
     from specontext_vllm.attention.triton import TritonProvider
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -118,6 +119,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
                 block_table=common.block_table_tensor[decodes : common.num_reqs],
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
+                offsets=[int(at) - decode_tokens for at in common.query_start_loc_cpu[decodes : common.num_reqs + 1]],
             )
         return SpeContextMetadata(decodes, self.table, prefill, decode_tokens + prefill_tokens, common)
 
@@ -168,8 +170,9 @@ class SpeContextImpl(AttentionImpl):
         self.tiers: TieredKV | None = None
         self.selector: LayerSelector | None = None
         self.layer = 0
+        config = SpeContextConfig.from_additional_config(get_current_vllm_config().additional_config)
         self.provider = choose_provider(
-            num_heads, num_kv_heads, head_size, self.scale, torch.get_default_dtype(), current_platform.device_type
+            config.attention_provider, num_heads, num_kv_heads, head_size, self.scale, torch.get_default_dtype(), current_platform.device_type
         )
 
     def forward(
@@ -216,9 +219,11 @@ class SpeContextImpl(AttentionImpl):
         for stage in self.tiers.stages(self.layer):
             self.provider.write(key[stage.tokens], value[stage.tokens], arena, stage.slots)
             starts = prefill.starts[stage.rows.start : stage.rows.stop + 1]
+            offsets = prefill.offsets[stage.rows.start : stage.rows.stop + 1]
             rows = replace(
-                prefill, starts=starts - starts[0], seq_lens=prefill.seq_lens[stage.rows], block_table=stage.block_table
-            )
+                prefill, starts=starts - starts[0], seq_lens=prefill.seq_lens[stage.rows], block_table=stage.block_table,
+                offsets=[at - offsets[0] for at in offsets],
+            )  # fmt: skip
             self.provider.prefill(query[stage.tokens], arena, rows, output[stage.tokens])
 
     def do_kv_cache_update(

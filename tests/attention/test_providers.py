@@ -58,7 +58,19 @@ def flash_provider(*arguments):
     return FlashAttentionProvider(*arguments)
 
 
-PROVIDERS.append(pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu))
+def xformers_provider(*arguments):
+    pytest.importorskip("xformers")
+    from specontext_vllm.attention.xformers import XformersProvider
+
+    return XformersProvider(*arguments)
+
+
+PROVIDERS += [
+    pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu),
+    # Pages where they lie; with heads of 40 gathered, as in float32.
+    pytest.param(xformers_provider, torch.bfloat16, id="xformers-bf16", marks=pytest.mark.gpu),
+    pytest.param(xformers_provider, torch.float32, id="xformers-fp32", marks=pytest.mark.gpu),
+]
 
 
 @pytest.mark.parametrize(("provider", "dtype"), PROVIDERS)
@@ -101,7 +113,7 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
     query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
     output = torch.full_like(query, float("nan")).to(device)
     attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
-    attention.prefill(query.to(device), rows.cache, PrefillRows(starts, rows.seq_lens, rows.block_table, max(new), max(lengths)), output)
+    attention.prefill(query.to(device), rows.cache, PrefillRows(starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist()), output)
     at = 0
     for row, (tokens, count) in enumerate(zip(lengths, new)):
         kv = rows.dense[row].repeat_interleave(group, 0)
@@ -113,6 +125,34 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
         exact = dtype == torch.float32 and provider is TorchProvider
         assert_close("output", expected.transpose(0, 1), output[at : at + count], 1e-5 if exact else 1e-2)
         at += count
+
+
+@pytest.mark.gpu
+def test_xformers_reads_pages_where_they_lie_if_it_can():
+    assert xformers_provider(8, 2, 128, 0.1, torch.bfloat16).paged
+    assert not xformers_provider(8, 2, 40, 0.1, torch.bfloat16).paged
+    assert not xformers_provider(8, 2, 128, 0.1, torch.float32).paged
+
+
+@pytest.mark.gpu
+def test_a_captured_xformers_decode_follows_the_table():
+    device, heads, group, head_dim = torch.device("cuda"), 2, 4, 64
+    rows = paged_rows([100, 200], heads, 2 * head_dim, torch.bfloat16, device, seed=3)
+    table, kept = random_table(rows, heads, device, seed=1)
+    query = torch.randn(2, heads * group, head_dim, device=device).to(torch.bfloat16)
+    output = torch.full_like(query, float("nan"))
+    attention = xformers_provider(heads * group, heads, head_dim, head_dim**-0.5, torch.bfloat16)
+    attention.plan(table, 2)
+    attention.decode(query, rows.cache, table, 2, output)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention.decode(query, rows.cache, table, 2, output)
+    other, kept = random_table(rows, heads, device, seed=2)
+    table.pages.copy_(other.pages)
+    table.lengths.copy_(other.lengths)
+    output.fill_(float("nan"))
+    graph.replay()
+    assert_close("output", reference(query.cpu(), rows, kept, heads, head_dim, head_dim**-0.5), output, 1e-2)
 
 
 @pytest.mark.parametrize(("provider", "dtype"), [PROVIDERS[0], pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu),

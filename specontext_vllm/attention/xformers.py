@@ -1,0 +1,135 @@
+"""Attention through xformers, for GPUs that vLLM has no FlashAttention for; the extra ``xformers`` installs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.attention.page_table import PageTable
+from specontext_vllm.attention.provider import PrefillRows, head_pages
+from specontext_vllm.attention.triton import TritonProvider
+from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
+
+
+@cache
+def paged_split_k() -> Any:
+    """xformers' split-K operator with key blocks of one page; its own blocks of 64 tokens refuse smaller pages."""
+    from xformers.ops.fmha import triton_splitk
+
+    class PagedSplitK(triton_splitk.FwOp):
+        BLOCK_N = PAGE_SIZE
+        NAME = f"triton_splitK{PAGE_SIZE}F"
+
+    return PagedSplitK
+
+
+class XformersProvider(TritonProvider):
+    """Decode: xformers' paged split-K kernel where it takes the dtype, head size and GPU; elsewhere the pages are gathered first.
+
+    No kernel of xformers that takes many query tokens takes 16-token pages, so prefill gathers each row's context, ``max_seq_len`` tokens
+    of it: ``2 * H * D * max_seq_len`` values beside vLLM's own memory. Storing keys and values is vLLM's Triton kernel.
+
+    Raises:
+        ConfigError: on creation, when xformers is not installed or has no kernel for the dtype, head size and GPU.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
+        try:
+            from xformers.ops import fmha
+        except ImportError as error:
+            raise ConfigError(
+                f"attention_provider: found 'xformers', which cannot be imported here ({error}); install specontext-vllm[xformers] or use auto."
+            ) from None
+        self._fmha = fmha
+        self._masks: dict[int, Any] = {}
+        self.paged = self._try_kernels()
+
+    def _try_kernels(self) -> bool:
+        """Run both kernels on one made-up page; whether decode can read pages where they lie.
+
+        xformers knows only with tensors in hand what it supports.
+        """
+        device = torch.device("cuda", torch.cuda.current_device())
+        kv_cache = torch.zeros(1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device)
+        query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
+        one = torch.ones(1, dtype=torch.int32, device=device)
+        rows = PrefillRows(torch.tensor([0, 1], dtype=torch.int32, device=device), one, torch.zeros_like(one)[None], 1, 1, [0, 1])
+        try:
+            self.prefill(query, kv_cache, rows, torch.empty_like(query))
+        except (NotImplementedError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"attention_provider: found 'xformers', but it has no kernel for {self.dtype} and heads of {self.head_dim} on "
+                f"{torch.cuda.get_device_name(device)} ({reason[:300]}); use auto."
+            ) from None
+        table = PageTable.allocate(1, self.num_kv_heads, 1, device)
+        table.lengths.fill_(1)
+        try:
+            self._decode_paged(query, kv_cache, table, 1, torch.empty_like(query))
+        except (NotImplementedError, ValueError):
+            return False
+        finally:
+            self._masks.clear()
+        return True
+
+    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+        (self._decode_paged if self.paged else self._decode_gathered)(query, kv_cache, table, rows, output)
+
+    def plan(self, table: PageTable, rows: int) -> None:
+        """Make the mask of this many sequences before a graph is captured: its small host tensors cannot be copied inside one."""
+        self._mask(table, rows * self.num_kv_heads)
+
+    def _mask(self, table: PageTable, sequences: int) -> Any:
+        """Sequences of one query token over padded keys; xformers' description, whose lengths are the table's buffer."""
+        if sequences not in self._masks:
+            bias = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+                [1] * sequences, table.max_pages * PAGE_SIZE, [table.max_pages * PAGE_SIZE] * sequences, device=table.lengths.device
+            )
+            bias.k_seqinfo.seqlen = table.lengths[:sequences]
+            self._masks[sequences] = bias
+        return self._masks[sequences]
+
+    def _decode_paged(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+        sequences, d = rows * self.num_kv_heads, self.head_dim
+        mask = self._mask(table, sequences)
+        paged = self._fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask(
+            q_seqinfo=mask.q_seqinfo, k_seqinfo=mask.k_seqinfo, block_tables=table.pages[:sequences], page_size=PAGE_SIZE
+        )
+        self._attend(query.view(1, sequences, self.group, d), head_pages(kv_cache), paged, output.view(1, sequences, self.group, d), paged_split_k())
+
+    def _decode_gathered(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+        sequences, d = rows * self.num_kv_heads, self.head_dim
+        pages = head_pages(kv_cache)[table.pages[:sequences].long()]
+        self._attend(
+            query.view(1, sequences, self.group, d), pages, self._mask(table, sequences), output.view(1, sequences, self.group, d)
+        )
+
+    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+        heads, d = self.num_kv_heads, self.head_dim
+        width = pages_for(rows.max_seq_len)
+        for row, (start, end) in enumerate(zip(rows.offsets, rows.offsets[1:])):
+            new = end - start
+            # Each KV head is a sequence of its own, as in a page table.
+            pages = kv_cache[rows.block_table[row, :width].long()].transpose(0, 1).contiguous()
+            mask = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+                [new] * heads, width * PAGE_SIZE, [max(new, rows.max_seq_len)] * heads, device=query.device
+            )
+            mask.k_seqinfo.seqlen = rows.seq_lens[row : row + 1].repeat(heads)
+            by_head = query[start:end].view(new, heads, self.group, d).transpose(0, 1).reshape(1, heads * new, self.group, d)
+            result = torch.empty_like(by_head)
+            self._attend(by_head, pages, mask, result)
+            output[start:end].view(new, heads, self.group, d).copy_(result.view(heads, new, self.group, d).transpose(0, 1))
+
+    def _attend(self, query: Tensor, pages: Tensor, mask: Any, output: Tensor, op: Any = None) -> None:
+        """``query [1, N, group, D]`` over the keys and values in ``pages [..., P, 2 * D]``, which all query heads share."""
+        kv = pages.view(1, -1, 1, 2 * self.head_dim).expand(-1, -1, self.group, -1)
+        output.copy_(
+            self._fmha.memory_efficient_attention_forward(
+                query, kv[..., : self.head_dim], kv[..., self.head_dim :], attn_bias=mask, scale=self.scale, op=op
+            )
+        )
