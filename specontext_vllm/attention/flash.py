@@ -68,7 +68,7 @@ class FlashAttentionProvider(AttentionProvider):
         keys = kv_cache.as_strided(shape, strides, kv_cache.storage_offset())
         values = kv_cache.as_strided(shape, strides, kv_cache.storage_offset() + d)
         self._attend(
-            query.view(sequences, self.group, d), keys, values, out=output.view(sequences, self.group, d), max_seqlen_q=1,
+            query.reshape(sequences, self.group, d), keys, values, out=output.view(sequences, self.group, d), max_seqlen_q=1,
             cu_seqlens_q=table.starts[: sequences + 1], max_seqlen_k=table.max_pages * PAGE_SIZE,
             seqused_k=table.lengths[:sequences], block_table=table.pages[:sequences], causal=True, softmax_scale=self.scale,
             fa_version=self.version, scheduler_metadata=self._metadata.get(sequences),

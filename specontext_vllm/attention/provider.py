@@ -46,7 +46,10 @@ class AttentionProvider(ABC):
 
     @abstractmethod
     def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
-        """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same shape."""
+        """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same shape.
+
+        ``output`` is contiguous; ``query`` may be a slice of the layer's fused projection, as in uncompiled models.
+        """
 
     @abstractmethod
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:

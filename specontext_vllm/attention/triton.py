@@ -17,7 +17,7 @@ class TritonProvider(AttentionProvider):
         sequences = rows * self.num_kv_heads
         shape = (sequences, self.group, self.head_dim)
         sparse_decode(
-            query.view(shape), head_pages(kv_cache), table.pages[:sequences], table.lengths[:sequences], output.view(shape), self.scale
+            query.reshape(shape), head_pages(kv_cache), table.pages[:sequences], table.lengths[:sequences], output.view(shape), self.scale
         )
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:

@@ -62,7 +62,8 @@ class XformersProvider(TritonProvider):
         try:
             self.prefill(query, kv_cache, rows, torch.empty_like(query))
         except (NotImplementedError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            # Its message begins with the tensors' shapes; the operators' reasons follow.
+            reason = " ".join(str(error).partition("is not supported because:")[2].split()) or str(error)
             raise ConfigError(
                 f"attention_provider: found 'xformers', but it has no kernel for {self.dtype} and heads of {self.head_dim} on "
                 f"{torch.cuda.get_device_name(device)} ({reason[:300]}); use auto."
@@ -100,13 +101,13 @@ class XformersProvider(TritonProvider):
         paged = self._fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask(
             q_seqinfo=mask.q_seqinfo, k_seqinfo=mask.k_seqinfo, block_tables=table.pages[:sequences], page_size=PAGE_SIZE
         )
-        self._attend(query.view(1, sequences, self.group, d), head_pages(kv_cache), paged, output.view(1, sequences, self.group, d), paged_split_k())
+        self._attend(query.reshape(1, sequences, self.group, d), head_pages(kv_cache), paged, output.view(1, sequences, self.group, d), paged_split_k())
 
     def _decode_gathered(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
         sequences, d = rows * self.num_kv_heads, self.head_dim
         pages = head_pages(kv_cache)[table.pages[:sequences].long()]
         self._attend(
-            query.view(1, sequences, self.group, d), pages, self._mask(table, sequences), output.view(1, sequences, self.group, d)
+            query.reshape(1, sequences, self.group, d), pages, self._mask(table, sequences), output.view(1, sequences, self.group, d)
         )
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
@@ -120,7 +121,7 @@ class XformersProvider(TritonProvider):
                 [new] * heads, width * PAGE_SIZE, [max(new, rows.max_seq_len)] * heads, device=query.device
             )
             mask.k_seqinfo.seqlen = rows.seq_lens[row : row + 1].repeat(heads)
-            by_head = query[start:end].view(new, heads, self.group, d).transpose(0, 1).reshape(1, heads * new, self.group, d)
+            by_head = query[start:end].reshape(new, heads, self.group, d).transpose(0, 1).reshape(1, heads * new, self.group, d)
             result = torch.empty_like(by_head)
             self._attend(by_head, pages, mask, result)
             output[start:end].view(new, heads, self.group, d).copy_(result.view(heads, new, self.group, d).transpose(0, 1))
