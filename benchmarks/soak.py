@@ -116,9 +116,12 @@ def server_arguments(settings: dict[str, Any] | None, pages: int | None, max_num
     """Options of `vllm serve`; with few ``pages`` running requests run out of them and are preempted. No ``settings``: vLLM without specontext."""
     from specontext_vllm.demo.server import device_arguments
 
+    # vLLM's own CPU attention takes no blocks of 16 tokens; as many tokens in all.
+    block_size = 32 if settings is None and device_arguments() else 16
+    pages = pages and -(-pages * 16 // block_size)
     plugin = [] if settings is None else ["--attention-backend", "specontext", "--additional-config", json.dumps({"specontext": settings})]
     return [
-        *plugin, "--max-model-len", str(MAX_MODEL_LEN),
+        *plugin, "--block-size", str(block_size), "--max-model-len", str(MAX_MODEL_LEN),
         "--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "512", "--gpu-memory-utilization", "0.3", "--served-model-name", "demo",
         *(("--num-gpu-blocks-override", str(pages)) if pages else ()), *device_arguments(),
     ]  # fmt: skip

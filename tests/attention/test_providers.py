@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from specontext_vllm.attention.page_table import PageTable
-from specontext_vllm.attention.provider import PrefillRows
+from specontext_vllm.attention.provider import PrefillRows, choose_provider
 from specontext_vllm.attention.reference import TorchProvider
 from specontext_vllm.attention.triton import TritonProvider
-from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from tests.paging import assert_close, paged_rows
 
 
@@ -98,7 +98,8 @@ def test_decode_reads_the_tables_pages_and_nothing_else(provider, dtype, lengths
     output = torch.full((len(lengths), heads * group, head_dim), float("nan"), dtype=dtype, device=device)
     attention = provider(heads * group, heads, head_dim, scale, dtype)
     attention.plan(table, len(lengths))
-    attention.decode(query.to(device), rows.cache, table, len(lengths), output)
+    # As uncompiled models pass it: a slice of the fused projection.
+    attention.decode(torch.cat([query, query], 1).to(device)[:, : heads * group], rows.cache, table, len(lengths), output)
     expected = reference(query, rows, kept, heads, head_dim, scale)
     assert_close("output", expected, output, 1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -125,6 +126,12 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
         exact = dtype == torch.float32 and provider is TorchProvider
         assert_close("output", expected.transpose(0, 1), output[at : at + count], 1e-5 if exact else 1e-2)
         at += count
+
+
+@pytest.mark.parametrize("name", ["flash", "triton", "xformers"])
+def test_a_provider_that_needs_a_gpu_is_refused_on_a_cpu(name):
+    with pytest.raises(ConfigError, match=f"attention_provider: found '{name}'"):
+        choose_provider(name, 4, 2, 64, 0.1, torch.float32, "cpu")
 
 
 @pytest.mark.gpu
