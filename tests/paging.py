@@ -48,6 +48,11 @@ def paged_rows(lengths: list[int], heads: int, width: int, dtype: torch.dtype, d
     return PagedRows(dense, cache.to(device), table.to(device), lens.to(device))
 
 
+def apart(rows: Tensor) -> Tensor:
+    """``rows [B, N, D]`` as uncompiled models pass queries: a slice of a fused projection, NaN between the rows."""
+    return torch.cat([rows, torch.full_like(rows, float("nan"))], 1)[:, : rows.shape[1]]
+
+
 def assert_close(name: str, reference: Tensor, result: Tensor, ratio: float) -> None:
     """``|result - reference| / |reference|`` within ``ratio``; NaN never passes."""
     reference, result = reference.float().cpu(), result.float().cpu()

@@ -31,7 +31,7 @@ def _update_bounds_kernel(p_kv, p_slots, p_bounds, num_slots, P: tl.constexpr, D
 @triton.jit(do_not_specialize=["first_row"])
 def _score_bounds_kernel(
     p_queries, p_bounds, p_block_table, p_seq_lens, p_starts, p_out,
-    scale, s_table, s_scores, first_row, least_pages,
+    scale, s_queries, s_table, s_scores, first_row, least_pages,
     NQ: tl.constexpr, H: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _score_bounds_kernel(
         # [G_PAD, D_PAD]
         o_g = tl.arange(0, G_PAD)
         b_q = tl.load(
-            p_queries + (i_row * NQ + i_head * G + o_g)[:, None] * D + o_d[None, :], mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0
+            p_queries + i_row * s_queries + (i_head * G + o_g)[:, None] * D + o_d[None, :], mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0
         )
         # max(q * low, q * high) is q * high where q is positive, else q * low.
         b_s = tl.dot(tl.maximum(b_q, 0.0).to(b_q.dtype), tl.trans(b_high), input_precision=PRECISION)
@@ -86,7 +86,7 @@ def score_bounds(
     """Upper bound of ``q . k / sqrt(D)`` over each page's keys, per query head.
 
     Args:
-        queries: ``[B, NQ, D]``.
+        queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.
         bounds: ``[num_blocks, H, 2, D]`` from ``update_bounds``.
         block_table, seq_lens: ``[>= B, W]`` int32, ``[>= B]`` int32.
         starts: ``[num_rows]`` int32, where each scored row's pages start in ``out``.
@@ -97,7 +97,7 @@ def score_bounds(
     heads = bounds.shape[1]
     grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), heads)
     _score_bounds_kernel[grid](
-        queries, bounds, block_table, seq_lens, starts, out, d**-0.5, block_table.stride(0), out.stride(0), first_row, least_pages,
+        queries, bounds, block_table, seq_lens, starts, out, d**-0.5, queries.stride(0), block_table.stride(0), out.stride(0), first_row, least_pages,
         NQ=nq, H=heads, G_PAD=max(16, triton.next_power_of_2(nq // heads)), P=page_size, D=d, D_PAD=max(16, triton.next_power_of_2(d)),
         PAGES=PAGES_PER_PROGRAM, PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

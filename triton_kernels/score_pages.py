@@ -10,7 +10,7 @@ PAGES_PER_PROGRAM = 8
 @triton.jit(do_not_specialize=["first_row"])
 def _score_pages_kernel(
     p_queries, p_keys, p_block_table, p_seq_lens, p_starts, p_max, p_lse,
-    scale, s_table, s_scores, first_row, least_pages,
+    scale, s_queries, s_table, s_scores, first_row, least_pages,
     NQ: tl.constexpr, NKV: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
     FIRST: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _score_pages_kernel(
         # [G_PAD, D_PAD]
         o_g = tl.arange(0, G_PAD)
         b_q = tl.load(
-            p_queries + (i_row * NQ + i_kv * G + o_g)[:, None] * D + o_d[None, :],
+            p_queries + i_row * s_queries + (i_kv * G + o_g)[:, None] * D + o_d[None, :],
             mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
         )  # fmt: skip
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
@@ -62,7 +62,7 @@ def score_pages(
     """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head.
 
     Args:
-        queries: ``[B, NQ, D]``.
+        queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.
         keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider cache.
         block_table: ``[>= B, W]`` int32.
         seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
@@ -78,7 +78,7 @@ def score_pages(
     grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), nkv)
     _score_pages_kernel[grid](
         queries, keys, block_table, seq_lens, starts, page_max, page_lse,
-        d**-0.5, block_table.stride(0), page_max.stride(0), first_row, least_pages,
+        d**-0.5, queries.stride(0), block_table.stride(0), page_max.stride(0), first_row, least_pages,
         NQ=nq, NKV=nkv, G_PAD=max(16, triton.next_power_of_2(nq // nkv)), P=page_size, D=d,
         D_PAD=max(16, triton.next_power_of_2(d)), S=keys.stride(2), FIRST=first_token, PAGES=PAGES_PER_PROGRAM,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,

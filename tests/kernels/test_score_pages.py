@@ -6,7 +6,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.scoring import PageScores, row_starts, score_row, score_rows
 from specontext_vllm.triton_kernels.score_pages import score_pages
-from tests.paging import assert_close, paged_rows
+from tests.paging import apart, assert_close, paged_rows
 
 SHAPES = [
     pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
@@ -40,7 +40,7 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, device)
     scores.page_max.fill_(float("nan"))
     scores.page_lse.fill_(float("nan"))
     score_pages(
-        query.to(device), rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))), scores.page_max, scores.page_lse,
+        apart(query.to(device)), rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))), scores.page_max, scores.page_lse,
         first_row=0, num_rows=len(lengths), max_pages=pages_for(max(lengths)), least_pages=1,
     )  # fmt: skip
     start = 0

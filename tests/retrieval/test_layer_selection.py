@@ -8,7 +8,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.layer_selection import LayerSelector, score_bounds_row, update_bounds_reference
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
-from tests.paging import assert_close, paged_rows
+from tests.paging import apart, assert_close, paged_rows
 
 SHAPES = [
     pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
@@ -73,7 +73,7 @@ def test_bound_kernel_matches_reference_and_is_an_upper_bound(lengths, queries, 
     starts = torch.arange(len(lengths), dtype=torch.int32) * most
     out = torch.full((queries, most * len(lengths)), float("nan"), device=device)
     score_bounds(
-        query.to(device), bounds.to(device), rows.block_table, rows.seq_lens, starts.to(device), out, page_size=PAGE_SIZE, first_row=0,
+        apart(query.to(device)), bounds.to(device), rows.block_table, rows.seq_lens, starts.to(device), out, page_size=PAGE_SIZE, first_row=0,
         num_rows=len(lengths), max_pages=most, least_pages=1,
     )  # fmt: skip
     for row, tokens in enumerate(lengths):
@@ -118,7 +118,7 @@ def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_onc
     seq_lens = torch.cat([rows.seq_lens, rows.seq_lens.new_zeros(1)])
     pages = torch.full(((len(lengths) + 1) * heads, 5), -7, dtype=torch.int32, device=device)
     lengths_out = torch.full(((len(lengths) + 1) * heads,), -7, dtype=torch.int32, device=device)
-    selector.select(1, query.to(device), rows.cache, table, seq_lens, pages, lengths_out)
+    selector.select(1, apart(query.to(device)), rows.cache, table, seq_lens, pages, lengths_out)
     assert (lengths_out[-heads:] == 0).all() and (pages[-heads:] == -7).all()
     for row, tokens in enumerate(lengths):
         count = pages_for(tokens)
