@@ -20,6 +20,7 @@ from benchmarks import report
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
+from specontext_vllm.config import PAGE_SIZE
 
 MAX_MODEL_LEN = 1024
 PROMPTS = 200
@@ -113,12 +114,12 @@ def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterat
 
 
 def server_arguments(settings: dict[str, Any] | None, pages: int | None, max_num_seqs: int) -> list[str]:
-    """Options of `vllm serve`; with few ``pages`` running requests run out of them and are preempted. No ``settings``: vLLM without specontext."""
-    from specontext_vllm.demo.server import device_arguments
+    """Options of `vllm serve`, without specontext if there are no ``settings``; few ``pages``: running requests run out of them and are preempted."""
+    from specontext_vllm.demo.server import device_arguments, has_gpu
 
     # vLLM's own CPU attention takes no blocks of 16 tokens; as many tokens in all.
-    block_size = 32 if settings is None and device_arguments() else 16
-    pages = pages and -(-pages * 16 // block_size)
+    block_size = 32 if settings is None and not has_gpu() else PAGE_SIZE
+    pages = pages and -(-pages * PAGE_SIZE // block_size)
     plugin = [] if settings is None else ["--attention-backend", "specontext", "--additional-config", json.dumps({"specontext": settings})]
     return [
         *plugin, "--block-size", str(block_size), "--max-model-len", str(MAX_MODEL_LEN),

@@ -56,8 +56,9 @@ def _score_bounds_kernel(
         # [G_PAD, D_PAD]
         o_g = tl.arange(0, G_PAD)
         b_q = tl.load(
-            p_queries + i_row * s_queries + (i_head * G + o_g)[:, None] * D + o_d[None, :], mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0
-        )
+            p_queries + i_row * s_queries + (i_head * G + o_g)[:, None] * D + o_d[None, :],
+            mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
+        )  # fmt: skip
         # max(q * low, q * high) is q * high where q is positive, else q * low.
         b_s = tl.dot(tl.maximum(b_q, 0.0).to(b_q.dtype), tl.trans(b_high), input_precision=PRECISION)
         b_s = tl.dot(tl.minimum(b_q, 0.0).to(b_q.dtype), tl.trans(b_low), b_s, input_precision=PRECISION) * scale
@@ -97,7 +98,8 @@ def score_bounds(
     heads = bounds.shape[1]
     grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), heads)
     _score_bounds_kernel[grid](
-        queries, bounds, block_table, seq_lens, starts, out, d**-0.5, queries.stride(0), block_table.stride(0), out.stride(0), first_row, least_pages,
+        queries, bounds, block_table, seq_lens, starts, out,
+        d**-0.5, queries.stride(0), block_table.stride(0), out.stride(0), first_row, least_pages,
         NQ=nq, H=heads, G_PAD=max(16, triton.next_power_of_2(nq // heads)), P=page_size, D=d, D_PAD=max(16, triton.next_power_of_2(d)),
         PAGES=PAGES_PER_PROGRAM, PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

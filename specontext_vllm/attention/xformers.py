@@ -71,7 +71,7 @@ class XformersProvider(TritonProvider):
         table = PageTable.allocate(1, self.num_kv_heads, 1, device)
         table.lengths.fill_(1)
         try:
-            self._decode_paged(query, kv_cache, table, 1, torch.empty_like(query))
+            self._decode(query, kv_cache, table, 1, torch.empty_like(query), paged=True)
         except (NotImplementedError, ValueError):
             return False
         finally:
@@ -79,36 +79,39 @@ class XformersProvider(TritonProvider):
         return True
 
     def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
-        (self._decode_paged if self.paged else self._decode_gathered)(query, kv_cache, table, rows, output)
+        self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 
     def plan(self, table: PageTable, rows: int) -> None:
         """Make the mask of this many sequences before a graph is captured: its small host tensors cannot be copied inside one."""
-        self._mask(table, rows * self.num_kv_heads)
+        self._decode_mask(table, rows * self.num_kv_heads)
 
-    def _mask(self, table: PageTable, sequences: int) -> Any:
-        """Sequences of one query token over padded keys; xformers' description, whose lengths are the table's buffer."""
+    def _decode_mask(self, table: PageTable, sequences: int) -> Any:
+        """Sequences of one query token whose lengths are the table's buffer."""
         if sequences not in self._masks:
-            bias = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-                [1] * sequences, table.max_pages * PAGE_SIZE, [table.max_pages * PAGE_SIZE] * sequences, device=table.lengths.device
-            )
-            bias.k_seqinfo.seqlen = table.lengths[:sequences]
-            self._masks[sequences] = bias
+            self._masks[sequences] = self._mask(1, table.max_pages, table.lengths[:sequences])
         return self._masks[sequences]
 
-    def _decode_paged(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
-        sequences, d = rows * self.num_kv_heads, self.head_dim
-        mask = self._mask(table, sequences)
-        paged = self._fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask(
-            q_seqinfo=mask.q_seqinfo, k_seqinfo=mask.k_seqinfo, block_tables=table.pages[:sequences], page_size=PAGE_SIZE
+    def _mask(self, new: int, pages: int, lengths: Tensor) -> Any:
+        """``len(lengths)`` sequences of ``new`` query tokens, their keys padded to ``pages`` pages; keeps ``lengths`` itself."""
+        padding, sequences = pages * PAGE_SIZE, len(lengths)
+        mask = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            [new] * sequences, padding, [padding] * sequences, device=lengths.device
         )
-        self._attend(query.reshape(1, sequences, self.group, d), head_pages(kv_cache), paged, output.view(1, sequences, self.group, d), paged_split_k())
+        mask.k_seqinfo.seqlen = lengths
+        return mask
 
-    def _decode_gathered(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
-        sequences, d = rows * self.num_kv_heads, self.head_dim
-        pages = head_pages(kv_cache)[table.pages[:sequences].long()]
-        self._attend(
-            query.reshape(1, sequences, self.group, d), pages, self._mask(table, sequences), output.view(1, sequences, self.group, d)
-        )
+    def _decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor, *, paged: bool) -> None:
+        sequences = rows * self.num_kv_heads
+        shape = (1, sequences, self.group, self.head_dim)
+        pages, mask, op = head_pages(kv_cache), self._decode_mask(table, sequences), None
+        if paged:
+            op = paged_split_k()
+            mask = self._fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask(
+                q_seqinfo=mask.q_seqinfo, k_seqinfo=mask.k_seqinfo, block_tables=table.pages[:sequences], page_size=PAGE_SIZE
+            )
+        else:
+            pages = pages[table.pages[:sequences].long()]
+        self._attend(query.reshape(shape), pages, mask, output.view(shape), op)
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
         heads, d = self.num_kv_heads, self.head_dim
@@ -117,10 +120,7 @@ class XformersProvider(TritonProvider):
             new = end - start
             # Each KV head is a sequence of its own, as in a page table.
             pages = kv_cache[rows.block_table[row, :width].long()].transpose(0, 1).contiguous()
-            mask = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-                [new] * heads, width * PAGE_SIZE, [max(new, rows.max_seq_len)] * heads, device=query.device
-            )
-            mask.k_seqinfo.seqlen = rows.seq_lens[row : row + 1].repeat(heads)
+            mask = self._mask(new, width, rows.seq_lens[row : row + 1].repeat(heads))
             by_head = query[start:end].reshape(new, heads, self.group, d).transpose(0, 1).reshape(1, heads * new, self.group, d)
             result = torch.empty_like(by_head)
             self._attend(by_head, pages, mask, result)

@@ -119,7 +119,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
                 block_table=common.block_table_tensor[decodes : common.num_reqs],
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
-                offsets=[int(at) - decode_tokens for at in common.query_start_loc_cpu[decodes : common.num_reqs + 1]],
+                offsets=(common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens).tolist(),
             )
         return SpeContextMetadata(decodes, self.table, prefill, decode_tokens + prefill_tokens, common)
 

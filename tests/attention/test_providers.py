@@ -115,7 +115,8 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
     query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
     output = torch.full_like(query, float("nan")).to(device)
     attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
-    attention.prefill(query.to(device), rows.cache, PrefillRows(starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist()), output)
+    prefill = PrefillRows(starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist())
+    attention.prefill(query.to(device), rows.cache, prefill, output)
     at = 0
     for row, (tokens, count) in enumerate(zip(lengths, new)):
         kv = rows.dense[row].repeat_interleave(group, 0)

@@ -40,7 +40,8 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, device)
     scores.page_max.fill_(float("nan"))
     scores.page_lse.fill_(float("nan"))
     score_pages(
-        apart(query.to(device)), rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))), scores.page_max, scores.page_lse,
+        apart(query.to(device)), rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))),
+        scores.page_max, scores.page_lse,
         first_row=0, num_rows=len(lengths), max_pages=pages_for(max(lengths)), least_pages=1,
     )  # fmt: skip
     start = 0
