@@ -122,7 +122,7 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
     starts = row_starts(batch.seq_lens, rows)
     kept_mass = torch.ones(requests, kv_heads, dtype=torch.float32, device=device)
     aux = [torch.randn(requests, shape.hidden_size, dtype=dtype, device=device) for _ in range(checkpoint.spec.num_aux)]
-    provider = choose_provider(heads, kv_heads, d, d**-0.5, dtype, device.type)
+    provider = choose_provider(config.attention_provider, heads, kv_heads, d, d**-0.5, dtype, device.type)
     caches = [torch.randn(blocks, kv_heads, PAGE_SIZE, 2 * d, dtype=dtype, device=device) for _ in range(ROTATED_CACHES)]
     query = torch.randn(requests, heads, d, dtype=dtype, device=device)
     output = torch.empty_like(query)

@@ -72,7 +72,7 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
 
     outcome = asyncio.run(crowd())
     assert outcome.counts["given up"] == CLIENTS and not outcome.failed
-    left = soak.settle(server, prompts[0])
+    left = soak.settle(server, prompts[0], plugin=True)
     assert left["running"] == left["waiting"] == 0 and left["kv_cache_usage"] == 0 and left["books"]["requests"] <= 1
     assert complete(client, prompts[1]).choices[0].text == before
 

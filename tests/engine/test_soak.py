@@ -19,7 +19,7 @@ def load(tmp_path_factory) -> soak.Load:
     prompts = soak.make_prompts(DEMO_MODEL, 40)
     log = tmp_path_factory.mktemp("soak") / "references.log"
     ((_, references),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
-    return soak.Load(prompts, references, REQUESTS, None, concurrency=24)
+    return soak.Load(prompts, references, REQUESTS, None, concurrency=40)
 
 
 OURS = [name for name, (settings, *_) in soak.ENGINES.items() if settings]
@@ -28,12 +28,16 @@ OURS = [name for name, (settings, *_) in soak.ENGINES.items() if settings]
 @pytest.mark.parametrize("name", OURS, ids=lambda name: name.split(",")[0].replace(" ", "-"))
 def test_a_full_server_answers_all_and_forgets_all(load, name):
     settings, pages, exact = soak.ENGINES[name]
-    outcome, left = soak.soak(DEMO_MODEL, load, settings, pages, max_num_seqs=16)
+    tiers = "host_kv_gib" in settings
+    # Half the benchmark's pages for twice its running requests: these few preempt some too. Hot buffers leave room for no more than 16.
+    outcome, left = soak.soak(DEMO_MODEL, load, settings, pages if tiers else pages // 2, max_num_seqs=16 if tiers else 32)
     # These are too few to speak of memory.
     assert {k: v for k, v in soak.complaints(outcome, left, exact).items() if k != "memory"} == {}
     assert outcome.done == REQUESTS and outcome.counts["given up"] > 10
-    assert left["preemptions"] > 0 and left["prefix_hit_tokens"] > 0
-    if "host_kv_gib" in settings:
+    assert left["prefix_hit_tokens"] > 0
+    if not tiers:
+        assert left["preemptions"] > 0
+    else:
         assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
         # Every answer that dense attention and few pages agree on is one that paging cannot have spoilt.
         assert outcome.counts["wrong"] < 0.2 * REQUESTS
