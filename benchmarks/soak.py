@@ -28,8 +28,8 @@ PROMPTS = 200
 ANSWER_TOKENS = 48
 SAMPLE_SECONDS = 2.0
 """Time between two looks at the server's memory."""
-WARM_UP_SHARE = 0.2
-"""Share of the requests after which memory must not grow any more."""
+WARM_UP_SHARE = 0.5
+"""Share of the requests after which memory must not grow any more: that of a process of this size levels off only after some 5,000 requests."""
 GROWTH = 0.02
 """Growth of resident memory, over the rest of the run, that counts as none."""
 REQUEST_SECONDS = 300
@@ -288,29 +288,79 @@ TABLES = {
 }
 
 
-def make_row(name: str, outcome: Outcome, left: dict[str, Any]) -> dict[str, Any]:
+def make_row(title: str, outcome: Outcome, left: dict[str, Any]) -> dict[str, Any]:
     """One row of both tables."""
     return {
-        "name": name, "requests": outcome.done, "given_up": outcome.counts["given up"], "preemptions": int(left["preemptions"]),
+        "name": title, "requests": outcome.done, "given_up": outcome.counts["given up"], "preemptions": int(left["preemptions"]),
         "hit_tokens": int(left["prefix_hit_tokens"]), "per_second": outcome.done / outcome.seconds, "minutes": outcome.seconds / 60,
         "wrong": outcome.counts["wrong"], "failed": outcome.counts["failed"], "memory_gib": outcome.memory[-1][2] / 2**30,
         "growth": outcome.growth(), "pages_left": left["kv_cache_usage"], "layer_moves": left["stats"].get("layer_moves"),
     }  # fmt: skip
 
 
-ENGINES: dict[str, tuple[dict[str, Any] | None, int, bool]] = {
+@dataclass(frozen=True)
+class Engine:
+    """One server.
+
+    Attributes:
+        title: what the tables call it.
+        settings: of the plugin; None: vLLM without it.
+        pages: KV room, in pages of 16 tokens.
+        exact: whether every token must be dense attention's.
+    """
+
+    title: str
+    settings: dict[str, Any] | None
+    pages: int
+    exact: bool
+
+
+ENGINES = {
     # A budget over every context: the tokens are dense attention's, under preemption too.
-    "one tier, budget over the context": ({"budget": MAX_MODEL_LEN}, 321, True),
+    "one-tier": Engine("one tier, budget over the context", {"budget": MAX_MODEL_LEN}, 321, True),
     # Pages of generated tokens are made anew, densely, after a preemption, so that a small budget's tokens hang on the schedule.
-    "two tiers, budget 192": ({"budget": 192, "host_kv_gib": 0.5, "gpu_kv_gib": 0.026}, 401, False),
+    "two-tiers": Engine("two tiers, budget 192", {"budget": 192, "host_kv_gib": 0.5, "gpu_kv_gib": 0.026}, 401, False),
     # What vLLM does by itself under this load, its growth of memory above all.
-    "stock vLLM": (None, 321, True),
+    "stock": Engine("stock vLLM", None, 321, True),
 }
-"""Settings (None: vLLM without specontext), pages and whether tokens must be exact, by name."""
+
+
+def chosen_engines(text: str) -> list[str]:
+    """Names out of ``--engines``.
+
+    Raises:
+        typer.BadParameter: one is unknown.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in ENGINES:
+            raise typer.BadParameter(f"--engines: found {name!r}; use some of {', '.join(ENGINES)}.")
+    return names
+
+
+def tabulate(result: report.Report) -> None:
+    """Rows and failures anew from the details, so that what an earlier run measured is judged as a new one."""
+    result.rows, result.failures = [], {}
+    for name, engine in ENGINES.items():
+        if name not in result.details:
+            continue
+        found = result.details[name]
+        outcome = Outcome(Counter(found["counts"]), found["wrong"], found["failed"], found["memory"], found["seconds"])
+        result.rows.append(make_row(engine.title, outcome, found["left"]))
+        result.failures |= {f"{engine.title}: {what}": why for what, why in complaints(outcome, found["left"], engine.exact).items()}
+
+
+def run_notes(details: dict[str, Any]) -> list[str]:
+    """Which command measured which engine, where several have."""
+    runs: dict[str, list[str]] = {}
+    for name, found in details.items():
+        runs.setdefault(f"{found['date']} (`{found['command']}`, commit {found['commit']})", []).append(ENGINES[name].title)
+    return ["Several commands made this table. " + "; ".join(f"{run}: {', '.join(titles)}" for run, titles in sorted(runs.items())) + "."] if len(runs) > 1 else []
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Model folder with a retrieval_head/ folder in it.")] = DEMO_MODEL,
+    engines: Annotated[str, typer.Option(help="Some of them; the others' figures stay as an earlier run in --out left them.")] = ",".join(ENGINES),
     requests: Annotated[int, typer.Option(min=10, help="Requests for each engine.")] = 10_000,
     seconds: Annotated[float | None, typer.Option(help="Time limit of each engine's load.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests the engine runs at once; half as many more wait.")] = 16,
@@ -318,12 +368,13 @@ def main(
     work: Annotated[Path | None, typer.Option(help="Folder of the references' log; default a new temporary one.")] = None,
 ) -> None:
     """Keep a server full of mixed requests, aborts and preemptions, and compare every answer. Exit code 1 if anything is wrong or left over."""
+    names = chosen_engines(engines)
     folder = work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = bool(gpus())
     prompts = make_prompts(model)
     result = report.Report("soak", f"Demo model: requests of 1 to {MAX_MODEL_LEN} tokens at a full server", TABLES)
-    result.notes = [
+    notes = [
         f"{len(prompts)} prompts of 1 to {max(map(len, prompts))} tokens in random order, up to {ANSWER_TOKENS} tokens asked for; six in ten answers are "
         f"taken whole, two streamed, two given up in the stream. References: stock vLLM, dense, recorded before. {max_num_seqs} requests run at once, "
         f"half as many more wait.",
@@ -337,16 +388,18 @@ def main(
         typer.echo(f"the references could not be made: {error}", err=True)
         raise typer.Exit(1) from None
     load = Load(prompts, kind_and_references[1], requests, seconds, max_num_seqs + max_num_seqs // 2)
-    for name, (settings, pages, exact) in ENGINES.items():
-        print(f"{name}: starting", flush=True)
-        outcome, left = soak(model, load, settings, pages, max_num_seqs)
-        result.rows.append(make_row(name, outcome, left))
+    result.take_over(out, same=())
+    for name in names:
+        engine = ENGINES[name]
+        print(f"{engine.title}: starting", flush=True)
+        outcome, left = soak(model, load, engine.settings, engine.pages, max_num_seqs)
         result.details[name] = {
-            "settings": settings, "pages": pages, "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20],
-            "memory": outcome.memory, "left": left,
+            "date": result.date, "command": result.command, "commit": result.machine["commit"], "settings": engine.settings, "pages": engine.pages, "seconds": outcome.seconds,
+            "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20], "memory": outcome.memory, "left": left,
         }  # fmt: skip
-        result.failures |= {f"{name}: {what}": why for what, why in complaints(outcome, left, exact).items()}
+        tabulate(result)
+        result.notes = [*notes, *run_notes(result.details)]
         result.write(out)
-        print(f"{name}: {outcome.done} requests in {outcome.seconds:.0f} s, {outcome.counts['wrong']} with other tokens", flush=True)
+        print(f"{engine.title}: {outcome.done} requests in {outcome.seconds:.0f} s, {outcome.counts['wrong']} with other tokens", flush=True)
     result.show()
     raise typer.Exit(1 if result.failures else 0)

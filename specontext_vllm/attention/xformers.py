@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import ctypes
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,20 @@ from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import PrefillRows, head_pages
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
+
+
+@cache
+def load_cuda_runtime_12() -> None:
+    """Load libcudart.so.12 where pip has put one, so that the dynamic linker has it by name.
+
+    Symptom: every operator refuses with "xFormers wasn't build with CUDA support". Reason: xformers 0.0.35's C++ part is linked to the
+    runtime of CUDA 12, which a torch built for CUDA 13 does not bring. Remove when its wheels are built for CUDA 13.
+    """
+    nvidia = find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations or () if nvidia else ():
+        library = Path(folder) / "cuda_runtime" / "lib" / "libcudart.so.12"
+        if library.exists():
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 @cache
@@ -39,6 +55,7 @@ class XformersProvider(TritonProvider):
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
+        load_cuda_runtime_12()
         try:
             from xformers.ops import fmha
         except ImportError as error:

@@ -59,11 +59,12 @@ def flash_provider(*arguments):
 
 
 def xformers_provider(*arguments):
+    from specontext_vllm.attention.xformers import XformersProvider, load_cuda_runtime_12
+
+    load_cuda_runtime_12()
     library = pytest.importorskip("xformers._cpp_lib")
     if not library._built_with_cuda:
         pytest.skip("this xformers was built for another PyTorch or CUDA and refuses every kernel")
-    from specontext_vllm.attention.xformers import XformersProvider
-
     return XformersProvider(*arguments)
 
 

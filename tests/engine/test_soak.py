@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from typer import BadParameter
 
 from benchmarks import soak
 from benchmarks.children import engine_env, run_child
+from benchmarks.report import Report
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL
 
@@ -22,12 +24,10 @@ def load(tmp_path_factory) -> soak.Load:
     return soak.Load(prompts, references, REQUESTS, None, concurrency=40)
 
 
-OURS = [name for name, (settings, *_) in soak.ENGINES.items() if settings]
-
-
-@pytest.mark.parametrize("name", OURS, ids=lambda name: name.split(",")[0].replace(" ", "-"))
+@pytest.mark.parametrize("name", ["one-tier", "two-tiers"])
 def test_a_full_server_answers_all_and_forgets_all(load, name):
-    settings, pages, exact = soak.ENGINES[name]
+    engine = soak.ENGINES[name]
+    settings, pages, exact = engine.settings, engine.pages, engine.exact
     tiers = "host_kv_gib" in settings
     # Half the benchmark's pages for twice its running requests: these few preempt some too. Hot buffers leave room for no more than 16.
     outcome, left = soak.soak(DEMO_MODEL, load, settings, pages if tiers else pages // 2, max_num_seqs=16 if tiers else 32)
@@ -50,3 +50,24 @@ def test_complaints_name_what_is_wrong():
     assert set(soak.complaints(outcome, left, True)) == {"wrong tokens", "failed requests", "memory", "requests left", "lanes left"}
     calm = soak.Outcome(Counter(whole=100), memory=[(float(i), i, 1000) for i in range(100)])
     assert soak.complaints(calm, {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "books": {}}, True) == {}
+
+
+def test_an_earlier_run_is_judged_as_a_new_one():
+    left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "preemptions": 2, "prefix_hit_tokens": 64, "books": {}, "stats": {}}
+
+    def engine(date: str, growth: int) -> dict:
+        memory = [(float(i), i, 1000 + i * growth) for i in range(101)]
+        return {"date": date, "command": "c", "commit": "x", "counts": {"whole": 100}, "wrong": [], "failed": [], "memory": memory, "seconds": 50, "left": left}
+
+    result = Report("soak", "", soak.TABLES, details={"stock": engine("today", 0), "one-tier": engine("yesterday", 10)})
+    soak.tabulate(result)
+    assert [(row["name"], row["requests"], row["per_second"]) for row in result.rows] == [(soak.ENGINES[n].title, 100, 2.0) for n in ("one-tier", "stock")]
+    assert list(result.failures) == ["one tier, budget over the context: memory"]
+    (note,) = soak.run_notes(result.details)
+    assert note.index("today") < note.index("stock vLLM") < note.index("yesterday") < note.index("one tier")
+    assert soak.run_notes({"stock": engine("today", 0)}) == []
+
+
+def test_an_unknown_engine_is_named():
+    with pytest.raises(BadParameter, match="--engines: found 'three-tiers'; use some of one-tier, two-tiers, stock"):
+        soak.chosen_engines("one-tier,three-tiers")
