@@ -240,7 +240,8 @@ def main(
         folder = work or WORK / f"accuracy-{model.resolve().name}-{device_slug(machine)}"
         title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
         notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
-        result = report.Report("accuracy", title, {}, machine=machine, notes=notes)
+        case = "accuracy" if model.resolve() == DEMO_MODEL.resolve() else f"accuracy-{model.resolve().name}"
+        result = report.Report(case, title, {}, machine=machine, notes=notes)
         run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)

@@ -1,8 +1,8 @@
 """Train the bundled demo model and its retrieval head from scratch: ``python -m specontext_vllm.demo.train --out models/demo``.
 
-A 5.6 M-parameter Llama learns to answer needle questions and to recite passages (tasks.py) at 512 to 12,288 tokens; then an
-EAGLE-3-shaped head learns, on the frozen model, to look where the model looks. Everything is bounded by the clock: nine minutes on one
-H200. ``--smoke`` runs all of it on a CPU with tiny sizes; its result is useless.
+A 5.7 M-parameter Llama (``--size larger``: 39 M) learns to answer needle questions and to recite passages (tasks.py) at 512 to 12,288
+tokens; then an EAGLE-3-shaped head learns, on the frozen model, to look where the model looks. Everything is bounded by the clock: nine
+minutes on one H200. ``--size smoke`` runs all of it on a CPU with tiny sizes; its result is useless.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from specontext_vllm.demo import tasks
 from specontext_vllm.distillation.draft import DraftModel, DraftShape
 from specontext_vllm.distillation.losses import alignment_loss, attention_target, draft_loss
 
-AUX_LAYERS = (1, 3, 4)
 WINDOW = 64
 CHAT_TEMPLATE = (
     "{{ '" + tasks.BOS + "' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '" + tasks.ASSISTANT
@@ -45,11 +44,13 @@ class Size:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
+    aux_layers: tuple[int, int, int] = (1, 3, 4)
     draft_ffn: int = 192
     theta: float = 500000.0
     eps: float = 1e-5
     max_position: int = 16384
     rate: float = 1.5e-3
+    head_rate: float = 1.5e-3
     phases: tuple[tuple[int, int, float, float], ...] = (
         (256, 512, 0.46, 0.4), (64, 2048, 0.20, 0.1), (32, 4096, 0.13, 0.0), (16, 8192, 0.14, 0.0), (8, 12288, 0.07, 0.0),
     )  # fmt: skip
@@ -61,10 +62,18 @@ class Size:
     workers: int = 14
 
 
+LARGER = Size(
+    hidden=512, ffn=1408, layers=12, heads=8, kv_heads=4, aux_layers=(2, 6, 9), draft_ffn=384, rate=8e-4, head_rate=8e-4,
+    phases=((128, 512, 0.46, 0.4), (32, 2048, 0.20, 0.1), (16, 4096, 0.13, 0.0), (8, 8192, 0.14, 0.0), (4, 12288, 0.07, 0.0)),
+)  # fmt: skip
+"""Seven times the demo's parameters; half its batch, so that it takes as many steps in the same time."""
+
 SMOKE = Size(
     layers=5, phases=((8, 256, 0.6, 0.4), (4, 512, 0.4, 0.0)), head_batches=((2, 512), (1, 768)), head_queries=8, eval_lengths=(512,),
     eval_budgets=(128, 256), eval_problems=2, workers=2,
 )  # fmt: skip
+
+SIZES = {"demo": Size(), "larger": LARGER, "smoke": SMOKE}
 
 
 # -- tokenizer ------------------------------------------------------------------------------------------------------------
@@ -251,7 +260,7 @@ class Model(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device)
         x, aux, queries, keys = self.embed_tokens(ids), [], [], []
         for i, block in enumerate(self.layers):
-            if i in AUX_LAYERS:
+            if i in self.size.aux_layers:
                 aux.append(x)
             q, k, v = block.qkv(x, positions)
             queries.append(q)
@@ -294,7 +303,7 @@ def draft_shape(size: Size, vocabulary: int) -> DraftShape:
     return DraftShape(
         hidden=size.hidden, heads=size.heads, kv_heads=size.kv_heads, head_dim=size.head_dim, ffn=size.draft_ffn, vocabulary=vocabulary,
         draft_vocabulary=vocabulary, rope_theta=size.theta, rope_scaling=None, eps=size.eps, max_position=size.max_position,
-        aux_layers=AUX_LAYERS,
+        aux_layers=size.aux_layers,
     )  # fmt: skip
 
 
@@ -394,14 +403,14 @@ def right_share(logits: Tensor, ids: Tensor, weights: Tensor) -> float:
 def train_head(model: Model, draft: DraftModel, ids: dict[str, int], seconds: float, device: str, log: Log) -> None:
     """Draft and alignment loss on the frozen model, lengths mixed."""
     size = model.size
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=1.5e-3, betas=(0.9, 0.95), fused=device == "cuda")
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=size.head_rate, betas=(0.9, 0.95), fused=device == "cuda")
     workers = max(1, size.workers // len(set(size.head_batches)))
     sources = {shape: batches(ids, *shape, seed=100 + i, workers=workers) for i, shape in enumerate(dict.fromkeys(size.head_batches))}
     begun, step, shown = time.time(), 0, time.time()
     while (passed := time.time() - begun) < seconds:
         x, w = to_device(next(sources[size.head_batches[step % len(size.head_batches)]]), device)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(1.5e-3, step, 100, passed / seconds)
+            group["lr"] = cosine(size.head_rate, step, 100, passed / seconds)
         with torch.autocast(device, torch.bfloat16):
             aux, queries, keys, teacher = model.teach(x)
             # The pair (token p+1, aux p) stands at p+1; token 0 has none.
@@ -444,7 +453,7 @@ class Decoder:
         positions = torch.arange(x.shape[1], device=self.device)
         h, keys, values, aux = self.model.embed_tokens(x), [], [], []
         for i, block in enumerate(self.model.layers):
-            if i in AUX_LAYERS:
+            if i in self.model.size.aux_layers:
                 aux.append(h)
             q, k, v = block.qkv(h, positions)
             keys.append(k)
@@ -479,7 +488,7 @@ class Decoder:
                 kept = self.select(method, budget, q if method == "dlm" else None, head, length, generator)
             h, aux = embed, []
             for i, block in enumerate(self.model.layers):
-                if i in AUX_LAYERS:
+                if i in self.model.size.aux_layers:
                     aux.append(h)
                 q_layer, k, v = block.qkv(h, position)
                 keys[i], values[i] = torch.cat([keys[i], k], 2), torch.cat([values[i], v], 2)
@@ -550,10 +559,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.2, help="wall-clock minutes for everything")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to check the script")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="smoke: tiny, to check the script")
     args = parser.parse_args()
 
-    size = SMOKE if args.smoke else Size()
+    size = SIZES[args.size]
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "training_log.txt")
     torch.manual_seed(args.seed)
