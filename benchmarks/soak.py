@@ -19,7 +19,8 @@ import typer
 from benchmarks import report
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
-from benchmarks.shapes import DEMO_MODEL
+from benchmarks.serving import write_tokenizer
+from benchmarks.shapes import DEMO_MODEL, NAMES, Shape
 from specontext_vllm.config import PAGE_SIZE
 
 MAX_MODEL_LEN = 1024
@@ -32,8 +33,13 @@ WARM_UP_SHARE = 0.5
 """Share of the requests after which memory must not grow any more: that of a process of this size levels off only after some 5,000 requests."""
 GROWTH = 0.02
 """Growth of resident memory, over the rest of the run, that counts as none."""
+MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.5
+"""vLLM's --gpu-memory-utilization; half an H200 holds an 8B model's weights in float32, and some room."""
 REQUEST_SECONDS = 300
 """Longest wait for one answer."""
+NEAR_TIE_CPU, NEAR_TIE_GPU = 1e-4, 0.05
+"""Distance of the two likeliest tokens' log-probabilities under which either may come out of another order of the same sums: in float32 on a
+CPU, and on a GPU, where float32 products run on tf32 units (some three digits)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Load:
 
     Attributes:
         prompts, references: token ids, one reference per prompt.
+        gaps: per reference and token, how far the second likeliest token is behind in log-probability.
+        near_tie: smaller gaps than this leave the token open.
         requests: how many requests in all; None: until ``seconds`` are over.
         seconds: time limit of the load; None: none.
         concurrency: requests in flight on the client's side, more than the engine runs at once.
@@ -50,10 +58,21 @@ class Load:
 
     prompts: list[list[int]]
     references: list[list[int]]
+    gaps: list[list[float]]
     requests: int | None
     seconds: float | None
     concurrency: int
+    near_tie: float = NEAR_TIE_CPU
     seed: int = 0
+
+    def judge(self, index: int, got: list[int], limit: int, whole: bool) -> str | None:
+        """What is to be said of an answer to a prompt, of at most ``limit`` tokens, ``whole`` or given up: "wrong", "near tie" or nothing."""
+        wanted = self.references[index][:limit]
+        wanted = wanted if whole else wanted[: len(got)]
+        if got == wanted:
+            return None
+        parted = next((i for i, (ours, theirs) in enumerate(zip(got, wanted)) if ours != theirs), None)
+        return "near tie" if parted is not None and self.gaps[index][parted] < self.near_tie else "wrong"
 
 
 @dataclass
@@ -61,7 +80,7 @@ class Outcome:
     """What came of a load.
 
     Attributes:
-        counts: requests by kind ("whole", "streamed", "given up"), "wrong" and "failed".
+        counts: requests by kind ("whole", "streamed", "given up"), "wrong", "near tie" and "failed".
         wrong, failed: the first few of them, described.
         memory: ``(seconds, requests done, bytes)`` samples of the server's resident memory.
     """
@@ -86,7 +105,7 @@ class Outcome:
 
 
 def make_prompts(model: Path, count: int = PROMPTS) -> list[list[int]]:
-    """Token ids of demo problems of 200 to 900 tokens, and, one in five, of only their first tokens: 1 to 100 of them."""
+    """Token ids of 200 to 900 tokens, and, one in five, of only their first tokens, 1 to 100 of them: demo problems, or for another model random ones."""
     from transformers import AutoTokenizer
 
     from specontext_vllm.demo.tasks import make_problem
@@ -95,36 +114,68 @@ def make_prompts(model: Path, count: int = PROMPTS) -> list[list[int]]:
     rng = Random(0)
     prompts = []
     for seed in range(count):
-        problem = make_problem("recitation" if seed % 3 == 2 else "needle", seed=20_000 + seed, approx_tokens=rng.randint(200, 900))
-        ids = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        length = rng.randint(200, 900)
+        if model.resolve() == DEMO_MODEL.resolve():
+            problem = make_problem("recitation" if seed % 3 == 2 else "needle", seed=20_000 + seed, approx_tokens=length)
+            ids = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        else:
+            ids = [rng.randrange(tokenizer.vocab_size) for _ in range(length)]
         ids = ids[: MAX_MODEL_LEN - ANSWER_TOKENS]
         prompts.append(ids[: rng.choice((1, 2, 15, 16, 17, rng.randint(18, 100)))] if seed % 5 == 4 else ids)
     return prompts
 
 
+def write_random_model(shape: Shape, folder: Path) -> Path:
+    """A model of the shape whose weights are drawn as a new model's are: vLLM's own dummy weights are so small that attention hardly counts."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape.write(folder)
+    write_tokenizer(shape, folder)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, tensor in skeleton.state_dict().items():
+        drawn = torch.empty(tensor.shape, dtype=torch.bfloat16, device=device)
+        tensors[name] = (drawn.fill_(1.0) if drawn.dim() == 1 else drawn.normal_(0.0, skeleton.config.initializer_range, generator=generator)).cpu()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterator[tuple[str, Any]]:
-    """Stock vLLM's greedy answers; runs in a child. Yields ``("references", token ids per prompt)``."""
+    """Stock vLLM's greedy answers; runs in a child. Yields ``("references", (token ids per prompt, gaps per prompt))``."""
     from vllm import LLM, SamplingParams
 
-    arguments: dict[str, Any] = {"attention_backend": "FLASH_ATTN", "gpu_memory_utilization": 0.3} if on_gpu else {"dtype": "float32"}
-    llm = LLM(model=model, max_model_len=MAX_MODEL_LEN, max_num_seqs=16, enforce_eager=True, seed=0, **arguments)
-    params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-    yield "references", [list(output.outputs[0].token_ids) for output in outputs]
+    share = MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU
+    llm = LLM(model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=16, enforce_eager=True, seed=0, gpu_memory_utilization=share)
+    params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, detokenize=False, logprobs=2)
+    outputs = [output.outputs[0] for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)]
+    yield "references", ([list(output.token_ids) for output in outputs], [[gap(step) for step in output.logprobs] for output in outputs])
 
 
-def server_arguments(settings: dict[str, Any] | None, pages: int | None, max_num_seqs: int) -> list[str]:
+def gap(logprobs: dict[int, Any]) -> float:
+    """Between the two likeliest of a step's tokens."""
+    best, second = sorted((entry.logprob for entry in logprobs.values()), reverse=True)[:2]
+    return best - second
+
+
+def server_arguments(settings: dict[str, Any] | None, pages: int, max_num_seqs: int) -> list[str]:
     """Options of `vllm serve`, without specontext if there are no ``settings``; few ``pages``: running requests run out of them and are preempted."""
     from specontext_vllm.demo.server import device_arguments, has_gpu
 
+    on_gpu = has_gpu()
     # vLLM's own CPU attention takes no blocks of 16 tokens; as many tokens in all.
-    block_size = 32 if settings is None and not has_gpu() else PAGE_SIZE
-    pages = pages and -(-pages * PAGE_SIZE // block_size)
+    block_size = 32 if settings is None and not on_gpu else PAGE_SIZE
+    pages = -(-pages * PAGE_SIZE // block_size)
     plugin = [] if settings is None else ["--attention-backend", "specontext", "--additional-config", json.dumps({"specontext": settings})]
     return [
         *plugin, "--block-size", str(block_size), "--max-model-len", str(MAX_MODEL_LEN),
-        "--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "512", "--gpu-memory-utilization", "0.3", "--served-model-name", "demo",
-        *(("--num-gpu-blocks-override", str(pages)) if pages else ()), *device_arguments(),
+        "--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "512", "--served-model-name", "demo",
+        "--gpu-memory-utilization", str(MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU), "--num-gpu-blocks-override", str(pages),
+        *(["--dtype", "float32"] if on_gpu else device_arguments()),
     ]  # fmt: skip
 
 
@@ -166,7 +217,7 @@ async def ask(session: Any, url: str, load: Load, rng: Random, outcome: Outcome)
     import aiohttp
 
     index = rng.randrange(len(load.prompts))
-    prompt, reference = load.prompts[index], load.references[index]
+    prompt = load.prompts[index]
     limit = ANSWER_TOKENS if rng.random() < 0.5 else rng.randint(1, ANSWER_TOKENS)
     kind = rng.choices(("whole", "streamed", "given up"), (6, 2, 2))[0]
     leave_after = rng.randint(0, 12) if kind == "given up" else None
@@ -186,10 +237,11 @@ async def ask(session: Any, url: str, load: Load, rng: Random, outcome: Outcome)
         await asyncio.sleep(0.5)
         return
     outcome.counts[kind] += 1
-    wanted = reference[:limit]
-    if got != (wanted[: len(got)] if kind == "given up" else wanted):
-        outcome.counts["wrong"] += 1
-        outcome.wrong.append(f"prompt {index} ({len(prompt)} tokens), {kind}, at most {limit} tokens: {got} instead of {wanted}")
+    if verdict := load.judge(index, got, limit, whole=kind != "given up"):
+        outcome.counts[verdict] += 1
+        if verdict == "wrong":
+            wanted = load.references[index][:limit]
+            outcome.wrong.append(f"prompt {index} ({len(prompt)} tokens), {kind}, at most {limit} tokens: {got} instead of {wanted}")
 
 
 async def read_stream(response: Any, leave_after: int | None) -> list[int]:
@@ -236,7 +288,7 @@ def settle(server: Any, prompt: list[int], plugin: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def soak(model: Path, load: Load, settings: dict[str, Any] | None, pages: int | None, max_num_seqs: int) -> tuple[Outcome, dict[str, Any]]:
+def soak(model: Path, load: Load, settings: dict[str, Any] | None, pages: int, max_num_seqs: int) -> tuple[Outcome, dict[str, Any]]:
     """Start a server, apply the load, and look at what is left; ``(outcome, settle's figures)``."""
     from specontext_vllm.demo.server import VllmServer
 
@@ -279,6 +331,7 @@ TABLES = {
     "Outcome": (
         report.Column("name", "engine"),
         report.Column("wrong", "answers with other tokens than dense", ",d"),
+        report.Column("near_ties", "that parted at a near-tie", ",d"),
         report.Column("failed", "failed", ",d"),
         report.Column("memory_gib", "resident memory, GiB", ".2f"),
         report.Column("growth", "growth after warm-up", ".2%"),
@@ -293,7 +346,7 @@ def make_row(title: str, outcome: Outcome, left: dict[str, Any]) -> dict[str, An
     return {
         "name": title, "requests": outcome.done, "given_up": outcome.counts["given up"], "preemptions": int(left["preemptions"]),
         "hit_tokens": int(left["prefix_hit_tokens"]), "per_second": outcome.done / outcome.seconds, "minutes": outcome.seconds / 60,
-        "wrong": outcome.counts["wrong"], "failed": outcome.counts["failed"], "memory_gib": outcome.memory[-1][2] / 2**30,
+        "wrong": outcome.counts["wrong"], "near_ties": outcome.counts["near tie"], "failed": outcome.counts["failed"], "memory_gib": outcome.memory[-1][2] / 2**30,
         "growth": outcome.growth(), "pages_left": left["kv_cache_usage"], "layer_moves": left["stats"].get("layer_moves"),
     }  # fmt: skip
 
@@ -323,6 +376,15 @@ ENGINES = {
     # What vLLM does by itself under this load, its growth of memory above all.
     "stock": Engine("stock vLLM", None, 321, True),
 }
+
+
+def settings_of(engine: Engine, shape: Shape) -> dict[str, Any] | None:
+    """The engine's settings for a shape: as many tokens in both tiers, and random weights for its head too."""
+    if engine.settings is None or shape.name == "demo":
+        return engine.settings
+    larger = shape.kv_bytes_per_token / Shape.named("demo").kv_bytes_per_token
+    scaled = {key: value * larger if key in ("host_kv_gib", "gpu_kv_gib") else value for key, value in engine.settings.items()}
+    return {"retrieval_head": "dummy", **scaled}
 
 
 def chosen_engines(text: str) -> list[str]:
@@ -359,7 +421,7 @@ def run_notes(details: dict[str, Any]) -> list[str]:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder with a retrieval_head/ folder in it.")] = DEMO_MODEL,
+    model_shape: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}; all but the demo have random weights and head.")] = "demo",
     engines: Annotated[str, typer.Option(help="Some of them; the others' figures stay as an earlier run in --out left them.")] = ",".join(ENGINES),
     requests: Annotated[int, typer.Option(min=10, help="Requests for each engine.")] = 10_000,
     seconds: Annotated[float | None, typer.Option(help="Time limit of each engine's load.")] = None,
@@ -369,33 +431,45 @@ def main(
 ) -> None:
     """Keep a server full of mixed requests, aborts and preemptions, and compare every answer. Exit code 1 if anything is wrong or left over."""
     names = chosen_engines(engines)
+    try:
+        shape = Shape.named(model_shape)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
     folder = work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
+    model = DEMO_MODEL if shape.name == "demo" else write_random_model(shape, folder / "model")
     on_gpu = bool(gpus())
+    near_tie = NEAR_TIE_GPU if on_gpu else NEAR_TIE_CPU
     prompts = make_prompts(model)
-    result = report.Report("soak", f"Demo model: requests of 1 to {MAX_MODEL_LEN} tokens at a full server", TABLES)
+    case, what = ("soak", "Demo model") if shape.name == "demo" else (f"soak-{shape.name}", f"{shape.name} shape, random weights")
+    result = report.Report(case, f"{what}: requests of 1 to {MAX_MODEL_LEN} tokens at a full server", TABLES)
     notes = [
         f"{len(prompts)} prompts of 1 to {max(map(len, prompts))} tokens in random order, up to {ANSWER_TOKENS} tokens asked for; six in ten answers are "
         f"taken whole, two streamed, two given up in the stream. References: stock vLLM, dense, recorded before. {max_num_seqs} requests run at once, "
         f"half as many more wait.",
         f"Growth: median resident memory of the server's processes in the last third against the first third of the samples after the first "
         f"{WARM_UP_SHARE:.0%} of the requests; up to {GROWTH:.0%} counts as none.",
+        f"float32 everywhere. Near-tie: dense attention's two likeliest tokens were less than {near_tie:g} apart in log-probability where the answer parted from it.",
         "With the small budget an answer may differ from dense attention's, and after a preemption from its own undisturbed run; the number says how many did.",
     ]
     try:
-        (kind_and_references,) = run_child(answer_densely, str(model), on_gpu, prompts, log=folder / "references.log", seconds=1800, env=engine_env(on_gpu))
+        ((_, (references, gaps)),) = run_child(
+            answer_densely, str(model), on_gpu, prompts, log=folder / "references.log", seconds=1800, env=engine_env(on_gpu)
+        )
     except ChildError as error:
         typer.echo(f"the references could not be made: {error}", err=True)
         raise typer.Exit(1) from None
-    load = Load(prompts, kind_and_references[1], requests, seconds, max_num_seqs + max_num_seqs // 2)
+    load = Load(prompts, references, gaps, requests, seconds, max_num_seqs + max_num_seqs // 2, near_tie)
     result.take_over(out, same=())
     for name in names:
         engine = ENGINES[name]
+        settings = settings_of(engine, shape)
         print(f"{engine.title}: starting", flush=True)
-        outcome, left = soak(model, load, engine.settings, engine.pages, max_num_seqs)
+        outcome, left = soak(model, load, settings, engine.pages, max_num_seqs)
         result.details[name] = {
-            "date": result.date, "command": result.command, "commit": result.machine["commit"], "settings": engine.settings, "pages": engine.pages, "seconds": outcome.seconds,
-            "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20], "memory": outcome.memory, "left": left,
+            "date": result.date, "command": result.command, "commit": result.machine["commit"], "settings": settings, "pages": engine.pages,
+            "seconds": outcome.seconds, "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20], "memory": outcome.memory, "left": left,
         }  # fmt: skip
         tabulate(result)
         result.notes = [*notes, *run_notes(result.details)]

@@ -10,6 +10,7 @@ from typer import BadParameter
 from benchmarks import soak
 from benchmarks.children import engine_env, run_child
 from benchmarks.report import Report
+from benchmarks.shapes import Shape
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL
 
@@ -20,8 +21,8 @@ REQUESTS = 120
 def load(tmp_path_factory) -> soak.Load:
     prompts = soak.make_prompts(DEMO_MODEL, 40)
     log = tmp_path_factory.mktemp("soak") / "references.log"
-    ((_, references),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
-    return soak.Load(prompts, references, REQUESTS, None, concurrency=40)
+    ((_, (references, gaps)),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
+    return soak.Load(prompts, references, gaps, REQUESTS, None, 40, soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU)
 
 
 @pytest.mark.parametrize("name", ["one-tier", "two-tiers"])
@@ -71,3 +72,30 @@ def test_an_earlier_run_is_judged_as_a_new_one():
 def test_an_unknown_engine_is_named():
     with pytest.raises(BadParameter, match="--engines: found 'three-tiers'; use some of one-tier, two-tiers, stock"):
         soak.chosen_engines("one-tier,three-tiers")
+
+
+def test_an_answer_may_part_from_dense_attention_at_a_near_tie_only():
+    load = soak.Load([[1]], [[10, 20, 30, 40]], [[5.0, 1e-6, 5.0, 5.0]], 1, None, 1)
+    assert load.judge(0, [10, 20, 30], 3, whole=True) is None
+    assert load.judge(0, [10, 20], 4, whole=False) is None
+    assert load.judge(0, [10, 21, 99], 3, whole=True) == "near tie"
+    assert load.judge(0, [10, 20, 31], 3, whole=True) == "wrong"
+    assert load.judge(0, [10, 20], 3, whole=True) == "wrong"
+    assert load.judge(0, [11], 4, whole=False) == "wrong"
+
+
+def test_a_shape_gets_weights_that_attend(tmp_path):
+    """The answer hangs on the whole prompt, which vLLM's dummy weights do not show."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = soak.write_random_model(Shape.named("tiny"), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(0, 1000, (1, 200), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[0, 0] += 1
+    with torch.no_grad():
+        before, after = (model(x).logits[0, -1] for x in (ids, changed))
+    assert (before - after).abs().max() > soak.NEAR_TIE_CPU
+    prompts = soak.make_prompts(folder, 5)
+    assert 200 <= len(prompts[0]) <= 900 and len(prompts[4]) <= 100 and all(max(prompt) < 1024 for prompt in prompts)
