@@ -371,7 +371,7 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
             x, w = to_device(next(data), device)
             for group in optimizer.param_groups:
                 group["lr"] = cosine(size.rate, steps, 200, (time.time() - begun) / seconds)
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # emulated on most CPUs
                 logits = forward(x[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(x.shape[0], -1)
             weights = w[:, 1:]
@@ -411,7 +411,7 @@ def train_head(model: Model, draft: DraftModel, ids: dict[str, int], seconds: fl
         x, w = to_device(next(sources[size.head_batches[step % len(size.head_batches)]]), device)
         for group in optimizer.param_groups:
             group["lr"] = cosine(size.head_rate, step, 100, passed / seconds)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # emulated on most CPUs
             aux, queries, keys, teacher = model.teach(x)
             # The pair (token p+1, aux p) stands at p+1; token 0 has none.
             positions = torch.arange(1, x.shape[1], device=device)

@@ -60,7 +60,7 @@ def test_an_earlier_run_is_judged_as_a_new_one():
         memory = [(float(i), i, 1000 + i * growth) for i in range(101)]
         return {"date": date, "command": "c", "commit": "x", "counts": {"whole": 100}, "wrong": [], "failed": [], "memory": memory, "seconds": 50, "left": left}
 
-    result = Report("soak", "", soak.TABLES, details={"stock": engine("today", 0), "one-tier": engine("yesterday", 10)})
+    result = Report("soak", "", soak.TABLES, details={"stock": engine("today", 20), "one-tier": engine("yesterday", 10)})
     soak.tabulate(result)
     assert [(row["name"], row["requests"], row["per_second"]) for row in result.rows] == [(soak.ENGINES[n].title, 100, 2.0) for n in ("one-tier", "stock")]
     assert list(result.failures) == ["one tier, budget over the context: memory"]
