@@ -14,6 +14,7 @@ from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
+    check_dtype,
     check_fits,
     dummy_checkpoint,
     read_checkpoint,
@@ -176,6 +177,7 @@ def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         checkpoint = read_checkpoint(Path(head), allow_pickle=config.allow_pickle)
         check_fits(checkpoint.spec, **shape)
+        check_dtype(checkpoint, model.dtype)
         # Heads that cannot be divided are refused here, not in a worker.
         shard_checkpoint(checkpoint, rank=0, size=vllm_config.parallel_config.tensor_parallel_size)
     except HeadError as error:

@@ -9,7 +9,8 @@ the tensors are right: published configs carry head dimensions that were edited 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class HeadSpec:
         qk_norm: RMSNorm over D on q and on k.
         dtype: dtype of fc in the checkpoint.
         embed_vocab_size: rows of the head's own token embedding, or None where it shares the target's.
-        target_vocab_size: tokens of the target it was made for, the length of its `t2d` map; None without one.
+        target_vocab_size: tokens of the target it was made for: the length of its `t2d` map, at full vocabulary the rows of its LM head; None
+            where it has neither.
     """
 
     format: str
@@ -136,8 +138,8 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
     """
     path = Path(path)
     config = read_config(path)
-    layout = _layout(config, path)
-    flat = _flatten(config)
+    with _usable_values(path):
+        layout, flat = _layout(config, path), _flatten(config)
     entries = list_tensors(path, allow_pickle=allow_pickle)
     found: dict[str, str] = {}
     for name in entries:
@@ -150,8 +152,8 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
     _check_is_eagle3(found, entries, flat, path)
 
     shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
-    vocabulary = next((entry.info.shape[0] for name, entry in entries.items() if name.removeprefix("model.") == "t2d"), None)
-    spec = _spec(layout, flat, shapes, entries[found["fc.weight"]].info.dtype, vocabulary, path)
+    with _usable_values(path):
+        spec = _spec(layout, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries), path)
     for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
         # vLLM reads these only when the config asks for them; a left-over tensor must not change the result.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
@@ -165,6 +167,27 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
         kept=[entry.info for name, entry in entries.items() if name in kept],
         pruned=[entry.info for name, entry in entries.items() if name not in kept],
     )
+
+
+@contextmanager
+def _usable_values(path: Path) -> Iterator[None]:
+    """Within the block, a value of config.json that is of another type or out of all range becomes a HeadError."""
+    try:
+        yield
+    except HeadError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise HeadError(
+            f"{path}/config.json holds a value that cannot be used ({type(error).__name__}: {error}): correct it, or download the checkpoint again."
+        ) from error
+
+
+def _target_vocabulary(entries: Mapping[str, TensorEntry]) -> int | None:
+    """Tokens of the target: the length of ``t2d``; at full vocabulary, where no such maps are, the rows of the LM head, if it is there."""
+    shapes = {name.removeprefix("model."): entry.info.shape for name, entry in entries.items()}
+    whole = "d2t" not in shapes and "t2d" not in shapes
+    known = shapes.get("lm_head.weight" if whole else "t2d")
+    return known[0] if known else None
 
 
 def _load(entry: TensorEntry, path: Path) -> Tensor:
@@ -244,7 +267,7 @@ def check_fits(spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_
         )
     if spec.target_vocab_size is not None and spec.target_vocab_size != vocab_size:
         raise HeadError(
-            f"The head's t2d map is for a vocabulary of {spec.target_vocab_size} tokens, but the target's vocab_size is {vocab_size}: "
+            f"The head is for a vocabulary of {spec.target_vocab_size} tokens (its t2d map or LM head), but the target's vocab_size is {vocab_size}: "
             "use a head that was trained for this target."
         )
     if spec.num_kv_heads % num_kv_heads:
@@ -253,6 +276,21 @@ def check_fits(spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_
             "use a head that was trained for this target."
         )
     resolve_aux_layers(spec, num_layers)
+
+
+def check_dtype(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> None:
+    """Checks that a head's weights stay finite in the dtype they are served in; float16 ends at 65504.
+
+    Raises:
+        HeadError: one does not.
+    """
+    largest = torch.finfo(dtype).max
+    for name, tensor in checkpoint.tensors.items():
+        if torch.finfo(tensor.dtype).max > largest and (found := float(tensor.abs().max())) > largest:
+            raise HeadError(
+                f"The head's {name} holds values up to {found:g}, which {str(dtype).removeprefix('torch.')} cannot: serve with --dtype bfloat16 or "
+                "float32."
+            )
 
 
 def dummy_checkpoint(
@@ -397,6 +435,11 @@ def _spec(
     num_aux = fc_in // target_hidden_size
     num_heads, num_kv_heads, head_dim = _attention_shape(flat, shapes, path)
     rope_theta, rope_scaling = _rope(flat, path)
+    rms_norm_eps = float(flat.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS))
+    trained_length = int(flat.get("max_position_embeddings", _DEFAULT_TRAINED_LENGTH))
+    for name, value in (("rms_norm_eps", rms_norm_eps), ("rope_theta", rope_theta), ("max_position_embeddings", trained_length)):
+        if not (math.isfinite(value) and value > 0):
+            raise HeadError(f"{path}: {name} is {value} in config.json, where a positive number is needed: correct it.")
     embed_tokens = shapes.get("embed_tokens.weight")
     return HeadSpec(
         format=layout,
@@ -406,10 +449,10 @@ def _spec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(flat.get("rms_norm_eps", _DEFAULT_RMS_NORM_EPS)),
+        rms_norm_eps=rms_norm_eps,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        trained_length=int(flat.get("max_position_embeddings", _DEFAULT_TRAINED_LENGTH)),
+        trained_length=trained_length,
         aux_layer_ids=_aux_layer_ids(flat, num_aux, path),
         num_aux=num_aux,
         norm_before_fc=bool(flat.get("norm_before_fc", False)),

@@ -80,7 +80,7 @@ def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
         ("pytorch_model.bin.index.json", "pytorch_model*.bin", _open_pickle),
     ):
         if (path / index).is_file():
-            shards = sorted(set(read_json(path / index).get("weight_map", {}).values()))
+            shards = _shards(path / index)
             files = [path / shard for shard in shards]
         else:
             files = sorted(path.glob(suffix))
@@ -98,9 +98,35 @@ def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
             try:
                 entries |= opener(file)
             except Exception as error:  # both readers raise their own kinds for a broken file
-                raise HeadError(f"{file} cannot be read ({type(error).__name__}): download the checkpoint again.") from error
+                cut = _first_cut_tensor(file) if opener is _open_safetensors else None
+                reason = type(error).__name__ if cut is None else f"it ends within {cut}"
+                raise HeadError(f"{file} cannot be read ({reason}): download the checkpoint again.") from error
         return entries
     raise HeadError(f"{path} holds neither *.safetensors nor pytorch_model.bin: download the checkpoint's weights.")
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the files that an index points to."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise HeadError(f"{index} has no weight_map of tensor names to file names: download the checkpoint again.")
+    return sorted(set(weight_map.values()))
+
+
+def _first_cut_tensor(file: Path) -> str | None:
+    """The first tensor whose bytes a truncated safetensors file does not hold; None if that is not what is wrong with it.
+
+    The format: eight bytes with the length of a JSON header, the header, and the tensors at ``data_offsets`` behind it.
+    """
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(min(length, file.stat().st_size)))
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    except (LookupError, OSError, TypeError, ValueError):
+        return None
+    held = file.stat().st_size - 8 - length
+    return next((name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > held), None)
 
 
 def _open_safetensors(file: Path) -> dict[str, TensorEntry]:

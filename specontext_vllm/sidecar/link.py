@@ -37,7 +37,7 @@ class Link:
     """One life of the actor, from its start to its death.
 
     Args:
-        spec: what the actor builds.
+        spec: what the actor builds; kept.
         buffer_bytes: the largest message expected; a larger one makes Ray enlarge the channel.
 
     Raises:
@@ -48,7 +48,7 @@ class Link:
         import ray
         from ray.dag import InputNode
 
-        self._ray = ray
+        self._ray, self.spec = ray, spec
         with self._failures():
             cpus, gpus = spec.config.sidecar_cpus, spec.config.sidecar_gpus
             self.actor = ray.remote(Sidecar).options(num_cpus=cpus, num_gpus=gpus).remote(spec, gpus > 0)
@@ -86,10 +86,16 @@ class Link:
         return self.receive(self.send(message), seconds)
 
     def close(self) -> None:
-        """End the actor and free the channels. Takes seconds; for any thread, once no other uses the link."""
+        """End the actor and free the channels. Takes seconds; for any thread, once no other uses the link.
+
+        Raises:
+            SidecarDown: something of it could not be ended.
+        """
         with self._failures():
-            self._ray.kill(self.actor)
-        self._graph.teardown(kill_actors=True)
+            try:
+                self._ray.kill(self.actor)
+            finally:
+                self._graph.teardown(kill_actors=True)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:

@@ -155,7 +155,7 @@ class RemoteRetriever:
                     ids = torch.arange(first, min(first + rows, self.spec.vocab_size), device=self.device)
                     link.ask(Embeddings(first, self.embed(ids).to("cpu", self.spec.dtype)), START_SECONDS)
         except BaseException:
-            link.close()
+            self._discard(link)
             raise
         return link
 
@@ -214,9 +214,17 @@ class RemoteRetriever:
         """Take over a restarted actor, if there is one."""
         if self._next_link is None or not self._next_link.done():
             return
-        self._link, self._next_link = self._next_link.result(), None
+        link, self._next_link = self._next_link.result(), None
+        self._link = link
         self._figures["sidecar_restarts"] += 1
         self._sent_table.fill(0)
+        if link.spec.config != self.config:
+            # Changed while it was being started.
+            try:
+                link.ask(Configure(self.config))
+            except SidecarDown as error:
+                self._fail(error)
+                return
         logger.info("SpeContext sidecar: restarted with %d pages; %d are lost.", self._mirrored.sum(), self.lost.count)
 
     def close(self) -> None:

@@ -90,3 +90,29 @@ def test_a_stopwatch_times_one_lap_in_sixteen(device):
     watch.collect()
     assert watch.counts.tolist() == [0, 3, 0]
     assert 0 < watch.total < 60
+
+
+def test_laps_that_nobody_collects_do_not_pile_up(monkeypatch):
+    """A GPU's events, made up here: finished by the time the next lap is taken."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = stopwatch.Stopwatch((1e-9, 1e3), torch.device("cuda"))
+    for _ in range(100 * stopwatch.SAMPLED_STEPS):
+        with watch.lap():
+            pass
+    assert len(watch._running) == 1
+    watch.collect()
+    assert watch.counts.tolist() == [0, 100, 0] and watch.total == pytest.approx(0.2)

@@ -7,6 +7,7 @@ import torch
 from specontext_vllm.retrieval import tensor_files
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
+    check_dtype,
     check_fits,
     default_aux_layers,
     dummy_checkpoint,
@@ -208,6 +209,17 @@ ERRORS = {
     "name_twice": (Layout(), _with(model__fc__weight=torch.ones(40, 120)), "holds both"),
     "nested_rope": (Layout(config={"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}), None, "differ by layer type"),
     "partial_rotary": (Layout(config={"partial_rotary_factor": 0.5}), None, "partial_rotary_factor"),
+    "no_heads": (Layout(config={"num_attention_heads": 0}), None, "config.json holds a value that cannot be used"),
+    "heads_in_words": (Layout(config={"num_attention_heads": "six"}), None, "config.json holds a value that cannot be used"),
+    "target_of_no_width": (Layout(config={"target_hidden_size": 0}), None, "config.json holds a value that cannot be used"),
+    "rope_scaling_is_a_word": (Layout(config={"rope_scaling": "yarn"}), None, "config.json holds a value that cannot be used"),
+    "eagle_config_is_a_list": (Layout(config={"eagle_config": [1]}), None, "config.json holds a value that cannot be used"),
+    "architectures_hold_null": (Layout(config={"architectures": [None]}), None, "config.json holds a value that cannot be used"),
+    "aux_ids_are_a_number": (Layout(config={"eagle_aux_hidden_state_layer_ids": 5}), None, "config.json holds a value that cannot be used"),
+    "rope_theta_nan": (Layout(config={"rope_theta": float("nan")}), None, "rope_theta is nan in config.json, where a positive number is needed"),
+    "eps_negative": (Layout(config={"rms_norm_eps": -1e-5}), None, "rms_norm_eps is -1e-05 in config.json"),
+    "eps_nan_in_words": (Layout(config={"rms_norm_eps": "nan"}), None, "rms_norm_eps is nan in config.json"),
+    "knows_no_position": (Layout(config={"max_position_embeddings": 0}), None, "max_position_embeddings is 0 in config.json"),
 }
 
 
@@ -250,7 +262,17 @@ FOLDERS = {
     "config_is_a_list": (Layout(), _overwrite("config.json", "[]"), "not a JSON object"),
     "no_weights": (Layout(), _remove("model.safetensors"), "neither \\*.safetensors nor pytorch_model.bin"),
     "pickle_without_consent": (Layout(storage="bin"), lambda folder: None, "as a pickle \\(pytorch_model.bin\\).*set additional_config.specontext.allow_pickle"),
-    "cut_safetensors": (Layout(), _cut("model.safetensors"), "model.safetensors cannot be read"),
+    "cut_safetensors": (Layout(), _cut("model.safetensors"), r"model.safetensors cannot be read \(it ends within midlayer\.[\w.]+\.weight\)"),
+    "index_without_a_map": (
+        Layout(storage="safetensors_sharded"),
+        _overwrite("model.safetensors.index.json", json.dumps({"weight_map": None})),
+        "has no weight_map of tensor names to file names",
+    ),
+    "index_with_a_list": (
+        Layout(storage="safetensors_sharded"),
+        _overwrite("model.safetensors.index.json", json.dumps({"weight_map": ["model.safetensors"]})),
+        "has no weight_map",
+    ),
     "truncated_safetensors": (Layout(), _overwrite("model.safetensors", "junk"), "cannot be read"),
     "shard_missing": (
         Layout(storage="safetensors_sharded"),
@@ -368,7 +390,7 @@ FITS = {
 }
 MISFITS = {
     "hidden_size": ({}, {"target_hidden_size": 48}, "target's hidden_size is 48"),
-    "other_vocabulary": ({}, {"vocab_size": 80}, "t2d map is for a vocabulary of 77 tokens, but the target's vocab_size is 80"),
+    "other_vocabulary": ({}, {"vocab_size": 80}, "for a vocabulary of 77 tokens \\(its t2d map or LM head\\), but the target's vocab_size is 80"),
     "embed_size": ({"embed_size": 24}, {}, "token embeddings of width 24"),
     "vocabulary": ({"embed_vocab_size": 70}, {}, "has 70 rows"),
     "fewer_kv_heads": ({"num_kv_heads": 2}, {"num_kv_heads": 4}, "head has 2 KV heads"),
@@ -386,6 +408,26 @@ def spec(tmp_path):
 @pytest.mark.parametrize("head, target", FITS.values(), ids=FITS)
 def test_fits(spec, head, target):
     check_fits(replace(spec, **head), **TARGET | target)
+
+
+def test_at_full_vocabulary_the_lm_head_tells_the_target(tmp_path):
+    layout = Layout(vocabulary_maps=False, draft_vocab_size=77)
+    spec = read_checkpoint(write_checkpoint(tmp_path, layout)).spec
+    check_fits(spec, **TARGET)
+    with pytest.raises(HeadError, match="for a vocabulary of 77 tokens"):
+        check_fits(spec, **TARGET | {"vocab_size": 128})
+
+
+def test_a_weight_beyond_the_served_dtype_is_named(tmp_path):
+    layout = Layout(dtype=torch.bfloat16)
+    tensors = make_tensors(layout)
+    tensors["fc.weight"].view(-1)[5] = -1e5
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
+    for dtype in (torch.bfloat16, torch.float32):
+        check_dtype(checkpoint, dtype)
+    with pytest.raises(HeadError, match="fc.weight holds values up to 99840, which float16 cannot: serve with --dtype bfloat16 or float32") as error:
+        check_dtype(checkpoint, torch.float16)
+    _assert_one_sentence(error)
 
 
 @pytest.mark.parametrize("head, target, sentence", MISFITS.values(), ids=MISFITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import signal
@@ -175,6 +176,38 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
     after = remote.stats()
     assert after["pages_read"] == world.retriever.pages_read
     assert after["sidecar_restarts"] == 1 and after["sidecar_dense_rows"] == 4 and after["sidecar_lost_pages"] > 0
+
+
+def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_cleared_away(world, monkeypatch):
+    remote, inline = world.retriever.remote, world.retriever.inline
+    world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
+    world.add("changed", 200)
+    step(world, ("changed", 0, 150))
+    torn_down = remote._link._graph.teardown
+
+    def teardown(**how):
+        torn_down(**how)
+        raise RuntimeError("the cluster's control store is gone")
+
+    monkeypatch.setattr(remote._link._graph, "teardown", teardown)
+    dead = actor_pid()
+    os.kill(dead, signal.SIGKILL)
+    assert [found for _, found in step(world, ("changed", 150, 151))] == [whole(world, "changed", 151)]
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(AssertionError):
+            if actor_pid() != dead:
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    budget = 96 if inline.config.budget != 96 else 64
+    for retriever in (inline, remote):
+        retriever.configure(replace_config(retriever.config, budget=budget))
+    wait_until_up(remote)
+    world.add("after", 200)
+    step(world, ("after", 0, 170))
+    ((expected, found),) = step(world, ("after", 170, 171))
+    assert found == expected and len(found[0][1]) == budget // PAGE_SIZE
 
 
 def test_an_actor_that_finds_no_room_is_told_in_one_sentence(world, monkeypatch):
