@@ -234,7 +234,8 @@ class Runtime:
             elif blocks is not None and blocks[0]:
                 grown.append((name, list(blocks[0])))
         decoding = [name for name, tokens in out.num_scheduled_tokens.items() if tokens == 1]
-        tiers.begin_step(released, started, grown, decoding)
+        prefilling = [name for name, tokens in out.num_scheduled_tokens.items() if tokens > 1]
+        tiers.begin_step(released, started, grown, decoding, prefilling)
         now = time.monotonic()
         if self.config.stats and now >= self._next_report:
             self._next_report = now + REPORT_SECONDS

@@ -112,7 +112,7 @@ class Ledger:
 
     def begin_step(
         self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]],
-        decoding: Iterable[str], hot_limit: int | None = None,
+        decoding: Iterable[str], hot_limit: int | None = None, prefilling: Iterable[str] = (),
     ) -> Changes:  # fmt: skip
         """Follow the scheduler through one step.
 
@@ -122,6 +122,8 @@ class Ledger:
             grown: running requests and the pages they got.
             decoding: requests that decode in this step, which need a hot buffer.
             hot_limit: most slots of a lane from now on, at most ``hot_pages``; None: as before.
+            prefilling: requests with several tokens in this step. A hot buffer that one of them has, from a chunk of one token before, is
+                forgotten: what is written now goes past it.
         Raises:
             RuntimeError: the frames do not suffice with every mirrored layer offloaded; the memory model excludes it.
         """
@@ -144,6 +146,7 @@ class Ledger:
             self._pages[name] += pages
             np.add.at(self.references, pages, 1)
             touched += pages
+        changes.lanes += [lane for name in prefilling if self.capacity[lane := self.lanes[name]]]
         wanted = {}
         for name in decoding:
             lane = self.lanes[name]

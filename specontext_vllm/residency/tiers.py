@@ -73,7 +73,7 @@ class TieredKV:
     """
 
     poison = False
-    """Tests set it: frames that are given up are filled with NaN."""
+    """Tests set it: frames that are given up, and pages of the host pool that are handed out, are filled with NaN."""
 
     def __init__(
         self, plan: TierPlan, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_requests: int,
@@ -136,15 +136,20 @@ class TieredKV:
     # -- once a step ----------------------------------------------------------------------------------------------------
 
     def begin_step(
-        self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]], decoding: Iterable[str]
-    ) -> None:
+        self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]], decoding: Iterable[str],
+        prefilling: Iterable[str] = (),
+    ) -> None:  # fmt: skip
         """Follow the scheduler through one step; see ``Ledger.begin_step``."""
+        if self.poison:
+            started, grown = list(started), list(grown)
+            fresh = [page for request in started for page in request.pages[request.computed :]] + [page for _, pages in grown for page in pages]
+            self.host[:, fresh] = float("nan")
         rates = None if (news := self.meter.poll()) is None else miss_rates(news)
         size = None
         if rates is not None:
             self._policy.observe(*rates)
             size = self._policy.choose(self.ledger)
-        self.follow(self.ledger.begin_step(released, started, grown, decoding, size))
+        self.follow(self.ledger.begin_step(released, started, grown, decoding, size, prefilling))
 
     def follow(self, changes: Changes) -> None:
         """Bring the device up to the ledger: tables first, then fills and loads."""

@@ -57,6 +57,12 @@ def scenarios(llm, prompts) -> dict[str, object]:
     llm.reset_prefix_cache()
     out["next turn, cold"] = ids(generate([longer]))
     llm.reset_prefix_cache()
+    # Its neighbour leaves one token of the step to the second prompt: a chunk of one token with more to come, from the start and behind a hit.
+    out["chunk of one"] = ids(generate([prompts[-2][:255], prompts[-1]]))
+    llm.reset_prefix_cache()
+    generate([prompts[-1]], max_tokens=1)
+    out["chunk of one behind a hit"] = ids(generate([prompts[-2][:255], prompts[-1]]))
+    llm.reset_prefix_cache()
     # The same prompt several times at once, and its beginning: its pages are in the prefix cache before they are computed. One token is left to
     # do behind the hit, so that a twin that did not wait would be a decode row over pages that nobody has seen yet.
     twin = prompts[-1][: (len(prompts[-1]) - 1) // 16 * 16 + 1]
@@ -108,7 +114,10 @@ def sparse(prompts):
         return out
 
 
-@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "twins", "neighbour aborted"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "chunk of one", "chunk of one behind a hit", "twins", "neighbour aborted"],
+)
 def test_tokens_equal_stock(stock, sparse, scenario):
     assert sparse[scenario] == stock[scenario]
 

@@ -84,8 +84,9 @@ def test_tokens_survive_hot_buffers_that_change_their_size(one_tier, resizing, s
 
 
 @pytest.mark.parametrize(
-    "scenario", ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "twins", "neighbour aborted", "after pressure"]
-)
+    "scenario",
+    ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "chunk of one", "chunk of one behind a hit", "twins", "neighbour aborted", "after pressure"],
+)  # fmt: skip
 def test_tokens_are_those_of_one_tier(one_tier, two_tiers, scenario):
     assert two_tiers[scenario] == one_tier[scenario]
 
