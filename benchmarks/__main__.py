@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
+from typing import NoReturn
+
 import typer
 
 from benchmarks import ablation, capacity, decode, distill, figures, link, losses, memory, sidecar, soak, speed, timeline, transfer
@@ -17,6 +21,13 @@ for name, case in CASES.items():
     app.command(name)(case)
 app.add_typer(speed.app, name="speed")
 
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """A run that is told to end leaves through its ``finally`` blocks, so that no engine outlives it."""
+    raise KeyboardInterrupt
+
+
 # Engines run in spawned children, which import this module again under another name.
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     app()

@@ -99,9 +99,19 @@ class Outcome:
         """Relative growth of the median memory from the first to the last third of the samples after warm-up; None with too few."""
         import numpy as np
 
-        after = [size for _, done, size in self.memory if done >= WARM_UP_SHARE * self.done]
+        after = [size for _, _, size in self._after_warm_up()]
         third = len(after) // 3
         return float(np.median(after[-third:]) / np.median(after[:third]) - 1) if third else None
+
+    def slope(self) -> float | None:
+        """Bytes of memory a request after warm-up, by least squares; None with too few samples."""
+        import numpy as np
+
+        after = self._after_warm_up()
+        return float(np.polyfit([done for _, done, _ in after], [size for _, _, size in after], 1)[0]) if len(after) > 2 else None
+
+    def _after_warm_up(self) -> list[tuple[float, int, int]]:
+        return [sample for sample in self.memory if sample[1] >= WARM_UP_SHARE * self.done]
 
 
 def make_prompts(model: Path, count: int = PROMPTS) -> list[list[int]]:
@@ -245,7 +255,13 @@ async def ask(session: Any, url: str, load: Load, rng: Random, outcome: Outcome)
 
 
 async def read_stream(response: Any, leave_after: int | None) -> list[int]:
-    """Token ids of a server-sent stream; closes the connection after ``leave_after`` events."""
+    """Token ids of a server-sent stream; closes the connection after ``leave_after`` events.
+
+    Raises:
+        aiohttp.ClientPayloadError: the server ended the stream with an error.
+    """
+    import aiohttp
+
     got: list[int] = []
     events = 0
     async for line in response.content:
@@ -255,7 +271,10 @@ async def read_stream(response: Any, leave_after: int | None) -> list[int]:
             response.close()
             break
         events += 1
-        for choice in json.loads(line[5:])["choices"]:
+        event = json.loads(line[5:])
+        if "error" in event:
+            raise aiohttp.ClientPayloadError(f"the stream ends with {event['error']}")
+        for choice in event["choices"]:
             got += choice["token_ids"] or []
     return got
 
@@ -335,6 +354,7 @@ TABLES = {
         report.Column("failed", "failed", ",d"),
         report.Column("memory_gib", "resident memory, GiB", ".2f"),
         report.Column("growth", "growth after warm-up", ".2%"),
+        report.Column("kib_a_request", "KiB a request", ".1f"),
         report.Column("pages_left", "pages in use at the end", ".1%"),
         report.Column("layer_moves", "layer moves", ",d"),
     ),
@@ -347,7 +367,7 @@ def make_row(title: str, outcome: Outcome, left: dict[str, Any]) -> dict[str, An
         "name": title, "requests": outcome.done, "given_up": outcome.counts["given up"], "preemptions": int(left["preemptions"]),
         "hit_tokens": int(left["prefix_hit_tokens"]), "per_second": outcome.done / outcome.seconds, "minutes": outcome.seconds / 60,
         "wrong": outcome.counts["wrong"], "near_ties": outcome.counts["near tie"], "failed": outcome.counts["failed"], "memory_gib": outcome.memory[-1][2] / 2**30,
-        "growth": outcome.growth(), "pages_left": left["kv_cache_usage"], "layer_moves": left["stats"].get("layer_moves"),
+        "growth": outcome.growth(), "kib_a_request": None if (slope := outcome.slope()) is None else slope / 1024, "pages_left": left["kv_cache_usage"], "layer_moves": left["stats"].get("layer_moves"),
     }  # fmt: skip
 
 

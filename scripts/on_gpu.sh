@@ -25,16 +25,30 @@ fi
 cp -n benchmarks/results/*-h200.json "$RESULTS" 2>/dev/null
 begun=$(mktemp)
 
-# $1: name of the log; then seconds, then a command. Its last lines are shown.
+bring_back() { find "$RESULTS" -type f -newer "$begun" -exec cp {} "$OUT" \; ; }
+trap bring_back EXIT
+
+# $1: name of the log; then seconds, then a command. Its last lines are shown. It is told to end a while before it is killed: then its engines go too.
 logged() {
     local log=$OUT/$1.log begin=$SECONDS
-    timeout "$2" "${@:3}" >"$log" 2>&1
+    timeout -k 30 "$2" "${@:3}" >"$log" 2>&1
     local code=$?
     tail -n "${TAIL:-25}" "$log" | cut -c1-240
     echo "== $1: exit code $code after $((SECONDS - begin)) s"
+    bring_back
 }
 bench() { logged "$1" "$2" python3 -m benchmarks "${@:3}" --out "$RESULTS"; }
 test_files() { logged "$1" "$2" python3 -m pytest -q -p no:cacheprovider --durations=12 "${@:3}"; }
+
+# The 8B shape's longest loads, and results called -h200, want its memory.
+wants_h200() {
+    local mib
+    mib=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
+    if [ "$mib" -lt 130000 ]; then
+        echo "this step needs an H200, found a GPU of $mib MiB; ask for kind nvidia-h200 with needs_h200" >&2
+        exit 3
+    fi
+}
 
 # -- tests
 tests() {
@@ -46,30 +60,44 @@ xformers() { test_files xformers 200 tests/attention; }
 two_gpus() { test_files two-gpus 400 tests/engine/test_tensor_parallel.py; }
 
 # -- two tiers
-capacity() { bench capacity 580 capacity --work "$WORK" --engine-seconds 330; }
-full_memory() { bench capacity-full 580 capacity --gpu-gib 0 --turnover 0.05 --work "$WORK" --engine-seconds 400; }
+capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-seconds 330; }
+full_memory() { wants_h200; bench capacity-full 545 capacity --gpu-gib 0 --turnover 0.05 --max-num-seqs 40 --work "$WORK" --engine-seconds 400; }
 link() { bench link 200 link; }
-decode() { bench decode 400 decode --work "$WORK"; }
+decode() { wants_h200; bench decode 400 decode --work "$WORK"; }
 
-# -- speed
-steps() { bench speed-steps 590 speed steps --engines specontext,stock --engine-seconds 240 --work "$WORK"; }
-others() { bench speed-others 590 speed steps --engines quest,hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
-paper() { bench speed-paper 590 speed paper --engine-seconds 190 --work "$WORK"; }
-edge() { bench speed-edge 500 speed edge --engine-seconds 180 --work "$WORK"; }
-serve_long_prompts() { bench serve-long 590 speed serve --lengths 8k/1k,32k/4k --concurrency 24 --engine-seconds 290 --work "$WORK"; }
-serve_long_answers() { bench serve-answers 590 speed serve --lengths 1k/16k --concurrency 24 --engine-seconds 290 --work "$WORK"; }
-serve_few() { bench serve-few 590 speed serve --lengths 8k/1k,32k/4k --concurrency 1,8 --engine-seconds 290 --work "$WORK"; }
+# -- speed; an engine a step where two would not fit into one call
+steps() { wants_h200; bench speed-steps 545 speed steps --engines specontext,stock --engine-seconds 260 --work "$WORK"; }
+quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine-seconds 360 --work "$WORK"; }
+hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
+paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 --work "$WORK"; }
+edge() { bench speed-edge 400 speed edge --engine-seconds 180 --work "$WORK"; }
+serve() { wants_h200; bench "serve-$1" 545 speed serve --engines "$2" --lengths "$3" --concurrency "$4" --engine-seconds 520 --work "$WORK"; }
+serve_prompts() { serve prompts specontext 8k/1k,32k/4k 24; }
+serve_prompts_stock() { serve prompts-stock stock 8k/1k,32k/4k 24; }
+serve_answers() { serve answers specontext 1k/16k 24; }
+serve_answers_stock() { serve answers-stock stock 1k/16k 24; }
+serve_few() { serve few specontext 8k/1k,32k/4k 1,8; }
+serve_few_stock() { serve few-stock stock 8k/1k,32k/4k 1,8; }
 
 # -- accuracy, distillation, soak
 larger() {
-    logged larger 590 python3 -m specontext_vllm.demo.train --size larger --out /tmp/larger --minutes 9.5
+    logged larger 560 python3 -m specontext_vllm.demo.train --size larger --out /tmp/larger --minutes 8.5
     cp /tmp/larger/training_log.txt "$OUT"
 }
-GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512,1024 --tasks single,multi_key,multi_query,one_value,recitation,perplexity)
-accuracy_larger() { bench accuracy-larger 590 accuracy --model /tmp/larger "${GRID[@]}" --work "$WORK/accuracy-larger"; }
-accuracy_demo() { bench accuracy-demo 590 accuracy "${GRID[@]}" --thresholds 0.1,0.15,0.2,0.3,0.5 --work "$WORK/accuracy-demo"; }
-distill() { bench distill 400 distill; }
-soak() { bench "soak-${ENGINE:-one-tier}" 595 soak --model-shape 8b --engines "${ENGINE:-one-tier}" --requests 1000000 --seconds "${SECONDS_OF_LOAD:-300}" --work "$WORK/soak"; }
+GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512 --retrievers dlm,quest,recent --tasks multi_key,multi_query,recitation,perplexity)
+accuracy_larger() {
+    bench accuracy-larger 545 accuracy --model /tmp/larger "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-larger"
+    tar czf "$OUT/cells-larger.tar.gz" -C "$WORK" accuracy-larger
+}
+accuracy_demo() {
+    bench accuracy-demo 545 accuracy "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-demo"
+    tar czf "$OUT/cells-demo.tar.gz" -C "$WORK" accuracy-demo
+}
+distill() { wants_h200; bench distill 400 distill; }
+soak() {
+    local engine=${ENGINE:-one-tier}
+    wants_h200
+    bench "soak-$engine" 545 soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds "${LOAD_SECONDS:-300}" --work "$WORK/soak"
+}
 
 for step in "$@"; do "$step"; done
-find "$RESULTS" -type f -newer "$begun" -exec cp {} "$OUT" \;

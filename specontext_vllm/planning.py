@@ -127,6 +127,11 @@ def make_plan(
                 "host_gib": kv * tiers.host_layers / GIB,
             }  # fmt: skip
         rows.append(row)
+    if not any("resident" in row for row in rows):
+        raise ConfigError(
+            f"--requests: {requests} requests of {rows[0]['length']} tokens each do not fit; both tiers hold {tiers.num_pages * PAGE_SIZE} tokens; "
+            f"ask for fewer, or give more memory."
+        )
     return Plan(model, requests, gpu_bytes, room, tiers, alone, memory.thresholds(tiers, requests), rows)
 
 

@@ -81,6 +81,7 @@ def test_rows_follow_the_time_law(folder):
         (["--gpu-gib", 12], "--gpu-gib: 92% of 12.0 GiB do not hold the weights"),
         (["--gpu-gib", 80, "--budget", 32], "budget: found 32"),
         (["--gpu-gib", 24, "--host-gib", 80, "--requests", 1024], "--max-num-seqs 1024"),
+        (["--gpu-gib", 24, "--requests", 1024], "--requests: 1024 requests of"),
     ],
 )
 def test_bad_input_is_named(folder, arguments, named):

@@ -222,6 +222,7 @@ def main(
     work: Annotated[
         Path | None, typer.Option(help="Folder of finished cells, which a later run goes on from, and of the engine's log.")
     ] = None,
+    engine_seconds: Annotated[int, typer.Option(min=1, help="Time limit of the engine; cells that it has not measured by then stay open.")] = ENGINE_SECONDS,
     measure: Annotated[bool, typer.Option(help="Whether to measure what is missing, or only to write what is there.")] = True,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
@@ -246,12 +247,14 @@ def main(
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
-    if measure:
-        _fill(run, spec, longbench, folder)
-    absent = sum(len(settings) for _, settings in run.missing())
-    if absent:
-        result.notes.append(f"{absent} cells of this grid have not been measured; run the command again to measure them.")
-    run.write()
+    try:
+        if measure:
+            _fill(run, spec, longbench, folder, engine_seconds)
+    finally:
+        absent = sum(len(settings) for _, settings in run.missing())
+        if absent:
+            result.notes.append(f"{absent} cells of this grid have not been measured; run the command again to measure them.")
+        run.write()
     result.show()
     typer.echo(f"written: {out}")
     raise typer.Exit(1 if result.failures else 0)
@@ -308,7 +311,7 @@ def _writer(model: Path) -> Writer:
     return Writer(AutoTokenizer.from_pretrained(str(model)))
 
 
-def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path) -> None:
+def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path, seconds: float) -> None:
     """Have an engine answer what is missing; every cell is kept as soon as it is there."""
     missing = run.missing()
     count = sum(len(settings) for _, settings in missing)
@@ -318,13 +321,17 @@ def _fill(run: Run, spec: EngineSpec, longbench: Path | None, folder: Path) -> N
     env = engine_env(spec.on_gpu, cpu_kv_gib=4)
     try:
         log = folder / "engine.log"
-        for kind, value in run_child(run_engine, spec, missing, longbench, log=log, seconds=ENGINE_SECONDS, env=env):
+        for kind, value in run_child(run_engine, spec, missing, longbench, log=log, seconds=seconds, env=env):
             if kind == "ready":
                 run.result.details["engine"] = value
                 typer.echo(f"engine: ready after {value['start_s']} s")
             elif kind == "prefilled":
-                index, seconds = value
-                typer.echo(f"{missing[index][0].task}, {missing[index][0].context} tokens: prompts prefilled in {seconds:.0f} s")
+                index, took = value
+                typer.echo(f"{missing[index][0].task}, {missing[index][0].context} tokens: prompts prefilled in {took:.0f} s")
+            elif kind == "failed":
+                index, setting, why = value
+                run.result.failures[missing[index][0].cell(setting).name] = why
+                typer.echo(f"  {setting.name}: failed: {why}")
             else:
                 index, setting, cell = value
                 run.add(missing[index][0], setting, cell)

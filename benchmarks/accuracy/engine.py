@@ -54,7 +54,8 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
     (longer) groups: they would say nothing.
 
     Yields:
-        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` and ``("cell", (group, setting, result))``, groups by their index.
+        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` and ``("cell", (group, setting, result))`` or, for replies that cannot be
+        scored, ``("failed", (group, setting, why))``, groups by their index.
         A result has ``replies`` (texts, or lists of log-probabilities), their ``scores``, ``tokens`` emitted, ``seconds`` they took, share
         of the prompts' tokens that were ``cached``, and the engine's ``stats``.
     """
@@ -86,10 +87,14 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
             start = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - start
-            replies = [
-                output.outputs[0].text if e.forced is None else forcing.log_probabilities(output.outputs[0], e.forced)
-                for output, e in zip(outputs, group.examples, strict=True)
-            ]
+            try:
+                replies = [
+                    output.outputs[0].text if e.forced is None else forcing.log_probabilities(output.outputs[0], e.forced)
+                    for output, e in zip(outputs, group.examples, strict=True)
+                ]
+            except RuntimeError as error:  # one task's trouble, not the grid's
+                yield "failed", (index, setting, str(error))
+                continue
             scores = [score(task, example, reply) for example, reply in zip(group.examples, replies, strict=True)]
             yield "cell", (index, setting, {
                 "replies": replies, "scores": scores, "seconds": round(seconds, 3),

@@ -95,7 +95,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Task], list[str]]:
 
 def _records(file: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: it also splits at the line separators of Unicode, which JSON strings may hold.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
@@ -24,7 +23,7 @@ from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, describe, load_head, num_hidden_layers
 from specontext_vllm.engine.stopwatch import Stopwatch
-from specontext_vllm.residency.host_pool import HostPoolError
+from specontext_vllm.residency.host_pool import HostPoolError, free_host_memory
 from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
@@ -45,6 +44,28 @@ HOST_RESERVE_BYTES = 8 << 30
 
 REPORT_SECONDS = 10
 """Time between two lines about the tiers in the log, as between vLLM's own."""
+
+
+def host_reserve(free: int) -> int:
+    """Bytes of ``free`` host memory that host_kv_gib "auto" leaves alone."""
+    return max(HOST_RESERVE_BYTES, int(HOST_RESERVE_SHARE * free))
+
+
+def recommended_host_bytes(free: int, in_flight: int) -> int:
+    """The pool of host_kv_gib "auto" on this machine, in bytes.
+
+    Args:
+        free: memory that may be taken. in_flight: KV of as many and as long requests as may run at once. More would hold only pages without a
+            request, and every page costs GPU memory for the head's caches.
+    Raises:
+        ConfigError: nothing is left beside the reserve.
+    """
+    if free <= host_reserve(free):
+        raise ConfigError(
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found 'auto', but this machine has {free / 2**30:.1f} GiB of memory free, all within the "
+            f"{host_reserve(free) / 2**30:.0f} GiB that auto leaves alone; give a number, or 0."
+        )
+    return min(free - host_reserve(free), in_flight)
 
 
 def workers_on_this_machine() -> int:
@@ -139,9 +160,15 @@ class Runtime:
         """
         model = self._memory_model()
         asked = self.config.host_kv_gib
-        free = psutil.virtual_memory().available
+        free = free_host_memory()
+        # The setting is the machine's; the workers on it share it.
+        sharers = workers_on_this_machine() * self.vllm_config.additional_config[ENGINES_KEY]
         if asked == "auto":
-            host_bytes = max(0, free - max(HOST_RESERVE_BYTES, int(HOST_RESERVE_SHARE * free)))
+            host_bytes = recommended_host_bytes(free, sharers * model.in_flight_bytes)
+            logger.info(
+                "SpeContext tiers: host_kv_gib auto takes %.1f of %.1f GiB of free memory; at least %.1f are left alone, and no more is taken than "
+                "--max-num-seqs requests of --max-model-len tokens fill.", host_bytes / 2**30, free / 2**30, host_reserve(free) / 2**30,
+            )  # fmt: skip
         else:
             host_bytes = int(asked * 2**30)
             if host_bytes > free:
@@ -149,8 +176,7 @@ class Runtime:
                     f"additional_config.{CONFIG_KEY}.host_kv_gib: found {asked}, but this machine has {free / 2**30:.1f} GiB of "
                     f"memory free; lower it."
                 )
-        # The setting is the machine's; the workers on it share it.
-        host_bytes //= workers_on_this_machine() * self.vllm_config.additional_config[ENGINES_KEY]
+        host_bytes //= sharers
         try:
             self.plan = model.plan(gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override)
         except MemoryModelError as error:

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits."""
+
+
 class HostPoolError(RuntimeError):
     """The pool cannot be had; its message is one sentence with the numbers."""
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take: the machine's available memory, or less where a control group (a container's limit) allows less.
+
+    Page cache that the kernel would give back counts as free, as in the machine's own figure.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, usage, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            allowed, used = int((CGROUP / limit).read_text()), int((CGROUP / usage).read_text())
+            reclaimable = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+        except (OSError, ValueError):  # no such version of control groups, or no limit ("max")
+            continue
+        free = min(free, max(0, allowed - used + int(reclaimable.get(cached, 0))))
+    return free
 
 
 def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -19,17 +45,18 @@ def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch
     take 128.
 
     Raises:
-        HostPoolError: the machine has less free memory, or refuses to lock so much.
+        HostPoolError: the machine or its container has less free memory, or refuses to give or to lock so much.
     """
-    import psutil
-
     size = torch.Size(shape).numel() * dtype.itemsize
-    free = psutil.virtual_memory().available
+    free = free_host_memory()
     if size > free:
         raise HostPoolError(
             f"host_kv_gib: the pool needs {size / 2**30:.2f} GiB and this machine has {free / 2**30:.2f} GiB of memory free; lower it."
         )
-    pool = torch.zeros(shape, dtype=dtype)
+    try:
+        pool = torch.zeros(shape, dtype=dtype)
+    except (MemoryError, RuntimeError):  # a limit on address space, or no overcommitment
+        raise HostPoolError(f"host_kv_gib: the system refused {size / 2**30:.2f} GiB of memory (ulimit -v?); lower it.") from None
     if device.type == "cuda" and size:
         runtime = torch.cuda.cudart()
         code = runtime.cudaHostRegister(pool.data_ptr(), size, 0)

@@ -83,6 +83,11 @@ class MemoryModel:
         self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
         self.max_num_seqs, self.max_pages = max_num_seqs, pages_for(max_model_len)
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """KV of all layers of as many and as long requests as may run at once."""
+        return self.shape.num_layers * self.max_num_seqs * self.max_pages * self.shape.page_bytes
+
     def size(self, num_pages: int, host_layers: int, hot_pages: int) -> TierPlan:
         """Bytes of a plan in the worst case: every page in use, every mirrored layer offloaded, every hot buffer full."""
         shape, lanes = self.shape, self.max_num_seqs

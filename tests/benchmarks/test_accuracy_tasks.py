@@ -140,15 +140,17 @@ def test_prompts_are_held_out_and_differ_by_seed(writer):
 
 def write_records(folder, name, **fields):
     record = {"context": "Adam lives in Rome. " * 400, "input": "Where does Adam live?", "answers": ["Rome"], "all_classes": None, **fields}
-    (folder / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / f"{name}.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def test_longbench_records_become_prompts_that_lose_their_middle(tmp_path, writer):
     write_records(tmp_path, "hotpotqa", context="START " + "Adam lives in Rome. " * 400 + " END")
     write_records(tmp_path, "trec", input="Type of this:", answers=["Food"], all_classes=["Food", "Sport"])
     write_records(tmp_path, "dureader")
+    # JSON strings may hold Unicode's own line separators.
+    write_records(tmp_path, "2wikimqa", context="one\u2028two\u0085three")
     found, left_out = longbench.read_folder(tmp_path)
-    assert list(found) == ["longbench/hotpotqa", "longbench/trec"] and left_out == ["dureader.jsonl"]
+    assert list(found) == ["longbench/2wikimqa", "longbench/hotpotqa", "longbench/trec"] and left_out == ["dureader.jsonl"]
     example = found["longbench/hotpotqa"].make(writer, 0, 512)
     text = writer.tokenizer.decode(example.prompt)
     assert 450 < len(example.prompt) <= 512 and "START" in text and "END" in text and "Where does Adam live?" in text

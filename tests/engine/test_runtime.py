@@ -6,7 +6,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
-from specontext_vllm.engine.runtime import Runtime
+from specontext_vllm.engine.runtime import Runtime, recommended_host_bytes
 from specontext_vllm.retrieval.retriever import Retriever
 
 
@@ -55,3 +55,12 @@ def test_graphs_that_hold_a_selection_hold_on_to_its_settings(runtime):
     with pytest.raises(ConfigError, match="CUDA graphs hold the selection"):
         runtime.set("oracle")
     assert runtime.set("random")["retriever"] == "random"
+
+
+def test_auto_leaves_a_reserve_and_takes_no_more_than_requests_can_fill():
+    gib = 2**30
+    assert recommended_host_bytes(20 * gib, 500 * gib) == 12 * gib
+    assert recommended_host_bytes(500 * gib, 1000 * gib) == 450 * gib
+    assert recommended_host_bytes(500 * gib, 80 * gib) == 80 * gib
+    with pytest.raises(ConfigError, match=r"host_kv_gib: found 'auto', but this machine has 7\.0 GiB of memory free, all within the 8 GiB that auto leaves alone"):
+        recommended_host_bytes(7 * gib, 80 * gib)

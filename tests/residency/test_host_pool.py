@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from specontext_vllm.residency.host_pool import HostPoolError, allocate_host_pool
+from specontext_vllm.residency import host_pool
+from specontext_vllm.residency.host_pool import HostPoolError, allocate_host_pool, free_host_memory
 
 
 def test_a_pool_has_exactly_its_size(device):
@@ -30,3 +31,32 @@ def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
     with pytest.raises(HostPoolError, match=r"host_kv_gib: the driver refused to lock 0\.00 GiB of memory \(2\); raise .* \(ulimit -l\) or lower host_kv_gib"):
         allocate_host_pool((4096,), torch.uint8, torch.device("cuda"))
     assert asked == [4096]
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 100 << 30),
+        ({"memory.max": "max", "memory.current": "5", "memory.stat": "anon 1"}, 100 << 30),
+        ({"memory.max": str(64 << 30), "memory.current": str(20 << 30), "memory.stat": f"anon 1\ninactive_file {4 << 30}"}, 48 << 30),
+        ({"memory.max": str(10 << 30), "memory.current": str(12 << 30), "memory.stat": "anon 1"}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": str(32 << 30), "memory/memory.usage_in_bytes": str(2 << 30),
+                "memory/memory.stat": f"total_inactive_file {1 << 30}",
+            },
+            31 << 30,
+        ),
+    ],
+    ids=["no control group", "no limit", "a container's limit", "over its limit", "version 1"],
+)  # fmt: skip
+def test_a_containers_limit_counts(tmp_path, monkeypatch, files, free):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
+    monkeypatch.setattr(host_pool, "CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert free_host_memory() == free
+    if free < 50 << 30:
+        with pytest.raises(HostPoolError, match=r"the pool needs 50\.00 GiB"):
+            allocate_host_pool((50 << 30,), torch.uint8, torch.device("cpu"))
