@@ -67,11 +67,21 @@ def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
 
 
 def apply(worker: Any, setting: Setting) -> None:
-    """Use a setting in a worker from the next request on, and note the misses of each step."""
+    """Use a setting in a worker from the next step on, and note the misses of each step."""
+    import torch
+
+    from specontext_vllm.residency.ledger import Changes
+
     runtime = worker.model_runner.runtime
     tiers = runtime.tiers
     runtime.set(stickiness=setting.stickiness)
-    tiers.ledger.hot_pages = int(setting.slots * runtime.config.budget_pages)
+    slots = int(setting.slots * runtime.config.budget_pages)
+    # Instead of the time law's choice, which hangs on the load.
+    tiers._policy.choose = lambda ledger: slots
+    changes = Changes()
+    tiers.ledger._limit_hot(slots, changes)
+    with torch.inference_mode():
+        tiers.follow(changes)
     if not hasattr(tiers, "noted"):
         original = tiers.resolve
 
@@ -85,9 +95,16 @@ def apply(worker: Any, setting: Setting) -> None:
     tiers.noted = []
 
 
-def noted(worker: Any) -> list[tuple[int, int]]:
-    """Per step: head pages missed and head pages selected."""
-    return worker.model_runner.runtime.tiers.noted
+def noted(worker: Any, setting: Setting) -> list[tuple[int, int]]:
+    """Per step: head pages missed and head pages selected.
+
+    Raises:
+        RuntimeError: the hot buffers had another size than the setting's.
+    """
+    runtime = worker.model_runner.runtime
+    if runtime.tiers.ledger.hot_limit != int(setting.slots * runtime.config.budget_pages):
+        raise RuntimeError(f"{setting.name}: the hot buffers had {runtime.tiers.ledger.hot_limit} slots")
+    return runtime.tiers.noted
 
 
 def run_engine(
@@ -130,7 +147,7 @@ def run_engine(
         seconds = time.perf_counter() - start
         yield "row", (
             setting, [output.outputs[0].text for output in outputs], llm.collective_rpc("specontext_stats")[0], seconds,
-            llm.collective_rpc(noted)[0],
+            llm.collective_rpc(noted, args=(setting,))[0],
         )  # fmt: skip
 
 
@@ -175,7 +192,7 @@ def main(
     details: dict[str, Any] = {"budget": budget, "tokens": tokens, "stats": {}, "steady_shares": {}}
     result = report.Report("transfer", f"Elastic loading on the demo model, prompts of {tokens} tokens, budget {budget}", TABLES, details=details)
     result.notes.append(
-        "Without elastic loading every step fetches the whole budget (100 %). Mean over the steps in which fewer than half of the "
+        "Without elastic loading every step fetches the whole budget (100 %) and selects as with stickiness 0. Mean over the steps in which fewer than half of the "
         "selected pages were new; a request's first decode step fetches its whole selection whatever the policy."
     )
     env = engine_env(on_gpu, cpu_kv_gib=4)

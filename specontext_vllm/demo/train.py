@@ -361,7 +361,10 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
     """Length curriculum; each phase ends by the clock."""
     size = model.size
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.05, fused=device == "cuda")
-    forward = torch.compile(model) if device == "cuda" else model
+    if device == "cuda":
+        # Layers share their code, so one is compiled for all of them.
+        for block in model.layers:
+            block.compile()
     begun, steps, tokens, share = time.time(), 0, 0, 0.0
     for number, (batch, length, part, drills) in enumerate(size.phases):
         data = batches(ids, batch, length, seed=number + 1, workers=size.workers, drills=drills)
@@ -372,7 +375,7 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
             for group in optimizer.param_groups:
                 group["lr"] = cosine(size.rate, steps, 200, (time.time() - begun) / seconds)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # emulated on most CPUs
-                logits = forward(x[:, :-1])
+                logits = model(x[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(x.shape[0], -1)
             weights = w[:, 1:]
             loss = (loss * weights).sum() / weights.sum()

@@ -162,7 +162,7 @@ def _rate(metric: Metric, scale: float = 1.0, unit: str = "") -> Cell:
 
 def _mean(total: str, number: str, scale: float, style: str, unit: str) -> Cell:
     def text(sums: Mapping[str, float], seconds: float | None) -> str:
-        return f"{sums.get(total, 0.0) / sums[number] * scale:{style}}{unit}" if sums.get(number) else ABSENT
+        return f"{sums[total] / sums[number] * scale:{style}}{unit}" if total in sums and sums.get(number) else ABSENT
 
     return text
 
@@ -184,17 +184,25 @@ _ROWS: dict[str, Cell] = {
     "late prefetches": _share(catalog.LATE_PREFETCHES, catalog.PREFETCHES.name),
     "late by, mean": _mean(catalog.LATE_SECONDS.name, catalog.LATE_PREFETCHES.name, 1e6, ".0f", " us"),
     "layers moved": _rate(catalog.LAYER_MOVES),
+    "read whole for want of the sidecar": _share(catalog.SIDECAR_DENSE_ROWS, catalog.DECODE_ROWS.name),
+    "wait for the sidecar, a step": _mean(catalog.SIDECAR_WAIT_SECONDS.name, catalog.DECODE_STEPS.name, 1e3, ".2f", " ms"),
+    "restarts of the sidecar": _rate(catalog.SIDECAR_RESTARTS),
 }
 
 
 def _gauge_rows(gauges: Mapping[str, list[float]]) -> list[tuple[str, str]]:
-    """Of several ranks, the one with the least room."""
+    """Of several ranks, the one with the least room, or whose sidecar is away."""
+    rows = []
+    if catalog.SIDECAR_UP.name in gauges:
+        up, lost = min(gauges[catalog.SIDECAR_UP.name]), max(gauges[catalog.SIDECAR_LOST_PAGES.name])
+        rows.append(("sidecar", f"{'up' if up else 'away'}, does not know {lost:,.0f} pages"))
     if catalog.RESIDENT_LAYERS.name not in gauges:
-        return []
+        return rows
     resident = min(gauges[catalog.RESIDENT_LAYERS.name])
     layers = resident + max(gauges[catalog.OFFLOADED_LAYERS.name])
     pool, used = sum(gauges[catalog.HOST_POOL_BYTES.name]), max(gauges[catalog.HOST_POOL_USED.name])
     return [
+        *rows,
         ("resident layers", f"{resident:.0f} of {layers:.0f}"),
         ("hot buffer", f"{min(gauges[catalog.HOT_BUFFER_TOKENS.name]):,.0f} tokens"),
         ("host pool in use", f"{used:.1%} of {pool / 2**30:.2f} GiB"),

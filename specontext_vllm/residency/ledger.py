@@ -118,7 +118,7 @@ class Ledger:
 
         Args:
             released: requests that finished or were preempted; unknown names are ignored.
-            started: requests that enter the batch.
+            started: requests that enter the batch; one that is in it already starts anew (vLLM's sessions of streamed input).
             grown: running requests and the pages they got.
             decoding: requests that decode in this step, which need a hot buffer.
             hot_limit: most slots of a lane from now on, at most ``hot_pages``; None: as before.
@@ -136,6 +136,8 @@ class Ledger:
         touched: list[int] = []
         hits: list[int] = []
         for request in started:
+            if request.name in self.lanes:
+                self._release(request.name, changes)
             lane = self._free_lanes.pop()
             self.lanes[request.name], self._pages[request.name] = lane, list(request.pages)
             np.add.at(self.references, request.pages, 1)

@@ -111,6 +111,7 @@ class TieredKV:
         self._groups: list[_Group] = []
         self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
         self.steps = self.moved_layers = 0
+        self._resident_before = num_layers
         self._stats_base = 0, 0
         self._late = self.meter.counts if timed else None
         self._reported = self.meter.seen, 0
@@ -168,8 +169,8 @@ class TieredKV:
             self.hot.trim()
         if changes.lanes:
             self.hot.reset(self._upload(np.array(changes.lanes, np.int64)))
-        if changes.offloaded or changes.loads:
-            self.moved_layers += len(changes.offloaded) + len(changes.loads)
+        self.moved_layers += abs(self.ledger.resident - self._resident_before)
+        self._resident_before = self.ledger.resident
         self.resident.fill_(self.ledger.resident)
         if changes.offloaded:
             held = self.hot.contents()

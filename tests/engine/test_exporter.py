@@ -80,6 +80,29 @@ def test_a_worker_that_cannot_reach_the_folder_goes_on(make):
     assert not scrape()
 
 
+def test_a_sidecars_figures_are_published(make, device):
+    """The worker's end of one that has not been started: it is away, and all rows are read whole."""
+    from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+    from specontext_vllm.sidecar.remote import RemoteRetriever
+
+    exporter, scrape, _ = make()
+    checkpoint = dummy_checkpoint(
+        hidden_size=16, num_layers=12, num_heads=2, num_kv_heads=2, head_dim=8, rope_theta=1e4, max_position=4096, dtype=torch.float32, seed=0,
+    )  # fmt: skip
+    remote = RemoteRetriever(
+        SpeContextConfig(sidecar="ray"), checkpoint, lambda ids: ids, vocab_size=8, num_kv_heads=2, max_model_len=4096, max_rows=2, max_tokens=16,
+        dtype=torch.float32, device=device,
+    )  # fmt: skip
+    exporter._retriever, exporter._copy = remote, metrics.LateCopy(remote.counters.cells)
+    remote._figures |= {"sidecar_restarts": 3, "sidecar_dense_rows": 7, "sidecar_wait_seconds": 1.5}
+    exporter.step(idle=True)
+    found = {name: sample.value for name, sample in scrape().items() if "sidecar" in name}
+    assert found == {
+        catalog.SIDECAR_UP.name: 0, catalog.SIDECAR_RESTARTS.name: 3, catalog.SIDECAR_DENSE_ROWS.name: 7, catalog.SIDECAR_LOST_PAGES.name: 0,
+        catalog.SIDECAR_WAIT_SECONDS.name: 1.5,
+    }  # fmt: skip
+
+
 def test_a_stopwatch_times_one_lap_in_sixteen(device):
     watch = stopwatch.Stopwatch((1e-9, 1e3), device)
     for _ in range(2 * stopwatch.SAMPLED_STEPS + 1):

@@ -40,7 +40,9 @@ def complete(client, prompt, **options):
     return client.completions.create(model="demo", prompt=prompt, temperature=0, **{"max_tokens": 8, **options})
 
 
-@pytest.mark.parametrize("length", [1, soak.MAX_MODEL_LEN - 1], ids=["one-token", "longest"])
+@pytest.mark.parametrize(
+    "length", [1, soak.MAX_MODEL_LEN - 8, soak.MAX_MODEL_LEN - 1], ids=["one-token", "decodes-to-the-end", "longest"]
+)
 def test_prompts_of_extreme_lengths_are_answered(client, prompts, length):
     long = (prompts[0] * 8)[:length]
     assert complete(client, long, extra_body={"ignore_eos": True}).usage.completion_tokens == min(8, soak.MAX_MODEL_LEN - length)
@@ -48,8 +50,10 @@ def test_prompts_of_extreme_lengths_are_answered(client, prompts, length):
 
 def test_a_prompt_beyond_the_model_is_refused_and_harms_nobody(client, prompts):
     before = complete(client, prompts[0]).choices[0].text
-    with pytest.raises(BadRequestError, match=str(soak.MAX_MODEL_LEN)):
-        complete(client, (prompts[0] * 8)[: soak.MAX_MODEL_LEN + 1])
+    # With the longest context no token is left to make, which is vLLM's sentence then.
+    for length, sentence in ((soak.MAX_MODEL_LEN, "max_tokens must be at least 1"), (soak.MAX_MODEL_LEN + 1, str(soak.MAX_MODEL_LEN))):
+        with pytest.raises(BadRequestError, match=sentence):
+            complete(client, (prompts[0] * 8)[:length])
     assert complete(client, prompts[0]).choices[0].text == before
 
 

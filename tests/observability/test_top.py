@@ -26,7 +26,7 @@ def page(scale: int, engine: str = "0") -> str:
                 lines.append(f"{metric.name}_count{{{labels}}} {10 * scale}")
                 lines.append(f"{metric.name}_sum{{{labels}}} {5 * scale}")
             else:
-                value = {catalog.HITS: 90, catalog.MISSES: 10, catalog.RESIDENT_LAYERS: 4 - rank, catalog.OFFLOADED_LAYERS: 2 + rank}.get(metric, 20)
+                value = {catalog.HITS: 90, catalog.MISSES: 10, catalog.RESIDENT_LAYERS: 4 - rank, catalog.OFFLOADED_LAYERS: 2 + rank, catalog.SIDECAR_UP: rank}.get(metric, 20)
                 lines.append(f"{metric.name}{{{labels}}} {value * (scale if metric.kind == 'counter' else 1)}")
     return "\n".join(lines) + "\n"
 
@@ -51,6 +51,8 @@ def test_rates_come_from_two_readings_and_totals_from_the_last():
     assert row(text, "kept attention mass, mean") == ["50.0%", "50.0%"]
     assert row(text, "layers moved") == ["20.0/s", "120"]  # both ranks
     assert row(text, "resident layers")[0] == "3 of 6"
+    assert row(text, "sidecar")[0] == "away, does not know 20 pages"
+    assert row(text, "read whole for want of the sidecar") == ["200.0%", "200.0%"]  # 20 rows of each rank, of 20 in all
 
 
 def test_one_reading_has_no_rates():
@@ -66,9 +68,10 @@ def test_engines_have_tables_of_their_own_and_other_metrics_are_left_out():
 
 
 def test_a_metric_that_is_absent_has_no_row():
-    lines = [line for line in page(1).splitlines() if catalog.FALLBACK_ROWS.name not in line and catalog.RESIDENT_LAYERS.name not in line]
+    gone = (catalog.FALLBACK_ROWS.name, catalog.RESIDENT_LAYERS.name, "sidecar")
+    lines = [line for line in page(1).splitlines() if not any(name in line for name in gone)]
     text = text_of(parse("\n".join(lines) + "\n"), None, 0.0)
-    assert "fell back" not in text and "resident" not in text and "decode rows" in text
+    assert "fell back" not in text and "resident" not in text and "sidecar" not in text and "decode rows" in text
 
 
 def test_counters_that_fell_have_begun_anew():

@@ -191,3 +191,15 @@ def test_without_prefix_caching_released_pages_lose_their_frames():
     books.begin_step([], [StartedRequest("a", [1, 2, 3], 0)], [], ["a"])
     books.begin_step(["a"], [], [], [])
     assert books.free_frames == 96 and not books.lanes
+
+
+def test_a_name_that_starts_again_lets_go_of_what_it_held():
+    """vLLM's sessions of streamed input: the same request enters the batch with more pages."""
+    books = ledger()
+    books.begin_step([], [StartedRequest("a", [1, 2, 3], 0)], [], ["a"])
+    changes = books.begin_step([], [StartedRequest("a", [1, 2, 3, 4], 3)], [], [])
+    assert books.audit() == {"requests": 1, "pages": 4, "frames": 16, "free_frames": 80}
+    assert not changes.loads, "its frames hold what they held"
+    assert books.lanes["a"] in changes.lanes
+    books.begin_step(["a"], [], [], [])
+    assert books.audit()["requests"] == 0
