@@ -55,6 +55,10 @@ def read_model(path: Path) -> Model:
     except (ValueError, KeyError, AttributeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--model: {folder}/config.json is not that of a causal language model that transformers knows: {reason}") from None
+    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    for found, what in ((sliding, "sliding windows"), (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)")):
+        if found:
+            raise ConfigError(f"--model: {folder}/config.json is of a model with {what}, which specontext refuses to serve; plan for another one.")
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
     # fc over three hidden states, q and k over two; the cache: its own keys, and one fused aux state a page.
     head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + kv_heads)

@@ -95,3 +95,12 @@ def test_a_folder_without_a_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
     result = run("--model", tmp_path, "--gpu-gib", 80)
     assert result.exit_code == 2 and "not that of a causal language model" in result.output, result.output
+
+
+def test_models_that_the_engine_refuses_are_not_planned(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("--model", tmp_path, "--gpu-gib", 80)
+    assert result.exit_code == 2 and "sliding windows" in result.output, result.output
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
+    assert run("--model", tmp_path, "--gpu-gib", 80, "--out", tmp_path / "plan.png").exit_code == 0

@@ -116,7 +116,7 @@ class MemoryModel:
         )  # fmt: skip
 
     def plan(self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None) -> TierPlan:
-        """The plan with the most logical pages, and the largest hot buffers that leave 80 % of them.
+        """The plan with the most logical pages, and the largest hot buffers that leave 80 % of them, and with a host pool 2 % more than without.
 
         Args:
             gpu_bytes, host_bytes: room for KV, the head's caches and tables; for the host pool.
@@ -134,11 +134,11 @@ class MemoryModel:
                 f"{gpu_bytes / 2**30:.2f} GiB of GPU memory and {host_bytes / 2**30:.2f} GiB of host memory hold not one page; "
                 f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len ({self.max_pages * PAGE_SIZE})."
             )
-        plan = self._with_spare_frames(next(best[width] for width in widths if best[width].num_pages >= HOT_SHARE * most), gpu_bytes)
         alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
-        if host_bytes and plan.num_pages < LEAST_GAIN * alone:
+        least = max(HOT_SHARE * most, LEAST_GAIN * alone if host_bytes else 0)
+        if most < least:
             raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
-        return plan
+        return self._with_spare_frames(next(best[width] for width in widths if best[width].num_pages >= least), gpu_bytes)
 
     def _with_spare_frames(self, plan: TierPlan, gpu_bytes: int) -> TierPlan:
         """What the worst case leaves of the GPU memory becomes frames too: lighter loads then keep more layers resident."""
@@ -179,14 +179,18 @@ class MemoryModel:
         )
 
     def _no_gain(self, gpu_bytes: int, host_bytes: int, alone: int, width: int) -> str:
-        pays = 0
-        for lanes in sorted({2**i for i in range(11)} | {3 * 2**i for i in range(9)}):
+        # More hot buffers never leave more pages.
+        pays, fails = 0, self.max_num_seqs
+        while fails - pays > 1:
+            lanes = (pays + fails) // 2
             model = MemoryModel(
                 self.shape, budget_pages=self.budget_pages, table_pages=self.table_pages, max_num_seqs=lanes,
                 max_model_len=self.max_pages * PAGE_SIZE,
             )  # fmt: skip
-            if lanes < self.max_num_seqs and model._largest(gpu_bytes, host_bytes, width).num_pages >= LEAST_GAIN * alone:
+            if model._largest(gpu_bytes, host_bytes, width).num_pages >= LEAST_GAIN * alone:
                 pays = lanes
+            else:
+                fails = lanes
         hot = self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes / 2**30
         remedy = f"--max-num-seqs {pays} is the largest that pays" if pays else "none smaller pays either"
         return (
