@@ -1,0 +1,254 @@
+"""Whole steps of tiered KV under random schedules: every token that a layer reads is the one that was written there, whatever moved meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+import pytest
+import torch
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.residency.ledger import StartedRequest
+from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.residency.tiers import TieredKV
+
+LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 3, 2, 2, 2, 14, 3, 3, 4, 8
+STAGING = LONGEST
+FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * min(PAGES, LANES * HOT) + 2 * STAGING
+STEP_TOKENS = 40
+
+
+@dataclass
+class Request:
+    """``tokens``: what makes each token's KV, prompt first; ``computed`` of them have been written; ``answer`` more are wanted."""
+
+    name: str
+    tokens: list[int]
+    answer: int
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class Schedule:
+    """vLLM's scheduler in small: chunks of any size, one token included, prefix hits on computed pages, preemptions, pages taken from the least recently freed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = Random(seed)
+        plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
+        device = torch.device("cpu")
+        self.tiers = TieredKV(
+            plan, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32, max_requests=LANES, max_rows=LANES, table_pages=BUDGET,
+            max_pages=LONGEST, keep_unreferenced=True, timed=False, device=device,
+        )  # fmt: skip
+        self.tiers.arena.fill_(float("nan"))
+        self.tiers.host.fill_(float("nan"))
+        self.tiers._policy.choose = lambda ledger: self.random.choice((BUDGET, HOT))
+        self.pages = torch.zeros(LANES * HEADS, BUDGET, dtype=torch.int32)
+        self.lengths = torch.zeros(LANES * HEADS, dtype=torch.int32)
+        self.tiers.bind(self.pages, self.lengths)
+        self.free = list(range(PAGES))
+        self.held: dict[int, list[int]] = {}
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.made = self.token = 0
+        self.seen = {"offloaded": 0, "hits": 0, "preempted": 0, "chunks of one": 0, "staged": 0, "decoded": 0}
+
+    # -- the scheduler ----------------------------------------------------------------------------------------------
+
+    def new_tokens(self, count: int) -> list[int]:
+        self.token += count
+        return list(range(self.token - count, self.token))
+
+    def arrive(self) -> None:
+        """A request whose prompt may begin like that of another one."""
+        count = self.random.randint(1, (LONGEST - 1) * PAGE_SIZE)
+        others = [r for r in self.running if r.computed >= PAGE_SIZE]
+        begin: list[int] = []
+        if others and self.random.random() < 0.5:
+            other = self.random.choice(others)
+            begin = other.tokens[: self.random.randint(1, other.computed // PAGE_SIZE) * PAGE_SIZE][: count - 1]
+        self.waiting.append(Request(f"r{self.made}", begin + self.new_tokens(count - len(begin)), self.random.randint(1, PAGE_SIZE)))
+        self.made += 1
+
+    def hit(self, request: Request) -> list[int]:
+        """Pages that hold the request's first tokens; never all of them."""
+        found = []
+        for first in range(0, len(request.tokens) - 1, PAGE_SIZE):
+            wanted = request.tokens[first : first + PAGE_SIZE]
+            page = next((page for page, tokens in self.held.items() if tokens == wanted), None)
+            if page is None or first + PAGE_SIZE >= len(request.tokens):
+                break
+            found.append(page)
+        return found
+
+    def take(self, count: int) -> list[int] | None:
+        if count > len(self.free):
+            return None
+        taken, self.free = self.free[:count], self.free[count:]
+        for page in taken:
+            self.held.pop(page, None)
+        return taken
+
+    def let_go(self, request: Request) -> None:
+        others = {page for other in self.running if other is not request for page in other.pages}
+        self.free += [page for page in request.pages if page not in others]
+        request.pages, request.computed = [], 0
+
+    def step(self) -> None:
+        """Schedule one step and run it."""
+        released, started, grown = [], [], []
+        room, chunks, preempted = STEP_TOKENS, {}, self.seen["preempted"]
+        for request in [r for r in self.running if len(r.tokens) == r.computed and not r.answer]:
+            self.running.remove(request)
+            self.let_go(request)
+            released.append(request.name)
+        for request in list(self.running):
+            if request not in self.running or not room:
+                continue
+            if request.computed == len(request.tokens):
+                request.tokens += self.new_tokens(1)
+                request.answer -= 1
+            left = len(request.tokens) - request.computed
+            chunk = min(room, self.random.choice((1, 2, 7, 16, left, left)), left)
+            need = pages_for(request.computed + chunk) - len(request.pages)
+            while (taken := self.take(need)) is None:
+                victim = next((r for r in reversed(self.running) if r is not request and r.name not in chunks), None)
+                if victim is None:
+                    break
+                self.running.remove(victim)
+                self.let_go(victim)
+                released.append(victim.name)
+                self.waiting.insert(0, victim)
+                self.seen["preempted"] += 1
+            if taken is None:
+                continue
+            request.pages += taken
+            if taken:
+                grown.append((request.name, taken))
+            chunks[request.name] = (request, chunk)
+            room -= chunk
+        while self.waiting and room and len(self.running) < LANES and self.seen["preempted"] == preempted:
+            request = self.waiting[0]
+            hit = self.hit(request)
+            chunk = min(room, len(request.tokens) - len(hit) * PAGE_SIZE, self.random.choice((1, 3, 16, 999)))
+            self.free = [page for page in self.free if page not in hit]
+            taken = self.take(pages_for(len(hit) * PAGE_SIZE + chunk) - len(hit))
+            if taken is None:
+                others = {page for other in self.running for page in other.pages}
+                self.free += [page for page in hit if page not in others]
+                break
+            self.waiting.pop(0)
+            request.pages, request.computed = hit + taken, len(hit) * PAGE_SIZE
+            self.running.append(request)
+            started.append(StartedRequest(request.name, list(request.pages), len(hit)))
+            self.seen["hits"] += len(hit)
+            chunks[request.name] = (request, chunk)
+            room -= chunk
+        self.run(released, started, grown, [chunks[name] for name in chunks])
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def kv(tokens: list[int], layer: int) -> torch.Tensor:
+        """``[N, H, D]``: of a token, a layer and a head."""
+        base = torch.tensor(tokens, dtype=torch.float32)[:, None, None] + 0.25 * layer
+        return (base + 0.0625 * torch.arange(HEADS)[None, :, None]).expand(-1, -1, DIM).contiguous()
+
+    def expect(self, found: torch.Tensor, request: Request, first: int, last: int, layer: int, head: int) -> None:
+        """``found [N, 2 * D]`` is the KV of the request's tokens from ``first`` to ``last``."""
+        wanted = self.kv(request.tokens[first:last], layer)[:, head, :1].expand(-1, 2 * DIM)
+        assert torch.equal(found, wanted), (request.name, first, last, layer, head, found[:, 0].tolist(), wanted[:, 0].tolist())
+
+    def run(self, released, started, grown, chunks) -> None:
+        tiers = self.tiers
+        chunks.sort(key=lambda entry: entry[1] != 1)
+        decodes = [request for request, chunk in chunks if chunk == 1]
+        self.seen["chunks of one"] += sum(request.computed + 1 < len(request.tokens) for request in decodes)
+        self.seen["decoded"] += len(decodes)
+        tiers.begin_step(released, started, grown, [r.name for r in decodes], [r.name for r, chunk in chunks if chunk > 1])
+        self.seen["offloaded"] += tiers.ledger.resident < LAYERS
+        if not chunks:
+            return
+        rows = len(chunks)
+        table = torch.zeros(rows, LONGEST, dtype=torch.int32)
+        for row, (request, _) in enumerate(chunks):
+            table[row, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32)
+        ends = [request.computed + chunk for request, chunk in chunks]
+        positions = [position for (request, chunk), end in zip(chunks, ends) for position in range(request.computed, end)]
+        owners = [request for request, chunk in chunks for _ in range(chunk)]
+        slots = torch.tensor([r.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for r, p in zip(owners, positions)])
+        tiers.place_rows([r.name for r in decodes], len(decodes))
+        selected = self.select(decodes)
+        tiers.resolve(self.pages, self.lengths, torch.tensor(ends, dtype=torch.int32), table, len(decodes))
+        tokens = len(decodes)
+        prefills = chunks[tokens:]
+        tiers.begin_prefill(table[tokens:], torch.tensor(positions[tokens:]), ends[tokens:], [chunk for _, chunk in prefills])
+        for layer in range(LAYERS):
+            new = self.kv([r.tokens[p] for r, p in zip(owners, positions)], layer)
+            tiers.write(layer, new, new, slots, tokens)
+            self.read_decodes(layer, decodes, selected)
+            self.read_prefills(layer, prefills, table[tokens:], new[tokens:])
+        for request, chunk in chunks:
+            request.computed += chunk
+            for index in range(request.computed // PAGE_SIZE):
+                self.held[request.pages[index]] = request.tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+
+    def select(self, decodes: list[Request]) -> list[list[int]]:
+        """The first, the last and some pages in between, for each row and head; fills the page table."""
+        chosen = []
+        for sequence in range(len(decodes) * HEADS):
+            length = decodes[sequence // HEADS].computed + 1
+            count = pages_for(length)
+            middle = self.random.sample(range(1, count - 1), min(BUDGET - 2, max(0, count - 2)))
+            pages = sorted({0, count - 1, *middle})
+            self.pages[sequence, : len(pages)] = torch.tensor(pages, dtype=torch.int32) * HEADS + sequence % HEADS
+            self.lengths[sequence] = (len(pages) - 1) * PAGE_SIZE + (length - 1) % PAGE_SIZE + 1
+            chosen.append(pages)
+        return chosen
+
+    def read_decodes(self, layer: int, decodes: list[Request], selected: list[list[int]]) -> None:
+        head_pages = self.tiers.arena.view(-1, PAGE_SIZE, 2 * DIM)
+        for sequence, pages in enumerate(selected):
+            request, head = decodes[sequence // HEADS], sequence % HEADS
+            for column, page in enumerate(pages):
+                first, last = page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, request.computed + 1)
+                found = head_pages[self.tiers.tables[layer, sequence, column].long(), : last - first]
+                self.expect(found, request, first, last, layer, head)
+
+    def read_prefills(self, layer: int, prefills, table: torch.Tensor, new: torch.Tensor) -> None:
+        tiers = self.tiers
+        if not prefills:
+            return
+        if not tiers.attends_staged(layer):
+            self.read_rows(layer, prefills, tiers.frames[layer][table.long()])
+            return
+        self.seen["staged"] += 1
+        for stage in tiers.stages(layer):
+            kv = torch.cat([new[stage.tokens]] * 2, -1)
+            tiers.arena[stage.slots // PAGE_SIZE, :, stage.slots % PAGE_SIZE] = kv
+            self.read_rows(layer, prefills[stage.rows], stage.block_table)
+
+    def read_rows(self, layer: int, rows, table: torch.Tensor) -> None:
+        for row, (request, chunk) in enumerate(rows):
+            end = request.computed + chunk
+            for head in range(HEADS):
+                frames = table[row, : pages_for(end)].long()
+                found = self.tiers.arena[frames, head].reshape(-1, 2 * DIM)[:end]
+                self.expect(found, request, 0, end, layer, head)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    monkeypatch.setattr(TieredKV, "poison", True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_token_that_is_read_is_the_one_that_was_written(seed):
+    schedule = Schedule(seed)
+    for _ in range(170):
+        if len(schedule.waiting) < 2 and schedule.random.random() < 0.7:
+            schedule.arrive()
+        schedule.step()
+        assert schedule.tiers.ledger.audit()["requests"] == len(schedule.running)
+    assert all(count > 0 for count in schedule.seen.values()), schedule.seen
