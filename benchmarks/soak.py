@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
+import aiohttp
 import typer
 
 from benchmarks import report
@@ -189,10 +190,18 @@ def server_arguments(settings: dict[str, Any] | None, pages: int, max_num_seqs: 
     ]  # fmt: skip
 
 
+def client_session() -> aiohttp.ClientSession:
+    """A client of any number of connections, one a request; to be made in an event loop.
+
+    uvicorn closes a connection that is idle for five seconds. A client that a busy machine holds up for as long, between an answer and its next
+    request, would write into a connection that is gone, and a request that the server never saw would count as failed.
+    """
+    limits = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+    return aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+
 async def apply_load(server: Any, load: Load) -> Outcome:
     """Keep ``load.concurrency`` requests in flight until all are done."""
-    import aiohttp
-
     outcome, begin = Outcome(), time.monotonic()
     numbers = iter(range(load.requests)) if load.requests else iter(int, 1)
     ended = asyncio.Event()
@@ -212,8 +221,7 @@ async def apply_load(server: Any, load: Load) -> Outcome:
             outcome.memory.append((time.monotonic() - begin, outcome.done, server.resident_bytes()))
             await asyncio.wait([asyncio.create_task(ended.wait())], timeout=SAMPLE_SECONDS)
 
-    limits = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
-    async with aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with client_session() as session:
         watcher = asyncio.create_task(watch())
         await asyncio.gather(*(client(session, i) for i in range(load.concurrency)))
         ended.set()
@@ -224,8 +232,6 @@ async def apply_load(server: Any, load: Load) -> Outcome:
 
 async def ask(session: Any, url: str, load: Load, rng: Random, outcome: Outcome) -> None:
     """One request: its whole answer, a stream, or a stream that the client leaves before its end."""
-    import aiohttp
-
     index = rng.randrange(len(load.prompts))
     prompt = load.prompts[index]
     limit = ANSWER_TOKENS if rng.random() < 0.5 else rng.randint(1, ANSWER_TOKENS)
@@ -260,8 +266,6 @@ async def read_stream(response: Any, leave_after: int | None) -> list[int]:
     Raises:
         aiohttp.ClientPayloadError: the server ended the stream with an error.
     """
-    import aiohttp
-
     got: list[int] = []
     events = 0
     async for line in response.content:

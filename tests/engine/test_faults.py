@@ -66,11 +66,9 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
             return ["given up"] if "given up" in population else super().choices(population, *args, **kwargs)
 
     async def crowd() -> soak.Outcome:
-        import aiohttp
-
         outcome = soak.Outcome()
         load = soak.Load(prompts, [[]] * len(prompts), [[]] * len(prompts), CLIENTS, None, CLIENTS)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240)) as session:
+        async with soak.client_session() as session:
             await asyncio.gather(*(soak.ask(session, server.url, load, LeavesAlways(i), outcome) for i in range(CLIENTS)))
         return outcome
 

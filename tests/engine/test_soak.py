@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from typer import BadParameter
@@ -42,6 +44,28 @@ def test_a_full_server_answers_all_and_forgets_all(load, name):
         assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
         # Every answer that dense attention and few pages agree on is one that paging cannot have spoilt.
         assert outcome.counts["wrong"] < 0.2 * REQUESTS
+
+
+def test_no_connection_serves_two_requests():
+    """Else one that the server has closed in the meantime fails a request that it never saw."""
+    from aiohttp import web
+    from aiohttp.test_utils import TestServer
+
+    seen: list[int] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.transport.get_extra_info("peername")[1])
+        return web.json_response({"choices": [{"token_ids": [7]}]})
+
+    async def run() -> soak.Outcome:
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        async with TestServer(app) as server:
+            target = SimpleNamespace(url=str(server.make_url("/")).rstrip("/"), resident_bytes=lambda: 1)
+            return await soak.apply_load(target, soak.Load([[1]], [[7]], [[1.0]], 12, None, 2))
+
+    outcome = asyncio.run(run())
+    assert not outcome.failed and len(set(seen)) == len(seen) == 12
 
 
 def test_complaints_name_what_is_wrong():
