@@ -6,4 +6,7 @@ SELECTED, MISSED, RETURNED, FETCHED = range(4)
 AWAITED, LATE, LATE_NS = range(4, 7)
 """Layers whose prefetch a decode step waited for; those where it arrived after the layer was ready; nanoseconds of it."""
 
-COUNTERS = 7
+FILLED = 7
+"""Head pages copied into the hot buffers of layers that were offloaded, all layers together."""
+
+COUNTERS = 8

@@ -121,6 +121,7 @@ class Exporter:
         files.set(catalog.HITS, counted[tier.SELECTED] - counted[tier.MISSED])
         files.set(catalog.MISSES, counted[tier.MISSED])
         files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * self._tiers.head_page_bytes)
+        files.set(catalog.LOADED_BYTES, (counted[tier.FILLED] + self._tiers.loaded_head_pages) * self._tiers.head_page_bytes)
         files.set(catalog.LAYER_MOVES, self._tiers.moved_layers)
         if self._timed_copies:
             files.set(catalog.PREFETCHES, counted[tier.AWAITED])

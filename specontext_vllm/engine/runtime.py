@@ -248,20 +248,22 @@ class Runtime:
         self._exporter.step(idle=not scheduler_output.total_num_scheduled_tokens)
 
     def _follow(self, tiers: TieredKV, out: Any) -> None:
-        """Pages handed out, requests gone, rows that decode."""
+        """Pages handed out, requests gone, rows that decode, pages that are written."""
         cached = out.scheduled_cached_reqs
         released = [*out.finished_req_ids, *(out.preempted_req_ids or ())]
         started = [StartedRequest(r.req_id, list(r.block_ids[0]), r.num_computed_tokens // 16) for r in out.scheduled_new_reqs]
-        grown = []
+        grown, written = [], []
         for name, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             if name in cached.resumed_req_ids:
                 released.append(name)
                 started.append(StartedRequest(name, list(blocks[0]), computed // 16))
-            elif blocks is not None and blocks[0]:
+                continue
+            written.append((name, computed // 16))
+            if blocks is not None and blocks[0]:
                 grown.append((name, list(blocks[0])))
         decoding = [name for name, tokens in out.num_scheduled_tokens.items() if tokens == 1]
         prefilling = [name for name, tokens in out.num_scheduled_tokens.items() if tokens > 1]
-        tiers.begin_step(released, started, grown, decoding, prefilling)
+        tiers.begin_step(released, started, grown, decoding, prefilling, written)
         now = time.monotonic()
         if self.config.stats and now >= self._next_report:
             self._next_report = now + REPORT_SECONDS

@@ -76,6 +76,7 @@ LEARN_SECONDS = _histogram(
 HITS = _counter("hot_buffer_hits", "head pages", "Selected head pages that were in their request's hot buffer.")
 MISSES = _counter("hot_buffer_misses", "head pages", "Selected head pages that had to be fetched from the host pool.")
 FETCHED_BYTES = _counter("fetched_bytes", "bytes", "KV fetched from the host pool for decode rows, all layers.")
+LOADED_BYTES = _counter("loaded_bytes", "bytes", "KV copied from the host pool besides: for layers that moved, prefix hits and the history of prefill rows.")
 PREFETCHES = _counter("prefetches", "layers", "Layers of decode steps that waited for their misses, late or not.")
 LATE_PREFETCHES = _counter("late_prefetches", "layers", "Those whose misses arrived after the layer was ready for them.")
 LATE_SECONDS = _counter("late_prefetch_seconds", "seconds", "Time that layers stood waiting for late prefetches.")

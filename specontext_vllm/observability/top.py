@@ -181,6 +181,7 @@ _ROWS: dict[str, Cell] = {
     "learn, mean of sampled steps": _observed(catalog.LEARN_SECONDS, 1e3, ".2f", " ms"),
     "hot buffer hit rate": _share(catalog.HITS, catalog.HITS.name, catalog.MISSES.name),
     "fetched": _rate(catalog.FETCHED_BYTES, 1e-6, unit=" MB"),
+    "loaded besides": _rate(catalog.LOADED_BYTES, 1e-6, unit=" MB"),
     "late prefetches": _share(catalog.LATE_PREFETCHES, catalog.PREFETCHES.name),
     "late by, mean": _mean(catalog.LATE_SECONDS.name, catalog.LATE_PREFETCHES.name, 1e6, ".0f", " us"),
     "layers moved": _rate(catalog.LAYER_MOVES),

@@ -120,10 +120,19 @@ class HotBuffers:
         self.counts[FETCHED] += missed * (self.num_layers - int(self.resident))
 
     def contents(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything the slots hold, as ``(sources, targets, count)`` like the misses of a step."""
-        usable = torch.arange(self.num_slots, device=self.capacity.device) < self.capacity[:, None, None]
-        held = torch.nonzero((self.page_of >= 0) & usable)
-        lane, head, slot = held.unbind(1)
-        sources = self.source_of[lane, head, slot].contiguous()
-        targets = ((lane * self.num_slots + slot) * self.num_kv_heads + head).int()
-        return sources, targets, torch.tensor([len(held)], dtype=torch.int32, device=sources.device)
+        """Everything the slots hold, as ``(sources, targets, count)`` like the misses of a step; behind ``count`` entries mean nothing.
+
+        The lists are as long as the slots are many, so that the host need not wait to hear how many are in use.
+        """
+        lanes, heads, slots = self.page_of.shape
+        device = self.page_of.device
+        held = (self.page_of >= 0) & (torch.arange(slots, device=device) < self.capacity[:, None, None])
+        lane, head, slot = (torch.arange(n, dtype=torch.int32, device=device) for n in (lanes, heads, slots))
+        targets = (lane[:, None, None] * slots + slot) * heads + head[:, None]
+        # Those that are not held all go to one place behind the list.
+        place = torch.where(held, held.flatten().cumsum(0).view_as(held) - 1, held.numel()).flatten()
+        listed = (
+            torch.zeros(held.numel() + 1, dtype=torch.int32, device=device).scatter_(0, place, values.flatten())
+            for values in (self.source_of, targets)
+        )
+        return *listed, held.sum(dtype=torch.int32)[None]

@@ -13,6 +13,9 @@ SMOOTHING = 0.25
 LEAST_CUT = 0.8
 """Another size must cut the predicted transfers to this share of the present ones."""
 
+HIDDEN_SHARE = 0.05
+"""Share of late prefetches up to which the copies count as hidden behind the compute."""
+
 SETTLE_LOOKS = 8
 """Looks at the counters between two changes of the size."""
 
@@ -21,7 +24,8 @@ class HotSizePolicy:
     """Picks the size by the time law, step = max(compute, offloaded layers x misses / link).
 
     Compute and link do not depend on the size, so the size with the smaller product of offloaded layers and miss rate is never the
-    slower one. Larger buffers miss less but leave fewer frames, so that more layers are offloaded.
+    slower one. Larger buffers miss less but leave fewer frames, so that more layers are offloaded. While the copies hide behind the compute
+    no size is faster than another, and none is changed: that would move layers for nothing.
 
     Args:
         smallest: S of a buffer that holds one selection. largest: what the memory model allows.
@@ -30,11 +34,14 @@ class HotSizePolicy:
     def __init__(self, smallest: int, largest: int) -> None:
         self.smallest, self.largest = min(smallest, largest), largest
         self.size = largest
+        self.hidden = False
         self.rates = {largest: PRIOR_RATES[0], self.smallest: PRIOR_RATES[1]}
         self._looks = 0
 
-    def observe(self, missed: float, missed_by_smallest: float) -> None:
-        """Take in measured miss rates: at the present size, and what the smallest would have had (``meter.miss_rates``)."""
+    def observe(self, missed: float, missed_by_smallest: float, late_share: float | None) -> None:
+        """Take in what was measured at the present size: the miss rate, the one that the smallest would have had (``meter.miss_rates``), and the
+        share of prefetches that came late, None where they are not timed."""
+        self.hidden = late_share is not None and late_share <= HIDDEN_SHARE
         if self.smallest == self.largest:
             return
         if self.size == self.largest:
@@ -50,7 +57,7 @@ class HotSizePolicy:
         """The size to use from now on, for the load that the ledger has."""
         self._looks += 1
         other = self.smallest if self.size == self.largest else self.largest
-        if self._looks >= SETTLE_LOOKS and self._transfers(ledger, other) < LEAST_CUT * self._transfers(ledger, self.size):
+        if not self.hidden and self._looks >= SETTLE_LOOKS and self._transfers(ledger, other) < LEAST_CUT * self._transfers(ledger, self.size):
             self.size, self._looks = other, 0
         return self.size
 

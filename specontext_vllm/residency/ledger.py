@@ -45,7 +45,8 @@ class Changes:
         capacities: lane -> usable slots per KV head, where it changed.
         trimmed: whether a running lane lost slots.
         offloaded: layers whose hot buffers must be filled from the host pool.
-        loads: ``(layer, pages)``: pages to copy from the host pool into their frames.
+        loads: ``(layer, pages)``: pages to copy from the host pool into their frames, before the step reads them.
+        returning: ``(layer, pages)`` of a layer that is on its way back, to be copied while the step computes; None: none.
     """
 
     given_up: list[np.ndarray] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Changes:
     trimmed: bool = False
     offloaded: list[int] = field(default_factory=list)
     loads: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    returning: tuple[int, np.ndarray] | None = None
 
 
 class Ledger:
@@ -66,6 +68,9 @@ class Ledger:
     whose pages the host pool mirrors, may be offloaded; they go last first. Under pressure, frames of mirrored pages
     that no running request refers to go before a layer does.
 
+    A layer of many pages comes back over several steps: it gets its frames at once, stays offloaded while they are filled a share a step, and is
+    resident when the rest is small. What is written meanwhile goes to the host pool only, so such pages are copied (again) afterwards.
+
     Args:
         num_layers: L.
         num_pages: T, logical pages that the scheduler hands out.
@@ -74,14 +79,15 @@ class Ledger:
         hot_pages: S, most frames of one lane's hot buffer in one layer.
         max_requests: lanes.
         keep_unreferenced: whether pages without a request keep their content (prefix caching).
+        return_pages: most pages of a returning layer that are copied in one step.
     """
 
     def __init__(
         self, *, num_layers: int, num_pages: int, frames: np.ndarray, host_layers: int, hot_pages: int, max_requests: int,
-        keep_unreferenced: bool,
+        keep_unreferenced: bool, return_pages: int,
     ) -> None:  # fmt: skip
         self.num_layers, self.num_pages, self.host_layers, self.hot_pages = num_layers, num_pages, host_layers, hot_pages
-        self.keep_unreferenced = keep_unreferenced
+        self.keep_unreferenced, self.return_pages = keep_unreferenced, return_pages
         self.hot_limit = hot_pages
         self.num_frames = len(frames)
         self.frame_table = np.full((num_layers, num_pages), NO_FRAME, np.int32)
@@ -95,6 +101,8 @@ class Ledger:
         self._free = np.array(frames[::-1], np.int32)
         self._num_free = self.num_frames
         self._steps_to_return = COOLDOWN_STEPS
+        self._stale: np.ndarray | None = None
+        """``[T]`` bool while layer ``resident`` is on its way back: pages whose frame there lacks what the host pool has."""
 
     @property
     def first_mirrored(self) -> int:
@@ -106,13 +114,18 @@ class Ledger:
         return self._num_free
 
     @property
+    def framed(self) -> int:
+        """Layers whose pages have frames: the resident ones, and one that is on its way back."""
+        return self.resident + (self._stale is not None)
+
+    @property
     def used_share(self) -> float:
         """Share of the logical pages that requests in flight hold."""
         return float((self.references > 0).mean())
 
     def begin_step(
         self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]],
-        decoding: Iterable[str], hot_limit: int | None = None, prefilling: Iterable[str] = (),
+        decoding: Iterable[str], hot_limit: int | None = None, prefilling: Iterable[str] = (), written: Iterable[tuple[str, int]] = (),
     ) -> Changes:  # fmt: skip
         """Follow the scheduler through one step.
 
@@ -124,6 +137,8 @@ class Ledger:
             hot_limit: most slots of a lane from now on, at most ``hot_pages``; None: as before.
             prefilling: requests with several tokens in this step. A hot buffer that one of them has, from a chunk of one token before, is
                 forgotten: what is written now goes past it.
+            written: requests with tokens in this step that did not start in it, and their first page (counted from the request's start) that
+                gets some of them.
         Raises:
             RuntimeError: the frames do not suffice with every mirrored layer offloaded; the memory model excludes it.
         """
@@ -135,6 +150,7 @@ class Ledger:
             self._limit_hot(hot_limit, changes)
         touched: list[int] = []
         hits: list[int] = []
+        fresh: list[int] = []
         for request in started:
             if request.name in self.lanes:
                 self._release(request.name, changes)
@@ -144,6 +160,7 @@ class Ledger:
             changes.lanes.append(lane)
             touched += request.pages
             hits += request.pages[: request.computed]
+            fresh += request.pages[request.computed :]
         for name, pages in grown:
             self._pages[name] += pages
             np.add.at(self.references, pages, 1)
@@ -159,7 +176,12 @@ class Ledger:
         self._make_room(touched_pages, wanted, changes)
         self._give_frames(touched_pages, np.array(hits, np.int64), changes)
         self._grow_hot(wanted, changes)
-        self._maybe_return_layer(changes)
+        if self._stale is None:
+            self._maybe_return_layer(changes)
+        else:
+            for name, first in written:
+                fresh += self._pages[name][first:]
+            self._continue_return(np.array(fresh, np.int64), changes)
         return changes
 
     def audit(self) -> dict[str, int]:
@@ -221,13 +243,17 @@ class Ledger:
         growth = sum(most - int(self.capacity[lane]) for lane, most in wanted.items())
         reclaimed = False
         while True:
-            missing = int((self.frame_table[: self.resident, touched] < 0).sum())
+            missing = int((self.frame_table[: self.framed, touched] < 0).sum())
             if self._num_free >= missing + growth * (self.num_layers - self.resident):
                 return
             if not reclaimed:
                 unreferenced = np.flatnonzero(self.references == 0)
-                self._drop_frames(np.arange(self.first_mirrored, self.resident), unreferenced, changes)
+                self._drop_frames(np.arange(self.first_mirrored, self.framed), unreferenced, changes)
                 reclaimed = True
+            elif self._stale is not None:
+                self._stale = None
+                self._steps_to_return = COOLDOWN_STEPS
+                self._drop_frames(np.array([self.resident]), np.arange(self.num_pages), changes)
             elif self.resident > self.first_mirrored:
                 self._offload_last(changes)
             else:
@@ -256,27 +282,55 @@ class Ledger:
         mirrored = np.arange(self.first_mirrored, self.resident)
         idle = int((self.frame_table[np.ix_(mirrored, unreferenced)] >= 0).sum())
         room = self._num_free + int(self.capacity.sum()) - len(live) - RESERVE_SHARE * self.num_frames
+        slowly = len(live) > self.return_pages
+        if slowly:
+            # Its hot buffers stay until it is back.
+            room = min(room, self._num_free - len(live))
         if room + idle < 0:
             return
         if room < 0:
             self._drop_frames(mirrored, unreferenced, changes)
-        layer = self.resident
-        self._drop_hot(np.array([layer]), np.flatnonzero(self.capacity), changes)
+        if not slowly:
+            self._drop_hot(np.array([self.resident]), np.flatnonzero(self.capacity), changes)
+        self._set_frames(np.full(len(live), self.resident), live, changes)
+        self._stale = np.zeros(self.num_pages, bool)
+        self._stale[live] = True
+        if not slowly:
+            self._end_return(live, changes)
+
+    def _continue_return(self, fresh: np.ndarray, changes: Changes) -> None:
+        """One step of a layer's way back; ``fresh``: pages that the step writes."""
+        self._stale[fresh] = True
+        stale = np.flatnonzero(self._stale & (self.references > 0))
+        if len(stale) <= self.return_pages:
+            self._drop_hot(np.array([self.resident]), np.flatnonzero(self.capacity), changes)
+            # Not known to be whole; the host pool has them.
+            self._drop_frames(np.array([self.resident]), np.flatnonzero(self.references == 0), changes)
+            self._end_return(stale, changes)
+            return
+        # A step that writes nothing runs no layers to copy beside.
+        if len(fresh) and len(copied := np.setdiff1d(stale, fresh)[: self.return_pages]):
+            self._stale[copied] = False
+            changes.returning = self.resident, copied
+
+    def _end_return(self, missing: np.ndarray, changes: Changes) -> None:
+        if len(missing):
+            changes.loads.append((self.resident, missing))
+        self._stale = None
         self.resident += 1
         self._steps_to_return = RETURN_EVERY
-        self._set_frames(np.full(len(live), layer), live, changes)
-        if len(live):
-            changes.loads.append((layer, live))
 
     # -- entries ------------------------------------------------------------------------------------------------------
 
     def _give_frames(self, pages: np.ndarray, hits: np.ndarray, changes: Changes) -> None:
-        layers, columns = np.nonzero(self.frame_table[: self.resident, pages] < 0)
+        layers, columns = np.nonzero(self.frame_table[: self.framed, pages] < 0)
         if not len(layers):
             return
         missing = pages[columns]
         self._set_frames(layers, missing, changes)
-        is_hit = np.isin(missing, hits)
+        if self._stale is not None:
+            self._stale[missing[layers == self.resident]] = True
+        is_hit = np.isin(missing, hits) & (layers < self.resident)
         if (layers[is_hit] < self.first_mirrored).any():
             raise RuntimeError("specontext: a page of a prefix hit has no frame in a layer without a mirror; please report it.")
         for layer in np.unique(layers[is_hit]):

@@ -52,9 +52,14 @@ def ratios(counted: np.ndarray, head_page_bytes: int) -> dict[str, float]:
     return {
         "hit_rate": float(1 - counted[MISSED] / max(1, counted[SELECTED])),
         "fetched_bytes": int(counted[FETCHED]) * head_page_bytes,
-        "late_share": float(counted[LATE] / max(1, counted[AWAITED])),
+        "late_share": late_share(counted) or 0.0,
         "late_us": float(counted[LATE_NS] / max(1, counted[LATE]) / 1e3),
     }
+
+
+def late_share(counted: np.ndarray) -> float | None:
+    """Share of the layers' prefetches that came late; None where none was timed."""
+    return float(counted[LATE] / counted[AWAITED]) if counted[AWAITED] else None
 
 
 def miss_rates(counted: np.ndarray) -> tuple[float, float] | None:

@@ -15,12 +15,15 @@ from specontext_vllm.residency.hot_buffers import HotBuffers
 from specontext_vllm.residency.hot_size import HotSizePolicy
 from specontext_vllm.residency.ledger import Changes, Ledger, StartedRequest
 from specontext_vllm.residency.memory_model import TierPlan
-from specontext_vllm.residency.meter import Meter, miss_rates, ratios
+from specontext_vllm.residency.meter import Meter, late_share, miss_rates, ratios
 from specontext_vllm.residency.transfer import Copier, fetch, write
-from specontext_vllm.triton_kernels.counters import MISSED
+from specontext_vllm.triton_kernels.counters import FILLED, MISSED
 
 NULL_FRAME = 0
 """Frame that every unused table entry points at: captured graphs read it when they warm up, nothing else does."""
+
+RETURN_BYTES = 32 * 2**20
+"""Most KV of a returning layer that is copied in one step: 0.7 ms of a PCIe 5 link, beside a decode step of several."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class _Group:
     sources: Tensor
     targets: Tensor
     count: Tensor
+    head_pages: int
 
 
 class TieredKV:
@@ -90,6 +94,7 @@ class TieredKV:
         self.ledger = Ledger(
             num_layers=num_layers, num_pages=plan.num_pages, frames=np.arange(1 + 2 * staging, 1 + plan.frames),
             host_layers=plan.host_layers, hot_pages=plan.hot_pages, max_requests=max_requests, keep_unreferenced=keep_unreferenced,
+            return_pages=max(1, RETURN_BYTES // self.arena[0].nbytes),
         )  # fmt: skip
         self.resident = torch.full((1,), num_layers, dtype=torch.int32, device=device)
         self.meter = Meter(device)
@@ -110,9 +115,11 @@ class TieredKV:
         self._copier = Copier(device, num_layers)
         self._groups: list[_Group] = []
         self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
-        self.steps = self.moved_layers = 0
+        self._beside: list[Tensor] = []
+        self._returning: tuple[int, np.ndarray] | None = None
+        self.steps = self.moved_layers = self.loaded_head_pages = 0
         self._resident_before = num_layers
-        self._stats_base = 0, 0
+        self._stats_base = 0, 0, 0
         self._late = self.meter.counts if timed else None
         self._reported = self.meter.seen, 0
 
@@ -132,30 +139,32 @@ class TieredKV:
         # One row without a lane: nothing happens, but Triton compiles its kernels before a request waits for them.
         row = torch.zeros(1, self.hot.slot_of.shape[2], dtype=torch.int32, device=self.device)
         self.resolve(pages, lengths, row[0, :1], row, 1)
+        self._fetch_one(self.num_layers - 1, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[-1].view(-1))
         self.steps = 0
 
     # -- once a step ----------------------------------------------------------------------------------------------------
 
     def begin_step(
         self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]], decoding: Iterable[str],
-        prefilling: Iterable[str] = (),
+        prefilling: Iterable[str] = (), written: Iterable[tuple[str, int]] = (),
     ) -> None:  # fmt: skip
         """Follow the scheduler through one step; see ``Ledger.begin_step``."""
         if self.poison:
             started, grown = list(started), list(grown)
             fresh = [page for request in started for page in request.pages[request.computed :]] + [page for _, pages in grown for page in pages]
             self.host[:, fresh] = float("nan")
-        rates = None if (news := self.meter.poll()) is None else miss_rates(news)
+        news = self.meter.poll()
         size = None
-        if rates is not None:
-            self._policy.observe(*rates)
+        if news is not None and (rates := miss_rates(news)) is not None:
+            self._policy.observe(*rates, late_share(news))
             size = self._policy.choose(self.ledger)
-        self.follow(self.ledger.begin_step(released, started, grown, decoding, size, prefilling))
+        self.follow(self.ledger.begin_step(released, started, grown, decoding, size, prefilling, written))
 
     def follow(self, changes: Changes) -> None:
         """Bring the device up to the ledger: tables first, then fills and loads."""
         # Where no layer was offloaded nothing waited for the copies of the step before, which read these tables.
         self._copier.join()
+        self._beside.clear()
         if self.poison:
             for frames in changes.given_up:
                 self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
@@ -174,12 +183,16 @@ class TieredKV:
         self.resident.fill_(self.ledger.resident)
         if changes.offloaded:
             held = self.hot.contents()
-            for layer in changes.offloaded:
-                if layer >= self.ledger.resident:
+            self.meter.counts[FILLED] += held[2][0] * len(changes.offloaded)
+            # Behind these copies the step's misses queue, for which every decode row that reads the layer waits.
+            with self._copier.aside():
+                for layer in changes.offloaded:
                     self._fetch_one(layer, *held, self.hot_frames[layer].view(-1))
+            self._beside += held
         for layer, loaded in changes.loads:
             if layer < self.ledger.resident:
                 self._load(layer, loaded)
+        self._returning = changes.returning
 
     def place_rows(self, names: Sequence[str], table_rows: int) -> None:
         """Note which lane each row of the step has; the rows behind them are padding."""
@@ -198,13 +211,18 @@ class TieredKV:
             seq_lens, block_table: the step's, logical.
             table_rows: rows with a selection, padding included.
         """
-        if not table_rows:
+        if table_rows:
+            self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
+            self._start_copies()
+            self._write_tables(selection, lengths, block_table, table_rows)
+            self.steps += 1
+        else:
             self.hot.count.zero_()
-            return
-        self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
-        self._start_copies()
-        self._write_tables(selection, lengths, block_table, table_rows)
-        self.steps += 1
+        if self._returning is not None:
+            # Behind the misses, which are waited for in this step.
+            with self._copier.aside():
+                self._load(*self._returning)
+            self._returning = None
 
     def _write_tables(self, selection: Tensor, lengths: Tensor, block_table: Tensor, rows: int) -> None:
         heads = self.num_kv_heads
@@ -278,6 +296,7 @@ class TieredKV:
             sources=(blocks[:, None] * heads + head).flatten(),
             targets=(places[:, None] * heads + head).flatten(),
             count=self._upload(np.array([len(page) * heads], np.int32)),
+            head_pages=len(page) * heads,
         )
 
     # -- once a layer ---------------------------------------------------------------------------------------------------
@@ -320,6 +339,7 @@ class TieredKV:
         if not groups or use >= (self.num_layers - self.ledger.resident) * len(groups):
             return
         layer, group = self.ledger.resident + use // len(groups), groups[use % len(groups)]
+        self.loaded_head_pages += group.head_pages
         with self._copier.staging(use):
             self._fetch_one(layer, group.sources, group.targets, group.count, self._areas[use % 2])
 
@@ -350,6 +370,7 @@ class TieredKV:
     def _load(self, layer: int, pages: np.ndarray) -> None:
         heads = self.num_kv_heads
         ids = (pages[:, None] * heads + np.arange(heads)).astype(np.int32).ravel()
+        self.loaded_head_pages += len(ids)
         places = self._upload(ids)
         self._fetch_one(layer, places, places, self._upload(np.array([len(ids)], np.int32)), self.frames[layer])
 
@@ -371,18 +392,20 @@ class TieredKV:
     def stats(self, reset: bool = False) -> dict[str, int | float]:
         """Figures since the last reset; waits for the device.
 
-        ``hit_rate``: share of the selected head pages that were in their hot buffer; ``fetched_bytes``: over all steps;
+        ``hit_rate``: share of the selected head pages that were in their hot buffer; ``fetched_bytes``: over all steps; ``loaded_bytes``: what
+        was copied from the host pool besides, for layers that moved, prefix hits and the history of prefill rows;
         ``late_share``: of the layers' prefetches, those that arrived after their layer was ready, and ``late_us`` by how much in the mean;
         ``hot_tokens``: size of a hot buffer now; ``host_pool_used``: share of the logical pages that requests in flight hold.
         """
         counted = self.meter.read(reset)
-        steps, moved = self._stats_base
+        steps, moved, loaded = self._stats_base
         if reset:
-            self._stats_base = self.steps, self.moved_layers
+            self._stats_base = self.steps, self.moved_layers, self.loaded_head_pages
         return {
             "tier_steps": self.steps - steps,
             "missed_head_pages": int(counted[MISSED]),
             **ratios(counted, self.head_page_bytes),
+            "loaded_bytes": (int(counted[FILLED]) + self.loaded_head_pages - loaded) * self.head_page_bytes,
             "resident_layers": self.ledger.resident,
             "num_layers": self.num_layers,
             "layer_moves": self.moved_layers - moved,

@@ -101,14 +101,23 @@ class Copier:
         if self._cuda:
             torch.cuda.current_stream().wait_stream(self._stream)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is enqueued here runs on the side stream, behind all that is enqueued; ``join`` waits for it."""
+        if not self._cuda:
+            yield
+            return
+        self.fork()
+        with torch.cuda.stream(self._stream):
+            yield
+
     def start(self, copy: Callable[[Tensor | None], None]) -> None:
         """Copy the misses of all layers behind all that is enqueued; ``copy(done)`` must count in ``done`` what it has copied."""
         if not self._cuda:
             copy(None)
             return
         self._epoch.add_(1)
-        self.fork()
-        with torch.cuda.stream(self._stream):
+        with self.aside():
             copy(self._done)
 
     def wait(self, layer: int, resident: Tensor, counts: Tensor | None) -> None:

@@ -162,6 +162,7 @@ def test_every_api_server_shows_what_every_worker_counts(two_of_each):
         assert missed == worker["missed_head_pages"] > 0
         assert missed / (missed + grew(catalog.HITS)) == pytest.approx(1 - worker["hit_rate"])
         assert grew(catalog.FETCHED_BYTES) == worker["fetched_bytes"] > 0
+        assert grew(catalog.LOADED_BYTES) == worker["loaded_bytes"] > 0
         assert grew(catalog.LAYER_MOVES) == worker["layer_moves"]
         assert page.get(catalog.RESIDENT_LAYERS, rank) == worker["resident_layers"]
         assert page.get(catalog.OFFLOADED_LAYERS, rank) == worker["num_layers"] - worker["resident_layers"]

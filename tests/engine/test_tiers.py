@@ -6,7 +6,7 @@ import pytest
 
 from specontext_vllm.residency.tiers import TieredKV
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.test_exactness import scenarios
+from tests.engine.test_exactness import ids, sampling, scenarios
 
 PAGES = 111
 SETTINGS = {
@@ -22,16 +22,18 @@ def frames(worker) -> int | None:
     return None if tiers is None else tiers.plan.frames
 
 
+def after_pressure(llm, prompts) -> list[list[int]]:
+    """Tokens of one request alone for a hundred steps: layers come back."""
+    return ids(llm.generate([{"prompt_token_ids": prompts[3]}], sampling(max_tokens=100), use_tqdm=False))
+
+
 def run(prompts, **settings):
     with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **settings}}) as llm:
         out = scenarios(llm, prompts)
         out["frames"] = llm.collective_rpc(frames)[0]
         out["metrics"] = [(metric.name, getattr(metric, "value", None)) for metric in llm.get_metrics() if "specontext" in metric.name]
         out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
-        # A long idle phase of one short request: pressure has gone, layers come back.
-        from tests.engine.test_exactness import ids, sampling
-
-        out["after pressure"] = ids(llm.generate([{"prompt_token_ids": prompts[3]}], sampling(max_tokens=100), use_tqdm=False))
+        out["after pressure"] = after_pressure(llm, prompts)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
         return out
 
@@ -50,9 +52,18 @@ def two_tiers(prompts):
         TieredKV.poison = False
 
 
-def resize_every_second_look(worker) -> None:
-    """Make the hot buffers of a worker change their size whenever the policy is asked."""
+def unsettle(worker) -> None:
+    """Make the hot buffers of a worker change their size whenever the policy is asked, and let layers come back four pages a step."""
     tiers = worker.model_runner.runtime.tiers
+    tiers.ledger.return_pages = 4
+    worker.slow_steps = 0
+    follow = tiers.follow
+
+    def count(changes):
+        worker.slow_steps += changes.returning is not None
+        follow(changes)
+
+    tiers.follow = count
     assert tiers.plan.hot_pages > tiers.tables.shape[-1]
     policy = tiers._policy
 
@@ -69,17 +80,21 @@ def resizing(prompts):
     TieredKV.poison = True
     try:
         with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042}}) as llm:
-            llm.collective_rpc(resize_every_second_look)
+            llm.collective_rpc(unsettle)
             out = scenarios(llm, prompts)
+            out["after pressure"] = after_pressure(llm, prompts)
             out["resized"] = llm.collective_rpc(lambda worker: worker.resized)[0]
+            out["slow steps"] = llm.collective_rpc(lambda worker: worker.slow_steps)[0]
+            stats = llm.collective_rpc("specontext_stats")[0]
+            out["resident"], out["layers"] = stats["resident_layers"], stats["num_layers"]
             return out
     finally:
         TieredKV.poison = False
 
 
-@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "neighbour aborted"])
-def test_tokens_survive_hot_buffers_that_change_their_size(one_tier, resizing, scenario):
-    assert resizing["resized"] > 10
+@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "neighbour aborted", "after pressure"])
+def test_tokens_survive_hot_buffers_that_change_their_size_and_layers_that_come_back_slowly(one_tier, resizing, scenario):
+    assert resizing["resized"] > 10 and resizing["slow steps"] > 10 and resizing["resident"] == resizing["layers"]
     assert resizing[scenario] == one_tier[scenario]
 
 

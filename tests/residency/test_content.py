@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
@@ -13,7 +14,7 @@ from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 
-LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 3, 2, 2, 2, 14, 3, 3, 4, 8
+LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 4, 3, 2, 2, 14, 3, 3, 4, 8
 STAGING = LONGEST
 FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * min(PAGES, LANES * HOT) + 2 * STAGING
 STEP_TOKENS = 40
@@ -33,7 +34,7 @@ class Request:
 class Schedule:
     """vLLM's scheduler in small: chunks of any size, one token included, prefix hits on computed pages, preemptions, pages taken from the least recently freed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, slowly: bool) -> None:
         self.random = Random(seed)
         plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
         device = torch.device("cpu")
@@ -41,6 +42,8 @@ class Schedule:
             plan, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32, max_requests=LANES, max_rows=LANES, table_pages=BUDGET,
             max_pages=LONGEST, keep_unreferenced=True, timed=False, device=device,
         )  # fmt: skip
+        if slowly:
+            self.tiers.ledger.return_pages = 1 + seed % 2
         self.tiers.arena.fill_(float("nan"))
         self.tiers.host.fill_(float("nan"))
         self.tiers._policy.choose = lambda ledger: self.random.choice((BUDGET, HOT))
@@ -51,8 +54,9 @@ class Schedule:
         self.held: dict[int, list[int]] = {}
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.ended: list[Request] = []
         self.made = self.token = 0
-        self.seen = {"offloaded": 0, "hits": 0, "preempted": 0, "chunks of one": 0, "staged": 0, "decoded": 0}
+        self.seen = Counter({"offloaded": 0, "hits": 0, "preempted": 0, "chunks of one": 0, "staged": 0, "decoded": 0, "came back": 0, "came back slowly": 0})
 
     # -- the scheduler ----------------------------------------------------------------------------------------------
 
@@ -61,14 +65,14 @@ class Schedule:
         return list(range(self.token - count, self.token))
 
     def arrive(self) -> None:
-        """A request whose prompt may begin like that of another one."""
-        count = self.random.randint(1, (LONGEST - 1) * PAGE_SIZE)
-        others = [r for r in self.running if r.computed >= PAGE_SIZE]
+        """A request whose prompt may begin like that of another one, running or ended."""
+        count = self.random.randint(1, (LONGEST - 2) * PAGE_SIZE)
+        others = [r for r in self.running if r.computed >= PAGE_SIZE] + self.ended[-3:]
         begin: list[int] = []
         if others and self.random.random() < 0.5:
             other = self.random.choice(others)
-            begin = other.tokens[: self.random.randint(1, other.computed // PAGE_SIZE) * PAGE_SIZE][: count - 1]
-        self.waiting.append(Request(f"r{self.made}", begin + self.new_tokens(count - len(begin)), self.random.randint(1, PAGE_SIZE)))
+            begin = other.tokens[: self.random.randint(1, max(1, (other.computed or len(other.tokens)) // PAGE_SIZE)) * PAGE_SIZE][: count - 1]
+        self.waiting.append(Request(f"r{self.made}", begin + self.new_tokens(count - len(begin)), self.random.choice((1, 9, 30))))
         self.made += 1
 
     def hit(self, request: Request) -> list[int]:
@@ -102,6 +106,7 @@ class Schedule:
         for request in [r for r in self.running if len(r.tokens) == r.computed and not r.answer]:
             self.running.remove(request)
             self.let_go(request)
+            self.ended.append(request)
             released.append(request.name)
         for request in list(self.running):
             if request not in self.running or not room:
@@ -166,7 +171,12 @@ class Schedule:
         decodes = [request for request, chunk in chunks if chunk == 1]
         self.seen["chunks of one"] += sum(request.computed + 1 < len(request.tokens) for request in decodes)
         self.seen["decoded"] += len(decodes)
-        tiers.begin_step(released, started, grown, [r.name for r in decodes], [r.name for r, chunk in chunks if chunk > 1])
+        before, slowly = tiers.ledger.resident, tiers.ledger.framed > tiers.ledger.resident
+        new = {request.name for request in started}
+        written = [(r.name, r.computed // PAGE_SIZE) for r, _ in chunks if r.name not in new]
+        tiers.begin_step(released, started, grown, [r.name for r in decodes], [r.name for r, chunk in chunks if chunk > 1], written)
+        self.seen["came back"] += tiers.ledger.resident > before
+        self.seen["came back slowly"] += tiers.ledger.resident > before and slowly
         self.seen["offloaded"] += tiers.ledger.resident < LAYERS
         if not chunks:
             return
@@ -241,14 +251,21 @@ class Schedule:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     monkeypatch.setattr(TieredKV, "poison", True)
+    # Layers come and go more often than in service.
+    monkeypatch.setattr("specontext_vllm.residency.ledger.COOLDOWN_STEPS", 4)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_every_token_that_is_read_is_the_one_that_was_written(seed):
-    schedule = Schedule(seed)
-    for _ in range(170):
-        if len(schedule.waiting) < 2 and schedule.random.random() < 0.7:
-            schedule.arrive()
-        schedule.step()
-        assert schedule.tiers.ledger.audit()["requests"] == len(schedule.running)
-    assert all(count > 0 for count in schedule.seen.values()), schedule.seen
+@pytest.mark.parametrize("slowly", [False, True], ids=["layers return at once", "layers return a page or two a step"])
+def test_every_token_that_is_read_is_the_one_that_was_written(slowly):
+    seen: Counter[str] = Counter()
+    for seed in range(5):
+        schedule = Schedule(seed, slowly)
+        for step in range(170):
+            # Now and then nobody comes for a while, so that layers come back.
+            if step % 80 < 50 and len(schedule.waiting) < 2 and schedule.random.random() < 0.7:
+                schedule.arrive()
+            schedule.step()
+            assert schedule.tiers.ledger.audit()["requests"] == len(schedule.running)
+        seen.update(schedule.seen)
+    assert (seen.pop("came back slowly") > 0) == slowly
+    assert all(count > 0 for count in seen.values()), seen

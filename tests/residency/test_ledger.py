@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from specontext_vllm.residency.ledger import Ledger, StartedRequest
+from specontext_vllm.residency.ledger import COOLDOWN_STEPS, Ledger, StartedRequest
 
 LAYERS, MIRRORED, HOT, LANES, PAGES = 5, 3, 4, 4, 60
 FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * HOT * LANES
@@ -16,14 +16,17 @@ class Schedule(RuleBasedStateMachine):
     """A scheduler with prefix caching drives the ledger; a model of what every place holds follows its changes.
 
     ``content[place]`` is the (layer, page, version) whose KV a frame or a host place holds. A page gets a new version when it
-    is handed out anew.
+    is handed out anew, and when a token is added to it.
     """
+
+    return_pages = PAGES
+    """Layers come back at once; the schedule below differs."""
 
     def __init__(self):
         super().__init__()
         self.ledger = Ledger(
             num_layers=LAYERS, num_pages=PAGES, frames=np.arange(10, 10 + FRAMES), host_layers=MIRRORED, hot_pages=HOT,
-            max_requests=LANES, keep_unreferenced=True,
+            max_requests=LANES, keep_unreferenced=True, return_pages=self.return_pages,
         )  # fmt: skip
         self.version = np.zeros(PAGES, int)
         self.host = {}
@@ -36,23 +39,33 @@ class Schedule(RuleBasedStateMachine):
     def step(self, released=(), started=(), grown=(), decode_all=True, hot_limit=None):
         before = self.ledger.resident
         decoding = [name for name in self.ledger.lanes if name not in released] + [r.name for r in started] if decode_all else []
-        changes = self.ledger.begin_step(released, started, grown, decoding, hot_limit)
+        # Each decode row adds a token to its last page.
+        tails = {name: len(pages) - 1 for name, pages in self.running.items() if name in decoding}
+        tails |= {name: len(self.running[name]) - len(pages) for name, pages in grown}
+        written = [(name, first) for name, first in tails.items() if name not in [r.name for r in started]]
+        changes = self.ledger.begin_step(released, started, grown, decoding, hot_limit, written=written)
         for frames in changes.given_up:
             for frame in frames:
                 self.frame.pop(int(frame), None)
         for layer, pages in changes.loads:
             for page in pages:
                 self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.host.get((layer, page)))
+        fresh = {page for r in started for page in r.pages[r.computed :]} | {page for name, first in written for page in self.running[name][first:]}
+        if changes.returning is not None:
+            layer, pages = changes.returning
+            assert layer == self.ledger.resident < LAYERS and 0 < len(pages) <= self.return_pages
+            assert not fresh & set(pages.tolist()), "a page is copied while it is written"
+            for page in pages:
+                self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.host.get((layer, page)))
         assert all(before > layer >= self.ledger.resident for layer in changes.offloaded)
         # The forward pass writes every new page, and mirrors it.
-        for pages in [r.pages[r.computed :] for r in started] + [p for _, p in grown]:
-            for page in pages:
-                self.version[page] += 1
-                for layer in range(LAYERS):
-                    if layer >= LAYERS - MIRRORED:
-                        self.host[(layer, page)] = self.version[page]
-                    if layer < self.ledger.resident:
-                        self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.version[page])
+        for page in fresh:
+            self.version[page] += 1
+            for layer in range(LAYERS):
+                if layer >= LAYERS - MIRRORED:
+                    self.host[(layer, page)] = self.version[page]
+                if layer < self.ledger.resident:
+                    self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.version[page])
 
     @precondition(lambda self: len(self.running) < LANES and len(self.free) >= 1)
     @rule(count=st.integers(1, 20), reuse=st.booleans())
@@ -109,7 +122,7 @@ class Schedule(RuleBasedStateMachine):
     @invariant()
     def pages_are_where_the_tables_say(self):
         ledger = self.ledger
-        assert (ledger.frame_table[ledger.resident :] < 0).all()
+        assert (ledger.frame_table[ledger.framed :] < 0).all() and ledger.resident <= ledger.framed <= ledger.resident + 1
         assert (ledger.hot_table[: ledger.resident] < 0).all()
         for pages in self.running.values():
             for page in pages:
@@ -139,10 +152,21 @@ Schedule.TestCase.settings = settings(
 test_schedule = Schedule.TestCase
 
 
+class SlowSchedule(Schedule):
+    """Layers come back three pages a step."""
+
+    return_pages = 3
+
+
+SlowSchedule.TestCase.settings = Schedule.TestCase.settings
+test_schedule_with_slow_returns = SlowSchedule.TestCase
+
+
 def ledger(**changes):
     arguments = dict(
-        num_layers=4, num_pages=40, frames=np.arange(96), host_layers=3, hot_pages=4, max_requests=2, keep_unreferenced=True
-    )
+        num_layers=4, num_pages=40, frames=np.arange(96), host_layers=3, hot_pages=4, max_requests=2, keep_unreferenced=True,
+        return_pages=40,
+    )  # fmt: skip
     return Ledger(**{**arguments, **changes})
 
 
@@ -157,6 +181,68 @@ def test_offloads_last_layer_first_and_returns_it_when_pressure_falls():
         books.begin_step([], [], [], ["a"])
     # b's pages are unreferenced but cached, in the layer without a mirror they keep their frames.
     assert books.resident == 4 and (books.frame_table[0] >= 0).all()
+
+
+def returning():
+    """Books of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9) and "c" (10 to 19); pages 20 to 29 are cached."""
+    books = ledger(return_pages=3, num_pages=60, frames=np.arange(170), max_requests=3)
+    books.begin_step([], [StartedRequest("c", list(range(10, 20)), 0)], [], [])
+    books.begin_step([], [StartedRequest("b", list(range(20, 56)), 0)], [], [])
+    assert books.resident == 3
+    changes = books.begin_step(["b"], [StartedRequest("a", list(range(10)), 0)], [], [])
+    for _ in range(COOLDOWN_STEPS):
+        if books.framed == 4:
+            return books
+        changes = books.begin_step([], [], [], [])
+    raise AssertionError(f"no layer comes back: {changes}")
+
+
+def copied(books, steps, **arguments):
+    """Pages of layer 3 that the next steps copy, beside the layers and before the one in which it is resident again."""
+    beside, last = [], []
+    for _ in range(steps):
+        changes = books.begin_step([], [], [], [], **arguments)
+        beside += [] if changes.returning is None else changes.returning[1].tolist()
+        last += [page for layer, pages in changes.loads if layer == 3 for page in pages.tolist()]
+        arguments = {"written": [("a", 9)]}
+    return beside, last
+
+
+def test_a_large_layer_comes_back_a_share_a_step_and_what_is_written_meanwhile_once_more():
+    books = returning()
+    beside, last = copied(books, 8, written=[("a", 9)])
+    assert books.resident == books.framed == 4
+    assert sorted({*beside, *last}) == list(range(20)) and len(beside) >= 17 and len(last) <= 3
+    assert 9 in last and 9 not in beside, "the page that every step writes is copied when no step writes past its frame any more"
+
+
+def test_nothing_is_copied_in_a_step_that_runs_no_layer():
+    books = returning()
+    assert copied(books, 1) == ([], []) and books.framed == 4
+
+
+def test_pages_that_nobody_holds_when_a_layer_is_back_are_loaded_for_the_next_that_does():
+    books = returning()
+    books.begin_step(["c"], [], [], [], written=[("a", 9)])
+    copied(books, 8, written=[("a", 9)])
+    assert books.resident == 4
+    changes = books.begin_step([], [StartedRequest("d", [*range(10, 20), 58], 10)], [], [])
+    assert [pages.tolist() for layer, pages in changes.loads if layer == 3] == [list(range(10, 20))]
+
+
+def test_a_prefix_hit_on_a_layers_way_back_is_copied_with_it():
+    books = returning()
+    changes = books.begin_step([], [StartedRequest("d", [*range(20, 30), 58], 10)], [], [], written=[("a", 9)])
+    assert all(layer < 3 for layer, _ in changes.loads)
+    beside, last = copied(books, 16, written=[("a", 9)])
+    assert books.resident == 4 and {*range(20, 30)} <= {*beside, *last}
+
+
+def test_pressure_ends_a_layers_way_back():
+    books = returning()
+    changes = books.begin_step([], [StartedRequest("d", [*range(20, 56)], 0)], [], [])
+    assert books.framed == books.resident < 4 and changes.given_up
+    books.audit()
 
 
 def test_layers_to_offload_is_what_the_load_forces():
