@@ -68,6 +68,24 @@ def recommended_host_bytes(free: int, in_flight: int) -> int:
     return min(free - host_reserve(free), in_flight)
 
 
+def asked_host_bytes(gib: float, free: int, engines: int) -> int:
+    """The pool of a host_kv_gib in numbers on this machine, in bytes.
+
+    Args:
+        free: memory that may be taken now. The machine's other engines may have taken their shares already, or not yet: then the last one to
+            allocate is refused.
+        engines: data-parallel engines on this machine, which share the pool.
+    Raises:
+        ConfigError: this engine's share is not free.
+    """
+    if (share := gib * 2**30 / engines) > free:
+        raise ConfigError(
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {gib}, of which this engine takes {share / 2**30:.1f} GiB, but this machine has "
+            f"{free / 2**30:.1f} GiB of memory free; lower it."
+        )
+    return int(gib * 2**30)
+
+
 def workers_on_this_machine() -> int:
     """Tensor-parallel workers of this engine that share this machine's memory; all workers must call it together."""
     group = get_tp_group()
@@ -162,7 +180,8 @@ class Runtime:
         asked = self.config.host_kv_gib
         free = free_host_memory()
         # The setting is the machine's; the workers on it share it.
-        sharers = workers_on_this_machine() * self.vllm_config.additional_config[ENGINES_KEY]
+        engines = self.vllm_config.additional_config[ENGINES_KEY]
+        sharers = workers_on_this_machine() * engines
         if asked == "auto":
             host_bytes = recommended_host_bytes(free, sharers * model.in_flight_bytes)
             logger.info(
@@ -170,12 +189,7 @@ class Runtime:
                 "--max-num-seqs requests of --max-model-len tokens fill.", host_bytes / 2**30, free / 2**30, host_reserve(free) / 2**30,
             )  # fmt: skip
         else:
-            host_bytes = int(asked * 2**30)
-            if host_bytes > free:
-                raise ConfigError(
-                    f"additional_config.{CONFIG_KEY}.host_kv_gib: found {asked}, but this machine has {free / 2**30:.1f} GiB of "
-                    f"memory free; lower it."
-                )
+            host_bytes = asked_host_bytes(asked, free, engines)
         host_bytes //= sharers
         try:
             self.plan = model.plan(gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override)

@@ -6,7 +6,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
-from specontext_vllm.engine.runtime import Runtime, recommended_host_bytes
+from specontext_vllm.engine.runtime import Runtime, asked_host_bytes, recommended_host_bytes
 from specontext_vllm.retrieval.retriever import Retriever
 
 
@@ -64,3 +64,9 @@ def test_auto_leaves_a_reserve_and_takes_no_more_than_requests_can_fill():
     assert recommended_host_bytes(500 * gib, 80 * gib) == 80 * gib
     with pytest.raises(ConfigError, match=r"host_kv_gib: found 'auto', but this machine has 7\.0 GiB of memory free, all within the 8 GiB that auto leaves alone"):
         recommended_host_bytes(7 * gib, 80 * gib)
+
+
+def test_engines_on_one_machine_share_what_was_asked_for():
+    assert asked_host_bytes(40, 41 << 30, 1) == asked_host_bytes(40, 20 << 30, 2) == 40 << 30
+    with pytest.raises(ConfigError, match=r"host_kv_gib: found 40, of which this engine takes 20\.0 GiB, but this machine has 19\.0 GiB of memory free; lower it"):
+        asked_host_bytes(40, 19 << 30, 2)

@@ -13,7 +13,7 @@ HEAD = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 128}
 @pytest.mark.parametrize(
     ("shape", "settings", "sentence"),
     [
-        ({}, {"host_kv_gib": 1e6}, r"host_kv_gib: found 1000000.0, but this machine has [\d.]+ GiB of memory free; lower it"),
+        ({}, {"host_kv_gib": 1e6}, r"host_kv_gib: found 1000000.0, of which this engine takes 1000000.0 GiB, but this machine has [\d.]+ GiB of memory free; lower it"),
         ({"max_num_seqs": 256}, {"host_kv_gib": 0.1, "gpu_kv_gib": 0.05}, r"host_kv_gib: hot buffers for --max-num-seqs 256 may take .*--max-num-seqs \d+ is the largest"),
         ({"num_gpu_blocks_override": 40000}, {"host_kv_gib": 0.1, "gpu_kv_gib": 0.01}, r"host_kv_gib: --num-gpu-blocks-override 40000 pages need"),
     ],
