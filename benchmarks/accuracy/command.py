@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from benchmarks import report
-from benchmarks.accuracy import plots, summary
+from benchmarks.accuracy import plots, summary, wanted
 from benchmarks.accuracy.cells import DENSE, Cell, CellError, CellStore, Group, Setting
 from benchmarks.accuracy.engine import EngineSpec, run_engine
 from benchmarks.accuracy.longbench import LongBenchError, find_tasks, read_folder
@@ -101,6 +102,13 @@ def _find_head(model: Path, head: str | None, retrievers: str | None) -> tuple[s
     return head, names
 
 
+def _own_head(model: Path, head: str | None) -> list[str]:
+    """Words that a run with another head than the model's own has in its file names, so that it writes over no other; else none."""
+    if head is None or Path(head).resolve() == (model / "retrieval_head").resolve():
+        return []
+    return ["head", re.sub(r"[^\w.]+", "-", Path(head).resolve().name).strip("-.")]
+
+
 def _weights(folder: Path) -> dict[str, list[int]]:
     """Size and time of the weight files, by which another model in the same place is told."""
     return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
@@ -149,6 +157,8 @@ def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
         )
     if grid.head is None and "dlm" not in grid.retrievers:
         notes.append("dlm was left out: no retrieval head was given or found in the model's folder.")
+    if "dlm" in grid.retrievers:
+        notes.append(wanted.NOTE)
     if left_out:
         notes.append(f"LongBench files left out (not English or code): {', '.join(left_out)}.")
     return notes
@@ -194,16 +204,24 @@ class Run:
 
     def write(self) -> None:
         """Tables, CSV and pictures of what is there."""
-        lines = summary.all_figures(self.ordered(), self.grid.tasks)
-        self.result.rows, self.result.tables = summary.rows(lines), summary.tables(lines)
+        cells = self.ordered()
+        lines = summary.all_figures(cells, self.grid.tasks)
+        figures, tables = summary.rows(lines), summary.tables(lines)
+        compared = wanted.rows({cell: result["scores"] for cell, result in cells.items()}, self.grid.tasks)
+        if compared:
+            tables = {"What was wanted": wanted.COLUMNS, **tables}
+        self.result.rows, self.result.tables = compared + figures, tables
+        self.result.details |= {"scores": {cell.name: result["scores"] for cell, result in cells.items()}, "wanted": wanted.counts(compared)}
         path = self.result.write(self.out)
         summary.write_csv(path.with_suffix(".csv"), lines)
-        plots.draw(lines, self.result.rows, path.with_suffix(""), self.grid.model.resolve().name)
+        plots.draw(lines, figures, path.with_suffix(""), self.grid.model.resolve().name)
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = DEMO_MODEL,
-    head: Annotated[str | None, typer.Option(help="Retrieval head: folder or hub id. Default: the model's retrieval_head/.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Retrieval head: folder or hub id; its name joins the result's. Default: the model's retrieval_head/.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help=f"Some of {','.join(TASKS)}, or longbench/DATASET. Default: all.")] = None,
     retrievers: Annotated[
         str | None, typer.Option(help=f"Some of {','.join(get_args(Retriever))}; dense is always measured. Default: all.")
@@ -238,10 +256,11 @@ def main(
         groups = grid.groups(_writer(model))
         spec = _spec(grid, groups, dtype, on_gpu)
         machine = facts()
-        folder = work or WORK / f"accuracy-{model.resolve().name}-{device_slug(machine)}"
-        title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
+        name, own_head = model.resolve().name, _own_head(model, grid.head)
+        folder = work or WORK / f"{'-'.join(['accuracy', name, *own_head])}-{device_slug(machine)}"
+        title = f"{' '.join([name, *own_head])}: accuracy by retriever and budget, {prompts} prompts a cell"
         notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
-        case = "accuracy" if model.resolve() == DEMO_MODEL.resolve() else f"accuracy-{model.resolve().name}"
+        case = "-".join(["accuracy", *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *own_head])
         result = report.Report(case, title, {}, machine=machine, notes=notes)
         run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
