@@ -175,6 +175,7 @@ class Run:
     out: Path
 
     def __post_init__(self) -> None:
+        self.notes = list(self.result.notes)
         wanted = ((group, setting) for group in self.groups for setting in self.grid.settings(group.context))
         found = ((group.cell(setting), self.store.get(group.cell(setting), group.digest)) for group, setting in wanted)
         self.cells = {cell: result for cell, result in found if result is not None}
@@ -193,7 +194,8 @@ class Run:
         return out
 
     def add(self, group: Group, setting: Setting, result: dict[str, Any]) -> None:
-        """Keep a new cell."""
+        """Keep a new cell, and of which run it is."""
+        result = {**result, "run": self.result.run()}
         self.store.put(group.cell(setting), group.digest, result)
         self.cells[group.cell(setting)] = result
 
@@ -212,6 +214,11 @@ class Run:
             tables = {"What was wanted": wanted.COLUMNS, **tables}
         self.result.rows, self.result.tables = compared + figures, tables
         self.result.details |= {"scores": {cell.name: result["scores"] for cell, result in cells.items()}, "wanted": wanted.counts(compared)}
+        # Cells of before 2026-11-25 do not say of which run they are.
+        parts = ((result.get("run", {}), f"{cell.task} at {cell.context}") for cell, result in cells.items())
+        absent = sum(len(settings) for _, settings in self.missing())
+        left = [f"{absent} cells of this grid have not been measured; run the command again to measure them."] if absent else []
+        self.result.notes = [*self.notes, *report.run_notes(parts), *left]
         path = self.result.write(self.out)
         summary.write_csv(path.with_suffix(".csv"), lines)
         plots.draw(lines, figures, path.with_suffix(""), self.grid.model.resolve().name)
@@ -270,9 +277,6 @@ def main(
         if measure:
             _fill(run, spec, longbench, folder, engine_seconds)
     finally:
-        absent = sum(len(settings) for _, settings in run.missing())
-        if absent:
-            result.notes.append(f"{absent} cells of this grid have not been measured; run the command again to measure them.")
         run.write()
     result.show()
     typer.echo(f"written: {out}")

@@ -118,6 +118,20 @@ def test_table_csv_and_pictures(tmp_path):
     assert set(pictures) == {"budget.png", "pareto.png", "fallback.png"} and all(data.startswith(b"\x89PNG") for data in pictures.values())
 
 
+def test_cells_of_several_machines_are_told_apart(tmp_path):
+    first = make_run(tmp_path)
+    first.add(first.groups[0], Setting(DENSE), result([1.0] * 4))
+    second = make_run(tmp_path)
+    second.result.date, second.result.machine = "later", second.result.machine | {"cpu": "another CPU"}
+    for setting in second.missing()[0][1]:
+        second.add(second.groups[0], setting, result([1.0] * 4))
+    second.write()
+    second.write()  # notes are made anew
+    (note,) = [note for note in second.result.notes if note.startswith("Several runs")]
+    assert f"{first.result.machine['cpu']}, " in note and "another CPU" in note and note.count("single at 4096") == 2
+    assert [note for note in second.result.notes if "3 cells of this grid" in note]
+
+
 def test_no_figures_no_pictures(tmp_path):
     assert plots.draw([], [], tmp_path / "x", "demo") == [] and summary.rows([]) == []
 

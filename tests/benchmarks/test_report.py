@@ -44,6 +44,17 @@ def test_a_table_shows_the_rows_that_have_its_first_column(tmp_path):
     assert text.count("| a | 1.00 |") == 1 and text.count("| b |") == 1 and "2.00" not in text
 
 
+def test_parts_of_a_table_that_several_machines_made_are_told_apart():
+    monday, tuesday = (make_report().run() | {"date": date} for date in ("2026-01-05", "2026-01-06"))
+    assert report.run_notes([(monday, "stock"), (monday, "quest")]) == []
+    (note,) = report.run_notes([(tuesday, "quest"), (monday, "stock"), (monday, "specontext")])
+    assert "2026-01-05 (`python -m benchmarks decode`, commit unknown): stock, specontext; 2026-01-06 " in note and "H200" not in note
+    other = tuesday | {"machine": tuesday["machine"].replace("some CPU", "another CPU")}
+    (note,) = report.run_notes([(monday, "stock"), (other, "quest"), ({"date": "2025-12-31"}, "old")])
+    places = [note.index(word) for word in ("not recorded): old", "some CPU", "): stock", "another CPU", "): quest")]
+    assert places == sorted(places)
+
+
 def test_machines_without_a_gpu_share_a_name():
     assert device_slug({"gpus": []}) == "cpu"
     assert device_slug({"gpus": [{"name": "NVIDIA GeForce RTX 4060 Laptop GPU"}]}) == "rtx-4060-laptop-gpu"
