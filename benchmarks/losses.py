@@ -19,7 +19,7 @@ from specontext_vllm.distillation.command import COUNTED, DRAFT_VOCABULARY, Dist
 from specontext_vllm.distillation.data import Sequences, Synthetic, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, DraftShape, rows_at
 from specontext_vllm.distillation.losses import AttentionTarget
-from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, recall_of
+from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, Seen, recall_of
 from specontext_vllm.distillation.teacher import Lesson, Teacher, load_teacher, read_config, read_tokenizer
 from specontext_vllm.distillation.trainer import Distiller, Settings
 
@@ -264,7 +264,7 @@ def main(
     for name, variant in variants.items():
         draft = variant.run.draft
         with torch.no_grad():
-            recalls = {m: [recall_of(draft, s.lessons[m], s.at, BUDGETS) for s in sequences] for m in ("max", "mean")}
+            recalls = {m: [recall_of(draft, Seen.of(s.lessons[m], s.at), BUDGETS) for s in sequences] for m in ("max", "mean")}
         base = base or recalls
         row = {**make_row(name, recalls, base), "agreement": agreement(teacher, draft, sequences)}
         result.details["recall"][name] = {m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()}
