@@ -13,7 +13,7 @@ import typer
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.intervals import bootstrap, wilson
+from benchmarks.intervals import bootstrap, paired, wilson
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.distillation.command import COUNTED, DRAFT_VOCABULARY, DistillError, make_settings, most_frequent
 from specontext_vllm.distillation.data import Sequences, Synthetic, sample_positions
@@ -24,7 +24,7 @@ from specontext_vllm.distillation.teacher import Lesson, Teacher, load_teacher, 
 from specontext_vllm.distillation.trainer import Distiller, Settings
 
 BUDGETS = (128, 256)
-NEEDLES, FIRST_SEED, REPLY_TOKENS = 20, 9000, 14
+NEEDLES, FIRST_SEED, REPLY_TOKENS = 80, 9000, 14
 DRAFT_POSITIONS, ASKED = 128, 64
 BASE: dict[str, Any] = {"loss": "both", "over_layers": "max", "layers": "all", "align_weight": 1.0, "window": 96, "seed": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -54,6 +54,7 @@ TABLES = {
         report.Column(f"mean_{BUDGETS[0]}_difference", "difference, 95 %"),
         report.Column("agreement", "first choice drafted", ".3f"),
         report.Column("needle", f"needles at {BUDGETS[0]}", ".3f"), report.Column("needle_interval", "95 %"),
+        report.Column("needle_difference", "difference, 95 %"),
     ),
 }  # fmt: skip
 
@@ -272,6 +273,10 @@ def main(
             result.details["needles"][name] = scores = needles(decoding, draft, tokenizer, context)
             low, high = wilson(int(sum(scores)), len(scores))
             row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
+            first = next(iter(result.details["needles"].values()))
+            if scores is not first:
+                low, high = paired([a - b for a, b in zip(scores, first, strict=True)])
+                row["needle_difference"] = f"{low:+.2f} to {high:+.2f}"
         result.rows.append(row)
         print(f"{name}: {row}", flush=True)
     best = {f"{m}_{b}": sum(s[b].best for s in found) / len(found) for m, found in base.items() for b in BUDGETS}
@@ -284,7 +289,7 @@ def main(
         "whatever layers a head was aligned to; differences are paired with the first row by sequence, bootstrap. The second row shows "
         "what the initial weights alone change.",
         f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded with a budget of {BUDGETS[0]}; Wilson "
-        "intervals." if decoding is not None else "Needles: not decoded; that takes a Llama without RoPE scaling.",
+        "intervals, differences paired with the first row by question (Agresti and Min)." if decoding is not None else "Needles: not decoded; that takes a Llama without RoPE scaling.",
     ]  # fmt: skip
     result.write(out)
     result.show()
