@@ -8,8 +8,8 @@ keeps only rows with one of the values (in quotes where one holds a space); rows
     |---|---|---|
     <!-- /table -->
 
-A figure in a sentence: an expression over the result's `rows`, `details`, `machine` and `date` (attributes are keys; `row("24 x 32k")` is the
-row whose first value is that, `row("dlm 128", context=8192)` the one that has this value too, and `row(context=4096, budget=64,
+A figure in a sentence: an expression over the result's `rows`, `details`, `machine` and `date` (attributes are keys; `row("24 x 32k")` is
+the row whose first value is that, `row("dlm 128", context=8192)` the one that has this value too, and `row(context=4096, budget=64,
 threshold=0.3)` goes by keys alone; no other row may match; `above(LIST, NUMBER)` and `len(LIST)` count; + - * / and numbers), and a format:
 
     <!-- fig decode-h200 row("24 x 32k").ratio .2f -->4.26<!-- /fig --> times faster

@@ -36,9 +36,9 @@ def paired(differences: Sequence[float]) -> tuple[float, float]:
     """Mean of paired differences in -1..1: Agresti and Min (2005), Wald's interval after two more pairs are added, one without a difference
     and half a one each way. The whole range without observations.
 
-    For right or wrong it is theirs; for shares, the squares of the differences stand where the discordant pairs are counted. Student's t and
-    the bootstrap have no width where a dozen pairs are all equal, as most are here, and claim far too much: tests/benchmarks/test_report.py
-    counts how often each holds the truth.
+    For right or wrong it is theirs; for shares, the squares of the differences stand where the discordant pairs are counted. Student's t
+    and the bootstrap have no width where a dozen pairs are all equal, as most are here, and claim far too much:
+    tests/benchmarks/test_report.py counts how often each holds the truth.
     """
     if not differences:
         return -1.0, 1.0

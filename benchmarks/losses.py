@@ -225,7 +225,7 @@ def make_variants(
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder: the teacher. Its states and all variants' heads are held at once.")] = DEMO_MODEL,
+    model: Annotated[Path, typer.Option(help="Model folder: the teacher. The heads of all variants are held at once.")] = DEMO_MODEL,
     steps: Annotated[int, typer.Option(help="Steps of each variant.", min=1)] = 150,
     context: Annotated[int, typer.Option(help="Longest sequence, tokens; one is a step.", min=512)] = 768,
     held_out: Annotated[int, typer.Option(help="Sequences that recall is measured on.", min=2)] = 16,
@@ -289,7 +289,9 @@ def main(
         "whatever layers a head was aligned to; differences are paired with the first row by sequence, bootstrap. The second row shows "
         "what the initial weights alone change.",
         f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded with a budget of {BUDGETS[0]}; Wilson "
-        "intervals, differences paired with the first row by question (Agresti and Min)." if decoding is not None else "Needles: not decoded; that takes a Llama without RoPE scaling.",
+        "intervals, differences paired with the first row by question (Agresti and Min)."
+        if decoding is not None
+        else "Needles: not decoded; that takes a Llama without RoPE scaling.",
     ]  # fmt: skip
     result.write(out)
     result.show()

@@ -112,7 +112,8 @@ class Report:
 
     def run(self) -> dict[str, str | None]:
         """What ``run_notes`` tells of this run."""
-        return {"date": self.date, "command": self.command, "commit": self.machine["commit"], "machine": machine.describe_device(self.machine)}
+        where = machine.describe_device(self.machine)
+        return {"date": self.date, "command": self.command, "commit": self.machine["commit"], "machine": where}
 
     def show(self) -> None:
         """Print the tables, the notes and the failures."""

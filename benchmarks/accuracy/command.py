@@ -213,7 +213,8 @@ class Run:
         if compared:
             tables = {"What was wanted": wanted.COLUMNS, **tables}
         self.result.rows, self.result.tables = compared + figures, tables
-        self.result.details |= {"scores": {cell.name: result["scores"] for cell, result in cells.items()}, "wanted": wanted.counts(compared)}
+        scores = {cell.name: result["scores"] for cell, result in cells.items()}
+        self.result.details |= {"scores": scores, "wanted": wanted.counts(compared)}
         # Cells of before 2026-11-25 do not say of which run they are.
         parts = ((result.get("run", {}), f"{cell.task} at {cell.context}") for cell, result in cells.items())
         absent = sum(len(settings) for _, settings in self.missing())
@@ -227,7 +228,7 @@ class Run:
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = DEMO_MODEL,
     head: Annotated[
-        str | None, typer.Option(help="Retrieval head: folder or hub id; its name joins the result's. Default: the model's retrieval_head/.")
+        str | None, typer.Option(help="Retrieval head: folder or hub id; its name joins the result's. Default: the model's own.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help=f"Some of {','.join(TASKS)}, or longbench/DATASET. Default: all.")] = None,
     retrievers: Annotated[

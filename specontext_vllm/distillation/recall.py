@@ -105,8 +105,9 @@ def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int
 class HeldOut:
     """Held-out batches that recall is measured on, time and again; the teacher sees each once.
 
-    Kept in host memory: the embeddings and auxiliary states of every token, ``B * T * (1 + num_aux) * H`` in the teacher's dtype; all else is
-    small. That is 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB for the four sequences of a run; one batch at a time is on the device.
+    Kept in host memory: the embeddings and auxiliary states of every token, ``B * T * (1 + num_aux) * H`` in the teacher's dtype; all else
+    is small. That is 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB for the four sequences of a run; one batch at a time is on
+    the device.
 
     Args:
         batches: ``(ids [B, T], weights [B, T])``, read at the first measurement.
