@@ -41,7 +41,7 @@ def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_g
 
     from specontext_vllm.distillation.command import make_draft, make_settings
     from specontext_vllm.distillation.data import ANSWER, TEXT
-    from specontext_vllm.distillation.recall import held_out_recall
+    from specontext_vllm.distillation.recall import HeldOut
     from specontext_vllm.distillation.teacher import ATTENTION, Teacher, check_teacher, register_attention
     from specontext_vllm.distillation.trainer import Distiller
 
@@ -82,7 +82,7 @@ def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_g
     begin = time.perf_counter()
     losses += [run.step(*(t.to(device) for t in batch)) for batch in batches[1:]]
     seconds = (time.perf_counter() - begin) / steps
-    recall = held_out_recall(run.teacher, run.draft, batches[:1], settings.budget, settings.align_positions)
+    recall = HeldOut(run.teacher, batches[:1], settings.budget, settings.align_positions).recall(run.draft)
     row: dict[str, Any] = {
         "context": context, "loss": loss, "step_s": seconds, "tokens_per_s": context / seconds, "losses": losses, "recall": recall.found,
         "draft_parameters": sum(p.numel() for p in draft.parameters()), "parameters": sum(p.numel() for p in model.parameters()),

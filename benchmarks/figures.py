@@ -1,15 +1,16 @@
 """Case `figures`: every figure of README.md and docs/*.md that a result file has, filled in from that file.
 
 A table: the heading stays as it is written, the rows are made. Columns are `KEY` or `KEY:FORMAT`, of the result's `rows`; `KEY=VALUE|VALUE`
-keeps only rows with one of the values; rows without a value in the first column are left out:
+keeps only rows with one of the values (in quotes where one holds a space); rows without a value in the first column are left out:
 
     <!-- table decode-h200 cell stock:.2f ratio:.2f -->
     | requests x context | stock, ms | times faster |
     |---|---|---|
     <!-- /table -->
 
-A figure in a sentence: an expression over the result's `rows` and `details` (attributes are keys; `row("24 x 32k")` is the row that
-begins so; + - * / and numbers), and a format:
+A figure in a sentence: an expression over the result's `rows`, `details`, `machine` and `date` (attributes are keys; `row("24 x 32k")` is
+the row whose first value is that, `row("dlm 128", context=8192)` the one that has this value too, and `row(context=4096, budget=64,
+threshold=0.3)` goes by keys alone; no other row may match; `above(LIST, NUMBER)` and `len(LIST)` count; + - * / and numbers), and a format:
 
     <!-- fig decode-h200 row("24 x 32k").ratio .2f -->4.26<!-- /fig --> times faster
 
@@ -27,6 +28,7 @@ import hashlib
 import json
 import operator
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,23 +81,41 @@ def _value(node: ast.expr, result: dict[str, Any]) -> Any:
     match node:
         case ast.Constant(value=int() | float() | str() as value):
             return value
-        case ast.Name(id="rows" | "details" as name):
+        case ast.Name(id="rows" | "details" | "machine" | "date" as name):
             return result[name]
-        case ast.Call(func=ast.Name(id="row"), args=[ast.Constant(value=str() as label)], keywords=[]):
-            return next(row for row in result["rows"] if next(iter(row.values())) == label)
+        case ast.Call(func=ast.Name(id="row"), args=[] | [ast.Constant(value=str())], keywords=keys) if node.args or keys:
+            return _row([_value(label, result) for label in node.args], {key.arg: _value(key.value, result) for key in keys}, result)
+        case ast.Call(func=ast.Name(id="len"), args=[values], keywords=[]):
+            return len(_value(values, result))
+        case ast.Call(func=ast.Name(id="above"), args=[values, mark], keywords=[]):
+            return sum(value > _value(mark, result) for value in _value(values, result))
         case ast.Attribute(value=owner, attr=key):
             return _value(owner, result)[key]
         case ast.Subscript(value=owner, slice=key):
             return _value(owner, result)[_value(key, result)]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](_value(left, result), _value(right, result))
-    raise FigureError(f"{ast.unparse(node)}: only rows, details, row(...), keys, numbers and + - * / are understood.")
+    raise FigureError(f"{ast.unparse(node)}: only rows, details, machine, date, row(...), above(...), len(...), keys, numbers and + - * / are understood.")
+
+
+def _row(label: list[str], keys: dict[str | None, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The one row whose first value is the label, if there is one, and that has the keys' values."""
+    found = [row for row in result["rows"] if not label or next(iter(row.values())) == label[0]]
+    found = [row for row in found if all(key in row and row[key] == value for key, value in keys.items())]
+    if len(found) != 1:
+        asked = ", ".join([*map(repr, label), *(f"{key}={value!r}" for key, value in keys.items())])
+        raise FigureError(f"row({asked}): {len(found)} rows of the result match; name keys and values that only one has.")
+    return found[0]
 
 
 def make_table(columns: str, heading: list[str], result: dict[str, Any]) -> str:
     """The lines of a table: its heading, then one line per row of the result."""
-    filters = [key.split("=") for key in columns.split() if "=" in key]
-    parsed = [Column(key, "", style) for key, _, style in (column.partition(":") for column in columns.split() if "=" not in column)]
+    try:
+        words = shlex.split(columns)
+    except ValueError as error:
+        raise FigureError(f"{columns}: {error}; a value in quotes ends with one.") from None
+    filters = [word.split("=", 1) for word in words if "=" in word]
+    parsed = [Column(key, "", style) for key, _, style in (word.partition(":") for word in words if "=" not in word)]
     rows = [row for row in result["rows"] if row.get(parsed[0].key) is not None]
     for key, values in filters:
         rows = [row for row in rows if str(row.get(key)) in values.split("|")]

@@ -1,4 +1,4 @@
-"""Case `losses`: what a retrieval head should be trained on. Variants of the loss on the demo model, same batches, same steps."""
+"""Case `losses`: what a retrieval head should be trained on. Variants of the loss on one model, same batches, same steps."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ import typer
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.intervals import bootstrap, wilson
+from benchmarks.intervals import bootstrap, paired, wilson
 from benchmarks.shapes import DEMO_MODEL
+from specontext_vllm.distillation.command import COUNTED, DRAFT_VOCABULARY, DistillError, make_settings, most_frequent
 from specontext_vllm.distillation.data import Sequences, Synthetic, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, DraftShape, rows_at
 from specontext_vllm.distillation.losses import AttentionTarget
-from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, recall_of
+from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, Seen, recall_of
 from specontext_vllm.distillation.teacher import Lesson, Teacher, load_teacher, read_config, read_tokenizer
 from specontext_vllm.distillation.trainer import Distiller, Settings
 
 BUDGETS = (128, 256)
-NEEDLES, FIRST_SEED, REPLY_TOKENS = 20, 9000, 14
+NEEDLES, FIRST_SEED, REPLY_TOKENS = 80, 9000, 14
 DRAFT_POSITIONS, ASKED = 128, 64
-BASE: dict[str, Any] = {"loss": "both", "over_layers": "max", "align_weight": 1.0, "window": 96, "seed": 0}
+BASE: dict[str, Any] = {"loss": "both", "over_layers": "max", "layers": "all", "align_weight": 1.0, "window": 96, "seed": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "both, max, weight 1, window 96": {},
     "the same, other initial weights": {"seed": 1},
     "draft loss only": {"loss": "draft"},
     "alignment only": {"loss": "align"},
     "mean over layers": {"over_layers": "mean"},
+    "first half of the layers": {"layers": "first half"},
+    "last half of the layers": {"layers": "last half"},
+    "every second layer": {"layers": "every second"},
     "alignment weight 0.3": {"align_weight": 0.3},
     "alignment weight 3": {"align_weight": 3.0},
     "window 32": {"window": 32},
     "window 256": {"window": 256},
 }
-DECODED = tuple(name for name, changes in VARIANTS.items() if not changes or {"loss", "over_layers"} & set(changes))
+DECODED = tuple(name for name, changes in VARIANTS.items() if not changes or {"loss", "over_layers", "layers"} & set(changes))
 """Variants whose answers are decoded as well, which costs as much as their training."""
 
 TABLES = {
@@ -50,47 +54,76 @@ TABLES = {
         report.Column(f"mean_{BUDGETS[0]}_difference", "difference, 95 %"),
         report.Column("agreement", "first choice drafted", ".3f"),
         report.Column("needle", f"needles at {BUDGETS[0]}", ".3f"), report.Column("needle_interval", "95 %"),
+        report.Column("needle_difference", "difference, 95 %"),
     ),
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Target:
+    """An alignment target: newest tokens that it leaves out, "max" or "mean" over layers, and which layers."""
+
+    window: int
+    over_layers: str
+    layers: range
+
+    @classmethod
+    def of(cls, window: int, over_layers: str, layers: str, count: int) -> Target:
+        """Of a model of ``count`` layers."""
+        half = count // 2
+        ranges = {"all": range(count), "first half": range(half), "last half": range(half, count), "every second": range(1, count, 2)}
+        return cls(window, over_layers, ranges[layers])
+
+
 @dataclass
 class Collectors:
-    """Several ``AttentionTarget``s that watch one forward pass."""
+    """Several ``AttentionTarget``s that watch one forward pass, each its own layers."""
 
-    kinds: Sequence[tuple[int, str]]
-    each: dict[tuple[int, str], AttentionTarget] = field(init=False)
+    targets: Sequence[Target]
+    each: dict[Target, AttentionTarget] = field(init=False)
+    layer: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.each = {kind: AttentionTarget(*kind) for kind in self.kinds}
+        self.each = {target: AttentionTarget(target.window, target.over_layers) for target in self.targets}
 
     def watch(self, *arguments: Any) -> None:
-        for collector in self.each.values():
-            collector.watch(*arguments)
+        """The next layer's; see ``AttentionTarget.watch``."""
+        for target, collector in self.each.items():
+            if self.layer in target.layers:
+                collector.watch(*arguments)
+        self.layer += 1
 
     def result(self) -> tuple[Tensor, Tensor]:
         return next(iter(self.each.values())).result()
 
-    def lessons(self, lesson: Lesson) -> dict[tuple[int, str], Lesson]:
+    def lessons(self, lesson: Lesson) -> dict[Target, Lesson]:
         """The lesson with each one's target."""
-        results = {kind: collector.result() for kind, collector in self.each.items()}
-        return {kind: replace(lesson, target=target, mass=mass) for kind, (target, mass) in results.items()}
+        results = {target: collector.result() for target, collector in self.each.items()}
+        return {target: replace(lesson, target=found, mass=mass) for target, (found, mass) in results.items()}
 
 
-def train(runs: dict[str, Distiller], teacher: Teacher, data: Sequences, steps: int) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class Variant:
+    """A head in training and what it is aligned to."""
+
+    run: Distiller
+    target: Target
+
+
+def train(variants: dict[str, Variant], teacher: Teacher, data: Sequences, steps: int) -> dict[str, dict[str, float]]:
     """All variants in lockstep, so that the teacher runs once a batch; their last losses."""
-    kinds = sorted({(run.settings.window, run.settings.over_layers) for run in runs.values()})
+    targets = list(dict.fromkeys(variant.target for variant in variants.values()))
     found: dict[str, dict[str, float]] = {}
     begin = time.monotonic()
     for number in range(steps):
         ids, weights = (t.to(teacher.device) for t in data[number])
-        sampler = next(iter(runs.values()))
+        sampler = next(iter(variants.values())).run
         at, _ = sample_positions(weights[:, 1:], sampler.settings.align_positions, sampler.generator(ids.device))
-        collectors = Collectors(kinds)
+        collectors = Collectors(targets)
         lessons = collectors.lessons(teacher(ids, at, collectors))
-        for name, run in runs.items():
+        for name, variant in variants.items():
             generator = torch.Generator(device=ids.device).manual_seed(number)
-            found[name] = run.learn(lessons[run.settings.window, run.settings.over_layers], at, weights, generator)
+            found[name] = variant.run.learn(lessons[variant.target], at, weights, generator)
         if (number + 1) % 20 == 0:
             print(f"step {number + 1} of {steps}, {time.monotonic() - begin:.0f} s", flush=True)
     return found
@@ -107,8 +140,8 @@ class HeldOut:
     def seen(cls, teacher: Teacher, ids: Tensor, weights: Tensor, seed: int) -> HeldOut:
         ids, weights = ids.to(teacher.device), weights.to(teacher.device)
         at, _ = sample_positions(weights[:, 1:], ASKED, torch.Generator(device=ids.device).manual_seed(seed), first=max(BUDGETS))
-        collectors = Collectors([(RECENT_TOKENS, "max"), (RECENT_TOKENS, "mean")])
-        return cls(at, {kind[1]: lesson for kind, lesson in collectors.lessons(teacher(ids, at, collectors)).items()})
+        collectors = Collectors([Target.of(RECENT_TOKENS, over, "all", len(teacher.layers)) for over in ("max", "mean")])
+        return cls(at, {target.over_layers: lesson for target, lesson in collectors.lessons(teacher(ids, at, collectors)).items()})
 
 
 @torch.no_grad()
@@ -118,8 +151,9 @@ def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[HeldOut]) 
     for sequence in held_out:
         lesson, at = sequence.lessons["max"], sequence.at
         place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
-        drafted = draft.lm_head(draft.states(*draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place), at))
-        right.append((drafted.argmax(-1) == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).float().mean())
+        drafted = draft.lm_head(draft.states(*draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place), at)).argmax(-1)
+        first = drafted if draft.draft_ids is None else draft.draft_ids[drafted]
+        right.append((first == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).float().mean())
     return float(torch.stack(right).mean())
 
 
@@ -138,17 +172,26 @@ def needles(model: Any, draft: DraftModel, tokenizer: Any, tokens: int) -> list[
     return scores
 
 
-def demo_model(device: torch.device) -> Any:
-    """The bundled model as the plain-torch one of demo/train.py."""
-    from safetensors.torch import load_file
-
+def plain_model(teacher: Teacher) -> Any | None:
+    """The teacher as the plain-torch model of demo/train.py, which decodes with a head; None where that cannot compute it."""
     from specontext_vllm.demo.train import Model, Size
 
-    tensors = load_file(DEMO_MODEL / "model.safetensors")
-    model = Model(Size(), tensors["lm_head.weight"].shape[0]).requires_grad_(False)
+    config, state = teacher.model.config, teacher.model.state_dict()
+    shape = DraftShape.for_target(config, max_position=0)
+    size = Size(
+        hidden=shape.hidden, ffn=shape.ffn, layers=config.num_hidden_layers, heads=shape.heads, kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim, aux_layers=teacher.aux_layers, theta=shape.rope_theta, eps=shape.eps,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Model(size, shape.vocabulary).requires_grad_(False)
+    stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    # A bias, or norms of queries and keys, are tensors that it does not have.
+    if config.model_type != "llama" or stretched or set(model.checkpoint()) != set(state):
+        return None
+    model.to_empty(device=teacher.device)
     for name, parameter in model.checkpoint().items():
-        parameter.copy_(tensors[name])
-    return model.to(device)
+        parameter.copy_(state[name])
+    return model
 
 
 def make_row(name: str, recalls: dict[str, list[dict[int, Recall]]], base: dict[str, list[dict[int, Recall]]]) -> dict[str, Any]:
@@ -163,46 +206,77 @@ def make_row(name: str, recalls: dict[str, list[dict[int, Recall]]], base: dict[
     return row
 
 
+def make_variants(
+    teacher: Teacher, shape: DraftShape, draft_ids: Tensor | None, data: Sequences, plain: Settings, out: Path, accelerator: Any
+) -> dict[str, Variant]:  # fmt: skip
+    """Every variant before its first step.
+
+    Args:
+        plain: the settings that they change.
+    """
+    variants = {}
+    for name, changes in VARIANTS.items():
+        changed = {**BASE, **changes}
+        target = Target.of(changed["window"], changed["over_layers"], changed.pop("layers"), len(teacher.layers))
+        settings = replace(plain, **changed)
+        torch.manual_seed(settings.seed)
+        variants[name] = Variant(Distiller(teacher, DraftModel(shape, draft_ids), data, data, settings, out, accelerator), target)
+    return variants
+
+
 def main(
+    model: Annotated[Path, typer.Option(help="Model folder: the teacher. The heads of all variants are held at once.")] = DEMO_MODEL,
     steps: Annotated[int, typer.Option(help="Steps of each variant.", min=1)] = 150,
     context: Annotated[int, typer.Option(help="Longest sequence, tokens; one is a step.", min=512)] = 768,
     held_out: Annotated[int, typer.Option(help="Sequences that recall is measured on.", min=2)] = 16,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
-    """Variants of the distillation loss on the demo model."""
+    """Variants of the distillation loss on one model."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device = accelerator.device
-    config, tokenizer = read_config(DEMO_MODEL), read_tokenizer(DEMO_MODEL)
-    shape = DraftShape.for_target(config, max_position=2 * context)
-    teacher = Teacher(load_teacher(DEMO_MODEL, device, torch.float32), shape.aux_layers)
-    plain = Settings(context=context, batch_tokens=context, budget=BUDGETS[0], steps=steps, draft_positions=DRAFT_POSITIONS)
-    documents = Synthetic(tokenizer)
+    try:
+        config, tokenizer = read_config(model), read_tokenizer(model)
+        settings = make_settings(
+            config, context=context, batch_tokens=None, hours=1.0, steps=steps, loss="both", learning_rate=None, budget=BUDGETS[0], seed=0
+        )
+        documents = Synthetic(tokenizer)
+        shape = DraftShape.for_target(config, max_position=2 * context, draft_vocabulary=DRAFT_VOCABULARY)
+        teacher = Teacher(load_teacher(model, device, torch.float32), shape.aux_layers)
+    except DistillError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    plain = replace(settings, draft_positions=DRAFT_POSITIONS)
     data = Sequences(documents, tokenizer, plain.lengths, context)
-    runs = {}
-    for name, changes in VARIANTS.items():
-        settings = replace(plain, **{**BASE, **changes})
-        torch.manual_seed(settings.seed)
-        runs[name] = Distiller(teacher, DraftModel(shape), data, data, settings, out, accelerator)
-    last = train(runs, teacher, data, steps)
+    reduced = shape.draft_vocabulary < shape.vocabulary
+    draft_ids = most_frequent((data[i] for i in range(COUNTED)), shape.draft_vocabulary) if reduced else None
+    variants = make_variants(teacher, shape, draft_ids, data, plain, out, accelerator)
+    last = train(variants, teacher, data, steps)
 
-    title = f"Losses of a retrieval head: {steps} steps of {context} tokens on the demo model"
-    result = report.Report("losses", title, TABLES, details={"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}})
+    own = model.resolve() != DEMO_MODEL.resolve()
+    title = f"Losses of a retrieval head: {steps} steps of {context} tokens on {model.resolve().name if own else 'the demo model'}"
+    details = {"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}}
+    result = report.Report(f"losses-{model.resolve().name}" if own else "losses", title, TABLES, details=details)
     unseen = Sequences(documents, tokenizer, [context], context, held_out=True)
     sequences = [HeldOut.seen(teacher, *unseen[i], seed=i) for i in range(held_out)]
-    model = demo_model(device)
+    decoding = plain_model(teacher)
     base: dict[str, list[dict[int, Recall]]] = {}
-    for name, run in runs.items():
+    for name, variant in variants.items():
+        draft = variant.run.draft
         with torch.no_grad():
-            recalls = {m: [recall_of(run.draft, s.lessons[m], s.at, BUDGETS) for s in sequences] for m in ("max", "mean")}
+            recalls = {m: [recall_of(draft, Seen.of(s.lessons[m], s.at), BUDGETS) for s in sequences] for m in ("max", "mean")}
         base = base or recalls
-        row = {**make_row(name, recalls, base), "agreement": agreement(teacher, run.draft, sequences)}
+        row = {**make_row(name, recalls, base), "agreement": agreement(teacher, draft, sequences)}
         result.details["recall"][name] = {m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()}
-        if name in DECODED:
-            result.details["needles"][name] = scores = needles(model, run.draft, tokenizer, context)
+        if decoding is not None and name in DECODED:
+            result.details["needles"][name] = scores = needles(decoding, draft, tokenizer, context)
             low, high = wilson(int(sum(scores)), len(scores))
             row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
+            first = next(iter(result.details["needles"].values()))
+            if scores is not first:
+                low, high = paired([a - b for a, b in zip(scores, first, strict=True)])
+                row["needle_difference"] = f"{low:+.2f} to {high:+.2f}"
         result.rows.append(row)
         print(f"{name}: {row}", flush=True)
     best = {f"{m}_{b}": sum(s[b].best for s in found) / len(found) for m, found in base.items() for b in BUDGETS}
@@ -211,10 +285,13 @@ def main(
         f"The same {steps} batches of {context} tokens for all (sequences of {', '.join(map(str, plain.lengths))} tokens), the same "
         f"initial weights but in the second row; {plain.align_positions} positions aligned and {DRAFT_POSITIONS} drafted a sequence, "
         f"peak rate {plain.learning_rate:g}.",
-        f"Recall: mean over {held_out} held-out sequences of {context} tokens; differences are paired with the first row by sequence, "
-        "bootstrap. The second row shows what the initial weights alone change.",
+        f"Recall: mean over {held_out} held-out sequences of {context} tokens, of the attention of all {len(teacher.layers)} layers "
+        "whatever layers a head was aligned to; differences are paired with the first row by sequence, bootstrap. The second row shows "
+        "what the initial weights alone change.",
         f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded with a budget of {BUDGETS[0]}; Wilson "
-        "intervals.",
-    ]
+        "intervals, differences paired with the first row by question (Agresti and Min)."
+        if decoding is not None
+        else "Needles: not decoded; that takes a Llama without RoPE scaling.",
+    ]  # fmt: skip
     result.write(out)
     result.show()

@@ -45,10 +45,14 @@ def device_slug(machine: dict[str, Any]) -> str:
 
 def describe(machine: dict[str, Any]) -> str:
     """The facts in one line."""
+    return f"{describe_device(machine)}; commit {machine['commit'] or 'unknown'}"
+
+
+def describe_device(machine: dict[str, Any]) -> str:
+    """The facts in one line, without the commit; machines of one kind, which are lent in turn, are described alike."""
     devices = [f"{gpu['name']} ({gpu['memory']}, driver {gpu['driver']})" for gpu in machine["gpus"]]
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
-    commit = f"commit {machine['commit']}" if machine["commit"] else "commit unknown"
-    return "; ".join([*devices, f"{machine['cpu']}, {machine['cores']} cores", packages, commit])
+    return "; ".join([*devices, f"{machine['cpu']}, {machine['cores']} cores", packages])
 
 
 def _cpu_name() -> str:

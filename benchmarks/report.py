@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,6 +110,11 @@ class Report:
                 raise ValueError(f"--out: {path} was made with another {key} ({found}, now {wanted}); give another folder or remove it.")
         self.details, self.failures = earlier["details"], earlier["failures"]
 
+    def run(self) -> dict[str, str | None]:
+        """What ``run_notes`` tells of this run."""
+        where = machine.describe_device(self.machine)
+        return {"date": self.date, "command": self.command, "commit": self.machine["commit"], "machine": where}
+
     def show(self) -> None:
         """Print the tables, the notes and the failures."""
         # A pipe has no width; wrapping at 80 columns would tear a table apart.
@@ -126,3 +131,22 @@ class Report:
             console.print(f"- {note}", markup=False)
         for what, why in self.failures.items():
             console.print(f"FAILED {what}: {why}", style="red", markup=False)
+
+
+def run_notes(made: Iterable[tuple[dict[str, Any], str]]) -> list[str]:
+    """Which run made which part of a table, where several did, and on which machine, where those differ.
+
+    Args:
+        made: of each part its ``Report.run`` (results of before 2026-11-25 have no ``machine``), and its name.
+    """
+    runs: dict[tuple[str | None, ...], dict[str, None]] = {}
+    for run, part in made:
+        runs.setdefault(tuple(run.get(key) for key in ("date", "command", "commit", "machine")), {})[part] = None
+    if len(runs) < 2:
+        return []
+    several = len({machine for *_, machine in runs}) > 1
+    told = []
+    for (date, command, commit, where), parts in sorted(runs.items(), key=lambda item: item[0][0] or ""):
+        on = f", on {where or 'a machine that was not recorded'}" if several else ""
+        told.append(f"{date} (`{command}`, commit {commit or 'unknown'}{on}): {', '.join(parts)}")
+    return ["Several runs made this table. " + "; ".join(told) + "."]

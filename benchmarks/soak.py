@@ -441,11 +441,8 @@ def tabulate(result: report.Report) -> None:
 
 
 def run_notes(details: dict[str, Any]) -> list[str]:
-    """Which command measured which engine, where several have."""
-    runs: dict[str, list[str]] = {}
-    for name, found in details.items():
-        runs.setdefault(f"{found['date']} (`{found['command']}`, commit {found['commit']})", []).append(ENGINES[name].title)
-    return ["Several commands made this table. " + "; ".join(f"{run}: {', '.join(titles)}" for run, titles in sorted(runs.items())) + "."] if len(runs) > 1 else []
+    """Which run measured which engine, where several have."""
+    return report.run_notes((found, ENGINES[name].title) for name, found in details.items())
 
 
 def main(
@@ -496,7 +493,7 @@ def main(
         print(f"{engine.title}: starting", flush=True)
         outcome, left = soak(model, load, settings, engine.pages, max_num_seqs)
         result.details[name] = {
-            "date": result.date, "command": result.command, "commit": result.machine["commit"], "settings": settings, "pages": engine.pages,
+            **result.run(), "settings": settings, "pages": engine.pages,
             "seconds": outcome.seconds, "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20], "memory": outcome.memory, "left": left,
         }  # fmt: skip
         tabulate(result)

@@ -78,7 +78,7 @@ def collect(result: report.Report, name: str, cells: Sequence[str], events: Iter
         kept["cells"].pop(cell, None)
         result.failures.pop(f"{name}, {cell}", None)
     result.failures.pop(name, None)
-    details.setdefault("runs", {})[result.date] = {"command": result.command, "commit": result.machine["commit"]}
+    details.setdefault("runs", {})[result.date] = result.run()
     print(f"{name}: starting", flush=True)
     try:
         for kind, value in events:
@@ -218,12 +218,6 @@ def bandwidth_notes(details: dict[str, Any]) -> list[str]:
 
 
 def run_notes(details: dict[str, Any]) -> list[str]:
-    """Which command measured what, where several have."""
-    runs: dict[str, set[str]] = {}
-    for name, engine in details["engines"].items():
-        for figures in engine["cells"].values():
-            runs.setdefault(figures["run"], set()).add(name)
-    if len(runs) < 2:
-        return []
-    told = [f"{date} ({details['runs'][date]['command']}): {', '.join(sorted(names))}" for date, names in sorted(runs.items())]
-    return ["Several commands made this table. " + "; ".join(told) + "."]
+    """Which run measured which engine, where several have."""
+    measured = [(figures["run"], name) for name, engine in sorted(details["engines"].items()) for figures in engine["cells"].values()]
+    return report.run_notes((details["runs"][date], name) for date, name in measured)

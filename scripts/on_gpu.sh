@@ -93,6 +93,7 @@ accuracy_demo() {
     bench accuracy-demo 545 accuracy "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-demo"
     tar czf "$OUT/cells-demo.tar.gz" -C "$WORK" accuracy-demo
 }
+losses_larger() { bench losses-larger 545 losses --model /tmp/larger; }
 distill() { wants_h200; bench distill 400 distill; }
 soak() {
     local engine=${ENGINE:-one-tier}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from benchmarks import report
-from benchmarks.accuracy import plots, summary
+from benchmarks.accuracy import plots, summary, wanted
 from benchmarks.accuracy.cells import DENSE, Cell, CellError, CellStore, Group, Setting
 from benchmarks.accuracy.engine import EngineSpec, run_engine
 from benchmarks.accuracy.longbench import LongBenchError, find_tasks, read_folder
@@ -101,6 +102,13 @@ def _find_head(model: Path, head: str | None, retrievers: str | None) -> tuple[s
     return head, names
 
 
+def _own_head(model: Path, head: str | None) -> list[str]:
+    """Words that a run with another head than the model's own has in its file names, so that it writes over no other; else none."""
+    if head is None or Path(head).resolve() == (model / "retrieval_head").resolve():
+        return []
+    return ["head", re.sub(r"[^\w.]+", "-", Path(head).resolve().name).strip("-.")]
+
+
 def _weights(folder: Path) -> dict[str, list[int]]:
     """Size and time of the weight files, by which another model in the same place is told."""
     return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
@@ -149,6 +157,8 @@ def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
         )
     if grid.head is None and "dlm" not in grid.retrievers:
         notes.append("dlm was left out: no retrieval head was given or found in the model's folder.")
+    if "dlm" in grid.retrievers:
+        notes.append(wanted.NOTE)
     if left_out:
         notes.append(f"LongBench files left out (not English or code): {', '.join(left_out)}.")
     return notes
@@ -165,6 +175,7 @@ class Run:
     out: Path
 
     def __post_init__(self) -> None:
+        self.notes = list(self.result.notes)
         wanted = ((group, setting) for group in self.groups for setting in self.grid.settings(group.context))
         found = ((group.cell(setting), self.store.get(group.cell(setting), group.digest)) for group, setting in wanted)
         self.cells = {cell: result for cell, result in found if result is not None}
@@ -183,7 +194,8 @@ class Run:
         return out
 
     def add(self, group: Group, setting: Setting, result: dict[str, Any]) -> None:
-        """Keep a new cell."""
+        """Keep a new cell, and of which run it is."""
+        result = {**result, "run": self.result.run()}
         self.store.put(group.cell(setting), group.digest, result)
         self.cells[group.cell(setting)] = result
 
@@ -194,16 +206,30 @@ class Run:
 
     def write(self) -> None:
         """Tables, CSV and pictures of what is there."""
-        lines = summary.all_figures(self.ordered(), self.grid.tasks)
-        self.result.rows, self.result.tables = summary.rows(lines), summary.tables(lines)
+        cells = self.ordered()
+        lines = summary.all_figures(cells, self.grid.tasks)
+        figures, tables = summary.rows(lines), summary.tables(lines)
+        compared = wanted.rows({cell: result["scores"] for cell, result in cells.items()}, self.grid.tasks)
+        if compared:
+            tables = {"What was wanted": wanted.COLUMNS, **tables}
+        self.result.rows, self.result.tables = compared + figures, tables
+        scores = {cell.name: result["scores"] for cell, result in cells.items()}
+        self.result.details |= {"scores": scores, "wanted": wanted.counts(compared)}
+        # Cells of before 2026-11-25 do not say of which run they are.
+        parts = ((result.get("run", {}), f"{cell.task} at {cell.context}") for cell, result in cells.items())
+        absent = sum(len(settings) for _, settings in self.missing())
+        left = [f"{absent} cells of this grid have not been measured; run the command again to measure them."] if absent else []
+        self.result.notes = [*self.notes, *report.run_notes(parts), *left]
         path = self.result.write(self.out)
         summary.write_csv(path.with_suffix(".csv"), lines)
-        plots.draw(lines, self.result.rows, path.with_suffix(""), self.grid.model.resolve().name)
+        plots.draw(lines, figures, path.with_suffix(""), self.grid.model.resolve().name)
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Model folder.")] = DEMO_MODEL,
-    head: Annotated[str | None, typer.Option(help="Retrieval head: folder or hub id. Default: the model's retrieval_head/.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Retrieval head: folder or hub id; its name joins the result's. Default: the model's own.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help=f"Some of {','.join(TASKS)}, or longbench/DATASET. Default: all.")] = None,
     retrievers: Annotated[
         str | None, typer.Option(help=f"Some of {','.join(get_args(Retriever))}; dense is always measured. Default: all.")
@@ -238,10 +264,11 @@ def main(
         groups = grid.groups(_writer(model))
         spec = _spec(grid, groups, dtype, on_gpu)
         machine = facts()
-        folder = work or WORK / f"accuracy-{model.resolve().name}-{device_slug(machine)}"
-        title = f"{model.resolve().name}: accuracy by retriever and budget, {prompts} prompts a cell"
+        name, own_head = model.resolve().name, _own_head(model, grid.head)
+        folder = work or WORK / f"{'-'.join(['accuracy', name, *own_head])}-{device_slug(machine)}"
+        title = f"{' '.join([name, *own_head])}: accuracy by retriever and budget, {prompts} prompts a cell"
         notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
-        case = "accuracy" if model.resolve() == DEMO_MODEL.resolve() else f"accuracy-{model.resolve().name}"
+        case = "-".join(["accuracy", *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *own_head])
         result = report.Report(case, title, {}, machine=machine, notes=notes)
         run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
@@ -251,9 +278,6 @@ def main(
         if measure:
             _fill(run, spec, longbench, folder, engine_seconds)
     finally:
-        absent = sum(len(settings) for _, settings in run.missing())
-        if absent:
-            result.notes.append(f"{absent} cells of this grid have not been measured; run the command again to measure them.")
         run.write()
     result.show()
     typer.echo(f"written: {out}")

@@ -103,6 +103,8 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row |= {**name, **{key: line[key] for key in ("context", "retriever", "budget", "recent_tokens", "threshold")}}
         row[line["task"]] = line["value"]
         row[f"{line['task']}_text"] = as_text(line)
+        if line["fallback_share"] is not None:
+            row[f"{line['task']}_fallback_share"] = line["fallback_share"]
         if line["says_nothing"]:
             row["failed_name"] = setting.name
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +63,38 @@ def choose(scores: Tensor, at: Tensor, pages: int) -> Tensor:
     return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, held.topk(min(pages, held.shape[-1]), -1).indices, True)
 
 
-def recall_of(draft: DraftModel, lesson: Lesson, at: Tensor, budgets: Sequence[int]) -> dict[int, Recall]:
-    """Recall at each budget (tokens) of positions ``at [B, S]`` that the lesson watched, weighted by the teacher's mass."""
-    place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
-    with torch.autocast(at.device.type, torch.bfloat16, enabled=lesson.aux.dtype == torch.bfloat16):
-        _, q, k, _ = draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place)
-    scores, sums = page_scores(q, k, at), page_sums(lesson.target)
-    weight = lesson.mass / lesson.mass.sum().clamp(min=1e-9)
+@dataclass(frozen=True)
+class Seen:
+    """What recall needs of a batch that the teacher has seen.
+
+    Attributes:
+        embeds: ``[B, T, H]`` of the tokens. aux: ``[B, T, num_aux * H]``, the head's input.
+        at: ``[B, S]`` positions that were watched, among tokens 1 to T.
+        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page. mass: ``[B, nkv, S]``, of its attention beyond the recents.
+    """
+
+    embeds: Tensor
+    aux: Tensor
+    at: Tensor
+    sums: Tensor
+    mass: Tensor
+
+    @classmethod
+    def of(cls, lesson: Lesson, at: Tensor) -> Seen:
+        return cls(lesson.embeds, lesson.aux, at, page_sums(lesson.target), lesson.mass)
+
+    def to(self, device: torch.device) -> Seen:
+        return Seen(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int, Recall]:
+    """Recall at each budget (tokens), weighted by the teacher's mass."""
+    at, sums = seen.at, seen.sums
+    place = torch.arange(1, seen.embeds.shape[1], device=at.device)
+    with torch.autocast(at.device.type, torch.bfloat16, enabled=seen.aux.dtype == torch.bfloat16):
+        _, q, k, _ = draft.queries_keys(seen.embeds[:, 1:], seen.aux[:, :-1], place)
+    scores = page_scores(q, k, at)
+    weight = seen.mass / seen.mass.sum().clamp(min=1e-9)
 
     def share(by: Tensor, budget: int) -> float:
         return float(((sums * choose(by, at, budget // PAGE_SIZE)).sum(-1) * weight).sum())
@@ -77,17 +102,34 @@ def recall_of(draft: DraftModel, lesson: Lesson, at: Tensor, budgets: Sequence[i
     return {budget: Recall(share(scores, budget), share(sums, budget)) for budget in budgets}
 
 
-@torch.no_grad()
-def held_out_recall(teacher: Teacher, draft: DraftModel, batches: Iterable[tuple[Tensor, Tensor]], budget: int, positions: int) -> Recall:
-    """Mean recall over batches ``(ids [B, T], weights [B, T])`` at a budget (tokens) under T.
+class HeldOut:
+    """Held-out batches that recall is measured on, time and again; the teacher sees each once.
 
-    Tokens that follow the budget are asked, ``positions`` of a sequence, those before answers first; the newest ``recent_tokens`` of the
-    context do not count, since every budget holds them.
+    Kept in host memory: the embeddings and auxiliary states of every token, ``B * T * (1 + num_aux) * H`` in the teacher's dtype; all else
+    is small. That is 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB for the four sequences of a run; one batch at a time is on
+    the device.
+
+    Args:
+        batches: ``(ids [B, T], weights [B, T])``, read at the first measurement.
+        budget: tokens, under T; positions that follow it are asked.
+        positions: asked of a sequence, those before answers first. The newest ``recent_tokens`` of the context do not count, since every
+            budget holds them.
     """
-    rows = []
-    for number, (ids, weights) in enumerate(batches):
-        ids, weights = ids.to(teacher.device), weights.to(teacher.device)
+
+    def __init__(self, teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], budget: int, positions: int) -> None:
+        self.teacher, self.batches, self.budget, self.positions = teacher, batches, budget, positions
+        self._seen: list[Seen] | None = None
+
+    @torch.no_grad()
+    def recall(self, draft: DraftModel) -> Recall:
+        """Mean recall over the batches."""
+        if self._seen is None:
+            self._seen = [self._see(number, *batch).to(torch.device("cpu")) for number, batch in enumerate(self.batches)]
+        rows = [recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget] for seen in self._seen]
+        return Recall(sum(row.found for row in rows) / len(rows), sum(row.best for row in rows) / len(rows))
+
+    def _see(self, number: int, ids: Tensor, weights: Tensor) -> Seen:
+        ids, weights = ids.to(self.teacher.device), weights.to(self.teacher.device)
         generator = torch.Generator(device=ids.device).manual_seed(number)
-        at, _ = sample_positions(weights[:, 1:], positions, generator, first=budget)
-        rows.append(recall_of(draft, teacher(ids, at, AttentionTarget(RECENT_TOKENS)), at, [budget])[budget])
-    return Recall(sum(row.found for row in rows) / len(rows), sum(row.best for row in rows) / len(rows))
+        at, _ = sample_positions(weights[:, 1:], self.positions, generator, first=self.budget)
+        return Seen.of(self.teacher(ids, at, AttentionTarget(RECENT_TOKENS)), at)

@@ -17,7 +17,7 @@ from specontext_vllm.distillation.data import Sequences, batches, sample_positio
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.losses import AttentionTarget, alignment_loss, draft_loss
-from specontext_vllm.distillation.recall import held_out_recall
+from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
 Loss = Literal["both", "draft", "align"]
@@ -104,7 +104,8 @@ class Distiller:
     def __init__(
         self, teacher: Teacher, draft: DraftModel, data: Data, held_out: Data, settings: Settings, out: Path, accelerator: Any
     ) -> None:  # fmt: skip
-        self.teacher, self.data, self.held_out = teacher, data, held_out
+        self.teacher, self.data = teacher, data
+        self.held_out = HeldOut(teacher, (held_out[i] for i in range(HELD_OUT_SEQUENCES)), settings.budget, settings.align_positions)
         self.settings, self.out, self.accelerator = settings, out, accelerator
         # Not `prepare`d: the losses call parts of the draft model, which DistributedDataParallel, hooked to forward(), would not notice.
         self.draft = draft.to(accelerator.device)
@@ -249,8 +250,7 @@ class Distiller:
         if not self.accelerator.is_main_process:
             return figures
         if self.settings.budget < self.settings.context:
-            held_out = (self.held_out[i] for i in range(HELD_OUT_SEQUENCES))
-            recall = held_out_recall(self.teacher, self.draft, held_out, self.settings.budget, self.settings.align_positions)
+            recall = self.held_out.recall(self.draft)
             figures |= {"recall": round(recall.found, 4), "recall_best": round(recall.best, 4)}
         if self.teacher.device.type == "cuda":
             figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -1,6 +1,7 @@
 """Figures in README.md and docs/ are those of the committed result files; and how markers are filled."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -16,6 +17,15 @@ RESULT = {
         {"cell": "2 x 2k", "stock": 31.37, "sparse": 7.37, "ratio": 4.2598, "pages": None},
     ],
     "details": {"bandwidth": 4.287e12, "steady": {"a, b": [0.5, 0.25]}},
+    "machine": {"gpus": [{"name": "NVIDIA H200"}]},
+}  # fmt: skip
+GRID = {
+    "rows": [
+        {"name": "dlm 64", "context": 4096, "budget": 64, "threshold": 0.0, "recited": 0.45},
+        {"name": "dlm 64", "context": 8192, "budget": 64, "threshold": 0.0, "recited": 0.41},
+        {"name": "dense", "context": 8192, "budget": None, "threshold": 0.0, "recited": 1.0},
+        {"fallback_name": "dlm", "context": 8192, "budget": 64, "threshold": 0.3, "recited": 0.65},
+    ],
 }  # fmt: skip
 
 
@@ -24,6 +34,7 @@ def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "decode-x.json").write_text(json.dumps(RESULT))
+    (folder / "grid-x.json").write_text(json.dumps(GRID))
     return folder
 
 
@@ -37,8 +48,34 @@ def fill(tmp_path, results, text, **arguments):
 def test_the_documents_say_what_the_result_files_say():
     done = CliRunner().invoke(app, ["figures", "--check"])
     assert done.exit_code == 0, done.output
-    # README's three tables, its picture and two sentences; those of docs/.
-    assert int(done.output.split()[-4]) >= 12
+    # README's three tables, its picture and its sentences; those of docs/.
+    assert int(done.output.split()[-4]) >= 60
+
+
+@pytest.mark.parametrize("path", figures.documents(figures.ROOT), ids=lambda path: path.name)
+def test_a_difference_planted_in_any_figure_is_found(path, tmp_path):
+    """The last digit of every marked figure, and of every line of a table, is made another one."""
+
+    def spoil(found):
+        kind, body = found[1], found[4]
+        if kind == "picture":
+            return found[0]
+        heading = 3 if kind == "table" else 0  # a line break and two lines, which are written by hand
+        lines = body.split("\n")
+        rows = [re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), line) for line in lines[heading:]]
+        wrong = "\n".join([*lines[:heading], *rows])
+        assert wrong != body, f"{body} has no digit"
+        planted.append(body)
+        begin, end = (place - found.start() for place in found.span(4))
+        return found[0][:begin] + wrong + found[0][end:]
+
+    planted = []
+    text = figures.MARKERS.sub(spoil, path.read_text())
+    (tmp_path / path.name).write_text(text)
+    filler = figures.Filler(tmp_path / path.name, figures.RESULTS, redraw=False)
+    assert filler.fill() == path.read_text()
+    pictures = text.count("<!-- picture ")  # there are none beside this copy, which is a difference
+    assert len(filler.differences) == len(planted) + pictures
 
 
 @pytest.mark.parametrize(
@@ -49,6 +86,8 @@ def test_the_documents_say_what_the_result_files_say():
         ("100 - 100 * rows[0].ratio", 2.0),
         ("details.bandwidth / 1e12", 4.287),
         ('details.steady["a, b"][1]', 0.25),
+        ('above(details.steady["a, b"], 0.3) + 10 * len(details.steady["a, b"])', 21),
+        ('row("2 x 2k", stock=31.37).sparse', 7.37),
     ],
 )
 def test_an_expression(expression, value):
@@ -57,7 +96,8 @@ def test_an_expression(expression, value):
 
 @pytest.mark.parametrize(
     "expression",
-    ['row("3 x 3k").ratio', "rows[9].ratio", "rows[0].nothing", "open('/etc/passwd')", "rows.__class__", "1 +", "title", "-rows[0]"],
+    ['row("3 x 3k").ratio', "rows[9].ratio", "rows[0].nothing", "open('/etc/passwd')", "rows.__class__", "1 +", "title", "-rows[0]",
+     "row().ratio", "row(ratio=5).stock", "row(nothing=5).stock", "open(rows, 3)"],
 )
 def test_any_other_expression_is_refused(expression):
     with pytest.raises(figures.FigureError):
@@ -72,6 +112,43 @@ def test_a_changed_figure_is_told_with_its_line_and_filled(tmp_path, results):
     filled, (difference,) = fill(tmp_path, results, text)
     assert filled == text.replace("4.62", "4.26")
     assert str(difference) == f"{tmp_path}/README.md:2: found '4.62', the result file says '4.26'"
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ('row("dlm 64", context=8192).recited', 0.41), ('row("dlm 64", context=4096, budget=64).recited', 0.45),
+        ("row(budget=64, context=8192, threshold=0.3).recited", 0.65), ('row("dense").recited', 1.0),
+    ],
+)  # fmt: skip
+def test_a_row_by_name_context_and_budget(expression, value):
+    assert figures.evaluate(expression, GRID) == value
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ('row("dlm 64").recited', "'dlm 64'.: 2 rows"), ("row(context=8192, budget=64).recited", "context=8192, budget=64.: 2 rows"),
+        ('row("dlm 64", context=16384).recited', "0 rows"),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_not_the_only_one_is_refused(expression, told):
+    with pytest.raises(figures.FigureError, match=told):
+        figures.evaluate(expression, GRID)
+
+
+def test_a_figure_of_another_context_is_told(tmp_path, results):
+    """What stood for 4k was typed for 8k: right numbers in the wrong place."""
+    text = 'It falls to <!-- fig grid-x row("dlm 64", context=8192).recited .2f -->0.45<!-- /fig -->.\n'
+    filled, (difference,) = fill(tmp_path, results, text)
+    assert "-->0.41<!--" in filled and "found '0.45'" in str(difference)
+    assert figures.evaluate("machine.gpus[0].name", RESULT) == "NVIDIA H200"
+
+
+def test_a_table_is_filtered_by_name_and_context(tmp_path, results):
+    marker = '<!-- table grid-x "name=dlm 64|dense" context=8192 name recited:.2f -->\n| what | recited |\n|---|---|\n'
+    filled, _ = fill(tmp_path, results, marker + "<!-- /table -->\n")
+    assert filled == marker + "| dlm 64 | 0.41 |\n| dense | 1.00 |\n<!-- /table -->\n"
 
 
 def test_a_table_keeps_its_heading_and_gets_the_rows(tmp_path, results):
@@ -100,10 +177,11 @@ def test_a_picture_is_redrawn_when_its_result_has_changed(tmp_path, results):
         ("a <!-- fig decode-x rows[0].cell .2f -->1<!-- /fig -->", "format"),
         ("<!-- fig decode-x rows[0].ratio .2f -->1<!-- /fig -->", "begin with a marker"),
         ("<!-- table decode-x cell -->\n<!-- /table -->", "heading"),
+        ("<!-- table decode-x \"cell -->\n| a |\n|---|\n<!-- /table -->", "quotes"),
         ("a <!-- fig decode-x rows[0].ratio .2f -->1", "its own end"),
         ("a <!-- fig decode-x rows[0].ratio .2f -->1<!-- /table -->", "its own end"),
     ],
-    ids=["no result", "no number", "begins a line", "no heading", "no end", "another's end"],
+    ids=["no result", "no number", "begins a line", "no heading", "open quotes", "no end", "another's end"],
 )
 def test_a_marker_that_cannot_be_filled_is_named(tmp_path, results, text, told):
     with pytest.raises(figures.FigureError, match=told) as raised:

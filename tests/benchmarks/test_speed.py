@@ -63,9 +63,10 @@ def test_a_run_replaces_its_own_cells_and_keeps_the_others(tmp_path):
         "1x1k": (5.0, "monday"), "2x1k": (7.0, "tuesday")
     }  # fmt: skip
     assert stored["failures"] == {"quest": "it died.", "stock, 4x1k": "too much.", "stock": "it was stopped."}
-    result.details["runs"]["monday"] = {"command": "first"}
+    result.details["runs"]["monday"] = {**result.run(), "date": "monday", "command": "first"}
     (note,) = steps.run_notes(result.details)
-    assert "monday (first): stock; tuesday (python -m benchmarks speed steps): stock" in note
+    commit = result.machine["commit"] or "unknown"
+    assert f"monday (`first`, commit {commit}): stock; tuesday (`python -m benchmarks speed steps`, commit {commit}): stock" in note
 
 
 def test_results_of_another_shape_are_not_added_to(tmp_path):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from specontext_vllm.distillation.data import Sequences, Synthetic
 from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
-from specontext_vllm.distillation.trainer import Distiller, Progress, Settings, rate_at
+from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES, Distiller, Progress, Settings, rate_at
 from tests.engine.conftest import DEMO_MODEL
 
 STEPS, CONTEXT = 10, 256
@@ -146,6 +147,42 @@ def test_no_tensor_is_sequence_by_sequence_or_sequence_by_vocabulary(tmp_path):
     with Watch():
         run.step(ids, torch.full((1, length), 0.1))
     assert max(largest) < min(length * length, length * vocabulary), largest[max(largest)]
+
+
+def test_the_teacher_sees_held_out_sequences_once_and_the_figures_stay(tmp_path, monkeypatch):
+    """A report after every step, each against one that asks the teacher anew."""
+    run = make_run(tmp_path, steps=3, report_seconds=0.0)
+    held_out = list(make_run(tmp_path).held_out.batches)
+    assert len(held_out) == HELD_OUT_SEQUENCES
+    seen, ask = [], Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda self, ids, *rest: seen.append(ids) or ask(self, ids, *rest))
+
+    def times():
+        return [sum(torch.equal(ids, asked) for asked in seen) for ids, _ in held_out]
+
+    found = []
+    for figures in run.run():
+        if figures.get("measured"):
+            assert times() == [1] * HELD_OUT_SEQUENCES
+            fresh = HeldOut(run.teacher, held_out, run.settings.budget, run.settings.align_positions)
+            with monkeypatch.context() as unwatched:
+                unwatched.setattr(Teacher, "__call__", ask)
+                anew = fresh.recall(run.draft)
+            found.append((figures["recall"], figures["recall_best"]))
+            assert found[-1] == (round(anew.found, 4), round(anew.best, 4))
+    assert len(found) >= 4 and len({recall for recall, _ in found}) > 1 and len({best for _, best in found}) == 1
+
+
+def test_what_is_kept_of_held_out_sequences_is_what_the_docstring_says(tmp_path):
+    run = make_run(tmp_path)
+    run.held_out.recall(run.draft)
+    hidden, tokens = run.draft.shape.hidden, HELD_OUT_SEQUENCES * CONTEXT
+    tensors = [tensor for kept in run.held_out._seen for tensor in vars(kept).values()]
+    assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors)
+    # A view would hold what it is a view of.
+    held = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    states = tokens * 4 * hidden * 4
+    assert states <= held < 1.15 * states
 
 
 def test_learning_rate_rises_then_falls_by_steps_or_by_the_clock():
