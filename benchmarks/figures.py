@@ -10,7 +10,8 @@ keeps only rows with one of the values (in quotes where one holds a space); rows
 
 A figure in a sentence: an expression over the result's `rows`, `details`, `machine` and `date` (attributes are keys; `row("24 x 32k")` is
 the row whose first value is that, `row("dlm 128", context=8192)` the one that has this value too, and `row(context=4096, budget=64,
-threshold=0.3)` goes by keys alone; no other row may match; `above(LIST, NUMBER)` and `len(LIST)` count; + - * / and numbers), and a format:
+threshold=0.3)` goes by keys alone; no other row may match; `above(LIST, NUMBER)` and `len(LIST)` count; `kernel("specontext",
+"_resolve")` adds up the microseconds of kernels so named in a recorded step; + - * / and numbers), and a format:
 
     <!-- fig decode-h200 row("24 x 32k").ratio .2f -->4.26<!-- /fig --> times faster
 
@@ -89,13 +90,15 @@ def _value(node: ast.expr, result: dict[str, Any]) -> Any:
             return len(_value(values, result))
         case ast.Call(func=ast.Name(id="above"), args=[values, mark], keywords=[]):
             return sum(value > _value(mark, result) for value in _value(values, result))
+        case ast.Call(func=ast.Name(id="kernel"), args=[ast.Constant(value=str(engine)), ast.Constant(value=str(part))], keywords=[]):
+            return sum(duration for name, _, _, duration in result["details"]["timeline"][engine] if part in name)
         case ast.Attribute(value=owner, attr=key):
             return _value(owner, result)[key]
         case ast.Subscript(value=owner, slice=key):
             return _value(owner, result)[_value(key, result)]
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return OPERATORS[type(op)](_value(left, result), _value(right, result))
-    raise FigureError(f"{ast.unparse(node)}: only rows, details, machine, date, row(...), above(...), len(...), keys, numbers and + - * / are understood.")
+    raise FigureError(f"{ast.unparse(node)}: only rows, details, machine, date, row(...), above(...), len(...), kernel(...), keys, numbers and + - * / are understood.")
 
 
 def _row(label: list[str], keys: dict[str | None, Any], result: dict[str, Any]) -> dict[str, Any]:

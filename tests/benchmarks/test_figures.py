@@ -16,7 +16,7 @@ RESULT = {
         {"cell": "1 x 1k", "stock": 4.9, "sparse": 5.0, "ratio": 0.98},
         {"cell": "2 x 2k", "stock": 31.37, "sparse": 7.37, "ratio": 4.2598, "pages": None},
     ],
-    "details": {"bandwidth": 4.287e12, "steady": {"a, b": [0.5, 0.25]}},
+    "details": {"bandwidth": 4.287e12, "steady": {"a, b": [0.5, 0.25]}, "timeline": {"e": [["_a_kernel", 7, 0.0, 1.5], ["_b", 7, 2.0, 4.0], ["_a_kernel", 8, 9.0, 2.0]]}},
     "machine": {"gpus": [{"name": "NVIDIA H200"}]},
 }  # fmt: skip
 GRID = {
@@ -88,6 +88,7 @@ def test_a_difference_planted_in_any_figure_is_found(path, tmp_path):
         ('details.steady["a, b"][1]', 0.25),
         ('above(details.steady["a, b"], 0.3) + 10 * len(details.steady["a, b"])', 21),
         ('row("2 x 2k", stock=31.37).sparse', 7.37),
+        ('kernel("e", "_a_")', 3.5),
     ],
 )
 def test_an_expression(expression, value):
@@ -97,7 +98,7 @@ def test_an_expression(expression, value):
 @pytest.mark.parametrize(
     "expression",
     ['row("3 x 3k").ratio', "rows[9].ratio", "rows[0].nothing", "open('/etc/passwd')", "rows.__class__", "1 +", "title", "-rows[0]",
-     "row().ratio", "row(ratio=5).stock", "row(nothing=5).stock", "open(rows, 3)"],
+     "row().ratio", "row(ratio=5).stock", "row(nothing=5).stock", "open(rows, 3)", 'kernel("f", "_a_")'],
 )
 def test_any_other_expression_is_refused(expression):
     with pytest.raises(figures.FigureError):
