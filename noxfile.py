@@ -41,6 +41,8 @@ def next_release(session: nox.Session) -> None:
     if not (folder / "sitecustomize.py").exists():
         shutil.rmtree(folder, ignore_errors=True)
         session.run(PYTHON, "-m", "pip", "download", "--no-deps", "--dest", str(folder), f"vllm=={NEXT}", external=True)
+        # Its server imports this; 0.32's does not.
+        session.run(PYTHON, "-m", "pip", "install", "--no-deps", "--target", str(folder), "orjson>=3.11.6", external=True)
         (wheel,) = folder.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder, [name for name in archive.namelist() if not name.endswith(COMPILED)])
