@@ -76,6 +76,12 @@ def test_the_locks_install_a_supported_vllm(lock):
     assert RANGE.contains(next(iter(pins[0].specifier)).version)
 
 
+def test_nox_tries_a_release_beyond_the_range():
+    """When the range has caught up, the session's part is done: it moves on, or goes."""
+    (following,) = re.findall(r'^NEXT = "(.+)"', (ROOT / "noxfile.py").read_text(), re.M)
+    assert not RANGE.contains(following)
+
+
 def test_the_readme_names_supported_versions_only():
     named = re.findall(r"vLLM (\d+\.\d+(?:\.\d+)?)", (ROOT / "README.md").read_text())
     assert named and all(RANGE.contains(version) for version in named)

@@ -120,6 +120,11 @@ def refuse_sidecar(parallel: Any) -> None:
             f"{setting} with --tensor-parallel-size {parallel.tensor_parallel_size}; a restarted actor asks its worker for the embedding, "
             f"which several workers only hold together: use sidecar inline."
         )
+    if parallel.use_ray:
+        raise ConfigError(
+            f"{setting} with --distributed-executor-backend ray; the head's actor would inherit the devices and the placement of vLLM's own "
+            f"actors: use sidecar inline, or the executor uni or mp."
+        )
 
 
 def find_head(config: SpeContextConfig, model_config: Any) -> str:

@@ -20,8 +20,9 @@ class WaitsForPages:
     Remove when: vLLM can be told that hits need computed pages. ``_ec_transfer_pending`` is where it skips requests whose inputs are on their way.
     """
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
-        found = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(self, request: Any, *limit: Any) -> Any:
+        # vLLM 0.33 adds the longest hit that may be taken.
+        found = super()._get_local_prefix_cache_hit(request, *limit)
         self._hit = {block.block_id for block in found[0].blocks[0]}
         return found
 

@@ -1,10 +1,11 @@
-"""What clients and the machine do to a server: odd prompts, crowds that hang up, and an engine process that is killed."""
+"""What clients and the machine do to a server: odd prompts, crowds that hang up, and a worker or an engine that is killed."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 
 import psutil
@@ -16,13 +17,15 @@ from specontext_vllm.demo.server import VllmServer
 from tests.engine.conftest import DEMO_MODEL
 
 SETTINGS = {"budget": 192, "host_kv_gib": 0.25, "gpu_kv_gib": 0.026}
+# The worker in a process of its own, as with several of them.
+ARGUMENTS = [*soak.server_arguments(SETTINGS, 401, 16), "--distributed-executor-backend", "mp"]
 CLIENTS = 200
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmServer]:
     """Two tiers, and pages for a few long requests only."""
-    with VllmServer(DEMO_MODEL, soak.server_arguments(SETTINGS, 401, 16)) as running:
+    with VllmServer(DEMO_MODEL, ARGUMENTS) as running:
         yield running
 
 
@@ -79,17 +82,42 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
     assert complete(client, prompts[1]).choices[0].text == before
 
 
-def test_a_killed_engine_ends_the_server_at_once(server, client, prompts):
-    """The last test of this server: a client in the middle of a stream hears of it, and no process stays behind."""
-    processes = psutil.Process(server.pid).children(recursive=True)
-    engine = next(p for p in processes if "EngineCore" in "".join(p.cmdline()))
-    stream = complete(client, prompts[0], max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+def in_shared_places(processes: list[psutil.Process]) -> set[Path]:
+    """Files that processes hold in the machine's shared memory and in the folder of our metrics."""
+    maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/")}
+    return {Path(path) for path in paths if path.startswith("/dev/shm/") or "/specontext-metrics-" in path if Path(path).exists()}
+
+
+def end_by_killing(server, client, prompt: list[int], title: str) -> None:
+    """Kill the server's process of that title in the middle of a step; a client in the middle of a stream hears of it, and nothing stays behind."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    (victim,) = (process for process in processes if title in "".join(process.cmdline()))
+    held = in_shared_places(processes)
+    assert any("specontext-metrics" in str(path) for path in held) and any(str(path).startswith("/dev/shm") for path in held)
+    stream = complete(client, prompt, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
-    engine.kill()
+    # Stopped first, and long enough for whoever waits for it to be waiting.
+    victim.suspend()
+    time.sleep(0.5)
+    victim.kill()
     begin = time.monotonic()
     with pytest.raises(OpenAIError):
         for _ in stream:
             pass
-    gone, alive = psutil.wait_procs([psutil.Process(server.pid), *processes] if psutil.pid_exists(server.pid) else processes, timeout=60)
+    gone, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, alive
     assert time.monotonic() - begin < 60
+    assert not {path for path in held if path.exists()}
+
+
+def test_a_killed_worker_ends_the_server_at_once(server, client, prompts):
+    """The last test of this server."""
+    end_by_killing(server, client, prompts[0], "Worker")
+
+
+def test_the_next_server_answers_and_a_killed_engine_ends_it(prompts):
+    """Where a worker was killed, another server starts."""
+    with VllmServer(DEMO_MODEL, ARGUMENTS) as following, OpenAI(base_url=f"{following.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        assert complete(client, prompts[1]).usage.completion_tokens == 8
+        end_by_killing(following, client, prompts[0], "EngineCore")

@@ -66,7 +66,7 @@ def test_the_platform_is_wrapped_once_and_asks_only_when_selected(member):
     specontext_vllm.register()
     assert platform.check_and_update_config.__func__ is before
     if platform._enum.name == "CPU":
-        selector = SimpleNamespace(use_mla=False, use_sparse=False)
+        selector = SimpleNamespace(use_mla=False, use_sparse=False, kv_cache_dtype="auto")
         assert "specontext" in current_platform.get_attn_backend_cls(member, selector)
         for other in (None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN):
             assert current_platform.get_attn_backend_cls(other, selector) == AttentionBackendEnum.CPU_ATTN.get_path()
@@ -80,4 +80,6 @@ def test_the_name_answers_to_the_enum(member):
 
 def test_our_kernels_folder_is_not_taken_for_the_package_vllm_probes_for(member):
     """Named regression: run from the repository's root, vLLM logged that triton_kernels.matmul is missing."""
-    assert importlib.util.find_spec("triton_kernels") is None
+    found = importlib.util.find_spec("triton_kernels")
+    # vLLM's builds for GPUs bring that package from 0.33 on.
+    assert found is None or found.name.startswith("vllm.")

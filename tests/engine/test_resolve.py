@@ -28,7 +28,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
         parallel_config=SimpleNamespace(
             **{
                 "pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
-                "enable_dbo": False, "tensor_parallel_size": 1, "data_parallel_size_local": 1, **(parallel or {}),
+                "enable_dbo": False, "tensor_parallel_size": 1, "data_parallel_size_local": 1, "use_ray": False, **(parallel or {}),
             }
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls),

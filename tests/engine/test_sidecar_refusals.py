@@ -26,6 +26,12 @@ def test_several_workers():
         prepare_vllm_config(vllm_config(SIDECAR, parallel={"tensor_parallel_size": 2}))
 
 
+def test_vllms_own_ray_executor():
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match="sidecar: found 'ray' with --distributed-executor-backend ray; .*use sidecar inline"):
+        prepare_vllm_config(vllm_config(SIDECAR, parallel={"use_ray": True}))
+
+
 def test_one_worker_is_prepared():
     pytest.importorskip("ray")
     config = vllm_config(SIDECAR, parallel={"tensor_parallel_size": 1})
