@@ -55,6 +55,7 @@ tests() {
     test_files gpu-tests 570 tests/attention tests/kernels tests/residency tests/retrieval tests/engine/test_quest_graphs.py \
         tests/engine/test_compile_cache.py tests/engine/test_exactness.py tests/engine/test_tiers.py tests/engine/test_recall.py
 }
+service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
 ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
 xformers() { test_files xformers 200 tests/attention; }
 two_gpus() { test_files two-gpus 400 tests/engine/test_tensor_parallel.py; }
