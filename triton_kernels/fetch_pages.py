@@ -20,7 +20,7 @@ def clock():
     return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
-@triton.jit(do_not_specialize=["first_layer", "stop_layer", "first_source"], do_not_specialize_on_alignment=["p_frames"])
+@triton.jit(do_not_specialize=["first_layer", "stop_layer", "first_source", "s_frames"], do_not_specialize_on_alignment=["p_frames"])
 def _fetch_pages_kernel(
     p_host, p_arena, p_sources, p_targets, p_count, p_frames, p_resident, p_done, first_layer, stop_layer, first_source, layer_sources, s_frames,
     H: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, PAGES: tl.constexpr, SIGNALS: tl.constexpr,

@@ -132,7 +132,7 @@ class HotBuffers:
         # Those that are not held all go to one place behind the list.
         place = torch.where(held, held.flatten().cumsum(0).view_as(held) - 1, held.numel()).flatten()
         listed = (
-            torch.zeros(held.numel() + 1, dtype=torch.int32, device=device).scatter_(0, place, values.flatten())
+            torch.zeros(held.numel() + 1, dtype=torch.int32, device=device).scatter_(0, place, values.flatten())[:-1]
             for values in (self.source_of, targets)
         )
         return *listed, held.sum(dtype=torch.int32)[None]

@@ -34,6 +34,7 @@ class HotSizePolicy:
     def __init__(self, smallest: int, largest: int) -> None:
         self.smallest, self.largest = min(smallest, largest), largest
         self.size = largest
+        self.late_share = 0.0
         self.hidden = False
         self.rates = {largest: PRIOR_RATES[0], self.smallest: PRIOR_RATES[1]}
         self._looks = 0
@@ -41,7 +42,8 @@ class HotSizePolicy:
     def observe(self, missed: float, missed_by_smallest: float, late_share: float | None) -> None:
         """Take in what was measured at the present size: the miss rate, the one that the smallest would have had (``meter.miss_rates``), and the
         share of prefetches that came late, None where they are not timed."""
-        self.hidden = late_share is not None and late_share <= HIDDEN_SHARE
+        self.late_share += SMOOTHING * ((late_share or 0.0) - self.late_share)
+        self.hidden = late_share is not None and self.late_share <= HIDDEN_SHARE
         if self.smallest == self.largest:
             return
         if self.size == self.largest:

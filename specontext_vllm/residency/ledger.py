@@ -79,7 +79,7 @@ class Ledger:
         hot_pages: S, most frames of one lane's hot buffer in one layer.
         max_requests: lanes.
         keep_unreferenced: whether pages without a request keep their content (prefix caching).
-        return_pages: most pages of a returning layer that are copied in one step.
+        return_pages: pages of a returning layer that are copied in one step, beside as many as the step before wrote.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Ledger:
         self._steps_to_return = COOLDOWN_STEPS
         self._stale: np.ndarray | None = None
         """``[T]`` bool while layer ``resident`` is on its way back: pages whose frame there lacks what the host pool has."""
+        self._written = 0
 
     @property
     def first_mirrored(self) -> int:
@@ -281,11 +282,11 @@ class Ledger:
         live, unreferenced = np.flatnonzero(self.references), np.flatnonzero(self.references == 0)
         mirrored = np.arange(self.first_mirrored, self.resident)
         idle = int((self.frame_table[np.ix_(mirrored, unreferenced)] >= 0).sum())
-        room = self._num_free + int(self.capacity.sum()) - len(live) - RESERVE_SHARE * self.num_frames
+        room = self._num_free - len(live) - RESERVE_SHARE * self.num_frames
         slowly = len(live) > self.return_pages
-        if slowly:
-            # Its hot buffers stay until it is back.
-            room = min(room, self._num_free - len(live))
+        if not slowly:
+            # Else its hot buffers stay until it is back.
+            room += int(self.capacity.sum())
         if room + idle < 0:
             return
         if room < 0:
@@ -295,6 +296,7 @@ class Ledger:
         self._set_frames(np.full(len(live), self.resident), live, changes)
         self._stale = np.zeros(self.num_pages, bool)
         self._stale[live] = True
+        self._written = 0
         if not slowly:
             self._end_return(live, changes)
 
@@ -302,16 +304,20 @@ class Ledger:
         """One step of a layer's way back; ``fresh``: pages that the step writes."""
         self._stale[fresh] = True
         stale = np.flatnonzero(self._stale & (self.references > 0))
-        if len(stale) <= self.return_pages:
+        rest = np.setdiff1d(stale, fresh)
+        # However much each step writes, what is left shrinks.
+        share = self.return_pages + self._written
+        self._written = len(stale) - len(rest)
+        if len(rest) <= share:
             self._drop_hot(np.array([self.resident]), np.flatnonzero(self.capacity), changes)
             # Not known to be whole; the host pool has them.
             self._drop_frames(np.array([self.resident]), np.flatnonzero(self.references == 0), changes)
             self._end_return(stale, changes)
             return
         # A step that writes nothing runs no layers to copy beside.
-        if len(fresh) and len(copied := np.setdiff1d(stale, fresh)[: self.return_pages]):
-            self._stale[copied] = False
-            changes.returning = self.resident, copied
+        if len(fresh):
+            self._stale[rest[:share]] = False
+            changes.returning = self.resident, rest[:share]
 
     def _end_return(self, missing: np.ndarray, changes: Changes) -> None:
         if len(missing):

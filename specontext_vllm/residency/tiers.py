@@ -116,6 +116,7 @@ class TieredKV:
         self._groups: list[_Group] = []
         self._lengths = torch.zeros(max_rows * num_kv_heads, dtype=torch.int32, device=device)
         self._beside: list[Tensor] = []
+        """What the side stream may still read."""
         self._returning: tuple[int, np.ndarray] | None = None
         self.steps = self.moved_layers = self.loaded_head_pages = 0
         self._resident_before = num_layers
@@ -151,6 +152,9 @@ class TieredKV:
         """Follow the scheduler through one step; see ``Ledger.begin_step``."""
         if self.poison:
             started, grown = list(started), list(grown)
+            if self.device.type == "cuda":
+                # The host writes at once; what the steps before this one read must be through.
+                torch.cuda.synchronize(self.device)
             fresh = [page for request in started for page in request.pages[request.computed :]] + [page for _, pages in grown for page in pages]
             self.host[:, fresh] = float("nan")
         news = self.meter.poll()
@@ -161,7 +165,13 @@ class TieredKV:
         self.follow(self.ledger.begin_step(released, started, grown, decoding, size, prefilling, written))
 
     def follow(self, changes: Changes) -> None:
-        """Bring the device up to the ledger: tables first, then fills and loads."""
+        """Bring the device up to the ledger: tables first, then fills and loads.
+
+        Raises:
+            RuntimeError: the step before had pages to copy and never came to ``resolve``.
+        """
+        if self._returning is not None:
+            raise RuntimeError("specontext: a layer on its way back was not copied in the step before; please report it.")
         # Where no layer was offloaded nothing waited for the copies of the step before, which read these tables.
         self._copier.join()
         self._beside.clear()
@@ -220,8 +230,11 @@ class TieredKV:
             self.hot.count.zero_()
         if self._returning is not None:
             # Behind the misses, which are waited for in this step.
+            layer, pages = self._returning
+            places, count = self._page_list(pages)
             with self._copier.aside():
-                self._load(*self._returning)
+                self._fetch_one(layer, places, places, count, self.frames[layer])
+            self._beside += places, count
             self._returning = None
 
     def _write_tables(self, selection: Tensor, lengths: Tensor, block_table: Tensor, rows: int) -> None:
@@ -329,6 +342,9 @@ class TieredKV:
             yield Stage(group.rows, group.tokens, group.pages + base, group.slots + base * PAGE_SIZE)
             self._copier.release_staged(use)
             self._stage(use + 2)
+        if layer == self.num_layers - 1:
+            # A made-up batch that follows has none.
+            self._groups = []
 
     def attends_staged(self, layer: int) -> bool:
         """Whether this layer's prefill rows go through ``stages``."""
@@ -368,11 +384,15 @@ class TieredKV:
         self._fetch(range(layer, layer + 1), sources, targets, count, places[None], self._always)
 
     def _load(self, layer: int, pages: np.ndarray) -> None:
+        places, count = self._page_list(pages)
+        self._fetch_one(layer, places, places, count, self.frames[layer])
+
+    def _page_list(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Head pages of whole pages, which are their own places in a frame table, and how many they are."""
         heads = self.num_kv_heads
         ids = (pages[:, None] * heads + np.arange(heads)).astype(np.int32).ravel()
         self.loaded_head_pages += len(ids)
-        places = self._upload(ids)
-        self._fetch_one(layer, places, places, self._upload(np.array([len(ids)], np.int32)), self.frames[layer])
+        return self._upload(ids), self._upload(np.array([len(ids)], np.int32))
 
     def _set(self, table: Tensor, entries: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         if entries:

@@ -34,10 +34,10 @@ class Request:
 class Schedule:
     """vLLM's scheduler in small: chunks of any size, one token included, prefix hits on computed pages, preemptions, pages taken from the least recently freed."""
 
-    def __init__(self, seed: int, slowly: bool) -> None:
+    def __init__(self, seed: int, slowly: bool, device: torch.device) -> None:
         self.random = Random(seed)
         plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
-        device = torch.device("cpu")
+        self.device = device
         self.tiers = TieredKV(
             plan, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32, max_requests=LANES, max_rows=LANES, table_pages=BUDGET,
             max_pages=LONGEST, keep_unreferenced=True, timed=False, device=device,
@@ -47,8 +47,8 @@ class Schedule:
         self.tiers.arena.fill_(float("nan"))
         self.tiers.host.fill_(float("nan"))
         self.tiers._policy.choose = lambda ledger: self.random.choice((BUDGET, HOT))
-        self.pages = torch.zeros(LANES * HEADS, BUDGET, dtype=torch.int32)
-        self.lengths = torch.zeros(LANES * HEADS, dtype=torch.int32)
+        self.pages = torch.zeros(LANES * HEADS, BUDGET, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(LANES * HEADS, dtype=torch.int32, device=device)
         self.tiers.bind(self.pages, self.lengths)
         self.free = list(range(PAGES))
         self.held: dict[int, list[int]] = {}
@@ -190,12 +190,13 @@ class Schedule:
         slots = torch.tensor([r.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for r, p in zip(owners, positions)])
         tiers.place_rows([r.name for r in decodes], len(decodes))
         selected = self.select(decodes)
-        tiers.resolve(self.pages, self.lengths, torch.tensor(ends, dtype=torch.int32), table, len(decodes))
+        table, slots = table.to(self.device), slots.to(self.device)
+        tiers.resolve(self.pages, self.lengths, torch.tensor(ends, dtype=torch.int32, device=self.device), table, len(decodes))
         tokens = len(decodes)
         prefills = chunks[tokens:]
-        tiers.begin_prefill(table[tokens:], torch.tensor(positions[tokens:]), ends[tokens:], [chunk for _, chunk in prefills])
+        tiers.begin_prefill(table[tokens:], torch.tensor(positions[tokens:], device=self.device), ends[tokens:], [chunk for _, chunk in prefills])
         for layer in range(LAYERS):
-            new = self.kv([r.tokens[p] for r, p in zip(owners, positions)], layer)
+            new = self.kv([r.tokens[p] for r, p in zip(owners, positions)], layer).to(self.device)
             tiers.write(layer, new, new, slots, tokens)
             self.read_decodes(layer, decodes, selected)
             self.read_prefills(layer, prefills, table[tokens:], new[tokens:])
@@ -212,18 +213,18 @@ class Schedule:
             count = pages_for(length)
             middle = self.random.sample(range(1, count - 1), min(BUDGET - 2, max(0, count - 2)))
             pages = sorted({0, count - 1, *middle})
-            self.pages[sequence, : len(pages)] = torch.tensor(pages, dtype=torch.int32) * HEADS + sequence % HEADS
+            self.pages[sequence, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device=self.device) * HEADS + sequence % HEADS
             self.lengths[sequence] = (len(pages) - 1) * PAGE_SIZE + (length - 1) % PAGE_SIZE + 1
             chosen.append(pages)
         return chosen
 
     def read_decodes(self, layer: int, decodes: list[Request], selected: list[list[int]]) -> None:
-        head_pages = self.tiers.arena.view(-1, PAGE_SIZE, 2 * DIM)
+        head_pages, tables = self.tiers.arena.view(-1, PAGE_SIZE, 2 * DIM).cpu(), self.tiers.tables[layer].cpu()
         for sequence, pages in enumerate(selected):
             request, head = decodes[sequence // HEADS], sequence % HEADS
             for column, page in enumerate(pages):
                 first, last = page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, request.computed + 1)
-                found = head_pages[self.tiers.tables[layer, sequence, column].long(), : last - first]
+                found = head_pages[tables[sequence, column].long(), : last - first]
                 self.expect(found, request, first, last, layer, head)
 
     def read_prefills(self, layer: int, prefills, table: torch.Tensor, new: torch.Tensor) -> None:
@@ -240,11 +241,12 @@ class Schedule:
             self.read_rows(layer, prefills[stage.rows], stage.block_table)
 
     def read_rows(self, layer: int, rows, table: torch.Tensor) -> None:
+        table, arena = table.cpu(), self.tiers.arena.cpu()
         for row, (request, chunk) in enumerate(rows):
             end = request.computed + chunk
             for head in range(HEADS):
                 frames = table[row, : pages_for(end)].long()
-                found = self.tiers.arena[frames, head].reshape(-1, 2 * DIM)[:end]
+                found = arena[frames, head].reshape(-1, 2 * DIM)[:end]
                 self.expect(found, request, 0, end, layer, head)
 
 
@@ -256,10 +258,10 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("slowly", [False, True], ids=["layers return at once", "layers return a page or two a step"])
-def test_every_token_that_is_read_is_the_one_that_was_written(slowly):
+def test_every_token_that_is_read_is_the_one_that_was_written(slowly, device):
     seen: Counter[str] = Counter()
     for seed in range(5):
-        schedule = Schedule(seed, slowly)
+        schedule = Schedule(seed, slowly, device)
         for step in range(170):
             # Now and then nobody comes for a while, so that layers come back.
             if step % 80 < 50 and len(schedule.waiting) < 2 and schedule.random.random() < 0.7:

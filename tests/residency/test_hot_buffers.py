@@ -114,8 +114,8 @@ def test_reset_and_contents():
     table = torch.arange(LANES * MAX_PAGES).view(LANES, MAX_PAGES).int()
     hot.resolve(selection, lengths, seq_lens, lanes, table, 3)
     sources, targets, count = hot.contents()
-    assert int(count) == int((selection >= 0).sum())
-    assert sorted(zip(sources.tolist(), targets.tolist())) == misses(hot)
+    assert int(count) == int((selection >= 0).sum()) and len(sources) == len(targets) == hot.page_of.numel()
+    assert sorted(zip(sources[:count].tolist(), targets[:count].tolist())) == misses(hot)
     hot.reset(torch.tensor([0, 2]))
     hot.capacity[1] = 0
     assert int(hot.contents()[2]) == 0

@@ -54,7 +54,8 @@ def test_it_comes_back_when_misses_rise_together_and_does_not_flutter():
 def test_sizes_stay_while_the_copies_hide_behind_the_compute():
     policy, short = HotSizePolicy(20, 40), loaded(60)
     for late, size in ((0.0, 40), (0.04, 40), (0.06, 20), (0.0, 20)):
-        policy.observe(0.10, 0.11, late)
+        for _ in range(20):
+            policy.observe(0.10, 0.11, late)
         assert settled(policy, short) == size
 
 

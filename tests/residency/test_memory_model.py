@@ -63,6 +63,7 @@ def test_thresholds_are_what_the_ledger_offloads(seed):
         books = Ledger(
             num_layers=shape.num_layers, num_pages=plan.num_pages, frames=np.arange(2 * plan.staging_pages, plan.frames),
             host_layers=plan.host_layers, hot_pages=plan.hot_pages, max_requests=requests, keep_unreferenced=False,
+            return_pages=plan.num_pages,
         )  # fmt: skip
         started = [StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0) for i in range(requests)]
         books.begin_step([], started, [], [request.name for request in started])
