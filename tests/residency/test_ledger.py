@@ -217,6 +217,16 @@ def test_a_large_layer_comes_back_a_share_a_step_and_what_is_written_meanwhile_o
     assert 9 in last and 9 not in beside, "the page that every step writes is copied when no step writes past its frame any more"
 
 
+def test_a_page_that_is_written_after_it_was_copied_is_copied_again():
+    books = returning()
+    for _ in range(2):
+        first = books.begin_step([], [], [], [], written=[("c", 9)]).returning[1]
+    assert 4 in first
+    books.begin_step([], [], [], [], written=[("a", 4)])
+    beside, last = copied(books, 8, written=[("c", 9)])
+    assert books.resident == 4 and 4 in {*beside, *last}
+
+
 @pytest.mark.parametrize("rows, chunk", [(12, 1), (1, 9)], ids=["many decode rows", "long prefill"])
 def test_a_layer_comes_back_however_much_each_step_writes(rows, chunk):
     books = ledger(return_pages=3, num_pages=800, frames=np.arange(1700), max_requests=rows + 2)
