@@ -303,8 +303,10 @@ class Ledger:
     def _continue_return(self, fresh: np.ndarray, changes: Changes) -> None:
         """One step of a layer's way back; ``fresh``: pages that the step writes."""
         self._stale[fresh] = True
-        stale = np.flatnonzero(self._stale & (self.references > 0))
-        rest = np.setdiff1d(stale, fresh)
+        is_rest = self._stale & (self.references > 0)
+        stale = np.flatnonzero(is_rest)
+        is_rest[fresh] = False
+        rest = np.flatnonzero(is_rest)
         # However much each step writes, what is left shrinks.
         share = self.return_pages + self._written
         self._written = len(stale) - len(rest)
