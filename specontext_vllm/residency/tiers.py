@@ -201,7 +201,7 @@ class TieredKV:
             self._beside += held
         for layer, loaded in changes.loads:
             if layer < self.ledger.resident:
-                self._load(layer, loaded)
+                self._load(layer, *self._page_list(loaded))
         self._returning = changes.returning
 
     def place_rows(self, names: Sequence[str], table_rows: int) -> None:
@@ -231,10 +231,10 @@ class TieredKV:
         if self._returning is not None:
             # Behind the misses, which are waited for in this step.
             layer, pages = self._returning
-            places, count = self._page_list(pages)
+            listed = self._page_list(pages)
             with self._copier.aside():
-                self._fetch_one(layer, places, places, count, self.frames[layer])
-            self._beside += places, count
+                self._load(layer, *listed)
+            self._beside += listed
             self._returning = None
 
     def _write_tables(self, selection: Tensor, lengths: Tensor, block_table: Tensor, rows: int) -> None:
@@ -383,8 +383,7 @@ class TieredKV:
     def _fetch_one(self, layer: int, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor) -> None:
         self._fetch(range(layer, layer + 1), sources, targets, count, places[None], self._always)
 
-    def _load(self, layer: int, pages: np.ndarray) -> None:
-        places, count = self._page_list(pages)
+    def _load(self, layer: int, places: Tensor, count: Tensor) -> None:
         self._fetch_one(layer, places, places, count, self.frames[layer])
 
     def _page_list(self, pages: np.ndarray) -> tuple[Tensor, Tensor]:
