@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +176,28 @@ def record_timeline(llm: Any, load: Load, requests: int) -> list[Any]:
     return one_step(kernels)
 
 
+def steady_decode(ends: Sequence[float], counts: Sequence[int]) -> tuple[int, list[float]]:
+    """How many requests decode at once where an engine is at its best, and what those steps take.
+
+    Steps after ``SETTLE`` others with as many outputs count. Where requests queue there are several waves: taken is the largest number that
+    held for at least a quarter as many steps as the one that held longest.
+
+    Args:
+        ends: when each step ended, in seconds. counts: requests that got a token in it.
+    Returns:
+        The number of requests, and milliseconds of each of its steps (none if no number held that long; then it is the largest seen).
+    """
+    steps: dict[int, list[float]] = {}
+    for i in range(SETTLE + 1, len(ends)):
+        if counts[i] and len(set(counts[i - SETTLE : i + 1])) == 1:
+            steps.setdefault(counts[i], []).append(1e3 * (ends[i] - ends[i - 1]))
+    if not steps:
+        return max(counts), []
+    longest = max(map(len, steps.values()))
+    most = max(count for count, taken in steps.items() if 4 * len(taken) >= longest)
+    return most, steps[most]
+
+
 def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
     """Send all requests at once, run them to their end, and time the steps in which most of them decode and none prefills.
 
@@ -203,10 +224,7 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
         if sparse and stats == {} and len(outputs) == requests and any(len(o.outputs[0].token_ids) and o.finished for o in outputs):
             stats = llm.collective_rpc("specontext_stats")[0]
     total = time.perf_counter() - begin
-    most = Counter(c for c in counts if c).most_common(1)[0][0]
-    steady = [
-        1e3 * (ends[i] - ends[i - 1]) for i in range(SETTLE + 1, len(ends)) if counts[i - SETTLE : i + 1] == [most] * (SETTLE + 1)
-    ]
+    most, steady = steady_decode(ends, counts)
     step = float(np.median(steady)) if steady else None
     return {
         "requests": requests, "decoding_at_once": most, "step_ms": step, "step_p90_ms": float(np.percentile(steady, 90)) if steady else None,
@@ -281,7 +299,8 @@ DRIVEN = (
     "each step. Stickiness is off, since it would distort that share. Later passes of an engine use the same prompts and hit the prefix cache; their times end to end are left out."
 )
 STEADY = (
-    "Steady decode: median over the steps in which the most frequent number of requests decodes and nothing prefills. The engines ran in "
+    "Steady decode: median over the steps in which nothing prefills and as many requests decode as do at once for long: all, or a full wave where "
+    "the rest queues. The engines ran in "
     "this one command, each in a process of its own, with prefix caching, chunked prefill, async scheduling and CUDA graphs as vLLM sets "
     "them. Late: layers whose misses arrived after the layer was ready for them, by the GPU's clock."
 )

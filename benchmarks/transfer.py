@@ -77,9 +77,9 @@ def apply(worker: Any, setting: Setting) -> None:
     runtime.set(stickiness=setting.stickiness)
     slots = int(setting.slots * runtime.config.budget_pages)
     # Instead of the time law's choice, which hangs on the load.
-    tiers._policy.choose = lambda ledger: slots
+    tiers.hot_size.choose = lambda ledger: slots
     changes = Changes()
-    tiers.ledger._limit_hot(slots, changes)
+    tiers.ledger.limit_hot(slots, changes)
     with torch.inference_mode():
         tiers.follow(changes)
     if not hasattr(tiers, "noted"):

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.residency.hot_size import PRIOR_RATES
+from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, StepTime, TierPlan
 
 GIB = 2**30
@@ -96,7 +96,7 @@ def make_plan(
 
     Args:
         gpu_bytes: memory of the GPU. requests: vLLM's max_num_seqs, and the load of the tables.
-        miss_rate: share of the budget's pages fetched a step; None: as measured on the demo model for the size of the hot buffers.
+        miss_rate: share of the budget's pages fetched a step; None: what the engine expects of its hot buffers before it has measured (``prior_rate``).
     Raises:
         ConfigError, MemoryModelError: one sentence with the numbers.
     """
@@ -113,7 +113,7 @@ def make_plan(
     tiers = memory.plan(room, host_bytes)
     alone = memory.plan(room, 0)
     if miss_rate is None:
-        miss_rate = PRIOR_RATES[0] if tiers.hot_pages >= 2 * config.table_pages(max_model_len) else PRIOR_RATES[1]
+        miss_rate = prior_rate(tiers.hot_pages, config.table_pages(max_model_len))
     law = StepTime(model.weight_bytes + model.head_bytes, link_bytes_per_s=link_bytes_per_s)
     rows = []
     for length in _lengths(max_model_len):

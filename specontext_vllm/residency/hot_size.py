@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from specontext_vllm.residency.ledger import Ledger
 
-PRIOR_RATES = 0.056, 0.134
-"""Miss rates before any were measured: with buffers twice the selection, and no larger than it (benchmarks, transfer)."""
+PRIOR_RATES = 0.134, 0.056
+"""Miss rates on the demo model: with buffers no larger than the selection, and twice as large (benchmarks, transfer)."""
 
 SMOOTHING = 0.25
 """Weight of the newest measurement."""
@@ -18,6 +18,16 @@ HIDDEN_SHARE = 0.05
 
 SETTLE_LOOKS = 8
 """Looks at the counters between two changes of the size."""
+
+
+def prior_rate(hot_pages: int, selection_pages: int) -> float:
+    """Miss rate to expect of hot buffers before any was measured: ``PRIOR_RATES``, and a straight line between the two sizes.
+
+    Args:
+        hot_pages: S, slots of a buffer. selection_pages: most pages that a step selects.
+    """
+    share = min(max(hot_pages / selection_pages - 1, 0.0), 1.0)
+    return (1 - share) * PRIOR_RATES[0] + share * PRIOR_RATES[1]
 
 
 class HotSizePolicy:
@@ -36,7 +46,7 @@ class HotSizePolicy:
         self.size = largest
         self.late_share = 0.0
         self.hidden = False
-        self.rates = {largest: PRIOR_RATES[0], self.smallest: PRIOR_RATES[1]}
+        self.rates = {size: prior_rate(size, smallest) for size in (self.smallest, largest)}
         self._looks = 0
 
     def observe(self, missed: float, missed_by_smallest: float, late_share: float | None) -> None:

@@ -148,7 +148,7 @@ class Ledger:
             if name in self.lanes:
                 self._release(name, changes)
         if hot_limit is not None and hot_limit != self.hot_limit:
-            self._limit_hot(hot_limit, changes)
+            self.limit_hot(hot_limit, changes)
         touched: list[int] = []
         hits: list[int] = []
         fresh: list[int] = []
@@ -229,7 +229,8 @@ class Ledger:
         if not self.keep_unreferenced:
             self._drop_frames(np.arange(self.num_layers), np.unique(pages[self.references[pages] == 0]), changes)
 
-    def _limit_hot(self, hot_limit: int, changes: Changes) -> None:
+    def limit_hot(self, hot_limit: int, changes: Changes) -> None:
+        """Let no lane have more than ``hot_limit`` slots (at most ``hot_pages``) from now on; what has to be done on the device goes into ``changes``."""
         self.hot_limit = hot_limit
         layers = np.arange(self.resident, self.num_layers)
         for lane in np.flatnonzero(self.capacity > hot_limit):

@@ -102,7 +102,7 @@ class TieredKV:
             max_requests, num_kv_heads, plan.hot_pages, max_pages, max_rows=max_rows, table_pages=table_pages, num_layers=num_layers,
             resident=self.resident, counts=self.meter.counts, device=device,
         )  # fmt: skip
-        self._policy = HotSizePolicy(table_pages, plan.hot_pages)
+        self.hot_size = HotSizePolicy(table_pages, plan.hot_pages)
 
         def cells(*shape: int) -> Tensor:
             return torch.full(shape, NULL_FRAME, dtype=torch.int32, device=device)
@@ -160,8 +160,8 @@ class TieredKV:
         news = self.meter.poll()
         size = None
         if news is not None and (rates := miss_rates(news)) is not None:
-            self._policy.observe(*rates, late_share(news))
-            size = self._policy.choose(self.ledger)
+            self.hot_size.observe(*rates, late_share(news))
+            size = self.hot_size.choose(self.ledger)
         self.follow(self.ledger.begin_step(released, started, grown, decoding, size, prefilling, written))
 
     def follow(self, changes: Changes) -> None:

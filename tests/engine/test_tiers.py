@@ -65,7 +65,7 @@ def unsettle(worker) -> None:
 
     tiers.follow = count
     assert tiers.plan.hot_pages > tiers.tables.shape[-1]
-    policy = tiers._policy
+    policy = tiers.hot_size
 
     def choose(ledger):
         policy.size = policy.smallest if policy.size == policy.largest else policy.largest

@@ -46,7 +46,7 @@ class Schedule:
             self.tiers.ledger.return_pages = 1 + seed % 2
         self.tiers.arena.fill_(float("nan"))
         self.tiers.host.fill_(float("nan"))
-        self.tiers._policy.choose = lambda ledger: self.random.choice((BUDGET, HOT))
+        self.tiers.hot_size.choose = lambda ledger: self.random.choice((BUDGET, HOT))
         self.pages = torch.zeros(LANES * HEADS, BUDGET, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(LANES * HEADS, dtype=torch.int32, device=device)
         self.tiers.bind(self.pages, self.lengths)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specontext_vllm.residency.hot_size import PRIOR_RATES, SETTLE_LOOKS, HotSizePolicy
+from specontext_vllm.residency.hot_size import PRIOR_RATES, SETTLE_LOOKS, HotSizePolicy, prior_rate
 from specontext_vllm.residency.ledger import Ledger, StartedRequest
 from specontext_vllm.residency.meter import POLL_STEPS, Meter, miss_rates, ratios
 
@@ -60,7 +60,10 @@ def test_sizes_stay_while_the_copies_hide_behind_the_compute():
 
 
 def test_priors_and_equal_sizes():
-    assert HotSizePolicy(20, 40).rates == {40: PRIOR_RATES[0], 20: PRIOR_RATES[1]}
+    assert HotSizePolicy(20, 40).rates == {20: PRIOR_RATES[0], 40: PRIOR_RATES[1]}
+    assert HotSizePolicy(20, 20).rates == {20: PRIOR_RATES[0]}
+    assert HotSizePolicy(20, 30).rates[30] == pytest.approx(sum(PRIOR_RATES) / 2)
+    assert prior_rate(10, 20) == PRIOR_RATES[0] and prior_rate(100, 20) == PRIOR_RATES[1]
     same = HotSizePolicy(20, 20)
     same.observe(0.5, 0.5, None)
     assert settled(same, loaded(60)) == 20
