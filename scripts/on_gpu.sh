@@ -52,9 +52,10 @@ wants_h200() {
 
 # -- tests
 tests() {
-    test_files gpu-tests 570 tests/attention tests/kernels tests/residency tests/retrieval tests/engine/test_quest_graphs.py \
-        tests/engine/test_compile_cache.py tests/engine/test_exactness.py tests/engine/test_tiers.py tests/engine/test_recall.py
+    test_files gpu-tests 400 tests/attention tests/kernels tests/residency tests/retrieval \
+        tests/engine/test_exactness.py tests/engine/test_tiers.py tests/engine/test_recall.py
 }
+graphs() { test_files gpu-graphs 500 tests/engine/test_quest_graphs.py tests/engine/test_compile_cache.py; }
 service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
 ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
 xformers() { test_files xformers 200 tests/attention; }
@@ -72,6 +73,7 @@ quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine
 hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
 paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 --work "$WORK"; }
 edge() { bench speed-edge 400 speed edge --engine-seconds 180 --work "$WORK"; }
+edge_others() { bench speed-edge-others 300 speed edge --engines stock,hf-eager --engine-seconds 140 --work "$WORK"; }
 serve() { wants_h200; bench "serve-$1" 545 speed serve --engines "$2" --lengths "$3" --concurrency "$4" --engine-seconds 520 --work "$WORK"; }
 serve_prompts() { serve prompts specontext 8k/1k,32k/4k 24; }
 serve_prompts_stock() { serve prompts-stock stock 8k/1k,32k/4k 24; }
