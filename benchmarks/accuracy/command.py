@@ -109,6 +109,12 @@ def _own_head(model: Path, head: str | None) -> list[str]:
     return ["head", re.sub(r"[^\w.]+", "-", Path(head).resolve().name).strip("-.")]
 
 
+def _word(option: str, text: str | None) -> list[str]:
+    if text is not None and not re.fullmatch(r"[\w.]+", text):
+        raise OptionError(f"{option}: found {text!r}; give one word of letters, digits, dots and underscores.")
+    return [text] if text else []
+
+
 def _weights(folder: Path) -> dict[str, list[int]]:
     """Size and time of the weight files, by which another model in the same place is told."""
     return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
@@ -245,6 +251,9 @@ def main(
     threshold_budget: Annotated[int | None, typer.Option(help="Budget they are tried with. Default: the smallest.")] = None,
     longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
+    label: Annotated[
+        str | None, typer.Option(help="Word that joins the result's name, so that another grid over the same model stands beside the first.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder of finished cells, which a later run goes on from, and of the engine's log.")
     ] = None,
@@ -264,11 +273,11 @@ def main(
         groups = grid.groups(_writer(model))
         spec = _spec(grid, groups, dtype, on_gpu)
         machine = facts()
-        name, own_head = model.resolve().name, _own_head(model, grid.head)
-        folder = work or WORK / f"{'-'.join(['accuracy', name, *own_head])}-{device_slug(machine)}"
-        title = f"{' '.join([name, *own_head])}: accuracy by retriever and budget, {prompts} prompts a cell"
+        name, words = model.resolve().name, [*_own_head(model, grid.head), *_word("--label", label)]
+        folder = work or WORK / f"{'-'.join(['accuracy', name, *words])}-{device_slug(machine)}"
+        title = f"{' '.join([name, *words])}: accuracy by retriever and budget, {prompts} prompts a cell"
         notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
-        case = "-".join(["accuracy", *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *own_head])
+        case = "-".join(["accuracy", *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *words])
         result = report.Report(case, title, {}, machine=machine, notes=notes)
         run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:

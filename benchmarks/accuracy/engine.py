@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.cells import DENSE, Group, Setting
 from benchmarks.accuracy.longbench import find_tasks
 from benchmarks.accuracy.summary import says_nothing, score
+from benchmarks.accuracy.tasks import Example
 
 REQUESTS = 16
 """Prompts that are answered at once."""
+
+KEPT = 0.9
+"""Share of the KV cache that the prompts and replies of a portion may take, so that none of them is evicted before the last setting."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,60 @@ class EngineSpec:
         }  # fmt: skip
 
 
+def portions(lengths: Sequence[int], room: int) -> list[range]:
+    """Prompts, by their places, that the prefix cache keeps together; one that is longer than the room is alone.
+
+    Args:
+        lengths: tokens of each with its reply. room: tokens.
+    """
+    out: list[range] = []
+    first, taken = 0, 0
+    for place, length in enumerate(lengths):
+        if taken and taken + length > room:
+            out.append(range(first, place))
+            first, taken = place, 0
+        taken += length
+    return [*out, range(first, len(lengths))]
+
+
+@dataclass
+class Answers:
+    """What came of a group's prompts under one setting, portion by portion."""
+
+    replies: list[Any] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    tokens: int = 0
+    cached: int = 0
+    asked: int = 0
+    seconds: float = 0.0
+    stats: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("decode_rows", "fallback_rows", "pages_read", "pages_total"), 0))
+
+    def add_stats(self, stats: dict[str, Any]) -> None:
+        """Add up the engine's counts; the kept mass is a mean over the rows."""
+        mass, new = stats["kept_mass_mean"], stats["decode_rows"]
+        if mass is not None:
+            before = self.stats["decode_rows"]
+            self.stats["kept_mass_mean"] = (before * self.stats.get("kept_mass_mean", 0.0) + new * mass) / max(1, before + new)
+        for key in ("decode_rows", "fallback_rows", "pages_read", "pages_total"):
+            self.stats[key] += stats[key]
+
+    def result(self) -> dict[str, Any]:
+        """As ``run_engine`` yields it."""
+        return {
+            "replies": self.replies, "scores": self.scores, "seconds": round(self.seconds, 3), "tokens": self.tokens,
+            "cached": self.cached / self.asked, "stats": {"kept_mass_mean": None, **self.stats},
+        }  # fmt: skip
+
+
 def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]], longbench: Path | None) -> Iterator[tuple[str, Any]]:
     """Answer each group's prompts once with each of its settings.
 
-    A group's prompts are prefilled first. Their pages hold prompt tokens only and are always made densely, so that all settings read
-    the same. Where dense comes first and cannot do the task, the group's other settings are left out, and so are the task's later
-    (longer) groups: they would say nothing.
+    A group's prompts are prefilled first, as many at a time as the KV cache keeps. Their pages hold prompt tokens only and are always made densely,
+    so that all settings read the same. Where dense comes first and cannot do the task, the group's other settings are left out, and so are the
+    task's later (longer) groups: they would say nothing.
 
     Yields:
-        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` and ``("cell", (group, setting, result))`` or, for replies that cannot be
+        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` a portion and ``("cell", (group, setting, result))`` or, for replies that cannot be
         scored, ``("failed", (group, setting, why))``, groups by their index.
         A result has ``replies`` (texts, or lists of log-probabilities), their ``scores``, ``tokens`` emitted, ``seconds`` they took, share
         of the prompts' tokens that were ``cached``, and the engine's ``stats``.
@@ -68,40 +117,55 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
     arguments = spec.arguments()
     forces = any(example.forced for group, _ in work for example in group.examples)
     llm = LLM(**arguments, **(forcing.engine_arguments(spec.on_gpu) if forces else {}))
+    cache = llm.llm_engine.vllm_config.cache_config
+    room = int(KEPT * cache.num_gpu_blocks * cache.block_size)
     yield "ready", {"start_s": round(time.perf_counter() - begin, 1), "arguments": arguments}
+
+    def answer(examples: Sequence[Example], setting: Setting, answers: Answers) -> list[Any]:
+        prompts = [{"prompt_token_ids": e.prompt} for e in examples]
+        params = [
+            SamplingParams(temperature=0, max_tokens=e.reply_tokens) if e.forced is None else forcing.forced_params(e.forced, spec.on_gpu)
+            for e in examples
+        ]
+        llm.collective_rpc("specontext_set", kwargs=setting.changes())
+        llm.collective_rpc("specontext_stats", args=(True,))
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        answers.seconds += time.perf_counter() - start
+        answers.add_stats(llm.collective_rpc("specontext_stats")[0])
+        answers.tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        answers.cached += sum(output.num_cached_tokens for output in outputs)
+        answers.asked += sum(len(e.prompt) for e in examples)
+        return outputs
+
     for index, (group, settings) in enumerate(work):
         task = tasks[group.task]
         if task.name in failed:
             continue
-        prompts = [{"prompt_token_ids": e.prompt} for e in group.examples]
-        params = [
-            SamplingParams(temperature=0, max_tokens=e.reply_tokens) if e.forced is None else forcing.forced_params(e.forced, spec.on_gpu)
-            for e in group.examples
-        ]
-        start = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-        yield "prefilled", (index, round(time.perf_counter() - start, 2))
-        for setting in settings:
-            llm.collective_rpc("specontext_set", kwargs=setting.changes())
-            llm.collective_rpc("specontext_stats", args=(True,))
+        answers = {setting: Answers() for setting in settings}
+        parts = portions([len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for e in group.examples], room)
+        for part in parts:
+            examples = [group.examples[place] for place in part]
             start = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            try:
-                replies = [
-                    output.outputs[0].text if e.forced is None else forcing.log_probabilities(output.outputs[0], e.forced)
-                    for output, e in zip(outputs, group.examples, strict=True)
-                ]
-            except RuntimeError as error:  # one task's trouble, not the grid's
-                yield "failed", (index, setting, str(error))
-                continue
-            scores = [score(task, example, reply) for example, reply in zip(group.examples, replies, strict=True)]
-            yield "cell", (index, setting, {
-                "replies": replies, "scores": scores, "seconds": round(seconds, 3),
-                "tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
-                "cached": sum(output.num_cached_tokens for output in outputs) / sum(len(e.prompt) for e in group.examples),
-                "stats": llm.collective_rpc("specontext_stats")[0],
-            })  # fmt: skip
-            if setting.retriever == DENSE and says_nothing(task, scores):
-                failed.add(task.name)
-                break
+            llm.generate([{"prompt_token_ids": e.prompt} for e in examples], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+            yield "prefilled", (index, round(time.perf_counter() - start, 2))
+            for setting in list(answers):
+                outputs = answer(examples, setting, answers[setting])
+                try:
+                    replies = [
+                        output.outputs[0].text if e.forced is None else forcing.log_probabilities(output.outputs[0], e.forced)
+                        for output, e in zip(outputs, examples, strict=True)
+                    ]
+                except RuntimeError as error:  # one task's trouble, not the grid's
+                    del answers[setting]
+                    yield "failed", (index, setting, str(error))
+                    continue
+                answers[setting].replies += replies
+                answers[setting].scores += [score(task, e, reply) for e, reply in zip(examples, replies, strict=True)]
+                if part is parts[-1]:
+                    yield "cell", (index, setting, answers[setting].result())
+                if setting.retriever == DENSE and says_nothing(task, answers[setting].scores):
+                    if part is parts[-1]:
+                        failed.add(task.name)
+                    answers = {setting: answers[setting]}
+                    break

@@ -257,3 +257,26 @@ def test_the_committed_verdicts_follow_from_the_committed_scores():
             for task in TASKS:
                 name = Cell(task, row["context"], Setting(row["retriever"], row["budget"], row["threshold"])).name
                 assert row.get(task) == (summary.value(TASKS[task], scores[name]) if name in scores else None)
+
+
+def test_portions_fit_the_cache_and_hold_every_prompt_once():
+    from benchmarks.accuracy.engine import portions
+
+    assert portions([4, 4, 4, 4, 4], 12) == [range(0, 3), range(3, 5)]
+    assert portions([4, 20, 4], 12) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert portions([4, 4], 100) == [range(0, 2)]
+
+
+def test_figures_of_portions_add_up():
+    from benchmarks.accuracy.engine import Answers
+
+    answers = Answers(scores=[1.0], replies=["a"], tokens=3, cached=9, asked=10, seconds=1.0)
+    for rows, mass, pages in ((30, 0.5, 3), (10, 0.1, 5)):
+        answers.add_stats({"decode_rows": rows, "fallback_rows": 1, "pages_read": pages, "pages_total": 10, "kept_mass_mean": mass, "steps": 7})
+    assert answers.result() == {
+        "replies": ["a"], "scores": [1.0], "seconds": 1.0, "tokens": 3, "cached": 0.9,
+        "stats": {"decode_rows": 40, "fallback_rows": 2, "pages_read": 8, "pages_total": 20, "kept_mass_mean": pytest.approx(0.4)},
+    }  # fmt: skip
+    answers = Answers(asked=1)
+    answers.add_stats({"decode_rows": 3, "fallback_rows": 0, "pages_read": 3, "pages_total": 3, "kept_mass_mean": None})
+    assert answers.result()["stats"]["kept_mass_mean"] is None, "retrievers without a head"
