@@ -93,23 +93,26 @@ def make_rows(workloads: Sequence[Workload], cells: dict[str, list[Cell]], detai
 
 
 def _engine_columns(workload: Workload, key: str, cells: Sequence[Cell], measured: dict[str, Any]) -> dict[str, Any]:
-    """One engine's part of the workload's row; empty while a cell is missing."""
+    """One engine's part of the workload's row: nothing while a sampled context is missing, nothing of the prefill while that is."""
     sampled = [cell for cell in cells if not cell.prefill]
-    prefills = [cell for cell in cells if cell.name == workload.prefill_cell]
-    needed = [measured.get(cell.name) for cell in (*sampled, *prefills)]
-    if not all(needed):
-        return {}
-    if any("out_of_memory" in figures for figures in needed):
-        return {f"{key}_rate": OUT_OF_MEMORY}
-    steps = {measured[cell.name]["context_tokens"]: measured[cell.name]["step_ms"]["median"] for cell in sampled}
     # Without a prefill of its own, an engine prefills from one sampled context to the next.
-    prefill = sum(measured[cell.name]["prefill_s"] for cell in prefills or [cell for cell in sampled if cell.tokens <= workload.prompt])
-    requests, step = needed[0]["requests"], mean_step(steps, workload.prompt, workload.room)
-    whole = prefill + 1e-3 * step * workload.output
-    return {
-        f"{key}_requests": requests, f"{key}_step": step, f"{key}_rate": 1e3 * requests / step, f"{key}_prefill": prefill,
-        f"{key}_whole": requests * workload.output / whole,
-    }  # fmt: skip
+    own = [cell for cell in cells if cell.name == workload.prefill_cell]
+    prefills = [measured.get(cell.name) for cell in own or [cell for cell in sampled if cell.tokens <= workload.prompt]]
+    figures = [measured.get(cell.name) for cell in sampled]
+    if not all(figures):
+        return {}
+    if any("out_of_memory" in each for each in figures):
+        return {f"{key}_rate": OUT_OF_MEMORY}
+    requests = figures[0]["requests"]
+    step = mean_step({each["context_tokens"]: each["step_ms"]["median"] for each in figures}, workload.prompt, workload.room)
+    columns: dict[str, Any] = {f"{key}_requests": requests, f"{key}_step": step, f"{key}_rate": 1e3 * requests / step}
+    if any(each and "out_of_memory" in each for each in prefills):
+        columns |= {f"{key}_prefill": OUT_OF_MEMORY, f"{key}_whole": OUT_OF_MEMORY}
+    elif all(prefills):
+        prefill = sum(each["prefill_s"] for each in prefills)
+        whole = prefill + 1e-3 * step * workload.output
+        columns |= {f"{key}_prefill": prefill, f"{key}_whole": requests * workload.output / whole}
+    return columns
 
 
 TABLES = {
@@ -144,5 +147,6 @@ NOTE = (
     "length on that way of the step times (medians) at the sampled contexts, interpolated linearly between them; before the first and "
     "after the last sampled context the nearest one's time holds. Tokens/s = requests / mean step; with the prefill: requests * out / "
     "(prefill + out * mean step). vLLM's engines prefill from one sampled context to the next (prefix cache), and the prefill is the "
-    "sum of those; Hugging Face's is one call over all prompts, as in `generate`, and its sampled contexts are filled with random K and V."
+    "sum of those; Hugging Face's is one call over all prompts, as in `generate`, and its sampled contexts are filled with random K and V, so that they "
+    "are timed even where that prefill is out of memory."
 )

@@ -96,6 +96,12 @@ accuracy_demo() {
     bench accuracy-demo 545 accuracy "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-demo"
     tar czf "$OUT/cells-demo.tar.gz" -C "$WORK" accuracy-demo
 }
+# A head for the demo model from nothing, beside the one that was trained together with it.
+distilled() {
+    logged distilled 400 python3 -m specontext_vllm.cli distill --model models/demo --data synthetic --out /tmp/distilled --hours 0.09
+    cp /tmp/distilled/training/curve.jsonl "$OUT/distilled-curve.jsonl"
+    bench accuracy-distilled 150 accuracy --head /tmp/distilled "${GRID[@]}" --retrievers dlm --thresholds 0 --engine-seconds 130 --work "$WORK/accuracy-distilled"
+}
 losses_larger() { bench losses-larger 545 losses --model /tmp/larger; }
 distill() { wants_h200; bench distill 400 distill; }
 soak() {

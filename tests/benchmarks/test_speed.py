@@ -121,7 +121,9 @@ def test_workload_rows_follow_from_the_sampled_steps():
     assert first["hf_eager_whole"] == pytest.approx(4 * 3000 / 305)
     # The second one's prompt is prefilled in two pieces.
     assert second["stock_prefill"] == 4.0 and second["stock_step"] == pytest.approx(35)
-    assert second["hf_eager_rate"] == "out of memory" and "times_eager" not in second
+    # Its decode steps were timed on a filled cache; only what needs the prefill is missing.
+    assert second["hf_eager_rate"] == pytest.approx(40) and "times_eager" in second
+    assert second["hf_eager_prefill"] == second["hf_eager_whole"] == "out of memory" and "times_eager_whole" not in second
     details["engines"]["stock"]["cells"] = {}
     assert "stock_rate" not in workloads.make_rows(scenes, cells, details)[0]
 
