@@ -37,19 +37,24 @@ def make_run(out: Path, **changes) -> Distiller:
 
 
 def run_to_the_end(out: Path) -> None:
-    """In the child as well, so that both have the same number of threads."""
     torch.set_num_threads(1)
     run = make_run(out)
     run.resume()
     list(run.run())
 
 
+def start(out: Path) -> subprocess.Popen[bytes]:
+    """``run_to_the_end`` in a process of its own. In this one vLLM may have bound the threads (its CPU worker takes torch.set_num_threads
+    away), and sums differ in their last bits with the number of threads."""
+    program = "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(pathlib.Path(sys.argv[1]))"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=Path(__file__).parents[2], env=env)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    threads = torch.get_num_threads()
-    run_to_the_end(out)
-    torch.set_num_threads(threads)
+    assert start(out).wait() == 0
     return out
 
 
@@ -58,9 +63,7 @@ def steps_of(out: Path) -> list[int]:
 
 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
-    program = "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(pathlib.Path(sys.argv[1]))"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=Path(__file__).parents[2], env=env)
+    process = start(tmp_path)
     state = tmp_path / "training" / "state.pt"
     try:
         while process.poll() is None and not (state.is_file() and 3 <= torch.load(state, weights_only=True)["progress"]["step"]):
@@ -72,7 +75,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_pa
         process.wait()
     stopped = torch.load(state, weights_only=True)["progress"]["step"]
     assert 3 <= stopped < STEPS
-    run_to_the_end(tmp_path)
+    assert start(tmp_path).wait() == 0
     for name, tensor in load_file(uninterrupted / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
     assert steps_of(tmp_path) == steps_of(uninterrupted) == [0, STEPS]
