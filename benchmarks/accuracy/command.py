@@ -109,9 +109,9 @@ def _own_head(model: Path, head: str | None) -> list[str]:
     return ["head", re.sub(r"[^\w.]+", "-", Path(head).resolve().name).strip("-.")]
 
 
-def _word(option: str, text: str | None) -> list[str]:
+def _label(text: str | None) -> list[str]:
     if text is not None and not re.fullmatch(r"[\w.]+", text):
-        raise OptionError(f"{option}: found {text!r}; give one word of letters, digits, dots and underscores.")
+        raise OptionError(f"--label: found {text!r}; give one word of letters, digits, dots and underscores.")
     return [text] if text else []
 
 
@@ -273,7 +273,7 @@ def main(
         groups = grid.groups(_writer(model))
         spec = _spec(grid, groups, dtype, on_gpu)
         machine = facts()
-        name, words = model.resolve().name, [*_own_head(model, grid.head), *_word("--label", label)]
+        name, words = model.resolve().name, [*_own_head(model, grid.head), *_label(label)]
         folder = work or WORK / f"{'-'.join(['accuracy', name, *words])}-{device_slug(machine)}"
         title = f"{' '.join([name, *words])}: accuracy by retriever and budget, {prompts} prompts a cell"
         notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])

@@ -11,7 +11,6 @@ from typing import Any
 from benchmarks.accuracy.cells import DENSE, Group, Setting
 from benchmarks.accuracy.longbench import find_tasks
 from benchmarks.accuracy.summary import says_nothing, score
-from benchmarks.accuracy.tasks import Example
 
 REQUESTS = 16
 """Prompts that are answered at once."""
@@ -76,22 +75,25 @@ class Answers:
     cached: int = 0
     asked: int = 0
     seconds: float = 0.0
-    stats: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(("decode_rows", "fallback_rows", "pages_read", "pages_total"), 0))
+    stats: list[dict[str, Any]] = field(default_factory=list)
 
-    def add_stats(self, stats: dict[str, Any]) -> None:
-        """Add up the engine's counts; the kept mass is a mean over the rows."""
-        mass, new = stats["kept_mass_mean"], stats["decode_rows"]
-        if mass is not None:
-            before = self.stats["decode_rows"]
-            self.stats["kept_mass_mean"] = (before * self.stats.get("kept_mass_mean", 0.0) + new * mass) / max(1, before + new)
-        for key in ("decode_rows", "fallback_rows", "pages_read", "pages_total"):
-            self.stats[key] += stats[key]
+    def add(self, outputs: Sequence[Any], seconds: float, stats: dict[str, Any]) -> None:
+        """Count a portion's outputs in; its replies and scores are added by whoever can read them."""
+        self.tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        self.cached += sum(output.num_cached_tokens for output in outputs)
+        self.asked += sum(len(output.prompt_token_ids) for output in outputs)
+        self.seconds += seconds
+        self.stats.append(stats)
 
     def result(self) -> dict[str, Any]:
-        """As ``run_engine`` yields it."""
+        """As ``run_engine`` yields it; the kept mass is a mean over the decode rows, None of retrievers without a head."""
+        stats = {key: sum(part[key] for part in self.stats) for key in ("decode_rows", "fallback_rows", "pages_read", "pages_total")}
+        masses = [(part["kept_mass_mean"], part["decode_rows"]) for part in self.stats]
+        known = all(mass is not None for mass, _ in masses)
+        stats["kept_mass_mean"] = sum(mass * rows for mass, rows in masses) / max(1, stats["decode_rows"]) if known else None
         return {
             "replies": self.replies, "scores": self.scores, "seconds": round(self.seconds, 3), "tokens": self.tokens,
-            "cached": self.cached / self.asked, "stats": {"kept_mass_mean": None, **self.stats},
+            "cached": self.cached / self.asked, "stats": stats,
         }  # fmt: skip
 
 
@@ -121,23 +123,6 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
     room = int(KEPT * cache.num_gpu_blocks * cache.block_size)
     yield "ready", {"start_s": round(time.perf_counter() - begin, 1), "arguments": arguments}
 
-    def answer(examples: Sequence[Example], setting: Setting, answers: Answers) -> list[Any]:
-        prompts = [{"prompt_token_ids": e.prompt} for e in examples]
-        params = [
-            SamplingParams(temperature=0, max_tokens=e.reply_tokens) if e.forced is None else forcing.forced_params(e.forced, spec.on_gpu)
-            for e in examples
-        ]
-        llm.collective_rpc("specontext_set", kwargs=setting.changes())
-        llm.collective_rpc("specontext_stats", args=(True,))
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        answers.seconds += time.perf_counter() - start
-        answers.add_stats(llm.collective_rpc("specontext_stats")[0])
-        answers.tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
-        answers.cached += sum(output.num_cached_tokens for output in outputs)
-        answers.asked += sum(len(e.prompt) for e in examples)
-        return outputs
-
     for index, (group, settings) in enumerate(work):
         task = tasks[group.task]
         if task.name in failed:
@@ -146,11 +131,21 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
         parts = portions([len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for e in group.examples], room)
         for part in parts:
             examples = [group.examples[place] for place in part]
+            prompts = [{"prompt_token_ids": e.prompt} for e in examples]
+            params = [
+                SamplingParams(temperature=0, max_tokens=e.reply_tokens) if e.forced is None else forcing.forced_params(e.forced, spec.on_gpu)
+                for e in examples
+            ]
             start = time.perf_counter()
-            llm.generate([{"prompt_token_ids": e.prompt} for e in examples], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+            llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
             yield "prefilled", (index, round(time.perf_counter() - start, 2))
             for setting in list(answers):
-                outputs = answer(examples, setting, answers[setting])
+                collected = answers[setting]
+                llm.collective_rpc("specontext_set", kwargs=setting.changes())
+                llm.collective_rpc("specontext_stats", args=(True,))
+                start = time.perf_counter()
+                outputs = llm.generate(prompts, params, use_tqdm=False)
+                collected.add(outputs, time.perf_counter() - start, llm.collective_rpc("specontext_stats")[0])
                 try:
                     replies = [
                         output.outputs[0].text if e.forced is None else forcing.log_probabilities(output.outputs[0], e.forced)
@@ -160,12 +155,12 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
                     del answers[setting]
                     yield "failed", (index, setting, str(error))
                     continue
-                answers[setting].replies += replies
-                answers[setting].scores += [score(task, e, reply) for e, reply in zip(examples, replies, strict=True)]
+                collected.replies += replies
+                collected.scores += [score(task, e, reply) for e, reply in zip(examples, replies, strict=True)]
                 if part is parts[-1]:
-                    yield "cell", (index, setting, answers[setting].result())
-                if setting.retriever == DENSE and says_nothing(task, answers[setting].scores):
+                    yield "cell", (index, setting, collected.result())
+                if setting.retriever == DENSE and says_nothing(task, collected.scores):
                     if part is parts[-1]:
                         failed.add(task.name)
-                    answers = {setting: answers[setting]}
+                    answers = {setting: collected}
                     break

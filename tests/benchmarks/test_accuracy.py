@@ -272,11 +272,11 @@ def test_figures_of_portions_add_up():
 
     answers = Answers(scores=[1.0], replies=["a"], tokens=3, cached=9, asked=10, seconds=1.0)
     for rows, mass, pages in ((30, 0.5, 3), (10, 0.1, 5)):
-        answers.add_stats({"decode_rows": rows, "fallback_rows": 1, "pages_read": pages, "pages_total": 10, "kept_mass_mean": mass, "steps": 7})
+        answers.stats.append({"decode_rows": rows, "fallback_rows": 1, "pages_read": pages, "pages_total": 10, "kept_mass_mean": mass, "steps": 7})
     assert answers.result() == {
         "replies": ["a"], "scores": [1.0], "seconds": 1.0, "tokens": 3, "cached": 0.9,
         "stats": {"decode_rows": 40, "fallback_rows": 2, "pages_read": 8, "pages_total": 20, "kept_mass_mean": pytest.approx(0.4)},
     }  # fmt: skip
     answers = Answers(asked=1)
-    answers.add_stats({"decode_rows": 3, "fallback_rows": 0, "pages_read": 3, "pages_total": 3, "kept_mass_mean": None})
+    answers.stats.append({"decode_rows": 3, "fallback_rows": 0, "pages_read": 3, "pages_total": 3, "kept_mass_mean": None})
     assert answers.result()["stats"]["kept_mass_mean"] is None, "retrievers without a head"
