@@ -52,7 +52,7 @@ class Retriever:
     ) -> None:  # fmt: skip
         self.config, self.head, self.num_kv_heads, self.device = config, head, num_kv_heads, device
         self.embed = embed if head is None or head.embed_tokens is None else head.embed
-        self.max_pages = pages_for(max_model_len)
+        self.max_model_len, self.max_pages = max_model_len, pages_for(max_model_len)
         self.table_pages = table_pages
         self.cache: HeadCache | None = None
         queries = num_kv_heads if head is None else head.spec.num_heads
@@ -241,12 +241,13 @@ class Retriever:
         Args:
             pages, lengths, ids, held: as in ``before_forward``; ids for one row.
         """
-        tokens = min(self.config.budget_pages + 1, self.max_pages) * PAGE_SIZE
+        # The head knows no position beyond the model's longest context, which may end within a page.
+        tokens = min((self.config.budget_pages + 1) * PAGE_SIZE, self.max_model_len)
 
         def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=self.device)
 
-        for length in (PAGE_SIZE, tokens):
+        for length in (min(PAGE_SIZE, tokens), tokens):
             batch = StepBatch(
                 token_ids=filled(0, 1), positions=filled(length - 1, 1, dtype=torch.int64), slots=filled(0, 1, dtype=torch.int64),
                 query_starts=torch.arange(2, dtype=torch.int32, device=self.device), seq_lens=filled(length, 1),

@@ -23,19 +23,19 @@ MAX_LEN = 512
 class World:
     """Made-up sequences whose aux states are a function of (sequence, position), and a retriever that sees them in steps."""
 
-    def __init__(self, device, seed=0, **settings):
+    def __init__(self, device, seed=0, max_len=MAX_LEN, **settings):
         generator = torch.Generator().manual_seed(seed)
         self.device = device
         checkpoint = dummy_checkpoint(
             hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4,
-            max_position=MAX_LEN, dtype=torch.float32, seed=seed,
+            max_position=max_len, dtype=torch.float32, seed=seed,
         )  # fmt: skip
-        self.head = RetrievalHead(checkpoint, max_position=MAX_LEN, dtype=torch.float32, device=device)
+        self.head = RetrievalHead(checkpoint, max_position=max_len, dtype=torch.float32, device=device)
         self.table = torch.randn(VOCAB, HIDDEN, generator=generator).to(device)
         self.config = SpeContextConfig(**{"budget": 64, "sink_tokens": 16, "recent_tokens": 17, **settings})
         self.retriever = Retriever(
-            self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
-            table_pages=MAX_LEN // PAGE_SIZE, device=device,
+            self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=max_len,
+            table_pages=pages_for(max_len), device=device,
         )  # fmt: skip
         # Block 0 is vLLM's null block: no sequence lies in it.
         self.blocks = (torch.randperm(199, generator=generator) + 1).tolist()
@@ -231,6 +231,14 @@ def test_warming_up_leaves_no_trace_but_in_block_0(device):
     assert world.retriever.stats()["decode_rows"] == 0
     # It chose: the row was a page longer than the budget.
     assert int(world.lengths[0]) == world.config.budget
+
+
+@pytest.mark.parametrize("max_len", [9, 77])
+def test_warming_up_stays_within_a_context_that_ends_inside_a_page(device, max_len):
+    """Named regression: the head was asked about the last page's end, and an engine with an odd --max-model-len within the budget did not start."""
+    world = World(device, max_len=max_len, budget=128)
+    world.retriever.warm_up(world.pages, world.lengths)
+    assert int(world.lengths[0]) == max_len
 
 
 def test_an_engine_may_bind_twice_the_first_time_in_inference_mode(device):
