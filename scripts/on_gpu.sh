@@ -65,6 +65,7 @@ two_gpus() { test_files two-gpus 400 tests/engine/test_tensor_parallel.py; }
 capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-seconds 330; }
 full_memory() { wants_h200; bench capacity-full 545 capacity --gpu-gib 0 --turnover recorded,0.05 --max-num-seqs 40 --work "$WORK" --engine-seconds 400; }
 link() { bench link 200 link; }
+attention() { bench attention 180 attention; }
 decode() { wants_h200; bench decode 400 decode --work "$WORK"; }
 
 # -- speed; an engine a step where two would not fit into one call

@@ -1,36 +1,55 @@
-"""Decode attention over per-(request, KV head) page tables for GPUs without FlashAttention: split over pages, then combined."""
+"""Decode attention over per-(request, KV head) page tables, split over pages; the last part of a sequence to end combines all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-PAGES_PER_STEP = 4
+MOST_SPLITS = 64
+"""Parts that a sequence is cut into at most."""
+
+STEP_BYTES = 16384
+"""Keys, and as many bytes of values, that a program has in flight: with four programs on a processor enough to hide the memory's latency."""
+
+COMBINED = 8
+"""Parts that are combined at a time."""
+
+LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_kv_heads", "splits"])
 def _sparse_decode_kernel(
-    p_query, p_kv, p_pages, p_lengths, p_partial, p_partial_lse,
-    scale, s_pages, num_sequences,
+    p_query, p_kv, p_pages, p_lengths, p_out, p_partial, p_lse, p_ended,
+    scale, s_query, s_pages, num_kv_heads, splits,
     G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    G_OUT: tl.constexpr, COMBINED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i_seq = tl.program_id(0).to(tl.int64)
-    i_split = tl.program_id(1)
+    i_split = tl.program_id(0)
+    i_seq = tl.program_id(1).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     pages = (length + P - 1) // P
-    per_split = (pages + SPLITS - 1) // SPLITS
+    # Whole steps, and two at least: combining crumbs takes longer than reading them.
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(pages, splits), STEP), 2) * STEP
+    parts = tl.maximum((pages + per_split - 1) // per_split, 1)
+    if i_split >= parts:
+        return
     first = i_split * per_split
     last = tl.minimum(first + per_split, pages)
     o_g = tl.arange(0, G_PAD)
     o_d = tl.arange(0, D_PAD)
     m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
     # [G_PAD, D_PAD]
-    b_q = tl.load(p_query + (i_seq * G + o_g)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
+    p_q = p_query + (i_seq // num_kv_heads) * s_query + (i_seq % num_kv_heads) * G * D
+    b_q = tl.load(p_q + o_g[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     b_acc = tl.zeros((G_PAD, D_PAD), tl.float32)
     b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((G_PAD,), tl.float32)
+    # Summed over the tokens at the end only: a sum across warps in every step would wait for all of them.
+    b_sums = tl.zeros((G_PAD, STEP * P), tl.float32)
     o_t = tl.arange(0, STEP * P)
-    for page in range(first, last, STEP):
+    for page in tl.range(first, last, STEP, num_stages=STAGES):
         o_page = page + o_t // P
         m_t = (o_page < last) & (page * P + o_t < length)
         b_id = tl.load(p_pages + i_seq * s_pages + o_page, mask=m_t, other=0).to(tl.int64)
@@ -39,64 +58,115 @@ def _sparse_decode_kernel(
         m_kv = m_t[:, None] & (o_d < D)[None, :]
         b_k = tl.load(p_k, mask=m_kv, other=0.0)
         b_v = tl.load(p_k + D, mask=m_kv, other=0.0)
+        # In powers of two: the scale carries log2(e).
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         b_s = tl.where(m_t[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
-        b_p = tl.exp(b_s - b_new[:, None])
-        b_scale = tl.exp(b_top - b_new)
-        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_scale = tl.exp2(b_top - b_new)
+        b_sums = b_sums * b_scale[:, None] + b_p
         b_acc = b_acc * b_scale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         b_top = b_new
-    empty = b_sum == 0.0
-    b_safe = tl.where(empty, 1.0, b_sum)
-    o_out = (i_split * num_sequences + i_seq) * G + o_g
-    tl.store(p_partial + o_out[:, None] * D + o_d[None, :], b_acc / b_safe[:, None], mask=m_q)
-    tl.store(p_partial_lse + o_out, tl.where(empty, float("-inf"), b_top + tl.log(b_safe)), mask=o_g < G)
+    b_sum = tl.sum(b_sums, axis=1)
+    # No token at all (a padding row) gives zeros.
+    b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    p_o = p_out + i_seq * G * D + o_g[:, None] * D + o_d[None, :]
+    if parts == 1:
+        tl.store(p_o, b_acc.to(p_out.dtype.element_ty), mask=m_q)
+        return
+    o_part = (i_seq * splits + i_split) * G + o_g
+    tl.store(p_partial + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
+    tl.store(p_lse + o_part, b_top + tl.log2(b_sum), mask=o_g < G)
+    # Every thread's part is written before one of them says so.
+    tl.debug_barrier()
+    ended = tl.atomic_add(p_ended + i_seq, 1, sem="acq_rel", scope="gpu")
+    if ended == parts - 1:
+        tl.store(p_ended + i_seq, 0)
+        o_c = tl.arange(0, G_OUT)
+        c_top = tl.full((G_OUT,), float("-inf"), tl.float32)
+        c_sum = tl.zeros((G_OUT,), tl.float32)
+        # [G_OUT, D_PAD]; each thread adds up its own elements of all parts
+        c_acc = tl.zeros((G_OUT, D_PAD), tl.float32)
+        for part in range(0, parts, COMBINED):
+            for i in tl.static_range(COMBINED):
+                o_all = (i_seq * splits + part + i) * G + o_c
+                m_all = o_c < tl.where(part + i < parts, G, 0)
+                # Past the first level of cache, which does not see other programs' writes.
+                b_lse = tl.load(p_lse + o_all, mask=m_all, other=float("-inf"), cache_modifier=".cg")
+                b_x = tl.load(
+                    p_partial + o_all[:, None] * D + o_d[None, :], mask=m_all[:, None] & (o_d < D)[None, :], other=0.0, cache_modifier=".cg"
+                )
+                c_new = tl.maximum(c_top, b_lse)
+                # Rows of padding see nothing but -inf.
+                c_safe = tl.where(c_new == float("-inf"), 0.0, c_new)
+                b_w = tl.exp2(b_lse - c_safe)
+                c_scale = tl.exp2(c_top - c_safe)
+                c_sum = c_sum * c_scale + b_w
+                c_acc = c_acc * c_scale[:, None] + b_x * b_w[:, None]
+                c_top = c_new
+        p_c = p_out + (i_seq * G + o_c)[:, None] * D + o_d[None, :]
+        m_c = (o_c < G)[:, None] & (o_d < D)[None, :]
+        tl.store(p_c, (c_acc / tl.where(c_sum == 0.0, 1.0, c_sum)[:, None]).to(p_out.dtype.element_ty), mask=m_c)
 
 
-@triton.jit
-def _combine_kernel(
-    p_partial, p_partial_lse, p_out, num_heads,
-    D: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    i_head = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, D_PAD)
-    # [SPLITS]
-    o_s = tl.arange(0, SPLITS)
-    b_lse = tl.load(p_partial_lse + o_s * num_heads + i_head)
-    top = tl.max(b_lse)
-    b_w = tl.exp(b_lse - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(b_w)
-    # [SPLITS, D_PAD]
-    b_x = tl.load(p_partial + ((o_s * num_heads + i_head) * D)[:, None] + o_d[None, :], mask=(o_d < D)[None, :], other=0.0)
-    b_o = tl.sum(b_x * b_w[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(p_out + i_head * D + o_d, b_o.to(p_out.dtype.element_ty), mask=o_d < D)
+@dataclass(frozen=True)
+class SplitWorkspace:
+    """What the parts of a sequence leave for the one that ends last. Calls that share a workspace must not overlap.
+
+    Attributes:
+        parts: parts of all sequences together that a launch aims at; a few for each processor, all of them running at once.
+        partial: float32, outputs of the parts.
+        lse: float32, logarithms of their softmax sums, base 2.
+        ended: ``[parts]`` int32, parts of each sequence that have ended; 0 between calls.
+    """
+
+    parts: int
+    partial: torch.Tensor
+    lse: torch.Tensor
+    ended: torch.Tensor
+
+    @classmethod
+    def allocate(cls, parts: int, group: int, head_dim: int, device: torch.device) -> SplitWorkspace:
+        """For any number of sequences of ``group`` query heads."""
+        # More than one part each means at most parts / 1.5 sequences, and rounding adds half a part to each.
+        size = 2 * parts * group
+        return cls(
+            parts, torch.empty(size * head_dim, dtype=torch.float32, device=device), torch.empty(size, dtype=torch.float32, device=device),
+            torch.zeros(parts, dtype=torch.int32, device=device),
+        )  # fmt: skip
+
+    def splits(self, sequences: int) -> int:
+        """Parts that each of so many sequences is cut into."""
+        return min(max(round(self.parts / sequences), 1), MOST_SPLITS)
 
 
 def sparse_decode(
     query: torch.Tensor, head_pages: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor, output: torch.Tensor, scale: float,
-    *, splits: int = 8,
+    workspace: SplitWorkspace,
 ) -> None:  # fmt: skip
-    """Attention of one query token per sequence over its own list of pages.
+    """Attention of one query token a row; each KV head of a row is a sequence with its own list of pages.
 
     Args:
-        query: ``[S, G, D]``, one sequence per (request, KV head), G query heads in its group.
+        query: ``[R, H * G, D]``; rows may lie apart, anything else is copied.
         head_pages: ``[num_blocks * H, P, 2 * D]`` contiguous, keys then values in the last axis.
-        pages: ``[S, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a row are read.
-        lengths: ``[S]`` int32 tokens; the last page may be partly filled; 0 gives zeros.
-        output: ``[S, G, D]``, written.
+        pages: ``[R * H, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a sequence are read.
+        lengths: ``[R * H]`` int32 tokens; the last page may be partly filled; 0 gives zeros.
+        output: ``[R, H * G, D]`` contiguous, written.
         scale: factor on ``q . k``.
-        splits: parts a sequence is cut into, a power of two.
     """
-    sequences, group, d = query.shape
-    partial = torch.empty(splits, sequences, group, d, dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty(splits, sequences, group, dtype=torch.float32, device=query.device)
+    rows, heads, d = query.shape
+    if query.stride()[1:] != (d, 1):
+        query = query.contiguous()
+    sequences = lengths.shape[0]
+    num_kv_heads = sequences // rows
+    group, page_size = heads // num_kv_heads, head_pages.shape[1]
     d_pad = max(16, triton.next_power_of_2(d))
-    _sparse_decode_kernel[(sequences, splits)](
-        query, head_pages, pages, lengths, partial, partial_lse, scale, pages.stride(0), sequences,
-        G=group, G_PAD=max(16, triton.next_power_of_2(group)), P=head_pages.shape[1], D=d, D_PAD=d_pad, STEP=PAGES_PER_STEP,
-        SPLITS=splits, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=4,
+    step = max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1)
+    splits = workspace.splits(sequences)
+    _sparse_decode_kernel[(splits, sequences)](
+        query, head_pages, pages, lengths, output, workspace.partial, workspace.lse, workspace.ended,
+        scale * LOG2_E, query.stride(0), pages.stride(0), num_kv_heads, splits,
+        G=group, G_PAD=max(16, triton.next_power_of_2(group)), P=page_size, D=d, D_PAD=d_pad, STEP=min(step, 4),
+        G_OUT=triton.next_power_of_2(group), COMBINED=COMBINED,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=3, num_warps=4,
     )  # fmt: skip
-    _combine_kernel[(sequences * group,)](
-        partial, partial_lse, output, sequences * group, D=d, D_PAD=d_pad, SPLITS=splits, num_warps=1
-    )

@@ -40,6 +40,10 @@ class AttentionProvider(ABC):
         self.num_heads, self.num_kv_heads, self.head_dim, self.scale, self.dtype = num_heads, num_kv_heads, head_dim, scale, dtype
         self.group = num_heads // num_kv_heads
 
+    def warm_up(self, table: PageTable) -> None:
+        """Once an engine: compile what ``decode`` runs, before a request waits for it; may change the table's contents."""
+        return
+
     def plan(self, table: PageTable, rows: int) -> None:
         """Once a step, after the table is filled and before the first layer: what all layers' ``decode`` calls share."""
         return

@@ -1,4 +1,4 @@
-"""Attention through Triton, for GPUs and dtypes that FlashAttention does not take."""
+"""Attention through Triton: our kernel for page tables, which serves every GPU, and vLLM's kernels for the rest."""
 
 from __future__ import annotations
 
@@ -7,17 +7,39 @@ from torch import Tensor
 
 from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
-from specontext_vllm.triton_kernels.sparse_decode import sparse_decode
+from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
+
+PARTS_PER_PROCESSOR = 3
+"""Parts that a launch is cut into for each of the GPU's processors, four of which fit on one at a time (`python -m benchmarks attention`)."""
+
+INTERPRETED_PARTS = 16
+"""The same where Triton's interpreter runs them, one after the other."""
 
 
 class TritonProvider(AttentionProvider):
-    """Our split-K kernel for page tables; vLLM's unified Triton attention for dense prefill rows."""
+    """Decode: our split kernel; prefill: vLLM's unified Triton attention, for GPUs and dtypes that FlashAttention does not take."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
+        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
+        device, parts = torch.device("cpu"), INTERPRETED_PARTS
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+            parts = PARTS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        self.workspace = SplitWorkspace.allocate(parts, self.group, head_dim, device)
+
+    def warm_up(self, table: PageTable) -> None:
+        """Have Triton compile the decode kernel: one row that reads nothing."""
+        device = table.pages.device
+        query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
+        kv_cache = torch.zeros(1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device)
+        table.lengths.zero_()
+        self.decode(query, kv_cache, table, 1, torch.empty_like(query))
 
     def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
         sequences = rows * self.num_kv_heads
-        shape = (sequences, self.group, self.head_dim)
         sparse_decode(
-            query.reshape(shape), head_pages(kv_cache), table.pages[:sequences], table.lengths[:sequences], output.view(shape), self.scale
+            query, head_pages(kv_cache), table.pages[:sequences], table.lengths[:sequences], output, self.scale, self.workspace
         )
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:

@@ -303,6 +303,7 @@ class Runtime:
         table = self.builder.table
         if self.tiers is not None:
             self.tiers.bind(table.pages, table.lengths)
+        self.builder.provider.warm_up(table)
         self.retriever.warm_up(table.pages, table.lengths, self._ids(1), self._held())
         if self.selector is not None:
             self.selector.allocate(self._num_layers, num_blocks, self.vllm_config.model_config.dtype)

@@ -106,6 +106,41 @@ def test_decode_reads_the_tables_pages_and_nothing_else(provider, dtype, lengths
     assert_close("output", expected, output, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dtype"),
+    [
+        # One sequence in more parts than are combined at a time; a row of padding.
+        pytest.param([2100, 0], 1, torch.float32, id="many-parts"),
+        pytest.param([2048] * 24, 8, torch.bfloat16, id="full-gpu", marks=pytest.mark.gpu),
+        pytest.param([40000, 17, 5000], 8, torch.bfloat16, id="ragged", marks=pytest.mark.gpu),
+    ],
+)
+def test_the_parts_of_a_sequence_are_combined_alike_in_whatever_order_they_end(lengths, heads, dtype, device):
+    group, head_dim = 4, 64
+    rows = paged_rows([max(tokens, 1) for tokens in lengths], heads, 2 * head_dim, dtype, device, seed=2)
+    table = PageTable.allocate(len(lengths), heads, max(map(pages_for, lengths)), device)
+    kept = {}
+    for row, tokens in enumerate(lengths):
+        for head in range(heads):
+            sequence, pages = row * heads + head, pages_for(tokens)
+            table.pages[sequence, :pages] = rows.block_table[row, :pages] * heads + head
+            table.lengths[sequence] = tokens
+            kept[row, head] = torch.arange(tokens)
+    query = torch.randn(len(lengths), heads * group, head_dim).to(dtype)
+    attention = TritonProvider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
+    attention.warm_up(PageTable.allocate(1, heads, 4, device))
+    results = []
+    for _ in range(100 if device.type == "cuda" else 3):
+        output = torch.full_like(query, float("nan")).to(device)
+        attention.decode(query.to(device), rows.cache, table, len(lengths), output)
+        results.append(output)
+    assert not attention.workspace.ended.any()
+    assert_close("output", reference(query, rows, kept, heads, head_dim, head_dim**-0.5), results[0], 1e-5 if dtype == torch.float32 else 1e-2)
+    assert all(torch.equal(results[0], again) for again in results)
+    for row, tokens in enumerate(lengths):
+        assert tokens or not results[0][row].any()
+
+
 @pytest.mark.parametrize(("provider", "dtype"), [p for p in PROVIDERS if "triton" not in p.id] + [
     pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
 ])  # fmt: skip
@@ -145,13 +180,14 @@ def test_xformers_reads_pages_where_they_lie_if_it_can():
 
 
 @pytest.mark.gpu
-def test_a_captured_xformers_decode_follows_the_table():
+@pytest.mark.parametrize("provider", [TritonProvider, xformers_provider])
+def test_a_captured_decode_follows_the_table(provider):
     device, heads, group, head_dim = torch.device("cuda"), 2, 4, 64
     rows = paged_rows([100, 200], heads, 2 * head_dim, torch.bfloat16, device, seed=3)
     table, kept = random_table(rows, heads, device, seed=1)
     query = torch.randn(2, heads * group, head_dim, device=device).to(torch.bfloat16)
     output = torch.full_like(query, float("nan"))
-    attention = xformers_provider(heads * group, heads, head_dim, head_dim**-0.5, torch.bfloat16)
+    attention = provider(heads * group, heads, head_dim, head_dim**-0.5, torch.bfloat16)
     attention.plan(table, 2)
     attention.decode(query, rows.cache, table, 2, output)
     graph = torch.cuda.CUDAGraph()
