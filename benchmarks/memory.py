@@ -35,11 +35,11 @@ def measure(shape: Shape, gpu_bytes: int, host_bytes: int, requests: int, length
     from specontext_vllm.config import SpeContextConfig, pages_for
     from specontext_vllm.residency.memory_model import KVShape, MemoryModel
     from specontext_vllm.residency.tiers import TieredKV
-    from specontext_vllm.retrieval.cache import HeadCache
+    from specontext_vllm.retrieval.cache import FP8, HeadCache
 
     device = torch.device("cuda" if on_gpu else "cpu")
     heads, d, hidden = shape.num_key_value_heads, shape.head_dim, shape.hidden_size
-    kv = KVShape(shape.num_hidden_layers, heads, d, 2, HeadCache.bytes_per_block(heads, d, hidden, torch.bfloat16))
+    kv = KVShape(shape.num_hidden_layers, heads, d, 2, HeadCache.bytes_per_block(heads, d, hidden, torch.bfloat16, FP8))
     width = SpeContextConfig(budget=budget).table_pages(length)
     model = MemoryModel(kv, budget_pages=width, table_pages=width, max_num_seqs=requests, max_model_len=length)
     plan = model.plan(gpu_bytes, host_bytes)
@@ -48,7 +48,7 @@ def measure(shape: Shape, gpu_bytes: int, host_bytes: int, requests: int, length
         plan, num_layers=kv.num_layers, num_kv_heads=heads, head_dim=d, dtype=torch.bfloat16, max_requests=requests, max_rows=requests,
         table_pages=width, max_pages=pages_for(length), keep_unreferenced=True, timed=True, device=device,
     )  # fmt: skip
-    cache = HeadCache.allocate(plan.num_pages, heads, d, hidden, torch.bfloat16, device)
+    cache = HeadCache.allocate(plan.num_pages, heads, d, hidden, torch.bfloat16, FP8, device)
     if on_gpu:
         allocated = torch.cuda.memory_allocated() - before
     else:

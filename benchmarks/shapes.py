@@ -92,7 +92,7 @@ class Shape:
 
     @property
     def head_key_bytes_per_token(self) -> int:
-        return BYTES * self.num_key_value_heads * self.head_dim
+        return self.num_key_value_heads * self.head_dim  # 8-bit floats
 
     def dense_step_bytes(self, requests: int, context: int) -> int:
         """Bytes a dense decode step must read: the weights once, and the KV of every request's whole context."""

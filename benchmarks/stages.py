@@ -98,7 +98,9 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
     pages = pages_for(context)
     blocks = requests * pages
     retriever.allocate_cache(blocks)
-    retriever.cache.keys.normal_()
+    # A block at a time: the normal distribution is not made in 8 bits, and all of it in 32 would not fit beside the rest.
+    for part in retriever.cache.keys.split(4096):
+        part.copy_(torch.randn(part.shape, device=device))
     retriever.cache.fused.normal_()
 
     rows = range(requests)

@@ -13,6 +13,7 @@ PAGE_SIZE = 16
 CONFIG_KEY = "specontext"
 Retriever = Literal["dlm", "quest", "recent", "random", "oracle", "dense"]
 AttentionProviderName = Literal["auto", "flash", "triton", "xformers"]
+HeadKeyDtype = Literal["auto", "fp8", "model"]
 PER_LAYER = ("quest", "oracle")
 """Retrievers that select anew in each layer, with the layer's own queries."""
 
@@ -38,6 +39,9 @@ class SpeContextConfig(BaseModel):
     sink_tokens: int = Field(default=16, ge=1, description="Tokens from the start that are always read.")
     recent_tokens: int = Field(default=64, ge=1, description="Newest tokens that are always read.")
     retriever: Retriever = "dlm"
+    head_key_dtype: HeadKeyDtype = Field(
+        default="auto", description="What the head's keys are kept in; auto: 8-bit floats on a GPU that has them, else the model's dtype."
+    )
     confidence_threshold: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Kept attention mass of the head under which a request reads more; 0 = off."
     )

@@ -60,10 +60,11 @@ def read_model(path: Path) -> Model:
         if found:
             raise ConfigError(f"--model: {folder}/config.json is of a model with {what}, which specontext refuses to serve; plan for another one.")
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
-    # fc over three hidden states, q and k over two; the cache: its own keys, and one fused aux state a page.
+    # fc over three hidden states, q and k over two; the cache: its own keys, and one fused aux state a page. A GPU that is planned for is
+    # taken to have 8-bit floats, in which the keys are kept then (`retrieval/cache.py`).
     head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + kv_heads)
-    cache = kv_heads * PAGE_SIZE * head_dim + hidden
-    kv = KVShape(layers, kv_heads, head_dim, dtype.itemsize, cache * dtype.itemsize)
+    cache = kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
+    kv = KVShape(layers, kv_heads, head_dim, dtype.itemsize, cache)
     return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest)
 
 

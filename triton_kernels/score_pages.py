@@ -41,7 +41,7 @@ def _score_pages_kernel(
             p_queries + i_row * s_queries + (i_kv * G + o_g)[:, None] * D + o_d[None, :],
             mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
         )  # fmt: skip
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION) * scale
         b_s = tl.where((m_token & (o_token >= FIRST))[None, :], b_s, float("-inf"))
         # [G_PAD, PAGES, P] -> [G_PAD, PAGES]
         b_s = tl.reshape(b_s, (G_PAD, PAGES, P))
@@ -63,7 +63,7 @@ def score_pages(
 
     Args:
         queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.
-        keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider cache.
+        keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider cache; the queries' dtype or 8-bit floats.
         block_table: ``[>= B, W]`` int32.
         seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
         starts: ``[num_rows]`` int32, where each scored row's pages start in the workspace.

@@ -20,7 +20,7 @@ from benchmarks.accuracy.tasks import TASKS, PromptError, Task, Writer
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.shapes import DEMO_MODEL
-from specontext_vllm.config import PAGE_SIZE, ConfigError, Retriever, pages_for
+from specontext_vllm.config import PAGE_SIZE, ConfigError, HeadKeyDtype, Retriever, pages_for
 
 WORK = Path(__file__).parents[1] / ".work"
 CONTEXTS = (4096, 8192, 16384, 32768)
@@ -127,7 +127,7 @@ def _settings(grid: Grid, spec: EngineSpec, machine: dict[str, Any]) -> dict[str
         "config": hashlib.sha256((grid.model / "config.json").read_bytes()).hexdigest()[:16],
         "weights": _weights(grid.model),
         "retrieval head": {"source": grid.head, **(_weights(Path(grid.head)) if grid.head else {})},
-        "dtype": spec.dtype, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"],
+        "dtype": spec.dtype, "head keys": spec.head_keys, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"],
         "code": _code(),
     }  # fmt: skip
 
@@ -152,6 +152,7 @@ def _notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
         "a retriever; its other cells and longer contexts are left out, and it is not in the means.",
         "Always read: the first page and the newest 64 tokens (the defaults); with budgets under 112, which have no room for both and a "
         "page to choose, the newest quarter of the budget instead.",
+        f"The head's keys (head_key_dtype): {spec.head_keys}.",
         "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps could have read. Kept mass: share of "
         "the head's own attention that lies on them, its confidence. Tokens/s: emitted by up to 16 requests together, prompts in the "
         f"prefix cache, {graphs if spec.eager else 'with CUDA graphs'}.",
@@ -251,6 +252,7 @@ def main(
     threshold_budget: Annotated[int | None, typer.Option(help="Budget they are tried with. Default: the smallest.")] = None,
     longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
+    head_keys: Annotated[str, typer.Option(help="What the head's keys are kept in: auto, fp8 or model.")] = "auto",
     label: Annotated[
         str | None, typer.Option(help="Word that joins the result's name, so that another grid over the same model stands beside the first.")
     ] = None,
@@ -271,7 +273,7 @@ def main(
         grid = _grid(model, head, chosen, retrievers, budgets, contexts, prompts, thresholds, threshold_budget)
         typer.echo("making the prompts")
         groups = grid.groups(_writer(model))
-        spec = _spec(grid, groups, dtype, on_gpu)
+        spec = _spec(grid, groups, dtype, head_keys, on_gpu)
         machine = facts()
         name, words = model.resolve().name, [*_own_head(model, grid.head), *_label(label)]
         folder = work or WORK / f"{'-'.join(['accuracy', name, *words])}-{device_slug(machine)}"
@@ -319,12 +321,14 @@ def _grid(
     return grid
 
 
-def _spec(grid: Grid, groups: Sequence[Group], dtype: str, on_gpu: bool) -> EngineSpec:
+def _spec(grid: Grid, groups: Sequence[Group], dtype: str, head_keys: str, on_gpu: bool) -> EngineSpec:
     """The engine that holds the longest prompt with its reply.
 
     Raises:
-        OptionError: the model does not reach so far.
+        OptionError: the model does not reach so far, or ``head_keys`` is unknown.
     """
+    if head_keys not in get_args(HeadKeyDtype):
+        raise OptionError(f"--head-keys: found {head_keys!r}; use {', '.join(get_args(HeadKeyDtype))}.")
     longest = max(len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for group in groups for e in group.examples)
     reach = _longest(grid.model)
     if longest > reach:
@@ -333,7 +337,7 @@ def _spec(grid: Grid, groups: Sequence[Group], dtype: str, on_gpu: bool) -> Engi
             f"shorter ones."
         )
     return EngineSpec(
-        model=str(grid.model), head=grid.head, retriever="quest" if "quest" in grid.retrievers else DENSE, dtype=dtype, on_gpu=on_gpu,
+        model=str(grid.model), head=grid.head, head_keys=head_keys, retriever="quest" if "quest" in grid.retrievers else DENSE, dtype=dtype, on_gpu=on_gpu,
         eager=not on_gpu or not PER_LAYER.isdisjoint(grid.retrievers), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
     )  # fmt: skip
 

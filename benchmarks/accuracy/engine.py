@@ -25,6 +25,7 @@ class EngineSpec:
 
     Attributes:
         model, head: folders; no head where no setting needs one.
+        head_keys: what the head's keys are kept in (the setting head_key_dtype).
         retriever: to start with; the others are switched to.
         eager: no CUDA graphs; needed to switch to retrievers that select in each layer.
         max_model_len: tokens of the longest prompt and its reply.
@@ -32,6 +33,7 @@ class EngineSpec:
 
     model: str
     head: str | None
+    head_keys: str
     retriever: str
     dtype: str
     on_gpu: bool
@@ -41,7 +43,9 @@ class EngineSpec:
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM(...)``, less what forces tokens."""
         # The page table is as wide as the longest context, so that every budget may follow.
-        config = {"retriever": self.retriever, "budget": self.max_model_len, **({"retrieval_head": self.head} if self.head else {})}
+        config = {"retriever": self.retriever, "budget": self.max_model_len, "head_key_dtype": self.head_keys}
+        if self.head:
+            config["retrieval_head"] = self.head
         return {
             "model": self.model, "dtype": self.dtype, "seed": 0, "max_model_len": self.max_model_len, "max_num_seqs": REQUESTS,
             "enable_prefix_caching": True, "enforce_eager": self.eager, "disable_log_stats": True, "attention_backend": "specontext",

@@ -7,7 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, HeadKeyDtype
+
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on a GPU converts 8-bit floats, and Triton compiles kernels that read them."""
+
+
+def head_key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the head's keys are kept in: ``dtype`` is the model's. "auto": 8-bit floats on a GPU that has them.
+
+    Raises:
+        ConfigError: 8-bit floats on a GPU without.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if setting == "fp8" and capability is not None and capability < FP8_CAPABILITY:
+        raise ConfigError(
+            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {torch.cuda.get_device_name(device)} has no 8-bit floats "
+            f"(compute capability {capability[0]}.{capability[1]}, needed {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}); use auto or model."
+        )
+    on_gpu = capability is not None and capability >= FP8_CAPABILITY
+    return FP8 if setting == "fp8" or (setting == "auto" and on_gpu) else dtype
 
 
 @dataclass(frozen=True)
@@ -15,7 +35,8 @@ class HeadCache:
     """The head's paged K cache, addressed by the same slots as the target's KV.
 
     Attributes:
-        keys: ``[num_blocks, nkv, P, D]`` rotated keys; the pair (token p+1, aux p) is stored in the slot of token p+1.
+        keys: ``[num_blocks, nkv, P, D]`` rotated keys, in the head's dtype or as 8-bit floats (e4m3, cut off at 448); the pair
+            (token p+1, aux p) is stored in the slot of token p+1.
         fused: ``[num_blocks + 1, H]`` fc(aux) of the latest token in each page. A chunk, a prefix hit or a resumed request
             that starts at position p reads the page of p - 1: within a page that is the request's own latest token, and at
             a page boundary the full (perhaps shared) page's last token. The extra row takes writes that nobody reads.
@@ -25,21 +46,41 @@ class HeadCache:
     fused: Tensor
 
     @classmethod
-    def allocate(cls, num_blocks: int, num_kv_heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> HeadCache:
+    def allocate(
+        cls, num_blocks: int, num_kv_heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, key_dtype: torch.dtype, device: torch.device
+    ) -> HeadCache:
         """Zero-filled caches for ``num_blocks`` pages."""
         return cls(
-            torch.zeros(num_blocks, num_kv_heads, PAGE_SIZE, head_dim, dtype=dtype, device=device),
+            torch.zeros(num_blocks, num_kv_heads, PAGE_SIZE, head_dim, dtype=key_dtype, device=device),
             torch.zeros(num_blocks + 1, hidden_size, dtype=dtype, device=device),
         )
 
     @staticmethod
-    def bytes_per_block(num_kv_heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(num_kv_heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, key_dtype: torch.dtype) -> int:
         """Bytes one page adds to the caches."""
-        return (num_kv_heads * PAGE_SIZE * head_dim + hidden_size) * dtype.itemsize
+        return num_kv_heads * PAGE_SIZE * head_dim * key_dtype.itemsize + hidden_size * dtype.itemsize
 
     def write_keys(self, keys: Tensor, slots: Tensor) -> None:
         """Store ``keys [N, nkv, D]`` at ``slots [N]`` (none negative)."""
-        self.keys[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = keys
+        if self.keys.dtype == FP8 and keys.dtype != FP8:
+            # Older torch makes NaN of what is too large.
+            most = torch.finfo(FP8).max
+            keys = keys.clamp(-most, most).to(FP8)
+        self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = keys.view(self._stored.dtype)
+
+    def keys_at(self, slots: Tensor) -> Tensor:
+        """The keys ``[N, nkv, D]`` at ``slots [N]``, in the cache's dtype."""
+        return self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE].view(self.keys.dtype)
+
+    def write_pages(self, blocks: Tensor, keys: Tensor, fused: Tensor) -> None:
+        """Overwrite the pages ``blocks [n]`` with ``keys [n, nkv, P, D]`` of the cache's dtype and ``fused [n, H]``."""
+        self._stored[blocks] = keys.view(self._stored.dtype)
+        self.fused[blocks] = fused
+
+    @property
+    def _stored(self) -> Tensor:
+        # Not every torch indexes 8-bit floats; bytes it does.
+        return self.keys.view(torch.uint8) if self.keys.dtype == FP8 else self.keys
 
     def previous(self, block_table: Tensor, positions: Tensor) -> Tensor:
         """Fused aux of the token before ``positions [B]`` of rows ``block_table [B, W]``: ``[B, H]``, zeros at position 0."""

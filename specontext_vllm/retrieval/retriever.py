@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, PER_LAYER, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
-from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.counters import (
     CHOOSING_ROWS,
     DECODE_ROWS,
@@ -54,6 +54,7 @@ class Retriever:
         self.embed = embed if head is None or head.embed_tokens is None else head.embed
         self.max_model_len, self.max_pages = max_model_len, pages_for(max_model_len)
         self.table_pages = table_pages
+        self.key_dtype = None if head is None else head_key_dtype(config.head_key_dtype, head.fc_weight.dtype, device)
         self.cache: HeadCache | None = None
         queries = num_kv_heads if head is None else head.spec.num_heads
         capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries))
@@ -71,7 +72,9 @@ class Retriever:
         """Make room for ``num_blocks`` pages of KV."""
         if self.head is not None:
             spec, dtype = self.head.spec, self.head.fc_weight.dtype
-            self.cache = HeadCache.allocate(num_blocks, spec.num_kv_heads, spec.head_dim, spec.hidden_size, dtype, self.device)
+            self.cache = HeadCache.allocate(
+                num_blocks, spec.num_kv_heads, spec.head_dim, spec.hidden_size, dtype, self.key_dtype, self.device
+            )
 
     @property
     def bytes_per_block(self) -> int:
@@ -79,7 +82,7 @@ class Retriever:
         if self.head is None:
             return 0
         spec = self.head.spec
-        return HeadCache.bytes_per_block(spec.num_kv_heads, spec.head_dim, spec.hidden_size, self.head.fc_weight.dtype)
+        return HeadCache.bytes_per_block(spec.num_kv_heads, spec.head_dim, spec.hidden_size, self.head.fc_weight.dtype, self.key_dtype)
 
     def configure(self, config: SpeContextConfig) -> None:
         """Change the settings between steps; the head and the table's width stay.

@@ -29,7 +29,7 @@ class Sidecar:
         self.embedding = torch.empty(spec.vocab_size, spec.embed_size, dtype=spec.dtype, device=self.device)
         width = pages_for(spec.max_model_len)
         self.retriever = Retriever(
-            spec.config, head, lambda ids: F.embedding(ids, self.embedding), num_kv_heads=spec.num_kv_heads,
+            spec.config.model_copy(update={"head_key_dtype": spec.head_key_dtype}), head, lambda ids: F.embedding(ids, self.embedding), num_kv_heads=spec.num_kv_heads,
             max_model_len=spec.max_model_len, table_pages=width, device=self.device,
         )  # fmt: skip
         self.block_table = torch.zeros(spec.max_rows, width, dtype=torch.int32, device=self.device)
@@ -55,7 +55,7 @@ class Sidecar:
 
     def _refill(self, message: Refill) -> None:
         blocks, cache = message.blocks.to(self.device), self.retriever.cache
-        cache.keys[blocks], cache.fused[blocks] = message.keys.to(self.device), message.fused.to(self.device)
+        cache.write_pages(blocks, message.keys.to(self.device), message.fused.to(self.device))
 
     def _configure(self, message: Configure) -> None:
         self.retriever.configure(message.config)
@@ -73,7 +73,7 @@ class Sidecar:
         lengths = self.lengths[:rows].to("cpu", copy=True)
         width = pages_for(int(lengths.max())) if rows else 0
         return Selection(
-            pages=self.pages[:rows, :width].contiguous().cpu(), lengths=lengths, keys=self._keys_at(batch.slots[:decodes]),
+            pages=self.pages[:rows, :width].contiguous().cpu(), lengths=lengths, keys=self.retriever.cache.keys_at(batch.slots[:decodes]).cpu(),
             # The worker keeps the sums, so that they outlive this process.
             counters=torch.from_numpy(self.retriever.counters.since_reset(True)),
         )  # fmt: skip
@@ -82,7 +82,5 @@ class Sidecar:
         batch, self._batch = self._batch, None
         self.retriever.after_forward(batch, [state.to(self.device) for state in message.aux])
         touched = (batch.slots // PAGE_SIZE).unique()
-        return Learned(keys=self._keys_at(batch.slots[batch.num_decodes :]), fused=self.retriever.cache.fused[touched].cpu())
-
-    def _keys_at(self, slots: Tensor) -> Tensor:
-        return self.retriever.cache.keys[slots // PAGE_SIZE, :, slots % PAGE_SIZE].cpu()
+        cache = self.retriever.cache
+        return Learned(keys=cache.keys_at(batch.slots[batch.num_decodes :]).cpu(), fused=cache.fused[touched].cpu())

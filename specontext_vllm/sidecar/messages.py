@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.config import HeadKeyDtype, SpeContextConfig
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 
 
@@ -32,8 +32,9 @@ class Message:
 
 def _pack(value: Any) -> Any:
     if isinstance(value, Tensor):
-        # NumPy has no bfloat16.
-        return _Packed((value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy(), value.dtype)
+        # NumPy has no bfloat16 and no 8-bit floats.
+        plain = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}.get(value.dtype)
+        return _Packed((value if plain is None else value.view(plain)).numpy(), value.dtype)
     return [_pack(item) for item in value] if isinstance(value, list) else value
 
 
@@ -56,7 +57,8 @@ class SidecarSpec:
     Attributes:
         config: the settings in force.
         checkpoint: the retrieval head.
-        dtype: of the head's weights and caches, a torch dtype.
+        dtype: of the head's weights and fused aux, a torch dtype.
+        head_key_dtype: what its keys are kept in, fp8 or model: the worker's mirror and every actor must agree.
         num_kv_heads: H.
         max_model_len: longest context, in tokens.
         max_rows: most rows of a step.
@@ -66,6 +68,7 @@ class SidecarSpec:
     config: SpeContextConfig
     checkpoint: HeadCheckpoint
     dtype: Any
+    head_key_dtype: HeadKeyDtype
     num_kv_heads: int
     max_model_len: int
     max_rows: int

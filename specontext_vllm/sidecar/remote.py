@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
-from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
 from specontext_vllm.retrieval.retriever import Retriever
@@ -88,8 +88,9 @@ class RemoteRetriever:
         self.max_pages = pages_for(max_model_len)
         head = checkpoint.spec
         shared = head.embed_vocab_size is None
+        self._key_dtype = head_key_dtype(config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu"))
         self.spec = SidecarSpec(
-            config, checkpoint, dtype, num_kv_heads=num_kv_heads, max_model_len=max_model_len, max_rows=max_rows,
+            config, checkpoint, dtype, "model" if self._key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads, max_model_len=max_model_len, max_rows=max_rows,
             vocab_size=vocab_size if shared else 0, embed_size=head.embed_size,
         )  # fmt: skip
         learn = max_tokens * head.num_aux * head.target_hidden_size * dtype.itemsize
@@ -129,7 +130,7 @@ class RemoteRetriever:
             ConfigError: it does not start.
         """
         head, host = self.spec.checkpoint.spec, torch.device("cpu")
-        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, host)
+        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, self._key_dtype, host)
         self._mirrored = np.zeros(num_blocks, dtype=bool)
         self.lost = LostPages(num_blocks)
         try:

@@ -28,10 +28,11 @@ def make_head(device, hidden=48, heads=4, kv_heads=2, head_dim=24, qk_norm=False
 
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk-norm"])
 @pytest.mark.parametrize("with_queries", [True, False], ids=["queries-and-keys", "keys-only"])
-def test_decode_projection_matches_the_head(qk_norm, with_queries, device):
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
+def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, device):
     head = make_head(device, qk_norm=qk_norm)
     spec = head.spec
-    cache = HeadCache.allocate(67, spec.num_kv_heads, spec.head_dim, spec.hidden_size, torch.float32, device)
+    cache = HeadCache.allocate(67, spec.num_kv_heads, spec.head_dim, spec.hidden_size, torch.float32, key_dtype, device)
     cache.fused.normal_()
     positions = torch.tensor([0, 1, 16, 17, 95, 160], device=device)
     table = torch.randperm(66).view(6, 11).to(torch.int32).to(device)
@@ -56,5 +57,7 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, device):
         assert_close("queries", reference_q, queries, 1e-5)
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            assert_close("keys", reference_k[row], keys[slot // PAGE_SIZE, :, slot % PAGE_SIZE], 1e-5)
-    assert int((~keys.isnan()).all(-1).all(1).sum()) == len(positions) - 1, "a padding slot was written"
+            # Half a step of e4m3's three bits; Triton's interpreter does not round but cuts off.
+            tolerance = 1e-5 if key_dtype == torch.float32 else 2**-4 if device.type == "cuda" else 0.2
+            assert_close("keys", reference_k[row], keys[slot // PAGE_SIZE, :, slot % PAGE_SIZE], tolerance)
+    assert int((~keys.float().isnan()).all(-1).all(1).sum()) == len(positions) - 1, "a padding slot was written"

@@ -49,7 +49,8 @@ class Twins:
 def world():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    world = World(device)
+    # 8-bit keys also travel, and are mirrored; tests/engine/test_sidecar.py has the model's dtype.
+    world = World(device, head_key_dtype="fp8")
     checkpoint = dummy_checkpoint(
         hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4, max_position=MAX_LEN,
         dtype=torch.float32, seed=0,
