@@ -14,6 +14,12 @@ MOST_SPLITS = 64
 STEP_BYTES = 16384
 """Keys, and as many bytes of values, that a program has in flight: with four programs on a processor enough to hide the memory's latency."""
 
+MOST_PAGES = 4
+"""Pages of a step at most: with more, four programs would want more registers than a processor has."""
+
+LEAST_STEPS = 2
+"""Steps of a part at least: combining crumbs takes longer than reading them."""
+
 COMBINED = 8
 """Parts that are combined at a time."""
 
@@ -25,14 +31,13 @@ def _sparse_decode_kernel(
     p_query, p_kv, p_pages, p_lengths, p_out, p_partial, p_lse, p_ended,
     scale, s_query, s_pages, num_kv_heads, splits,
     G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr,
-    G_OUT: tl.constexpr, COMBINED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LEAST: tl.constexpr, G_OUT: tl.constexpr, COMBINED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_split = tl.program_id(0)
     i_seq = tl.program_id(1).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     pages = (length + P - 1) // P
-    # Whole steps, and two at least: combining crumbs takes longer than reading them.
-    per_split = tl.maximum(tl.cdiv(tl.cdiv(pages, splits), STEP), 2) * STEP
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(pages, splits), STEP), LEAST) * STEP
     parts = tl.maximum((pages + per_split - 1) // per_split, 1)
     if i_split >= parts:
         return
@@ -161,12 +166,13 @@ def sparse_decode(
     num_kv_heads = sequences // rows
     group, page_size = heads // num_kv_heads, head_pages.shape[1]
     d_pad = max(16, triton.next_power_of_2(d))
-    step = max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1)
-    splits = workspace.splits(sequences)
+    step = min(max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1), MOST_PAGES)
+    # Programs beyond what the longest list can be cut into would end at once, but even that takes its time.
+    splits = min(workspace.splits(sequences), triton.cdiv(pages.shape[1], LEAST_STEPS * step))
     _sparse_decode_kernel[(splits, sequences)](
         query, head_pages, pages, lengths, output, workspace.partial, workspace.lse, workspace.ended,
         scale * LOG2_E, query.stride(0), pages.stride(0), num_kv_heads, splits,
-        G=group, G_PAD=max(16, triton.next_power_of_2(group)), P=page_size, D=d, D_PAD=d_pad, STEP=min(step, 4),
-        G_OUT=triton.next_power_of_2(group), COMBINED=COMBINED,
+        G=group, G_PAD=max(16, triton.next_power_of_2(group)), P=page_size, D=d, D_PAD=d_pad, STEP=step,
+        LEAST=LEAST_STEPS, G_OUT=triton.next_power_of_2(group), COMBINED=COMBINED,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=3, num_warps=4,
     )  # fmt: skip
