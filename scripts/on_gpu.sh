@@ -66,6 +66,7 @@ capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-sec
 full_memory() { wants_h200; bench capacity-full 545 capacity --gpu-gib 0 --turnover recorded,0.05 --max-num-seqs 40 --work "$WORK" --engine-seconds 400; }
 link() { bench link 200 link; }
 attention() { bench attention 180 attention; }
+memory() { bench memory 200 memory; }
 decode() { wants_h200; bench decode 400 decode --work "$WORK"; }
 
 # -- speed; an engine a step where two would not fit into one call
