@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType
-from typing import NoReturn
 
 import typer
 
@@ -22,12 +20,8 @@ for name, case in CASES.items():
 app.add_typer(speed.app, name="speed")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """A run that is told to end leaves through its ``finally`` blocks, so that no engine outlives it."""
-    raise KeyboardInterrupt
-
-
 # Engines run in spawned children, which import this module again under another name.
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
+    # A run that is told to end leaves through its ``finally`` blocks, so that no engine outlives it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -109,7 +109,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
 def main(
     model_shape: Annotated[str, typer.Option(help="8b, 1b or demo.")] = "8b",
     rows: Annotated[int, typer.Option(help="Requests that decode.")] = 24,
-    settings: Annotated[str, typer.Option(help="Comma-separated PROGRAMSxKIB.")] = "4x32,4x64,6x32,8x16,8x32,8x64,12x32,16x8,16x16,32x8,64x8",
+    settings: Annotated[str, typer.Option(help="Comma-separated PROGRAMSxKIB.")] = "4x32,4x64,6x32,6x64,8x16,8x32,8x64,12x32,16x8,16x16,32x8,64x8",
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
     """What the fetch kernel's constants were chosen by; needs a GPU. Exit code 1 if anything failed."""

@@ -130,14 +130,14 @@ def train(variants: dict[str, Variant], teacher: Teacher, data: Sequences, steps
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class SeenSequence:
     """A held-out sequence that the teacher has seen: where it was watched, and the lesson by how the layers are put together."""
 
     at: Tensor
     lessons: dict[str, Lesson]
 
     @classmethod
-    def seen(cls, teacher: Teacher, ids: Tensor, weights: Tensor, seed: int) -> HeldOut:
+    def seen(cls, teacher: Teacher, ids: Tensor, weights: Tensor, seed: int) -> SeenSequence:
         ids, weights = ids.to(teacher.device), weights.to(teacher.device)
         at, _ = sample_positions(weights[:, 1:], ASKED, torch.Generator(device=ids.device).manual_seed(seed), first=max(BUDGETS))
         collectors = Collectors([Target.of(RECENT_TOKENS, over, "all", len(teacher.layers)) for over in ("max", "mean")])
@@ -145,7 +145,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[HeldOut]) -> float:
+def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[SeenSequence]) -> float:
     """Share of the held-out positions at which the draft's first choice is the teacher's."""
     right = []
     for sequence in held_out:
@@ -259,7 +259,7 @@ def main(
     details = {"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}}
     result = report.Report(f"losses-{model.resolve().name}" if own else "losses", title, TABLES, details=details)
     unseen = Sequences(documents, tokenizer, [context], context, held_out=True)
-    sequences = [HeldOut.seen(teacher, *unseen[i], seed=i) for i in range(held_out)]
+    sequences = [SeenSequence.seen(teacher, *unseen[i], seed=i) for i in range(held_out)]
     decoding = plain_model(teacher)
     base: dict[str, list[dict[int, Recall]]] = {}
     for name, variant in variants.items():

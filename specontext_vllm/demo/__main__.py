@@ -12,7 +12,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from openai import OpenAI, OpenAIError
@@ -155,7 +155,7 @@ def main(
     ]
     warm_up = make_problem("needle", seed=WARM_UP_SEED + seed, approx_tokens=tokens, layout="question_last")
     # A terminated demo leaves through the same doors as one that is interrupted.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = ["--config", str(config.resolve()), *device_arguments()]
     try:
         sparse = run(console, "specontext", model, arguments, problems, warm_up, sparse=True)
@@ -178,10 +178,6 @@ def main(
     wrong = sum(not answer.right for answer in sparse)
     console.print(f"{len(sparse) - wrong} of {len(sparse)} answers of the specontext server are right.")
     raise typer.Exit(1 if wrong else 0)
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
