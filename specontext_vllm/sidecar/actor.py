@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
