@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_table"])
 def _head_input_kernel(
     p_embeds, p_fused, p_block_table, p_positions, p_embed_norm, p_feature_norm, p_out,
     eps, s_table,

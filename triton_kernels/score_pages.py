@@ -7,7 +7,7 @@ import triton.language as tl
 PAGES_PER_PROGRAM = 8
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "s_table"])
 def _score_pages_kernel(
     p_queries, p_keys, p_block_table, p_seq_lens, p_starts, p_max, p_lse,
     scale, s_queries, s_table, s_scores, first_row, least_pages,

@@ -8,7 +8,7 @@ import triton.language as tl
 _ALWAYS = 0x7F800001
 
 
-@triton.jit(do_not_specialize=["first_row"])
+@triton.jit(do_not_specialize=["first_row", "s_table"])
 def _select_pages_kernel(
     p_max, p_lse, p_order, p_seq_lens, p_starts, p_block_table, p_pages, p_lengths, p_mass, p_lanes, p_slot_of,
     s_table, s_scores, s_pages, s_slots, first_row, budget, sinks, recents, threshold, margin,

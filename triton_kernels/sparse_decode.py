@@ -33,8 +33,9 @@ def _sparse_decode_kernel(
     G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr,
     LEAST: tl.constexpr, G_OUT: tl.constexpr, COMBINED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i_split = tl.program_id(0)
-    i_seq = tl.program_id(1).to(tl.int64)
+    # One axis, since only the first holds more than 65,535 sequences.
+    i_split = tl.program_id(0) % splits
+    i_seq = (tl.program_id(0) // splits).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     pages = (length + P - 1) // P
     per_split = tl.maximum(tl.cdiv(tl.cdiv(pages, splits), STEP), LEAST) * STEP
@@ -169,7 +170,7 @@ def sparse_decode(
     step = min(max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1), MOST_PAGES)
     # Programs beyond what the longest list can be cut into would end at once, but even that takes its time.
     splits = min(workspace.splits(sequences), triton.cdiv(pages.shape[1], LEAST_STEPS * step))
-    _sparse_decode_kernel[(splits, sequences)](
+    _sparse_decode_kernel[(splits * sequences,)](
         query, head_pages, pages, lengths, output, workspace.partial, workspace.lse, workspace.ended,
         scale * LOG2_E, query.stride(0), pages.stride(0), num_kv_heads, splits,
         G=group, G_PAD=max(16, triton.next_power_of_2(group)), P=page_size, D=d, D_PAD=d_pad, STEP=step,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,17 @@ INTERPRETED_PARTS = 16
 class TritonProvider(AttentionProvider):
     """Decode: our split kernel; prefill: vLLM's unified Triton attention, for GPUs and dtypes that FlashAttention does not take."""
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
+    @cached_property
+    def workspace(self) -> SplitWorkspace:
+        """Made when it is first used: every layer has a provider, and all layers share the first one's."""
         device, parts = torch.device("cpu"), INTERPRETED_PARTS
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
             parts = PARTS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-        self.workspace = SplitWorkspace.allocate(parts, self.group, head_dim, device)
+        return SplitWorkspace.allocate(parts, self.group, self.head_dim, device)
 
     def warm_up(self, table: PageTable) -> None:
-        """Have Triton compile the decode kernel: one row that reads nothing."""
+        """Have Triton compile the decode kernel, and allocate its workspace outside of any captured graph: one row that reads nothing."""
         device = table.pages.device
         query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
         kv_cache = torch.zeros(1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device)

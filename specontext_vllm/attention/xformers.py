@@ -95,6 +95,10 @@ class XformersProvider(TritonProvider):
             self._masks.clear()
         return True
 
+    def warm_up(self, table: PageTable) -> None:
+        """Forget the masks of an earlier table: vLLM binds an engine twice, and masks hold the table's lengths."""
+        self._masks.clear()
+
     def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
         self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 

@@ -126,12 +126,13 @@ class Runtime:
             if tp > 1:
                 checkpoint = shard_checkpoint(checkpoint, rank=get_tensor_model_parallel_rank(), size=tp)
             model.set_aux_hidden_state_layers(tuple(vllm_config.additional_config[AUX_LAYERS_KEY]))
+        self.retriever = self._make_retriever(checkpoint)
+        if checkpoint is not None:
             weights = sum(tensor.numel() for tensor in checkpoint.tensors.values()) * model_config.dtype.itemsize
             logger.info(
-                "SpeContext retrieval head: %s, %.1f MB, aux layers %s; settings %s",
-                self.config.retrieval_head, weights / 1e6, vllm_config.additional_config[AUX_LAYERS_KEY], describe(self.config),
+                "SpeContext retrieval head: %s, %.1f MB, keys in %s, aux layers %s; settings %s", self.config.retrieval_head, weights / 1e6,
+                str(self.retriever.key_dtype).removeprefix("torch."), vllm_config.additional_config[AUX_LAYERS_KEY], describe(self.config),
             )  # fmt: skip
-        self.retriever = self._make_retriever(checkpoint)
         self.selector = self._make_selector(self.config) if self.config.retriever in PER_LAYER else None
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None

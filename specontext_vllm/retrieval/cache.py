@@ -10,8 +10,8 @@ from torch import Tensor
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, HeadKeyDtype
 
 FP8 = torch.float8_e4m3fn
-FP8_CAPABILITY = (8, 9)
-"""Compute capability from which on a GPU converts 8-bit floats, and Triton compiles kernels that read them."""
+FP8_CAPABILITY = (9, 0)
+"""Compute capability from which on keys may be 8-bit floats. 8.9 has them, but cannot convert them into bfloat16 the way that Triton 3.6 does."""
 
 
 def head_key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -23,8 +23,8 @@ def head_key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, device: torch.devi
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if setting == "fp8" and capability is not None and capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {torch.cuda.get_device_name(device)} has no 8-bit floats "
-            f"(compute capability {capability[0]}.{capability[1]}, needed {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}); use auto or model."
+            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {torch.cuda.get_device_name(device)} cannot multiply them with the head's queries "
+            f"(compute capability {capability[0]}.{capability[1]}, needed {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}); use model."
         )
     on_gpu = capability is not None and capability >= FP8_CAPABILITY
     return FP8 if setting == "fp8" or (setting == "auto" and on_gpu) else dtype
@@ -66,7 +66,7 @@ class HeadCache:
             # Older torch makes NaN of what is too large.
             most = torch.finfo(FP8).max
             keys = keys.clamp(-most, most).to(FP8)
-        self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = keys.view(self._stored.dtype)
+        self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = _bytes(keys)
 
     def keys_at(self, slots: Tensor) -> Tensor:
         """The keys ``[N, nkv, D]`` at ``slots [N]``, in the cache's dtype."""
@@ -74,13 +74,12 @@ class HeadCache:
 
     def write_pages(self, blocks: Tensor, keys: Tensor, fused: Tensor) -> None:
         """Overwrite the pages ``blocks [n]`` with ``keys [n, nkv, P, D]`` of the cache's dtype and ``fused [n, H]``."""
-        self._stored[blocks] = keys.view(self._stored.dtype)
+        self._stored[blocks] = _bytes(keys)
         self.fused[blocks] = fused
 
     @property
     def _stored(self) -> Tensor:
-        # Not every torch indexes 8-bit floats; bytes it does.
-        return self.keys.view(torch.uint8) if self.keys.dtype == FP8 else self.keys
+        return _bytes(self.keys)
 
     def previous(self, block_table: Tensor, positions: Tensor) -> Tensor:
         """Fused aux of the token before ``positions [B]`` of rows ``block_table [B, W]``: ``[B, H]``, zeros at position 0."""
@@ -92,3 +91,8 @@ class HeadCache:
         """Keep the fused aux ``[N, H]`` of the tokens at ``slots [N]`` where ``keep [N]`` holds: one token a page."""
         trash = self.fused.shape[0] - 1
         self.fused[torch.where(keep, slots // PAGE_SIZE, trash)] = fused
+
+
+def _bytes(keys: Tensor) -> Tensor:
+    # Not every torch indexes 8-bit floats; bytes it does.
+    return keys.view(torch.uint8) if keys.dtype == FP8 else keys

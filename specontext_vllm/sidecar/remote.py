@@ -88,9 +88,9 @@ class RemoteRetriever:
         self.max_pages = pages_for(max_model_len)
         head = checkpoint.spec
         shared = head.embed_vocab_size is None
-        self._key_dtype = head_key_dtype(config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu"))
+        self.key_dtype = head_key_dtype(config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu"))
         self.spec = SidecarSpec(
-            config, checkpoint, dtype, "model" if self._key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads, max_model_len=max_model_len, max_rows=max_rows,
+            config, checkpoint, dtype, "model" if self.key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads, max_model_len=max_model_len, max_rows=max_rows,
             vocab_size=vocab_size if shared else 0, embed_size=head.embed_size,
         )  # fmt: skip
         learn = max_tokens * head.num_aux * head.target_hidden_size * dtype.itemsize
@@ -130,7 +130,7 @@ class RemoteRetriever:
             ConfigError: it does not start.
         """
         head, host = self.spec.checkpoint.spec, torch.device("cpu")
-        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, self._key_dtype, host)
+        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, self.key_dtype, host)
         self._mirrored = np.zeros(num_blocks, dtype=bool)
         self.lost = LostPages(num_blocks)
         try:

@@ -247,9 +247,9 @@ def test_the_keys_dtype_is_the_models_where_there_are_no_8_bit_floats(monkeypatc
     assert head_key_dtype("auto", torch.bfloat16, cpu) == head_key_dtype("model", torch.bfloat16, gpu) == torch.bfloat16
     assert head_key_dtype("fp8", torch.bfloat16, cpu) == torch.float8_e4m3fn
     assert head_key_dtype("auto", torch.float16, gpu) == torch.float16
-    with pytest.raises(ConfigError, match="head_key_dtype: found 'fp8', but A100 has no 8-bit floats .compute capability 8.0, needed 8.9"):
+    with pytest.raises(ConfigError, match="head_key_dtype: found 'fp8', but A100 cannot multiply .* .compute capability 8.0, needed 9.0.; use model"):
         head_key_dtype("fp8", torch.float16, gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert head_key_dtype("auto", torch.float16, gpu) == torch.float8_e4m3fn
 
 
