@@ -40,7 +40,7 @@ class SpeContextConfig(BaseModel):
     recent_tokens: int = Field(default=64, ge=1, description="Newest tokens that are always read.")
     retriever: Retriever = "dlm"
     head_key_dtype: HeadKeyDtype = Field(
-        default="auto", description="What the head's keys are kept in; auto: 8-bit floats on a GPU that has them, else the model's dtype."
+        default="auto", description="What the head's keys are kept in; auto: 8-bit floats from compute capability 9.0 on, else the model's dtype."
     )
     confidence_threshold: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Kept attention mass of the head under which a request reads more; 0 = off."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,6 +116,29 @@ def _label(text: str | None) -> list[str]:
     return [text] if text else []
 
 
+def _other(path: Path | None, groups: Sequence[Group]) -> dict[str, Any] | None:
+    """The result to compare with.
+
+    Raises:
+        OptionError: it is none, or has other numbers of prompts.
+    """
+    if path is None:
+        return None
+    try:
+        other = json.loads(path.read_text())
+        title, scores = other["title"], other["details"]["scores"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--against: {path} is no result of this case ({type(error).__name__}); give its JSON file.") from None
+    for group in groups:
+        found = {len(values) for name, values in scores.items() if name.startswith(f"{group.task}, {group.context}, ")}
+        if found - {len(group.examples)}:
+            raise OptionError(
+                f"--against: {path} ({title}) has {found.pop()} prompts of {group.task} at {group.context} tokens, this grid has "
+                f"{len(group.examples)}; compare results over the same prompts."
+            )
+    return other
+
+
 def _weights(folder: Path) -> dict[str, list[int]]:
     """Size and time of the weight files, by which another model in the same place is told."""
     return {file.name: [file.stat().st_size, int(file.stat().st_mtime)] for file in sorted(folder.glob("*.safetensors"))}
@@ -180,6 +204,7 @@ class Run:
     store: CellStore
     result: report.Report
     out: Path
+    other: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.notes = list(self.result.notes)
@@ -219,6 +244,10 @@ class Run:
         compared = wanted.rows({cell: result["scores"] for cell, result in cells.items()}, self.grid.tasks)
         if compared:
             tables = {"What was wanted": wanted.COLUMNS, **tables}
+        if self.other is not None:
+            scores = {cell: result["scores"] for cell, result in cells.items()}
+            compared += wanted.rows_against(scores, self.other["details"]["scores"], self.grid.tasks)
+            tables = {f"Less the same cells of: {self.other['title']}": wanted.AGAINST, **tables}
         self.result.rows, self.result.tables = compared + figures, tables
         scores = {cell.name: result["scores"] for cell, result in cells.items()}
         self.result.details |= {"scores": scores, "wanted": wanted.counts(compared)}
@@ -253,6 +282,9 @@ def main(
     longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
     head_keys: Annotated[str, typer.Option(help="What the head's keys are kept in: auto, fp8 or model.")] = "auto",
+    against: Annotated[
+        Path | None, typer.Option(help="JSON of an earlier result over the same prompts, with which every cell is compared prompt by prompt.")
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Word that joins the result's name, so that another grid over the same model stands beside the first.")
     ] = None,
@@ -281,7 +313,7 @@ def main(
         notes = _notes(grid, spec, read_folder(longbench)[1] if longbench else [])
         case = "-".join(["accuracy", *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *words])
         result = report.Report(case, title, {}, machine=machine, notes=notes)
-        run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out)
+        run = Run(grid, groups, CellStore(folder, _settings(grid, spec, machine)), result, out, _other(against, groups))
     except (OptionError, PromptError, LongBenchError, CellError, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None

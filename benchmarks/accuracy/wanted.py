@@ -109,6 +109,43 @@ def rows(scores: Mapping[Cell, Sequence[float]], tasks: Mapping[str, Task]) -> l
     return out
 
 
+AGAINST = (
+    report.Column("against", "setting"), report.Column("context", "context", ","), report.Column("compared_task", "task"),
+    report.Column("better", "better"), report.Column("equal", "equal"), report.Column("worse", "worse"),
+    report.Column("difference", "difference", "+.4f"), report.Column("difference_interval", "95 %"),
+)  # fmt: skip
+
+
+def rows_against(scores: Mapping[Cell, Sequence[float]], other: Mapping[str, Sequence[float]], tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
+    """Each cell against the one of the same name in another result, prompt by prompt, and a setting's scored tasks of a context together.
+
+    Args:
+        other: scores of each prompt by the cells' names.
+    """
+    out: list[dict[str, Any]] = []
+    together: dict[tuple[int, Setting], list[list[float]]] = {}
+    for cell, mine in scores.items():
+        theirs = other.get(cell.name)
+        if theirs is None:
+            continue
+        by_loss = tasks[cell.task].kind == "perplexity"
+        differences = [b - a if by_loss else a - b for a, b in zip(mine, theirs, strict=True)]
+        out.append(_row_against(cell.context, cell.setting, cell.task, differences, *(student if by_loss else paired)(differences)))
+        if not by_loss:
+            together.setdefault((cell.context, cell.setting), []).append(differences)
+    for (context, setting), parts in together.items():
+        if len(parts) > 1:
+            every = sum(parts, [])
+            out.append(_row_against(context, setting, ALL, every, *paired(every)))
+    return out
+
+
+def _row_against(context: int, setting: Setting, task: str, differences: Sequence[float], low: float, high: float) -> dict[str, Any]:
+    row = _row(Comparison("against", context, setting, setting, 0.0), task, differences, low, high)
+    del row["compared"], row["mark"], row["wanted"], row["verdict"]
+    return {"against": setting.name, **row}
+
+
 def _row(comparison: Comparison, task: str, differences: Sequence[float], low: float, high: float) -> dict[str, Any]:
     """One comparison in one task."""
     signs = [0 if abs(d) < 1e-9 else math.copysign(1, d) for d in differences]

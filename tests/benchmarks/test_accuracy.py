@@ -242,10 +242,37 @@ def test_verdicts():
     }  # fmt: skip
 
 
+def test_the_same_cells_of_another_result_are_compared_prompt_by_prompt():
+    mine = cells_of(
+        single__dense=[1.0] * 4, single__dlm_128=[1.0, 1.0, 0.0, 1.0], multi_key__dlm_128=[1.0] * 4, perplexity__dlm_128=[0.1, 0.2, 0.3, 0.4],
+        recitation__dlm_128=[1.0] * 4,
+    )  # fmt: skip
+    other = {"single, 4096, dense": [1.0] * 4, "single, 4096, dlm 128": [1.0, 0.0, 1.0, 0.0], "multi_key, 4096, dlm 128": [0.5] * 4,
+             "perplexity, 4096, dlm 128": [0.2, 0.2, 0.2, 0.2], "single, 8192, dense": [0.0]}  # fmt: skip
+    found = {(row["against"], row["task"]): row for row in wanted.rows_against(mine, other, NAMES)}
+    assert {key: (row["better"], row["equal"], row["worse"], round(row["difference"], 6)) for key, row in found.items()} == {
+        ("dense", "single"): (0, 4, 0, 0.0), ("dlm 128", "single"): (2, 1, 1, 0.25), ("dlm 128", "multi_key"): (4, 0, 0, 0.5),
+        ("dlm 128", "perplexity"): (1, 1, 2, -0.05), ("dlm 128", wanted.ALL): (6, 1, 1, 0.375),
+    }  # fmt: skip
+    assert all("verdict" not in row and "compared" not in row for row in found.values())
+
+
+def test_only_a_result_over_the_same_prompts_is_compared_with(tmp_path):
+    options = ["accuracy", "--tasks", "single", "--contexts", "4096", "--no-measure", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
+    path = RESULTS / "accuracy-cpu.json"
+    for more, named in (
+        (["--prompts", "3", "--against", str(path)], "has 12 prompts of single at 4096 tokens, this grid has 3"),
+        (["--prompts", "12", "--against", str(tmp_path / "absent")], "is no result of this case"),
+    ):
+        done = CliRunner().invoke(app, [*options, *more])
+        assert done.exit_code == 2 and named in done.stderr, done.output
+    assert CliRunner().invoke(app, [*options, "--prompts", "12", "--against", str(path)]).exit_code == 0
+
+
 def test_the_committed_verdicts_follow_from_the_committed_scores():
     for path in RESULTS.glob("accuracy*.json"):
         result = json.loads(path.read_text())
-        scores, rows = result["details"]["scores"], [row for row in result["rows"] if "compared" not in row]
+        scores, rows = result["details"]["scores"], [row for row in result["rows"] if "retriever" in row]
         known = {
             cell.name: cell
             for row in rows for task in TASKS
