@@ -92,8 +92,8 @@ class World:
 
     def stored_keys(self, name, length):
         at = torch.arange(length)
-        blocks = torch.tensor(self.rows[name])[at // PAGE_SIZE].to(self.device)
-        return self.retriever.cache.keys[blocks, :, (at % PAGE_SIZE).to(self.device)]
+        blocks = torch.tensor(self.rows[name])[at // PAGE_SIZE]
+        return self.retriever.cache.keys_at((blocks * PAGE_SIZE + at % PAGE_SIZE).to(self.device))
 
 
 CUTS = {
