@@ -15,10 +15,10 @@ FP8_CAPABILITY = (9, 0)
 
 
 def head_key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the head's keys are kept in: ``dtype`` is the model's. "auto": 8-bit floats on a GPU that has them.
+    """What the head's keys are kept in: ``dtype`` is the model's. "auto": 8-bit floats on a GPU of ``FP8_CAPABILITY``.
 
     Raises:
-        ConfigError: 8-bit floats on a GPU without.
+        ConfigError: 8-bit floats on an older GPU.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if setting == "fp8" and capability is not None and capability < FP8_CAPABILITY:
