@@ -40,24 +40,23 @@ TABLES = {
 class FlashAttention3:
     """Decode over page tables through ``vllm.vllm_flash_attn``: each KV head of a row is a sequence of one query token."""
 
-    def __init__(self, table: Any, rows: int, heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
+    def __init__(self, table: Any, group: int, head_dim: int, page_size: int) -> None:
         import torch
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
-        self.sequences, self.group, self.d, self.page_size = rows * kv_heads, heads // kv_heads, head_dim, page_size
+        self.sequences, self.group, self.d, self.page_size = len(table.lengths), group, head_dim, page_size
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Enough sequences fill the GPU whole, and spare FlashAttention its combining kernel.
         splits = 1 if self.sequences >= 0.8 * processors else MOST_SPLITS
-        lengths = table.lengths[: self.sequences]
+        starts = torch.arange(self.sequences + 1, dtype=torch.int32, device=table.lengths.device)
         shared = {"max_seqlen_q": 1, "max_seqlen_k": table.max_pages * page_size, "causal": True, "num_splits": splits}
-        starts = table.starts[: self.sequences + 1]
         metadata = get_scheduler_metadata(
-            batch_size=self.sequences, num_heads_q=self.group, num_heads_kv=1, headdim=head_dim, cache_seqlens=lengths,
+            batch_size=self.sequences, num_heads_q=group, num_heads_kv=1, headdim=head_dim, cache_seqlens=table.lengths,
             qkv_dtype=torch.bfloat16, cu_seqlens_q=starts, page_size=page_size, **shared,
         )  # fmt: skip
         self._attend = flash_attn_varlen_func
         self._arguments = shared | {
-            "cu_seqlens_q": starts, "seqused_k": lengths, "block_table": table.pages[: self.sequences], "fa_version": 3,
+            "cu_seqlens_q": starts, "seqused_k": table.lengths, "block_table": table.pages, "fa_version": 3,
             "softmax_scale": head_dim**-0.5, "scheduler_metadata": metadata,
         }  # fmt: skip
 
@@ -92,7 +91,7 @@ def measure(shape: Shape, cells: list[tuple[int, int]]) -> Iterator[tuple[str, A
         table.lengths.fill_(tokens)
         query = torch.randn(requests, heads, d, dtype=dtype, device=device)
         results = [torch.full_like(query, float("nan")) for _ in range(2)]
-        flash = FlashAttention3(table, requests, heads, kv_heads, d, PAGE_SIZE)
+        flash = FlashAttention3(table, heads // kv_heads, d, PAGE_SIZE)
 
         def run_ours(i: int, table: Any = table, rows: int = requests, query: Any = query, out: Any = results[0]) -> None:
             ours.decode(query, caches[i], table, rows, out)

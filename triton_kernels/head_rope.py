@@ -66,7 +66,8 @@ def rope_and_cache(
     queries = torch.empty(rows, num_queries, d, dtype=qk.dtype, device=qk.device)
     _rope_and_cache_kernel[(rows, num_queries + nkv)](
         qk, cos_sin, positions, slots, queries, keys, qk if norm is None else norm, eps,
-        NQ=num_queries, NKV=nkv, D=d, P=page_size, HALF_PAD=triton.next_power_of_2(d // 2), QK_NORM=norm is not None, MOST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0,
+        NQ=num_queries, NKV=nkv, D=d, P=page_size, HALF_PAD=triton.next_power_of_2(d // 2), QK_NORM=norm is not None,
+        MOST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0,
         num_warps=1,
     )  # fmt: skip
     return queries

@@ -151,7 +151,8 @@ def _settings(grid: Grid, spec: EngineSpec, machine: dict[str, Any]) -> dict[str
         "config": hashlib.sha256((grid.model / "config.json").read_bytes()).hexdigest()[:16],
         "weights": _weights(grid.model),
         "retrieval head": {"source": grid.head, **(_weights(Path(grid.head)) if grid.head else {})},
-        "dtype": spec.dtype, "head keys": spec.head_keys, "device": device_slug(machine), "CUDA graphs": not spec.eager, "vllm": machine["packages"]["vllm"],
+        "dtype": spec.dtype, "head keys": spec.head_keys, "device": device_slug(machine), "CUDA graphs": not spec.eager,
+        "vllm": machine["packages"]["vllm"],
         "code": _code(),
     }  # fmt: skip
 
@@ -241,16 +242,15 @@ class Run:
         cells = self.ordered()
         lines = summary.all_figures(cells, self.grid.tasks)
         figures, tables = summary.rows(lines), summary.tables(lines)
-        compared = wanted.rows({cell: result["scores"] for cell, result in cells.items()}, self.grid.tasks)
+        scores = {cell: result["scores"] for cell, result in cells.items()}
+        compared = wanted.rows(scores, self.grid.tasks)
         if compared:
             tables = {"What was wanted": wanted.COLUMNS, **tables}
         if self.other is not None:
-            scores = {cell: result["scores"] for cell, result in cells.items()}
             compared += wanted.rows_against(scores, self.other["details"]["scores"], self.grid.tasks)
             tables = {f"Less the same cells of: {self.other['title']}": wanted.AGAINST, **tables}
         self.result.rows, self.result.tables = compared + figures, tables
-        scores = {cell.name: result["scores"] for cell, result in cells.items()}
-        self.result.details |= {"scores": scores, "wanted": wanted.counts(compared)}
+        self.result.details |= {"scores": {cell.name: values for cell, values in scores.items()}, "wanted": wanted.counts(compared)}
         # Cells of before 2026-11-25 do not say of which run they are.
         parts = ((result.get("run", {}), f"{cell.task} at {cell.context}") for cell, result in cells.items())
         absent = sum(len(settings) for _, settings in self.missing())
@@ -369,7 +369,8 @@ def _spec(grid: Grid, groups: Sequence[Group], dtype: str, head_keys: str, on_gp
             f"shorter ones."
         )
     return EngineSpec(
-        model=str(grid.model), head=grid.head, head_keys=head_keys, retriever="quest" if "quest" in grid.retrievers else DENSE, dtype=dtype, on_gpu=on_gpu,
+        model=str(grid.model), head=grid.head, head_keys=head_keys, retriever="quest" if "quest" in grid.retrievers else DENSE,
+        dtype=dtype, on_gpu=on_gpu,
         eager=not on_gpu or not PER_LAYER.isdisjoint(grid.retrievers), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
     )  # fmt: skip
 

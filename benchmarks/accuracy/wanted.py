@@ -90,22 +90,16 @@ def rows(scores: Mapping[Cell, Sequence[float]], tasks: Mapping[str, Task]) -> l
     """
     out = []
     for comparison in comparisons(scores):
-        scored: list[list[float]] = []
+        pairs = {}
         for name, task in tasks.items():
             mine, other, dense = (
                 scores.get(Cell(name, comparison.context, s)) for s in (comparison.mine, comparison.other, Setting(DENSE))
             )
-            if not mine or not other or not dense or says_nothing(task, dense):
-                continue
-            if task.kind == "perplexity":  # its scores are negative log-probabilities
-                differences = [b - a for a, b in zip(mine, other, strict=True)]
-                out.append(_row(comparison, name, differences, *student(differences)))
-            else:
-                scored.append([a - b for a, b in zip(mine, other, strict=True)])
-                out.append(_row(comparison, name, scored[-1], *paired(scored[-1])))
-        if len(scored) > 1:
-            together = sum(scored, [])
-            out.append(_row(comparison, ALL, together, *paired(together)))
+            if mine and other and dense and not says_nothing(task, dense):
+                pairs[name] = (mine, other)
+        asked = {"compared": comparison.name, "kind": comparison.kind, "mark": comparison.mark, "wanted": f"≥ {comparison.mark:g}"}
+        for row in _differences(comparison.context, pairs, tasks):
+            out.append(asked | row | {"verdict": verdict(row["low"], row["high"], comparison.mark)})
     return out
 
 
@@ -116,46 +110,50 @@ AGAINST = (
 )  # fmt: skip
 
 
-def rows_against(scores: Mapping[Cell, Sequence[float]], other: Mapping[str, Sequence[float]], tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
-    """Each cell against the one of the same name in another result, prompt by prompt, and a setting's scored tasks of a context together.
+def rows_against(
+    scores: Mapping[Cell, Sequence[float]], other: Mapping[str, Sequence[float]], tasks: Mapping[str, Task]
+) -> list[dict[str, Any]]:
+    """Each cell against the one of the same name in another result, prompt by prompt; by context and setting.
 
     Args:
         other: scores of each prompt by the cells' names.
     """
-    out: list[dict[str, Any]] = []
-    together: dict[tuple[int, Setting], list[list[float]]] = {}
+    pairs: dict[tuple[int, Setting], dict[str, tuple[Sequence[float], Sequence[float]]]] = {}
     for cell, mine in scores.items():
-        theirs = other.get(cell.name)
-        if theirs is None:
-            continue
-        by_loss = tasks[cell.task].kind == "perplexity"
-        differences = [b - a if by_loss else a - b for a, b in zip(mine, theirs, strict=True)]
-        out.append(_row_against(cell.context, cell.setting, cell.task, differences, *(student if by_loss else paired)(differences)))
-        if not by_loss:
-            together.setdefault((cell.context, cell.setting), []).append(differences)
-    for (context, setting), parts in together.items():
-        if len(parts) > 1:
-            every = sum(parts, [])
-            out.append(_row_against(context, setting, ALL, every, *paired(every)))
+        if cell.name in other:
+            pairs.setdefault((cell.context, cell.setting), {})[cell.task] = (mine, other[cell.name])
+    return [
+        {"against": setting.name, "kind": "against", **row}
+        for (context, setting), found in pairs.items()
+        for row in _differences(context, found, tasks)
+    ]  # fmt: skip
+
+
+def _differences(
+    context: int, pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], tasks: Mapping[str, Task]
+) -> list[dict[str, Any]]:
+    """One side less the other, task by task, and the tasks that are scored in 0 to 1 together."""
+    out, scored = [], []
+    for name, (mine, other) in pairs.items():
+        if tasks[name].kind == "perplexity":  # its scores are negative log-probabilities
+            differences = [b - a for a, b in zip(mine, other, strict=True)]
+            out.append(_row(context, name, differences, *student(differences)))
+        else:
+            scored.append([a - b for a, b in zip(mine, other, strict=True)])
+            out.append(_row(context, name, scored[-1], *paired(scored[-1])))
+    if len(scored) > 1:
+        together = sum(scored, [])
+        out.append(_row(context, ALL, together, *paired(together)))
     return out
 
 
-def _row_against(context: int, setting: Setting, task: str, differences: Sequence[float], low: float, high: float) -> dict[str, Any]:
-    row = _row(Comparison("against", context, setting, setting, 0.0), task, differences, low, high)
-    del row["compared"], row["mark"], row["wanted"], row["verdict"]
-    return {"against": setting.name, **row}
-
-
-def _row(comparison: Comparison, task: str, differences: Sequence[float], low: float, high: float) -> dict[str, Any]:
-    """One comparison in one task."""
+def _row(context: int, task: str, differences: Sequence[float], low: float, high: float) -> dict[str, Any]:
+    """What the differences of one task come to."""
     signs = [0 if abs(d) < 1e-9 else math.copysign(1, d) for d in differences]
     return {
-        "compared": comparison.name, "context": comparison.context, "task": task,
-        "compared_task": task.removeprefix("longbench/").replace("_", " "), "kind": comparison.kind, "prompts": len(differences),
+        "context": context, "task": task, "compared_task": task.removeprefix("longbench/").replace("_", " "), "prompts": len(differences),
         "better": signs.count(1), "equal": signs.count(0), "worse": signs.count(-1),
-        "difference": sum(differences) / len(differences), "low": low, "high": high,
-        "difference_interval": f"{low:+.3f} to {high:+.3f}", "mark": comparison.mark, "wanted": f"≥ {comparison.mark:g}",
-        "verdict": verdict(low, high, comparison.mark),
+        "difference": sum(differences) / len(differences), "low": low, "high": high, "difference_interval": f"{low:+.3f} to {high:+.3f}",
     }  # fmt: skip
 
 

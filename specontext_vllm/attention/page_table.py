@@ -15,13 +15,11 @@ class PageTable:
     Attributes:
         pages: ``[rows * H, K]`` int32 head pages (``block * H + head``) in ascending order of position.
         lengths: ``[rows * H]`` int32 tokens in them; only the last page may be partly filled; 0 for padding rows.
-        starts: ``[rows * H + 1]`` int32, 0..rows * H: each sequence has one query token.
         num_kv_heads: H.
     """
 
     pages: Tensor
     lengths: Tensor
-    starts: Tensor
     num_kv_heads: int
 
     @classmethod
@@ -31,7 +29,6 @@ class PageTable:
         return cls(
             torch.zeros(sequences, max_pages, dtype=torch.int32, device=device),
             torch.zeros(sequences, dtype=torch.int32, device=device),
-            torch.arange(sequences + 1, dtype=torch.int32, device=device),
             num_kv_heads,
         )
 

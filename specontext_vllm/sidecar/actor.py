@@ -27,8 +27,9 @@ class Sidecar:
         head = RetrievalHead(spec.checkpoint, max_position=spec.max_model_len, dtype=spec.dtype, device=self.device)
         self.embedding = torch.empty(spec.vocab_size, spec.embed_size, dtype=spec.dtype, device=self.device)
         width = pages_for(spec.max_model_len)
+        config = spec.config.model_copy(update={"head_key_dtype": spec.head_key_dtype})
         self.retriever = Retriever(
-            spec.config.model_copy(update={"head_key_dtype": spec.head_key_dtype}), head, lambda ids: F.embedding(ids, self.embedding), num_kv_heads=spec.num_kv_heads,
+            config, head, lambda ids: F.embedding(ids, self.embedding), num_kv_heads=spec.num_kv_heads,
             max_model_len=spec.max_model_len, table_pages=width, device=self.device,
         )  # fmt: skip
         self.block_table = torch.zeros(spec.max_rows, width, dtype=torch.int32, device=self.device)

@@ -90,7 +90,8 @@ class RemoteRetriever:
         shared = head.embed_vocab_size is None
         self.key_dtype = head_key_dtype(config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu"))
         self.spec = SidecarSpec(
-            config, checkpoint, dtype, "model" if self.key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads, max_model_len=max_model_len, max_rows=max_rows,
+            config, checkpoint, dtype, "model" if self.key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads,
+            max_model_len=max_model_len, max_rows=max_rows,
             vocab_size=vocab_size if shared else 0, embed_size=head.embed_size,
         )  # fmt: skip
         learn = max_tokens * head.num_aux * head.target_hidden_size * dtype.itemsize

@@ -33,14 +33,16 @@ def test_reference_is_the_softmax_over_the_row(lengths, queries, heads, width):
     # Triton's interpreter has no bf16 dot.
     [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)],
 )
-def test_kernel_matches_reference(lengths, queries, heads, width, dtype, device):
+@pytest.mark.parametrize("eight_bits", [False, True], ids=["keys-like-queries", "8-bit-keys"])
+def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_bits, device):
     rows = paged_rows(lengths, heads, width, dtype, device, seed=2)
+    keys = rows.cache.to(torch.float8_e4m3fn) if eight_bits else rows.cache
     query = torch.randn(len(lengths), queries, width).to(dtype)
     scores = PageScores.allocate(queries, heads, sum(map(pages_for, lengths)) + 3, device)
     scores.page_max.fill_(float("nan"))
     scores.page_lse.fill_(float("nan"))
     score_pages(
-        apart(query.to(device)), rows.cache, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))),
+        apart(query.to(device)), keys, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))),
         scores.page_max, scores.page_lse,
         first_row=0, num_rows=len(lengths), max_pages=pages_for(max(lengths)), least_pages=1,
     )  # fmt: skip
@@ -52,27 +54,6 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, device)
         if count <= 1:
             assert scores.page_max[:, span].isnan().all(), "a row that is read whole was scored"
             continue
-        page_max, page_lse = score_row(query[row], rows.cache.cpu(), rows.block_table[row].cpu(), tokens)
-        tolerance = 1e-5 if dtype == torch.float32 else 3e-3
-        assert_close("max", page_max, scores.page_max[:, span], tolerance)
-        assert_close("lse", page_lse, scores.page_lse[:, span], tolerance)
-
-
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)])
-def test_8_bit_keys_score_as_the_reference_has_them(dtype, device):
-    lengths, heads, width = [40, 333], 2, 64
-    rows = paged_rows(lengths, heads, width, torch.float32, device, seed=6)
-    keys = rows.cache.to(torch.float8_e4m3fn)
-    query = torch.randn(2, 8, width).to(dtype)
-    scores = PageScores.allocate(8, heads, 40, device)
-    score_pages(
-        query.to(device), keys, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(2)), scores.page_max, scores.page_lse,
-        first_row=0, num_rows=2, max_pages=pages_for(333), least_pages=1,
-    )  # fmt: skip
-    start = 0
-    for row, tokens in enumerate(lengths):
-        span = slice(start, start + pages_for(tokens))
-        start = span.stop
         page_max, page_lse = score_row(query[row], keys.cpu(), rows.block_table[row].cpu(), tokens)
         tolerance = 1e-5 if dtype == torch.float32 else 3e-3
         assert_close("max", page_max, scores.page_max[:, span], tolerance)
