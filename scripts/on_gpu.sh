@@ -3,6 +3,7 @@
 #
 #     OUT=FOLDER bash scripts/on_gpu.sh STEP...      # steps: the functions below; none: only unpack
 #
+# One after the other; a,b+c runs step a beside step b and then c, which is for steps that time nothing.
 # Archives (.gpu_env/*.tar.xz by ../shared/gpu_env/pack.py) and wheels (.whl/*.whl) are unpacked once a machine. Benchmarks go on from the results
 # that are committed, or that an earlier call on the same machine made; logs and new results are left in $OUT.
 set -u
@@ -112,4 +113,13 @@ soak() {
     bench "soak-$engine" 545 soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds "${LOAD_SECONDS:-300}" --work "$WORK/soak"
 }
 
-for step in "$@"; do "$step"; done
+for step in "$@"; do
+    if [[ $step == *,* ]]; then
+        for lane in ${step//,/ }; do
+            (for one in ${lane//+/ }; do "$one"; done) &
+        done
+        wait
+    else
+        "$step"
+    fi
+done

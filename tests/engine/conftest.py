@@ -15,11 +15,15 @@ from specontext_vllm.demo.server import VllmServer, device_arguments
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
+GPU_ROOM = 2 * 2**30
+"""Bytes for KV on a GPU. Named, not found out: vLLM measures the GPU's free memory for that, and other test runs may be using it at the same time."""
+GPU_OPTIONS = ["--kv-cache-memory-bytes", str(GPU_ROOM)] if torch.cuda.is_available() else []
+"""The same for `vllm serve`."""
 ENGINE = {
     "model": str(DEMO_MODEL), "dtype": "float32", "max_model_len": 1536, "max_num_seqs": 4, "max_num_batched_tokens": 256,
     "enforce_eager": not torch.cuda.is_available(), "gpu_memory_utilization": 0.3, "seed": 0, "disable_log_stats": False,
     # 1,600 tokens: four of the requests below do not fit at once, so some are preempted and resumed.
-    "block_size": 16, "num_gpu_blocks_override": 101,
+    "block_size": 16, "num_gpu_blocks_override": 101, "kv_cache_memory_bytes": GPU_ROOM if torch.cuda.is_available() else None,
 }  # fmt: skip
 
 
@@ -64,7 +68,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[VllmServer]:
     """The demo's own server; one start serves all tests."""
-    with VllmServer(DEMO_MODEL, ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments()]) as running:
+    with VllmServer(DEMO_MODEL, ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments(), *GPU_OPTIONS]) as running:
         yield running
 
 

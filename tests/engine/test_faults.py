@@ -14,11 +14,11 @@ from openai import BadRequestError, OpenAI, OpenAIError
 
 from benchmarks import soak
 from specontext_vllm.demo.server import VllmServer
-from tests.engine.conftest import DEMO_MODEL
+from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS
 
 SETTINGS = {"budget": 192, "host_kv_gib": 0.25, "gpu_kv_gib": 0.026}
 # The worker in a process of its own, as with several of them.
-ARGUMENTS = [*soak.server_arguments(SETTINGS, 401, 16), "--distributed-executor-backend", "mp"]
+ARGUMENTS = [*soak.server_arguments(SETTINGS, 401, 16), "--distributed-executor-backend", "mp", *GPU_OPTIONS]
 CLIENTS = 200
 
 

@@ -19,7 +19,7 @@ from specontext_vllm.demo.server import VllmServer, device_arguments
 from specontext_vllm.demo.tasks import make_problem
 from specontext_vllm.observability import catalog
 from specontext_vllm.observability.catalog import PREFIX, Metric
-from tests.engine.conftest import DEMO_MODEL
+from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS
 
 pytestmark = pytest.mark.skipif(not (DEMO_MODEL / "config.json").exists(), reason="models/demo is missing")
 
@@ -135,7 +135,7 @@ def two_of_each() -> Iterator[VllmServer]:
     arguments = [
         "--attention-backend", "specontext", "--served-model-name", "demo", "--api-server-count", "2", "--tensor-parallel-size", "2",
         "--distributed-executor-backend", "mp", "--max-model-len", "4096", "--max-num-seqs", "4", "--num-gpu-blocks-override", "520",
-        "--gpu-memory-utilization", "0.3", "--additional-config", json.dumps({"specontext": settings}), *device_arguments(),
+        "--gpu-memory-utilization", "0.3", "--additional-config", json.dumps({"specontext": settings}), *device_arguments(), *GPU_OPTIONS,
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
