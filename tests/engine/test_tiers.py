@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.cache import head_key_dtype
+from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import ids, sampling, scenarios
 
@@ -14,6 +17,9 @@ SETTINGS = {
 }  # fmt: skip
 # Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
 SHAPE = {"max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": PAGES, "attention_backend": "specontext"}
+
+# What 8-bit head keys save of the GPU's room, where they are the default: as many frames as with the model's dtype.
+SAVED_GIB = PAGES * 2 * 16 * 64 * (4 - head_key_dtype("auto", torch.float32, torch.device("cuda" if CUDA else "cpu")).itemsize) / 2**30
 
 
 def frames(worker) -> int | None:
@@ -47,7 +53,7 @@ def one_tier(prompts):
 def two_tiers(prompts):
     TieredKV.poison = True
     try:
-        return run(prompts, host_kv_gib=0.25, gpu_kv_gib=0.0036)
+        return run(prompts, host_kv_gib=0.25, gpu_kv_gib=0.0036 - SAVED_GIB)
     finally:
         TieredKV.poison = False
 
@@ -79,7 +85,7 @@ def unsettle(worker) -> None:
 def resizing(prompts):
     TieredKV.poison = True
     try:
-        with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042}}) as llm:
+        with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042 - SAVED_GIB}}) as llm:
             llm.collective_rpc(unsettle)
             out = scenarios(llm, prompts)
             out["after pressure"] = after_pressure(llm, prompts)
