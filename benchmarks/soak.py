@@ -34,8 +34,8 @@ WARM_UP_SHARE = 0.5
 """Share of the requests after which memory must not grow any more: that of a process of this size levels off only after some 5,000 requests."""
 GROWTH = 0.02
 """Growth of resident memory, over the rest of the run, that counts as none."""
-MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.5
-"""vLLM's --gpu-memory-utilization; half an H200 holds an 8B model's weights in float32, and some room."""
+MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.42
+"""vLLM's --gpu-memory-utilization; of an H200 that holds an 8B model's weights in float32 and some room, twice side by side."""
 REQUEST_SECONDS = 300
 """Longest wait for one answer."""
 NEAR_TIE_CPU, NEAR_TIE_GPU = 1e-4, 0.05
@@ -486,12 +486,13 @@ def main(
         typer.echo(f"the references could not be made: {error}", err=True)
         raise typer.Exit(1) from None
     load = Load(prompts, references, gaps, requests, seconds, max_num_seqs + max_num_seqs // 2, near_tie)
-    result.take_over(out, same=())
     for name in names:
         engine = ENGINES[name]
         settings = settings_of(engine, shape)
         print(f"{engine.title}: starting", flush=True)
         outcome, left = soak(model, load, settings, engine.pages, max_num_seqs)
+        # Only now: another run may have written another engine's figures meanwhile.
+        result.take_over(out, same=())
         result.details[name] = {
             **result.run(), "settings": settings, "pages": engine.pages,
             "seconds": outcome.seconds, "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20], "memory": outcome.memory, "left": left,

@@ -89,12 +89,24 @@ serve_few_stock() { serve few-stock stock 8k/1k,32k/4k 1,8; }
 larger() {
     logged larger 560 python3 -m specontext_vllm.demo.train --size larger --out /tmp/larger --minutes 8.5
     cp /tmp/larger/training_log.txt "$OUT"
+    # Home in pieces that come back: the weights are gone with the machine.
+    tar cf - -C /tmp larger | xz -1 -T0 | split -b 15M - "$OUT/larger.tar.xz."
 }
 GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512 --retrievers dlm,quest,recent --tasks multi_key,multi_query,recitation,perplexity)
 accuracy_larger() {
     bench accuracy-larger 545 accuracy --model /tmp/larger "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-larger"
     tar czf "$OUT/cells-larger.tar.gz" -C "$WORK" accuracy-larger
 }
+# As many prompts as settle a point, in two runs that may go side by side; the last of them to end writes both.
+MANY=(--label 200_prompts --prompts 200 --budgets 128,256,512 --retrievers dlm,quest --tasks multi_key,multi_query,recitation,perplexity --thresholds 0)
+accuracy_larger_at() {
+    logged "accuracy-larger-$1" 560 python3 -m benchmarks accuracy --model /tmp/larger "${MANY[@]}" --contexts "$1" --engine-seconds 480 \
+        --work "$WORK/accuracy-larger-many" --out "$WORK/half-$1"
+    tar czf "$OUT/cells-larger-many.tar.gz" -C "$WORK" accuracy-larger-many
+    bench accuracy-larger-both 60 accuracy --model /tmp/larger "${MANY[@]}" --contexts 4096,8192 --no-measure --work "$WORK/accuracy-larger-many"
+}
+accuracy_larger_4k() { accuracy_larger_at 4096; }
+accuracy_larger_8k() { accuracy_larger_at 8192; }
 accuracy_demo() {
     bench accuracy-demo 545 accuracy "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-demo"
     tar czf "$OUT/cells-demo.tar.gz" -C "$WORK" accuracy-demo
@@ -108,10 +120,11 @@ distilled() {
 losses_larger() { bench losses-larger 545 losses --model /tmp/larger; }
 distill() { wants_h200; bench distill 400 distill; }
 soak() {
-    local engine=${ENGINE:-one-tier}
     wants_h200
-    bench "soak-$engine" 545 soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds "${LOAD_SECONDS:-300}" --work "$WORK/soak"
+    bench "soak-$1" 580 soak --model-shape 8b --engines "$1" --requests 1000000 --seconds "${LOAD_SECONDS:-300}" --work "$WORK/soak-$1"
 }
+soak_one_tier() { soak one-tier; }
+soak_two_tiers() { soak two-tiers; }
 
 for step in "$@"; do
     if [[ $step == *,* ]]; then
