@@ -282,6 +282,9 @@ def main(
     longbench: Annotated[Path | None, typer.Option(help="Folder of LongBench's JSONL files.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 on a CPU, the model's own on a GPU.")] = "auto",
     head_keys: Annotated[str, typer.Option(help="What the head's keys are kept in: auto, fp8 or model.")] = "auto",
+    kv_gib: Annotated[
+        float | None, typer.Option(min=0, help="GPU memory for KV, so that several runs can share a GPU. Default: what vLLM finds free.")
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="JSON of an earlier result over the same prompts, with which every cell is compared prompt by prompt.")
     ] = None,
@@ -305,7 +308,7 @@ def main(
         grid = _grid(model, head, chosen, retrievers, budgets, contexts, prompts, thresholds, threshold_budget)
         typer.echo("making the prompts")
         groups = grid.groups(_writer(model))
-        spec = _spec(grid, groups, dtype, head_keys, on_gpu)
+        spec = _spec(grid, groups, dtype, head_keys, on_gpu, kv_gib)
         machine = facts()
         name, words = model.resolve().name, [*_own_head(model, grid.head), *_label(label)]
         folder = work or WORK / f"{'-'.join(['accuracy', name, *words])}-{device_slug(machine)}"
@@ -353,7 +356,7 @@ def _grid(
     return grid
 
 
-def _spec(grid: Grid, groups: Sequence[Group], dtype: str, head_keys: str, on_gpu: bool) -> EngineSpec:
+def _spec(grid: Grid, groups: Sequence[Group], dtype: str, head_keys: str, on_gpu: bool, kv_gib: float | None) -> EngineSpec:
     """The engine that holds the longest prompt with its reply.
 
     Raises:
@@ -372,6 +375,7 @@ def _spec(grid: Grid, groups: Sequence[Group], dtype: str, head_keys: str, on_gp
         model=str(grid.model), head=grid.head, head_keys=head_keys, retriever="quest" if "quest" in grid.retrievers else DENSE,
         dtype=dtype, on_gpu=on_gpu,
         eager=not on_gpu or not PER_LAYER.isdisjoint(grid.retrievers), max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
+        kv_gib=kv_gib,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class EngineSpec:
         retriever: to start with; the others are switched to.
         eager: no CUDA graphs; needed to switch to retrievers that select in each layer.
         max_model_len: tokens of the longest prompt and its reply.
+        kv_gib: GPU memory for KV; None: what vLLM finds free.
     """
 
     model: str
@@ -39,6 +40,7 @@ class EngineSpec:
     on_gpu: bool
     eager: bool
     max_model_len: int
+    kv_gib: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM(...)``, less what forces tokens."""
@@ -46,10 +48,12 @@ class EngineSpec:
         config = {"retriever": self.retriever, "budget": self.max_model_len, "head_key_dtype": self.head_keys}
         if self.head:
             config["retrieval_head"] = self.head
+        # With the room named, vLLM only asks whether the share is free at the start, and measures nothing that other engines would disturb.
+        room = {} if self.kv_gib is None else {"kv_cache_memory_bytes": int(self.kv_gib * 2**30), "gpu_memory_utilization": 0.3}
         return {
             "model": self.model, "dtype": self.dtype, "seed": 0, "max_model_len": self.max_model_len, "max_num_seqs": REQUESTS,
             "enable_prefix_caching": True, "enforce_eager": self.eager, "disable_log_stats": True, "attention_backend": "specontext",
-            "additional_config": {"specontext": config},
+            "additional_config": {"specontext": config}, **room,
         }  # fmt: skip
 
 

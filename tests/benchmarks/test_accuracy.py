@@ -279,7 +279,11 @@ def test_the_committed_verdicts_follow_from_the_committed_scores():
             for cell in [Cell(task, row["context"], Setting(row["retriever"], row["budget"], row["threshold"]))]
         }  # fmt: skip
         cells = {known[name]: values for name, values in scores.items()}
-        assert [row for row in result["rows"] if "compared" in row] == wanted.rows(cells, TASKS)
+        # Another machine's sums may differ in their last bits.
+        for found, made in zip([row for row in result["rows"] if "compared" in row], wanted.rows(cells, TASKS), strict=True):
+            assert found.keys() == made.keys()
+            for key, value in made.items():
+                assert found[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value)
         for row in rows:
             for task in TASKS:
                 name = Cell(task, row["context"], Setting(row["retriever"], row["budget"], row["threshold"])).name
