@@ -36,6 +36,9 @@ GROWTH = 0.02
 """Growth of resident memory, over the rest of the run, that counts as none."""
 MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.42
 """vLLM's --gpu-memory-utilization; of an H200 that holds an 8B model's weights in float32 and some room, twice side by side."""
+KV_BYTES_GPU = 8 << 30
+"""Room for KV on a GPU. Named, not found out: vLLM measures what is free, and a soak beside this one may be using it."""
+REFERENCES_AT_ONCE = 64
 REQUEST_SECONDS = 300
 """Longest wait for one answer."""
 NEAR_TIE_CPU, NEAR_TIE_GPU = 1e-4, 0.05
@@ -161,7 +164,10 @@ def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterat
     from vllm import LLM, SamplingParams
 
     share = MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU
-    llm = LLM(model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=16, enforce_eager=True, seed=0, gpu_memory_utilization=share)
+    llm = LLM(
+        model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=REFERENCES_AT_ONCE, enforce_eager=True, seed=0, gpu_memory_utilization=share,
+        kv_cache_memory_bytes=KV_BYTES_GPU if on_gpu else None,
+    )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, detokenize=False, logprobs=2)
     outputs = [output.outputs[0] for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)]
     yield "references", ([list(output.token_ids) for output in outputs], [[gap(step) for step in output.logprobs] for output in outputs])
@@ -186,7 +192,7 @@ def server_arguments(settings: dict[str, Any] | None, pages: int, max_num_seqs: 
         *plugin, "--block-size", str(block_size), "--max-model-len", str(MAX_MODEL_LEN),
         "--max-num-seqs", str(max_num_seqs), "--max-num-batched-tokens", "512", "--served-model-name", "demo",
         "--gpu-memory-utilization", str(MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU), "--num-gpu-blocks-override", str(pages),
-        *(["--dtype", "float32"] if on_gpu else device_arguments()),
+        *(["--dtype", "float32", "--kv-cache-memory-bytes", str(KV_BYTES_GPU)] if on_gpu else device_arguments()),
     ]  # fmt: skip
 
 

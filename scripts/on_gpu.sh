@@ -100,7 +100,7 @@ accuracy_larger() {
 # As many prompts as settle a point, in two runs that may go side by side; the last of them to end writes both.
 MANY=(--label 200_prompts --prompts 200 --budgets 128,256,512 --retrievers dlm,quest --tasks multi_key,multi_query,recitation,perplexity --thresholds 0)
 accuracy_larger_at() {
-    logged "accuracy-larger-$1" 560 python3 -m benchmarks accuracy --model /tmp/larger "${MANY[@]}" --contexts "$1" --engine-seconds 480 --kv-gib 24 \
+    logged "accuracy-larger-$1" 500 python3 -m benchmarks accuracy --model /tmp/larger "${MANY[@]}" --contexts "$1" --engine-seconds 440 --kv-gib 24 \
         --work "$WORK/accuracy-larger-many" --out "$WORK/half-$1"
     tar czf "$OUT/cells-larger-many.tar.gz" -C "$WORK" accuracy-larger-many
     bench accuracy-larger-both 60 accuracy --model /tmp/larger "${MANY[@]}" --contexts 4096,8192 --no-measure --work "$WORK/accuracy-larger-many"
@@ -117,7 +117,7 @@ distilled() {
     cp /tmp/distilled/training/curve.jsonl "$OUT/distilled-curve.jsonl"
     bench accuracy-distilled 150 accuracy --head /tmp/distilled "${GRID[@]}" --retrievers dlm --thresholds 0 --engine-seconds 130 --work "$WORK/accuracy-distilled"
 }
-losses_larger() { bench losses-larger 545 losses --model /tmp/larger; }
+losses_larger() { bench losses-larger 500 losses --model /tmp/larger; }
 distill() { wants_h200; bench distill 400 distill; }
 soak() {
     wants_h200
