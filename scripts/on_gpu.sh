@@ -59,6 +59,7 @@ tests() {
 graphs() { test_files gpu-graphs 500 tests/engine/test_quest_graphs.py tests/engine/test_compile_cache.py; }
 service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
 ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
+sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
 two_gpus() { test_files two-gpus 400 tests/engine/test_tensor_parallel.py; }
 

@@ -94,6 +94,11 @@ class SpeContextConfig(BaseModel):
                 f"host_kv_gib: found {self.host_kv_gib} with retriever {self.retriever}, which chooses pages too late for them to be fetched; "
                 f"set it to 0 or use another retriever."
             )
+        if self.head_key_dtype != "auto" and self.retriever != "dlm" and self.retrieval_head is None:
+            raise ValueError(
+                f"head_key_dtype: found {self.head_key_dtype!r} with retriever {self.retriever!r} and no retrieval_head, whose keys it is "
+                f"about; leave it out or use retriever dlm."
+            )
         if self.fallback_budget is not None and self.fallback_budget < self.budget:
             raise ValueError(
                 f"fallback_budget: found {self.fallback_budget}, less than budget ({self.budget}); "

@@ -16,6 +16,7 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"retriever": "magic"}, "retriever: found 'magic'; input should be 'dlm', 'quest', 'recent', 'random', 'oracle' or 'dense'"),
         ({"confidence_threshold": 2}, "confidence_threshold: found 2; input should be less than or equal to 1"),
         ({"fallback_budget": 512}, "fallback_budget: found 512, less than budget (2048)"),
+        ({"head_key_dtype": "fp8", "retriever": "quest"}, "head_key_dtype: found 'fp8' with retriever 'quest' and no retrieval_head"),
         ({"host_kv_gib": -1}, 'host_kv_gib: found -1.0; give 0 or more GiB, or "auto".'),
         ({"host_kv_gib": 1, "retriever": "quest"}, "host_kv_gib: found 1.0 with retriever quest"),
         ({"host_kv_gib": "lots"}, "found 'lots'"),
@@ -54,6 +55,13 @@ def test_table_is_as_wide_as_the_widest_selection():
     # Rows are read whole while the sidecar is away, but what it selects is no wider than ever.
     assert SpeContextConfig(sidecar="ray").table_pages(131072) == 8192
     assert SpeContextConfig(sidecar="ray").selection_pages(131072) == 128
+
+
+def test_keys_of_a_head_that_another_retriever_leaves_idle_may_be_named():
+    """Another retriever may be switched to dlm while the engine runs, if the engine has a head."""
+    settings = {"head_key_dtype": "fp8", "retrieval_head": "dummy"}
+    assert SpeContextConfig.from_settings({**settings, "retriever": "dense"}).head_key_dtype == "fp8"
+    assert SpeContextConfig.from_settings({"head_key_dtype": "auto", "retriever": "quest"}) == SpeContextConfig(retriever="quest")
 
 
 def test_absent_settings_are_the_defaults():

@@ -88,6 +88,7 @@ class RemoteRetriever:
         self.max_pages = pages_for(max_model_len)
         head = checkpoint.spec
         shared = head.embed_vocab_size is None
+        # By the worker's own GPU: the actor's is not known before it is there, and that of the next one may be another.
         self.key_dtype = head_key_dtype(config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu"))
         self.spec = SidecarSpec(
             config, checkpoint, dtype, "model" if self.key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads,

@@ -8,45 +8,52 @@ import time
 
 import pytest
 
+from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.test_exactness import ids, sampling, scenarios
-from tests.sidecar.test_remote import actor_pid
+from tests.engine.test_exactness import ids, sampling, scenarios, until_sure
+from tests.sidecar.test_remote import SIDECAR, actor_pid
 
 SETTINGS = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16}
 # Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
 SHAPE = {"max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": 111, "attention_backend": "specontext"}
+# With a sidecar the page table is as wide as the context. An inline engine that starts densely has the same one, in its captured
+# graphs too, and may become dense again for as long as the sidecar is away.
+INLINE = {"retriever": "dense"}
 STEPS_BEFORE_DEATH = 9
 
 
-def run(prompts, sidecar):
-    with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, "sidecar": sidecar}}) as llm:
+def run(prompts, where):
+    with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **where}}) as llm:
+        llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm"})
+        # On a GPU vLLM has warmed up with requests of its own.
+        llm.collective_rpc("specontext_stats", args=(True,))
         out = scenarios(llm, prompts)
         out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
-        out |= outage(llm, prompts, sidecar)
+        out |= outage(llm, prompts, has_actor=where is SIDECAR)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
         return out
 
 
-def outage(llm, prompts, sidecar) -> dict[str, list]:
+def outage(llm, prompts, has_actor: bool) -> dict[str, list]:
     """Kill the actor in the middle of a request, let it come back, and ask on; inline, read densely for as long instead."""
 
     def generate(*chosen):
         return llm.generate([{"prompt_token_ids": p} for p in chosen], sampling(), use_tqdm=False)
 
     llm.reset_prefix_cache()
-    generate(prompts[-2])
+    generate(prompts[-1])
     core, tokens, step = llm.llm_engine, [], 0
-    core.add_request("lived", {"prompt_token_ids": prompts[-1]}, sampling(max_tokens=60))
+    core.add_request("lived", {"prompt_token_ids": prompts[-2]}, sampling(max_tokens=60))
     while core.has_unfinished_requests():
         step += 1
         if step == STEPS_BEFORE_DEATH:
-            if sidecar == "ray":
+            if has_actor:
                 os.kill(actor_pid(), signal.SIGKILL)
             else:
                 llm.collective_rpc("specontext_set", kwargs={"retriever": "dense"})
         for output in core.step():
-            tokens = list(output.outputs[0].token_ids)
-    if sidecar == "ray":
+            tokens = until_sure(list(output.outputs[0].token_ids))
+    if has_actor:
         deadline = time.monotonic() + 120
         while not llm.collective_rpc("specontext_stats")[0]["sidecar_up"]:
             assert time.monotonic() < deadline, "the sidecar did not come back"
@@ -54,19 +61,19 @@ def outage(llm, prompts, sidecar) -> dict[str, list]:
     else:
         llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm"})
     # Pages from before the death are hit, and new ones are made.
-    after = generate(prompts[-2], prompts[5], prompts[-1])
+    after = generate(prompts[-1], prompts[5], prompts[-2])
     return {"lived through a death": tokens, "after it": ids(after), "hits after it": [o.num_cached_tokens for o in after]}
 
 
 @pytest.fixture(scope="module")
 def inline(prompts):
-    return run(prompts, "inline")
+    return run(prompts, INLINE)
 
 
 @pytest.fixture(scope="module")
 def remote(prompts):
     pytest.importorskip("ray")
-    return run(prompts, "ray")
+    return run(prompts, SIDECAR)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,8 @@ def test_the_scenarios_happened(inline, remote):
     assert inline["preempted"] > 0 and remote["preempted"] == inline["preempted"]
     assert remote["cached tokens"] == inline["cached tokens"] > 0
     ours, theirs = remote["stats"], inline["stats"]
-    assert ours["kept_mass_mean"] == pytest.approx(theirs["kept_mass_mean"], rel=1e-4)
+    # Of all tokens, those behind the answers too; see until_sure.
+    assert ours["kept_mass_mean"] == pytest.approx(theirs["kept_mass_mean"], rel=1e-2 if CUDA else 1e-4)
     assert {**ours, "kept_mass_mean": None}.items() >= {**theirs, "kept_mass_mean": None}.items()
     assert ours["pages_read"] < 0.5 * ours["pages_total"]
     assert ours["sidecar_dense_rows"] == ours["sidecar_restarts"] == 0

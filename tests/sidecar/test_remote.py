@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 import signal
 import time
 
@@ -18,9 +19,12 @@ from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.sidecar import link
 from specontext_vllm.sidecar.remote import RemoteRetriever
+from tests.conftest import CUDA
 from tests.retrieval.test_retriever import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MAX_LEN, VOCAB, World
 
 BLOCKS = 200
+SIDECAR = {"sidecar": "ray", **({"sidecar_gpus": 0.25} if CUDA else {})}
+"""On the device of the inline head that it is compared with: on a machine with one GPU, the same GPU."""
 
 
 class Twins:
@@ -47,15 +51,15 @@ class Twins:
 
 @pytest.fixture(scope="module")
 def world():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if CUDA else "cpu")
     torch.manual_seed(0)
-    # 8-bit keys also travel, and are mirrored; tests/engine/test_sidecar.py has the model's dtype.
+    # 8-bit keys also travel, and are mirrored; tests/engine/test_sidecar.py has what the machine's default is.
     world = World(device, head_key_dtype="fp8")
     checkpoint = dummy_checkpoint(
         hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4, max_position=MAX_LEN,
         dtype=torch.float32, seed=0,
     )  # fmt: skip
-    config = replace_config(world.config, sidecar="ray")
+    config = replace_config(world.config, **SIDECAR)
 
     def make(config):
         return RemoteRetriever(
@@ -215,8 +219,8 @@ def test_an_actor_that_finds_no_room_is_told_in_one_sentence(world, monkeypatch)
     """The cluster's one core is taken."""
     monkeypatch.setattr(link, "START_SECONDS", 1)
     second = world.make_remote(world.retriever.remote.config)
-    sentence = r"sidecar: found 'ray', but its actor \(sidecar_cpus 1, sidecar_gpus 0\) did not start: GetTimeout"
-    with pytest.raises(ConfigError, match=sentence):
+    asked = f"sidecar_cpus 1, sidecar_gpus {second.config.sidecar_gpus:g}"
+    with pytest.raises(ConfigError, match=re.escape(f"sidecar: found 'ray', but its actor ({asked}) did not start: GetTimeout")):
         second.allocate_cache(BLOCKS)
     second.close()
 
@@ -236,3 +240,24 @@ def test_ray_listens_on_the_loopback_interface_alone(world):
 
 def test_the_handler_of_sigterm_is_left_alone(world):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.gpu
+def test_an_actor_on_a_cpu_selects_for_a_worker_on_a_gpu(world):
+    """The last test of this module: it ends the module's actor, whose core it takes."""
+    world.retriever.remote.close()
+    beside = World(world.device)
+    remote = world.make_remote(replace_config(beside.config, sidecar="ray", head_key_dtype="auto"))
+    assert remote.key_dtype == torch.float32, "8-bit keys are a GPU's default, and the actor has none"
+    remote.allocate_cache(BLOCKS)
+    try:
+        beside.retriever = Twins(beside.retriever, remote, world.device)
+        beside.add("a", 300)
+        beside.add("short", 60)
+        step(beside, ("a", 0, 200), ("short", 0, 40))
+        for i in range(200, 205):
+            rows = step(beside, ("a", i, i + 1), ("short", i - 160, i - 159))
+            assert all(found == inline for inline, found in rows)
+            assert rows[0][1] != whole(beside, "a", i + 1), "the budget must matter"
+    finally:
+        remote.close()
