@@ -89,9 +89,8 @@ serve_few_stock() { serve few-stock stock 8k/1k,32k/4k 1,8; }
 # -- accuracy, distillation, soak
 larger() {
     logged larger 560 python3 -m specontext_vllm.demo.train --size larger --out /tmp/larger --minutes 8.5
-    cp /tmp/larger/training_log.txt "$OUT"
     # Home in pieces that come back: the weights are gone with the machine.
-    tar cf - -C /tmp larger | xz -1 -T0 | split -b 15M - "$OUT/larger.tar.xz."
+    tar cf - -C /tmp larger | xz -1 -T0 | split -b 16000000 - "$OUT/larger.tar.xz."
 }
 GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512 --retrievers dlm,quest,recent --tasks multi_key,multi_query,recitation,perplexity)
 accuracy_larger() {
