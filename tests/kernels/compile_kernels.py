@@ -1,0 +1,152 @@
+"""Compiles every kernel of the package for a GPU that need not be there, through the functions that launch them; prints what each takes.
+
+    python -m tests.kernels.compile_kernels 90          # compute capability times ten
+
+A process of its own: Triton's interpreter must be off, and its compiled kernels are kept by device, not by target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from specontext_vllm.triton_kernels.counters import COUNTERS
+from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
+from specontext_vllm.triton_kernels.head_input import head_input
+from specontext_vllm.triton_kernels.head_rope import rope_and_cache
+from specontext_vllm.triton_kernels.layer_tables import layer_tables
+from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
+from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
+from specontext_vllm.triton_kernels.score_pages import score_pages
+from specontext_vllm.triton_kernels.select_pages import select_pages
+from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
+from specontext_vllm.triton_kernels.write_tiered import write_tiered
+
+PAGE, BLOCKS, LAYERS, HOT, WIDTH = 16, 8, 2, 256, 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model's attention and of its head, whose query heads are as many here."""
+
+    queries: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    dtype: torch.dtype
+
+
+SHAPES = {
+    "Llama-3.1-8B": Shape(32, 8, 128, 4096, torch.bfloat16),
+    "the demo model": Shape(4, 2, 64, 256, torch.float32),
+    "16 query heads a KV head, of 96": Shape(32, 2, 96, 3072, torch.float16),
+}
+
+
+class AbsentGPU:
+    """Triton's driver of a GPU that only its compiler needs to know."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_for(capability: int) -> list[dict[str, Any]]:
+    """One entry per kernel and shape: ``kernel``, ``shape``, ``shared`` (bytes of shared memory a program)."""
+    compiled: list[dict[str, Any]] = []
+
+    def launcher(kernel: JITFunction, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            made = kernel.run(*arguments, grid=grid, warmup=True, **options)
+            assert made.metadata.target.arch == capability
+            compiled.append({"kernel": kernel.__name__, "shape": name, "shared": made.metadata.shared})
+
+        return launch
+
+    driver.set_active(AbsentGPU(capability))
+    JITFunction.__getitem__ = launcher
+    for name, shape in SHAPES.items():
+        launch_all(shape, eight_bits=capability >= 89)
+    return compiled
+
+
+def launch_all(shape: Shape, eight_bits: bool) -> None:
+    """Every launching function with tensors of the shape; ``eight_bits``: 8-bit keys of the head, too."""
+    h, g, d, e, dtype = shape.kv_heads, shape.queries // shape.kv_heads, shape.head_dim, shape.hidden, shape.dtype
+    rows, kept = 2, 128
+    resident, count, step = cells(1), cells(1), cells(1)
+    counts = torch.zeros(COUNTERS, dtype=torch.int64)
+    positions, slots = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    block_table, seq_lens, starts, lanes = cells(rows, WIDTH), cells(rows), cells(rows), cells(rows)
+    queries = torch.zeros(rows, h * g, d, dtype=dtype)
+    page_max, page_lse = torch.zeros(h * g, 64), torch.zeros(h * g, 64)
+    pages, lengths = cells(rows * h, kept), cells(rows * h)
+    some = {"first_row": 0, "num_rows": rows, "max_pages": WIDTH, "least_pages": kept}
+
+    head_input(torch.zeros(rows, e, dtype=dtype), torch.zeros(BLOCKS, e, dtype=dtype), block_table, positions, *torch.ones(2, e, dtype=dtype), 1e-5, PAGE)
+    for key_dtype in (dtype, torch.float8_e4m3fn) if eight_bits else (dtype,):
+        keys = torch.zeros(BLOCKS, h, PAGE, d).to(key_dtype)
+        for norm in (None, torch.ones(h * g + h, d, dtype=dtype)):
+            rope_and_cache(torch.zeros(rows, (h * g + h) * d, dtype=dtype), torch.zeros(64, d), positions, slots, keys, h * g, norm, 1e-5)
+        score_pages(queries, keys, block_table, seq_lens, starts, page_max, page_lse, **some)
+    for held in (None, (lanes, cells(rows, h, WIDTH), 0.5)):
+        for threshold in (None, 0.5):
+            select_pages(
+                page_max, page_lse, cells(h, 64), seq_lens, starts, block_table, pages, lengths, torch.zeros(rows, h), page_size=PAGE, num_kv_heads=h,
+                first_row=0, num_rows=rows, widest=WIDTH, budget_pages=kept, sink_pages=1, recent_pages=5, fallback_threshold=threshold, held=held,
+            )  # fmt: skip
+
+    kv_cache, bounds = torch.zeros(BLOCKS, h, PAGE, 2 * d, dtype=dtype), torch.zeros(BLOCKS, h, 2, d, dtype=dtype)
+    update_bounds(kv_cache, slots, bounds)
+    score_bounds(queries, bounds, block_table, seq_lens, starts, page_max, page_size=PAGE, **some)
+    sparse_decode(
+        queries, kv_cache.view(BLOCKS * h, PAGE, 2 * d), pages, lengths, torch.zeros_like(queries), d**-0.5,
+        SplitWorkspace.allocate(96, g, d, torch.device("cpu")),
+    )  # fmt: skip
+
+    hot, words = cells(LAYERS, rows, HOT), PAGE * 2 * d * dtype.itemsize // 4
+    resolve_pages(
+        pages, lengths, seq_lens, lanes, block_table, cells(rows), cells(rows, h, WIDTH), cells(rows, h, HOT), cells(rows, h, HOT), cells(rows, h, HOT),
+        cells(rows * h, kept), cells(rows * h, HOT), cells(64), cells(64), count, resident, counts, step=1, num_layers=LAYERS, num_rows=rows, page_size=PAGE,
+    )  # fmt: skip
+    tables = cells(LAYERS, rows * h, kept)
+    layer_tables(
+        pages, cells(rows * h, kept), lengths, lanes, block_table, cells(LAYERS, BLOCKS), hot, resident, tables, num_rows=rows, num_kv_heads=h, page_size=PAGE,
+    )  # fmt: skip
+    new = torch.zeros(rows, h, d, dtype=dtype)
+    for done in (None, cells(LAYERS)):
+        fetch_pages(
+            cells(64, words), cells(64, words), cells(64), cells(64), count, cells(LAYERS, 64), resident,
+            layers=range(LAYERS), first_source=0, layer_sources=32, num_kv_heads=h, done=done,
+        )  # fmt: skip
+    for counted in (None, counts):
+        await_pages(cells(LAYERS), step, resident, counted, layer=1)
+    for host in (None, kv_cache):
+        write_tiered(new, new, slots, tables[0], lengths, cells(BLOCKS), resident, kv_cache, host, layer=0, num_decodes=1)
+
+
+def cells(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_for(int(sys.argv[1]))))
