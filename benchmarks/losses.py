@@ -14,7 +14,9 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.intervals import bootstrap, paired, wilson
+from benchmarks.needles import answer, questions
 from benchmarks.shapes import DEMO_MODEL
+from specontext_vllm.demo.train import Decoder, Model, Size
 from specontext_vllm.distillation.command import COUNTED, DRAFT_VOCABULARY, DistillError, make_settings, most_frequent
 from specontext_vllm.distillation.data import Sequences, Synthetic, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, DraftShape, rows_at
@@ -24,7 +26,7 @@ from specontext_vllm.distillation.teacher import Lesson, Teacher, load_teacher, 
 from specontext_vllm.distillation.trainer import Distiller, Settings
 
 BUDGETS = (128, 256)
-NEEDLES, FIRST_SEED, REPLY_TOKENS = 80, 9000, 14
+NEEDLES = 80
 DRAFT_POSITIONS, ASKED = 128, 64
 BASE: dict[str, Any] = {"loss": "both", "over_layers": "max", "layers": "all", "align_weight": 1.0, "window": 96, "seed": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -157,25 +159,16 @@ def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[SeenSequen
     return float(torch.stack(right).mean())
 
 
-def needles(model: Any, draft: DraftModel, tokenizer: Any, tokens: int) -> list[float]:
+def needle_scores(model: Any, draft: DraftModel, tokenizer: Any, tokens: int) -> list[float]:
     """Scores of held-out needle questions, decoded in plain torch with the head's choice of pages."""
-    from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
-    from specontext_vllm.demo.train import Decoder
-
-    decoder, generator = Decoder(model, draft), torch.Generator(device=model.norm.device)
-    scores = []
-    for i in range(NEEDLES):
-        problem = make_problem("needle", seed=FIRST_SEED + i, approx_tokens=tokens, layout=LAYOUTS[i % len(LAYOUTS)])
-        prompt = tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, return_dict=False)
-        reply = decoder.decode(decoder.prefill(prompt), "dlm", BUDGETS[0], REPLY_TOKENS, tokenizer.eos_token_id, generator)
-        scores.append(score(problem, tokenizer.decode(reply, skip_special_tokens=True)))
-    return scores
+    decoder = Decoder(model, draft)
+    return [
+        answer(decoder, tokenizer, problem, decoder.prefill(prompt), "dlm", BUDGETS[0]) for problem, prompt in questions(tokenizer, tokens, NEEDLES)
+    ]
 
 
 def plain_model(teacher: Teacher) -> Any | None:
     """The teacher as the plain-torch model of demo/train.py, which decodes with a head; None where that cannot compute it."""
-    from specontext_vllm.demo.train import Model, Size
-
     config, state = teacher.model.config, teacher.model.state_dict()
     shape = DraftShape.for_target(config, max_position=0)
     size = Size(
@@ -270,7 +263,7 @@ def main(
         row = {**make_row(name, recalls, base), "agreement": agreement(teacher, draft, sequences)}
         result.details["recall"][name] = {m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()}
         if decoding is not None and name in DECODED:
-            result.details["needles"][name] = scores = needles(decoding, draft, tokenizer, context)
+            result.details["needles"][name] = scores = needle_scores(decoding, draft, tokenizer, context)
             low, high = wilson(int(sum(scores)), len(scores))
             row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
             first = next(iter(result.details["needles"].values()))

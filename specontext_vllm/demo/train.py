@@ -36,7 +36,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of model and training. ``phases``: (batch, tokens, share of the time, share of drill rows)."""
+    """Shape of model and training.
+
+    Attributes:
+        phases: of the model's training: (batch, tokens, share of its time, share of drill rows).
+        model_until, head_until: shares of all time at which the model's and the head's training end.
+        align_weight: of the alignment loss beside the draft loss.
+    """
 
     hidden: int = 256
     ffn: int = 640
@@ -56,6 +62,9 @@ class Size:
     )  # fmt: skip
     head_batches: tuple[tuple[int, int], ...] = ((8, 4096), (4, 8192), (8, 4096), (2, 12288))
     head_queries: int = 48
+    model_until: float = 0.66
+    head_until: float = 0.86
+    align_weight: float = 1.0
     eval_lengths: tuple[int, ...] = (4096, 8192)
     eval_budgets: tuple[int, ...] = (256, 512)
     eval_problems: int = 16
@@ -65,8 +74,10 @@ class Size:
 LARGER = Size(
     hidden=512, ffn=1408, layers=12, heads=8, kv_heads=4, aux_layers=(2, 6, 9), draft_ffn=384, rate=8e-4, head_rate=8e-4,
     phases=((128, 512, 0.46, 0.4), (32, 2048, 0.20, 0.1), (16, 4096, 0.13, 0.0), (8, 8192, 0.14, 0.0), (4, 12288, 0.07, 0.0)),
+    model_until=0.56, head_until=0.90, align_weight=3.0,
 )  # fmt: skip
-"""Seven times the demo's parameters; half its batch, so that it takes as many steps in the same time."""
+"""Seven times the demo's parameters; half its batch, so that it takes as many steps in the same time. Its head is further from trained out when the time is
+over (docs/accuracy.md), so it gets more of it, and the weight that docs/distill.md found."""
 
 SMOKE = Size(
     layers=5, phases=((8, 256, 0.6, 0.4), (4, 512, 0.4, 0.0)), head_batches=((2, 512), (1, 768)), head_queries=8, eval_lengths=(512,),
@@ -427,7 +438,7 @@ def train_head(model: Model, draft: DraftModel, ids: dict[str, int], seconds: fl
             target, mass = attention_target([t[:, :, 1:] for t in queries], [t[:, :, 1:] for t in keys], at, WINDOW)
             loss_align = alignment_loss(q, k, at, target, mass, WINDOW)
         optimizer.zero_grad(set_to_none=True)
-        (loss_draft + loss_align).backward()
+        (loss_draft + size.align_weight * loss_align).backward()
         nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -472,7 +483,14 @@ class Decoder:
 
     @torch.no_grad()
     def decode(self, state: dict, method: str, budget: int, limit: int, stop: int, generator: torch.Generator) -> list[int]:
-        """Up to ``limit`` tokens; ``method`` is dense, dlm, recent or random, ``budget`` in tokens."""
+        """Up to ``limit`` tokens.
+
+        Args:
+            state: of ``prefill``; not changed.
+            method: dense, dlm, common (the pages with the largest weight that any layer and query head gives them when this step is computed densely
+                first: no head that chooses for all layers at once is likely to do better), recent or random.
+            budget: tokens.
+        """
         keys, values, aux, head = list(state["keys"]), list(state["values"]), state["aux"], state["head"]
         token, length, out = state["next"], state["length"], []
         while len(out) < limit:
@@ -481,38 +499,53 @@ class Decoder:
                 break
             position = torch.tensor([length], device=self.device)
             length += 1
-            count = -(-length // self.page)
             embed = self.model.embed_tokens(token)
-            kept = None
+            weight = kept = None
             if self.draft is not None:
                 _, q, k, _ = self.draft.queries_keys(embed, aux, position)
                 head = torch.cat([head, k], 2)
-            if method != "dense" and count > budget // self.page:
-                kept = self.select(method, budget, q if method == "dlm" else None, head, length, generator)
-            h, aux = embed, []
-            for i, block in enumerate(self.model.layers):
-                if i in self.model.size.aux_layers:
-                    aux.append(h)
-                q_layer, k, v = block.qkv(h, position)
-                keys[i], values[i] = torch.cat([keys[i], k], 2), torch.cat([values[i], v], 2)
-                grouped = q_layer.unflatten(1, (keys[i].shape[1], -1))[..., 0, :].float()
-                logits = torch.einsum("bkgd,bktd->bkgt", grouped, keys[i].float()) * q_layer.shape[-1] ** -0.5
-                if kept is not None:
-                    logits = logits.masked_fill(~kept[:, :, None], float("-inf"))
-                mixed = torch.einsum("bkgt,bktd->bkgd", logits.softmax(-1), values[i].float()).flatten(1, 2)[:, :, None]
-                h = block.rest(h, mixed.to(h.dtype))
-            aux = torch.cat(aux, -1)
+            if method != "dense" and -(-length // self.page) > budget // self.page:
+                if method == "dlm":
+                    weight = self.weights(q, head, unread=1).amax(2)
+                elif method == "common":
+                    _, _, looked = self.step(embed, position, list(keys), list(values), None)
+                    weight = torch.stack([w.amax(2) for w in looked]).amax(0)
+                kept = self.select(method, budget, weight, length, generator)
+            h, aux, _ = self.step(embed, position, keys, values, kept)
             token = self.model.head(h).argmax(-1)
         return out
 
-    def select(self, method: str, budget: int, q: Tensor | None, head: Tensor | None, length: int, generator: torch.Generator) -> Tensor:
-        """Kept tokens ``[1, nkv, length]``: page 0, the five newest pages, and the best of the rest."""
+    def step(
+        self, h: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor], kept: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """One token through all layers, which read the ``kept [1, nkv, T]`` tokens: its last state, its auxiliary states, and each layer's weights.
+
+        ``keys`` and ``values`` are replaced, layer by layer, by those with the new token.
+        """
+        aux, weights = [], []
+        for i, block in enumerate(self.model.layers):
+            if i in self.model.size.aux_layers:
+                aux.append(h)
+            q, k, v = block.qkv(h, position)
+            keys[i], values[i] = torch.cat([keys[i], k], 2), torch.cat([values[i], v], 2)
+            weights.append(self.weights(q, keys[i], kept=kept))
+            mixed = torch.einsum("bkgt,bktd->bkgd", weights[-1], values[i].float()).flatten(1, 2)[:, :, None]
+            h = block.rest(h, mixed.to(h.dtype))
+        return h, torch.cat(aux, -1), weights
+
+    def weights(self, q: Tensor, keys: Tensor, kept: Tensor | None = None, unread: int = 0) -> Tensor:
+        """Softmax ``[1, nkv, G, T]`` of one query over the keys, less the first ``unread`` ones and those that are not kept."""
+        grouped = q.unflatten(1, (keys.shape[1], -1))[..., 0, :].float()
+        logits = torch.einsum("bkgd,bktd->bkgt", grouped, keys.float()) * q.shape[-1] ** -0.5
+        if kept is not None:
+            logits = logits.masked_fill(~kept[:, :, None], float("-inf"))
+        logits[..., :unread] = float("-inf")
+        return logits.softmax(-1)
+
+    def select(self, method: str, budget: int, weight: Tensor | None, length: int, generator: torch.Generator) -> Tensor:
+        """Kept tokens ``[1, nkv, length]``: page 0, the five newest pages, and the best of the rest, by ``weight [1, nkv, length]`` if there is one."""
         nkv, count = self.model.size.kv_heads, -(-length // self.page)
-        if method == "dlm":
-            grouped = q.unflatten(1, (nkv, -1))[..., 0, :].float()
-            logits = torch.einsum("bkgd,bktd->bkgt", grouped, head.float()) * q.shape[-1] ** -0.5
-            logits[..., 0] = float("-inf")
-            weight = logits.softmax(-1).amax(2)
+        if weight is not None:
             pages = F.pad(weight, (0, count * self.page - length)).unflatten(-1, (count, self.page)).amax(-1)
         elif method == "recent":
             pages = torch.arange(count, device=self.device).float().expand(1, nkv, count).clone()
@@ -576,13 +609,13 @@ def main() -> None:
     total = args.minutes * 60
     model = Model(size, vocabulary).to(args.device)
     log(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {vocabulary}")
-    train_model(model, ids, 0.66 * total - log.seconds, args.device, log)
+    train_model(model, ids, size.model_until * total - log.seconds, args.device, log)
     save_model(model, vocabulary, ids, args.out)
     # From here on the weights are the ones that were saved.
     model.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in model.state_dict().items()})
     model.requires_grad_(False)
     draft = DraftModel(draft_shape(size, vocabulary)).to(args.device)
-    train_head(model, draft, ids, 0.86 * total - log.seconds, args.device, log)
+    train_head(model, draft, ids, size.head_until * total - log.seconds, args.device, log)
     draft.save(args.out / "retrieval_head")
     draft.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in draft.state_dict().items()})
     evaluate(model, draft, ids, total - 12, log)
