@@ -61,7 +61,7 @@ def test_a_step_reads_what_is_kept_and_says_what_each_layer_looks_at(decoder):
 def test_the_common_choice_answers_where_random_pages_do_not(decoder, tokenizer):
     problems = [(problem, decoder.prefill(prompt)) for problem, prompt in questions(tokenizer, 1024, 6)]
     scores = {method: sum(answer(decoder, tokenizer, *one, method, BUDGET) for one in problems) for method in ("dense", "common", "random")}
-    assert scores["dense"] == scores["common"] >= 5 and scores["random"] < 3
+    assert min(scores["dense"], scores["common"]) >= 5 and scores["random"] < 3, scores
 
 
 def test_the_case_writes_who_loses_what(tmp_path):
