@@ -61,9 +61,9 @@ def main(
     decoder = Decoder(plain, draft)
     columns = [("dense", 0), *[(method, size) for size in sizes for method in ("dlm", "common")]]
     scores: dict[tuple[str, int], list[float]] = {column: [] for column in columns}
-    own = [] if model.resolve() == DEMO_MODEL.resolve() else [model.resolve().name]
-    words = [*own, *([head.resolve().name] if head else [])]
-    title = f"{' '.join([model.resolve().name, *words[len(own):]])}: {count} needle questions in about {context:,} tokens, by who chooses the pages"
+    name = model.resolve().name
+    words = [*([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *(["head", head.resolve().name] if head else [])]
+    title = f"{name}{f' with the head {head.resolve().name}' if head else ''}: {count} needle questions in about {context:,} tokens, by who chooses the pages"
     details = {"context": context, "questions": count, "scores": {}}
     result = report.Report("-".join(["choices", *words]), title, TABLES, details=details)
     for number, (problem, prompt) in enumerate(questions(tokenizer, context, count), 1):

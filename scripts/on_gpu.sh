@@ -27,7 +27,15 @@ cp -n benchmarks/results/*-h200.json "$RESULTS" 2>/dev/null
 begun=$(mktemp)
 
 bring_back() { find "$RESULTS" -type f -newer "$begun" -exec cp {} "$OUT" \; ; }
-trap bring_back EXIT
+# No more than eight files come back.
+leave() {
+    bring_back
+    local files=("$OUT"/*)
+    if [ "${#files[@]}" -gt 8 ]; then
+        (cd "$OUT" && find . -type f ! -name 'larger.tar.xz.*' -print0 | tar czf /tmp/all.tar.gz --null -T - --remove-files && mv /tmp/all.tar.gz .)
+    fi
+}
+trap leave EXIT
 
 # $1: name of the log; then seconds, then a command. Its last lines are shown. It is told to end a while before it is killed: then its engines go too.
 logged() {

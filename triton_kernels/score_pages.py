@@ -80,8 +80,8 @@ def score_pages(
     """
     nq, d = queries.shape[1:]
     nkv, page_size = keys.shape[1:3]
-    # Every 8-bit key is a 16-bit IEEE float, and bfloat16 queries are too within its range. Into bfloat16 the GPU converts keys one by one, on a unit that is
-    # slower than the memory they come from.
+    # Every 8-bit key is a 16-bit IEEE float, and so is every bfloat16 query but for the largest, which are cut off, and the least. Into bfloat16 the GPU
+    # would convert keys one by one, on a unit that is slower than the memory they come from.
     half = keys.dtype.itemsize == 1 and queries.dtype != torch.float32
     pages_per_program = WIDTH_TIMES_PAGES // keys.dtype.itemsize
     grid = (num_rows, triton.cdiv(max_pages, pages_per_program), nkv)
