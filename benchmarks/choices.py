@@ -9,9 +9,9 @@ import torch
 import typer
 
 from benchmarks import report
-from benchmarks.intervals import paired, wilson
+from benchmarks.intervals import bootstrap, paired, wilson
 from benchmarks.losses import plain_model
-from benchmarks.needles import answer, questions
+from benchmarks.questions import REPLY_TOKENS, answer, questions
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.demo.train import Decoder
 from specontext_vllm.distillation.command import DistillError
@@ -20,7 +20,7 @@ from specontext_vllm.distillation.recall import LEAST_BUDGET
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
 
 TABLES = {
-    "Needle questions": (
+    "Scores": (
         report.Column("name", "pages chosen by"),
         report.Column("budget", "budget, tokens", ",d"),
         report.Column("score", "score", ".3f"),
@@ -28,6 +28,7 @@ TABLES = {
         report.Column("difference", "less dense, 95 %"),
     ),
 }
+TASKS = {"needle": "needle questions", "recitation": "recitations"}
 NAMES = {"dense": "nobody: dense attention", "dlm": "the head", "common": "all layers' attention, in common"}
 
 
@@ -36,13 +37,17 @@ def main(
     head: Annotated[Path | None, typer.Option(help="Folder of its retrieval head. Default: retrieval_head inside the model's.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a prompt, about.", min=512)] = 4096,
     budgets: Annotated[str, typer.Option(help="Tokens per KV head that a decode step reads.")] = "128,256",
-    count: Annotated[int, typer.Option("--questions", help="Needle questions.", min=2)] = 24,
+    count: Annotated[int, typer.Option("--questions", help="Problems.", min=2)] = 24,
+    task: Annotated[str, typer.Option(help="Of the demo's tasks: needle or recitation.")] = "needle",
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
-    """Needle questions with the head's pages and with the best that all layers could have in common."""
+    """Needle questions or recitations with the head's pages and with the best that all layers could have in common."""
     sizes = [int(part) if part.strip().isdigit() else 0 for part in budgets.split(",")]
     if min(sizes) < LEAST_BUDGET:
         typer.echo(f"--budgets: found {budgets!r}; give numbers of at least {LEAST_BUDGET}, separated by commas.", err=True)
+        raise typer.Exit(2)
+    if task not in REPLY_TOKENS:
+        typer.echo(f"--task: found {task!r}; use {' or '.join(REPLY_TOKENS)}.", err=True)
         raise typer.Exit(2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -62,17 +67,17 @@ def main(
     columns = [("dense", 0), *[(method, size) for size in sizes for method in ("dlm", "common")]]
     scores: dict[tuple[str, int], list[float]] = {column: [] for column in columns}
     name = model.resolve().name
-    words = [*([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *(["head", head.resolve().name] if head else [])]
-    title = f"{name}{f' with the head {head.resolve().name}' if head else ''}: {count} needle questions in about {context:,} tokens, by who chooses the pages"
-    details = {"context": context, "questions": count, "scores": {}}
+    words = [*([] if task == "needle" else [task]), *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *(["head", head.resolve().name] if head else [])]
+    title = f"{name}{f' with the head {head.resolve().name}' if head else ''}: {count} {TASKS[task]} in about {context:,} tokens, by who chooses the pages"
+    details = {"context": context, "task": task, "questions": count, "scores": {}}
     result = report.Report("-".join(["choices", *words]), title, TABLES, details=details)
-    for number, (problem, prompt) in enumerate(questions(tokenizer, context, count), 1):
+    for number, (problem, prompt) in enumerate(questions(tokenizer, context, count, task), 1):
         state = decoder.prefill(prompt)
         for column in columns:
             scores[column].append(answer(decoder, tokenizer, problem, state, *column))
         print(f"question {number} of {count}: {', '.join(f'{method} {size} {sum(s) / len(s):.2f}' for (method, size), s in scores.items())}", flush=True)
     for (method, size), found in scores.items():
-        low, high = wilson(round(sum(found)), count)
+        low, high = wilson(round(sum(found)), count) if task == "needle" else bootstrap(found)
         row = {"name": NAMES[method], "method": method, "budget": size or None, "score": sum(found) / count, "interval": f"{low:.2f} to {high:.2f}"}
         if method != "dense":
             low, high = paired([a - b for a, b in zip(found, scores["dense", 0], strict=True)])
@@ -82,7 +87,7 @@ def main(
     result.notes += [
         "Plain torch in float32, all layouts of the task. In common: the step is computed densely first, and the pages with the largest weight of any layer "
         "and query head are read by all layers; a head that chooses for all layers at once is hardly to do better. Page 0 and the five newest are always read.",
-        "Wilson intervals; differences by question (Agresti and Min).",
+        f"{'Wilson intervals' if task == 'needle' else 'Share right from the start; bootstrap intervals'}; differences by question (Agresti and Min).",
     ]
     result.write(out)
     result.show()

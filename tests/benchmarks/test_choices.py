@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.losses import plain_model
-from benchmarks.needles import answer, questions
+from benchmarks.questions import answer, questions
 from specontext_vllm.demo.train import Decoder
 from specontext_vllm.distillation.draft import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
