@@ -186,7 +186,7 @@ def follow(run: Distiller, console: Console) -> None:
         task = bar.add_task("reading", total=1.0)
         for figures in run.run():
             if "recall" in figures:
-                recall = f", recall {figures['recall']:.3f} of {figures['recall_best']:.3f}"
+                recall = f", recall {figures['recall']:.3f} of {figures['recall_best']:.3f}, heaviest page {figures['heaviest']:.3f}"
             losses = "".join(f", {name} {figures[f'{name}_loss']:.3f}" for name in ("draft", "align") if f"{name}_loss" in figures)
             text = f"step {figures['step']}, {figures.get('tokens_per_s', 0):,} tokens/s{losses}{recall}"
             bar.update(task, completed=min(1.0, run.progress.share(run.settings)), description=text)

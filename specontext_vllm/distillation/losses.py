@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHARPNESS = 2.0
+"""Power that the teacher's weights are raised to before a head is aligned to them (docs/distill.md, what we learned about the loss)."""
+
 
 def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
     """KL(teacher || draft) on the next token, weighted.
@@ -82,13 +85,19 @@ def attention_target(queries: list[Tensor], keys: list[Tensor], at: Tensor, wind
     return collector.result()
 
 
-def alignment_loss(q: Tensor, k: Tensor, at: Tensor, target: Tensor, mass: Tensor, window: int) -> Tensor:
+def alignment_loss(
+    q: Tensor, k: Tensor, at: Tensor, target: Tensor, mass: Tensor, window: int, sharpness: float = SHARPNESS, each_token: bool = True
+) -> Tensor:  # fmt: skip
     """Cross-entropy of the head's attention against the teacher's, weighted by the teacher's mass beyond the window.
 
-    The best query head of a group counts, since a page needs one head that points at it (selection takes the group's maximum).
+    A page is chosen by its heaviest token, over the query heads of a group: so a token counts with the query head that gives it most, and heavy
+    tokens more than their weight. A dozen layers that each look a little at hundreds of tokens outweigh, in sum, the one that looks at the token it
+    must copy; a head that is aligned to the sum learns the crowd (docs/distill.md).
 
     Args:
         q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head. at, target, mass: from ``attention_target``.
+        sharpness: power of the target's weights.
+        each_token: the query heads of a group share the tokens; else one of them, the best at this position, counts for all tokens.
     """
     nkv, length, d = k.shape[1:]
     step = torch.arange(length, device=at.device)
@@ -96,5 +105,10 @@ def alignment_loss(q: Tensor, k: Tensor, at: Tensor, target: Tensor, mass: Tenso
     chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(1, (nkv, -1))
     logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), k.float()) * d**-0.5
     log_weight = logits.masked_fill(~far[:, :, None], -1e9).log_softmax(-1).clamp(min=-30.0)
-    entropy = -(target[:, :, None] * log_weight).sum(-1).amin(2)
+    sharp = target**sharpness
+    sharp = sharp / sharp.sum(-1, keepdim=True).clamp(min=1e-12)
+    if each_token:
+        entropy = -(sharp * log_weight.amax(2)).sum(-1)
+    else:
+        entropy = -(sharp[:, :, None] * log_weight).sum(-1).amin(2)
     return (entropy * mass.clamp(max=1.0)).mean()

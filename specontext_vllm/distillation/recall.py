@@ -23,10 +23,17 @@ LEAST_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the teacher's far attention on the pages a budget holds; ``best``: on those of the choice that holds most of it."""
+    """Means over positions and KV heads, weighted by the teacher's mass there.
+
+    Attributes:
+        found: share of the teacher's far attention on the pages a budget holds; ``best``: on those of the choice that holds most of it.
+        heaviest: how often the page with the teacher's largest weight of all is among them. Most of what is copied or looked up hangs on that one;
+            shares also count what many layers look at a little.
+    """
 
     found: float
     best: float
+    heaviest: float
 
 
 def page_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
@@ -47,6 +54,11 @@ def page_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
 def page_sums(target: Tensor) -> Tensor:
     """The teacher's weight on each page, ``[B, nkv, S, pages]`` of ``target [B, nkv, S, T]``."""
     return _pages(target).sum(-1)
+
+
+def heaviest_pages(target: Tensor) -> Tensor:
+    """Number of the page with the teacher's largest weight, ``[B, nkv, S]`` int64 of ``target [B, nkv, S, T]``."""
+    return _pages(target).amax(-1).argmax(-1)
 
 
 def _pages(weight: Tensor) -> Tensor:
@@ -70,18 +82,20 @@ class Seen:
     Attributes:
         embeds: ``[B, T, H]`` of the tokens. aux: ``[B, T, num_aux * H]``, the head's input.
         at: ``[B, S]`` positions that were watched, among tokens 1 to T.
-        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page. mass: ``[B, nkv, S]``, of its attention beyond the recents.
+        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page. heaviest: ``[B, nkv, S]``, of ``heaviest_pages``.
+        mass: ``[B, nkv, S]``, of its attention beyond the recents.
     """
 
     embeds: Tensor
     aux: Tensor
     at: Tensor
     sums: Tensor
+    heaviest: Tensor
     mass: Tensor
 
     @classmethod
     def of(cls, lesson: Lesson, at: Tensor) -> Seen:
-        return cls(lesson.embeds, lesson.aux, at, page_sums(lesson.target), lesson.mass)
+        return cls(lesson.embeds, lesson.aux, at, page_sums(lesson.target), heaviest_pages(lesson.target), lesson.mass)
 
     def to(self, device: torch.device) -> Seen:
         return Seen(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -96,10 +110,12 @@ def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int
     scores = page_scores(q, k, at)
     weight = seen.mass / seen.mass.sum().clamp(min=1e-9)
 
-    def share(by: Tensor, budget: int) -> float:
-        return float(((sums * choose(by, at, budget // PAGE_SIZE)).sum(-1) * weight).sum())
+    def recall(budget: int) -> Recall:
+        chosen, best = (choose(by, at, budget // PAGE_SIZE) for by in (scores, sums))
+        heaviest = chosen.gather(-1, seen.heaviest[..., None]).squeeze(-1)
+        return Recall(*(float((part * weight).sum()) for part in ((sums * chosen).sum(-1), (sums * best).sum(-1), heaviest)))
 
-    return {budget: Recall(share(scores, budget), share(sums, budget)) for budget in budgets}
+    return {budget: recall(budget) for budget in budgets}
 
 
 class HeldOut:
@@ -126,7 +142,7 @@ class HeldOut:
         if self._seen is None:
             self._seen = [self._see(number, *batch).to(torch.device("cpu")) for number, batch in enumerate(self.batches)]
         rows = [recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget] for seen in self._seen]
-        return Recall(sum(row.found for row in rows) / len(rows), sum(row.best for row in rows) / len(rows))
+        return Recall(*(sum(getattr(row, field.name) for row in rows) / len(rows) for field in fields(Recall)))
 
     def _see(self, number: int, ids: Tensor, weights: Tensor) -> Seen:
         ids, weights = ids.to(self.teacher.device), weights.to(self.teacher.device)

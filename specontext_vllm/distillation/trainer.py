@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from specontext_vllm.distillation.data import Sequences, batches, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.files import whole_file
-from specontext_vllm.distillation.losses import AttentionTarget, alignment_loss, draft_loss
+from specontext_vllm.distillation.losses import SHARPNESS, AttentionTarget, alignment_loss, draft_loss
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
@@ -41,6 +41,7 @@ class Settings:
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
         window: newest tokens that alignment leaves out.
         align_weight: factor of the alignment loss (docs/distill.md, what we learned about the loss).
+        align_sharpness, align_each_token: how heavy tokens and the query heads of a group count in it (losses.py).
         over_layers: "max" or "mean" over the teacher's layers.
         budget: tokens of the recall figure.
         report_seconds, save_seconds: how often to measure and to save.
@@ -59,6 +60,8 @@ class Settings:
     align_positions: int = 64
     window: int = 96
     align_weight: float = 3.0
+    align_sharpness: float = SHARPNESS
+    align_each_token: bool = True
     over_layers: str = "max"
     report_seconds: float = 30.0
     save_seconds: float = 300.0
@@ -165,7 +168,8 @@ class Distiller:
                 found["draft"] = draft_loss(logits, self.teacher.logits(rows_at(lesson.hidden[:, 1:], drafted), draft.draft_ids), weight)
         if settings.loss != "draft":
             # Outside of autocast, which would round its logits.
-            found["align"] = alignment_loss(q, k, at, lesson.target, lesson.mass, settings.window)
+            how = (settings.window, settings.align_sharpness, settings.align_each_token)
+            found["align"] = alignment_loss(q, k, at, lesson.target, lesson.mass, *how)
         return found
 
     def _share_gradients(self) -> None:
@@ -251,7 +255,7 @@ class Distiller:
             return figures
         if self.settings.budget < self.settings.context:
             recall = self.held_out.recall(self.draft)
-            figures |= {"recall": round(recall.found, 4), "recall_best": round(recall.best, 4)}
+            figures |= {"recall": round(recall.found, 4), "recall_best": round(recall.best, 4), "heaviest": round(recall.heaviest, 4)}
         if self.teacher.device.type == "cuda":
             figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.curve_file.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,7 @@ def test_another_model_has_a_result_of_its_own(tmp_path, monkeypatch):
     assert result["title"].endswith("on small")
     assert [row["name"] for row in result["rows"]] == [*losses.VARIANTS, "the best choice there is"]
     aligned = {name: result["details"]["last_losses"][name].get("align") for name in losses.VARIANTS}
-    layers = ["both, max, weight 1, window 96", "first half of the layers", "last half of the layers", "every second layer"]
+    layers = ["as `specontext distill` does", "first half of the layers", "last half of the layers", "every second layer"]
     assert len({aligned[name] for name in layers}) == 4
     assert not any("needle" in row for row in result["rows"]) and "Needles: not decoded" in " ".join(result["notes"])
 

@@ -38,11 +38,59 @@ def test_target_is_the_loops_answer():
 def test_alignment_is_least_when_the_head_looks_where_the_teacher_looks():
     queries, keys, at = sample(layers=1, heads=2)
     target, mass = attention_target(queries, keys, at, WINDOW)
-    same = alignment_loss(queries[0], keys[0], at, target, mass, WINDOW)
+    same = alignment_loss(queries[0], keys[0], at, target, mass, WINDOW, sharpness=1.0)
     entropy = -(target * target.clamp(min=1e-12).log()).sum(-1)
     torch.testing.assert_close(same, (entropy * mass.clamp(max=1)).mean(), rtol=1e-4, atol=1e-5)
     other, other_keys, _ = sample(seed=1, layers=1, heads=2)
-    assert alignment_loss(other[0], other_keys[0], at, target, mass, WINDOW) > same
+    assert alignment_loss(other[0], other_keys[0], at, target, mass, WINDOW, sharpness=1.0) > same
+
+
+def test_a_sharper_loss_would_rather_have_the_heaviest_token_than_the_crowd():
+    """One token with weight 0.3, fourteen that share the rest: of two heads the one that finds it must lose less, which takes sharpness."""
+    length, heavy = 23, 4
+    at, mass = torch.tensor([[22]]), torch.ones(1, 1, 1)
+    target = torch.zeros(1, 1, 1, length)
+    target[..., 1:16] = 0.05
+    target[..., heavy] = 0.3
+
+    def loss(weights, sharpness):
+        keys = torch.zeros(1, 1, length, 8)
+        keys[..., 0] = weights.clamp(min=1e-9).log() * 8**0.5
+        query = torch.zeros(1, 1, length, 8)
+        query[..., 0] = 1.0
+        return float(alignment_loss(query, keys, at, target, mass, WINDOW, sharpness))
+
+    finds, spreads = torch.full((length,), 0.02), target[0, 0, 0].clone()
+    finds[heavy] = 0.7
+    spreads[heavy] = 0.05
+    assert loss(finds, 1.0) > loss(spreads, 1.0)
+    assert loss(finds, 2.0) < loss(spreads, 2.0)
+
+
+def test_the_query_heads_of_a_group_may_share_the_tokens():
+    """Two tokens that weigh the same: one query head for each finds both, as selection would; one head for all can only divide itself."""
+    length = 23
+    at, mass = torch.tensor([[22]]), torch.ones(1, 1, 1)
+    target = torch.zeros(1, 1, 1, length)
+    target[..., [4, 9]] = 0.5
+    keys = torch.eye(length)[None, None]
+    shared, divided = torch.zeros(1, 2, length, length), torch.zeros(1, 2, length, length)
+    shared[:, 0, 22, 4] = shared[:, 1, 22, 9] = 100.0
+    divided[:, :, 22, 4] = divided[:, :, 22, 9] = 100.0
+    assert float(alignment_loss(shared, keys, at, target, mass, WINDOW)) < 0.01
+    assert float(alignment_loss(divided, keys, at, target, mass, WINDOW)) > 0.6
+    assert float(alignment_loss(shared, keys, at, target, mass, WINDOW, each_token=False)) > 5
+    assert 0.6 < float(alignment_loss(divided, keys, at, target, mass, WINDOW, each_token=False)) < 0.8
+
+
+def test_sharpness_takes_the_power_of_the_teachers_weights():
+    queries, keys, at = sample()
+    other, other_keys, _ = sample(seed=1)
+    target, mass = attention_target(queries, keys, at, WINDOW)
+    power = target**2
+    wanted = alignment_loss(other[0], other_keys[0], at, power / power.sum(-1, keepdim=True), mass, WINDOW, sharpness=1.0)
+    torch.testing.assert_close(alignment_loss(other[0], other_keys[0], at, target, mass, WINDOW, sharpness=2.0), wanted)
+    assert torch.isfinite(alignment_loss(other[0], other_keys[0], at, torch.zeros_like(target), torch.zeros_like(mass), WINDOW))
 
 
 def test_draft_loss_is_zero_only_for_equal_logits():

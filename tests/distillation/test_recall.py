@@ -1,10 +1,12 @@
 """Recall against a loop over pages, and against the selection that the engine makes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
-from specontext_vllm.distillation.recall import choose, page_scores, page_sums
+from specontext_vllm.distillation.recall import Seen, choose, heaviest_pages, page_scores, page_sums, recall_of
 
 HEADS, KV_HEADS, D, LENGTH = 4, 2, 8, 300
 
@@ -44,3 +46,23 @@ def test_a_budget_of_everything_recalls_everything():
     chosen = choose(page_scores(q, k, at), at, 1 + LENGTH // PAGE_SIZE)
     past = target * (torch.arange(LENGTH) <= at[:, None, :, None])
     torch.testing.assert_close((page_sums(past) * chosen).sum(-1), past.sum(-1))
+
+
+def test_recall_is_the_loops():
+    """Shares and the heaviest page, by hand, of a head whose queries and keys are given."""
+    q, k, at, target = sample(2)
+    target = target.masked_fill(torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) < 0.9, 0.0)
+    mass = torch.rand(1, KV_HEADS, 2)
+    draft = SimpleNamespace(queries_keys=lambda *_: (None, q, k, None))
+    seen = Seen(torch.zeros(1, LENGTH + 1, 1), torch.zeros(1, LENGTH + 1, 1), at, page_sums(target), heaviest_pages(target), mass)
+    chosen = choose(page_scores(q, k, at), at, 8)
+    found = heaviest = 0.0
+    for h in range(KV_HEADS):
+        for s in range(2):
+            share = mass[0, h, s] / mass.sum()
+            pages = chosen[0, h, s].nonzero().flatten().tolist()
+            found += share * sum(target[0, h, s, t] for t in range(LENGTH) if (t + 1) // PAGE_SIZE in pages)
+            heaviest += share * ((int(target[0, h, s].argmax()) + 1) // PAGE_SIZE in pages)
+    recall = recall_of(draft, seen, [8 * PAGE_SIZE])[8 * PAGE_SIZE]
+    assert recall.found == pytest.approx(float(found), abs=1e-5) and recall.heaviest == pytest.approx(float(heaviest), abs=1e-5)
+    assert recall.found < recall.best and 0 < recall.heaviest < 1
