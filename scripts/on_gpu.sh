@@ -95,26 +95,39 @@ serve_few() { serve few specontext 8k/1k,32k/4k 1,8; }
 serve_few_stock() { serve few-stock stock 8k/1k,32k/4k 1,8; }
 
 # -- accuracy, distillation, soak
+LARGER=${LARGER:-/tmp/larger}
 larger() {
-    logged larger 570 python3 -m specontext_vllm.demo.train --size larger --out /tmp/larger --minutes 9.1
+    logged larger 570 python3 -m specontext_vllm.demo.train --size larger --out "$LARGER" --minutes 9.1
     # Home in pieces that come back: the weights are gone with the machine.
-    tar cf - -C /tmp larger | xz -1 -T0 | split -b 16000000 - "$OUT/larger.tar.xz."
+    tar cf - -C "$(dirname "$LARGER")" "$(basename "$LARGER")" | xz -1 -T0 | split -b 16000000 - "$OUT/larger.tar.xz."
 }
 GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512 --retrievers dlm,quest,recent --tasks multi_key,multi_query,recitation,perplexity)
 accuracy_larger() {
-    bench accuracy-larger 545 accuracy --model /tmp/larger "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-larger"
+    bench accuracy-larger 545 accuracy --model "$LARGER" "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-larger"
     tar czf "$OUT/cells-larger.tar.gz" -C "$WORK" accuracy-larger
 }
-# As many prompts as settle a point, in two runs that may go side by side; the last of them to end writes both.
-MANY=(--label 200_prompts --prompts 200 --budgets 128,256,512 --retrievers dlm,quest --tasks multi_key,multi_query,recitation,perplexity --thresholds 0)
-accuracy_larger_at() {
-    logged "accuracy-larger-$1" 500 python3 -m benchmarks accuracy --model /tmp/larger "${MANY[@]}" --contexts "$1" --engine-seconds 440 --kv-gib 24 \
-        --work "$WORK/accuracy-larger-many" --out "$WORK/half-$1"
-    tar czf "$OUT/cells-larger-many.tar.gz" -C "$WORK" accuracy-larger-many
-    bench accuracy-larger-both 60 accuracy --model /tmp/larger "${MANY[@]}" --contexts 4096,8192 --no-measure --work "$WORK/accuracy-larger-many"
+# A head for that model, on from the one that was trained beside it.
+head_larger() {
+    logged head-larger 420 python3 -m specontext_vllm.cli distill --model "$LARGER" --init "$LARGER/retrieval_head" --data synthetic \
+        --out "$LARGER-distilled" --context 8192 --batch-tokens 32768 --budget 128 --hours "${HOURS:-0.083}"
+    cp "$LARGER-distilled/training/curve.jsonl" "$OUT/head-larger-curve.jsonl"
+    tar czf "$OUT/head-larger.tar.gz" -C "$LARGER-distilled" config.json model.safetensors
 }
-accuracy_larger_4k() { accuracy_larger_at 4096; }
-accuracy_larger_8k() { accuracy_larger_at 8192; }
+# As many prompts as settle a point, in two runs that may go side by side, on two GPUs where there are two; the last of them to end writes both.
+MANY=(--label 200_prompts --prompts 200 --budgets 128,256,512 --retrievers dlm,quest --tasks multi_key,multi_query,recitation,perplexity --thresholds 0)
+# $1: context; $2: GPU; then further options.
+accuracy_larger_at() {
+    local cells=accuracy-larger-many${3:+-head}
+    local many=(accuracy --model "$LARGER" "${MANY[@]}" "${@:3}" --work "$WORK/$cells")
+    CUDA_VISIBLE_DEVICES=$2 logged "accuracy-larger-$1" 500 python3 -m benchmarks "${many[@]}" --contexts "$1" --engine-seconds 440 --kv-gib 24 --out "$WORK/half-$1"
+    tar czf "$OUT/$cells.tar.gz" -C "$WORK" "$cells"
+    CUDA_VISIBLE_DEVICES=$2 bench accuracy-larger-both 60 "${many[@]}" --contexts 4096,8192 --no-measure
+}
+accuracy_larger_4k() { accuracy_larger_at 4096 0; }
+accuracy_larger_8k() { accuracy_larger_at 8192 "$(last_gpu)"; }
+accuracy_head_larger_4k() { accuracy_larger_at 4096 0 --head "$LARGER-distilled"; }
+accuracy_head_larger_8k() { accuracy_larger_at 8192 "$(last_gpu)" --head "$LARGER-distilled"; }
+last_gpu() { echo $(($(nvidia-smi -L | wc -l) - 1)); }
 accuracy_demo() {
     bench accuracy-demo 545 accuracy "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-demo"
     tar czf "$OUT/cells-demo.tar.gz" -C "$WORK" accuracy-demo
@@ -125,7 +138,7 @@ distilled() {
     cp /tmp/distilled/training/curve.jsonl "$OUT/distilled-curve.jsonl"
     bench accuracy-distilled 150 accuracy --head /tmp/distilled "${GRID[@]}" --retrievers dlm --thresholds 0 --engine-seconds 130 --work "$WORK/accuracy-distilled"
 }
-losses_larger() { bench losses-larger 500 losses --model /tmp/larger; }
+losses_larger() { bench losses-larger 500 losses --model "$LARGER"; }
 distill() { wants_h200; bench distill 400 distill; }
 soak() {
     wants_h200
