@@ -29,7 +29,7 @@ BUDGETS = (128, 256)
 NEEDLES = 80
 DRAFT_POSITIONS, ASKED = 128, 64
 BASE: dict[str, Any] = {
-    "loss": "both", "over_layers": "max", "layers": "all", "align_weight": 3.0, "align_sharpness": 2.0, "align_each_token": True, "window": 96, "seed": 0,
+    "loss": "both", "over_layers": "max", "layers": "all", "align_weight": 3.0, "align_sharpness": 2.0, "align_each_token": True, "window": 32, "seed": 0,
 }  # fmt: skip
 """What `specontext distill` does; the variants change one thing each."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -47,10 +47,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "every second layer": {"layers": "every second"},
     "alignment weight 1": {"align_weight": 1.0},
     "alignment weight 10": {"align_weight": 10.0},
-    "window 32": {"window": 32},
+    "no window": {"window": 0},
+    "window 64": {"window": 64},
+    "window 96": {"window": 96},
     "window 256": {"window": 256},
 }
-DECODED = tuple(name for name, changes in VARIANTS.items() if "seed" not in changes and "window" not in changes)
+DECODED = tuple(name for name, changes in VARIANTS.items() if not changes or {"loss", "align_sharpness", "align_each_token"} & set(changes))
 """Variants whose answers are decoded as well, which costs as much as their training."""
 
 TABLES = {

@@ -58,7 +58,7 @@ class Settings:
     learning_rate: float = 1e-3
     draft_positions: int = 512
     align_positions: int = 64
-    window: int = 96
+    window: int = 32
     align_weight: float = 3.0
     align_sharpness: float = SHARPNESS
     align_each_token: bool = True
