@@ -28,10 +28,6 @@ from specontext_vllm.distillation.trainer import Distiller, Settings
 BUDGETS = (128, 256)
 NEEDLES = 80
 DRAFT_POSITIONS, ASKED = 128, 64
-BASE: dict[str, Any] = {
-    "loss": "both", "over_layers": "max", "layers": "all", "align_weight": 3.0, "align_sharpness": 2.0, "align_each_token": True, "window": 32, "seed": 0,
-}  # fmt: skip
-"""What `specontext distill` does; the variants change one thing each."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "as `specontext distill` does": {},
     "the same, other initial weights": {"seed": 1},
@@ -52,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window 96": {"window": 96},
     "window 256": {"window": 256},
 }
+"""What is changed of `specontext distill`'s own settings; `layers`: those that teach."""
 DECODED = tuple(name for name, changes in VARIANTS.items() if not changes or {"loss", "align_sharpness", "align_each_token"} & set(changes))
 """Variants whose answers are decoded as well, which costs as much as their training."""
 
@@ -221,9 +218,8 @@ def make_variants(
     """
     variants = {}
     for name, changes in VARIANTS.items():
-        changed = {**BASE, **changes}
-        target = Target.of(changed["window"], changed["over_layers"], changed.pop("layers"), len(teacher.layers))
-        settings = replace(plain, **changed)
+        settings = replace(plain, **{name: value for name, value in changes.items() if name != "layers"})
+        target = Target.of(settings.window, settings.over_layers, changes.get("layers", "all"), len(teacher.layers))
         torch.manual_seed(settings.seed)
         variants[name] = Variant(Distiller(teacher, DraftModel(shape, draft_ids), data, data, settings, out, accelerator), target)
     return variants

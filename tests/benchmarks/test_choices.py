@@ -75,7 +75,13 @@ def test_the_case_writes_who_loses_what(tmp_path):
         assert len(found) == 3 and row["score"] == pytest.approx(sum(found) / 3)
 
 
-@pytest.mark.parametrize("budgets", ["64", "many", "128,-1"])
-def test_budgets_that_choose_nothing_are_refused(budgets):
-    done = CliRunner().invoke(app, ["choices", "--budgets", budgets])
-    assert done.exit_code == 2 and "--budgets: found" in done.stderr
+@pytest.mark.parametrize(("option", "value"), [("--budgets", "64"), ("--budgets", "many"), ("--budgets", "128,-1"), ("--task", "poem")])
+def test_budgets_that_choose_nothing_and_unknown_tasks_are_refused(option, value):
+    done = CliRunner().invoke(app, ["choices", option, value])
+    assert done.exit_code == 2 and f"{option}: found" in done.stderr
+
+
+def test_a_passage_is_recited_with_the_pages_in_common(decoder, tokenizer):
+    ((problem, prompt),) = questions(tokenizer, 768, 1, "recitation")
+    state = decoder.prefill(prompt)
+    assert answer(decoder, tokenizer, problem, state, "common", BUDGET) == answer(decoder, tokenizer, problem, state, "dense", 0) == 1.0
