@@ -9,9 +9,9 @@ import torch
 import typer
 
 from benchmarks import report
-from benchmarks.intervals import bootstrap, paired, wilson
+from benchmarks.intervals import of_scores, paired
 from benchmarks.losses import plain_model
-from benchmarks.questions import REPLY_TOKENS, answer, questions
+from benchmarks.questions import answer, questions
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.demo.train import Decoder
 from specontext_vllm.distillation.command import DistillError
@@ -46,8 +46,8 @@ def main(
     if min(sizes) < LEAST_BUDGET:
         typer.echo(f"--budgets: found {budgets!r}; give numbers of at least {LEAST_BUDGET}, separated by commas.", err=True)
         raise typer.Exit(2)
-    if task not in REPLY_TOKENS:
-        typer.echo(f"--task: found {task!r}; use {' or '.join(REPLY_TOKENS)}.", err=True)
+    if task not in TASKS:
+        typer.echo(f"--task: found {task!r}; use {' or '.join(TASKS)}.", err=True)
         raise typer.Exit(2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -77,7 +77,7 @@ def main(
             scores[column].append(answer(decoder, tokenizer, problem, state, *column))
         print(f"question {number} of {count}: {', '.join(f'{method} {size} {sum(s) / len(s):.2f}' for (method, size), s in scores.items())}", flush=True)
     for (method, size), found in scores.items():
-        low, high = wilson(round(sum(found)), count) if task == "needle" else bootstrap(found)
+        low, high = of_scores(found, task == "needle")
         row = {"name": NAMES[method], "method": method, "budget": size or None, "score": sum(found) / count, "interval": f"{low:.2f} to {high:.2f}"}
         if method != "dense":
             low, high = paired([a - b for a, b in zip(found, scores["dense", 0], strict=True)])

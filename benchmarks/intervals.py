@@ -32,6 +32,11 @@ def bootstrap(scores: Sequence[float], resamples: int = 10_000) -> tuple[float, 
     return float(low), float(high)
 
 
+def of_scores(scores: Sequence[float], right_or_wrong: bool) -> tuple[float, float]:
+    """Mean of scores in 0..1: Wilson where each is right or wrong, bootstrap where they are shares."""
+    return wilson(round(sum(scores)), len(scores)) if right_or_wrong else bootstrap(scores)
+
+
 def paired(differences: Sequence[float]) -> tuple[float, float]:
     """Mean of paired differences in -1..1: Agresti and Min (2005), Wald's interval after two more pairs are added, one without a difference
     and half a one each way. The whole range without observations.

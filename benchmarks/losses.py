@@ -13,7 +13,7 @@ import typer
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.intervals import bootstrap, paired, wilson
+from benchmarks.intervals import bootstrap, of_scores, paired
 from benchmarks.questions import answer, questions
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.demo.train import Decoder, Model, Size
@@ -272,7 +272,7 @@ def main(
         result.details["recall"][name] = {m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()}
         if decoding is not None and name in DECODED:
             result.details["needles"][name] = scores = needle_scores(decoding, draft, tokenizer, context)
-            low, high = wilson(int(sum(scores)), len(scores))
+            low, high = of_scores(scores, right_or_wrong=True)
             row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
             first = next(iter(result.details["needles"].values()))
             if scores is not first:

@@ -13,7 +13,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, engine_env, run_child
-from benchmarks.intervals import bootstrap, wilson
+from benchmarks.intervals import of_scores
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
 
@@ -58,11 +58,10 @@ def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
     scores: dict[str, list[float]] = {"needle": [], "recitation": []}
     for problem, reply in zip(problems, replies, strict=True):
         scores[problem.kind].append(score(problem, reply))
-    intervals = {"needle": wilson(round(sum(scores["needle"])), len(scores["needle"])), "recitation": bootstrap(scores["recitation"])}
     row: dict[str, Any] = {}
     for kind, values in scores.items():
         if values:
-            row |= {kind: sum(values) / len(values), f"{kind}_interval": "{:.2f} to {:.2f}".format(*intervals[kind])}
+            row |= {kind: sum(values) / len(values), f"{kind}_interval": "{:.2f} to {:.2f}".format(*of_scores(values, kind == "needle"))}
     return row
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.accuracy.cells import DENSE, Cell, Setting
 from benchmarks.accuracy.tasks import Example, Task
-from benchmarks.intervals import bootstrap, wilson
+from benchmarks.intervals import of_scores
 
 Cells = Mapping[Cell, dict[str, Any]]
 """Finished cells by what they are."""
@@ -35,9 +35,7 @@ def value(task: Task, scores: Sequence[float]) -> float:
 
 def interval(task: Task, scores: Sequence[float]) -> tuple[float, float]:
     """95 %: Wilson for right or wrong, bootstrap over the prompts for all else."""
-    if task.kind == "right":
-        return wilson(round(sum(scores)), len(scores))
-    low, high = bootstrap(scores)
+    low, high = of_scores(scores, task.kind == "right")
     return (math.exp(low), math.exp(high)) if task.kind == "perplexity" else (low, high)
 
 

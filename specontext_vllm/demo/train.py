@@ -24,9 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from specontext_vllm.demo import tasks
 from specontext_vllm.distillation.draft import DraftModel, DraftShape
-from specontext_vllm.distillation.losses import alignment_loss, attention_target, draft_loss
+from specontext_vllm.distillation.losses import WINDOW, alignment_loss, attention_target, draft_loss
 
-WINDOW = 32
 CHAT_TEMPLATE = (
     "{{ '" + tasks.BOS + "' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '" + tasks.ASSISTANT
     + "' + m['content'] + '" + tasks.END + "' }}{% else %}{{ '" + tasks.USER + "' + m['content'] + '" + tasks.END

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WINDOW = 32
+"""Newest tokens that alignment leaves out (docs/distill.md, what we learned about the loss)."""
 SHARPNESS = 2.0
-"""Power that the teacher's weights are raised to before a head is aligned to them (docs/distill.md, what we learned about the loss)."""
+"""Power that the teacher's weights are raised to before a head is aligned to them (the same page)."""
 
 
 def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:

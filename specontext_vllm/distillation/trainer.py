@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from specontext_vllm.distillation.data import Sequences, batches, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.files import whole_file
-from specontext_vllm.distillation.losses import SHARPNESS, AttentionTarget, alignment_loss, draft_loss
+from specontext_vllm.distillation.losses import SHARPNESS, WINDOW, AttentionTarget, alignment_loss, draft_loss
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
@@ -58,7 +58,7 @@ class Settings:
     learning_rate: float = 1e-3
     draft_positions: int = 512
     align_positions: int = 64
-    window: int = 32
+    window: int = WINDOW
     align_weight: float = 3.0
     align_sharpness: float = SHARPNESS
     align_each_token: bool = True

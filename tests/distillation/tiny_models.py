@@ -23,7 +23,7 @@ def make_config(family: str, **changes: Any) -> Any:
     return kind(**{**WIDTHS, "num_key_value_heads": 2, **own, **changes})
 
 
-def write_model(folder: Path, config: Any, seed: int = 0) -> Path:
+def make_model(config: Any, seed: int = 0) -> Any:
     """Random weights large enough that attention is far from uniform."""
     from transformers import AutoModelForCausalLM
 
@@ -34,5 +34,10 @@ def write_model(folder: Path, config: Any, seed: int = 0) -> Path:
             # Norms as well: a q-norm of ones would hide that it is left out.
             is_norm = parameter.dim() == 1 and "norm" in name
             parameter.copy_(torch.rand_like(parameter) + 0.5 if is_norm else torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(folder)
+    return model
+
+
+def write_model(folder: Path, config: Any, seed: int = 0) -> Path:
+    """The folder of ``make_model``'s."""
+    make_model(config, seed).save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ import torch
 
 from specontext_vllm.demo.tasks import make_problem, score
 from specontext_vllm.distillation.draft import DraftModel, DraftShape
-from tests.distillation.tiny_models import make_config
+from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import engine
 
 needs_two = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -66,15 +66,8 @@ def random_model(folder: Path, kv_heads: int) -> Path:
 
     shape = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 64, "max_position_embeddings": 2048}
     one, several = (make_config("llama", **shape, num_key_value_heads=n) for n in (1, kv_heads))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(one, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                # Attention far from uniform, logits far from each other.
-                parameter.normal_(0.0, 1.5 * parameter.shape[1] ** -0.5)
     wide = AutoModelForCausalLM.from_config(several, dtype=torch.float32)
-    wide.load_state_dict(double(model.state_dict()))
+    wide.load_state_dict(double(make_model(one).state_dict()))
     wide.save_pretrained(folder)
     torch.manual_seed(1)
     draft = DraftModel(DraftShape.for_target(one, max_position=2048))
