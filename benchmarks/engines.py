@@ -145,7 +145,7 @@ def run_engine(spec: EngineSpec, cells: Sequence[Cell], fits: dict[str, int]) ->
             requests = cell.requests or fits.get(cell.name) or min(capacity // (cell.room or cell.tokens), spec.max_num_seqs)
             yield "cell", (cell.name, measure_cell(llm, cell, requests, index, spec, capacity))
         except Exception as error:
-            _drain(llm.llm_engine)
+            drain(llm.llm_engine)
             yield "failed", (cell.name, f"{type(error).__name__}: {error}"[:500])
 
 
@@ -176,7 +176,7 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
         raise ValueError(f"{output_tokens} output tokens leave no room for a prompt in {limit}; lower --steps.")
     if requests * (prompt_tokens + output_tokens) > capacity:
         return full
-    ids = _send(engine, cell, requests, prompt_tokens, output_tokens, None if spec.shared_prompts else index)
+    ids = send(engine, cell, requests, prompt_tokens, output_tokens, None if spec.shared_prompts else index)
 
     begin = time.perf_counter()
     generated, cached = dict.fromkeys(ids, 0), dict.fromkeys(ids, 0)
@@ -208,7 +208,7 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     last_timed = sum(generated.values())
     stats = llm.collective_rpc("specontext_stats")[0] if spec.is_ours else None
     engine.abort_request(ids)
-    _drain(engine)
+    drain(engine)
     return {
         "requests": requests,
         "prompt_tokens": prompt_tokens,
@@ -221,7 +221,7 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     }
 
 
-def _send(engine: Any, cell: Cell, requests: int, prompt_tokens: int, output_tokens: int, own: int | None) -> list[str]:
+def send(engine: Any, cell: Cell, requests: int, prompt_tokens: int, output_tokens: int, own: int | None) -> list[str]:
     """Add the cell's requests; their ids. With a number ``own`` no other number's prompts begin alike."""
     import numpy as np
     from vllm import SamplingParams
@@ -249,6 +249,6 @@ def summary(steps: Any) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _drain(engine: Any) -> None:
+def drain(engine: Any) -> None:
     while engine.has_unfinished_requests():
         engine.step()

@@ -85,6 +85,7 @@ quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine
 hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
 paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 ${ENGINES:+--engines "$ENGINES"} --work "$WORK"; }
 edge() { bench speed-edge 400 speed edge --engine-seconds 180 --work "$WORK"; }
+host() { bench host 500 host --engine-seconds 160 --work "$WORK/host"; }
 edge_others() { bench speed-edge-others 300 speed edge --engines stock,hf-eager --engine-seconds 140 --work "$WORK"; }
 serve() { wants_h200; bench "serve-$1" 545 speed serve --engines "$2" --lengths "$3" --concurrency "$4" --engine-seconds 520 --work "$WORK"; }
 serve_prompts() { serve prompts specontext 8k/1k,32k/4k 24; }
@@ -146,6 +147,7 @@ soak() {
 }
 soak_one_tier() { soak one-tier; }
 soak_two_tiers() { soak two-tiers; }
+soak_stock() { soak stock; }
 
 for step in "$@"; do
     if [[ $step == *,* ]]; then

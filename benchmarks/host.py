@@ -1,0 +1,225 @@
+"""Case `host`: what of a decode step the host does, and for how long the GPU computes; where the model is small, the host is what a step waits for."""
+
+from __future__ import annotations
+
+import cProfile
+import pstats
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import report, steps as stepping
+from benchmarks.children import ChildError, engine_env, run_child
+from benchmarks.engines import SETTLE, Cell, EngineSpec, drain, send
+from benchmarks.machine import gpus
+from benchmarks.shapes import Shape
+
+ENGINES = {"stock": "stock", "specontext": "specontext", "two-tiers": "specontext"}
+"""The engines, and what each is called in ``EngineSpec``."""
+TRACED_STEPS = 16
+PROFILED = 60
+"""Functions of the profile that the result keeps."""
+
+TABLES = {
+    "Decode step, ms": (
+        stepping.CELL,
+        report.Column("engine", "engine"),
+        report.Column("step", "step", ".2f"),
+        report.Column("spread", "p10 to p90"),
+        report.Column("gpu", "GPU computes", ".2f"),
+        report.Column("kernels", "kernels", ".0f"),
+        report.Column("runner", "host: model runner", ".2f"),
+        report.Column("begin_step", "of it tiers, metrics", ".3f"),
+        report.Column("before_forward", "before the forward pass", ".3f"),
+        report.Column("after_forward", "after it", ".3f"),
+    )
+}
+NOTE = (
+    "All requests decode. Step: median from the plain engine. GPU computes: time during which at least one kernel runs, from a trace of "
+    f"{TRACED_STEPS} steps. Host: medians of the calls' own times in steps without a trace; the model runner's are execute_model and sample_tokens "
+    "together, our hooks included. Everything runs in one process, with async scheduling as vLLM sets it."
+)
+
+
+def run_engine(spec: EngineSpec, cells: Sequence[Cell], profile: bool) -> Iterator[tuple[str, Any]]:
+    """Start the engine and measure the cells; runs in a child. Yields ``("cell", (name, figures))``."""
+    from vllm import LLM
+
+    llm = LLM(**spec.arguments())
+    if spec.host_gib:
+        from benchmarks.capacity import drive_selection
+
+        llm.collective_rpc(drive_selection, args=([spec.turnover],))
+    for index, cell in enumerate(cells):
+        yield "cell", (cell.name, measure_cell(llm, cell, index, spec, profile))
+
+
+def measure_cell(llm: Any, cell: Cell, index: int, spec: EngineSpec, profile: bool) -> dict[str, Any]:
+    """Steps of one cell four times over: plain, with the runner's calls timed, traced on a GPU, and with Python's profiler."""
+    engine = llm.llm_engine
+    tokens = -(-cell.requests * cell.tokens // spec.batched_tokens) + cell.requests + 5 * SETTLE + 3 * spec.steps + TRACED_STEPS + 16
+    prompt = min(cell.tokens, engine.vllm_config.model_config.max_model_len - tokens)
+    ids = send(engine, cell, cell.requests, prompt, tokens, index)
+    waiting = set(ids)
+    while waiting:
+        waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+    steps(engine, SETTLE)
+    plain = steps(engine, spec.steps)
+    calls: dict[str, list[float]] = defaultdict(list)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    with watched(runner, calls):
+        steps(engine, spec.steps)
+    figures = {
+        "step_ms": plain, "calls_ms": {name: 1e3 * statistics.median(times) for name, times in calls.items()},
+        "calls_a_step": {name: len(times) / spec.steps for name, times in calls.items()},
+    }  # fmt: skip
+    if spec.on_gpu:
+        figures |= traced(llm, engine)
+    if profile:
+        steps(engine, SETTLE)
+        figures["profile"] = profiled(engine, spec.steps)
+    engine.abort_request(ids)
+    drain(engine)
+    return figures
+
+
+def steps(engine: Any, count: int) -> list[float]:
+    """Milliseconds of each of ``count`` steps."""
+    ends = [time.perf_counter()]
+    for _ in range(count):
+        engine.step()
+        ends.append(time.perf_counter())
+    return [1e3 * (b - a) for a, b in zip(ends, ends[1:])]
+
+
+@contextmanager
+def watched(runner: Any, calls: dict[str, list[float]]) -> Iterator[None]:
+    """Time the runner's calls and our hooks into ``calls``, seconds by name."""
+    runtime = getattr(runner, "runtime", None)
+    places = [(runner, "execute_model"), (runner, "sample_tokens")]
+    if runtime is not None:
+        places += [(runtime, "begin_step"), (runtime, "before_forward"), (runtime, "after_forward")]
+
+    def timing(name: str, call: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                calls[name].append(time.perf_counter() - begin)
+
+        return timed
+
+    for owner, name in places:
+        setattr(owner, name, timing(name, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name in places:
+            delattr(owner, name)
+
+
+def traced(llm: Any, engine: Any) -> dict[str, float]:
+    """``gpu_ms`` a step in which at least one kernel runs, and ``kernels`` a step."""
+    from benchmarks.timeline import start_profiler, stop_profiler
+
+    llm.collective_rpc(start_profiler)
+    steps(engine, TRACED_STEPS)
+    kernels = llm.collective_rpc(stop_profiler)[0]
+    busy = end = 0.0
+    for _, _, start, duration in kernels:
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    return {"gpu_ms": busy / 1e3 / TRACED_STEPS, "kernels": len(kernels) / TRACED_STEPS}
+
+
+def profiled(engine: Any, count: int) -> list[dict[str, Any]]:
+    """The functions in which Python's profiler saw most time of ``count`` steps; microseconds and calls a step. It slows small functions down."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    steps(engine, count)
+    profiler.disable()
+    found = pstats.Stats(profiler).stats
+    functions = [
+        {"function": f"{Path(file).name}:{line}({name})", "calls": calls / count, "own_us": 1e6 * own / count, "total_us": 1e6 * total / count}
+        for (file, line, name), (_, calls, own, total, _) in found.items()
+    ]
+    by_total = sorted(functions, key=lambda f: -f["total_us"])[:PROFILED]
+    by_own = sorted(functions, key=lambda f: -f["own_us"])[:PROFILED]
+    return by_total + [function for function in by_own if function not in by_total]
+
+
+def make_rows(cells: Sequence[Cell], engines: Sequence[str], details: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each cell and engine that was measured."""
+    rows = []
+    for cell in cells:
+        for name in engines:
+            if (figures := details["engines"].get(name, {}).get(cell.name)) is None:
+                continue
+            calls, times = figures["calls_ms"], sorted(figures["step_ms"])
+            row = {
+                "cell": cell.label(cell.requests), "engine": name, "step": statistics.median(times), "gpu": figures.get("gpu_ms"),
+                "spread": f"{times[len(times) // 10]:.2f} to {times[-1 - len(times) // 10]:.2f}", "kernels": figures.get("kernels"),
+                "runner": calls["execute_model"] + calls["sample_tokens"],
+            }  # fmt: skip
+            rows.append(row | {key: calls[key] for key in ("begin_step", "before_forward", "after_forward") if key in calls})
+    return rows
+
+
+def main(
+    cells: Annotated[str, typer.Option(help="Comma-separated REQUESTSxTOKENS.")] = "1x1k,6x8k",
+    model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "1b",
+    engines: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ENGINES)}.")] = ",".join(ENGINES),
+    budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
+    timed: Annotated[int, typer.Option(min=2, help="Steps of each kind of timing.")] = 128,
+    host_gib: Annotated[float, typer.Option(help="Host pool of two-tiers.")] = 6,
+    gpu_gib: Annotated[float | None, typer.Option(help="Cap on the GPU memory of two-tiers, weights included.")] = 4,
+    profile: Annotated[bool, typer.Option(help="Keep Python's profile of each cell in the result.")] = True,
+    engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 150,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
+    work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs; default a new temporary one.")] = None,
+) -> None:
+    """What of a decode step the host does, and how long the GPU computes. Exit code 1 if anything failed."""
+    try:
+        shape = Shape.named(model_shape)
+        parsed = stepping.parse_cells(cells, shape, 32)
+        if any(cell.requests is None for cell in parsed):
+            raise ValueError("--cells: found fit; name the number of requests.")
+        chosen = [name.strip() for name in engines.split(",")]
+        if unknown := [name for name in chosen if name not in ENGINES]:
+            raise ValueError(f"--engines: found {unknown[0]!r}; use {', '.join(ENGINES)}.")
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    folder = (work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))).resolve()
+    model, on_gpu = str(shape.write(folder / "model")), bool(gpus())
+    details: dict[str, Any] = {"shape": {"name": shape.name, **shape.config}, "budget": budget, "timed": timed, "engines": {}}
+    result = report.Report("host", f"The host's share of a decode step, {model_shape} shape, random weights, budget {budget} tokens", TABLES, details=details)
+    result.notes = [NOTE, f"two-tiers: {host_gib:g} GiB of host memory behind " + (f"{gpu_gib:g} GiB of GPU memory." if gpu_gib else "the GPU's.")]
+    for name in chosen:
+        tiers = {"host_gib": host_gib, "gpu_gib": gpu_gib} if name == "two-tiers" else {}
+        longest = max(cell.tokens for cell in parsed) + 4096
+        spec = EngineSpec(
+            ENGINES[name], model, on_gpu, budget, 32, timed, max_model_len=min(longest, shape.max_position_embeddings), batched_tokens=8192, **tiers
+        )
+        print(f"{name}: starting", flush=True)
+        try:
+            for _, (cell, figures) in run_child(
+                run_engine, spec, parsed, profile, log=folder / f"{name}.log", seconds=engine_seconds, env=engine_env(on_gpu)
+            ):
+                details["engines"].setdefault(name, {})[cell] = figures
+                result.rows = make_rows(parsed, chosen, details)
+                result.write(out)
+        except ChildError as error:
+            result.failures[name] = str(error)
+            result.write(out)
+    result.show()
+    print(f"written: {out}", flush=True)
+    raise typer.Exit(1 if result.failures else 0)
