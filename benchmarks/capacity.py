@@ -67,29 +67,28 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
     from specontext_vllm.retrieval import retriever as module
 
     runtime = worker.model_runner.runtime
+    retriever, heads, max_requests = runtime.retriever, runtime.num_kv_heads, worker.vllm_config.scheduler_config.max_num_seqs
     state = module.__dict__.setdefault("_driven", {"original": module.score_rows, "step": 0})
     state["shares"] = list(shares)
-    max_requests = worker.vllm_config.scheduler_config.max_num_seqs
+    if "share" not in state:
+        # What a captured step reads lies in tensors that persist. The last row of the numbers is the padding rows'.
+        state["share"] = torch.zeros((), device=runtime.device)
+        state["base"] = torch.rand(max_requests + 1, heads, retriever.max_pages, device=runtime.device)
 
     def rows_of(rows: range) -> Any:
         """The requests of the rows: their lanes, or without tiers the rows themselves, whose order does not matter there."""
         if runtime.tiers is None:
-            return torch.arange(rows.start, rows.stop, device=runtime.device)
+            return torch.arange(rows.start, rows.stop, device=runtime.device).clamp(max=max_requests)
         return runtime.tiers.lanes[rows.start : rows.stop].long()
 
     def driven(queries: Any, keys: Any, block_table: Any, seq_lens: Any, starts: Any, scores: Any, *, rows: range, **bounds: Any) -> None:
         state["original"](queries, keys, block_table, seq_lens, starts, scores, rows=rows, **bounds)
         real = range(rows.start, min(rows.stop, queries.shape[0]))
         lanes = rows_of(real)
-        heads, width = runtime.num_kv_heads, block_table.shape[1]
-        if "base" not in state:
-            state["base"] = torch.rand(max_requests, heads, width, device=queries.device)
         base = state["base"][lanes]
-        share = state["shares"][state["step"] % len(state["shares"])]
-        state["step"] += 1
-        base = torch.where(torch.rand_like(base) < share, torch.rand_like(base), base)
+        base = torch.where(torch.rand_like(base) < state["share"], torch.rand_like(base), base)
         state["base"][lanes] = base
-        page = torch.arange(width, device=queries.device)
+        page = torch.arange(base.shape[-1], device=queries.device)
         inside = page < ((seq_lens[real.start : real.stop, None] + 15) // 16)
         place = torch.where(inside, starts[: len(real), None] + page, scores.capacity - 1).flatten().long()
         # [rows, heads, width] -> [query heads, rows * width]
@@ -97,6 +96,12 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
         scores.page_max[:, place] = values
         scores.page_lse[:, place] = values
 
+    def before_forward(*arguments: Any) -> None:
+        state["share"].fill_(state["shares"][state["step"] % len(state["shares"])])
+        state["step"] += 1
+        type(retriever).before_forward(retriever, *arguments)
+
+    retriever.before_forward = before_forward
     module.score_rows = driven
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,12 +40,15 @@ TABLES = {
         report.Column("begin_step", "of it tiers, metrics", ".3f"),
         report.Column("before_forward", "before the forward pass", ".3f"),
         report.Column("after_forward", "after it", ".3f"),
+        report.Column("wait", "waits for an output", ".2f"),
+        report.Column("rest", "scheduler, outputs", ".2f"),
     )
 }
 NOTE = (
     "All requests decode. Step: median from the plain engine. GPU computes: time during which at least one kernel runs, from a trace of "
     f"{TRACED_STEPS} steps. Host: medians of the calls' own times in steps without a trace; the model runner's are execute_model and sample_tokens "
-    "together, our hooks included. Everything runs in one process, with async scheduling as vLLM sets it."
+    "together, our hooks included. Everything runs in one process, with async scheduling as vLLM sets it: while the host prepares a step, the GPU may "
+    "still compute the one before."
 )
 
 
@@ -75,7 +79,7 @@ def measure_cell(llm: Any, cell: Cell, index: int, spec: EngineSpec, profile: bo
     calls: dict[str, list[float]] = defaultdict(list)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     with watched(runner, calls):
-        steps(engine, spec.steps)
+        calls["step"] = [1e-3 * ms for ms in steps(engine, spec.steps)]
     figures = {
         "step_ms": plain, "calls_ms": {name: 1e3 * statistics.median(times) for name, times in calls.items()},
         "calls_a_step": {name: len(times) / spec.steps for name, times in calls.items()},
@@ -117,11 +121,14 @@ def watched(runner: Any, calls: dict[str, list[float]]) -> Iterator[None]:
 
         return timed
 
+    result = Future.result
+    Future.result = timing("wait", result)
     for owner, name in places:
         setattr(owner, name, timing(name, getattr(owner, name)))
     try:
         yield
     finally:
+        Future.result = result
         for owner, name in places:
             delattr(owner, name)
 
@@ -169,7 +176,8 @@ def make_rows(cells: Sequence[Cell], engines: Sequence[str], details: dict[str, 
                 "spread": f"{times[len(times) // 10]:.2f} to {times[-1 - len(times) // 10]:.2f}", "kernels": figures.get("kernels"),
                 "runner": calls["execute_model"] + calls["sample_tokens"],
             }  # fmt: skip
-            rows.append(row | {key: calls[key] for key in ("begin_step", "before_forward", "after_forward") if key in calls})
+            row["rest"] = calls["step"] - row["runner"] - calls.get("wait", 0.0)
+            rows.append(row | {key: calls[key] for key in ("begin_step", "before_forward", "after_forward", "wait") if key in calls})
     return rows
 
 
@@ -207,7 +215,7 @@ def main(
         tiers = {"host_gib": host_gib, "gpu_gib": gpu_gib} if name == "two-tiers" else {}
         longest = max(cell.tokens for cell in parsed) + 4096
         spec = EngineSpec(
-            ENGINES[name], model, on_gpu, budget, 32, timed, max_model_len=min(longest, shape.max_position_embeddings), batched_tokens=8192, **tiers
+            ENGINES[name], model, on_gpu, budget, max(cell.requests for cell in parsed), timed, max_model_len=min(longest, shape.max_position_embeddings), batched_tokens=8192, **tiers
         )
         print(f"{name}: starting", flush=True)
         try:

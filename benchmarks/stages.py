@@ -116,6 +116,7 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
         seq_lens_bound=[context] * requests,
         num_decodes=requests,
         table_rows=requests,
+        num_tokens=requests,
     )
     table = PageTable.allocate(requests, kv_heads, width, device)
     chosen = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
@@ -136,11 +137,14 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
         provider.plan(table, requests)
 
     # The head's own entry point, so that the time is that of the fused path of this device.
-    project = timed(lambda _: retriever._project_decodes(batch, with_queries=choosing), device)
+    def project_rows(with_queries: bool) -> torch.Tensor | None:
+        return retriever._project_decodes(batch, requests, retriever.embed(batch.token_ids), with_queries=with_queries)
+
+    project = timed(lambda _: project_rows(choosing), device)
     fuse = timed(lambda _: retriever.after_forward(batch, aux), device)
     scoring = 0.0
     if choosing:
-        queries = retriever._project_decodes(batch, with_queries=True)
+        queries = project_rows(True)
         scoring = timed(
             lambda _: score_rows(
                 queries, retriever.cache.keys, block_table, batch.seq_lens, starts, scores,

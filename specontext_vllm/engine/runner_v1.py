@@ -51,6 +51,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             table_rows=metadata.num_decodes,
             names=self.input_batch.req_ids[: common.num_reqs],
             query_lens=common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist(),
+            num_tokens=tokens,
         )
         self.runtime.before_forward(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)

@@ -50,9 +50,9 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
         decodes = int((input_batch.num_scheduled_tokens[:rows] == 1).sum())
         self._batch = StepBatch(
-            token_ids=input_batch.input_ids[:tokens],
-            positions=input_batch.positions[:tokens],
-            slots=slot_mappings[0][:tokens],
+            token_ids=input_batch.input_ids,
+            positions=input_batch.positions,
+            slots=slot_mappings[0],
             query_starts=input_batch.query_start_loc,
             seq_lens=input_batch.seq_lens,
             block_table=block_tables[0],
@@ -62,6 +62,9 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             table_rows=input_batch.num_reqs_after_padding if decodes == rows else decodes,
             names=input_batch.req_ids[:rows],
             query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
+            num_tokens=tokens,
+            # vLLM's buffers persist: its own graphs read them.
+            replayable=decodes == rows,
         )
         self.runtime.before_forward(self._batch)
         return block_tables, slot_mappings

@@ -29,6 +29,7 @@ from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryM
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
+from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.retriever import Retriever
@@ -156,7 +157,15 @@ class Runtime:
             head = RetrievalHead(checkpoint, max_position=model.max_model_len, dtype=model.dtype, device=self.device)
         fixed_width = self.device.type != "cpu" or config.host_kv_gib
         width = config.table_pages(model.max_model_len) if fixed_width else pages_for(model.max_model_len)
-        return Retriever(config, head, embed, table_pages=width, **shape)
+        # Captured, vLLM's exchange between workers would want its own context, and LoRA's embedding reads what the runner sets up.
+        apart = self.vllm_config.parallel_config.tensor_parallel_size > 1 or self.vllm_config.lora_config is not None
+        return Retriever(config, head, embed, table_pages=width, graphs=self._step_graphs(), embeds_apart=apart, **shape)
+
+    def _step_graphs(self) -> StepGraphs | None:
+        """Where vLLM replays decode steps as whole graphs, so do we."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        captured = self.device.type == "cuda" and mode is not None and mode.decode_mode() == CUDAGraphMode.FULL
+        return StepGraphs(self.device) if captured else None
 
     @property
     def reads_aux(self) -> bool:

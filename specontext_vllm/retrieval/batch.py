@@ -13,9 +13,9 @@ class StepBatch:
     """Rows of a step, those with one query token ("decode rows") first.
 
     Attributes:
-        token_ids: ``[N]`` ids of the step's tokens.
-        positions: ``[N]`` int64.
-        slots: ``[N]`` int64 slots in the paged caches, none negative.
+        token_ids: ``[>= N]`` ids of the step's tokens.
+        positions: ``[>= N]`` int64.
+        slots: ``[>= N]`` int64 slots in the paged caches, none negative; -1 for padding.
         query_starts: ``[R + 1]`` int32 offsets of the rows' tokens.
         seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a graph.
         block_table: ``[>= R, W]`` int32; tails beyond a row's pages may be stale.
@@ -24,6 +24,9 @@ class StepBatch:
         table_rows: rows of the page table to fill, padding included.
         names: R request ids.
         query_lens: R host integers, the rows' query tokens.
+        num_tokens: N.
+        replayable: every row is a decode row, the tensors of tokens hold ``table_rows`` of them, and all tensors lie where those of every such
+            step with as many rows do.
     """
 
     token_ids: Tensor
@@ -35,13 +38,11 @@ class StepBatch:
     seq_lens_bound: list[int]
     num_decodes: int
     table_rows: int
+    num_tokens: int
     names: Sequence[str] = ()
     query_lens: Sequence[int] = ()
+    replayable: bool = False
 
     @property
     def num_rows(self) -> int:
         return len(self.seq_lens_bound)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.token_ids.shape[0]

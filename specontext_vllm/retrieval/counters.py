@@ -36,16 +36,25 @@ class Counters:
         self._edges = torch.tensor(KEPT_MASS_EDGES, dtype=torch.float32, device=device)
         self._base = np.zeros(KEPT_MASS_BUCKETS.stop)
 
-    def count_rows(self, rows: int, pages_read: int, pages_held: int) -> None:
-        """A step's decode rows and the head pages they read and hold."""
-        self.host[:] += (1, rows, 0, pages_read, pages_held)
+    def count_rows(self, rows: int, choosing_rows: int, pages_read: int, pages_held: int) -> None:
+        """A step's decode rows, how many of them if pages are chosen in it, and the head pages they read and hold."""
+        self.host[:] += (1, rows, choosing_rows, pages_read, pages_held)
 
-    def count_choice(self, kept_mass: Tensor) -> None:
-        """Rows of a step in which pages were chosen. kept_mass: ``[B, H]`` float32."""
-        self.host[CHOOSING_ROWS] += len(kept_mass)
-        mean = kept_mass.mean(-1)
-        self.cells[KEPT_MASS - _HOST] += mean.sum()
-        self.cells[KEPT_MASS_BUCKETS.start - _HOST :] += (mean[:, None] <= self._edges).sum(0)
+    def count_choice(self, kept_mass: Tensor, seq_lens: Tensor) -> None:
+        """The kept mass of a step in which pages were chosen.
+
+        Args:
+            kept_mass: ``[B, H]`` float32. seq_lens: ``[>= B]`` int32; rows of 0 tokens are padding.
+        """
+        total, buckets = self.cells[KEPT_MASS - _HOST :][:1], self.cells[KEPT_MASS_BUCKETS.start - _HOST :]
+        if kept_mass.is_cuda:
+            from specontext_vllm.triton_kernels.kept_mass import add_kept_mass
+
+            add_kept_mass(kept_mass, seq_lens, self._edges, total, buckets)
+            return
+        mean = kept_mass.mean(-1)[seq_lens[: len(kept_mass)] > 0]
+        total += mean.sum()
+        buckets += (mean[:, None] <= self._edges).sum(0)
 
     def count_fallback(self, rows: Tensor, pages: Tensor) -> None:
         """Rows that fell back, and the head pages they read beyond the budget: scalars on the device."""

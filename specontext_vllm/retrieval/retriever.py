@@ -22,6 +22,7 @@ from specontext_vllm.retrieval.counters import (
     STEPS,
     Counters,
 )
+from specontext_vllm.retrieval.graphs import StepGraphs, bucket
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, PageScores, fill_baseline, row_starts, score_rows
 from specontext_vllm.retrieval.selection import Budget, Held, fill_lengths, select_rows
@@ -44,11 +45,14 @@ class Retriever:
         max_model_len: longest context, in tokens.
         table_pages: columns of the page table: no selection may keep more pages.
         device: where everything lives.
+        graphs: replays of steps without prompt tokens; None: everything runs eagerly.
+        embeds_apart: ``embed`` may not be captured, since it exchanges something with other workers, say.
     """
 
     def __init__(
         self, config: SpeContextConfig, head: RetrievalHead | None, embed: Callable[[Tensor], Tensor], *,
-        num_kv_heads: int, max_model_len: int, table_pages: int, device: torch.device,
+        num_kv_heads: int, max_model_len: int, table_pages: int, device: torch.device, graphs: StepGraphs | None = None,
+        embeds_apart: bool = False,
     ) -> None:  # fmt: skip
         self.config, self.head, self.num_kv_heads, self.device = config, head, num_kv_heads, device
         self.embed = embed if head is None or head.embed_tokens is None else head.embed
@@ -61,7 +65,9 @@ class Retriever:
         self.scores = PageScores.allocate(queries, num_kv_heads, capacity, device)
         self.generator = torch.Generator(device=device).manual_seed(0)
         self.counters = Counters(device)
+        self._graphs, self._embeds_apart = graphs, embeds_apart
         self._kept_mass = torch.ones(0, num_kv_heads, dtype=torch.float32, device=device)
+        self._embeds = torch.zeros(0, 0, device=device)
 
     @property
     def reads_aux(self) -> bool:
@@ -70,6 +76,8 @@ class Retriever:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Make room for ``num_blocks`` pages of KV."""
+        if self._graphs is not None:
+            self._graphs.clear()
         if self.head is not None:
             spec, dtype = self.head.spec, self.head.fc_weight.dtype
             self.cache = HeadCache.allocate(
@@ -99,6 +107,8 @@ class Retriever:
         if config.retriever == "dlm" and self.head is None:
             raise ConfigError("specontext: retriever dlm needs a retrieval head and this engine was started without one.")
         self.config = config
+        if self._graphs is not None:
+            self._graphs.clear()
 
     # -- before the forward pass --------------------------------------------------------------------------------------
 
@@ -114,22 +124,75 @@ class Retriever:
         """
         if batch.table_rows == 0:
             return
-        if self._kept_mass.shape[0] < batch.table_rows:
-            self._kept_mass = torch.ones(batch.table_rows, self.num_kv_heads, dtype=torch.float32, device=self.device)
-        config = self.config
-        budget = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
-        fallback = (config.confidence_threshold, config.fallback_pages) if config.confidence_threshold > 0 else None
-        bounds = [pages_for(n) for n in batch.seq_lens_bound[: batch.num_decodes]]
-        if config.retriever == "dense":
-            budget, fallback = Budget(self.max_pages, 1, 1), None
+        self._make_room(pages.shape[0] // self.num_kv_heads)
+        config, decodes = self.config, batch.num_decodes
+        bounds = [pages_for(n) for n in batch.seq_lens_bound[:decodes]]
+        budget, _ = self._budget()
         choosing = max(bounds, default=0) > budget.total
+        if config.stats:
+            heads = self.num_kv_heads
+            read, held_pages = heads * sum(min(count, budget.total) for count in bounds), heads * sum(bounds)
+            self.counters.count_rows(decodes, decodes if choosing and config.retriever not in PER_LAYER else 0, read, held_pages)
+        parts = [(rows, max(bounds[rows.start : rows.stop], default=1)) for rows in self._parts(bounds, batch.table_rows)]
+        inputs = (batch.token_ids, batch.positions, batch.slots, batch.seq_lens, batch.block_table, pages, lengths)
+        if not self._replays(batch) or len(parts) > 1:
+            embeds = self.embed(batch.token_ids[:decodes]) if self.head is not None and decodes else None
+            self._select(batch, decodes, embeds, choosing, parts, pages, lengths, ids, held)
+            return
+        # The graph's rows include the padding's, which read nothing and write to nowhere.
+        rows, embeds = batch.table_rows, None
+        if self._embeds_apart and self.head is not None:
+            embeds = self._embeds[:rows]
+            embeds.copy_(self.embed(batch.token_ids[:rows]))
+        parts = [(range(rows), bucket(parts[0][1]))] if choosing else [(range(rows), 1)]
+
+        def work() -> None:
+            found = self.embed(batch.token_ids[:rows]) if embeds is None and self.head is not None else embeds
+            self._select(batch, rows, found, choosing, parts, pages, lengths, ids, held)
+
+        self._graphs.run(("select", rows, choosing, parts[0][1]), inputs, work)
+
+    def _replays(self, batch: StepBatch) -> bool:
+        # Random scores come from a generator of the host's, and what selects per layer is captured with the layers.
+        return self._graphs is not None and batch.replayable and self.config.retriever not in ("random", *PER_LAYER)
+
+    def _budget(self) -> tuple[Budget, tuple[float, int] | None]:
+        """What a row may read, and the threshold and pages of the fallback, if there is one."""
+        config = self.config
+        if config.retriever == "dense":
+            return Budget(self.max_pages, 1, 1), None
+        fallback = (config.confidence_threshold, config.fallback_pages) if config.confidence_threshold > 0 else None
+        return Budget(config.budget_pages, config.sink_pages, config.recent_pages), fallback
+
+    def _make_room(self, most_rows: int) -> None:
+        """Buffers for every row that the page table has; a graph holds their addresses, so they are made once."""
+        if self._kept_mass.shape[0] < most_rows:
+            self._kept_mass = torch.ones(most_rows, self.num_kv_heads, dtype=torch.float32, device=self.device)
+            if self._embeds_apart and self.head is not None:
+                spec, dtype = self.head.spec, self.head.qk_weight.dtype
+                self._embeds = torch.zeros(most_rows, spec.embed_size, dtype=dtype, device=self.device)
+
+    def _select(
+        self, batch: StepBatch, decodes: int, embeds: Tensor | None, choosing: bool, parts: Sequence[tuple[range, int]], pages: Tensor,
+        lengths: Tensor, ids: Tensor | None, held: Held | None,
+    ) -> None:  # fmt: skip
+        """The device's part of ``before_forward``.
+
+        Args:
+            decodes: leading rows whose keys are made. embeds: ``[decodes, E]`` embeddings of their tokens, if there is a head.
+            choosing: whether some row may have more pages than the budget.
+            parts: rows that are scored together, and an upper bound of their pages.
+        """
+        config = self.config
+        budget, fallback = self._budget()
         queries = None
-        if self.head is not None and batch.num_decodes:
-            queries = self._project_decodes(batch, with_queries=choosing and config.retriever == "dlm")
+        if embeds is not None:
+            queries = self._project_decodes(batch, decodes, embeds, with_queries=choosing and config.retriever == "dlm")
         if config.retriever in PER_LAYER:
             fill_lengths(batch.seq_lens[: batch.table_rows], lengths, self.num_kv_heads, budget)
-        for rows in () if config.retriever in PER_LAYER else self._parts(bounds, batch.table_rows):
-            most = max(bounds[rows.start : rows.stop], default=1)
+            return
+        fallback = fallback if queries is not None else None
+        for rows, most in parts:
             # Rows that are all read whole have no scores to find.
             starts = row_starts(batch.seq_lens, rows) if choosing else batch.seq_lens
             if choosing and queries is not None:
@@ -141,10 +204,14 @@ class Retriever:
                 fill_baseline(config.retriever, self.scores, self.generator)
             select_rows(
                 self.scores, batch.seq_lens, starts, batch.block_table if ids is None else ids, pages, lengths, self._kept_mass, budget,
-                rows=rows, fallback=fallback if queries is not None else None, held=held,
+                rows=rows, fallback=fallback, held=held,
             )  # fmt: skip
-        if config.stats:
-            self._count(batch, lengths, bounds, budget, fallback)
+        if config.stats and choosing:
+            kept = self._kept_mass[:decodes]
+            self.counters.count_choice(kept, batch.seq_lens)
+            if fallback is not None:
+                read = (lengths[: decodes * self.num_kv_heads] + PAGE_SIZE - 1) // PAGE_SIZE
+                self.counters.count_fallback((kept.mean(-1) < fallback[0]).sum(), (read - budget.total).clamp(min=0).sum())
 
     def _parts(self, bounds: list[int], table_rows: int) -> Iterator[range]:
         """Consecutive rows whose pages fit the workspace; padding rows join the last part."""
@@ -156,11 +223,11 @@ class Retriever:
             held += count
         yield range(first, table_rows)
 
-    def _project_decodes(self, batch: StepBatch, *, with_queries: bool) -> Tensor | None:
-        """Write the decode rows' keys; return their queries ``[B, NQ, D]`` if asked for."""
-        head, rows = self.head, batch.num_decodes
+    def _project_decodes(self, batch: StepBatch, rows: int, embeds: Tensor, *, with_queries: bool) -> Tensor | None:
+        """Write the keys of the first ``rows`` rows, of tokens with ``embeds [rows, E]``; return their queries ``[rows, NQ, D]`` if asked for."""
+        head = self.head
         positions, slots = batch.positions[:rows], batch.slots[:rows]
-        embeds = self.embed(batch.token_ids[:rows]).to(head.qk_weight.dtype)
+        embeds = embeds.to(head.qk_weight.dtype)
         if self.device.type == "cpu":
             fused = self.cache.previous(batch.block_table[:rows], positions)
             if not with_queries:
@@ -199,10 +266,10 @@ class Retriever:
         if self.head is None:
             return
         decodes = batch.num_decodes
-        if decodes:
-            # One token a row: its fused aux is the newest of its page, whether or not the page is full.
-            fused = self.head.fuse([state[:decodes] for state in aux])
-            self.cache.fused[batch.slots[:decodes] // PAGE_SIZE] = fused
+        if self._replays(batch) and aux[0].shape[0] >= batch.table_rows:
+            self._graphs.run(("learn", batch.table_rows), (batch.slots, *aux), lambda: self._learn_decodes(batch, batch.table_rows, aux))
+        elif decodes:
+            self._learn_decodes(batch, decodes, aux)
         if decodes == batch.num_rows:
             return
         rows = slice(decodes, batch.num_rows)
@@ -223,6 +290,11 @@ class Retriever:
             page_end = (batch.positions[span] + 1) % PAGE_SIZE == 0
             self.cache.remember(fused, batch.slots[span], page_end | is_last)
             newest = fused[-1:]
+
+    def _learn_decodes(self, batch: StepBatch, rows: int, aux: Sequence[Tensor]) -> None:
+        # One token a row: its fused aux is the newest of its page, whether or not the page is full. The slot -1 of a padding row means the
+        # row of the cache that nobody reads.
+        self.cache.fused[batch.slots[:rows] // PAGE_SIZE] = self.head.fuse([state[:rows] for state in aux])
 
     def profile(self, num_tokens: int) -> None:
         """Run the head's largest step on made-up data, so that vLLM's memory profile sees its activations."""
@@ -254,22 +326,12 @@ class Retriever:
             batch = StepBatch(
                 token_ids=filled(0, 1), positions=filled(length - 1, 1, dtype=torch.int64), slots=filled(0, 1, dtype=torch.int64),
                 query_starts=torch.arange(2, dtype=torch.int32, device=self.device), seq_lens=filled(length, 1),
-                block_table=filled(0, 1, self.max_pages), seq_lens_bound=[length], num_decodes=1, table_rows=1,
+                block_table=filled(0, 1, self.max_pages), seq_lens_bound=[length], num_decodes=1, table_rows=1, num_tokens=1,
             )  # fmt: skip
             self.before_forward(batch, pages, lengths, ids, held)
         self.counters = Counters(self.device)
 
     # -- figures ------------------------------------------------------------------------------------------------------
-
-    def _count(self, batch: StepBatch, lengths: Tensor, bounds: list[int], budget: Budget, fallback: tuple[float, int] | None) -> None:
-        counters, rows, heads = self.counters, batch.num_decodes, self.num_kv_heads
-        counters.count_rows(rows, heads * sum(min(count, budget.total) for count in bounds), heads * sum(bounds))
-        if max(bounds, default=0) > budget.total and self.config.retriever not in PER_LAYER:
-            kept = self._kept_mass[:rows]
-            counters.count_choice(kept)
-            if fallback is not None:
-                read = (lengths[: rows * heads] + PAGE_SIZE - 1) // PAGE_SIZE
-                counters.count_fallback((kept.mean(-1) < fallback[0]).sum(), (read - budget.total).clamp(min=0).sum())
 
     def stats(self, reset: bool = False) -> dict[str, float | int | str | None]:
         """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass (None for selections per layer)."""

@@ -77,6 +77,10 @@ def score_rows(
 
 def row_starts(seq_lens: Tensor, rows: range) -> Tensor:
     """Where the pages of each of ``rows`` start in the workspace: ``[len(rows)]`` int32, on the device."""
+    if seq_lens.is_cuda:
+        from specontext_vllm.triton_kernels import row_starts as kernel
+
+        return kernel.row_starts(seq_lens, rows.start, len(rows), PAGE_SIZE)
     pages = (seq_lens[rows.start : rows.stop] + PAGE_SIZE - 1) // PAGE_SIZE
     return (pages.cumsum(0) - pages).int()
 

@@ -67,6 +67,7 @@ class Sidecar:
             token_ids=message.token_ids.to(self.device), positions=message.positions.to(self.device), slots=message.slots.to(self.device),
             query_starts=message.query_starts.to(self.device), seq_lens=message.seq_lens.to(self.device), block_table=self.block_table,
             seq_lens_bound=message.seq_lens_bound, num_decodes=decodes, table_rows=decodes,
+            num_tokens=len(message.token_ids),
         )  # fmt: skip
         self.retriever.before_forward(batch, self.pages, self.lengths)
         rows = decodes * self.spec.num_kv_heads

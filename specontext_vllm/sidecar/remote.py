@@ -278,13 +278,13 @@ class RemoteRetriever:
         width = min(pages_for(max(batch.seq_lens_bound)), self.max_pages)
         block_table = batch.block_table[:rows, :width].cpu().numpy()
         starts = batch.query_starts[: rows + 1].cpu()
-        positions, seq_lens = batch.positions.cpu(), batch.seq_lens[:rows].cpu()
-        slots = batch.slots.to("cpu", copy=True)
+        positions, seq_lens = batch.positions[: batch.num_tokens].cpu(), batch.seq_lens[:rows].cpu()
+        slots = batch.slots[: batch.num_tokens].to("cpu", copy=True)
         table = self._sent_table[:rows, :width]
         row, column = np.nonzero(table != block_table)
         changed, blocks = (row * self.max_pages + column).astype(np.int32), block_table[row, column]
         message = Select(
-            token_ids=batch.token_ids.cpu(), positions=positions, slots=slots, query_starts=starts, seq_lens=seq_lens,
+            token_ids=batch.token_ids[: batch.num_tokens].cpu(), positions=positions, slots=slots, query_starts=starts, seq_lens=seq_lens,
             changed=torch.from_numpy(changed), blocks=torch.from_numpy(blocks), seq_lens_bound=batch.seq_lens_bound,
             num_decodes=batch.num_decodes,
         )  # fmt: skip

@@ -41,7 +41,7 @@ def test_counters_start_at_zero_and_an_engine_at_rest_is_exact(make):
     exporter, scrape, retriever = make()
     start = scrape()[catalog.DECODE_ROWS.name]
     assert (start.value, start.labels) == (0, {"model_name": "m", "engine": "3"})
-    retriever.counters.count_rows(5, 20, 70)
+    retriever.counters.count_rows(5, 0, 20, 70)
     exporter.step(idle=True)
     page = scrape()
     assert (page[catalog.DECODE_ROWS.name].value, page[catalog.PAGES_READ.name].value, page[catalog.PAGES_HELD.name].value) == (5, 20, 70)
@@ -55,7 +55,7 @@ def test_a_busy_engine_publishes_once_in_a_while(make, monkeypatch):
     exporter, scrape, retriever = make()
 
     def step() -> float:
-        retriever.counters.count_rows(1, 1, 1)
+        retriever.counters.count_rows(1, 0, 1, 1)
         exporter.step(idle=False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

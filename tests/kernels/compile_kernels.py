@@ -25,9 +25,11 @@ from specontext_vllm.triton_kernels.counters import COUNTERS
 from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
 from specontext_vllm.triton_kernels.head_input import head_input
 from specontext_vllm.triton_kernels.head_rope import rope_and_cache
+from specontext_vllm.triton_kernels.kept_mass import add_kept_mass
 from specontext_vllm.triton_kernels.layer_tables import layer_tables
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
 from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
+from specontext_vllm.triton_kernels.row_starts import row_starts
 from specontext_vllm.triton_kernels.score_pages import score_pages
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
@@ -114,6 +116,9 @@ def launch_all(shape: Shape, eight_bits: bool) -> None:
                 page_max, page_lse, cells(h, 64), seq_lens, starts, block_table, pages, lengths, torch.zeros(rows, h), page_size=PAGE, num_kv_heads=h,
                 first_row=0, num_rows=rows, widest=WIDTH, budget_pages=kept, sink_pages=1, recent_pages=5, fallback_threshold=threshold, held=held,
             )  # fmt: skip
+
+    row_starts(seq_lens, 0, rows, PAGE)
+    add_kept_mass(torch.zeros(rows, h), seq_lens, torch.zeros(11), *torch.zeros(12, dtype=torch.float64).split([1, 11]))
 
     kv_cache, bounds = torch.zeros(BLOCKS, h, PAGE, 2 * d, dtype=dtype), torch.zeros(BLOCKS, h, 2, d, dtype=dtype)
     update_bounds(kv_cache, slots, bounds)

@@ -26,10 +26,13 @@ def test_kept_mass_lands_in_the_buckets_of_a_loop(device):
     for rows in (1, 7, 40):
         kept = torch.rand(rows, 3, generator=generator)
         kept[0] = 1.0
-        counters.count_choice(kept.to(device))
-        means += kept.mean(-1).tolist()
+        seq_lens = torch.randint(0, 3, (rows + 2,), generator=generator, dtype=torch.int32)
+        real = seq_lens[:rows] > 0
+        counters.count_rows(int(real.sum()), int(real.sum()), 1, 1)
+        counters.count_choice(kept.to(device), seq_lens.to(device))
+        means += kept[real].mean(-1).tolist()
     counted = counters.since_reset(False)
-    assert counted[CHOOSING_ROWS] == len(means) == 48
+    assert counted[CHOOSING_ROWS] == len(means) > 20
     assert counted[KEPT_MASS_BUCKETS].tolist() == [sum(mean <= edge for mean in means) for edge in KEPT_MASS_EDGES]
     np.testing.assert_allclose(counted[KEPT_MASS], sum(means), rtol=1e-5)
 
@@ -37,10 +40,10 @@ def test_kept_mass_lands_in_the_buckets_of_a_loop(device):
 def test_a_reset_leaves_the_sums_alone(device):
     counters = Counters(device)
     for _ in range(2):
-        counters.count_rows(3, 10, 50)
+        counters.count_rows(3, 0, 10, 50)
         counters.count_fallback(torch.tensor(2, device=device), torch.tensor(8, device=device))
     places = [STEPS, DECODE_ROWS, PAGES_READ, PAGES_HELD, FALLBACK_ROWS, FALLBACK_PAGES]
     assert counters.since_reset(True)[places].tolist() == [2, 6, 20, 100, 4, 16]
-    counters.count_rows(1, 1, 1)
+    counters.count_rows(1, 0, 1, 1)
     assert counters.since_reset(False)[places].tolist() == [1, 1, 1, 1, 0, 0]
     assert counters.host[[STEPS, DECODE_ROWS]].tolist() == [3, 7] and counters.cells[1:3].tolist() == [4, 16]

@@ -78,7 +78,7 @@ class World:
             token_ids=torch.cat(ids), positions=torch.cat(positions).to(self.device), slots=torch.cat(slots).to(self.device),
             query_starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
             seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device), block_table=table.to(self.device),
-            seq_lens_bound=lens, num_decodes=decodes, table_rows=decodes,
+            seq_lens_bound=lens, num_decodes=decodes, table_rows=decodes, num_tokens=starts[-1],
         )  # fmt: skip
         self.retriever.before_forward(batch, self.pages, self.lengths)
         self.retriever.after_forward(batch, [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)])

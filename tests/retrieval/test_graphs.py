@@ -1,0 +1,183 @@
+"""Replayed steps do what eager ones do, whatever has changed in the tensors since; padding rows leave no trace."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.retrieval.batch import StepBatch
+from specontext_vllm.retrieval.graphs import StepGraphs, bucket
+from specontext_vllm.retrieval.retriever import Retriever
+from tests.paging import assert_close
+from tests.retrieval.test_retriever import HIDDEN, KV_HEADS, World
+
+MOST_ROWS = 8
+SPARE_BLOCK = 200
+"""A page that nobody owns, behind those of ``World``: torch's path on a CPU writes what has the slot -1 into the last one."""
+
+
+class FirstWork:
+    """Does again and again the work that a name and its addresses came with first: whoever reads something newer from the host is found out."""
+
+    def __init__(self):
+        self.works, self.runs, self.cleared = {}, 0, 0
+
+    def run(self, name, inputs, work):
+        self.runs += 1
+        self.works.setdefault((name, *(tensor.data_ptr() for tensor in inputs)), work)()
+
+    def clear(self):
+        self.cleared += 1
+        self.works.clear()
+
+
+class Replayed(World):
+    """Decode steps through buffers that persist, padded to 1, 2, 4 or 8 rows, as vLLM's are."""
+
+    def __init__(self, device, graphs, embeds_apart, **settings):
+        super().__init__(device, **settings)
+        self.retriever = Retriever(
+            self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=512, table_pages=pages_for(512),
+            device=device, graphs=graphs, embeds_apart=embeds_apart,
+        )  # fmt: skip
+        self.retriever.allocate_cache(SPARE_BLOCK + 1)
+        self.retriever.cache.keys.fill_(float("nan"))
+        self.retriever.cache.fused.fill_(float("nan"))
+        self.token_ids = torch.zeros(MOST_ROWS, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(MOST_ROWS, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(MOST_ROWS, dtype=torch.int64, device=device)
+        self.seq_lens = torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(MOST_ROWS, pages_for(512), dtype=torch.int32, device=device)
+        self.states = [torch.zeros(MOST_ROWS, HIDDEN, device=device) for _ in range(3)]
+
+    def decode(self, places):
+        """One step in which each named sequence's token at a position is decoded."""
+        rows = len(places)
+        padded = next(size for size in (1, 2, 4, 8) if size >= rows)
+        self.slots.fill_(-1)
+        self.seq_lens.zero_()
+        self.block_table.zero_()
+        for row, (name, at) in enumerate(places.items()):
+            blocks = torch.tensor(self.rows[name], dtype=torch.int32)
+            self.token_ids[row] = self.tokens[name][at]
+            self.positions[row] = at
+            self.slots[row] = int(blocks[at // PAGE_SIZE]) * PAGE_SIZE + at % PAGE_SIZE
+            self.seq_lens[row] = at + 1
+            self.block_table[row, : len(blocks)] = blocks
+            for state, aux in zip(self.states, self.aux[name]):
+                state[row] = aux[at]
+        batch = StepBatch(
+            token_ids=self.token_ids[:padded], positions=self.positions[:padded], slots=self.slots[:padded],
+            query_starts=torch.arange(padded + 1, dtype=torch.int32, device=self.device), seq_lens=self.seq_lens[:padded],
+            block_table=self.block_table[:padded], seq_lens_bound=[at + 1 for at in places.values()], num_decodes=rows, table_rows=padded,
+            num_tokens=rows, replayable=True,
+        )  # fmt: skip
+        self.lengths.fill_(-1)
+        self.retriever.before_forward(batch, self.pages, self.lengths)
+        assert (self.lengths[: padded * KV_HEADS].view(-1, KV_HEADS)[rows:] == 0).all()
+        self.retriever.after_forward(batch, [state[:padded] for state in self.states])
+
+
+@pytest.fixture(params=["first work", pytest.param("captured", marks=pytest.mark.gpu)])
+def graphs(request, device):
+    return FirstWork() if request.param == "first work" else StepGraphs(device)
+
+
+@pytest.mark.parametrize("embeds_apart", [False, True], ids=["embeds", "embeds-apart"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}], ids=["plain", "fallback", "8-bit-keys"]
+)
+@torch.inference_mode()
+def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device):
+    torch.manual_seed(0)
+    eager, replayed = World(device, **settings), Replayed(device, graphs, embeds_apart, **settings)
+    reached = {}
+    for name, length, prompt in (("a", 420, 20), ("b", 420, 150), ("c", 300, 61), ("d", 200, 3), ("e", 420, 300), ("f", 130, 5)):
+        eager.add(name, length)
+        for field in ("tokens", "aux", "rows"):
+            getattr(replayed, field)[name] = getattr(eager, field)[name]
+        for world in (eager, replayed):
+            world.step((name, 0, prompt))
+        reached[name] = prompt
+    chance = random.Random(1)
+    for step in range(160):
+        able = [name for name, at in reached.items() if at < len(eager.tokens[name])]
+        # Often the same rows, so that what is captured is used.
+        names = able[: 1 + step // 40] if step % 4 else chance.sample(able, chance.randint(1, len(able)))
+        eager.step(*((name, reached[name], reached[name] + 1) for name in names))
+        replayed.decode({name: reached[name] for name in names})
+        for row in range(len(names) * KV_HEADS):
+            count = pages_for(int(eager.lengths[row]))
+            assert int(replayed.lengths[row]) == int(eager.lengths[row])
+            assert torch.equal(replayed.pages[row, :count], eager.pages[row, :count]), (step, row)
+        for name in names:
+            reached[name] += 1
+    # One row or several: the sums of a matrix product may come in another order.
+    assert_close("keys", eager.retriever.cache.keys[:200].float().nan_to_num(0), replayed.retriever.cache.keys[:200].float().nan_to_num(0), 1e-5)
+    assert torch.equal(eager.retriever.cache.keys[:200].isnan(), replayed.retriever.cache.keys[:200].isnan())
+    assert_close("fused", eager.retriever.cache.fused[:200].nan_to_num(0), replayed.retriever.cache.fused[:200].nan_to_num(0), 1e-5)
+    assert replayed.retriever.stats() == pytest.approx(eager.retriever.stats())
+    if isinstance(graphs, FirstWork):
+        assert graphs.runs == 320 and len(graphs.works) < 40
+    else:
+        assert 4 < len(graphs) < 40
+
+
+@torch.inference_mode()
+def test_settings_that_change_are_followed(graphs, device):
+    world = Replayed(device, graphs, False)
+    world.add("a", 400)
+    world.step(("a", 0, 300))
+    lengths = []
+    for at in range(300, 330):
+        if at == 310:
+            world.retriever.configure(world.config.model_copy(update={"budget": 128}))
+        if at == 320:
+            world.retriever.configure(world.config.model_copy(update={"retriever": "random"}))
+        world.decode({"a": at})
+        lengths.append(-(-int(world.lengths[0]) // PAGE_SIZE))
+    assert lengths == [4] * 10 + [8] * 10 + [4] * 10
+    # The stand-in's work reads the settings anew, a captured one does not.
+    assert not isinstance(graphs, FirstWork) or graphs.cleared == 3
+
+
+class Remembering(StepGraphs):
+    """Keeps the work of the last step by its kind."""
+
+    def run(self, name, inputs, work):
+        self.__dict__.setdefault("works", {})[name[0]] = work
+        super().run(name, inputs, work)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_graph_takes_little_memory(device):
+    """Graphs come beside what vLLM has measured and filled: a thousand of them must fit into the tenth that it leaves."""
+    graphs = Remembering(device)
+    world = Replayed(device, graphs, False)
+    world.add("a", 400)
+    world.step(("a", 0, 300))
+    for at in range(300, 303):
+        world.decode({"a": at})
+    torch.cuda.synchronize()
+    before, _ = torch.cuda.mem_get_info()
+    for index in range(128):
+        for _ in range(2):
+            StepGraphs.run(graphs, ("again", index), (), graphs.works["select" if index % 2 else "learn"])
+    torch.cuda.synchronize()
+    after, _ = torch.cuda.mem_get_info()
+    assert len(graphs) >= 130 and before - after < 128 << 20
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 4, 5, 7, 9, 127, 128, 129, 1000, 8192])
+def test_a_bucket_is_at_most_half_too_large(pages):
+    assert pages <= bucket(pages) <= max(pages + 1, 1.5 * pages)
+    assert bucket(bucket(pages)) == bucket(pages)
+
+
+def test_there_are_few_buckets():
+    assert len({bucket(pages) for pages in range(129, 8193)}) == 12
