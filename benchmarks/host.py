@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import report, steps as stepping
+from benchmarks import report
+from benchmarks import steps as stepping
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.engines import SETTLE, Cell, EngineSpec, drain, send
 from benchmarks.machine import gpus
