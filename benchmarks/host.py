@@ -189,7 +189,7 @@ def main(
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
     timed: Annotated[int, typer.Option(min=2, help="Steps of each kind of timing.")] = 128,
     host_gib: Annotated[float, typer.Option(help="Host pool of two-tiers.")] = 6,
-    gpu_gib: Annotated[float | None, typer.Option(help="Cap on the GPU memory of two-tiers, weights included.")] = 4,
+    gpu_gib: Annotated[float | None, typer.Option(help="Cap on the GPU memory of two-tiers, weights included.")] = 4.5,
     profile: Annotated[bool, typer.Option(help="Keep Python's profile of each cell in the result.")] = True,
     engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 150,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,

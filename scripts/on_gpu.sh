@@ -67,6 +67,7 @@ tests() {
 step_graphs() { test_files step-graphs 150 tests/retrieval/test_graphs.py tests/retrieval/test_counters.py tests/kernels/test_step_kernels.py; }
 graphs() { test_files gpu-graphs 500 tests/engine/test_quest_graphs.py tests/engine/test_compile_cache.py; }
 service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
+pressure() { test_files pressure 250 tests/engine/test_pressure.py; }
 ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }

@@ -13,11 +13,11 @@ _RETURNED, _FETCHED = tl.constexpr(counters.RETURNED), tl.constexpr(counters.FET
 _KEPT = 0x7FFFFFFFFFFFFFFF
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit
 def _resolve_pages_kernel(
     p_selection, p_lengths, p_seq_lens, p_lanes, p_block_table, p_capacity,
-    p_slot_of, p_page_of, p_source_of, p_stamp, p_slots, p_order, p_sources, p_targets, p_count, p_resident, p_counters,
-    s_selection, s_table, max_pages, step,
+    p_slot_of, p_page_of, p_source_of, p_stamp, p_slots, p_order, p_sources, p_targets, p_count, p_resident, p_counters, p_step,
+    s_selection, s_table, max_pages,
     L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, K_PAD: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
@@ -26,6 +26,7 @@ def _resolve_pages_kernel(
     lane = tl.load(p_lanes + i_row).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     if (lane >= 0) & (length > 0):
+        step = tl.load(p_step)
         seq_len = tl.load(p_seq_lens + i_row)
         p_of = p_slot_of + (lane * H + i_head) * max_pages
         buffer = (lane * H + i_head) * S
@@ -75,7 +76,7 @@ def resolve_pages(
     selection: torch.Tensor, lengths: torch.Tensor, seq_lens: torch.Tensor, lanes: torch.Tensor, block_table: torch.Tensor,
     capacity: torch.Tensor, slot_of: torch.Tensor, page_of: torch.Tensor, source_of: torch.Tensor, stamp: torch.Tensor,
     slots: torch.Tensor, order: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, count: torch.Tensor, resident: torch.Tensor,
-    counts: torch.Tensor, *, step: int, num_layers: int, num_rows: int, page_size: int,
+    counts: torch.Tensor, step: torch.Tensor, *, num_layers: int, num_rows: int, page_size: int,
 ) -> None:  # fmt: skip
     """See ``specontext_vllm.residency.hot_buffers.HotBuffers.resolve``, whose torch path is the reference.
 
@@ -84,10 +85,11 @@ def resolve_pages(
         count: ``[1]`` int32, zero on entry.
         resident: ``[1]`` int32 layers whose pages are all on the GPU; the others fetch the misses.
         counts: int64 counters (module ``counters``), added to.
+        step: ``[1]`` int32, the number of this step.
     """
     _, heads, hot = page_of.shape
     _resolve_pages_kernel[(num_rows, heads)](
         selection, lengths, seq_lens, lanes, block_table, capacity, slot_of, page_of, source_of, stamp, slots, order,
-        sources, targets, count, resident, counts, selection.stride(0), block_table.stride(0), slot_of.shape[2], step,
+        sources, targets, count, resident, counts, step, selection.stride(0), block_table.stride(0), slot_of.shape[2],
         L=num_layers, H=heads, P=page_size, S=hot, S_PAD=order.shape[1], K_PAD=triton.next_power_of_2(selection.shape[1]), KEPT=_KEPT, num_warps=4,
     )  # fmt: skip

@@ -345,12 +345,17 @@ class Runtime:
     def before_forward(self, batch: StepBatch) -> None:
         """Fill the page table and let the attention provider plan the step."""
         table, tiers, decodes = self.builder.table, self.tiers, batch.num_decodes
+        behind = None
         if tiers is not None:
             tiers.place_rows(batch.names[:decodes], batch.table_rows)
-        with self._timed(batch, self._exporter.select):
-            self.retriever.before_forward(batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held())
-            if tiers is not None:
+
+            def behind() -> None:
                 tiers.resolve(table.pages, table.lengths, batch.seq_lens, batch.block_table, batch.table_rows)
+
+        with self._timed(batch, self._exporter.select):
+            self.retriever.before_forward(batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held(), behind)
+            if tiers is not None:
+                tiers.fetch_misses(batch.table_rows)
         if tiers is not None:
             tokens = sum(batch.query_lens[decodes:])
             tiers.begin_prefill(

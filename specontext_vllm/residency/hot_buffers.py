@@ -46,7 +46,8 @@ class HotBuffers:
         misses = max_rows * num_kv_heads * table_pages
         self.sources, self.targets, self.count = cells(misses, value=0), cells(misses, value=0), cells(1, value=0)
         self._order = cells(max_rows * num_kv_heads, 1 << (slots - 1).bit_length())
-        self._step = 0
+        # On the device, since a captured step counts on.
+        self.step = cells(1, value=0)
 
     def reset(self, lanes: Tensor) -> None:
         """Forget what the given lanes (int64) hold."""
@@ -70,7 +71,7 @@ class HotBuffers:
             lanes: ``[>= rows]`` int32, -1 for padding.
             block_table: ``[>= rows, W]`` int32 logical pages.
         """
-        self._step += 1
+        self.step.add_(1)
         self.count.zero_()
         if selection.is_cuda:
             from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
@@ -78,7 +79,7 @@ class HotBuffers:
             resolve_pages(
                 selection, lengths, seq_lens, lanes, block_table, self.capacity, self.slot_of, self.page_of, self.source_of,
                 self.stamp, self.slots, self._order, self.sources, self.targets, self.count, self.resident, self.counts,
-                step=self._step, num_layers=self.num_layers, num_rows=rows, page_size=PAGE_SIZE,
+                self.step, num_layers=self.num_layers, num_rows=rows, page_size=PAGE_SIZE,
             )  # fmt: skip
             return
         for row in range(rows):
@@ -87,7 +88,7 @@ class HotBuffers:
                     self._resolve_one(selection, lengths, int(seq_lens[row]), int(lanes[row]), block_table[row], row, head)
 
     def _resolve_one(self, selection: Tensor, lengths: Tensor, seq_len: int, lane: int, table: Tensor, row: int, head: int) -> None:
-        heads, step = self.num_kv_heads, self._step
+        heads, step = self.num_kv_heads, int(self.step)
         sequence = row * heads + head
         pages = (selection[sequence, : pages_for(int(lengths[sequence]))] // heads).long()
         slot_of, page_of, stamp = self.slot_of[lane, head], self.page_of[lane, head], self.stamp[lane, head]

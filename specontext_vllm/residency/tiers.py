@@ -60,8 +60,8 @@ class _Group:
 class TieredKV:
     """KV pages of all layers over two tiers.
 
-    A step goes: ``begin_step`` (host books, tables, layers that move), ``resolve`` (misses and the layers' page tables), then
-    per layer ``write``, and for prefill rows of an offloaded layer ``stages``. All of it is enqueued on the current stream
+    A step goes: ``begin_step`` (host books, tables, layers that move), ``resolve`` (misses and the layers' page tables),
+    ``fetch_misses``, then per layer ``write``, and for prefill rows of an offloaded layer ``stages``. All of it is enqueued on the current stream
     and, for copies, on a side stream; nothing waits for the GPU. What a captured decode graph replays reads every
     number that may change (resident layers, misses, tables) from device memory, so a move needs no new graph.
 
@@ -111,6 +111,7 @@ class TieredKV:
         self.hot_frames = cells(num_layers, max_requests, plan.hot_pages)
         self.tables = cells(num_layers, max_rows * num_kv_heads, table_pages)
         self.lanes = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self._placed = np.full(max_rows, -1, np.int32)
         self._always = cells(1)
         self._copier = Copier(device, num_layers)
         self._groups: list[_Group] = []
@@ -140,6 +141,7 @@ class TieredKV:
         # One row without a lane: nothing happens, but Triton compiles its kernels before a request waits for them.
         row = torch.zeros(1, self.hot.slot_of.shape[2], dtype=torch.int32, device=self.device)
         self.resolve(pages, lengths, row[0, :1], row, 1)
+        self.fetch_misses(1)
         self._fetch_one(self.num_layers - 1, self.hot.sources, self.hot.targets, self.hot.count, self.hot_frames[-1].view(-1))
         self.steps = 0
 
@@ -168,7 +170,7 @@ class TieredKV:
         """Bring the device up to the ledger: tables first, then fills and loads.
 
         Raises:
-            RuntimeError: the step before had pages to copy and never came to ``resolve``.
+            RuntimeError: the step before had pages to copy and never came to ``fetch_misses``.
         """
         if self._returning is not None:
             raise RuntimeError("specontext: a layer on its way back was not copied in the step before; please report it.")
@@ -189,8 +191,9 @@ class TieredKV:
         if changes.lanes:
             self.hot.reset(self._upload(np.array(changes.lanes, np.int64)))
         self.moved_layers += abs(self.ledger.resident - self._resident_before)
-        self._resident_before = self.ledger.resident
-        self.resident.fill_(self.ledger.resident)
+        if self.ledger.resident != self._resident_before:
+            self._resident_before = self.ledger.resident
+            self.resident.fill_(self.ledger.resident)
         if changes.offloaded:
             held = self.hot.contents()
             self.meter.counts[FILLED] += held[2][0] * len(changes.offloaded)
@@ -206,25 +209,31 @@ class TieredKV:
 
     def place_rows(self, names: Sequence[str], table_rows: int) -> None:
         """Note which lane each row of the step has; the rows behind them are padding."""
-        lanes = np.full(max(table_rows, len(names)), -1, np.int32)
+        lanes = np.full(table_rows, -1, np.int32)
         lanes[: len(names)] = [self.ledger.lanes[name] for name in names]
-        self.lanes[:table_rows].copy_(self._upload(lanes[:table_rows]), non_blocking=True)
+        if not np.array_equal(lanes, self._placed[:table_rows]):
+            self._placed[:table_rows] = lanes
+            self.lanes[:table_rows].copy_(self._upload(lanes), non_blocking=True)
 
     def resolve(
         self, selection: Tensor, lengths: Tensor, seq_lens: Tensor, block_table: Tensor, table_rows: int
     ) -> None:
-        """Find the step's misses, start their copies, and write every layer's page table.
+        """Find the step's misses and write every layer's page table. It reads and writes only the device, so a graph may hold it.
 
         Args:
             selection, lengths: ``[>= table_rows * H, K]``, ``[>= table_rows * H]`` int32; ids are ``page * H + head`` with the page
                 counted from the request's start.
             seq_lens, block_table: the step's, logical.
-            table_rows: rows with a selection, padding included.
+            table_rows: rows with a selection, padding included; at least one.
         """
+        self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
+        self._copier.expect()
+        self._write_tables(selection, lengths, block_table, table_rows)
+
+    def fetch_misses(self, table_rows: int) -> None:
+        """Start the copies of what ``resolve`` has found, or with no rows forget what it found before; behind them those of a layer that comes back."""
         if table_rows:
-            self.hot.resolve(selection, lengths, seq_lens, self.lanes, block_table, table_rows)
             self._start_copies()
-            self._write_tables(selection, lengths, block_table, table_rows)
             self.steps += 1
         else:
             self.hot.count.zero_()

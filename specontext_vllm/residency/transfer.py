@@ -111,12 +111,16 @@ class Copier:
         with torch.cuda.stream(self._stream):
             yield
 
+    def expect(self) -> None:
+        """The step has misses to copy, for which ``wait`` waits; a captured graph may hold this."""
+        if self._cuda:
+            self._epoch.add_(1)
+
     def start(self, copy: Callable[[Tensor | None], None]) -> None:
         """Copy the misses of all layers behind all that is enqueued; ``copy(done)`` must count in ``done`` what it has copied."""
         if not self._cuda:
             copy(None)
             return
-        self._epoch.add_(1)
         with self.aside():
             copy(self._done)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 MOST_GRAPHS = 1024
 """Graphs that are kept; a step that would need one more runs eagerly."""
 
+REMEMBERED = 64
+"""Keys that have come up once: those whose addresses never return must not take the place of others."""
+
 
 def bucket(pages: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below ``pages``, so that steps with longer and longer contexts need few graphs.
@@ -32,7 +35,8 @@ class StepGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._once: dict[Hashable, None] = {}
         # One after the other on one stream, so their temporaries may share memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -47,20 +51,27 @@ class StepGraphs:
         key = name, *(tensor.data_ptr() for tensor in inputs)
         graph = self._graphs.get(key)
         if graph is None:
-            if key not in self._graphs:
-                if len(self._graphs) < MOST_GRAPHS:
-                    self._graphs[key] = None
+            if key not in self._once or len(self._graphs) == MOST_GRAPHS:
+                self._once[key] = None
+                if len(self._once) > REMEMBERED:
+                    del self._once[next(iter(self._once))]
                 work()
                 return
+            del self._once[key]
             graph = self._graphs[key] = self._capture(work)
         graph.replay()
 
     def clear(self) -> None:
         """Forget everything: the settings that ``work`` follows have changed."""
+        if len(self):
+            torch.cuda.synchronize(self._stream.device)
         self._graphs.clear()
+        self._once.clear()
+        # The allocator forgets a pool with the last graph that used it.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def __len__(self) -> int:
-        return sum(graph is not None for graph in self._graphs.values())
+        return len(self._graphs)
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

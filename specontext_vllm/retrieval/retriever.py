@@ -112,7 +112,10 @@ class Retriever:
 
     # -- before the forward pass --------------------------------------------------------------------------------------
 
-    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None) -> None:
+    def before_forward(
+        self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None,
+        behind: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         """Fill the page table of the step's decode rows; for a retriever that selects per layer only its lengths.
 
         Args:
@@ -121,6 +124,7 @@ class Retriever:
             lengths: ``[>= table_rows * H]`` int32, written; 0 for padding rows.
             held: pages that selection sticks to.
             ids: ``[>= table_rows, W]`` int32 what a page is called in ``pages``; default the block table's ids.
+            behind: enqueues what follows the selection, and is captured with it; left out of a step without decode rows.
         """
         if batch.table_rows == 0:
             return
@@ -138,6 +142,8 @@ class Retriever:
         if not self._replays(batch) or len(parts) > 1:
             embeds = self.embed(batch.token_ids[:decodes]) if self.head is not None and decodes else None
             self._select(batch, decodes, embeds, choosing, parts, pages, lengths, ids, held)
+            if behind is not None:
+                behind()
             return
         # The graph's rows include the padding's, which read nothing and write to nowhere.
         rows, embeds = batch.table_rows, None
@@ -149,6 +155,8 @@ class Retriever:
         def work() -> None:
             found = self.embed(batch.token_ids[:rows]) if embeds is None and self.head is not None else embeds
             self._select(batch, rows, found, choosing, parts, pages, lengths, ids, held)
+            if behind is not None:
+                behind()
 
         self._graphs.run(("select", rows, choosing, parts[0][1]), inputs, work)
 

@@ -252,8 +252,10 @@ class RemoteRetriever:
 
     # -- a step ---------------------------------------------------------------------------------------------------------
 
-    def before_forward(self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: None = None, held: None = None) -> None:
-        """Fill the page table of the step's decode rows; see ``Retriever.before_forward``. ``ids`` and ``held`` stay None."""
+    def before_forward(
+        self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: None = None, held: None = None, behind: None = None
+    ) -> None:  # fmt: skip
+        """Fill the page table of the step's decode rows; see ``Retriever.before_forward``. ``ids``, ``held`` and ``behind`` stay None."""
         self._adopt()
         step, selection = self._on_host(batch), None
         if self._link is not None:

@@ -131,7 +131,7 @@ def launch_all(shape: Shape, eight_bits: bool) -> None:
     hot, words = cells(LAYERS, rows, HOT), PAGE * 2 * d * dtype.itemsize // 4
     resolve_pages(
         pages, lengths, seq_lens, lanes, block_table, cells(rows), cells(rows, h, WIDTH), cells(rows, h, HOT), cells(rows, h, HOT), cells(rows, h, HOT),
-        cells(rows * h, kept), cells(rows * h, HOT), cells(64), cells(64), count, resident, counts, step=1, num_layers=LAYERS, num_rows=rows, page_size=PAGE,
+        cells(rows * h, kept), cells(rows * h, HOT), cells(64), cells(64), count, resident, counts, step, num_layers=LAYERS, num_rows=rows, page_size=PAGE,
     )  # fmt: skip
     tables = cells(LAYERS, rows * h, kept)
     layer_tables(

@@ -191,7 +191,9 @@ class Schedule:
         tiers.place_rows([r.name for r in decodes], len(decodes))
         selected = self.select(decodes)
         table, slots = table.to(self.device), slots.to(self.device)
-        tiers.resolve(self.pages, self.lengths, torch.tensor(ends, dtype=torch.int32, device=self.device), table, len(decodes))
+        if decodes:
+            tiers.resolve(self.pages, self.lengths, torch.tensor(ends, dtype=torch.int32, device=self.device), table, len(decodes))
+        tiers.fetch_misses(len(decodes))
         tokens = len(decodes)
         prefills = chunks[tokens:]
         tiers.begin_prefill(table[tokens:], torch.tensor(positions[tokens:], device=self.device), ends[tokens:], [chunk for _, chunk in prefills])

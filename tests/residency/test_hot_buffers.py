@@ -40,11 +40,11 @@ def random_step(generator, lanes, seq_lens, table):
 
 
 def run_kernel(hot, selection, lengths, seq_lens, lanes, table, rows, step):
-    hot._step = step
+    hot.step.fill_(step)
     hot.count.zero_()
     resolve_pages(
         selection, lengths, seq_lens, lanes, table, hot.capacity, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots,
-        hot._order, hot.sources, hot.targets, hot.count, hot.resident, hot.counts, step=step, num_layers=LAYERS, num_rows=rows,
+        hot._order, hot.sources, hot.targets, hot.count, hot.resident, hot.counts, hot.step, num_layers=LAYERS, num_rows=rows,
         page_size=PAGE_SIZE,
     )  # fmt: skip
 
