@@ -83,6 +83,7 @@ def test_no_layer_goes_on_before_its_pages_are_there():
     for step in range(60):
         fresh = torch.randn(host.shape, generator=generator)
         host.copy_(fresh)
+        copier.expect()
         copier.start(
             lambda done: fetch(host, arena, sources, targets, count, frames[2:], resident, layers=range(2, layers), first_mirrored=2, done=done)
         )
