@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import cProfile
+import itertools
+import multiprocessing
+import os
 import pstats
 import statistics
 import tempfile
@@ -25,6 +28,10 @@ from benchmarks.shapes import Shape
 
 ENGINES = {"stock": "stock", "specontext": "specontext", "two-tiers": "specontext"}
 """The engines, and what each is called in ``EngineSpec``."""
+ROUNDS = 8
+CORES = 4
+TURN_SECONDS = 240
+"""Longest wait for the other engines: their starts, or their turns."""
 TRACED_STEPS = 16
 PROFILED = 60
 """Functions of the profile that the result keeps."""
@@ -34,7 +41,8 @@ TABLES = {
         stepping.CELL,
         report.Column("engine", "engine"),
         report.Column("step", "step", ".2f"),
-        report.Column("spread", "p10 to p90"),
+        report.Column("ratio", "times stock's", ".2f"),
+        report.Column("ratios", "round by round"),
         report.Column("gpu", "GPU computes", ".2f"),
         report.Column("kernels", "kernels", ".0f"),
         report.Column("runner", "host: model runner", ".2f"),
@@ -46,52 +54,79 @@ TABLES = {
     )
 }
 NOTE = (
-    "All requests decode. Step: median from the plain engine. GPU computes: time during which at least one kernel runs, from a trace of "
-    f"{TRACED_STEPS} steps. Host: medians of the calls' own times in steps without a trace; the model runner's are execute_model and sample_tokens "
-    "together, our hooks included. Everything runs in one process, with async scheduling as vLLM sets it: while the host prepares a step, the GPU may "
-    "still compute the one before."
+    f"All requests decode. The engines are there at once, each in a process of its own, on the same {CORES} processor cores, and take turns of some dozen steps, {ROUNDS} each: "
+    "a rented machine's host may be half as fast a minute later. Medians over the steps; times stock's: the median over the rounds of the ratio of their medians, with the least and the most. "
+    f"GPU computes: time during which at least one kernel runs, from a trace of {TRACED_STEPS} steps. Host: the calls' own times; the model runner's are execute_model and sample_tokens "
+    "together, our hooks included. Async scheduling as vLLM sets it: while the host prepares a step, the GPU may still compute the one before."
 )
 
 
-def run_engine(spec: EngineSpec, cells: Sequence[Cell], profile: bool) -> Iterator[tuple[str, Any]]:
-    """Start the engine and measure the cells; runs in a child. Yields ``("cell", (name, figures))``."""
+class Turns:
+    """Lets processes work one after the other, in a ring.
+
+    Args:
+        places: one semaphore a process; the first one's is free.
+    """
+
+    def __init__(self, places: Sequence[Any], own: int) -> None:
+        self._places, self._own = places, own
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for it, and hand it on.
+
+        Raises:
+            RuntimeError: it does not come, since another process failed.
+        """
+        if not self._places[self._own].acquire(timeout=TURN_SECONDS):
+            raise RuntimeError(f"waited {TURN_SECONDS} s for the turn of another engine.")
+        yield
+        self._places[(self._own + 1) % len(self._places)].release()
+
+
+def run_engine(spec: EngineSpec, cells: Sequence[Cell], profile: bool, turns: Turns) -> Iterator[tuple[str, Any]]:
+    """Start the engine and measure the cells; runs in a child. Yields ``("ready", None)``, then ``("cell", (name, figures))`` for each."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     from vllm import LLM
 
-    llm = LLM(**spec.arguments())
+    llm = LLM(**(spec.arguments() | {"max_model_len": spec.max_model_len}))
     if spec.host_gib:
         from benchmarks.capacity import drive_selection
 
         llm.collective_rpc(drive_selection, args=([spec.turnover],))
+    yield "ready", None
     for index, cell in enumerate(cells):
-        yield "cell", (cell.name, measure_cell(llm, cell, index, spec, profile))
+        yield "cell", (cell.name, measure_cell(llm, cell, index, spec, profile, turns))
 
 
-def measure_cell(llm: Any, cell: Cell, index: int, spec: EngineSpec, profile: bool) -> dict[str, Any]:
-    """Steps of one cell four times over: plain, with the runner's calls timed, traced on a GPU, and with Python's profiler."""
+def measure_cell(llm: Any, cell: Cell, index: int, spec: EngineSpec, profile: bool, turns: Turns) -> dict[str, Any]:
+    """Steps of one cell with the runner's calls timed, then traced on a GPU, and with Python's profiler."""
     engine = llm.llm_engine
-    tokens = -(-cell.requests * cell.tokens // spec.batched_tokens) + cell.requests + 5 * SETTLE + 3 * spec.steps + TRACED_STEPS + 16
-    prompt = min(cell.tokens, engine.vllm_config.model_config.max_model_len - tokens)
-    ids = send(engine, cell, cell.requests, prompt, tokens, index)
-    waiting = set(ids)
-    while waiting:
-        waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-    steps(engine, SETTLE)
-    plain = steps(engine, spec.steps)
+    a_round = -(-spec.steps // ROUNDS)
+    tokens = -(-cell.requests * cell.tokens // spec.batched_tokens) + cell.requests + (2 + ROUNDS) * SETTLE + (ROUNDS + 2) * a_round + TRACED_STEPS + 16
+    prompt = min(cell.tokens, spec.max_model_len - tokens)
     calls: dict[str, list[float]] = defaultdict(list)
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    with watched(runner, calls):
-        calls["step"] = [1e-3 * ms for ms in steps(engine, spec.steps)]
-    figures = {
-        "step_ms": plain, "calls_ms": {name: 1e3 * statistics.median(times) for name, times in calls.items()},
-        "calls_a_step": {name: len(times) / spec.steps for name, times in calls.items()},
-    }  # fmt: skip
-    if spec.on_gpu:
-        figures |= traced(llm, engine)
-    if profile:
+    rounds = []
+    with turns.turn():
+        ids = send(engine, cell, cell.requests, prompt, tokens, index)
+        waiting = set(ids)
+        while waiting:
+            waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
         steps(engine, SETTLE)
-        figures["profile"] = profiled(engine, spec.steps)
-    engine.abort_request(ids)
-    drain(engine)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    for _ in range(ROUNDS):
+        with turns.turn():
+            steps(engine, SETTLE)
+            with watched(runner, calls):
+                rounds.append(steps(engine, a_round))
+    figures: dict[str, Any] = {"rounds_ms": rounds, "calls_ms": {name: 1e3 * statistics.median(times) for name, times in calls.items()}}
+    with turns.turn():
+        if spec.on_gpu:
+            figures |= traced(llm, engine)
+        if profile:
+            figures["profile"] = profiled(engine, a_round)
+        engine.abort_request(ids)
+        drain(engine)
     return figures
 
 
@@ -168,16 +203,17 @@ def make_rows(cells: Sequence[Cell], engines: Sequence[str], details: dict[str, 
     """One row for each cell and engine that was measured."""
     rows = []
     for cell in cells:
-        for name in engines:
-            if (figures := details["engines"].get(name, {}).get(cell.name)) is None:
-                continue
-            calls, times = figures["calls_ms"], sorted(figures["step_ms"])
+        measured = {name: figures for name in engines if (figures := details["engines"].get(name, {}).get(cell.name))}
+        for name, figures in measured.items():
+            calls, rounds = figures["calls_ms"], figures["rounds_ms"]
             row = {
-                "cell": cell.label(cell.requests), "engine": name, "step": statistics.median(times), "gpu": figures.get("gpu_ms"),
-                "spread": f"{times[len(times) // 10]:.2f} to {times[-1 - len(times) // 10]:.2f}", "kernels": figures.get("kernels"),
-                "runner": calls["execute_model"] + calls["sample_tokens"],
+                "cell": cell.label(cell.requests), "engine": name, "step": statistics.median(itertools.chain(*rounds)), "gpu": figures.get("gpu_ms"),
+                "kernels": figures.get("kernels"), "runner": calls["execute_model"] + calls["sample_tokens"],
             }  # fmt: skip
-            row["rest"] = calls["step"] - row["runner"] - calls.get("wait", 0.0)
+            row["rest"] = row["step"] - row["runner"] - calls.get("wait", 0.0)
+            if name != "stock" and "stock" in measured:
+                ratios = [statistics.median(ours) / statistics.median(theirs) for ours, theirs in zip(rounds, measured["stock"]["rounds_ms"], strict=True)]
+                row |= {"ratio": statistics.median(ratios), "ratios": f"{min(ratios):.2f} to {max(ratios):.2f}"}
             rows.append(row | {key: calls[key] for key in ("begin_step", "before_forward", "after_forward", "wait") if key in calls})
     return rows
 
@@ -187,11 +223,12 @@ def main(
     model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "1b",
     engines: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(ENGINES)}.")] = ",".join(ENGINES),
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
-    timed: Annotated[int, typer.Option(min=2, help="Steps of each kind of timing.")] = 128,
+    timed: Annotated[int, typer.Option(min=2, help="Timed steps of each cell and engine.")] = 256,
+    gpu_gib: Annotated[float, typer.Option(help="GPU memory of each engine but two-tiers, weights included; they are there at once.")] = 16,
     host_gib: Annotated[float, typer.Option(help="Host pool of two-tiers.")] = 6,
-    gpu_gib: Annotated[float | None, typer.Option(help="Cap on the GPU memory of two-tiers, weights included.")] = 4.5,
+    tiers_gpu_gib: Annotated[float, typer.Option(help="GPU memory of two-tiers, weights included.")] = 4.5,
     profile: Annotated[bool, typer.Option(help="Keep Python's profile of each cell in the result.")] = True,
-    engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 150,
+    engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine, from its start to the end of all.")] = 400,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
     work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs; default a new temporary one.")] = None,
 ) -> None:
@@ -211,24 +248,36 @@ def main(
     model, on_gpu = str(shape.write(folder / "model")), bool(gpus())
     details: dict[str, Any] = {"shape": {"name": shape.name, **shape.config}, "budget": budget, "timed": timed, "engines": {}}
     result = report.Report("host", f"The host's share of a decode step, {model_shape} shape, random weights, budget {budget} tokens", TABLES, details=details)
-    result.notes = [NOTE, f"two-tiers: {host_gib:g} GiB of host memory behind " + (f"{gpu_gib:g} GiB of GPU memory." if gpu_gib else "the GPU's.")]
-    for name in chosen:
-        tiers = {"host_gib": host_gib, "gpu_gib": gpu_gib} if name == "two-tiers" else {}
-        longest = max(cell.tokens for cell in parsed) + 4096
-        spec = EngineSpec(
-            ENGINES[name], model, on_gpu, budget, max(cell.requests for cell in parsed), timed, max_model_len=min(longest, shape.max_position_embeddings), batched_tokens=8192, **tiers
-        )
-        print(f"{name}: starting", flush=True)
-        try:
-            for _, (cell, figures) in run_child(
-                run_engine, spec, parsed, profile, log=folder / f"{name}.log", seconds=engine_seconds, env=engine_env(on_gpu)
-            ):
+    result.notes = [NOTE, f"two-tiers: {host_gib:g} GiB of host memory behind {tiers_gpu_gib:g} GiB of GPU memory, driven selections."]
+    context = multiprocessing.get_context("spawn")
+    places = [context.Semaphore(0) for _ in chosen]
+    longest = min(max(cell.tokens for cell in parsed) + 4096, shape.max_position_embeddings)
+    running: dict[str, Iterator[tuple[str, Any]]] = {}
+    try:
+        for own, name in enumerate(chosen):
+            tiers = {"host_gib": host_gib, "gpu_gib": tiers_gpu_gib} if name == "two-tiers" else {"gpu_gib": gpu_gib}
+            most = max(cell.requests for cell in parsed)
+            spec = EngineSpec(ENGINES[name], model, on_gpu, budget, most, timed, max_model_len=longest, batched_tokens=8192, **tiers)
+            print(f"{name}: starting", flush=True)
+            running[name] = run_child(
+                run_engine, spec, parsed, profile, Turns(places, own), log=folder / f"{name}.log", seconds=engine_seconds, env=engine_env(on_gpu)
+            )
+            # One after the other: each measures the GPU's free memory.
+            next(running[name])
+        places[0].release()
+        for _ in parsed:
+            for name, events in running.items():
+                _, (cell, figures) = next(events)
                 details["engines"].setdefault(name, {})[cell] = figures
-                result.rows = make_rows(parsed, chosen, details)
-                result.write(out)
-        except ChildError as error:
-            result.failures[name] = str(error)
+            result.rows = make_rows(parsed, chosen, details)
             result.write(out)
+    except ChildError as error:
+        # The others wait for its turn, which does not come.
+        result.failures[name] = str(error)
+        result.write(out)
+    finally:
+        for events in running.values():
+            events.close()
     result.show()
     print(f"written: {out}", flush=True)
     raise typer.Exit(1 if result.failures else 0)

@@ -150,6 +150,20 @@ soak() {
 soak_one_tier() { soak one-tier; }
 soak_two_tiers() { soak two-tiers; }
 soak_stock() { soak stock; }
+# Ten minutes of load are longer than a call: begun in one, ended in the next.
+soak_begin() {
+    wants_h200
+    for engine in one-tier two-tiers; do
+        setsid timeout -k 30 1100 python3 -m benchmarks soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds 600 \
+            --work "$WORK/soak-$engine" --out "$RESULTS" >"/tmp/soak-$engine.log" 2>&1 </dev/null &
+    done
+    sleep 560
+}
+soak_end() {
+    while pgrep -f "benchmarks soak" >/dev/null; do sleep 2; done
+    cp /tmp/soak-*.log "$OUT"
+    tail -n 25 /tmp/soak-*.log | cut -c1-240
+}
 
 for step in "$@"; do
     if [[ $step == *,* ]]; then
