@@ -8,7 +8,10 @@ BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _add_kept_mass_kernel(p_mass, p_seq_lens, p_edges, p_sum, p_buckets, num_rows, H: tl.constexpr, H_PAD: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, BLOCK: tl.constexpr):
+def _add_kept_mass_kernel(
+    p_mass, p_seq_lens, p_edges, p_sum, p_buckets, num_rows,
+    H: tl.constexpr, H_PAD: tl.constexpr, N: tl.constexpr, N_PAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     o_h, o_n = tl.arange(0, H_PAD), tl.arange(0, N_PAD)
     b_edges = tl.load(p_edges + o_n, mask=o_n < N, other=0.0)
     total = tl.full((), 0.0, tl.float64)
