@@ -99,6 +99,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
         (parallel.enable_dbo, "--enable-dbo: on", "dual-batch overlap splits the batch the head scores; leave it off"),
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config: found one",
          "KV connectors do not know the head's K cache; leave it out"),
+        (vllm_config.lora_config is not None, "--enable-lora: on",
+         "the head embeds tokens before vLLM sets the step's adapters; leave it out"),
         (model.enable_sleep_mode, "--enable-sleep-mode: on", "the head's K cache would be lost; leave it off"),
         (cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")), f"--kv-cache-dtype: found {cache.cache_dtype!r}",
          "keys and values are kept in the model's own dtype; use auto"),

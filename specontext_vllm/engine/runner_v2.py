@@ -14,7 +14,8 @@ from specontext_vllm.retrieval.batch import StepBatch
 class SpeContextModelRunnerV2(GPUModelRunner):
     """Selects pages in ``prepare_attn`` (real batches only, before metadata and graph replay) and learns in ``sample_tokens``.
 
-    Both run eagerly on the main stream; a captured graph only reads the page table, so nothing it replays can be stale.
+    Both enqueue on the main stream; vLLM's captured graph only reads the page table, and what our own graphs read lies on the device, so
+    nothing that is replayed can be stale.
     """
 
     runtime: Runtime | None = None
@@ -24,6 +25,10 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         super().load_model(*args, **kwargs)
         self.runtime = Runtime(self.vllm_config, self.model, self.device)
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
+
+    @property
+    def _most_captured_rows(self) -> int:
+        return self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         super().profile_run(*args, **kwargs)
@@ -63,8 +68,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             names=input_batch.req_ids[:rows],
             query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
             num_tokens=tokens,
-            # vLLM's buffers persist: its own graphs read them.
-            replayable=decodes == rows,
+            # vLLM's buffers persist, since its own graphs read them; with more rows than it captures, ours would be many and of little use.
+            replayable=decodes == rows and input_batch.num_reqs_after_padding <= self._most_captured_rows,
         )
         self.runtime.before_forward(self._batch)
         return block_tables, slot_mappings

@@ -157,8 +157,8 @@ class Runtime:
             head = RetrievalHead(checkpoint, max_position=model.max_model_len, dtype=model.dtype, device=self.device)
         fixed_width = self.device.type != "cpu" or config.host_kv_gib
         width = config.table_pages(model.max_model_len) if fixed_width else pages_for(model.max_model_len)
-        # Captured, vLLM's exchange between workers would want its own context, and LoRA's embedding reads what the runner sets up.
-        apart = self.vllm_config.parallel_config.tensor_parallel_size > 1 or self.vllm_config.lora_config is not None
+        # Captured, vLLM's exchange between workers would want its own context.
+        apart = self.vllm_config.parallel_config.tensor_parallel_size > 1
         return Retriever(config, head, embed, table_pages=width, graphs=self._step_graphs(), embeds_apart=apart, **shape)
 
     def _step_graphs(self) -> StepGraphs | None:

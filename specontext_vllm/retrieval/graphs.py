@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("vllm.specontext")
 
 MOST_GRAPHS = 1024
 """Graphs that are kept; a step that would need one more runs eagerly."""
@@ -37,6 +40,7 @@ class StepGraphs:
     def __init__(self, device: torch.device) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._once: dict[Hashable, None] = {}
+        self._most = MOST_GRAPHS
         # One after the other on one stream, so their temporaries may share memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
@@ -51,22 +55,33 @@ class StepGraphs:
         key = name, *(tensor.data_ptr() for tensor in inputs)
         graph = self._graphs.get(key)
         if graph is None:
-            if key not in self._once or len(self._graphs) == MOST_GRAPHS:
+            if key not in self._once or len(self._graphs) >= self._most:
                 self._once[key] = None
                 if len(self._once) > REMEMBERED:
                     del self._once[next(iter(self._once))]
                 work()
                 return
             del self._once[key]
-            graph = self._graphs[key] = self._capture(work)
+            try:
+                graph = self._graphs[key] = self._capture(work)
+            except torch.OutOfMemoryError:
+                # Nothing was done yet, and an eager run may free what torch's cache holds; a capture may not.
+                self._most = len(self._graphs)
+                logger.warning("SpeContext: the GPU has no memory for more than %d graphs of decode steps; others run eagerly.", self._most)
+                work()
+                return
         graph.replay()
 
     def clear(self) -> None:
         """Forget everything: the settings that ``work`` follows have changed."""
         if len(self):
             torch.cuda.synchronize(self._stream.device)
+        dropped = len(self)
         self._graphs.clear()
         self._once.clear()
+        if dropped:
+            # The pool's memory is no use to a new one.
+            torch.cuda.empty_cache()
         # The allocator forgets a pool with the last graph that used it.
         self._pool = torch.cuda.graph_pool_handle()
 

@@ -33,7 +33,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls),
         additional_config={} if additional is None else additional,
-        **{"speculative_config": None, "kv_transfer_config": None, **top},
+        **{"speculative_config": None, "kv_transfer_config": None, "lora_config": None, **top},
     )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
         ({"speculative_config": object()}, "--speculative-config"),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"lora_config": object()}, "--enable-lora: on"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         ({"cache": {"block_size": 32, "user_specified_block_size": True}}, "--block-size: found 32"),
         ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype: found 'fp8'"),
