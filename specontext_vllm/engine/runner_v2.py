@@ -26,10 +26,6 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         self.runtime = Runtime(self.vllm_config, self.model, self.device)
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
 
-    @property
-    def _most_captured_rows(self) -> int:
-        return self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
-
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         super().profile_run(*args, **kwargs)
         self.runtime.retriever.profile(self.max_num_tokens)
@@ -54,6 +50,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
         decodes = int((input_batch.num_scheduled_tokens[:rows] == 1).sum())
+        most_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._batch = StepBatch(
             token_ids=input_batch.input_ids,
             positions=input_batch.positions,
@@ -69,7 +66,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
             num_tokens=tokens,
             # vLLM's buffers persist, since its own graphs read them; with more rows than it captures, ours would be many and of little use.
-            replayable=decodes == rows and input_batch.num_reqs_after_padding <= self._most_captured_rows,
+            replayable=decodes == rows and input_batch.num_reqs_after_padding <= most_captured,
         )
         self.runtime.before_forward(self._batch)
         return block_tables, slot_mappings

@@ -74,16 +74,13 @@ class StepGraphs:
 
     def clear(self) -> None:
         """Forget everything: the settings that ``work`` follows have changed."""
-        if len(self):
-            torch.cuda.synchronize(self._stream.device)
-        dropped = len(self)
-        self._graphs.clear()
         self._once.clear()
-        if dropped:
-            # The pool's memory is no use to a new one.
+        if self._graphs:
+            torch.cuda.synchronize(self._stream.device)
+            self._graphs.clear()
+            # The allocator forgets a pool with the last graph that used it, but keeps its memory, which is no use to a new one.
             torch.cuda.empty_cache()
-        # The allocator forgets a pool with the last graph that used it.
-        self._pool = torch.cuda.graph_pool_handle()
+            self._pool = torch.cuda.graph_pool_handle()
 
     def __len__(self) -> int:
         return len(self._graphs)
