@@ -12,7 +12,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ChildError, engine_env, run_child
-from benchmarks.engines import Cell, EngineSpec, run_engine
+from benchmarks.engines import BATCHED_TOKENS, Cell, EngineSpec, run_engine
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
 
@@ -84,6 +84,7 @@ def main(
     sidecar_gpus: Annotated[float, typer.Option(help="GPUs, or the fraction of one, of the actor.")] = 0.0,
     sidecar_cpus: Annotated[int, typer.Option(help="CPU cores of the actor.")] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's; the channels' shared memory grows with it.")] = BATCHED_TOKENS,
     engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine; what it measured till then is kept.")] = 600,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
     work: Annotated[Path | None, typer.Option(help="Folder of the engines' logs; default a new temporary one.")] = None,
@@ -121,7 +122,9 @@ def main(
             result.notes.append("**The machine was busy with other work throughout**: the figures show that it runs, and bound the cost from above.")
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}
     for place in PLACES:
-        spec = SidecarEngine("specontext", model, on_gpu, budget, max_num_seqs, steps, settings=moved if place == "ray" else {})
+        spec = SidecarEngine(
+            "specontext", model, on_gpu, budget, max_num_seqs, steps, batched_tokens=max_num_batched_tokens, settings=moved if place == "ray" else {}
+        )
         kept = details["engines"].setdefault(place, {"cells": {}})
         print(f"{place}: starting (log {folder / place}.log)", flush=True)
         try:

@@ -34,11 +34,12 @@ WARM_UP_SHARE = 0.5
 """Share of the requests after which memory must not grow any more: that of a process of this size levels off only after some 5,000 requests."""
 GROWTH = 0.02
 """Growth of resident memory, over the rest of the run, that counts as none."""
-MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.42
-"""vLLM's --gpu-memory-utilization; of an H200 that holds an 8B model's weights in float32 and some room, twice side by side."""
-KV_BYTES_GPU = 8 << 30
+MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.28
+"""vLLM's --gpu-memory-utilization; of an H200 that holds an 8B model's weights in float32 and some room, three times side by side."""
+KV_BYTES_GPU = 4 << 30
 """Room for KV on a GPU. Named, not found out: vLLM measures what is free, and a soak beside this one may be using it."""
-REFERENCES_AT_ONCE = 64
+REFERENCES_AT_ONCE, REFERENCE_TOKENS = 64, 4096
+"""Requests and prompt tokens of a step while the references are recorded."""
 REQUEST_SECONDS = 300
 """Longest wait for one answer."""
 NEAR_TIE_CPU, NEAR_TIE_GPU = 1e-4, 0.05
@@ -69,14 +70,20 @@ class Load:
     near_tie: float = NEAR_TIE_CPU
     seed: int = 0
 
-    def judge(self, index: int, got: list[int], limit: int, whole: bool) -> str | None:
-        """What is to be said of an answer to a prompt, of at most ``limit`` tokens, ``whole`` or given up: "wrong", "near tie" or nothing."""
+    def judge(self, index: int, got: list[int], limit: int, whole: bool) -> tuple[str | None, float | None]:
+        """What is to be said of an answer to a prompt, of at most ``limit`` tokens, ``whole`` or given up: "wrong", "near tie" or nothing.
+
+        With it the gap of the token at which the answer parted from the reference, if it did at one.
+        """
         wanted = self.references[index][:limit]
         wanted = wanted if whole else wanted[: len(got)]
         if got == wanted:
-            return None
+            return None, None
         parted = next((i for i, (ours, theirs) in enumerate(zip(got, wanted)) if ours != theirs), None)
-        return "near tie" if parted is not None and self.gaps[index][parted] < self.near_tie else "wrong"
+        if parted is None:
+            return "wrong", None
+        gap = self.gaps[index][parted]
+        return "near tie" if gap < self.near_tie else "wrong", gap
 
 
 @dataclass
@@ -86,12 +93,14 @@ class Outcome:
     Attributes:
         counts: requests by kind ("whole", "streamed", "given up"), "wrong", "near tie" and "failed".
         wrong, failed: the first few of them, described.
+        partings: the gap of every token at which an answer parted from its reference.
         memory: ``(seconds, requests done, bytes)`` samples of the server's resident memory.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    partings: list[float] = field(default_factory=list)
     memory: list[tuple[float, int, int]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -165,7 +174,7 @@ def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterat
 
     share = MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU
     llm = LLM(
-        model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=REFERENCES_AT_ONCE, enforce_eager=True, seed=0, gpu_memory_utilization=share,
+        model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=REFERENCES_AT_ONCE, max_num_batched_tokens=REFERENCE_TOKENS, enforce_eager=True, seed=0, gpu_memory_utilization=share,
         kv_cache_memory_bytes=KV_BYTES_GPU if on_gpu else None,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, detokenize=False, logprobs=2)
@@ -259,7 +268,10 @@ async def ask(session: Any, url: str, load: Load, rng: Random, outcome: Outcome)
         await asyncio.sleep(0.5)
         return
     outcome.counts[kind] += 1
-    if verdict := load.judge(index, got, limit, whole=kind != "given up"):
+    verdict, gap_there = load.judge(index, got, limit, whole=kind != "given up")
+    if gap_there is not None:
+        outcome.partings.append(gap_there)
+    if verdict:
         outcome.counts[verdict] += 1
         if verdict == "wrong":
             wanted = load.references[index][:limit]
@@ -361,6 +373,7 @@ TABLES = {
         report.Column("name", "engine"),
         report.Column("wrong", "answers with other tokens than dense", ",d"),
         report.Column("near_ties", "that parted at a near-tie", ",d"),
+        report.Column("widest", "widest gap where one parted", ".3f"),
         report.Column("failed", "failed", ",d"),
         report.Column("memory_gib", "resident memory, GiB", ".2f"),
         report.Column("growth", "growth after warm-up", ".2%"),
@@ -371,12 +384,13 @@ TABLES = {
 }
 
 
-def make_row(title: str, outcome: Outcome, left: dict[str, Any]) -> dict[str, Any]:
-    """One row of both tables."""
+def make_row(title: str, outcome: Outcome, left: dict[str, Any], exact: bool) -> dict[str, Any]:
+    """One row of both tables; the gaps only of an engine that must be ``exact``: another's tokens are not dense attention's."""
     return {
         "name": title, "requests": outcome.done, "given_up": outcome.counts["given up"], "preemptions": int(left["preemptions"]),
         "hit_tokens": int(left["prefix_hit_tokens"]), "per_second": outcome.done / outcome.seconds, "minutes": outcome.seconds / 60,
-        "wrong": outcome.counts["wrong"], "near_ties": outcome.counts["near tie"], "failed": outcome.counts["failed"], "memory_gib": outcome.memory[-1][2] / 2**30,
+        "wrong": outcome.counts["wrong"], "near_ties": outcome.counts["near tie"],
+        "widest": max(outcome.partings, default=None) if exact else None, "failed": outcome.counts["failed"], "memory_gib": outcome.memory[-1][2] / 2**30,
         "growth": outcome.growth(), "kib_a_request": None if (slope := outcome.slope()) is None else slope / 1024, "pages_left": left["kv_cache_usage"], "layer_moves": left["stats"].get("layer_moves"),
     }  # fmt: skip
 
@@ -437,8 +451,8 @@ def tabulate(result: report.Report) -> None:
         if name not in result.details:
             continue
         found = result.details[name]
-        outcome = Outcome(Counter(found["counts"]), found["wrong"], found["failed"], found["memory"], found["seconds"])
-        result.rows.append(make_row(engine.title, outcome, found["left"]))
+        outcome = Outcome(Counter(found["counts"]), found["wrong"], found["failed"], found.get("partings", []), found["memory"], found["seconds"])
+        result.rows.append(make_row(engine.title, outcome, found["left"], engine.exact))
         complained = complaints(outcome, found["left"], engine.exact)
         if engine.settings is None:
             # The control: what vLLM's memory does by itself is to be seen, not judged.
@@ -481,7 +495,8 @@ def main(
         f"half as many more wait.",
         f"Growth: median resident memory of the server's processes in the last third against the first third of the samples after the first "
         f"{WARM_UP_SHARE:.0%} of the requests; up to {GROWTH:.0%} counts as none. Stock vLLM is the control, whose growth is not judged.",
-        f"float32 everywhere. Near-tie: dense attention's two likeliest tokens were less than {near_tie:g} apart in log-probability where the answer parted from it.",
+        f"float32 everywhere. Near-tie: dense attention's two likeliest tokens were less than {near_tie:g} apart in log-probability where the answer parted from it; "
+        f"the widest gap is the largest such distance.",
         "With the small budget an answer may differ from dense attention's, and after a preemption from its own undisturbed run; the number says how many did.",
     ]
     try:
@@ -501,7 +516,8 @@ def main(
         result.take_over(out, same=())
         result.details[name] = {
             **result.run(), "settings": settings, "pages": engine.pages,
-            "seconds": outcome.seconds, "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20], "memory": outcome.memory, "left": left,
+            "seconds": outcome.seconds, "counts": dict(outcome.counts), "wrong": outcome.wrong[:20], "failed": outcome.failed[:20],
+            "partings": outcome.partings, "memory": outcome.memory, "left": left,
         }  # fmt: skip
         tabulate(result)
         result.notes = [*notes, *run_notes(result.details)]

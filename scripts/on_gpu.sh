@@ -64,11 +64,15 @@ tests() {
     test_files gpu-tests 400 tests/attention tests/kernels tests/residency tests/retrieval \
         tests/engine/test_exactness.py tests/engine/test_tiers.py tests/engine/test_recall.py
 }
-step_graphs() { test_files step-graphs 150 tests/retrieval/test_graphs.py tests/retrieval/test_counters.py tests/kernels/test_step_kernels.py; }
+step_graphs() { test_files step-graphs 200 tests/retrieval/test_graphs.py tests/retrieval/test_counters.py tests/kernels/test_step_kernels.py tests/residency; }
 graphs() { test_files gpu-graphs 500 tests/engine/test_quest_graphs.py tests/engine/test_compile_cache.py; }
 service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
 pressure() { test_files pressure 250 tests/engine/test_pressure.py; }
 ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
+sidecar_bench() {
+    bench sidecar-bench 300 sidecar --model-shape 8b --cells 1x1k,1x32k,8x32k,24x32k --budget 2048 --sidecar-gpus 1 --max-num-batched-tokens 2048 \
+        --engine-seconds 140 --work "$WORK/sidecar"
+}
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
 two_gpus() { test_files two-gpus 400 tests/engine/test_tensor_parallel.py; }
@@ -150,10 +154,10 @@ soak() {
 soak_one_tier() { soak one-tier; }
 soak_two_tiers() { soak two-tiers; }
 soak_stock() { soak stock; }
-# Ten minutes of load are longer than a call: begun in one, ended in the next.
+# Ten minutes of load are longer than a call: begun in one, ended in the next. All three at once on one GPU.
 soak_begin() {
     wants_h200
-    for engine in one-tier two-tiers; do
+    for engine in one-tier two-tiers stock; do
         setsid timeout -k 30 1100 python3 -m benchmarks soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds 600 \
             --work "$WORK/soak-$engine" --out "$RESULTS" >"/tmp/soak-$engine.log" 2>&1 </dev/null &
     done

@@ -80,13 +80,14 @@ def test_complaints_name_what_is_wrong():
 def test_an_earlier_run_is_judged_as_a_new_one():
     left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "preemptions": 2, "prefix_hit_tokens": 64, "books": {}, "stats": {}}
 
-    def engine(date: str, growth: int) -> dict:
+    def engine(date: str, growth: int, **more) -> dict:
         memory = [(float(i), i, 1000 + i * growth) for i in range(101)]
-        return {"date": date, "command": "c", "commit": "x", "counts": {"whole": 100}, "wrong": [], "failed": [], "memory": memory, "seconds": 50, "left": left}
+        return {"date": date, "command": "c", "commit": "x", "counts": {"whole": 100}, "wrong": [], "failed": [], "memory": memory, "seconds": 50, "left": left, **more}
 
-    result = Report("soak", "", soak.TABLES, details={"stock": engine("today", 20), "one-tier": engine("yesterday", 10)})
+    result = Report("soak", "", soak.TABLES, details={"stock": engine("today", 20, partings=[0.01, 0.02]), "one-tier": engine("yesterday", 10)})
     soak.tabulate(result)
-    assert [(row["name"], row["requests"], row["per_second"]) for row in result.rows] == [(soak.ENGINES[n].title, 100, 2.0) for n in ("one-tier", "stock")]
+    rows = [(row["name"], row["requests"], row["per_second"], row["widest"]) for row in result.rows]
+    assert rows == [(soak.ENGINES["one-tier"].title, 100, 2.0, None), (soak.ENGINES["stock"].title, 100, 2.0, 0.02)]
     assert list(result.failures) == ["one tier, budget over the context: memory"]
     (note,) = soak.run_notes(result.details)
     assert note.index("today") < note.index("stock vLLM") < note.index("yesterday") < note.index("one tier")
@@ -100,12 +101,12 @@ def test_an_unknown_engine_is_named():
 
 def test_an_answer_may_part_from_dense_attention_at_a_near_tie_only():
     load = soak.Load([[1]], [[10, 20, 30, 40]], [[5.0, 1e-6, 5.0, 5.0]], 1, None, 1)
-    assert load.judge(0, [10, 20, 30], 3, whole=True) is None
-    assert load.judge(0, [10, 20], 4, whole=False) is None
-    assert load.judge(0, [10, 21, 99], 3, whole=True) == "near tie"
-    assert load.judge(0, [10, 20, 31], 3, whole=True) == "wrong"
-    assert load.judge(0, [10, 20], 3, whole=True) == "wrong"
-    assert load.judge(0, [11], 4, whole=False) == "wrong"
+    assert load.judge(0, [10, 20, 30], 3, whole=True) == (None, None)
+    assert load.judge(0, [10, 20], 4, whole=False) == (None, None)
+    assert load.judge(0, [10, 21, 99], 3, whole=True) == ("near tie", 1e-6)
+    assert load.judge(0, [10, 20, 31], 3, whole=True) == ("wrong", 5.0)
+    assert load.judge(0, [10, 20], 3, whole=True) == ("wrong", None)
+    assert load.judge(0, [11], 4, whole=False) == ("wrong", 5.0)
 
 
 def test_a_shape_gets_weights_that_attend(tmp_path):
