@@ -20,9 +20,16 @@ if compgen -G '.whl/*.whl' >/dev/null; then
     python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/wheels .whl/*.whl
 fi
 export PYTHONPATH=/tmp/site:/tmp/wheels VLLM_USE_FLASHINFER_SAMPLER=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 PYTHONUNBUFFERED=1
-if [ -d /tmp/site ] && [ $# -gt 0 ]; then
-    python3 -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target /tmp/site . 2>&1 | grep -v WARNING
-fi
+# Only what has changed, and one at a time: another call's engines may be importing what is installed.
+install() {
+    local tree
+    tree=$(find specontext_vllm triton_kernels csrc configs setup.py pyproject.toml -type f ! -name '*.pyc' -print0 2>/dev/null | sort -z | xargs -0 cat | sha256sum)
+    if [ "$tree" != "$(cat /tmp/installed 2>/dev/null)" ]; then
+        python3 -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target /tmp/site . 2>&1 | grep -v WARNING
+        echo "$tree" >/tmp/installed
+    fi
+}
+if [ -d /tmp/site ] && [ $# -gt 0 ]; then (flock 9 && install) 9>/tmp/installing; fi
 cp -n benchmarks/results/*-h200.json "$RESULTS" 2>/dev/null
 begun=$(mktemp)
 
@@ -70,12 +77,12 @@ service() { test_files service 400 tests/engine/test_pressure.py tests/engine/te
 pressure() { test_files pressure 250 tests/engine/test_pressure.py; }
 ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
 sidecar_bench() {
-    bench sidecar-bench 300 sidecar --model-shape 8b --cells 1x1k,1x32k,8x32k,24x32k --budget 2048 --sidecar-gpus 1 --max-num-batched-tokens 2048 \
-        --engine-seconds 140 --work "$WORK/sidecar"
+    bench sidecar-bench 310 sidecar --model-shape 8b --cells 1x1k,1x32k,8x32k --budget 2048 --sidecar-gpus 1 --max-num-batched-tokens 2048 \
+        --engine-seconds 150 --work "$WORK/sidecar"
 }
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
-two_gpus() { test_files two-gpus 400 tests/engine/test_tensor_parallel.py; }
+two_gpus() { test_files two-gpus 560 tests/engine/test_tensor_parallel.py; }
 
 # -- two tiers
 capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-seconds 330; }
@@ -91,7 +98,7 @@ quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine
 hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
 paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 ${ENGINES:+--engines "$ENGINES"} --work "$WORK"; }
 edge() { bench speed-edge 400 speed edge --engine-seconds 180 --work "$WORK"; }
-host() { bench host 500 host --engine-seconds 160 --work "$WORK/host"; }
+host() { bench host 540 host --engine-seconds 460 --work "$WORK/host"; }
 edge_others() { bench speed-edge-others 300 speed edge --engines stock,hf-eager --engine-seconds 140 --work "$WORK"; }
 serve() { wants_h200; bench "serve-$1" 545 speed serve --engines "$2" --lengths "$3" --concurrency "$4" --engine-seconds 520 --work "$WORK"; }
 serve_prompts() { serve prompts specontext 8k/1k,32k/4k 24; }
@@ -154,11 +161,11 @@ soak() {
 soak_one_tier() { soak one-tier; }
 soak_two_tiers() { soak two-tiers; }
 soak_stock() { soak stock; }
-# Ten minutes of load are longer than a call: begun in one, ended in the next. All three at once on one GPU.
+# Ten minutes of load are longer than a call: begun in one, ended in the next. All three at once on one GPU; SOAK_CORES: on these processor cores.
 soak_begin() {
     wants_h200
     for engine in one-tier two-tiers stock; do
-        setsid timeout -k 30 1100 python3 -m benchmarks soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds 600 \
+        setsid ${SOAK_CORES:+taskset -c "$SOAK_CORES"} timeout -k 30 1100 python3 -m benchmarks soak --model-shape 8b --engines "$engine" --requests 1000000 --seconds 600 \
             --work "$WORK/soak-$engine" --out "$RESULTS" >"/tmp/soak-$engine.log" 2>&1 </dev/null &
     done
     sleep 560

@@ -21,7 +21,7 @@ GPU_OPTIONS = ["--kv-cache-memory-bytes", str(GPU_ROOM)] if torch.cuda.is_availa
 """The same for `vllm serve`."""
 ENGINE = {
     "model": str(DEMO_MODEL), "dtype": "float32", "max_model_len": 1536, "max_num_seqs": 4, "max_num_batched_tokens": 256,
-    "enforce_eager": not torch.cuda.is_available(), "gpu_memory_utilization": 0.3, "seed": 0, "disable_log_stats": False,
+    "enforce_eager": not torch.cuda.is_available(), "gpu_memory_utilization": 0.08 if torch.cuda.is_available() else 0.3, "seed": 0, "disable_log_stats": False,
     # 1,600 tokens: four of the requests below do not fit at once, so some are preempted and resumed.
     "block_size": 16, "num_gpu_blocks_override": 101, "kv_cache_memory_bytes": GPU_ROOM if torch.cuda.is_available() else None,
 }  # fmt: skip
