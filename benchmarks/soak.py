@@ -44,7 +44,7 @@ REQUEST_SECONDS = 300
 """Longest wait for one answer."""
 NEAR_TIE_CPU, NEAR_TIE_GPU = 1e-4, 0.05
 """Distance of the two likeliest tokens' log-probabilities under which either may come out of another order of the same sums: in float32 on a
-CPU, and on a GPU, where float32 products run on tf32 units (some three digits)."""
+CPU, and on a GPU, where vLLM's Triton attention multiplies float32 in tf32 (some three digits) and our decode kernel does not."""
 
 
 @dataclass(frozen=True)
