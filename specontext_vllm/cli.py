@@ -115,6 +115,33 @@ def top(
 
 
 @app.command()
+def metrics(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 9464,
+) -> None:
+    """Serve the figures of this machine's workers where `vllm serve`'s own /metrics, on another machine, lacks them; Ctrl-C ends.
+
+    Exit code 2: the address cannot be listened on.
+    """
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    from specontext_vllm.observability.files import MachineCollector
+
+    registry = CollectorRegistry()
+    registry.register(MachineCollector())
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        typer.echo(f"--host, --port: cannot listen on {host}:{port} ({error}); name another.", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"http://{host}:{port}/metrics has the figures of specontext's workers on this machine; Ctrl-C ends.")
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        server.shutdown()
+
+
+@app.command()
 def distill(
     model: Annotated[Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")],
     out: Annotated[Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")],

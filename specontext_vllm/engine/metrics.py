@@ -61,6 +61,8 @@ class Exporter:
             self._files = None if folder is None else MetricFiles(folder, labels, get_tensor_model_parallel_rank())
         except OSError as error:
             logger.warning("SpeContext: the figures of this worker stay out of /metrics, whose folder it cannot write to (%s).", error)
+        if self._files is not None and self._files.is_remote:
+            logger.info("SpeContext: /metrics is another machine's; run `specontext metrics` on this one for the figures of its workers.")
         # Rates need the zero that counters start from.
         self.step(idle=True)
 

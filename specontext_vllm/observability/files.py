@@ -3,6 +3,8 @@
 With several API servers vLLM reads such files itself, from PROMETHEUS_MULTIPROC_DIR. With one it serves its own process's registry; there
 the front end makes a folder of ours and registers prometheus_client's collector for it, beside vLLM's metrics. Workers write the same files
 in both cases. A write is a store into mapped memory: no message, no lock, nothing for a step to wait for.
+
+Workers on other machines than the front end write such files there, which `specontext metrics` serves (``MachineCollector``).
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import os
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import psutil
 from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
@@ -24,6 +28,10 @@ from prometheus_client.utils import floatToGoString
 from specontext_vllm.observability.catalog import Metric
 
 OWNER = "specontext"
+FOLDER = "specontext-metrics-"
+"""How our folders' names begin; they lie in the machine's folder for temporary files."""
+FILES = f"*_{OWNER}-*.db"
+"""Our files in a folder: kind, our name, process and a number."""
 GAUGE_MODE = "livemostrecent"
 
 _folder: tempfile.TemporaryDirectory[str] | None = None
@@ -39,12 +47,27 @@ def front_end_folder() -> str:
     if (shared := os.environ.get("PROMETHEUS_MULTIPROC_DIR")) is not None:
         return shared
     if _folder is None:
-        _folder = tempfile.TemporaryDirectory(prefix="specontext-metrics-")
+        _folder = tempfile.TemporaryDirectory(prefix=FOLDER)
         MultiProcessCollector(REGISTRY, _folder.name)
-    for file in Path(_folder.name).glob(f"*_{OWNER}-*.db"):
-        if not psutil.pid_exists(int(file.stem.split("-")[-2])):
+    for file in Path(_folder.name).glob(FILES):
+        if not _is_written(file):
             file.unlink(missing_ok=True)
     return _folder.name
+
+
+class MachineCollector:
+    """prometheus_client collector of all figures that running workers of this user write on this machine, whatever engine they belong to."""
+
+    def collect(self) -> Iterable[Family]:
+        folders = [folder for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*") if folder.stat().st_uid == os.getuid()]
+        if (shared := os.environ.get("PROMETHEUS_MULTIPROC_DIR")) is not None:
+            folders.append(Path(shared))
+        return MultiProcessCollector.merge([str(file) for folder in folders for file in folder.glob(FILES) if _is_written(file)])
+
+
+def _is_written(file: Path) -> bool:
+    """Whether the worker whose file it is still runs."""
+    return psutil.pid_exists(int(file.stem.split("-")[-2]))
 
 
 class MetricFiles:
@@ -53,19 +76,27 @@ class MetricFiles:
     A metric that is never set is not in /metrics. Values are absolute: what a counter or a bucket has come to, not what is new.
 
     Args:
-        folder: what ``front_end_folder`` said.
+        folder: what ``front_end_folder`` said. Where it is not there the front end is on another machine, and a folder of its name among this
+            machine's temporary files takes its place.
         labels: of every metric. tp_rank: label of those that differ between ranks; the others are written by rank 0 alone.
 
+    Attributes:
+        is_remote: whether the front end is on another machine.
+
     Raises:
-        OSError: the folder is not on this machine.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str, labels: dict[str, str], tp_rank: int) -> None:
         self._labels, self._rank = labels, tp_rank
+        self.is_remote = not Path(folder).is_dir()
+        if self.is_remote:
+            folder = str(Path(tempfile.gettempdir(), FOLDER + Path(folder).name.removeprefix(FOLDER)))
+            Path(folder).mkdir(mode=0o700, exist_ok=True)
         owner = f"{OWNER}-{os.getpid()}-{next(_engines)}"
         names = {kind: f"{kind}_{owner}.db" for kind in ("counter", "histogram")} | {"gauge": f"gauge_{GAUGE_MODE}_{owner}.db"}
         self._files = {kind: MmapedDict(str(Path(folder, name))) for kind, name in names.items()}
-        self.close = weakref.finalize(self, _remove, list(self._files.values()), [Path(folder, name) for name in names.values()])
+        self.close = weakref.finalize(self, _remove, list(self._files.values()), [Path(folder, name) for name in names.values()], self.is_remote)
 
     def set(self, metric: Metric, value: float) -> None:
         """A counter's or gauge's value."""
@@ -90,7 +121,11 @@ class MetricFiles:
         self._files[metric.kind].write_value(key, float(value), time.time() if metric.kind == "gauge" else 0.0)
 
 
-def _remove(files: list[MmapedDict], paths: list[Path]) -> None:
+def _remove(files: list[MmapedDict], paths: list[Path], with_folder: bool) -> None:
     for file, path in zip(files, paths, strict=True):
         file.close()
         path.unlink(missing_ok=True)
+    if with_folder:
+        # Another worker's files may be in it; the last one takes it along.
+        with suppress(OSError):
+            paths[0].parent.rmdir()

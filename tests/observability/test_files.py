@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import urllib.error
+import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -101,6 +107,81 @@ def test_one_server_shows_its_workers_and_forgets_the_killed(monkeypatch):
     assert samples(registry) == {key(catalog.HITS.name, tp_rank="0"): 1}
 
 
-def test_a_folder_of_another_machine_is_an_oserror(tmp_path):
+@pytest.fixture
+def machine(tmp_path, monkeypatch) -> CollectorRegistry:
+    """What `specontext metrics` serves, on a machine whose temporary files are in ``tmp_path``."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    made = CollectorRegistry()
+    made.register(files.MachineCollector())
+    return made
+
+
+def test_workers_of_a_front_end_elsewhere_write_side_by_side_and_leave_nothing(tmp_path, machine):
+    ranks = [MetricFiles("/elsewhere/specontext-metrics-x", LABELS, rank) for rank in (2, 3)]
+    for rank, worker in enumerate(ranks, start=2):
+        assert worker.is_remote
+        worker.set(catalog.HITS, rank)
+        worker.set(catalog.RESIDENT_LAYERS, rank)
+    folder = tmp_path / "specontext-metrics-x"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    hits = {key(catalog.HITS.name, tp_rank=str(rank)): rank for rank in (2, 3)}
+    layers = {key(catalog.RESIDENT_LAYERS.name, tp_rank=str(rank)): rank for rank in (2, 3)}
+    assert samples(machine) == hits | layers
+    ranks[0].close()
+    assert len(samples(machine)) == 2
+    ranks[1].close()
+    assert samples(machine) == {} and not folder.exists()
+
+
+def test_a_machine_shows_every_engine_s_workers_that_run(tmp_path, machine, monkeypatch):
+    shared = tmp_path / "vllm"
+    shared.mkdir()
+    (shared / "counter_1.db").write_bytes(b"vLLM's own, which is not ours to read")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared))
+    here = MetricFiles(str(shared), LABELS, 0)
+    there = MetricFiles("/elsewhere/tmpabc", {**LABELS, "engine": "1"}, 0)
+    here.set(catalog.HITS, 1)
+    there.set(catalog.HITS, 2)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    source = next((tmp_path / "specontext-metrics-tmpabc").glob("counter_*"))
+    (source.parent / f"counter_{files.OWNER}-{dead.pid}-0.db").write_bytes(source.read_bytes())
+    assert not here.is_remote and there.is_remote
+    assert samples(machine) == {key(catalog.HITS.name, tp_rank="0"): 1, key(catalog.HITS.name, engine="1", tp_rank="0"): 2}
+
+
+def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, machine):
+    (tmp_path / "specontext-metrics-x").write_text("a file in its place")
     with pytest.raises(OSError):
-        MetricFiles(str(tmp_path / "elsewhere"), LABELS, 0)
+        MetricFiles("/elsewhere/x", LABELS, 0)
+
+
+def test_the_command_serves_them_on_the_loopback_interface(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "specontext_vllm.cli", "metrics", "--port", str(port)]
+    writer = (
+        "import time; from specontext_vllm.observability import catalog; from specontext_vllm.observability.files import MetricFiles; "
+        f"worker = MetricFiles('/elsewhere/x', {LABELS!r}, 1); worker.set(catalog.HITS, 5); print('written', flush=True); time.sleep(60)"
+    )
+    with (
+        subprocess.Popen([sys.executable, "-c", writer], env=environment, stdout=subprocess.PIPE, text=True) as worker,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as served,
+    ):
+        try:
+            assert served.stdout.readline().startswith(f"http://127.0.0.1:{port}/metrics ")
+            assert worker.stdout.readline() == "written\n"
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                assert f'{catalog.HITS.name}{{engine="0",model_name="m",tp_rank="1"}} 5.0' in answer.read().decode()
+            with pytest.raises(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.2:{port}/metrics", timeout=10)
+            again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+            assert again.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in again.stderr and "name another" in again.stderr
+        finally:
+            served.send_signal(signal.SIGINT)
+            worker.kill()
+        assert served.wait(10) == 0
