@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,7 +31,7 @@ def pages_for(tokens: int) -> int:
 class SpeContextConfig(BaseModel):
     """Settings of the specontext backend. All sizes are in tokens per KV head and request."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     retrieval_head: str | None = Field(
         default=None, description='Folder or hub id of an EAGLE-3 checkpoint, or "dummy" for random weights.'
@@ -73,12 +74,18 @@ class SpeContextConfig(BaseModel):
     )
     stats: bool = True
 
-    @field_validator("host_kv_gib")
+    @field_validator("host_kv_gib", mode="before")
     @classmethod
-    def _no_negative_pool(cls, value: float | str) -> float | str:
-        if value != "auto" and value < 0:
-            raise ValueError(f'host_kv_gib: found {value}; give 0 or more GiB, or "auto".')
-        return value
+    def _pool_is_a_size(cls, value: Any) -> float | str:
+        if value == "auto":
+            return value
+        try:
+            gib = float(value)
+        except (TypeError, ValueError):
+            gib = math.nan
+        if not 0 <= gib < math.inf:
+            raise ValueError(f'host_kv_gib: found {value!r}; give 0 or more GiB, or "auto".')
+        return gib
 
     @model_validator(mode="after")
     def _room_for_choice(self) -> SpeContextConfig:
@@ -162,8 +169,10 @@ class SpeContextConfig(BaseModel):
         Raises:
             ConfigError: one sentence naming the key, what was found and what to do.
         """
-        settings = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, dict) else {}
-        return cls.from_settings(settings)
+        given = additional_config if isinstance(additional_config, dict) else {}
+        if CONFIG_KEY not in given and (close := [key for key in given if difflib.get_close_matches(str(key).lower(), [CONFIG_KEY], cutoff=0.8)]):
+            raise ConfigError(f"additional_config: found the key {close[0]!r}, which nothing reads; this plugin's settings are under {CONFIG_KEY!r}.")
+        return cls.from_settings(given.get(CONFIG_KEY, {}))
 
     @classmethod
     def from_settings(cls, settings: Any) -> SpeContextConfig:
@@ -181,7 +190,8 @@ class SpeContextConfig(BaseModel):
 def _sentence(error: Any) -> str:
     """Turn pydantic's first complaint into one sentence."""
     where = f"additional_config.{CONFIG_KEY}"
-    key = ".".join(str(part) for part in error["loc"])
+    # The settings are flat; what follows names a member of a union.
+    key = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
         known = list(SpeContextConfig.model_fields)
         close = difflib.get_close_matches(key, known, n=1)

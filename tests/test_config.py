@@ -17,9 +17,14 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"confidence_threshold": 2}, "confidence_threshold: found 2; input should be less than or equal to 1"),
         ({"fallback_budget": 512}, "fallback_budget: found 512, less than budget (2048)"),
         ({"head_key_dtype": "fp8", "retriever": "quest"}, "head_key_dtype: found 'fp8' with retriever 'quest' and no retrieval_head"),
-        ({"host_kv_gib": -1}, 'host_kv_gib: found -1.0; give 0 or more GiB, or "auto".'),
+        ({"host_kv_gib": -1}, 'host_kv_gib: found -1; give 0 or more GiB, or "auto".'),
         ({"host_kv_gib": 1, "retriever": "quest"}, "host_kv_gib: found 1.0 with retriever quest"),
-        ({"host_kv_gib": "lots"}, "found 'lots'"),
+        ({"host_kv_gib": "lots"}, "specontext.host_kv_gib: found 'lots'; give 0 or more GiB, or \"auto\"."),
+        ({"host_kv_gib": float("nan")}, "host_kv_gib: found nan; give 0 or more GiB"),
+        ({"host_kv_gib": float("inf")}, "host_kv_gib: found inf; give 0 or more GiB"),
+        ({"host_kv_gib": [1]}, "host_kv_gib: found [1]; give 0 or more GiB"),
+        ({"gpu_kv_gib": float("inf")}, "gpu_kv_gib: found inf; input should be a finite number"),
+        ({"stickiness": float("nan")}, "stickiness: found nan; input should be"),
         ({"gpu_kv_gib": 0}, "gpu_kv_gib: found 0; input should be greater than 0"),
         ({"stickiness": -0.5}, "stickiness: found -0.5; input should be greater than or equal to 0"),
         ({"sidecar": "yes"}, "sidecar: found 'yes'; input should be 'inline' or 'ray'."),
@@ -37,6 +42,17 @@ def test_one_sentence(settings, sentence):
         SpeContextConfig.from_settings(settings)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["specontex", "SpeContext", "spec_context"])
+def test_a_key_that_is_nearly_ours_is_not_passed_over(key):
+    with pytest.raises(ConfigError, match=f"additional_config: found the key '{key}', which nothing reads; this plugin's settings are under 'specontext'"):
+        SpeContextConfig.from_additional_config({key: {"budget": 128}})
+
+
+def test_keys_of_other_plugins_are_theirs():
+    assert SpeContextConfig.from_additional_config({"gdn_kernel": {}, "specontext_aux_layers": [1]}) == SpeContextConfig()
+    assert SpeContextConfig.from_additional_config({"specontex": 1, "specontext": {"budget": 128}}).budget == 128
 
 
 def test_pages_cover_the_tokens():

@@ -34,7 +34,7 @@ def choose_worker() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        from specontext_vllm.engine.registration import is_selected
+        from specontext_vllm.engine.registration import is_selected, warn_of_unread_settings
 
         if is_selected(vllm_config):
             from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config
@@ -43,6 +43,8 @@ def choose_worker() -> None:
             name_metrics_folder(vllm_config)
             if vllm_config.parallel_config.worker_cls == "auto":
                 vllm_config.parallel_config.worker_cls = CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
+        else:
+            warn_of_unread_settings(vllm_config)
         original(cls, vllm_config)
         if is_selected(vllm_config):
             vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]

@@ -66,6 +66,18 @@ def is_selected(vllm_config: Any) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
 
 
+def warn_of_unread_settings(vllm_config: Any) -> None:
+    """Say so, once, where an engine has this plugin's settings and another backend."""
+    from specontext_vllm.config import CONFIG_KEY
+
+    if CONFIG_KEY in (vllm_config.additional_config or {}):
+        from vllm.logger import init_logger
+
+        init_logger("vllm.specontext").warning_once(
+            f"additional_config.{CONFIG_KEY}: found settings, which nothing reads without --attention-backend specontext; add it, or leave them out."
+        )
+
+
 def _reduce_member(member: Any) -> tuple[Any, tuple[str]]:
     return _restore_member, (member.name,)
 

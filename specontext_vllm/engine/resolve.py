@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.registration import unsupported_vllm
 from specontext_vllm.engine.compat import SCHEDULERS
+from specontext_vllm.engine.registration import unsupported_vllm
 from specontext_vllm.observability.files import front_end_folder
+from specontext_vllm.residency.host_pool import machine_memory
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -50,6 +51,7 @@ def prepare_vllm_config(vllm_config: Any) -> None:
     refuse_unsupported(vllm_config)
     if config.sidecar == "ray":
         refuse_sidecar(vllm_config.parallel_config)
+    refuse_impossible_pool(config, vllm_config.parallel_config)
     vllm_config.cache_config.block_size = PAGE_SIZE
     vllm_config.cache_config.user_specified_block_size = True
     resolved = dict(vllm_config.additional_config or {})
@@ -63,12 +65,21 @@ def prepare_vllm_config(vllm_config: Any) -> None:
 
 
 def name_metrics_folder(vllm_config: Any) -> None:
-    """In the front end: tell the workers which folder /metrics is read from.
+    """In the front end: tell the workers which folder /metrics is read from, unless the configuration, which engine cores check anew, says it.
 
     It travels in the observability settings, because workers get them with the config, wherever they run, and vLLM's compile-cache key leaves
     them out; an environment variable would reach every child of this process, other servers included.
     """
-    setattr(vllm_config.observability_config, METRICS_FOLDER, front_end_folder())
+    if getattr(vllm_config.observability_config, METRICS_FOLDER, None) is None:
+        setattr(vllm_config.observability_config, METRICS_FOLDER, front_end_folder())
+
+
+def refuse_impossible_pool(config: SpeContextConfig, parallel: Any) -> None:
+    """Raise a ConfigError, before anything is loaded, for a host pool that this machine cannot hold whatever else runs; workers ask for free memory later."""
+    gib, memory = config.host_kv_gib, machine_memory()
+    # Ray's workers may all be on other machines.
+    if gib != "auto" and not parallel.use_ray and gib * 2**30 > memory:
+        raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: found {gib}, but this machine has {memory / 2**30:.1f} GiB of memory; lower it.")
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

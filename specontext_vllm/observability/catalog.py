@@ -73,8 +73,8 @@ LEARN_SECONDS = _histogram(
     "head_learn_seconds", "seconds",
     "Time after the forward pass in which the head learns the step's tokens. Sampled in one of 16 steps, on the device's clock.", SECONDS,
 )  # fmt: skip
-HITS = _counter("hot_buffer_hits", "head pages", "Selected head pages that were in their request's hot buffer.")
-MISSES = _counter("hot_buffer_misses", "head pages", "Selected head pages that had to be fetched from the host pool.")
+HITS = _counter("hot_buffer_hits", "head pages", "Selected head pages that were in their request's hot buffer; its content is followed while all layers are resident, too.")
+MISSES = _counter("hot_buffer_misses", "head pages", "Selected head pages that were not in it: each is fetched for every offloaded layer (fetched_bytes).")
 FETCHED_BYTES = _counter("fetched_bytes", "bytes", "KV fetched from the host pool for decode rows, all layers.")
 LOADED_BYTES = _counter("loaded_bytes", "bytes", "KV copied from the host pool besides: for layers that moved, prefix hits and the history of prefill rows.")
 PREFETCHES = _counter("prefetches", "layers", "Layers of decode steps that waited for their misses, late or not.")

@@ -118,10 +118,10 @@ def show(now: Reading, before: Reading | None, seconds: float) -> Group:
 
 
 def watch(url: str, every: float, once: bool, console: Console) -> None:
-    """Print one table, or keep one up to date until Ctrl-C.
+    """Print one table, or keep one up to date until Ctrl-C; a server that goes away meanwhile is waited for.
 
     Raises:
-        TopError: as ``read``, also when the server goes away.
+        TopError: as ``read``, of the first reading.
     """
     address = metrics_url(url)
     now, at = read(address), time.monotonic()
@@ -132,7 +132,11 @@ def watch(url: str, every: float, once: bool, console: Console) -> None:
         while True:
             time.sleep(every)
             before, begin = now, at
-            now, at = read(address), time.monotonic()
+            try:
+                now, at = read(address), time.monotonic()
+            except TopError as error:
+                live.update(f"{error} Trying again; Ctrl-C ends.", refresh=True)
+                continue
             live.update(show(now, before, at - begin), refresh=True)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
-
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own limits."""
@@ -36,6 +36,17 @@ def free_host_memory() -> int:
             continue
         free = min(free, max(0, allowed - used + int(reclaimable.get(cached, 0))))
     return free
+
+
+def machine_memory() -> int:
+    """Bytes of memory that the machine has, or that a control group grants of them."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such version of control groups, or no limit ("max")
+            total = min(total, int((CGROUP / limit).read_text()))
+    return total
 
 
 def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -451,9 +451,9 @@ class TieredKV:
         if passed <= 0 or not counted.any():
             return None
         figures = ratios(counted, self.head_page_bytes)
+        late = f"{figures['late_share']:.1%} of the prefetches late by {figures['late_us']:.0f} us in the mean, " if self.device.type == "cuda" else ""
         return (
-            f"hit rate {figures['hit_rate']:.1%}, {figures['fetched_bytes'] / passed / 1e6:.1f} MB fetched a step, "
-            f"{figures['late_share']:.1%} of the prefetches late by {figures['late_us']:.0f} us in the mean, {self.ledger.resident} of "
+            f"hit rate {figures['hit_rate']:.1%}, {figures['fetched_bytes'] / passed / 1e6:.1f} MB fetched a step, {late}{self.ledger.resident} of "
             f"{self.num_layers} layers resident, hot buffers of {self.hot_tokens} tokens, "
             f"{self.ledger.used_share:.1%} of {self.plan.num_pages * PAGE_SIZE} tokens in use"
         )

@@ -83,3 +83,18 @@ def test_our_kernels_folder_is_not_taken_for_the_package_vllm_probes_for(member)
     found = importlib.util.find_spec("triton_kernels")
     # vLLM's builds for GPUs bring that package from 0.33 on.
     assert found is None or found.name.startswith("vllm.")
+
+
+def test_settings_that_another_backend_leaves_unread_are_named(monkeypatch):
+    from vllm import logger
+
+    from specontext_vllm.engine.registration import warn_of_unread_settings
+
+    said = []
+    monkeypatch.setattr(logger, "init_logger", lambda name: SimpleNamespace(warning_once=said.append))
+    for additional in (None, {}, {"other": 1}):
+        warn_of_unread_settings(SimpleNamespace(additional_config=additional))
+    assert said == []
+    warn_of_unread_settings(SimpleNamespace(additional_config={"specontext": {"budget": 128}}))
+    (sentence,) = said
+    assert sentence.startswith("additional_config.specontext: found settings, which nothing reads without --attention-backend specontext")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine import resolve
 from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, find_head, prepare_vllm_config, refuse_unsupported
 from tests.engine.conftest import DEMO_MODEL
 
@@ -118,3 +119,23 @@ def test_a_retriever_without_a_head_needs_none(tmp_path, retriever):
     config = vllm_config({"specontext": {"retriever": retriever}}, model={"model": str(tmp_path)})
     prepare_vllm_config(config)
     assert AUX_LAYERS_KEY not in config.additional_config
+
+
+def test_a_pool_larger_than_the_machine_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(resolve, "machine_memory", lambda: 64 << 30)
+    with pytest.raises(ConfigError, match="host_kv_gib: found 65.0, but this machine has 64.0 GiB of memory; lower it."):
+        prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 65}}))
+    prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 64}}))
+    prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": "auto"}}))
+    # Ray's workers may be on larger machines.
+    prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 65}}, parallel={"use_ray": True}))
+
+
+def test_the_metrics_folder_that_a_configuration_names_stays(monkeypatch):
+    folders = iter(["first", "second", "third"])
+    monkeypatch.setattr(resolve, "front_end_folder", lambda: next(folders))
+    config = SimpleNamespace(observability_config=SimpleNamespace())
+    # The front end's check, and the same configuration checked again in an engine core's process.
+    resolve.name_metrics_folder(config)
+    resolve.name_metrics_folder(config)
+    assert getattr(config.observability_config, resolve.METRICS_FOLDER) == "first"

@@ -86,7 +86,9 @@ def cable(tmp: Path) -> Iterator[tuple[str, str, Second]]:
 @pytest.fixture(scope="module")
 def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
     """The server on the first machine, and where the second one's `specontext metrics` is."""
-    with cable(tmp_path_factory.mktemp("machines")) as (interface, address, second), pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("machines")
+    (folder / "first").mkdir()
+    with cable(folder) as (interface, address, second), pytest.MonkeyPatch.context() as patch:
         nodes = [
             "--attention-backend", "specontext", "--served-model-name", "demo", "--tensor-parallel-size", "2", "--nnodes", "2",
             "--master-addr", address, "--master-port", "29517", "--max-model-len", "4096", "--max-num-seqs", "4", "--num-gpu-blocks-override", "520",
@@ -95,13 +97,17 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
         there = {**server_environment(), "GLOO_SOCKET_IFNAME": interface[:-1] + "b", "VLLM_HOST_IP": second.address, "VLLM_CPU_OMP_THREADS_BIND": "1"}
         worker = second.popen(serve_command(DEMO_MODEL, *nodes, "--node-rank", "1", "--headless"), there)
         metrics = second.popen([sys.executable, "-m", "specontext_vllm.cli", "metrics", "--host", second.address, "--port", str(METRICS_PORT)], there)
-        for key, value in {"GLOO_SOCKET_IFNAME": interface, "VLLM_HOST_IP": address, "VLLM_CPU_OMP_THREADS_BIND": "0"}.items():
+        for key, value in {
+            "GLOO_SOCKET_IFNAME": interface, "VLLM_HOST_IP": address, "VLLM_CPU_OMP_THREADS_BIND": "0", "TMPDIR": str(folder / "first")
+        }.items():  # fmt: skip
             patch.setenv(key, value)
         with VllmServer(DEMO_MODEL, [*nodes, "--node-rank", "0"]) as server:
             yield server, f"http://{second.address}:{METRICS_PORT}"
         for process in (worker, metrics):
             process.send_signal(signal.SIGINT)
             process.wait(30)
+        left = [str(path) for path in folder.glob("*/specontext-metrics-*")]
+        assert not left, left
 
 
 def test_a_worker_on_each_machine_selects_for_its_heads_and_each_machine_has_its_figures(two_machines):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
-from specontext_vllm.observability import catalog
+from specontext_vllm.observability import catalog, top
 from specontext_vllm.observability.top import growth, metrics_url, parse, show
 
 
@@ -76,6 +77,23 @@ def test_a_metric_that_is_absent_has_no_row():
 
 def test_counters_that_fell_have_begun_anew():
     assert growth({"a": 5.0, "b": 9.0, "c": 1.0}, {"a": 7.0, "b": 4.0}) == {"a": 5.0, "b": 5.0, "c": 1.0}
+
+
+def test_a_server_that_goes_away_is_waited_for(monkeypatch):
+    readings = iter([parse(page(1)), top.TopError("h: no metrics there."), parse(page(1)), KeyboardInterrupt()])
+    said = []
+
+    def read(address: str) -> dict:
+        if isinstance(found := next(readings), BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr(top, "read", read)
+    monkeypatch.setattr(top.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(top.Live, "update", lambda live, shown, refresh: said.append(shown))
+    with pytest.raises(KeyboardInterrupt):
+        top.watch("h", 2.0, False, Console(file=io.StringIO()))
+    assert said[0] == "h: no metrics there. Trying again; Ctrl-C ends." and len(said) == 2
 
 
 @pytest.mark.parametrize("given", ["http://h:1", "h:1", "http://h:1/", "http://h:1/metrics", "http://h:1/v1"])
