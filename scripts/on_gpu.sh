@@ -79,6 +79,7 @@ ray() { test_files ray 240 tests/engine/test_ray_executor.py; }
 sidecar_bench() {
     bench sidecar-bench 310 sidecar --model-shape 8b --cells 1x1k,1x32k,8x32k --budget 2048 --sidecar-gpus 1 --max-num-batched-tokens 2048 \
         --engine-seconds 150 --work "$WORK/sidecar"
+    cp "$WORK"/sidecar/*.log "$OUT"
 }
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
