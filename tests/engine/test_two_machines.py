@@ -104,8 +104,8 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
         with VllmServer(DEMO_MODEL, [*nodes, "--node-rank", "0"]) as server:
             yield server, f"http://{second.address}:{METRICS_PORT}"
         for process in (worker, metrics):
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
+            process.terminate()
+            process.wait(60)
         left = [str(path) for path in folder.glob("*/specontext-metrics-*")]
         assert not left, left
 
