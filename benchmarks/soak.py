@@ -174,8 +174,8 @@ def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterat
 
     share = MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU
     llm = LLM(
-        model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=REFERENCES_AT_ONCE, max_num_batched_tokens=REFERENCE_TOKENS, enforce_eager=True, seed=0, gpu_memory_utilization=share,
-        kv_cache_memory_bytes=KV_BYTES_GPU if on_gpu else None,
+        model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=REFERENCES_AT_ONCE, max_num_batched_tokens=REFERENCE_TOKENS,
+        enforce_eager=True, seed=0, gpu_memory_utilization=share, kv_cache_memory_bytes=KV_BYTES_GPU if on_gpu else None,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, detokenize=False, logprobs=2)
     outputs = [output.outputs[0] for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)]

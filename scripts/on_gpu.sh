@@ -23,10 +23,10 @@ export PYTHONPATH=/tmp/site:/tmp/wheels VLLM_USE_FLASHINFER_SAMPLER=0 HF_HUB_OFF
 # Only what has changed, and one at a time: another call's engines may be importing what is installed.
 install() {
     local tree
-    tree=$(find specontext_vllm triton_kernels csrc configs setup.py pyproject.toml -type f ! -name '*.pyc' -print0 2>/dev/null | sort -z | xargs -0 cat | sha256sum)
+    tree=$(find specontext_vllm triton_kernels configs setup.py pyproject.toml -type f ! -name '*.pyc' -print0 | sort -z | xargs -0 cat | sha256sum)
     if [ "$tree" != "$(cat /tmp/installed 2>/dev/null)" ]; then
         python3 -m pip install -q --no-index --no-deps --no-build-isolation --upgrade --target /tmp/site . 2>&1 | grep -v WARNING
-        echo "$tree" >/tmp/installed
+        if [ "${PIPESTATUS[0]}" -eq 0 ]; then echo "$tree" >/tmp/installed; fi
     fi
 }
 if [ -d /tmp/site ] && [ $# -gt 0 ]; then (flock 9 && install) 9>/tmp/installing; fi

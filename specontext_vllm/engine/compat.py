@@ -20,7 +20,7 @@ SCHEDULERS = {False: "specontext_vllm.engine.scheduler.SpeContextScheduler", Tru
 
 
 def choose_worker() -> None:
-    """Check the configuration and pick our worker and scheduler classes when the backend is SPECONTEXT.
+    """Check the configuration and pick our worker and scheduler classes when the backend is SPECONTEXT; else warn of settings that nothing reads.
 
     Symptom: ``parallel_config.worker_cls`` stays vLLM's own and nothing runs the retrieval head.
     Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say (vllm/config/vllm.py). It also has the last

@@ -11,6 +11,11 @@ from torch import Tensor
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own limits."""
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of both versions: the limit, what is used of it, statistics, and their entry that can be had back. One is missing, or its limit is "max", where there is none."""
 
 
 class HostPoolError(RuntimeError):
@@ -25,14 +30,11 @@ def free_host_memory() -> int:
     import psutil
 
     free = psutil.virtual_memory().available
-    for limit, usage, stat, cached in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
+    for limit, usage, stat, cached in CGROUP_FILES:
         try:
             allowed, used = int((CGROUP / limit).read_text()), int((CGROUP / usage).read_text())
             reclaimable = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
-        except (OSError, ValueError):  # no such version of control groups, or no limit ("max")
+        except (OSError, ValueError):
             continue
         free = min(free, max(0, allowed - used + int(reclaimable.get(cached, 0))))
     return free
@@ -43,8 +45,8 @@ def machine_memory() -> int:
     import psutil
 
     total = psutil.virtual_memory().total
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no such version of control groups, or no limit ("max")
+    for limit, *_ in CGROUP_FILES:
+        with suppress(OSError, ValueError):
             total = min(total, int((CGROUP / limit).read_text()))
     return total
 

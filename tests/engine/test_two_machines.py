@@ -36,12 +36,13 @@ class Second:
     """The second machine.
 
     Args:
+        interface, address: its end of the cable.
         tmp: its folder for temporary files.
         log: of its `vllm serve`.
     """
 
-    def __init__(self, name: str, address: str, tmp: Path, log: Path) -> None:
-        self.name, self.address, self.tmp, self.log = name, address, tmp, log
+    def __init__(self, name: str, interface: str, address: str, tmp: Path, log: Path) -> None:
+        self.name, self.interface, self.address, self.tmp, self.log = name, interface, address, tmp, log
 
     def popen(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
         apart = 'mount -t tmpfs none /dev/shm && exec "$@"'
@@ -74,7 +75,7 @@ def cable(tmp: Path) -> Iterator[tuple[str, str, Second]]:
             if done.returncode:
                 pytest.skip(f"this process may not make network namespaces: {line}: {done.stderr.strip()}")
         (tmp / "tmp").mkdir()
-        yield ours, first, Second(name, second, tmp / "tmp", tmp / "second.log")
+        yield ours, first, Second(name, theirs, second, tmp / "tmp", tmp / "second.log")
     finally:
         left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split()
         for pid in left:
@@ -94,7 +95,7 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
             "--master-addr", address, "--master-port", "29517", "--max-model-len", "4096", "--max-num-seqs", "4", "--num-gpu-blocks-override", "520",
             "--gpu-memory-utilization", "0.2", "--additional-config", json.dumps({"specontext": SETTINGS}), *device_arguments(),
         ]  # fmt: skip
-        there = {**server_environment(), "GLOO_SOCKET_IFNAME": interface[:-1] + "b", "VLLM_HOST_IP": second.address, "VLLM_CPU_OMP_THREADS_BIND": "1"}
+        there = {**server_environment(), "GLOO_SOCKET_IFNAME": second.interface, "VLLM_HOST_IP": second.address, "VLLM_CPU_OMP_THREADS_BIND": "1"}
         worker = second.popen(serve_command(DEMO_MODEL, *nodes, "--node-rank", "1", "--headless"), there)
         metrics = second.popen([sys.executable, "-m", "specontext_vllm.cli", "metrics", "--host", second.address, "--port", str(METRICS_PORT)], there)
         for key, value in {
