@@ -51,13 +51,16 @@ TABLES = {
         report.Column("after_forward", "after it", ".3f"),
         report.Column("wait", "waits for an output", ".2f"),
         report.Column("rest", "scheduler, outputs", ".2f"),
+        report.Column("busy", "thread on its core", ".2f"),
     )
 }
 NOTE = (
     f"All requests decode. The engines are there at once, each in a process of its own, on the same {CORES} processor cores, and take turns of some dozen steps, {ROUNDS} each: "
-    "a rented machine's host may be half as fast a minute later. Medians over the steps; times stock's: the median over the rounds of the ratio of their medians, with the least and the most. "
+    "a rented machine's host may be half as fast a minute later. The threads that step sit on one and the same core: some cores of such a machine are slower, and a thread keeps its own. "
+    "Medians over the steps; times stock's: the median over the rounds of the ratio of their medians, with the least and the most. "
     f"GPU computes: time during which at least one kernel runs, from a trace of {TRACED_STEPS} steps. Host: the calls' own times; the model runner's are execute_model and sample_tokens "
-    "together, our hooks included. Async scheduling as vLLM sets it: while the host prepares a step, the GPU may still compute the one before."
+    "together, our hooks included. Thread on its core: processor time of the thread that steps, mean; it waited for what is missing to the step. "
+    "Async scheduling as vLLM sets it: while the host prepares a step, the GPU may still compute the one before."
 )
 
 
@@ -86,10 +89,13 @@ class Turns:
 
 def run_engine(spec: EngineSpec, cells: Sequence[Cell], profile: bool, turns: Turns) -> Iterator[tuple[str, Any]]:
     """Start the engine and measure the cells; runs in a child. Yields ``("ready", None)``, then ``("cell", (name, figures))`` for each."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    os.sched_setaffinity(0, cores)
     from vllm import LLM
 
     llm = LLM(**(spec.arguments() | {"max_model_len": spec.max_model_len}))
+    # This thread alone: those that the engine has started stay where they are.
+    os.sched_setaffinity(0, cores[:1])
     if spec.host_gib:
         from benchmarks.capacity import drive_selection
 
@@ -106,7 +112,7 @@ def measure_cell(llm: Any, cell: Cell, index: int, spec: EngineSpec, profile: bo
     tokens = -(-cell.requests * cell.tokens // spec.batched_tokens) + cell.requests + (2 + ROUNDS) * SETTLE + (ROUNDS + 2) * a_round + TRACED_STEPS + 16
     prompt = min(cell.tokens, spec.max_model_len - tokens)
     calls: dict[str, list[float]] = defaultdict(list)
-    rounds = []
+    rounds, busy = [], 0.0
     with turns.turn():
         ids = send(engine, cell, cell.requests, prompt, tokens, index)
         waiting = set(ids)
@@ -118,8 +124,11 @@ def measure_cell(llm: Any, cell: Cell, index: int, spec: EngineSpec, profile: bo
         with turns.turn():
             steps(engine, SETTLE)
             with watched(runner, calls):
+                begin = time.thread_time()
                 rounds.append(steps(engine, a_round))
-    figures: dict[str, Any] = {"rounds_ms": rounds, "calls_ms": {name: 1e3 * statistics.median(times) for name, times in calls.items()}}
+                busy += time.thread_time() - begin
+    medians = {name: 1e3 * statistics.median(times) for name, times in calls.items()}
+    figures: dict[str, Any] = {"rounds_ms": rounds, "busy_ms": 1e3 * busy / (ROUNDS * a_round), "calls_ms": medians}
     with turns.turn():
         if spec.on_gpu:
             figures |= traced(llm, engine)
@@ -209,6 +218,7 @@ def make_rows(cells: Sequence[Cell], engines: Sequence[str], details: dict[str, 
             row = {
                 "cell": cell.label(cell.requests), "engine": name, "step": statistics.median(itertools.chain(*rounds)), "gpu": figures.get("gpu_ms"),
                 "kernels": figures.get("kernels"), "runner": calls["execute_model"] + calls["sample_tokens"],
+                "busy": figures["busy_ms"],
             }  # fmt: skip
             row["rest"] = row["step"] - row["runner"] - calls.get("wait", 0.0)
             if name != "stock" and "stock" in measured:

@@ -98,7 +98,7 @@ steps() { wants_h200; bench speed-steps 545 speed steps --engines specontext,sto
 quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine-seconds 360 --work "$WORK"; }
 hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
 paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 ${ENGINES:+--engines "$ENGINES"} --work "$WORK"; }
-edge() { bench speed-edge 400 speed edge --engine-seconds 180 --work "$WORK"; }
+edge() { bench speed-edge 480 speed edge --engine-seconds 180 --work "$WORK"; }
 host() { bench host 540 host --engine-seconds 460 --work "$WORK/host"; }
 edge_others() { bench speed-edge-others 300 speed edge --engines stock,hf-eager --engine-seconds 140 --work "$WORK"; }
 serve() { wants_h200; bench "serve-$1" 545 speed serve --engines "$2" --lengths "$3" --concurrency "$4" --engine-seconds 520 --work "$WORK"; }

@@ -35,7 +35,7 @@ def test_a_host_that_slows_down_for_all_does_not_change_the_ratio():
     calls = {"execute_model": 1.0, "sample_tokens": 0.5, "wait": 0.25}
 
     def rounds(*medians):
-        return {"rounds_ms": [[m - 0.1, m, m + 3] for m in medians], "calls_ms": calls}
+        return {"rounds_ms": [[m - 0.1, m, m + 3] for m in medians], "busy_ms": 1.5, "calls_ms": calls}
 
     details = {"engines": {"stock": {"2x1k": rounds(2, 4, 8)}, "specontext": {"2x1k": rounds(2.2, 4.4, 9.6)}}}
     stock, ours = make_rows([Cell.parse("2x1k")], ["stock", "specontext", "two-tiers"], details)
