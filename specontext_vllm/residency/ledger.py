@@ -173,10 +173,12 @@ class Ledger:
             most = min(self.hot_limit, len(self._pages[name]))
             if most > self.capacity[lane]:
                 wanted[lane] = most
-        touched_pages = np.unique(np.array(touched, np.int64))
-        self._make_room(touched_pages, wanted, changes)
-        self._give_frames(touched_pages, np.array(hits, np.int64), changes)
-        self._grow_hot(wanted, changes)
+        # Most decode steps need nothing; between two steps of a small model these few array operations would be felt.
+        if touched or wanted:
+            touched_pages = np.unique(np.array(touched, np.int64))
+            self._make_room(touched_pages, wanted, changes)
+            self._give_frames(touched_pages, np.array(hits, np.int64), changes)
+            self._grow_hot(wanted, changes)
         if self._stale is None:
             self._maybe_return_layer(changes)
         else:

@@ -111,7 +111,7 @@ class TieredKV:
         self.hot_frames = cells(num_layers, max_requests, plan.hot_pages)
         self.tables = cells(num_layers, max_rows * num_kv_heads, table_pages)
         self.lanes = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self._placed = np.full(max_rows, -1, np.int32)
+        self._placed = [-1] * max_rows
         self._always = cells(1)
         self._copier = Copier(device, num_layers)
         self._groups: list[_Group] = []
@@ -209,11 +209,10 @@ class TieredKV:
 
     def place_rows(self, names: Sequence[str], table_rows: int) -> None:
         """Note which lane each row of the step has; the rows behind them are padding."""
-        lanes = np.full(table_rows, -1, np.int32)
-        lanes[: len(names)] = [self.ledger.lanes[name] for name in names]
-        if not np.array_equal(lanes, self._placed[:table_rows]):
+        lanes = [self.ledger.lanes[name] for name in names] + [-1] * (table_rows - len(names))
+        if lanes != self._placed[:table_rows]:
             self._placed[:table_rows] = lanes
-            self.lanes[:table_rows].copy_(self._upload(lanes), non_blocking=True)
+            self.lanes[:table_rows].copy_(self._upload(np.array(lanes, np.int32)), non_blocking=True)
 
     def resolve(
         self, selection: Tensor, lengths: Tensor, seq_lens: Tensor, block_table: Tensor, table_rows: int
