@@ -11,7 +11,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.retriever import Retriever
-from specontext_vllm.sidecar.messages import Allocate, Configure, Embeddings, Learn, Learned, Refill, Select, Selection, SidecarSpec
+from specontext_vllm.sidecar.messages import Allocate, Configure, Embeddings, Learn, Learned, Refill, Select, Selection, SidecarSpec, Wire, decode, encode
 
 
 class Sidecar:
@@ -42,9 +42,10 @@ class Sidecar:
         }  # fmt: skip
 
     @torch.inference_mode()
-    def handle(self, message: Any) -> Any:
-        """The reply to one message of ``sidecar.messages``."""
-        return self._handlers[type(message)](message)
+    def handle(self, wire: Wire) -> Wire:
+        """The reply to one message of ``sidecar.messages``, both as ``encode`` has them."""
+        message = decode(wire)
+        return encode(self._handlers[type(message)](message))
 
     def _embeddings(self, message: Embeddings) -> None:
         self.embedding[message.first : message.first + len(message.rows)] = message.rows.to(self.device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from specontext_vllm.sidecar.actor import Sidecar
-from specontext_vllm.sidecar.messages import SidecarSpec
+from specontext_vllm.sidecar.messages import SidecarSpec, decode, encode
 
 START_SECONDS = 120
 """Time in which an actor must have started and allocated its memory."""
@@ -70,7 +70,7 @@ class Link:
             SidecarDown: the actor is gone or does not read.
         """
         with self._failures():
-            return self._graph.execute(message)
+            return self._graph.execute(encode(message))
 
     def receive(self, sent: Any, seconds: float | None = None) -> Any:
         """The reply to a message, within REPLY_SECONDS if not told otherwise.
@@ -79,7 +79,7 @@ class Link:
             SidecarDown: the actor is gone, failed over the message, or took longer.
         """
         with self._failures():
-            return self._ray.get(sent, timeout=REPLY_SECONDS if seconds is None else seconds)
+            return decode(self._ray.get(sent, timeout=REPLY_SECONDS if seconds is None else seconds))
 
     def ask(self, message: Any, seconds: float | None = None) -> Any:
         """``send`` and ``receive``."""

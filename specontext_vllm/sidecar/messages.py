@@ -5,7 +5,8 @@ N tokens and R rows of a step, the first B of them decode rows; H KV heads of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,39 +16,62 @@ from torch import Tensor
 from specontext_vllm.config import HeadKeyDtype, SpeContextConfig
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 
+APART = 1 << 18
+"""Bytes from which a tensor travels as an array of its own, which Ray copies straight into a channel's shared memory; strings of megabytes are slow."""
 
-class Message:
-    """Pickles its tensors as NumPy arrays, which Ray copies straight into a channel's shared memory.
+Wire = bytes | tuple[bytes, list[np.ndarray]] | None
+"""A message on its way: one string, with the large tensors beside it; None for the reply None."""
 
-    Torch's own pickling copies them into a byte string first. Unpickling copies out of the channel: what stays in there blocks
-    the next message.
-    """
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: _pack(value) for name, value in self.__dict__.items()}
+def encode(message: Any) -> Wire:
+    """The message, one of the classes below, as Ray's channels take it with the least work: its own pickling of a step's small tensors takes three times as long."""
+    if message is None:
+        return None
+    large: list[np.ndarray] = []
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({name: _unpack(value) for name, value in state.items()})
+    def stays(buffer: pickle.PickleBuffer) -> bool:
+        with buffer.raw() as raw:
+            if raw.nbytes < APART:
+                return True
+        large.append(np.frombuffer(buffer, np.uint8))
+        return False
+
+    values = [_pack(getattr(message, field.name)) for field in fields(message)]
+    text = pickle.dumps((type(message), values), protocol=5, buffer_callback=stays)
+    return (text, large) if large else text
+
+
+def decode(wire: Wire) -> Any:
+    """The message again. Its tensors are its own: what stayed in a channel would block the next message."""
+    if wire is None:
+        return None
+    text, large = wire if isinstance(wire, tuple) else (wire, [])
+    kind, values = pickle.loads(text, buffers=[array.copy() for array in large])
+    return kind(*(_unpack(value) for value in values))
 
 
 def _pack(value: Any) -> Any:
     if isinstance(value, Tensor):
         # NumPy has no bfloat16 and no 8-bit floats.
         plain = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}.get(value.dtype)
-        return _Packed((value if plain is None else value.view(plain)).numpy(), value.dtype)
-    return [_pack(item) for item in value] if isinstance(value, list) else value
+        array = np.ascontiguousarray((value if plain is None else value.view(plain)).numpy())
+        return _Packed((str(value.dtype).removeprefix("torch."), tuple(value.shape), pickle.PickleBuffer(array)))
+    return [_pack(item) for item in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
 
 
 def _unpack(value: Any) -> Any:
     if isinstance(value, _Packed):
-        return torch.tensor(value.array).view(value.dtype)
-    return [_unpack(item) for item in value] if isinstance(value, list) else value
+        name, shape, content = value
+        dtype = getattr(torch, name)
+        # torch makes no tensor of an empty buffer.
+        return torch.frombuffer(content, dtype=dtype).view(shape) if len(content) else torch.empty(shape, dtype=dtype)
+    return [_unpack(item) for item in value] if isinstance(value, list) and value and isinstance(value[0], _Packed) else value
 
 
-@dataclass(frozen=True)
-class _Packed:
-    array: np.ndarray
-    dtype: torch.dtype
+class _Packed(tuple):
+    """Name of a tensor's dtype, its shape, its bytes."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class SidecarSpec:
 
 
 @dataclass(frozen=True)
-class Embeddings(Message):
+class Embeddings:
     """Rows of the target's embedding from ``first`` on: ``[n, E]``. Reply: None."""
 
     first: int
@@ -85,14 +109,14 @@ class Embeddings(Message):
 
 
 @dataclass(frozen=True)
-class Allocate(Message):
+class Allocate:
     """Make room for ``num_blocks`` pages, all unknown. Reply: None."""
 
     num_blocks: int
 
 
 @dataclass(frozen=True)
-class Refill(Message):
+class Refill:
     """Content of the pages ``blocks [n]``: ``keys [n, nkv, P, D]`` and ``fused [n, H]``, as the last actor wrote them. Reply: None."""
 
     blocks: Tensor
@@ -101,14 +125,14 @@ class Refill(Message):
 
 
 @dataclass(frozen=True)
-class Configure(Message):
+class Configure:
     """Other settings from the next step on. Reply: None."""
 
     config: SpeContextConfig
 
 
 @dataclass(frozen=True)
-class Select(Message):
+class Select:
     """A step before its forward pass; see ``StepBatch``. Reply: ``Selection``.
 
     Attributes:
@@ -128,7 +152,7 @@ class Select(Message):
 
 
 @dataclass(frozen=True)
-class Selection(Message):
+class Selection:
     """What the step's decode rows read.
 
     Attributes:
@@ -145,14 +169,14 @@ class Selection(Message):
 
 
 @dataclass(frozen=True)
-class Learn(Message):
+class Learn:
     """The auxiliary hidden states ``[N, H_target]`` of the step last selected for, one tensor per layer. Reply: ``Learned``."""
 
     aux: list[Tensor]
 
 
 @dataclass(frozen=True)
-class Learned(Message):
+class Learned:
     """What the actor's caches gained, for the mirror.
 
     Attributes:
