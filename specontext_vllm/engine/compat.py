@@ -34,8 +34,9 @@ def choose_worker() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        from specontext_vllm.engine.registration import is_selected, warn_of_unread_settings
+        from specontext_vllm.engine.registration import is_selected, refuse_backend_per_kind, warn_of_unread_settings
 
+        refuse_backend_per_kind(vllm_config)
         if is_selected(vllm_config):
             from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config
 

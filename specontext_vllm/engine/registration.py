@@ -66,6 +66,21 @@ def is_selected(vllm_config: Any) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
 
 
+def refuse_backend_per_kind(vllm_config: Any) -> None:
+    """Raise a ConfigError where some layers would be ours and others not, or ours without the worker that selects for them.
+
+    ``worker_cls`` and the selection follow ``attention_config.backend`` alone.
+    """
+    from specontext_vllm.config import ConfigError
+
+    kinds = {kind: backend.name for kind, backend in vllm_config.attention_config.backend_per_kind.items()}
+    if kinds and (is_selected(vllm_config) or BACKEND_NAME in kinds.values()):
+        raise ConfigError(
+            f"--attention-config.backend_per_kind: found {kinds}, but one selection is for all layers of a model; leave it out and use "
+            f"--attention-backend specontext."
+        )
+
+
 def warn_of_unread_settings(vllm_config: Any) -> None:
     """Say so, once, where an engine has this plugin's settings and another backend."""
     from specontext_vllm.config import CONFIG_KEY

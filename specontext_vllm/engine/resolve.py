@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.compat import SCHEDULERS
+from specontext_vllm.engine.compat import CPU_WORKER, GPU_WORKER, SCHEDULERS
 from specontext_vllm.engine.registration import unsupported_vllm
 from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.residency.host_pool import machine_memory
@@ -101,6 +101,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
          "speculative decoding is not served yet; leave it out"),
         (vllm_config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
          f"--scheduler-cls: found {vllm_config.scheduler_config.scheduler_cls}", "it brings a scheduler of its own; leave it out"),
+        (parallel.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER), f"--worker-cls: found {parallel.worker_cls}",
+         "it brings a worker of its own, which selects no pages; leave it out, or use --worker-extension-cls"),
         (parallel.pipeline_parallel_size > 1, f"--pipeline-parallel-size: found {parallel.pipeline_parallel_size}",
          "use --tensor-parallel-size instead"),
         (parallel.decode_context_parallel_size > 1, f"--decode-context-parallel-size: found {parallel.decode_context_parallel_size}",
@@ -110,6 +112,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
         (parallel.enable_dbo, "--enable-dbo: on", "dual-batch overlap splits the batch the head scores; leave it off"),
         (vllm_config.kv_transfer_config is not None, "--kv-transfer-config: found one",
          "KV connectors do not know the head's K cache; leave it out"),
+        (cache.kv_offloading_size is not None, f"--kv-offloading-size: found {cache.kv_offloading_size}",
+         f"it is a KV connector, and those do not know the head's K cache; leave it out, or use additional_config.{CONFIG_KEY}.host_kv_gib"),
         (vllm_config.lora_config is not None, "--enable-lora: on",
          "the head embeds tokens before vLLM sets the step's adapters; leave it out"),
         (model.enable_sleep_mode, "--enable-sleep-mode: on", "the head's K cache would be lost; leave it off"),

@@ -140,7 +140,8 @@ class Runtime:
         self.tiers: TieredKV | None = None
         self._exporter: Exporter | None = None
         self._next_report = 0.0
-        self._page_ids = torch.arange(pages_for(model_config.max_model_len), dtype=torch.int32, device=device)
+        self._max_model_len = model_config.max_model_len
+        self._page_ids = torch.arange(pages_for(self._max_model_len), dtype=torch.int32, device=device)
 
     def _make_retriever(self, checkpoint: HeadCheckpoint | None) -> Retriever | RemoteRetriever:
         model, config = self.vllm_config.model_config, self.config
@@ -309,8 +310,16 @@ class Runtime:
                 "--attention-backend specontext makes one selection for all layers; serve it with another backend."
             )
         self.builder = builders[0]
+        table, fitted = self.builder.table, self.vllm_config.model_config.max_model_len
+        if fitted < self._max_model_len:
+            # --max-model-len auto: vLLM measures the room for KV first, when the head is long there.
+            if self.tiers is not None and table.max_pages < self.config.table_pages(self._max_model_len):
+                raise ConfigError(
+                    f"--max-model-len: found auto, which vLLM fitted to {fitted}, less than the budget for which the two tiers were laid out; "
+                    f"set --max-model-len {fitted}, or a smaller budget."
+                )
+            self.retriever.shrink(fitted, table.max_pages)
         self.retriever.allocate_cache(num_blocks)
-        table = self.builder.table
         if self.tiers is not None:
             self.tiers.bind(table.pages, table.lengths)
         self.builder.provider.warm_up(table)

@@ -209,7 +209,7 @@ class MemoryModel:
         for offloaded in range(plan.host_layers + 1):
             # Contexts shorter than a hot buffer take as much room offloaded as resident.
             pages = room // layers
-            if pages > plan.hot_pages and offloaded:
+            if pages >= plan.hot_pages and offloaded:
                 pages = (room - offloaded * plan.hot_pages) // (layers - offloaded) if offloaded < layers else plan.num_pages
             found.append(PAGE_SIZE * min(pages, plan.num_pages // requests, self.max_pages))
         return found

@@ -92,6 +92,10 @@ class Retriever:
         spec = self.head.spec
         return HeadCache.bytes_per_block(spec.num_kv_heads, spec.head_dim, spec.hidden_size, self.head.fc_weight.dtype, self.key_dtype)
 
+    def shrink(self, max_model_len: int, table_pages: int) -> None:
+        """Before the first step: contexts are shorter, and the page table narrower, than was said at first."""
+        self.max_model_len, self.max_pages, self.table_pages = max_model_len, pages_for(max_model_len), table_pages
+
     def configure(self, config: SpeContextConfig) -> None:
         """Change the settings between steps; the head and the table's width stay.
 

@@ -239,6 +239,10 @@ class RemoteRetriever:
             self._discard(self._link)
         self._link = self._next_link = None
 
+    def shrink(self, max_model_len: int, table_pages: int) -> None:
+        """See ``Retriever.shrink``; the actor's own table may stay wider than its rows."""
+        self.dense.shrink(max_model_len, table_pages)
+
     def configure(self, config: SpeContextConfig) -> None:
         """Change the settings between steps; see ``Retriever.configure``."""
         self.config = config

@@ -98,3 +98,19 @@ def test_settings_that_another_backend_leaves_unread_are_named(monkeypatch):
     warn_of_unread_settings(SimpleNamespace(additional_config={"specontext": {"budget": 128}}))
     (sentence,) = said
     assert sentence.startswith("additional_config.specontext: found settings, which nothing reads without --attention-backend specontext")
+
+
+def test_a_backend_for_each_kind_of_layer_is_refused_where_one_is_ours():
+    from specontext_vllm.config import ConfigError
+    from specontext_vllm.engine.registration import refuse_backend_per_kind
+
+    def config(backend, **kinds):
+        named = {kind: SimpleNamespace(name=name) for kind, name in kinds.items()}
+        return SimpleNamespace(attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend), backend_per_kind=named))
+
+    for backend in (None, "FLASH_ATTN", "SPECONTEXT"):
+        refuse_backend_per_kind(config(backend))
+    refuse_backend_per_kind(config("FLASH_ATTN", full_attention="TRITON_ATTN"))
+    for wrong in (config(None, full_attention="SPECONTEXT"), config("SPECONTEXT", full_attention="CPU_ATTN"), config("FLASH_ATTN", sliding="SPECONTEXT")):
+        with pytest.raises(ConfigError, match=r"^--attention-config.backend_per_kind: found \{.*; leave it out and use --attention-backend specontext\.$"):
+            refuse_backend_per_kind(wrong)

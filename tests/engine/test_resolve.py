@@ -25,11 +25,11 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
     )  # fmt: skip
     return SimpleNamespace(
         model_config=SimpleNamespace(**{**fields, **(model or {})}),
-        cache_config=SimpleNamespace(**{"cache_dtype": "auto", "block_size": None, "user_specified_block_size": False, **(cache or {})}),
+        cache_config=SimpleNamespace(**{"cache_dtype": "auto", "block_size": None, "user_specified_block_size": False, "kv_offloading_size": None, **(cache or {})}),
         parallel_config=SimpleNamespace(
             **{
                 "pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1,
-                "enable_dbo": False, "tensor_parallel_size": 1, "data_parallel_size_local": 1, "use_ray": False, **(parallel or {}),
+                "enable_dbo": False, "tensor_parallel_size": 1, "data_parallel_size_local": 1, "use_ray": False, "worker_cls": "auto", **(parallel or {}),
             }
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls),
@@ -51,6 +51,8 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
         ({"speculative_config": object()}, "--speculative-config"),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),
+        ({"parallel": {"worker_cls": "my.Worker"}}, "--worker-cls: found my.Worker"),
         ({"lora_config": object()}, "--enable-lora: on"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         ({"cache": {"block_size": 32, "user_specified_block_size": True}}, "--block-size: found 32"),

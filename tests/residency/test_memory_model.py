@@ -1,6 +1,7 @@
 """The memory model against brute force and against the sizes that a worker really allocates."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from specontext_vllm.config import pages_for
 from specontext_vllm.residency.ledger import Ledger, StartedRequest
-from specontext_vllm.residency.memory_model import HOT_SHARE, LEAST_GAIN, KVShape, MemoryModel, MemoryModelError, StepTime
+from specontext_vllm.residency.memory_model import HOT_SHARE, LEAST_GAIN, KVShape, MemoryModel, MemoryModelError, StepTime, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 
 SHAPE_8B = KVShape(num_layers=32, num_kv_heads=8, head_dim=128, itemsize=2, head_page_bytes=8 * 16 * 128 * 2 + 4096 * 2)
@@ -87,6 +88,14 @@ def test_capacity_of_the_paper_shape():
     assert both.num_pages > 4 * alone.num_pages and alone.host_layers == 0
     assert model.offloaded_layers(both, 2048, 20) == 0
     assert model.offloaded_layers(both, 16384, 20) < model.offloaded_layers(both, 32768, 20)
+
+
+def test_all_layers_offloaded_need_no_more_than_their_hot_buffers():
+    model = MemoryModel(KVShape(6, 2, 64, 4, 9216), budget_pages=16, table_pages=16, max_num_seqs=2, max_model_len=16384)
+    exact = TierPlan(num_pages=2100, host_layers=6, hot_pages=32, frames=2 * 6 * 32 + 2 * 8, staging_pages=8, host_bytes=0, gpu_bytes=0, parts={})
+    assert model.thresholds(exact, 2) == [512] * 6 + [16384] and model.offloaded_layers(exact, 16384, 2) == 6
+    short = replace(exact, frames=exact.frames - 2)
+    assert model.offloaded_layers(short, 16384, 2) is None
 
 
 def test_refusals_name_the_setting_and_the_numbers():
