@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -169,7 +170,10 @@ def test_the_command_serves_them_on_the_loopback_interface(tmp_path):
     )
     with (
         subprocess.Popen([sys.executable, "-c", writer], env=environment, stdout=subprocess.PIPE, text=True) as worker,
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as served,
+        # A shell's background job, as a test run may be one, hands on that SIGINT is ignored.
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        ) as served,
     ):
         try:
             assert served.stdout.readline().startswith(f"http://127.0.0.1:{port}/metrics ")
@@ -181,5 +185,6 @@ def test_the_command_serves_them_on_the_loopback_interface(tmp_path):
             again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
             assert again.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in again.stderr and "name another" in again.stderr
         finally:
-            served.terminate()
+            served.send_signal(signal.SIGINT)
             worker.kill()
+        assert served.wait(10) == 0
