@@ -59,6 +59,10 @@ class SpeContextConfig(BaseModel):
         default=1.0, ge=0.0,
         description="With a host pool: a page that must be fetched has to score 1 + stickiness times a held one; 0 = off.",
     )
+    cache_generated: bool = Field(
+        default=False,
+        description="Whether pages of generated tokens beyond the budget enter the prefix cache; their KV was made under sparse attention.",
+    )
     allow_pickle: bool = Field(
         default=False, description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors."
     )
@@ -131,6 +135,10 @@ class SpeContextConfig(BaseModel):
     @property
     def budget_pages(self) -> int:
         return self.budget // PAGE_SIZE
+
+    def exact_tokens(self, max_model_len: int) -> int:
+        """Leading tokens of a context whose KV decode steps make as dense attention does, since they read all of it."""
+        return max_model_len if self.retriever == "dense" else min(max_model_len, self.budget_pages * PAGE_SIZE)
 
     @property
     def sink_pages(self) -> int:

@@ -1,4 +1,4 @@
-"""vLLM's schedulers with one difference: a prefix hit waits until the step that computes its pages is over."""
+"""vLLM's schedulers with what sparse decode steps ask of the prefix cache: hits wait for their pages, and only exact pages are kept."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 
 
 class WaitsForPages:
     """Skips a waiting request for a step in which another request still computes pages that it hits.
 
-    Symptom: of requests with one prompt that arrive together, those with a suffix of one token answer otherwise than alone.
+    Symptom: of requests with one prompt that arrive together, those behind the first answer otherwise than alone.
     Reason: vLLM enters pages into the prefix cache when it schedules them (vllm/v1/core/kv_cache_manager.py, allocate_slots), so that a hit may
-    be computed in the very step that reads it. For dense attention that is soon enough, layer by layer. A selection comes before all layers, from keys
-    that the head makes after them, and a host pool's pages are fetched ahead of the layers that write them.
+    be computed in the very step that reads it. For dense attention that is soon enough, layer by layer. The head's key of the token behind the hit needs what
+    the head learns of the hit after all layers, and a host pool's pages are fetched ahead of the layers that write them.
     Remove when: vLLM can be told that hits need computed pages. ``_ec_transfer_pending`` is where it skips requests whose inputs are on their way.
     """
 
@@ -40,9 +40,57 @@ class WaitsForPages:
         )
 
 
-class SpeContextScheduler(WaitsForPages, Scheduler):
+class CachesExactPages:
+    """Keeps pages out of the prefix cache whose KV a dense prefill of the same tokens would not make.
+
+    Symptom: the next turn of a conversation answers otherwise than it would with a cold cache.
+    Reason: vLLM caches generated tokens' pages like any other, by their tokens (vllm/v1/core/kv_cache_manager.py, cache_blocks); beyond the budget they hold KV
+    that was made under sparse attention. ``cache_generated`` lets them in.
+    Remove when: vLLM lets a scheduler say how many of a request's tokens may be cached.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
+        self._exact_tokens = config.exact_tokens(self.max_model_len)
+        if config.cache_generated:
+            return
+        coordinator = self.kv_cache_manager.coordinator
+        cache = coordinator.cache_blocks
+
+        def cache_exact(request: Any, num_computed_tokens: int) -> None:
+            cache(request, min(num_computed_tokens, self._exact_end(request)))
+
+        coordinator.cache_blocks = cache_exact
+
+    def _exact_end(self, request: Any) -> int:
+        """Leading tokens of a request whose KV is that of dense attention: its prompt's, and what decode steps read whole."""
+        # A session's answers become a part of its prompt, but were not computed as one.
+        return getattr(request, "_specontext_exact_end", None) or max(request.num_prompt_tokens, self._exact_tokens)
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        if session.num_computed_tokens > (exact := self._exact_end(session)):
+            session._specontext_exact_end = exact
+        super()._update_request_as_session(session, update)
+
+
+class SpeContextScheduler(CachesExactPages, WaitsForPages, Scheduler):
     """vLLM's scheduler."""
 
 
-class SpeContextAsyncScheduler(WaitsForPages, AsyncScheduler):
+class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
     """vLLM's scheduler that runs ahead of the GPU."""
+
+    def _update_request_as_session(self, session: Any, update: Any) -> None:
+        """A session goes on from the start of its newest page.
+
+        The step that was under way when its last chunk's answer ended has run with a token that was then discarded, and of the tokens in that page the head
+        knows the discarded one alone: the next token's key would be made from it. At a page's start it is made from the page before.
+        """
+        super()._update_request_as_session(session, update)
+        if session.num_computed_tokens % PAGE_SIZE == 0:
+            return
+        session.num_computed_tokens -= session.num_computed_tokens % PAGE_SIZE
+        if session.num_computed_tokens == 0:
+            # vLLM takes a request without computed tokens for one without pages.
+            self.kv_cache_manager.free(session)
