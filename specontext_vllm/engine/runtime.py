@@ -138,6 +138,8 @@ class Runtime:
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
         self.tiers: TieredKV | None = None
+        self._prefill_ends: dict[str, int] = {}
+        """Of the requests in flight: tokens that are computed as a prompt."""
         self._exporter: Exporter | None = None
         self._next_report = 0.0
         self._max_model_len = model_config.max_model_len
@@ -276,18 +278,29 @@ class Runtime:
         """Pages handed out, requests gone, rows that decode, pages that are written."""
         cached = out.scheduled_cached_reqs
         released = [*out.finished_req_ids, *(out.preempted_req_ids or ())]
-        started = [StartedRequest(r.req_id, list(r.block_ids[0]), r.num_computed_tokens // 16) for r in out.scheduled_new_reqs]
-        grown, written = [], []
+        for name in out.finished_req_ids:
+            self._prefill_ends.pop(name, None)
+        started, grown, written, computed_tokens = [], [], [], {}
+        for request in out.scheduled_new_reqs:
+            # The V2 runner is told of a resumed request's own tokens as well, which it computes like a prompt.
+            self._prefill_ends[request.req_id] = len(request.prefill_token_ids or request.prompt_token_ids)
+            computed_tokens[request.req_id] = request.num_computed_tokens
+            started.append(StartedRequest(request.req_id, list(request.block_ids[0]), pages_for(request.num_computed_tokens)))
+            # A session goes on within a page.
+            written.append((request.req_id, request.num_computed_tokens // 16))
         for name, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            computed_tokens[name] = computed
             if name in cached.resumed_req_ids:
                 released.append(name)
-                started.append(StartedRequest(name, list(blocks[0]), computed // 16))
+                started.append(StartedRequest(name, list(blocks[0]), pages_for(computed)))
                 continue
             written.append((name, computed // 16))
             if blocks is not None and blocks[0]:
                 grown.append((name, list(blocks[0])))
-        decoding = [name for name, tokens in out.num_scheduled_tokens.items() if tokens == 1]
-        prefilling = [name for name, tokens in out.num_scheduled_tokens.items() if tokens > 1]
+        decoding, prefilling = [], []
+        for name, tokens in out.num_scheduled_tokens.items():
+            is_prefill = tokens > 1 or computed_tokens[name] < self._prefill_ends[name]
+            (prefilling if is_prefill else decoding).append(name)
         tiers.begin_step(released, started, grown, decoding, prefilling, written)
         now = time.monotonic()
         if self.config.stats and now >= self._next_report:

@@ -25,7 +25,7 @@ class StartedRequest:
     Attributes:
         name: vLLM's request id.
         pages: logical pages it holds.
-        computed: leading pages whose content exists already (a prefix hit).
+        computed: leading pages whose content exists already: of a prefix hit, or the session's own, a partly filled one included.
     """
 
     name: str
@@ -136,10 +136,9 @@ class Ledger:
             grown: running requests and the pages they got.
             decoding: requests that decode in this step, which need a hot buffer.
             hot_limit: most slots of a lane from now on, at most ``hot_pages``; None: as before.
-            prefilling: requests with several tokens in this step. A hot buffer that one of them has, from a chunk of one token before, is
-                forgotten: what is written now goes past it.
-            written: requests with tokens in this step that did not start in it, and their first page (counted from the request's start) that
-                gets some of them.
+            prefilling: requests with prompt tokens in this step, or with several. A hot buffer that one of them has is forgotten: what is written now goes past it.
+            written: requests with tokens in this step, and their first page (counted from the request's start) that gets some of them. Of those
+                that start in it, pages that are not computed are known to be written.
         Raises:
             RuntimeError: the frames do not suffice with every mirrored layer offloaded; the memory model excludes it.
         """
@@ -153,11 +152,12 @@ class Ledger:
         hits: list[int] = []
         fresh: list[int] = []
         for request in started:
+            # Before a session's references go: without prefix caching, a page that nobody refers to loses its frames.
+            np.add.at(self.references, request.pages, 1)
             if request.name in self.lanes:
                 self._release(request.name, changes)
             lane = self._free_lanes.pop()
             self.lanes[request.name], self._pages[request.name] = lane, list(request.pages)
-            np.add.at(self.references, request.pages, 1)
             changes.lanes.append(lane)
             touched += request.pages
             hits += request.pages[: request.computed]

@@ -20,13 +20,14 @@ class Schedule(RuleBasedStateMachine):
     """
 
     return_pages = PAGES
-    """Layers come back at once; the schedule below differs."""
+    """Layers come back at once; the schedules below differ."""
+    prefix_caching = True
 
     def __init__(self):
         super().__init__()
         self.ledger = Ledger(
             num_layers=LAYERS, num_pages=PAGES, frames=np.arange(10, 10 + FRAMES), host_layers=MIRRORED, hot_pages=HOT,
-            max_requests=LANES, keep_unreferenced=True, return_pages=self.return_pages,
+            max_requests=LANES, keep_unreferenced=self.prefix_caching, return_pages=self.return_pages,
         )  # fmt: skip
         self.version = np.zeros(PAGES, int)
         self.host = {}
@@ -36,13 +37,13 @@ class Schedule(RuleBasedStateMachine):
         self.free = list(range(PAGES))
         self.counter = self.wrote = 0
 
-    def step(self, released=(), started=(), grown=(), decode_all=True, hot_limit=None):
+    def step(self, released=(), started=(), grown=(), decode_all=True, hot_limit=None, resumed_in=()):
         before = self.ledger.resident
         decoding = [name for name in self.ledger.lanes if name not in released] + [r.name for r in started] if decode_all else []
         # Each decode row adds a token to its last page.
         tails = {name: len(pages) - 1 for name, pages in self.running.items() if name in decoding}
         tails |= {name: len(self.running[name]) - len(pages) for name, pages in grown}
-        written = [(name, first) for name, first in tails.items() if name not in [r.name for r in started]]
+        written = [(name, first) for name, first in tails.items() if name not in [r.name for r in started]] + list(resumed_in)
         changes = self.ledger.begin_step(released, started, grown, decoding, hot_limit, written=written)
         for frames in changes.given_up:
             for frame in frames:
@@ -100,8 +101,20 @@ class Schedule(RuleBasedStateMachine):
         pages = self.running.pop(name)
         held = {p for other in self.running.values() for p in other}
         self.free += [p for p in pages if p not in held]
-        self.cached.append(pages)
+        if self.prefix_caching:
+            self.cached.append(pages)
         self.step(released=[name, "unknown"])
+
+    @precondition(lambda self: self.running and self.free)
+    @rule(pick=st.integers(0, 99), count=st.integers(0, 3))
+    def go_on(self, pick, count):
+        """A session's next chunk of input: the request starts anew within its last page, and may get more."""
+        name = sorted(self.running)[pick % len(self.running)]
+        computed = len(self.running[name])
+        fresh, self.free = self.free[:count], self.free[count:]
+        self.cached = [c for c in self.cached if not set(c) & set(fresh)]
+        self.running[name] += fresh
+        self.step(started=[StartedRequest(name, list(self.running[name]), computed)], resumed_in=[(name, computed - 1)])
 
     @rule(slots=st.integers(1, HOT))
     def resize(self, slots):
@@ -161,6 +174,16 @@ class SlowSchedule(Schedule):
 
 SlowSchedule.TestCase.settings = Schedule.TestCase.settings
 test_schedule_with_slow_returns = SlowSchedule.TestCase
+
+
+class UncachedSchedule(Schedule):
+    """Without prefix caching pages nobody refers to lose their content."""
+
+    prefix_caching = False
+
+
+UncachedSchedule.TestCase.settings = settings(Schedule.TestCase.settings, max_examples=20)
+test_schedule_without_prefix_caching = UncachedSchedule.TestCase
 
 
 def ledger(**changes):
