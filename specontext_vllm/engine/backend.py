@@ -16,7 +16,6 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from specontext_vllm.attention.page_table import PageTable
@@ -64,7 +63,7 @@ class SpeContextMetadata:
     """One step's attention, shared by all layers.
 
     Attributes:
-        num_decodes: leading rows with one query token; they read ``table``.
+        num_decodes: leading rows that decode, one query token each; they read ``table``.
         table: the page table, filled before the first layer.
         prefill: the rows behind them, or None.
         num_tokens: query tokens of the step (with a FULL graph: padding included).
@@ -90,7 +89,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Rows with one query token lead the batch (the V1 runner sorts by this threshold; the V2 runner always does).
+        # Decode rows lead the batch, then prompt rows of one token (the V1 runner sorts by this threshold; the V2 runner by our adapter).
         self._init_reorder_batch_threshold(1)
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         max_model_len = vllm_config.model_config.max_model_len
@@ -109,9 +108,11 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SpeContextMetadata:
         common = common_attn_metadata
-        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(common, decode_threshold=1)
+        decodes = self._leading_decodes(common)
+        # One token each, or none in padding.
+        decode_tokens = int(common.query_start_loc_cpu[decodes])
         prefill = None
-        if prefills:
+        if decodes < common.num_reqs:
             starts = common.query_start_loc[decodes : common.num_reqs + 1]
             prefill = PrefillRows(
                 starts=starts - decode_tokens if decodes else starts,
@@ -121,7 +122,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
                 max_seq_len=common.max_seq_len,
                 offsets=(common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens).tolist(),
             )
-        return SpeContextMetadata(decodes, self.table, prefill, decode_tokens + prefill_tokens, common)
+        return SpeContextMetadata(decodes, self.table, prefill, common.num_actual_tokens, common)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SpeContextMetadata:
         metadata = self.build(0, common_attn_metadata)
@@ -130,6 +131,18 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self.table.lengths.fill_(1)
         self.provider.plan(self.table, metadata.num_decodes)
         return metadata
+
+    @staticmethod
+    def _leading_decodes(common: CommonAttentionMetadata) -> int:
+        """Rows, padding included, in front of the first with prompt tokens or several tokens."""
+        prompts = common.is_prefilling
+        if common.max_query_len <= 1 and (prompts is None or not prompts.any()):
+            return common.num_reqs
+        is_prefill = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
+        if prompts is not None:
+            # Not told of padding.
+            is_prefill[: len(prompts)] |= prompts[: len(is_prefill)]
+        return int(is_prefill.int().argmax()) if is_prefill.any() else common.num_reqs
 
 
 class SpeContextImpl(AttentionImpl):

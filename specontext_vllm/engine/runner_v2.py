@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -46,10 +47,23 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             raise RuntimeError("specontext: vLLM asked for copies of KV blocks, which the head's caches do not follow; please report it.")
         super().update_requests(scheduler_output)
 
+    def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
+        """Rows of prompt tokens go behind the decode rows, those of one token too, and no batch with such a row replays a decode graph.
+
+        vLLM takes a prompt row of one token for a decode row; here decode rows read a selection, and prompts are dense.
+        """
+        state, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
+        if state is None or not state.has_prefill:
+            return state, uniform
+        order = np.argsort(state.is_prefilling_np, kind="stable")
+        rows = {name: value[order] for name, value in state._asdict().items() if isinstance(value, np.ndarray)}
+        rows |= {"req_ids": [state.req_ids[row] for row in order], "prefill_runs_as_decode_np": None, "decode_graph_eligible": False}
+        return state._replace(**rows), None
+
     def prepare_attn(self, input_batch: Any) -> Any:
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
-        decodes = int((input_batch.num_scheduled_tokens[:rows] == 1).sum())
+        decodes = int((~input_batch.is_prefilling_np[:rows]).sum())
         most_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._batch = StepBatch(
             token_ids=input_batch.input_ids,

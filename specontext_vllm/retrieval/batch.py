@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Rows of a step, those with one query token ("decode rows") first.
+    """Rows of a step, decode rows first: those whose one query token was generated. The others hold prompt tokens, be it one.
 
     Attributes:
         token_ids: ``[>= N]`` ids of the step's tokens.
@@ -20,7 +20,7 @@ class StepBatch:
         seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a graph.
         block_table: ``[>= R, W]`` int32; tails beyond a row's pages may be stale.
         seq_lens_bound: R host integers, each at least the row's context length.
-        num_decodes: rows with one query token.
+        num_decodes: leading decode rows.
         table_rows: rows of the page table to fill, padding included.
         names: R request ids.
         query_lens: R host integers, the rows' query tokens.

@@ -122,6 +122,24 @@ def test_keys_do_not_depend_on_the_steps(cut, key_dtype, device):
         assert_close("keys", rounded, stored, 1e-2)
 
 
+@pytest.mark.parametrize("end", [20, 31, 32, 33])
+def test_a_token_that_was_taken_back_leaves_no_trace_behind_the_start_of_its_page(end, device):
+    """As a session goes on (engine/scheduler.py): the step behind the answer's end ran with a token that was discarded."""
+    world = World(device)
+    world.add("a", 80)
+    world.step(("a", 0, end))
+    token, aux = world.tokens["a"][end].clone(), [state[end].clone() for state in world.aux["a"]]
+    world.tokens["a"][end] = (token + 1) % VOCAB
+    for state in world.aux["a"]:
+        state[end] = 3.0
+    world.step(("a", end, end + 1))
+    world.tokens["a"][end] = token
+    for state, kept in zip(world.aux["a"], aux):
+        state[end] = kept
+    world.step(("a", end // PAGE_SIZE * PAGE_SIZE, 80))
+    assert_close("keys", world.expected_keys("a"), world.stored_keys("a", 80), 1e-5)
+
+
 def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
     """The head makes long prompts' keys a chunk at a time; seams inside rows and between rows must not show."""
     monkeypatch.setattr(retriever_module, "PREFILL_CHUNK", 29)
