@@ -23,7 +23,12 @@ def _update_bounds_kernel(p_kv, p_slots, p_bounds, num_slots, P: tl.constexpr, D
         m_k = (o_t <= slot % P)[:, None] & (o_d < D)[None, :]
         p_k = p_kv + (i_page * P + o_t)[:, None] * 2 * D + o_d[None, :]
         b_low = tl.min(tl.load(p_k, mask=m_k, other=float("inf")), axis=0)
-        b_high = tl.max(tl.load(p_k, mask=m_k, other=float("-inf")), axis=0)
+        b_k = tl.load(p_k, mask=m_k, other=float("-inf"))
+        b_high = tl.max(b_k, axis=0)
+        # Both pass over NaN, of which no bound is known.
+        m_nan = tl.max((b_k != b_k).to(tl.int32), axis=0) > 0
+        b_low = tl.where(m_nan, float("nan"), b_low)
+        b_high = tl.where(m_nan, float("nan"), b_high)
         tl.store(p_bounds + i_page * 2 * D + o_d, b_low, mask=o_d < D)
         tl.store(p_bounds + (i_page * 2 + 1) * D + o_d, b_high, mask=o_d < D)
 
@@ -60,8 +65,10 @@ def _score_bounds_kernel(
             mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
         )  # fmt: skip
         # max(q * low, q * high) is q * high where q is positive, else q * low.
-        b_s = tl.dot(tl.maximum(b_q, 0.0).to(b_q.dtype), tl.trans(b_high), input_precision=PRECISION)
-        b_s = tl.dot(tl.minimum(b_q, 0.0).to(b_q.dtype), tl.trans(b_low), b_s, input_precision=PRECISION) * scale
+        b_up = tl.maximum(b_q, 0.0, propagate_nan=tl.PropagateNan.ALL).to(b_q.dtype)
+        b_down = tl.minimum(b_q, 0.0, propagate_nan=tl.PropagateNan.ALL).to(b_q.dtype)
+        b_s = tl.dot(b_up, tl.trans(b_high), input_precision=PRECISION)
+        b_s = tl.dot(b_down, tl.trans(b_low), b_s, input_precision=PRECISION) * scale
         o_out = (i_head * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_p[None, :]
         tl.store(p_out + o_out, b_s, mask=(o_g < G)[:, None] & m_p[None, :])
 
@@ -72,7 +79,7 @@ def update_bounds(kv_cache: torch.Tensor, slots: torch.Tensor, bounds: torch.Ten
     Args:
         kv_cache: ``[num_blocks, H, P, 2 * D]`` contiguous, keys then values in the last axis, the step's tokens included.
         slots: ``[N]`` int64 of the step's tokens, each request's in ascending order of position and side by side; negative: padding.
-        bounds: ``[num_blocks, H, 2, D]`` minima then maxima over the page's tokens so far, written.
+        bounds: ``[num_blocks, H, 2, D]`` minima then maxima over the page's tokens so far, written; NaN where one of them is.
     """
     heads, page_size, d = bounds.shape[1], kv_cache.shape[2], bounds.shape[3]
     _update_bounds_kernel[(slots.shape[0], heads)](

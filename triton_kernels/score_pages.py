@@ -44,7 +44,7 @@ def _score_pages_kernel(
             mask=(o_g < G)[None, :] & (o_d < D)[:, None], other=0.0,
         )  # fmt: skip
         if HALF:
-            b_q = tl.clamp(b_q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+            b_q = tl.clamp(b_q.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
         b_s = tl.dot(b_k.to(b_q.dtype), b_q, input_precision=PRECISION)
         b_s = tl.where((m_token & (o_token >= FIRST))[:, None], b_s, float("-inf"))
         # [PAGES, P, G_PAD] -> [PAGES, G_PAD]; in powers of two, which the GPU has an instruction for.
@@ -53,6 +53,8 @@ def _score_pages_kernel(
         scale2 = scale / LN2
         b_safe = tl.where(b_max == float("-inf"), 0.0, b_max) * scale2
         b_sum = tl.sum(tl.exp2(b_s * scale2 - b_safe[:, None, :]), axis=1)
+        # The maximum passes over NaN; the sum does not.
+        b_max = tl.where(b_sum == b_sum, b_max, b_sum)
         o_p = i_block * PAGES + tl.arange(0, PAGES)
         o_out = (i_kv * G + o_g)[None, :].to(tl.int64) * s_scores + start + o_p[:, None]
         m_out = (o_g < G)[None, :] & (o_p < pages)[:, None]
@@ -64,7 +66,7 @@ def score_pages(
     queries: torch.Tensor, keys: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor,
     page_max: torch.Tensor, page_lse: torch.Tensor, *, first_row: int, num_rows: int, max_pages: int, least_pages: int, first_token: int = 1,
 ) -> None:  # fmt: skip
-    """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head.
+    """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head; both NaN where a token's is NaN or +inf.
 
     Args:
         queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.

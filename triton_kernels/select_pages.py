@@ -49,20 +49,22 @@ def _select_pages_kernel(
             for first in range(0, pages, BLOCK):
                 m_tile = m_g[:, None] & (first + o_block < pages)[None, :]
                 b_lse = tl.load(p_lse + o_tile + first, mask=m_tile, other=float("-inf"))
-                b_lse = tl.where(m_g[:, None], b_lse, 0.0)
+                # What is not finite has no weight, here and below; a NaN would come before the sinks.
+                b_lse = tl.where(tl.abs(b_lse) < float("inf"), b_lse, float("-inf"))
                 b_new = tl.maximum(b_top, tl.max(b_lse, axis=1))
-                b_sum = b_sum * tl.exp(b_top - b_new) + tl.sum(tl.exp(b_lse - b_new[:, None]), axis=1)
+                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_sum = b_sum * tl.exp(b_top - b_safe) + tl.sum(tl.exp(b_lse - b_safe[:, None]), axis=1)
                 b_top = b_new
-            b_total = b_top + tl.log(b_sum)
+            # A query head without a finite score has no say.
+            b_total = tl.where(b_sum > 0.0, b_top + tl.log(b_sum), float("inf"))
             # Score of a page: the largest attention weight (as a logarithm) over its tokens and the group's query heads,
             # kept as an integer of the same order.
             p_row_order = p_order + i_head.to(tl.int64) * s_scores + start
             least = tl.full((), ALWAYS, tl.int64)
             for first in range(0, pages, BLOCK):
                 o_p = first + o_block
-                m_tile = m_g[:, None] & (o_p < pages)[None, :]
-                b_m = tl.load(p_max + o_tile + first, mask=m_tile, other=float("-inf"))
-                b_m = tl.where(m_tile, b_m - b_total[:, None], float("-inf"))
+                b_m = tl.load(p_max + o_tile + first, mask=m_g[:, None] & (o_p < pages)[None, :], other=float("-inf"))
+                b_m = tl.where(tl.abs(b_m) < float("inf"), b_m, float("-inf")) - b_total[:, None]
                 b_best = tl.max(b_m, axis=0)
                 if STICKY:
                     lane = tl.maximum(tl.load(p_lanes + i_row), 0).to(tl.int64)
@@ -105,14 +107,16 @@ def _select_pages_kernel(
                 m_keep = ((b_order > low) & m_p) | ((b_tie > 0) & (tied + tl.cumsum(b_tie, axis=0) <= budget - above))
                 b_keep = m_keep.to(tl.int32)
                 b_id = tl.load(p_table + o_p, mask=m_keep, other=0)
-                tl.store(p_out + taken + tl.cumsum(b_keep, axis=0) - 1, b_id * H + i_head, mask=m_keep)
+                # Within the row whatever the scores are.
+                o_out = taken + tl.cumsum(b_keep, axis=0) - 1
+                tl.store(p_out + o_out, b_id * H + i_head, mask=m_keep & (o_out < budget))
                 taken += tl.sum(b_keep)
                 tied += tl.sum(b_tie)
                 b_lse = tl.load(p_lse + o_tile + first, mask=m_g[:, None] & m_keep[None, :], other=float("-inf"))
-                b_kept += tl.sum(tl.where(m_g[:, None] & m_keep[None, :], tl.exp(b_lse - b_total[:, None]), 0.0), axis=1)
+                b_kept += tl.sum(tl.where(tl.abs(b_lse) < float("inf"), tl.exp(b_lse - b_total[:, None]), 0.0), axis=1)
             tl.store(p_lengths + i_row * H + i_head, (budget - 1) * P + (seq_len - 1) % P + 1)
             if not FALLBACK:
-                tl.store(p_mass + i_row * H + i_head, tl.sum(tl.where(m_g, b_kept, 0.0)) / G)
+                tl.store(p_mass + i_row * H + i_head, tl.sum(b_kept) / G)
 
 
 def select_pages(
@@ -124,7 +128,7 @@ def select_pages(
     """Keep each (row, KV head)'s sinks, recents and best pages; see ``specontext_vllm.retrieval.selection``.
 
     Args:
-        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows.
+        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows; what is not finite counts as the worst.
         order: ``[H, C]`` int32 scratch.
         starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for rows that are kept whole.
         widest: most pages any row of this engine may have; only the tile size depends on it, so that one kernel is compiled.

@@ -125,6 +125,8 @@ def update_bounds_reference(kv_cache: Tensor, slots: Tensor, bounds: Tensor) -> 
 def score_bounds_row(query: Tensor, bounds: Tensor) -> Tensor:
     """Upper bounds ``[NQ, pages]`` of ``q . k / sqrt(D)`` of one row: ``query [NQ, D]``, ``bounds [pages, H, 2, D]``."""
     heads, d = bounds.shape[1], bounds.shape[3]
-    grouped = query.view(heads, -1, 1, 1, d).float()
-    reach = (grouped * bounds.float().permute(1, 0, 2, 3)[:, None]).amax(3)
-    return reach.sum(-1).flatten(0, 1) * d**-0.5
+    grouped = query.view(heads, -1, d).float()
+    low, high = bounds.float().permute(2, 1, 3, 0)
+    # max(q * low, q * high) is q * high where q is positive, else q * low.
+    reach = grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low
+    return reach.flatten(0, 1) * d**-0.5

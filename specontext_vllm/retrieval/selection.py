@@ -42,7 +42,8 @@ def select_rows(
     """Fill the page table of ``rows`` from the workspace, on the device of ``pages``.
 
     The score of a page for a KV head is the largest attention weight over its tokens and the group's query heads
-    (element-wise max, paper C1 "Mapping"). A row with no more pages than the budget is read whole, and needs no scores.
+    (element-wise max, paper C1 "Mapping"). A row with no more pages than the budget is read whole, and needs no scores. A score that is not
+    finite, as of a request whose hidden states overflow, counts as the worst, so that every row keeps as many pages whatever its scores are.
 
     Args:
         scores: workspace of ``score_rows`` for the same rows.
@@ -101,13 +102,16 @@ def select_row(
     """Kept page positions ``[H, min(count, total)]`` int64 ascending, and kept mass ``[H]``, of one row.
 
     Args:
-        page_max, page_lse: ``[NQ, count]`` float32.
+        page_max, page_lse: ``[NQ, count]`` float32. What is not finite counts as the worst and has no mass; a query head without a finite
+            score has no say.
         bonus: ``[H, count]`` added to the logarithms of the scores, or None.
     """
     if count <= budget.total:
         return torch.arange(count).expand(num_kv_heads, count), torch.ones(num_kv_heads)
+    page_lse = torch.where(page_lse.isfinite(), page_lse, float("-inf"))
     total = page_lse.logsumexp(-1, keepdim=True)
-    score = (page_max - total).view(num_kv_heads, -1, count).amax(1)
+    total = torch.where(total.isfinite(), total, float("inf"))
+    score = (torch.where(page_max.isfinite(), page_max, float("-inf")) - total).view(num_kv_heads, -1, count).amax(1)
     if bonus is not None:
         score = score + bonus
     score[:, : budget.sinks] = float("inf")
