@@ -18,8 +18,10 @@ from specontext_vllm.retrieval.checkpoint import (
     HeadSpec,
     TensorInfo,
     check_fits,
+    describe_aux_layers,
     read_checkpoint,
     read_config,
+    resolve_aux_layers,
     resolve_checkpoint,
 )
 
@@ -54,10 +56,11 @@ def inspect(
         return
     try:
         check_fits(head.spec, **shape)
+        layers = describe_aux_layers(head.spec, resolve_aux_layers(head.spec, shape["num_layers"]))
     except HeadError as error:
         console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from None
-    console.print(f"Fits {target}.", markup=False, highlight=False)
+    console.print(f"Fits {target}: reads its layers {layers}.", markup=False, highlight=False)
 
 
 @app.command()
@@ -219,7 +222,7 @@ def _facts_table(head: HeadCheckpoint) -> Table:
         ("kept bytes", f"{sum(info.num_bytes for info in head.kept):,}"),
         ("kept bytes without embedding", f"{sum(info.num_bytes for info in _without_vocabulary(head.kept)):,}"),
         ("embedding", "the target's" if spec.embed_vocab_size is None else f"its own, {spec.embed_vocab_size} tokens"),
-        ("auxiliary layers", _aux(spec)),
+        ("auxiliary layers", describe_aux_layers(spec)),
         ("query heads, KV heads, head_dim", f"{spec.num_heads}, {spec.num_kv_heads}, {spec.head_dim}"),
         ("RoPE", f"theta {spec.rope_theta:g}, scaling {_scaling(spec)}, trained length {spec.trained_length}"),
         ("norms", _norms(spec)),
@@ -237,12 +240,6 @@ def _share(kept: Sequence[TensorInfo], pruned: Sequence[TensorInfo]) -> str:
     kept_count = sum(info.parameters for info in kept)
     total = kept_count + sum(info.parameters for info in pruned)
     return f"{kept_count:,} of {total:,}: {100 * (total - kept_count) / total:.1f} % pruned"
-
-
-def _aux(spec: HeadSpec) -> str:
-    if spec.aux_layer_ids is None:
-        return "2, L//2, L-3 of the target's L layers (default)"
-    return ", ".join(map(str, spec.aux_layer_ids))
 
 
 def _scaling(spec: HeadSpec) -> str:

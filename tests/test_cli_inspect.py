@@ -50,7 +50,8 @@ def test_report(head):
 
 def test_target_that_fits(head, tmp_path):
     result = run(head, "--target", write_target(tmp_path))
-    assert result.exit_code == 0 and "Fits " in result.output
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith("target: reads its layers 2, 6, 9 (default, its config.json names none).\n") and "Fits " in result.output
 
 
 def test_target_with_nested_text_config(head, tmp_path):

@@ -28,7 +28,7 @@ from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
-from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
+from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_layers
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.layer_selection import LayerSelector
@@ -132,7 +132,8 @@ class Runtime:
             weights = sum(tensor.numel() for tensor in checkpoint.tensors.values()) * model_config.dtype.itemsize
             logger.info(
                 "SpeContext retrieval head: %s, %.1f MB, keys in %s, aux layers %s; settings %s", self.config.retrieval_head, weights / 1e6,
-                str(self.retriever.key_dtype).removeprefix("torch."), vllm_config.additional_config[AUX_LAYERS_KEY], describe(self.config),
+                str(self.retriever.key_dtype).removeprefix("torch."),
+                describe_aux_layers(checkpoint.spec, vllm_config.additional_config[AUX_LAYERS_KEY]), describe(self.config),
             )  # fmt: skip
         self.selector = self._make_selector(self.config) if self.config.retriever in PER_LAYER else None
         self.builder: SpeContextMetadataBuilder | None = None

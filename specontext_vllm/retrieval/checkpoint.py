@@ -9,7 +9,7 @@ the tensors are right: published configs carry head dimensions that were edited 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ _LAYER_NAMES = {
     "self_attn.q_norm.weight": "q_norm.weight",
     "self_attn.k_norm.weight": "k_norm.weight",
 }
+_AUX_KEY = "eagle_aux_hidden_state_layer_ids"
 _TOP_NAMES = ("fc.weight", "fc.bias", "input_norm.weight", "embed_tokens.weight")
 _REQUIRED = ("fc.weight", "embed_norm.weight", "q_proj.weight", "k_proj.weight")
 
@@ -58,6 +59,7 @@ class HeadSpec:
         aux_layer_ids: target layers to read, or None for `default_aux_layers`. Id i is the hidden state that enters
             layer i (0: the embedding, num_layers: the last layer's output), as vLLM counts. Some heads made for SGLang
             count layer outputs instead, which their config does not tell; vLLM takes their ids as they are, and so do we.
+        aux_layers_from: where in config.json they stand; None where they do not.
         num_aux: auxiliary hidden states that fc concatenates.
         norm_before_fc: one RMSNorm over the concatenation. fc_norm: one RMSNorm for each state.
         qk_norm: RMSNorm over D on q and on k.
@@ -86,6 +88,7 @@ class HeadSpec:
     dtype: torch.dtype
     embed_vocab_size: int | None = None
     target_vocab_size: int | None = None
+    aux_layers_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
     path = Path(path)
     config = read_config(path)
     with _usable_values(path):
-        layout, flat = _layout(config, path), _flatten(config)
+        layout = _layout(config, path)
+        flat = _flatten(config, layout)
     entries = list_tensors(path, allow_pickle=allow_pickle)
     found: dict[str, str] = {}
     for name in entries:
@@ -153,7 +157,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
 
     shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
     with _usable_values(path):
-        spec = _spec(layout, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries), path)
+        spec = _spec(layout, config, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries), path)
     for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
         # vLLM reads these only when the config asks for them; a left-over tensor must not change the result.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
@@ -234,6 +238,13 @@ def resolve_aux_layers(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
             "trained for this target."
         )
     return ids
+
+
+def describe_aux_layers(spec: HeadSpec, layers: Sequence[int] | None = None) -> str:
+    """The layers a head reads and where that stands, for people; `layers` as `resolve_aux_layers` gives them, where the target is known."""
+    named = spec.aux_layer_ids if layers is None else layers
+    ids = "2, L//2, L-3 of the target's L layers" if named is None else ", ".join(map(str, named))
+    return f"{ids} ({spec.aux_layers_from or 'default, its config.json names none'})"
 
 
 def check_fits(spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_kv_heads: int, vocab_size: int) -> None:
@@ -343,6 +354,7 @@ def dummy_checkpoint(
         fc_norm=False,
         qk_norm=False,
         dtype=dtype,
+        aux_layers_from="dummy",
     )
     kept = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     return HeadCheckpoint(spec=spec, tensors=tensors, kept=kept, pruned=[])
@@ -369,10 +381,25 @@ def _layout(config: Mapping[str, Any], path: Path) -> str:
     return "specforge" if any("Eagle3" in name for name in names) else "safeailab"
 
 
-def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of settings; null counts as absent, as published configs use it that way."""
-    levels = (config.get("transformer_layer_config"), config, config.get("eagle_config"))
-    return {key: value for level in levels for key, value in (level or {}).items() if value is not None}
+def _flatten(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """One level of settings, as vLLM reads them; null counts as absent, as published configs use it that way.
+
+    Of `eagle_config` vLLM's draft models take these two, before what stands beside it (models/llama_eagle3.py); of a speculators config's
+    own level it takes these three (configs/speculators/algos.py), and the rest from the layer's.
+    """
+    settings = _given(config)
+    if layout == "speculators":
+        own, settings = settings, _given(config["transformer_layer_config"])
+        for key in ("norm_before_fc", "fc_norm"):
+            settings.pop(key, None)
+        settings |= {key: own[key] for key in ("target_hidden_size", "norm_before_fc", "fc_norm") if key in own}
+    settings.pop("use_aux_hidden_state", None)
+    nested = _given(settings.get("eagle_config", {}))
+    return settings | {key: nested[key] for key in ("norm_before_fc", "use_aux_hidden_state") if key in nested}
+
+
+def _given(level: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in level.items() if value is not None}
 
 
 def _canonical_name(name: str) -> str | None:
@@ -413,7 +440,7 @@ def _check_is_eagle3(
 
 
 def _spec(
-    layout: str, flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
+    layout: str, config: Mapping[str, Any], flat: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype,
     target_vocab_size: int | None, path: Path,
 ) -> HeadSpec:  # fmt: skip
     for canonical in (*_REQUIRED, "feature_norm.weight"):
@@ -441,6 +468,7 @@ def _spec(
         if not (math.isfinite(value) and value > 0):
             raise HeadError(f"{path}: {name} is {value} in config.json, where a positive number is needed: correct it.")
     embed_tokens = shapes.get("embed_tokens.weight")
+    aux_layer_ids, aux_layers_from = _aux_layer_ids(config, layout, num_aux, path)
     return HeadSpec(
         format=layout,
         hidden_size=hidden_size,
@@ -453,7 +481,7 @@ def _spec(
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         trained_length=trained_length,
-        aux_layer_ids=_aux_layer_ids(flat, num_aux, path),
+        aux_layer_ids=aux_layer_ids,
         num_aux=num_aux,
         norm_before_fc=bool(flat.get("norm_before_fc", False)),
         fc_norm=bool(flat.get("fc_norm", False)),
@@ -461,6 +489,7 @@ def _spec(
         dtype=dtype,
         embed_vocab_size=None if embed_tokens is None else embed_tokens[0],
         target_vocab_size=target_vocab_size,
+        aux_layers_from=aux_layers_from,
     )
 
 
@@ -495,28 +524,37 @@ def _rope(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | 
     return float(theta), None if scaling["rope_type"] == "default" else scaling
 
 
-def _aux_layer_ids(flat: Mapping[str, Any], num_aux: int, path: Path) -> tuple[int, ...] | None:
-    ids = flat.get("eagle_aux_hidden_state_layer_ids")
-    if not ids:
+def _aux_layer_ids(config: Mapping[str, Any], layout: str, num_aux: int, path: Path) -> tuple[tuple[int, ...] | None, str | None]:
+    """The layers that the config names and where, or None twice; an empty list names none.
+
+    The order is vLLM's: the top level, for speculators' configs the layer's level after it (configs/speculators/algos.py), then `eagle_config`,
+    of which its V1 runner reads the one key and V2 the other (v1/worker/gpu_model_runner.py, v1/worker/gpu/spec_decode/eagle/eagle3_utils.py).
+    """
+    levels = [("", config)]
+    if layout == "speculators":
+        levels.append(("transformer_layer_config.", config["transformer_layer_config"]))
+    prefix, last = levels[-1]
+    nested = last.get("eagle_config") or {}
+    places = [(f"{level}{_AUX_KEY}", settings.get(_AUX_KEY)) for level, settings in levels]
+    places += [(f"{prefix}eagle_config.{key}", nested.get(key)) for key in (_AUX_KEY, "layer_ids")]
+    place, ids = next(((place, ids) for place, ids in places if ids), (None, None))
+    if ids is None:
         if num_aux != 3:
             raise HeadError(
                 f"{path}: fc.weight reads {num_aux} hidden states and the default rule names 3 layers: set "
-                "eagle_aux_hidden_state_layer_ids, or target_hidden_size, in config.json."
+                f"{_AUX_KEY}, or target_hidden_size, in config.json."
             )
-        return None
-    ids = tuple(int(i) for i in ids)
+        return None, None
+    ids = tuple(ids)
     if len(ids) != num_aux:
         raise HeadError(
-            f"{path}: eagle_aux_hidden_state_layer_ids {list(ids)} are {len(ids)} layers but fc.weight reads {num_aux} "
+            f"{path}: {place} {list(ids)} are {len(ids)} layers but fc.weight reads {num_aux} "
             "hidden states: correct the ids, or target_hidden_size, in config.json."
         )
     # vLLM hands the states over in ascending order, each once, so any other order would feed fc the wrong columns.
-    if ids[0] < 0 or any(a >= b for a, b in zip(ids, ids[1:])):
-        raise HeadError(
-            f"{path}: eagle_aux_hidden_state_layer_ids {list(ids)} are not distinct and ascending layer ids from 0 up: "
-            "correct them in config.json."
-        )
-    return ids
+    if any(type(i) is not int for i in ids) or ids[0] < 0 or any(a >= b for a, b in zip(ids, ids[1:])):
+        raise HeadError(f"{path}: {place} {list(ids)} are not distinct and ascending layer ids from 0 up: correct them in config.json.")
+    return ids, place
 
 
 def _check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -> None:

@@ -16,7 +16,10 @@ SEED = 20251
 
 @dataclass
 class Layout:
-    """Shape and oddities of a synthetic checkpoint. Odd sizes on purpose: head_dim * num_heads is not hidden_size."""
+    """Shape and oddities of a synthetic checkpoint. Odd sizes on purpose: head_dim * num_heads is not hidden_size.
+
+    `config` changes the flat config, or speculators' nested one; `own_level` the latter's top level.
+    """
 
     format: str = "safeailab"
     hidden_size: int = 40
@@ -38,6 +41,7 @@ class Layout:
     storage: str = "safetensors"
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] = field(default_factory=dict)
+    own_level: dict[str, Any] = field(default_factory=dict)
     drop_config: tuple[str, ...] = ()
 
     @property
@@ -120,7 +124,7 @@ def make_config(layout: Layout) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": None,
             "transformer_layer_config": flat | layout.config,
         }
-        return own
+        return own | layout.own_level
     names = {"safeailab": "LlamaForCausalLM", "specforge": "LlamaForCausalLMEagle3"}
     return flat | own | {"architectures": [names[layout.format]]} | layout.config
 

@@ -10,6 +10,7 @@ from specontext_vllm.retrieval.checkpoint import (
     check_dtype,
     check_fits,
     default_aux_layers,
+    describe_aux_layers,
     dummy_checkpoint,
     read_checkpoint,
     resolve_aux_layers,
@@ -131,6 +132,82 @@ def test_settings(tmp_path, layout, expected):
     assert ("input_norm.weight" in head.tensors) == head.spec.norm_before_fc
 
 
+KEY = "eagle_aux_hidden_state_layer_ids"
+TOP, NESTED = {KEY: [1, 4, 9]}, {"eagle_config": {KEY: [0, 5, 8]}}
+BOTH = ("v1", "v2")
+# The config, the layers it names and where, and which of vLLM's model runners read the same (they differ over eagle_config's key).
+AUX_LAYERS = {
+    "none": (Layout(), None, None, BOTH),
+    "top_level": (Layout(config=TOP), (1, 4, 9), KEY, BOTH),
+    "top_level_before_nested": (Layout(config=TOP | NESTED), (1, 4, 9), KEY, BOTH),
+    "nested": (Layout(config=NESTED), (0, 5, 8), f"eagle_config.{KEY}", ("v1",)),
+    "nested_of_v2": (Layout(config={"eagle_config": {"layer_ids": [0, 5, 8]}}), (0, 5, 8), "eagle_config.layer_ids", ("v2",)),
+    "empty_top_level": (Layout(config=NESTED | {KEY: []}), (0, 5, 8), f"eagle_config.{KEY}", ("v1",)),
+    "empty_nested": (Layout(config=TOP | {"eagle_config": {KEY: []}}), (1, 4, 9), KEY, BOTH),
+    "both_empty": (Layout(config={KEY: [], "eagle_config": {KEY: []}}), None, None, BOTH),
+    "speculators_none": (Layout(format="speculators"), None, None, BOTH),
+    "speculators": (Layout(format="speculators", own_level=TOP), (1, 4, 9), KEY, BOTH),
+    "speculators_layer": (Layout(format="speculators", config=TOP), (1, 4, 9), f"transformer_layer_config.{KEY}", BOTH),
+    "speculators_own_before_layer": (Layout(format="speculators", own_level={KEY: [2, 3, 4]}, config=TOP), (2, 3, 4), KEY, BOTH),
+    "speculators_empty": (
+        Layout(format="speculators", own_level={KEY: []}, config=TOP), (1, 4, 9), f"transformer_layer_config.{KEY}", BOTH,
+    ),
+    "speculators_own_eagle_config_is_not_read": (Layout(format="speculators", own_level=NESTED), None, None, BOTH),
+    "speculators_layer_nested": (
+        Layout(format="speculators", config=NESTED), (0, 5, 8), f"transformer_layer_config.eagle_config.{KEY}", ("v1",),
+    ),
+}  # fmt: skip
+
+
+def _vllm_reads(folder, runner):
+    from types import SimpleNamespace
+
+    from vllm.transformers_utils.configs.speculators import SpeculatorsConfig
+    from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import get_eagle3_aux_layers_from_config
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    config = json.loads((folder / "config.json").read_text())
+    if "speculators_model_type" in config:
+        config = SpeculatorsConfig.extract_transformers_pre_trained_config(config)
+    speculative = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**config)))
+    if runner == "v2":
+        return get_eagle3_aux_layers_from_config(speculative)
+    return GPUModelRunner._get_eagle3_aux_layers_from_config(SimpleNamespace(speculative_config=speculative))
+
+
+@pytest.mark.parametrize("layout, layers, place, runners", AUX_LAYERS.values(), ids=AUX_LAYERS)
+def test_the_layers_are_those_that_vllm_reads_from_the_same_file(tmp_path, layout, layers, place, runners):
+    write_checkpoint(tmp_path, layout)
+    assert {_vllm_reads(tmp_path, runner) for runner in runners} == {layers}
+    spec = read_checkpoint(tmp_path).spec
+    assert (spec.aux_layer_ids, spec.aux_layers_from) == (layers, place)
+    if layers is None:
+        assert describe_aux_layers(spec, resolve_aux_layers(spec, 12)) == "2, 6, 9 (default, its config.json names none)"
+    else:
+        assert describe_aux_layers(spec) == f"{', '.join(map(str, layers))} ({place})"
+
+
+OTHER_LEVELS = {
+    "norm_before_fc_of_speculators_own_level": (
+        Layout(format="speculators", norm_before_fc=True, config={"norm_before_fc": False}), {"norm_before_fc": True},
+    ),
+    "norm_before_fc_of_the_layers_level_is_not_read": (
+        Layout(format="speculators", config={"norm_before_fc": True}), {"norm_before_fc": False},
+    ),
+    "eagle_configs_norm_before_fc_goes_first": (
+        Layout(config={"norm_before_fc": True, "eagle_config": {"norm_before_fc": False}}), {"norm_before_fc": False},
+    ),
+    "eagle_config_holds_no_widths": (Layout(config={"eagle_config": {"target_hidden_size": 60}}), {"target_hidden_size": 40}),
+    "speculators_own_level_holds_no_rope": (Layout(format="speculators", own_level={"rope_theta": 5.0}), {"rope_theta": 10_000.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, expected", OTHER_LEVELS.values(), ids=OTHER_LEVELS)
+def test_other_settings_are_read_where_vllm_reads_them(tmp_path, layout, expected):
+    spec = read_checkpoint(write_checkpoint(tmp_path, layout)).spec
+    assert {name: getattr(spec, name) for name in expected} == expected
+
+
 def test_mask_hidden_and_second_layer_are_pruned(tmp_path):
     layout = Layout(format="speculators")
     tensors = make_tensors(layout) | {
@@ -191,6 +268,8 @@ ERRORS = {
     "aux_count_without_ids": (Layout(config={"target_hidden_size": 60}), None, "set eagle_aux_hidden_state_layer_ids"),
     "aux_count": (Layout(config={"eagle_aux_hidden_state_layer_ids": [1, 2]}), None, "are 2 layers but fc.weight reads 3"),
     "aux_order": (Layout(config={"eagle_aux_hidden_state_layer_ids": [4, 2, 8]}), None, "not distinct and ascending"),
+    "aux_in_words": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, "4", 8]}), None, "not distinct and ascending"),
+    "aux_fraction": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 4.5, 8]}), None, "not distinct and ascending"),
     "aux_double": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 2, 8]}), None, "not distinct and ascending"),
     "hidden_size": (Layout(config={"hidden_size": 48}), None, "hidden_size is 48 in config.json but fc.weight has 40 rows"),
     "head_count": (Layout(config={"num_attention_heads": 7}), None, "do not divide into num_attention_heads 7"),
