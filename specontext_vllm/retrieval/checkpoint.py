@@ -157,7 +157,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
 
     shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
     with _usable_values(path):
-        spec = _spec(layout, config, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries), path)
+        spec = _spec(layout, config, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries, flat), path)
     for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
         # vLLM reads these only when the config asks for them; a left-over tensor must not change the result.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
@@ -186,12 +186,16 @@ def _usable_values(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _target_vocabulary(entries: Mapping[str, TensorEntry]) -> int | None:
-    """Tokens of the target: the length of ``t2d``; at full vocabulary, where no such maps are, the rows of the LM head, if it is there."""
+def _target_vocabulary(entries: Mapping[str, TensorEntry], flat: Mapping[str, Any]) -> int | None:
+    """Tokens of the target: the length of ``t2d``, or the rows of an LM head that config.json does not call a reduced one.
+
+    A reduced LM head may come without the maps (vLLM then takes its rows for the first token ids), and tells nothing of the target.
+    """
     shapes = {name.removeprefix("model."): entry.info.shape for name, entry in entries.items()}
-    whole = "d2t" not in shapes and "t2d" not in shapes
-    known = shapes.get("lm_head.weight" if whole else "t2d")
-    return known[0] if known else None
+    if "t2d" in shapes:
+        return shapes["t2d"][0]
+    rows = shapes["lm_head.weight"][0] if "lm_head.weight" in shapes else None
+    return rows if rows == flat.get("vocab_size", rows) else None
 
 
 def _load(entry: TensorEntry, path: Path) -> Tensor:

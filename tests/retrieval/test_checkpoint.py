@@ -497,6 +497,13 @@ def test_at_full_vocabulary_the_lm_head_tells_the_target(tmp_path):
         check_fits(spec, **TARGET | {"vocab_size": 128})
 
 
+@pytest.mark.parametrize("format", ["safeailab", "specforge", "speculators"])
+def test_a_reduced_lm_head_without_maps_fits_any_target_as_in_vllm(tmp_path, format):
+    spec = read_checkpoint(write_checkpoint(tmp_path, Layout(format=format, vocabulary_maps=False))).spec
+    assert spec.target_vocab_size is None
+    check_fits(spec, **TARGET)
+
+
 def test_a_weight_beyond_the_served_dtype_is_named(tmp_path):
     layout = Layout(dtype=torch.bfloat16)
     tensors = make_tensors(layout)
