@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -106,10 +106,16 @@ def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the files that an index points to."""
+    """Names of the files that an index points to, all of them inside its folder.
+
+    The name decides and not what it leads to: the files of a hub cache's snapshot are links into a folder beside it.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise HeadError(f"{index} has no weight_map of tensor names to file names: download the checkpoint again.")
+    for name in weight_map.values():
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
+            raise HeadError(f"{index} names {name!r}, which is not inside its folder: use a checkpoint from a source you trust.")
     return sorted(set(weight_map.values()))
 
 

@@ -378,6 +378,43 @@ def test_bad_folders_give_one_sentence(tmp_path, layout, damage, sentence):
         read_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("storage, index", [("safetensors_sharded", "model.safetensors.index.json"), ("bin_sharded", "pytorch_model.bin.index.json")])
+@pytest.mark.parametrize("name", ["../secret/{}", "{folder}/secret/{}", "part/../../secret/{}", "secret/..", "a\0{}"])
+def test_an_index_opens_no_file_outside_its_folder(tmp_path, storage, index, name):
+    for folder in ("head", "secret"):
+        (tmp_path / folder).mkdir()
+        write_checkpoint(tmp_path / folder, Layout(storage=storage))
+    weight_map = json.loads((tmp_path / "head" / index).read_text())["weight_map"]
+    outside = {tensor: name.format(file, folder=tmp_path) for tensor, file in weight_map.items()}
+    (tmp_path / "head" / index).write_text(json.dumps({"weight_map": outside}))
+    with pytest.raises(HeadError, match=f"{index} names '.*', which is not inside its folder") as error:
+        read_checkpoint(tmp_path / "head", allow_pickle=True)
+    _assert_one_sentence(error)
+
+
+def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(tmp_path):
+    """Its files are links to ../../blobs, by design of huggingface_hub; shards may also lie in a folder of their own."""
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    layout = Layout(storage="safetensors_sharded")
+    write_checkpoint(snapshot, layout)
+    whole = read_checkpoint(snapshot)
+    index = snapshot / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    moved = dict.fromkeys(weight_map.values())
+    (snapshot / "parts").mkdir()
+    for name in moved:
+        (snapshot / name).rename(blobs / name)
+        (snapshot / "parts" / name).symlink_to(f"../../../blobs/{name}")
+    index.write_text(json.dumps({"weight_map": {tensor: f"parts/{name}" for tensor, name in weight_map.items()}}))
+    (snapshot / "config.json").rename(blobs / "config")
+    (snapshot / "config.json").symlink_to("../../blobs/config")
+    linked = read_checkpoint(snapshot)
+    assert linked.spec == whole.spec
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in linked.tensors.items())
+
+
 def test_a_broken_pickle_gives_one_sentence(tmp_path):
     write_checkpoint(tmp_path, Layout(storage="bin"))
     (tmp_path / "pytorch_model.bin").write_text("junk")
