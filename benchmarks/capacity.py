@@ -405,7 +405,7 @@ def overlap(
 ) -> None:
     """What offloading costs where it is not needed: some layers offloaded against one tier, the same load. Exit code 1 if anything failed."""
     from specontext_vllm.config import SpeContextConfig, pages_for
-    from specontext_vllm.residency.memory_model import HOT_FACTORS, KVShape, MemoryModel
+    from specontext_vllm.residency.memory_model import HOT_FACTORS, KVShape, MemoryModel, default_captured_rows
 
     shape = Shape.named(model_shape)
     config = SpeContextConfig(budget=budget)
@@ -414,8 +414,9 @@ def overlap(
         shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim, 2, 16 * shape.head_key_bytes_per_token + 2 * shape.hidden_size
     )
     model = MemoryModel(
-        kv, budget_pages=config.budget_pages, table_pages=config.table_pages(longest), max_num_seqs=requests, max_model_len=longest
-    )
+        kv, budget_pages=config.budget_pages, table_pages=config.table_pages(longest), max_num_seqs=requests, max_model_len=longest,
+        captured_rows=default_captured_rows(requests) if gpus() else 0,
+    )  # fmt: skip
     pages = 1 + requests * pages_for(prompt_tokens + output_tokens)
     plan = model.size(pages, offloaded, min(pages_for(longest), int(HOT_FACTORS[0] * config.table_pages(longest))))
     # Half a page more, lest rounding to GiB and back takes one away.

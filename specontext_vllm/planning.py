@@ -10,7 +10,7 @@ from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.residency.hot_size import prior_rate
-from specontext_vllm.residency.memory_model import KVShape, MemoryModel, StepTime, TierPlan
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel, StepTime, TierPlan, default_captured_rows
 
 GIB = 2**30
 UTILIZATION = 0.92
@@ -109,7 +109,7 @@ def make_plan(
         )
     memory = MemoryModel(
         model.kv, budget_pages=config.budget_pages, table_pages=config.table_pages(max_model_len), max_num_seqs=requests,
-        max_model_len=max_model_len,
+        max_model_len=max_model_len, captured_rows=default_captured_rows(requests),
     )  # fmt: skip
     tiers = memory.plan(room, host_bytes)
     alone = memory.plan(room, 0)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "specontext_vllm"
 WRAPPERS = {PACKAGE / "attention" / "flash.py", PACKAGE / "attention" / "triton.py"}
 ROOMS = {
     "retrieval": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.triton_kernels"},
-    "residency": {"specontext_vllm.config", "specontext_vllm.late_copy", "specontext_vllm.residency", "specontext_vllm.triton_kernels"},
+    "residency": {"specontext_vllm.config", "specontext_vllm.late_copy", "specontext_vllm.residency", "specontext_vllm.sizes", "specontext_vllm.triton_kernels"},
     "attention": {"specontext_vllm.config", "specontext_vllm.attention", "specontext_vllm.triton_kernels"},
     "observability": {"specontext_vllm.observability", "specontext_vllm.retrieval.counters"},
     "distillation": {"specontext_vllm.config", "specontext_vllm.demo", "specontext_vllm.distillation", "specontext_vllm.retrieval"},

@@ -53,7 +53,7 @@ def test_the_tables_are_the_engines_numbers(folder, tmp_path):
     assert result.exit_code == 0, result.output
     model = planning.read_model(folder)
     room = int(planning.UTILIZATION * 80 * GIB) - model.weight_bytes - model.head_bytes - planning.ACTIVATIONS
-    memory = MemoryModel(model.kv, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=65536)
+    memory = MemoryModel(model.kv, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=65536, captured_rows=40)
     plan = memory.plan(room, 128 * GIB)
     assert f"{plan.num_pages * 16:,}" in result.output and f"{plan.host_layers} of 32" in result.output
     for tokens in memory.thresholds(plan, 20):

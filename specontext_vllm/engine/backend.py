@@ -22,6 +22,7 @@ from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, choose_provider
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.registration import BACKEND_NAME
+from specontext_vllm.residency.memory_model import table_rows
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 
@@ -79,7 +80,7 @@ class SpeContextMetadata:
 
 def max_table_rows(vllm_config: Any) -> int:
     """Most decode rows of a step, padding to a captured size included."""
-    return max(vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+    return table_rows(vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
 
 
 class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):

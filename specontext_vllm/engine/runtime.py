@@ -36,6 +36,7 @@ from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.selection import Held
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sidecar.remote import RemoteRetriever
+from specontext_vllm.sizes import in_gib
 
 logger = init_logger("vllm.specontext")
 
@@ -62,9 +63,10 @@ def recommended_host_bytes(free: int, in_flight: int) -> int:
         ConfigError: nothing is left beside the reserve.
     """
     if free <= host_reserve(free):
+        there, reserve = in_gib(free, host_reserve(free))
         raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.host_kv_gib: found 'auto', but this machine has {free / 2**30:.1f} GiB of memory free, all within the "
-            f"{host_reserve(free) / 2**30:.0f} GiB that auto leaves alone; give a number, or 0."
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found 'auto', but this machine has {there} GiB of memory free, all within the "
+            f"{reserve} GiB that auto leaves alone; give a number, or 0."
         )
     return min(free - host_reserve(free), in_flight)
 
@@ -80,9 +82,10 @@ def asked_host_bytes(gib: float, free: int, engines: int) -> int:
         ConfigError: this engine's share is not free.
     """
     if (share := gib * 2**30 / engines) > free:
+        taken, there = in_gib(share, free)
         raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {gib}, of which this engine takes {share / 2**30:.1f} GiB, but this machine has "
-            f"{free / 2**30:.1f} GiB of memory free; lower it."
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {gib}, of which this engine takes {taken} GiB, but this machine has "
+            f"{there} GiB of memory free; lower it."
         )
     return int(gib * 2**30)
 
@@ -237,6 +240,7 @@ class Runtime:
         return MemoryModel(
             shape, budget_pages=self.config.budget_pages, table_pages=self.config.table_pages(model.max_model_len),
             max_num_seqs=scheduler.max_num_seqs, max_model_len=model.max_model_len,
+            captured_rows=self.vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )  # fmt: skip
 
     @contextmanager

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specontext_vllm.sizes import in_gib
+
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own limits."""
 CGROUP_FILES = (
@@ -63,19 +65,18 @@ def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch
     size = torch.Size(shape).numel() * dtype.itemsize
     free = free_host_memory()
     if size > free:
-        raise HostPoolError(
-            f"host_kv_gib: the pool needs {size / 2**30:.2f} GiB and this machine has {free / 2**30:.2f} GiB of memory free; lower it."
-        )
+        needed, there = in_gib(size, free)
+        raise HostPoolError(f"host_kv_gib: the pool needs {needed} GiB and this machine has {there} GiB of memory free; lower it.")
     try:
         pool = torch.zeros(shape, dtype=dtype)
     except (MemoryError, RuntimeError):  # a limit on address space, or no overcommitment
-        raise HostPoolError(f"host_kv_gib: the system refused {size / 2**30:.2f} GiB of memory (ulimit -v?); lower it.") from None
+        raise HostPoolError(f"host_kv_gib: the system refused {in_gib(size)[0]} GiB of memory (ulimit -v?); lower it.") from None
     if device.type == "cuda" and size:
         runtime = torch.cuda.cudart()
         code = runtime.cudaHostRegister(pool.data_ptr(), size, 0)
         if int(code) != 0:
             raise HostPoolError(
-                f"host_kv_gib: the driver refused to lock {size / 2**30:.2f} GiB of memory ({code}); raise the limit on locked "
+                f"host_kv_gib: the driver refused to lock {in_gib(size)[0]} GiB of memory ({code}); raise the limit on locked "
                 f"memory (ulimit -l) or lower host_kv_gib."
             )
         weakref.finalize(pool.untyped_storage(), runtime.cudaHostUnregister, pool.data_ptr())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.sizes import in_gib
 
 HOT_FACTORS = (2.0, 1.5, 1.0)
 """Sizes of the hot buffers that are tried, in units of the page table's width: twice it halves the misses (benchmarks, transfer)."""
@@ -18,6 +19,25 @@ LEAST_GAIN = 1.02
 
 class MemoryModelError(ValueError):
     """What was asked for does not fit; the message is one sentence with the numbers."""
+
+
+def table_rows(max_num_seqs: int, captured_rows: int) -> int:
+    """Rows of the page tables: the most decode rows of a step, padding to the largest captured graph's ``captured_rows`` included (0: nothing is captured)."""
+    return max(max_num_seqs, captured_rows)
+
+
+def default_captured_rows(max_num_seqs: int) -> int:
+    """Rows of the largest decode step that vLLM captures as a graph by default (vllm/config/vllm.py, ``_set_cudagraph_sizes``).
+
+    Where one token of each request fits ``--max-num-batched-tokens``; on Blackwell data-centre GPUs the limit is 1024, not 512.
+    """
+    most = min(2 * max_num_seqs, 512)
+    if most >= 8:
+        step = 8 if most < 256 else 16
+        largest = most // step * step
+    else:
+        largest = max(rows for rows in (1, 2, 4) if rows <= most)
+    return max(largest, max_num_seqs) if max_num_seqs <= most else largest
 
 
 @dataclass(frozen=True)
@@ -77,11 +97,14 @@ class MemoryModel:
         budget_pages, table_pages: pages a KV head reads in a step, and the most it may.
         max_num_seqs: n, requests in flight, each of which may hold a hot buffer.
         max_model_len: longest context, in tokens; the staging areas hold it twice.
+        captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing is captured.
     """
 
-    def __init__(self, shape: KVShape, *, budget_pages: int, table_pages: int, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, shape: KVShape, *, budget_pages: int, table_pages: int, max_num_seqs: int, max_model_len: int, captured_rows: int = 0
+    ) -> None:
         self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
-        self.max_num_seqs, self.max_pages = max_num_seqs, pages_for(max_model_len)
+        self.max_num_seqs, self.max_pages, self.captured_rows = max_num_seqs, pages_for(max_model_len), captured_rows
 
     @property
     def in_flight_bytes(self) -> int:
@@ -107,13 +130,23 @@ class MemoryModel:
         )
 
     def _table_bytes(self, num_pages: int, hot_pages: int) -> int:
-        """int32 tables: frames, hot frames, page tables of all layers, slot maps and their state, the step's misses."""
+        """int32 tables: frames, hot frames, page tables of all layers, slot maps and their state, the step's slots, misses and sorting."""
         layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.max_num_seqs
-        sequences = lanes * heads
         return 4 * (
-            layers * num_pages + layers * lanes * hot_pages + layers * sequences * self.table_pages
-            + sequences * (self.max_pages + 4 * hot_pages + 3 * self.table_pages)
+            layers * num_pages + layers * lanes * hot_pages + lanes * heads * (self.max_pages + 3 * hot_pages)
+            + table_rows(lanes, self.captured_rows) * heads * ((layers + 3) * self.table_pages + (1 << (hot_pages - 1).bit_length()))
         )  # fmt: skip
+
+    @property
+    def _widths(self) -> list[int]:
+        """Sizes of the hot buffers that are tried, in pages, the largest first."""
+        return sorted({min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS}, reverse=True)
+
+    def least_gpu_bytes(self, host_bytes: int, tokens: int) -> int:
+        """The least memory for KV on the GPU that holds one request of ``tokens`` tokens, beside vLLM's null block; the host pool may hold ``host_bytes``."""
+        pages, width = 1 + pages_for(tokens), self._widths[-1]
+        plans = (self.size(pages, layers, width) for layers in range(self.shape.num_layers + 1))
+        return min(plan.gpu_bytes for plan in plans if plan.host_bytes <= host_bytes)
 
     def plan(self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None) -> TierPlan:
         """The plan with the most logical pages, and the largest hot buffers that leave 80 % of them, and with a host pool 2 % more than without.
@@ -124,14 +157,15 @@ class MemoryModel:
         Raises:
             MemoryModelError: nothing fits, or host memory would gain less than 2 %.
         """
-        widths = sorted({min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS}, reverse=True)
+        widths = self._widths
         if num_pages is not None:
             return self._fixed(gpu_bytes, host_bytes, num_pages, widths)
         best = {width: self._largest(gpu_bytes, host_bytes, width) for width in widths}
         most = max(plan.num_pages for plan in best.values())
         if most == 0:
+            gpu, host = in_gib(gpu_bytes, host_bytes)
             raise MemoryModelError(
-                f"{gpu_bytes / 2**30:.2f} GiB of GPU memory and {host_bytes / 2**30:.2f} GiB of host memory hold not one page; "
+                f"{gpu} GiB of memory for KV and {host} GiB of host memory hold not one page; "
                 f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len ({self.max_pages * PAGE_SIZE})."
             )
         alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
@@ -172,10 +206,10 @@ class MemoryModel:
                 if plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes:
                     return self._with_spare_frames(plan, gpu_bytes)
         least = self.size(num_pages, self.shape.num_layers, widths[-1])
+        gpu, least_gpu, host, least_host = in_gib(gpu_bytes, least.gpu_bytes, host_bytes, least.host_bytes)
         raise MemoryModelError(
-            f"--num-gpu-blocks-override {num_pages} pages need {least.gpu_bytes / 2**30:.2f} GiB on the GPU and "
-            f"{least.host_bytes / 2**30:.2f} GiB on the host with every layer offloaded, but there are {gpu_bytes / 2**30:.2f} and "
-            f"{host_bytes / 2**30:.2f}; lower it."
+            f"--num-gpu-blocks-override {num_pages} pages need {least_gpu} GiB of memory for KV and {least_host} GiB of host memory with every "
+            f"layer offloaded, but there are {gpu} and {host}; lower it."
         )
 
     def _no_gain(self, gpu_bytes: int, host_bytes: int, alone: int, width: int) -> str:
@@ -185,17 +219,17 @@ class MemoryModel:
             lanes = (pays + fails) // 2
             model = MemoryModel(
                 self.shape, budget_pages=self.budget_pages, table_pages=self.table_pages, max_num_seqs=lanes,
-                max_model_len=self.max_pages * PAGE_SIZE,
+                max_model_len=self.max_pages * PAGE_SIZE, captured_rows=self.captured_rows,
             )  # fmt: skip
             if model._largest(gpu_bytes, host_bytes, width).num_pages >= LEAST_GAIN * alone:
                 pays = lanes
             else:
                 fails = lanes
-        hot = self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes / 2**30
         remedy = f"--max-num-seqs {pays} is the largest that pays" if pays else "none smaller pays either"
+        hot, gpu, host = in_gib(self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes, gpu_bytes, host_bytes)
         return (
-            f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot:.1f} GiB of the {gpu_bytes / 2**30:.1f} GiB on the GPU, so that "
-            f"{host_bytes / 2**30:.1f} GiB of host memory gain nothing; {remedy}, or set host_kv_gib to 0."
+            f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot} GiB of the {gpu} GiB of memory for KV, so that "
+            f"{host} GiB of host memory gain nothing; {remedy}, or set host_kv_gib to 0."
         )
 
     def thresholds(self, plan: TierPlan, requests: int) -> list[int]:

@@ -28,7 +28,7 @@ def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
     asked = []
     runtime = SimpleNamespace(cudaHostRegister=lambda pointer, size, flags: asked.append(size) or 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    with pytest.raises(HostPoolError, match=r"host_kv_gib: the driver refused to lock 0\.00 GiB of memory \(2\); raise .* \(ulimit -l\) or lower host_kv_gib"):
+    with pytest.raises(HostPoolError, match=r"host_kv_gib: the driver refused to lock 0\.000004 GiB of memory \(2\); raise .* \(ulimit -l\) or lower host_kv_gib"):
         allocate_host_pool((4096,), torch.uint8, torch.device("cuda"))
     assert asked == [4096]
 

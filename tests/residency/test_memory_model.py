@@ -1,7 +1,9 @@
 """The memory model against brute force and against the sizes that a worker really allocates."""
 
 import random
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +11,18 @@ import torch
 
 from specontext_vllm.config import pages_for
 from specontext_vllm.residency.ledger import Ledger, StartedRequest
-from specontext_vllm.residency.memory_model import HOT_SHARE, LEAST_GAIN, KVShape, MemoryModel, MemoryModelError, StepTime, TierPlan
+from specontext_vllm.residency.memory_model import (
+    HOT_SHARE,
+    LEAST_GAIN,
+    KVShape,
+    MemoryModel,
+    MemoryModelError,
+    StepTime,
+    TierPlan,
+    default_captured_rows,
+)
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.sizes import in_gib
 
 SHAPE_8B = KVShape(num_layers=32, num_kv_heads=8, head_dim=128, itemsize=2, head_page_bytes=8 * 16 * 128 * 2 + 4096 * 2)
 GIB = 1 << 30
@@ -100,7 +112,7 @@ def test_all_layers_offloaded_need_no_more_than_their_hot_buffers():
 
 def test_refusals_name_the_setting_and_the_numbers():
     crowded = MemoryModel(SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=1024, max_model_len=131072)
-    with pytest.raises(MemoryModelError, match=r"--max-num-seqs 1024 .* 16.0 GiB .*; --max-num-seqs \d+ is the largest that pays"):
+    with pytest.raises(MemoryModelError, match=r"--max-num-seqs 1024 .* 16.00 GiB .*; --max-num-seqs \d+ is the largest that pays"):
         crowded.plan(16 * GIB, 80 * GIB)
     with pytest.raises(MemoryModelError, match="hold not one page"):
         crowded.plan(1000, 0)
@@ -108,21 +120,57 @@ def test_refusals_name_the_setting_and_the_numbers():
         crowded.plan(16 * GIB, 80 * GIB, 1_000_000)
 
 
+def test_sizes_that_are_too_small_by_little_are_told_apart():
+    model = MemoryModel(KVShape(6, 2, 64, 4, 9216), budget_pages=16, table_pages=16, max_num_seqs=2, max_model_len=1024)
+    least = model.size(100, 6, 16)
+    assert model.plan(least.gpu_bytes, least.host_bytes, 100).num_pages == 100
+    with pytest.raises(MemoryModelError) as error:
+        model.plan(least.gpu_bytes - 1, least.host_bytes, 100)
+    needed, there = re.search(r"need ([\d.]+) GiB .* there are ([\d.]+) and", str(error.value)).groups()
+    assert float(needed) > float(there)
+    assert in_gib(2**30, 2**30 + 1, 0) == ["1.000000000", "1.000000001", "0.000000000"]
+    assert in_gib(1) == ["0.000000001"] and in_gib(5 * 2**30, 5 * 2**30, 0) == ["5.00", "5.00", "0.00"]
+
+
+@pytest.mark.parametrize("host", [0, 40 << 20, 4 << 30])
+def test_the_least_memory_holds_one_request_of_the_longest_context(host):
+    model = MemoryModel(KVShape(6, 2, 64, 4, 9216), budget_pages=16, table_pages=16, max_num_seqs=2, max_model_len=8192)
+    least = model.least_gpu_bytes(host, 8192)
+    assert model._largest(least, host, 16).num_pages >= 1 + 512 > model._largest(least - 1, host, 16).num_pages
+    assert model.least_gpu_bytes(host, 16) < least
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3, 5, 7, 20, 37, 127, 128, 130, 200, 256, 400, 513, 1024])
+def test_the_default_of_captured_rows_is_vllm_s(requests):
+    from vllm.config import CUDAGraphMode, VllmConfig
+
+    compilation = SimpleNamespace(
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_cudagraph_capture_size=None, cudagraph_capture_sizes=None, post_init_cudagraph_sizes=lambda: None
+    )
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False), compilation_config=compilation, uniform_decode_query_len=1, performance_mode=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=8192), speculative_config=None,
+    )  # fmt: skip
+    VllmConfig._set_cudagraph_sizes(config)
+    assert default_captured_rows(requests) == compilation.max_cudagraph_capture_size
+
+
 @pytest.mark.parametrize("name", ["8B", "1B", "demo"])
 def test_plan_against_what_is_allocated(name):
-    """Bytes of the tensors of a worker, scaled-down tiers of three real layer shapes, within 3 %."""
+    """Bytes of the tensors of a worker with a captured graph of more rows than requests, scaled-down tiers of three real layer shapes, within 1 %."""
     shape = {"8B": SHAPE_8B, "1B": KVShape(16, 8, 64, 2, 8 * 16 * 64 * 2 + 2048 * 2), "demo": KVShape(6, 2, 64, 4, 9216)}[name]
-    model = MemoryModel(shape, budget_pages=4, table_pages=4, max_num_seqs=3, max_model_len=256)
+    model = MemoryModel(shape, budget_pages=4, table_pages=4, max_num_seqs=3, max_model_len=256, captured_rows=512)
     plan = model.plan(96 << 20, 64 << 20)
     tiers = TieredKV(
         plan, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        dtype={2: torch.bfloat16, 4: torch.float32}[shape.itemsize], max_requests=3, max_rows=3, table_pages=4, max_pages=16,
+        dtype={2: torch.bfloat16, 4: torch.float32}[shape.itemsize], max_requests=3, max_rows=512, table_pages=4, max_pages=16,
         keep_unreferenced=True, timed=True, device=torch.device("cpu"),
     )  # fmt: skip
     hot = tiers.hot
-    tables = [tiers.frames, tiers.hot_frames, tiers.tables, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots, hot.sources]
+    tables = [tiers.frames, tiers.hot_frames, tiers.tables, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots, hot.sources, hot.targets, hot._order]
     allocated = tiers.arena.nbytes + sum(t.nbytes for t in tables) + plan.num_pages * shape.head_page_bytes
-    assert allocated == pytest.approx(plan.gpu_bytes, rel=0.03)
+    assert sum(t.nbytes for t in tables) == plan.parts["tables"]
+    assert allocated == pytest.approx(plan.gpu_bytes, rel=0.01)
     assert tiers.host.nbytes == plan.host_bytes > 0
 
 
