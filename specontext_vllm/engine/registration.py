@@ -54,7 +54,11 @@ def ensure_member() -> Any:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
-        AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+        from vllm.logger import suppress_logging
+
+        # vLLM logs each new member, which would stand in every server's log, whatever its backend.
+        with suppress_logging():
+            AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
         # Spawned children unpickle vLLM's config before plugins load; by name, a member they lack would not be found.
         copyreg.pickle(AttentionBackendEnum, _reduce_member)
     return AttentionBackendEnum[BACKEND_NAME]
@@ -93,7 +97,10 @@ def warn_of_unread_settings(vllm_config: Any) -> None:
         )
 
 
-def _reduce_member(member: Any) -> tuple[Any, tuple[str]]:
+def _reduce_member(member: Any) -> tuple[Any, tuple[Any, ...]]:
+    if member.name != BACKEND_NAME:
+        # As enums do it themselves: what has no part of this plugin must unpickle where it is not installed.
+        return getattr, (type(member), member.name)
     return _restore_member, (member.name,)
 
 

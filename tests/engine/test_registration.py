@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -15,8 +16,20 @@ import pytest
 import specontext_vllm
 
 IN_A_CHILD = """
-import pickle, sys
-member = pickle.loads(bytes.fromhex(sys.argv[1]))
+import logging, pickle, sys
+
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] == "specontext_vllm":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+logging.basicConfig(level=logging.INFO)
+absent = Absent()
+sys.meta_path.insert(0, absent)
+stock = pickle.load(open(sys.argv[1], "rb"))
+print(stock.attention_config.backend)
+sys.meta_path.remove(absent)
+member = pickle.load(open(sys.argv[2], "rb"))
 assert member.name == "SPECONTEXT", member
 print(member.get_class().get_name())
 """
@@ -37,12 +50,23 @@ def test_registering_loads_neither_torch_nor_vllm():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_child_that_has_not_loaded_plugins_unpickles_the_backend(member):
+def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_not_loaded_it_our_backend(member, tmp_path):
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    config = VllmConfig()
+    config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
+    pickles = [tmp_path / "stock", tmp_path / "ours"]
+    for path, kept in zip(pickles, (config, member)):
+        path.write_bytes(pickle.dumps(kept))
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_CHILD, pickle.dumps(member).hex()], capture_output=True, text=True, check=False
+        [sys.executable, "-c", IN_A_CHILD, *pickles], capture_output=True, text=True, check=False, env=os.environ | {"VLLM_PLUGINS": ""}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "SPECONTEXT"
+    printed = done.stdout.strip().splitlines()
+    assert "AttentionBackendEnum.FLASH_ATTN" in printed and printed[-1] == "SPECONTEXT"
+    # vLLM's line about a new member would stand in every server's log, whatever its backend.
+    assert "Registered new attention backend" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: cloudpickle.loads(cloudpickle.dumps(m))])
@@ -53,8 +77,9 @@ def test_copies_are_the_member_itself(member, copier):
 def test_other_backends_still_pickle_to_themselves(member):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    for other in (AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.CPU_ATTN):
-        assert pickle.loads(pickle.dumps(other)) is other
+    for other in AttentionBackendEnum:
+        assert pickle.loads(pickle.dumps(other)) is other and copy.deepcopy(other) is other
+        assert (b"specontext" in pickle.dumps(other)) is (other is member)
 
 
 def test_the_platform_is_wrapped_once_and_asks_only_when_selected(member):
