@@ -31,7 +31,8 @@ def pages_for(tokens: int) -> int:
 class SpeContextConfig(BaseModel):
     """Settings of the specontext backend. All sizes are in tokens per KV head and request."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: true is not 1, nor is "512" 512.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     retrieval_head: str | None = Field(
         default=None, description='Folder or hub id of an EAGLE-3 checkpoint, or "dummy" for random weights.'
@@ -83,13 +84,9 @@ class SpeContextConfig(BaseModel):
     def _pool_is_a_size(cls, value: Any) -> float | str:
         if value == "auto":
             return value
-        try:
-            gib = float(value)
-        except (TypeError, ValueError):
-            gib = math.nan
-        if not 0 <= gib < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f'host_kv_gib: found {value!r}; give 0 or more GiB, or "auto".')
-        return gib
+        return float(value)
 
     @model_validator(mode="after")
     def _room_for_choice(self) -> SpeContextConfig:
@@ -169,6 +166,18 @@ class SpeContextConfig(BaseModel):
         if self.retriever == "dense":
             return most
         return min(most, self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages)
+
+    def reads_everything(self, max_model_len: int) -> str | None:
+        """One sentence if no decode step of contexts up to ``max_model_len`` tokens will leave anything out."""
+        where = f"additional_config.{CONFIG_KEY}"
+        if self.retriever == "dense":
+            return f"{where}.retriever: found 'dense', so every decode step reads its whole context; leave it out, unless a baseline is wanted."
+        if self.budget_pages >= pages_for(max_model_len):
+            return (
+                f"{where}.budget: found {self.budget}, which holds the longest context there can be (--max-model-len {max_model_len}), so nothing "
+                f"will be sparse; lower budget, or serve longer contexts."
+            )
+        return None
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> SpeContextConfig:

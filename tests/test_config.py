@@ -12,6 +12,14 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"colour": 1}, "unknown key 'colour'; the keys are retrieval_head, budget"),
         ({"budget": 64}, "budget: found 64, but sinks (1 pages), recents (5 pages) and one page to choose need 112 tokens"),
         ({"budget": "many"}, "budget: found 'many'; input should be a valid integer"),
+        ({"budget": True}, "budget: found True; input should be a valid integer"),
+        ({"budget": "512"}, "budget: found '512'; input should be a valid integer"),
+        ({"sidecar": "ray", "sidecar_cpus": True}, "sidecar_cpus: found True; input should be a valid integer"),
+        ({"stickiness": True}, "stickiness: found True; input should be a valid number"),
+        ({"gpu_kv_gib": "4"}, "gpu_kv_gib: found '4'; input should be a valid number"),
+        ({"host_kv_gib": True}, "host_kv_gib: found True; give 0 or more GiB"),
+        ({"host_kv_gib": "4"}, "host_kv_gib: found '4'; give 0 or more GiB"),
+        ({"stats": "yes"}, "stats: found 'yes'; input should be a valid boolean"),
         ({"budget": -1}, "budget: found -1; input should be greater than 0"),
         ({"retriever": "magic"}, "retriever: found 'magic'; input should be 'dlm', 'quest', 'recent', 'random', 'oracle' or 'dense'"),
         ({"confidence_threshold": 2}, "confidence_threshold: found 2; input should be less than or equal to 1"),
@@ -78,6 +86,19 @@ def test_keys_of_a_head_that_another_retriever_leaves_idle_may_be_named():
     settings = {"head_key_dtype": "fp8", "retrieval_head": "dummy"}
     assert SpeContextConfig.from_settings({**settings, "retriever": "dense"}).head_key_dtype == "fp8"
     assert SpeContextConfig.from_settings({"head_key_dtype": "auto", "retriever": "quest"}) == SpeContextConfig(retriever="quest")
+
+
+def test_whole_numbers_are_taken_for_fractions():
+    assert SpeContextConfig.from_settings({"stickiness": 0, "gpu_kv_gib": 4, "host_kv_gib": 4}).host_kv_gib == 4.0
+
+
+def test_a_budget_that_holds_every_context_is_said():
+    assert SpeContextConfig(budget=1000).reads_everything(1009) is None
+    # A budget is whole pages: 1000 tokens are 62 of them, and 1000 tokens of context lie in 63.
+    assert SpeContextConfig(budget=1000).reads_everything(1000) is None
+    sentence = SpeContextConfig(budget=2048).reads_everything(1536)
+    assert sentence.startswith("additional_config.specontext.budget: found 2048, which holds the longest context there can be (--max-model-len 1536)")
+    assert "retriever: found 'dense'" in SpeContextConfig(retriever="dense").reads_everything(131072)
 
 
 def test_absent_settings_are_the_defaults():
