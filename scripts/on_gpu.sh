@@ -90,6 +90,8 @@ capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-sec
 full_memory() { wants_h200; bench capacity-full 545 capacity --gpu-gib 0 --turnover recorded,0.05 --max-num-seqs 40 --work "$WORK" --engine-seconds 400; }
 link() { bench link 200 link; }
 attention() { bench attention 180 attention; }
+rounding() { bench rounding 150 rounding --prompts 0; }
+rounding_engines() { bench rounding-engines 545 rounding --engine-seconds 120; }
 memory() { bench memory 200 memory; }
 decode() { wants_h200; bench decode 400 decode --work "$WORK"; }
 

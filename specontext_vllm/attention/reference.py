@@ -12,7 +12,11 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 
 
 class TorchProvider(AttentionProvider):
-    """Gather the pages, then ``scaled_dot_product_attention``, row by row."""
+    """Gather the pages, then ``scaled_dot_product_attention``, row by row.
+
+    In float32 whatever the model's dtype: in 16 bits torch rounds the softmax's weights before it multiplies them by the values, which vLLM's CPU attention
+    does only where it has matrix units for bfloat16.
+    """
 
     def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
         heads, d = self.num_kv_heads, self.head_dim
@@ -26,9 +30,9 @@ class TorchProvider(AttentionProvider):
                     output[row, group] = 0
                     continue
                 ids = table.pages[row * heads + head, : pages_for(tokens)].long()
-                kv = flat[ids].view(-1, 2 * d)[:tokens]
+                kv = flat[ids].view(-1, 2 * d)[:tokens].float()
                 output[row, group] = F.scaled_dot_product_attention(
-                    query[row, group][None], kv[None, :, :d], kv[None, :, d:], scale=self.scale
+                    query[row, group].float()[None], kv[None, :, :d], kv[None, :, d:], scale=self.scale
                 )[0]
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
@@ -40,10 +44,10 @@ class TorchProvider(AttentionProvider):
                 continue
             ids = rows.block_table[row, : pages_for(context)].long()
             # [H, context, 2 * D]
-            kv = kv_cache[ids].transpose(0, 1).reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
+            kv = kv_cache[ids].transpose(0, 1).reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context].float()
             mask = torch.ones(new, context, dtype=torch.bool, device=query.device).tril(diagonal=context - new) if context > new else None
             output[span] = F.scaled_dot_product_attention(
-                query[span].transpose(0, 1)[None], kv[None, ..., : self.head_dim], kv[None, ..., self.head_dim :],
+                query[span].float().transpose(0, 1)[None], kv[None, ..., : self.head_dim], kv[None, ..., self.head_dim :],
                 attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,
             )[0].transpose(0, 1)  # fmt: skip
 
