@@ -160,7 +160,7 @@ def _facts(seed: int, size: int, count: int) -> tuple[list[demo.Item], str]:
 
 def _passages(seed: int, size: int) -> tuple[list[demo.Item], str]:
     rng = _random("passages", seed)
-    items = demo.make_items(rng, 4, max(2, min(12, size // 512)))
+    items = demo.make_items(rng, 4, _few(size))
     return items, _text(rng, items, size)
 
 
@@ -170,6 +170,10 @@ def _user(text: str, question: str) -> list[dict[str, str]]:
 
 def _many(size: int) -> int:
     return max(VALUES + 1, min(MOST_FACTS, size // 128))
+
+
+def _few(size: int) -> int:
+    return max(2, min(12, size // 512))
 
 
 # -- drafts -------------------------------------------------------------------------------------------------------------
@@ -202,6 +206,20 @@ def multi_query(seed: int, size: int) -> Draft:
     # Not multi_key's question first: the prompt would hold what the model said there, from KV made under sparse attention.
     others = [item for item in items if item is not _key_item(seed, items)]
     return _ask(_random("multi_query", seed).sample(others, VALUES), text)
+
+
+def key_among_passages(seed: int, size: int) -> Draft:
+    """As ``multi_key``, with passages among the facts: a retriever that takes both for what is asked has to share its budget between them."""
+    rng = _random("key_among_passages", seed)
+    items = demo.make_items(rng, _many(size), _few(size))
+    text = _text(rng, items, size)
+    return _ask([rng.choice([item for item in items if item.kind == "needle"])], text)
+
+
+def demo_needle(seed: int, size: int) -> Draft:
+    """The needle problem of the demo and the tests, in one of its six layouts by seed: as many facts and passages as in ``key_among_passages``."""
+    problem = demo.make_problem("needle", seed=seed, approx_tokens=size, distractors=_many(size) - 1, split="accuracy/demo_needle")
+    return Draft(problem.messages, (problem.answer,), demo.FACT_ANSWER.format(key="", value=problem.answer))
 
 
 def list_facts(seed: int, size: int) -> Draft:
@@ -299,6 +317,10 @@ TASKS = {
         _task("multi_key", "right", metrics.any_stated, multi_key, f"one of up to {MOST_FACTS} facts of the same form"),
         _task("multi_query", "right", metrics.any_stated, multi_query,
               f"the last of {VALUES} questions of one conversation, the others answered"),
+        _task("key_among_passages", "right", metrics.any_stated, key_among_passages,
+              f"one of up to {MOST_FACTS} facts, passages of three to eight sentences among them"),
+        _task("demo_needle", "right", metrics.any_stated, demo_needle,
+              "the same as the demo asks it: the question behind or before the text, both, after an earlier one, or without a chat's form"),
         _task("list_facts", "score", metrics.pairs_listed, list_facts, "every name with its code, hundreds of tokens; share of pairs"),
         _task("one_value", "right", metrics.any_stated, lambda seed, size: multi_value(seed, size, False),
               f"one of the {VALUES} values of a name that has facts of its own for each; any of them is right"),

@@ -55,7 +55,7 @@ def test_another_tokenizer_without_a_chat_template(name):
 DRAFTS = {
     "single": tasks.single, "multi_key": tasks.multi_key, "multi_query": tasks.multi_query,
     "one_value": lambda seed, size: tasks.multi_value(seed, size, False), "recitation": tasks.recitation,
-    "long_recitation": tasks.long_recitation,
+    "long_recitation": tasks.long_recitation, "key_among_passages": tasks.key_among_passages, "demo_needle": tasks.demo_needle,
 }  # fmt: skip
 
 
@@ -98,6 +98,21 @@ def test_a_conversation_answers_the_earlier_questions_from_the_text():
     for message in draft.messages[1::2]:
         name, value = re.fullmatch(r"The code of (\w+) is (.+)\.", message["content"]).groups()
         assert re.search(rf"\b{name}\b[^.]*{value}", draft.messages[0]["content"])
+
+
+def test_a_key_among_passages_has_the_facts_and_passages_of_the_demos_own_problem():
+    text = tasks.key_among_passages(0, 4096).messages[0]["content"]
+    problem = demo.make_problem("needle", seed=0, approx_tokens=4096, layout="question_last")
+
+    def counted(text):
+        return len(re.findall(r"^Passage \w+:", text, re.MULTILINE)), len({w for w in re.findall(r"\w+", text) if w in tasks._KEYS})
+
+    assert counted(text) == counted(problem.messages[0]["content"]) == (8, 40)
+
+
+def test_the_demos_needles_come_in_all_of_its_layouts():
+    questions = [tasks.demo_needle(seed, 2000).messages for seed in range(len(demo.LAYOUTS))]
+    assert [len(m) for m in questions] == [{"split": 3, "multi_turn": 3}.get(layout, 1) for layout in demo.LAYOUTS]
 
 
 def test_variables_lead_back_to_the_number():
