@@ -9,14 +9,19 @@ RUN := $(VENV)/bin/python
 READY := venv
 endif
 
-.PHONY: help venv demo test test-gpu clean
+# Several processes share the tests where there is pytest-xdist and no GPU (tests/conftest.py says how many).
+SPREAD = $$($(RUN) -c 'import importlib.util as u; print("-n auto --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")')
+
+.PHONY: help venv demo test test-fast test-gpu clean
 
 help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
 	@echo "make test      run all tests; those marked gpu where there is a GPU"
+	@echo "make test-fast only what starts no engine and takes no long time otherwise (two minutes)"
 	@echo "make test-gpu  only the tests marked gpu"
 	@echo "make venv      only make $(VENV)"
 	@echo "PYTHON=...     use this interpreter instead of $(VENV)"
+	@echo "PYTEST=...     options of pytest instead of those with which it runs by default"
 
 venv:
 	@python3 scripts/bootstrap.py --venv $(VENV)
@@ -24,11 +29,15 @@ venv:
 demo: $(READY)
 	$(RUN) -m specontext_vllm.demo
 
+# exec: a signal to make reaches pytest itself, which then ends what its tests have started.
 test: $(READY)
-	$(RUN) -m pytest
+	exec $(RUN) -m pytest $(or $(PYTEST),$(SPREAD))
+
+test-fast: $(READY)
+	exec $(RUN) -m pytest -m "not slow" $(or $(PYTEST),$(SPREAD))
 
 test-gpu: $(READY)
-	$(RUN) -m pytest -m gpu
+	exec $(RUN) -m pytest -m gpu $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache

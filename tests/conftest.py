@@ -1,9 +1,16 @@
-"""Shared by all tests: which device they run on, and markers."""
+"""Shared by all tests: which device they run on, markers, which tests share a process, and that nothing outlives them."""
+
+from __future__ import annotations
 
 import os
 
+# Before torch is first imported: the models are tiny, and several processes share the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+from tests import leftovers
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -11,18 +18,60 @@ if not CUDA:
     # use Triton, so engines in this process are not affected.
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # vLLM would pin each server's worker to the same first core.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
+STARTERS = {("tests.engine.conftest", "engine"), ("specontext_vllm.demo.server", "VllmServer")}
+"""What tests start vLLM with. A file that imports one of them is slow."""
+SERVER_FILES = ("tests/engine/test_server.py", "tests/engine/test_metrics.py")
+"""Files that share the fixture ``server``."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if CUDA:
-        return
+
+def pytest_configure(config: pytest.Config) -> None:
+    leftovers.pytest_configure(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:
-        if "gpu" in item.keywords:
+        if not CUDA and "gpu" in item.keywords:
             item.add_marker(skip)
+        if _starts_engines(item):
+            item.add_marker(pytest.mark.slow)
+    if hasattr(config, "workerinput"):
+        # What takes long first, so that the processes end together.
+        items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes some 2 GiB of memory."""
+    cores = len(os.sched_getaffinity(0))
+    return 0 if CUDA or cores < 2 else min(cores, 4)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """A file's tests stay in one process, since they share its fixtures, and so do those of several files that share a server."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "server" if file in SERVER_FILES else file
+
+    return Scheduling(config, log)
+
+
+def _starts_engines(item: pytest.Item) -> bool:
+    names = ((getattr(value, "__module__", None), getattr(value, "__qualname__", None)) for value in vars(item.module).values())
+    return "server" in item.fixturenames or not STARTERS.isdisjoint(names)
 
 
 @pytest.fixture

@@ -165,6 +165,7 @@ def test_engines_differ_in_the_backend_alone():
     assert tiered == {"retrieval_head": "dummy", "budget": 256, "host_kv_gib": 2.0, "stickiness": 0, "gpu_kv_gib": 1.0}
 
 
+@pytest.mark.slow
 def test_a_tiny_run_of_the_steps(tmp_path):
     options = ["--cells", "2x160,2x64", "--model-shape", "tiny", "--budget", "128", "--timed", "2", "--engines", "specontext,hf-eager"]
     done = CliRunner(env={"VLLM_CPU_KVCACHE_SPACE": "1"}).invoke(

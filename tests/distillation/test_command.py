@@ -90,6 +90,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim_folder(tmp_path / "config.json", {})
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_head_and_go_on(tmp_path):
     """gloo on a CPU: together they take twice the tokens; alone each would train, and overwrite, a head of its own."""
     for steps in (2, 3):

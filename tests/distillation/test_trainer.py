@@ -62,6 +62,7 @@ def steps_of(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (out / "training" / "curve.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
     process = start(tmp_path)
     state = tmp_path / "training" / "state.pt"

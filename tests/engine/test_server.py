@@ -114,6 +114,7 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSALS, ids=str)
 def test_a_wrong_config_ends_the_start_with_its_sentence(refused, name):
     code, stderr = refused[name]

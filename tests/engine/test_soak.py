@@ -27,6 +27,7 @@ def load(tmp_path_factory) -> soak.Load:
     return soak.Load(prompts, references, gaps, REQUESTS, None, 40, soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one-tier", "two-tiers"])
 def test_a_full_server_answers_all_and_forgets_all(load, name):
     engine = soak.ENGINES[name]

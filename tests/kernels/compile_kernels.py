@@ -87,12 +87,13 @@ def compile_for(capability: int) -> list[dict[str, Any]]:
     driver.set_active(AbsentGPU(capability))
     JITFunction.__getitem__ = launcher
     for name, shape in SHAPES.items():
-        launch_all(shape, eight_bits=capability >= 89)
+        # What a choice adds to a kernel is the same for each shape and GPU; their code is long to compile.
+        launch_all(shape, eight_bits=capability >= 89, choices=(capability, shape) == (90, SHAPES["Llama-3.1-8B"]))
     return compiled
 
 
-def launch_all(shape: Shape, eight_bits: bool) -> None:
-    """Every launching function with tensors of the shape; ``eight_bits``: 8-bit keys of the head, too."""
+def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
+    """Every launching function with tensors of the shape; ``eight_bits``: 8-bit keys of the head, too; ``choices``: selections without held pages or fallback, too."""
     h, g, d, e, dtype = shape.kv_heads, shape.queries // shape.kv_heads, shape.head_dim, shape.hidden, shape.dtype
     rows, kept = 2, 128
     resident, count, step = cells(1), cells(1), cells(1)
@@ -110,8 +111,8 @@ def launch_all(shape: Shape, eight_bits: bool) -> None:
         for norm in (None, torch.ones(h * g + h, d, dtype=dtype)):
             rope_and_cache(torch.zeros(rows, (h * g + h) * d, dtype=dtype), torch.zeros(64, d), positions, slots, keys, h * g, norm, 1e-5)
         score_pages(queries, keys, block_table, seq_lens, starts, page_max, page_lse, **some)
-    for held in (None, (lanes, cells(rows, h, WIDTH), 0.5)):
-        for threshold in (None, 0.5):
+    for held in (None, (lanes, cells(rows, h, WIDTH), 0.5))[0 if choices else 1 :]:
+        for threshold in (None, 0.5)[0 if choices else 1 :]:
             select_pages(
                 page_max, page_lse, cells(h, 64), seq_lens, starts, block_table, pages, lengths, torch.zeros(rows, h), page_size=PAGE, num_kv_heads=h,
                 first_row=0, num_rows=rows, widest=WIDTH, budget_pages=kept, sink_pages=1, recent_pages=5, fallback_threshold=threshold, held=held,

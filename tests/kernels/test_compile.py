@@ -25,10 +25,9 @@ def kernels() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def compilers(tmp_path_factory):
-    """One process for each, all at once: most of the time is one core's."""
-    folder = tmp_path_factory.mktemp("compiled")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+def compilers():
+    """One process for each, all at once: most of the time is one core's. What Triton has compiled before of the same source it does not compile again."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}
 
     def start(capability: int) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(capability)]
@@ -40,6 +39,7 @@ def compilers(tmp_path_factory):
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_every_kernel_compiles_and_fits(compilers, capability):
     out, errors = compilers[capability].communicate()
