@@ -1,7 +1,7 @@
 """Metrics from worker processes to the front end's /metrics: prometheus_client's multiprocess files.
 
 With several API servers vLLM reads such files itself, from PROMETHEUS_MULTIPROC_DIR. With one it serves its own process's registry; there
-the front end makes a folder of ours and registers prometheus_client's collector for it, beside vLLM's metrics. Workers write the same files
+the front end makes a folder of ours and registers a collector for it (``FolderCollector``), beside vLLM's metrics. Workers write the same files
 in both cases. A write is a store into mapped memory: no message, no lock, nothing for a step to wait for.
 
 Workers on other machines than the front end write such files there, which `specontext metrics` serves (``MachineCollector``).
@@ -9,6 +9,7 @@ Workers on other machines than the front end write such files there, which `spec
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 import time
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 from prometheus_client import REGISTRY
@@ -48,26 +50,81 @@ def front_end_folder() -> str:
         return shared
     if _folder is None:
         _folder = tempfile.TemporaryDirectory(prefix=FOLDER)
-        MultiProcessCollector(REGISTRY, _folder.name)
-    for file in Path(_folder.name).glob(FILES):
+        REGISTRY.register(FolderCollector(_folder.name))
+    # Whatever tidies up temporary files may have taken it.
+    Path(_folder.name).mkdir(mode=0o700, exist_ok=True)
+    for file in _files_in(_folder.name):
         if not _is_written(file):
-            file.unlink(missing_ok=True)
+            Path(file).unlink(missing_ok=True)
     return _folder.name
+
+
+class FolderCollector:
+    """prometheus_client collector of the figures that workers write into a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[Family]:
+        for publisher in list(PUBLISHERS):
+            publisher.publish()
+        return _merge(_files_in(self._folder))
 
 
 class MachineCollector:
     """prometheus_client collector of all figures that running workers of this user write on this machine, whatever engine they belong to."""
 
     def collect(self) -> Iterable[Family]:
-        folders = [folder for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*") if folder.stat().st_uid == os.getuid()]
+        folders = [folder for folder in glob.glob(str(Path(tempfile.gettempdir(), f"{FOLDER}*"))) if _is_ours(folder)]
         if (shared := os.environ.get("PROMETHEUS_MULTIPROC_DIR")) is not None:
-            folders.append(Path(shared))
-        return MultiProcessCollector.merge([str(file) for folder in folders for file in folder.glob(FILES) if _is_written(file)])
+            folders.append(shared)
+        return _merge([file for folder in folders for file in _files_in(folder) if _is_written(file)])
 
 
-def _is_written(file: Path) -> bool:
+class Publisher(Protocol):
+    """Who writes figures later than it counts them."""
+
+    def publish(self) -> None:
+        """Write all that has been counted, if the calling thread is the one that counts."""
+
+
+PUBLISHERS: weakref.WeakSet[Publisher] = weakref.WeakSet()
+"""Those in this process, where a scrape need not do with what they have written so far."""
+
+
+def _files_in(folder: str) -> list[str]:
+    """Our files in the folder; none where it is not there, or goes meanwhile."""
+    return glob.glob(str(Path(glob.escape(folder), FILES)))
+
+
+def _merge(files: list[str]) -> Iterable[Family]:
+    """What the files say together, but for those that cannot be read: a worker that ends takes its files along, listed or not."""
+    for _ in range(len(files) + 1):
+        try:
+            return MultiProcessCollector.merge(files)
+        except Exception:  # prometheus_client has no class of its own for what a file that is gone or not whole leads to
+            files = [file for file in files if _is_readable(file)]
+    return []
+
+
+def _is_readable(file: str) -> bool:
+    try:
+        MultiProcessCollector.merge([file])
+    except Exception:  # see _merge
+        return False
+    return True
+
+
+def _is_ours(folder: str) -> bool:
+    try:
+        return os.stat(folder).st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
+
+
+def _is_written(file: str) -> bool:
     """Whether the worker whose file it is still runs."""
-    return psutil.pid_exists(int(file.stem.split("-")[-2]))
+    return psutil.pid_exists(int(Path(file).stem.split("-")[-2]))
 
 
 class MetricFiles:
@@ -89,13 +146,14 @@ class MetricFiles:
 
     def __init__(self, folder: str, labels: dict[str, str], tp_rank: int) -> None:
         self._labels, self._rank = labels, tp_rank
+        self._keys: dict[tuple[str, str | None], str] = {}
         self.is_remote = not Path(folder).is_dir()
         if self.is_remote:
             folder = str(Path(tempfile.gettempdir(), FOLDER + Path(folder).name.removeprefix(FOLDER)))
             Path(folder).mkdir(mode=0o700, exist_ok=True)
         owner = f"{OWNER}-{os.getpid()}-{next(_engines)}"
         names = {kind: f"{kind}_{owner}.db" for kind in ("counter", "histogram")} | {"gauge": f"gauge_{GAUGE_MODE}_{owner}.db"}
-        self._files = {kind: MmapedDict(str(Path(folder, name))) for kind, name in names.items()}
+        self._files = {kind: _new_file(Path(folder, name)) for kind, name in names.items()}
         self.close = weakref.finalize(self, _remove, list(self._files.values()), [Path(folder, name) for name in names.values()], self.is_remote)
 
     def set(self, metric: Metric, value: float) -> None:
@@ -110,15 +168,24 @@ class MetricFiles:
             total: sum of the observations.
         """
         for edge, number in zip((*metric.edges, float("inf")), counts, strict=True):
-            self._write(metric, f"{metric.name}_bucket", number, {"le": floatToGoString(edge)})
+            self._write(metric, f"{metric.name}_bucket", number, floatToGoString(edge))
         self._write(metric, f"{metric.name}_sum", total)
 
-    def _write(self, metric: Metric, sample: str, value: float, extra: dict[str, str] | None = None) -> None:
+    def _write(self, metric: Metric, sample: str, value: float, edge: str | None = None) -> None:
         if self._rank and not metric.per_rank:
             return
-        labels = {**self._labels, **({"tp_rank": str(self._rank)} if metric.per_rank else {}), **(extra or {})}
-        key = mmap_key(metric.family, sample, list(labels), list(labels.values()), metric.text)
+        if (key := self._keys.get((sample, edge))) is None:
+            labels = {**self._labels, **({"tp_rank": str(self._rank)} if metric.per_rank else {}), **({} if edge is None else {"le": edge})}
+            key = self._keys[sample, edge] = mmap_key(metric.family, sample, list(labels), list(labels.values()), metric.text)
         self._files[metric.kind].write_value(key, float(value), time.time() if metric.kind == "gauge" else 0.0)
+
+
+def _new_file(path: Path) -> MmapedDict:
+    """An empty file, which no scrape sees before it is whole."""
+    unseen = path.with_suffix(".new")
+    file = MmapedDict(str(unseen))
+    unseen.rename(path)
+    return file
 
 
 def _remove(files: list[MmapedDict], paths: list[Path], with_folder: bool) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -84,17 +88,23 @@ def test_the_figures_of_an_engine_go_with_it(tmp_path, registry):
     assert samples(registry) == {key(catalog.HITS.name, engine="1", tp_rank="0"): 2}
 
 
+@pytest.fixture
+def front_end(monkeypatch) -> tuple[CollectorRegistry, str]:
+    """What /metrics of one API server shows, and the folder of its workers."""
+    made = CollectorRegistry()
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.setattr(files, "REGISTRY", made)
+    monkeypatch.setattr(files, "_folder", None)
+    return made, files.front_end_folder()
+
+
 def test_several_servers_share_the_folder_that_vllm_reads(monkeypatch, tmp_path):
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     assert files.front_end_folder() == str(tmp_path)
 
 
-def test_one_server_shows_its_workers_and_forgets_the_killed(monkeypatch):
-    registry = CollectorRegistry()
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.setattr(files, "REGISTRY", registry)
-    monkeypatch.setattr(files, "_folder", None)
-    folder = files.front_end_folder()
+def test_one_server_shows_its_workers_and_forgets_the_killed(front_end):
+    registry, folder = front_end
     killed = (
         "import os; from specontext_vllm.observability import catalog; from specontext_vllm.observability.files import MetricFiles; "
         f"worker = MetricFiles({folder!r}, {LABELS!r}, 0); worker.set(catalog.HITS, 5); os.kill(os.getpid(), 9)"
@@ -149,6 +159,93 @@ def test_a_machine_shows_every_engine_s_workers_that_run(tmp_path, machine, monk
     (source.parent / f"counter_{files.OWNER}-{dead.pid}-0.db").write_bytes(source.read_bytes())
     assert not here.is_remote and there.is_remote
     assert samples(machine) == {key(catalog.HITS.name, tp_rank="0"): 1, key(catalog.HITS.name, engine="1", tp_rank="0"): 2}
+
+
+@pytest.mark.parametrize("at", ["front end", "machine"])
+def test_a_worker_that_ends_during_a_scrape_is_left_out_of_it(tmp_path, monkeypatch, request, at):
+    """Its files are listed, and gone when they are read."""
+    registry, folder = (request.getfixturevalue("machine"), "/elsewhere/x") if at == "machine" else request.getfixturevalue("front_end")
+    gone, running = (MetricFiles(folder, {**LABELS, "engine": name}, 0) for name in "01")
+    for worker in (gone, running):
+        for metric in (catalog.HITS, catalog.RESIDENT_LAYERS):
+            worker.set(metric, 2)
+    list_files = glob.glob
+
+    def list_and_end(pattern: str) -> list[str]:
+        found = list_files(pattern)
+        if any(name.endswith(".db") for name in found):
+            gone.close()
+        return found
+
+    monkeypatch.setattr(glob, "glob", list_and_end)
+    assert samples(registry) == {key(metric.name, engine="1", tp_rank="0"): 2 for metric in (catalog.HITS, catalog.RESIDENT_LAYERS)}
+    assert not gone.close.alive
+
+
+def test_scrapes_go_on_while_workers_and_their_folder_come_and_go(machine):
+    switching, pages = sys.getswitchinterval(), []
+
+    def come_and_go() -> None:
+        for _ in range(150):
+            worker = MetricFiles("/elsewhere/x", LABELS, 0)
+            worker.set(catalog.HITS, 1)
+            worker.close()
+
+    # Seconds: the two threads take turns within a scrape.
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            workers = pool.submit(come_and_go)
+            while not workers.done():
+                pages.append(samples(machine))
+            workers.result()
+    finally:
+        sys.setswitchinterval(switching)
+    assert {value for page in pages for value in page.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\0" * 3, struct.pack("ii", 400, 0), struct.pack("iii", 48, 0, 400) + b" " * 36, struct.pack("iii", 40, 0, 12) + b"not JSON    " + b"\0" * 16,
+        struct.pack("iii", 40, 0, 12) + b"3           " + b"\0" * 16, struct.pack("iii", 40, 0, 12) + b"\xff" * 12 + b"\0" * 16,
+    ],
+    ids=["empty", "half a head", "a head alone", "half an entry", "garbage", "a number", "no text"],
+)  # fmt: skip
+def test_a_file_that_is_not_whole_does_not_spoil_the_others(front_end, content):
+    registry, folder = front_end
+    worker = MetricFiles(folder, LABELS, 0)
+    worker.set(catalog.HITS, 4)
+    with open(f"{folder}/counter_{files.OWNER}-{os.getpid()}-99.db", "wb") as torn:
+        torn.write(content)
+    assert samples(registry) == {key(catalog.HITS.name, tp_rank="0"): 4}
+
+
+def test_no_scrape_sees_a_file_before_it_is_whole(tmp_path, monkeypatch):
+    make = files.MmapedDict
+
+    def make_unseen(path: str):
+        before = set(tmp_path.glob("*.db"))
+        made = make(path)
+        assert set(tmp_path.glob("*.db")) == before
+        return made
+
+    monkeypatch.setattr(files, "MmapedDict", make_unseen)
+    worker = MetricFiles(str(tmp_path), LABELS, 0)
+    assert len(list(tmp_path.glob("*.db"))) == 3
+    worker.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_front_end_whose_folder_was_tidied_away_shows_the_next_engine(front_end):
+    registry, folder = front_end
+    shutil.rmtree(folder)
+    assert samples(registry) == {}
+    assert files.front_end_folder() == folder
+    worker = MetricFiles(folder, LABELS, 0)
+    worker.set(catalog.HITS, 6)
+    assert not worker.is_remote
+    assert samples(registry) == {key(catalog.HITS.name, tp_rank="0"): 6}
 
 
 def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path, machine):
