@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -14,7 +15,7 @@ from specontext_vllm.engine.resolve import METRICS_FOLDER
 from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.late_copy import LateCopy
 from specontext_vllm.observability import catalog
-from specontext_vllm.observability.files import MetricFiles
+from specontext_vllm.observability.files import PUBLISHERS, MetricFiles
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval import counters as decode
 from specontext_vllm.retrieval.retriever import Retriever
@@ -30,11 +31,11 @@ SIDECAR = {
 """Metrics of ``RemoteRetriever.figures``."""
 
 PUBLISH_SECONDS = 1.0
-"""Time between two readings; scrapes are further apart."""
+"""Time between two readings of what the device counts; scrapes are further apart."""
 
 
 class Exporter:
-    """Publishes one worker's figures.
+    """Publishes one worker's figures: what the host counts in every step, what the device counts once in a while and at rest.
 
     Args:
         vllm_config: the engine's configuration, seen by ``name_metrics_folder``.
@@ -49,7 +50,7 @@ class Exporter:
         self.learn = Stopwatch(catalog.SECONDS, device)
         sources = [retriever.counters.cells] + ([] if tiers is None else [tiers.meter.counts])
         self._copy = LateCopy(*sources)
-        self._host = retriever.counters.host
+        self._host, self._device = retriever.counters.host, np.zeros(len(retriever.counters.cells))
         self._next = 0.0
         self._files: MetricFiles | None = None
         labels = {
@@ -63,11 +64,15 @@ class Exporter:
             logger.warning("SpeContext: the figures of this worker stay out of /metrics, whose folder it cannot write to (%s).", error)
         if self._files is not None and self._files.is_remote:
             logger.info("SpeContext: /metrics is another machine's; run `specontext metrics` on this one for the figures of its workers.")
+        self._thread = threading.get_ident()
         # Rates need the zero that counters start from.
         self.step(idle=True)
+        if self._files is not None:
+            PUBLISHERS.add(self)
 
     def close(self) -> None:
         """Take this worker's metrics out of /metrics."""
+        PUBLISHERS.discard(self)
         if self._files is not None:
             self._files.close()
 
@@ -81,8 +86,7 @@ class Exporter:
         if self._files is None:
             return
         if idle:
-            self._host = self._retriever.counters.host
-            self._publish(self._copy.wait())
+            self._publish_now()
             return
         now = time.monotonic()
         if now >= self._next and self._copy.ask():
@@ -91,23 +95,50 @@ class Exporter:
         if (taken := self._copy.take()) is not None:
             self._publish(taken)
 
+    def counted(self) -> None:
+        """Called once a step, when its decode rows have been counted: what the host knows of them is in /metrics before their tokens are made."""
+        if self._files is not None:
+            self._publish_host()
+
+    def publish(self) -> None:
+        """Publish everything, for a scrape in this very process, where an engine does not notice that it rests; waits for the device.
+
+        A scrape in another thread than the steps' gets what there is.
+        """
+        if threading.get_ident() == self._thread:
+            self._publish_now()
+
+    def _publish_now(self) -> None:
+        self._host = self._retriever.counters.host.copy()
+        self._publish(self._copy.wait())
+
     def _publish(self, cells: list[np.ndarray]) -> None:
-        if isinstance(self._retriever, RemoteRetriever):
-            for name, value in self._retriever.figures().items():
-                self._files.set(SIDECAR[name], value)
+        self._device = cells[0]
+        self._publish_host()
         if self._counting:
-            self._publish_decodes(np.concatenate([self._host, cells[0]]))
+            self._publish_choices(np.concatenate([self._host, cells[0]]))
         if self._tiers is not None:
             if self._counting:
                 self._publish_fetches(cells[1])
             self._publish_tiers()
 
-    def _publish_decodes(self, counted: np.ndarray) -> None:
+    def _publish_host(self) -> None:
+        """What the host knows, as of now; pages beyond the budget as of the last copy."""
         files = self._files
+        if isinstance(self._retriever, RemoteRetriever):
+            for name, value in self._retriever.figures().items():
+                files.set(SIDECAR[name], value)
+        if not self._counting:
+            return
+        counted = np.concatenate([self._retriever.counters.host, self._device])
         files.set(catalog.DECODE_STEPS, counted[decode.STEPS])
         files.set(catalog.DECODE_ROWS, counted[decode.DECODE_ROWS])
         files.set(catalog.PAGES_READ, counted[decode.PAGES_READ] + counted[decode.FALLBACK_PAGES])
         files.set(catalog.PAGES_HELD, counted[decode.PAGES_HELD])
+
+    def _publish_choices(self, counted: np.ndarray) -> None:
+        """What the device sums up, beside what the host knew when the copy was asked for."""
+        files = self._files
         if not self._retriever.reads_aux:
             return
         at_most = [*counted[decode.KEPT_MASS_BUCKETS], counted[decode.CHOOSING_ROWS]]

@@ -383,6 +383,7 @@ class Runtime:
             self.retriever.before_forward(batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held(), behind)
             if tiers is not None:
                 tiers.fetch_misses(batch.table_rows)
+        self._exporter.counted()
         if tiers is not None:
             tokens = sum(batch.query_lens[decodes:])
             tiers.begin_prefill(

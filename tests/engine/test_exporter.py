@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.engine import metrics, stopwatch
 from specontext_vllm.engine.resolve import METRICS_FOLDER
 from specontext_vllm.observability import catalog
+from specontext_vllm.observability.files import FolderCollector
 from specontext_vllm.retrieval.retriever import Retriever
 
 
@@ -49,22 +51,76 @@ def test_counters_start_at_zero_and_an_engine_at_rest_is_exact(make):
     assert not scrape()
 
 
-def test_a_busy_engine_publishes_once_in_a_while(make, monkeypatch):
+def test_what_the_host_counts_is_there_at_once_and_what_the_device_counts_once_in_a_while(make, monkeypatch, device):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     exporter, scrape, retriever = make()
 
-    def step() -> float:
-        retriever.counters.count_rows(1, 0, 1, 1)
+    def step() -> tuple[float, float]:
+        """Ten head pages within the budget, known to the host, and a hundred beyond it, known to the device."""
         exporter.step(idle=False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             exporter.step(idle=False)
-        return scrape()[catalog.DECODE_STEPS.name].value
+        retriever.counters.count_rows(1, 0, 10, 10)
+        retriever.counters.count_fallback(*torch.tensor([1, 100], device=device))
+        exporter.counted()
+        page = scrape()
+        return page[catalog.DECODE_STEPS.name].value, page[catalog.PAGES_READ.name].value
 
-    seen = [step() for _ in range(4)]
+    assert [step() for _ in range(3)] == [(1, 10), (2, 20), (3, 30)]
     now[0] += metrics.PUBLISH_SECONDS
-    assert [*seen, step(), step()] == [1, 1, 1, 1, 5, 5]
+    assert [step() for _ in range(2)] == [(4, 340), (5, 350)]
+
+
+def test_a_copy_that_comes_late_lets_no_counter_fall(make):
+    exporter, scrape, retriever = make()
+    cells = retriever.counters.cells.cpu().numpy()
+
+    class Late:
+        """Asked for in the first step, there in the third."""
+
+        asked = 0
+
+        def ask(self) -> bool:
+            self.asked += 1
+            return True
+
+        def take(self) -> list | None:
+            self.asked += 1
+            return [cells] if self.asked == 4 else None
+
+    exporter._copy, seen = Late(), []
+    for _ in range(4):
+        exporter.step(idle=False)
+        retriever.counters.count_rows(1, 0, 10, 10)
+        exporter.counted()
+        seen.append(scrape()[catalog.DECODE_STEPS.name].value)
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_scrape_in_the_engine_s_own_process_is_exact(make, tmp_path, device):
+    """Nobody tells such an engine that it rests. Only in its own thread, since the device's figures are read in the order of its work."""
+    exporter, _, retriever = make()
+    registry = CollectorRegistry()
+    registry.register(FolderCollector(str(tmp_path)))
+
+    def pages_read() -> float:
+        return registry.get_sample_value(catalog.PAGES_READ.name, {"model_name": "m", "engine": "3", "tp_rank": "0"})
+
+    def step() -> None:
+        retriever.counters.count_rows(1, 0, 10, 10)
+        retriever.counters.count_fallback(*torch.tensor([1, 100], device=device))
+        exporter.counted()
+
+    step()
+    assert pages_read() == 110
+    step()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(pages_read).result() == 120
+    assert pages_read() == 220
+    exporter.close()
+    assert pages_read() is None
 
 
 def test_without_stats_what_needs_counting_is_absent(make):

@@ -120,6 +120,15 @@ def test_one_server_shows_what_its_worker_counts(server):
     assert server.log.read_text().count("SpeContext") == quiet, "requests must not add lines to the log"
 
 
+def test_a_step_is_counted_before_its_token_is_sent(server):
+    """Token n is made by the decode step n - 1, the first one by the prompt's."""
+    before = Page(server.url).get(catalog.DECODE_STEPS)
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+        stream = client.completions.create(model="demo", prompt="A needle", temperature=0, max_tokens=16, stream=True, extra_body={"ignore_eos": True})
+        seen = [Page(server.url).get(catalog.DECODE_STEPS) - before for _ in stream]
+    assert all(steps >= tokens for tokens, steps in enumerate(seen)), seen
+
+
 def test_top_prints_the_server_s_figures(server):
     ask(server.url, [1500])
     result = CliRunner().invoke(app, ["top", server.url, "--once"])

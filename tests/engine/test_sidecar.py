@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from specontext_vllm.observability.catalog import PREFIX
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import ids, sampling, scenarios, until_sure
@@ -27,11 +28,22 @@ def run(prompts, where):
         llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm"})
         # On a GPU vLLM has warmed up with requests of its own.
         llm.collective_rpc("specontext_stats", args=(True,))
+        before = shown(llm)
         out = scenarios(llm, prompts)
+        # Read first, right after the last answer.
+        out["shown"] = {name: value - before[name] for name, value in shown(llm).items()}
         out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
         out |= outage(llm, prompts, has_actor=where is SIDECAR)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
         return out
+
+
+def shown(llm) -> dict[str, float]:
+    """What ``LLM.get_metrics`` says of the decode steps."""
+    metrics = {metric.name.removeprefix(PREFIX): metric for metric in llm.get_metrics() if metric.name.startswith(PREFIX)}
+    mass = metrics["kept_mass_ratio"]
+    counters = {name: metrics[name].value for name in ("decode_steps", "decode_rows", "head_pages_read", "head_pages_held")}
+    return {**counters, "choosing rows": mass.count, "kept mass": mass.sum}
 
 
 def outage(llm, prompts, has_actor: bool) -> dict[str, list]:
@@ -85,6 +97,14 @@ def remote(prompts):
 )  # fmt: skip
 def test_tokens_are_those_of_the_head_in_the_worker(inline, remote, scenario):
     assert remote[scenario] == inline[scenario]
+
+
+def test_metrics_read_right_after_an_answer_have_all_of_its_steps(inline, remote):
+    for run in (inline, remote):
+        found, stats = run["shown"], run["stats"]
+        counted = (found["decode_steps"], found["decode_rows"], found["head_pages_read"], found["head_pages_held"])
+        assert counted == (stats["steps"], stats["decode_rows"], stats["pages_read"], stats["pages_total"])
+        assert found["kept mass"] / found["choosing rows"] == pytest.approx(stats["kept_mass_mean"], rel=1e-5)
 
 
 def test_the_scenarios_happened(inline, remote):
