@@ -13,11 +13,23 @@ PROGRAMS = 6
 TILE_BYTES = 65536
 """What each program has in flight; ``PROGRAMS`` of them fill a PCIe 5 x16 link (case `link` of the benchmarks)."""
 
+_BRIEF_NS = tl.constexpr(10**6)
+
 
 @triton.jit
 def clock():
-    """Nanoseconds of the GPU's global timer."""
-    return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+    """Nanoseconds of the GPU's global timer, as a warp's first thread reads it: what hangs on them does not part the threads."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high;
+        .reg .b64 now;
+        mov.u64 now, %globaltimer;
+        mov.b64 {low, high}, now;
+        shfl.sync.idx.b32 low, low, 0, 31, 0xffffffff;
+        shfl.sync.idx.b32 high, high, 0, 31, 0xffffffff;
+        mov.b64 $0, {low, high};
+        }""", "=l", [], dtype=tl.int64, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_layer", "stop_layer", "first_source", "s_frames"], do_not_specialize_on_alignment=["p_frames"])
@@ -90,7 +102,7 @@ def fetch_pages(
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _await_pages_kernel(p_done, p_epoch, p_resident, p_counts, layer, N: tl.constexpr, TIMED: tl.constexpr):
+def _await_pages_kernel(p_done, p_epoch, p_resident, p_overdue, p_counts, layer, N: tl.constexpr, LIMIT: tl.constexpr, TIMED: tl.constexpr):
     if layer >= tl.load(p_resident):
         # Both sides wrap around alike.
         wanted = tl.load(p_epoch) * N
@@ -98,16 +110,25 @@ def _await_pages_kernel(p_done, p_epoch, p_resident, p_counts, layer, N: tl.cons
         if TIMED:
             tl.atomic_add(p_counts + _AWAITED, 1)
         if done - wanted < 0:
-            if TIMED:
-                begin = clock()
-            while done - wanted < 0:
+            begin = clock()
+            waited = begin - begin
+            while (done - wanted < 0) & (waited < LIMIT):
                 done = tl.atomic_add(p_done + layer, 0, sem="acquire")
+                waited = clock() - begin
+                if waited > _BRIEF_NS:
+                    # Once one wait was in vain the engine ends, and those behind it need not take as long.
+                    waited = tl.where(tl.load(p_overdue, volatile=True) > 0, LIMIT, waited)
+            if done - wanted < 0:
+                tl.store(p_overdue, layer + 1, mask=tl.load(p_overdue, volatile=True) == 0)
             if TIMED:
                 tl.atomic_add(p_counts + _LATE, 1)
                 tl.atomic_add(p_counts + _LATE_NS, clock() - begin)
 
 
-def await_pages(done: torch.Tensor, epoch: torch.Tensor, resident: torch.Tensor, counts: torch.Tensor | None, *, layer: int, programs: int = PROGRAMS) -> None:
+def await_pages(
+    done: torch.Tensor, epoch: torch.Tensor, resident: torch.Tensor, overdue: torch.Tensor, counts: torch.Tensor | None, *, layer: int, seconds: float,
+    programs: int = PROGRAMS,
+) -> None:  # fmt: skip
     """Hold the current stream until ``fetch_pages`` number ``epoch`` has copied a layer; at once for a resident layer.
 
     One thread looks at a counter in device memory: an event that a captured graph waits for costs 20 us a layer (H200, 2026-11-24), and the
@@ -116,6 +137,12 @@ def await_pages(done: torch.Tensor, epoch: torch.Tensor, resident: torch.Tensor,
     Args:
         done: ``[L]`` int32 of ``fetch_pages``. epoch: ``[1]`` int32, how many calls there were.
         resident: ``[1]`` int32.
+        overdue: ``[1]`` int32 that the host may read at any time, pinned or on the device. 0; written where the copies have not come in
+            ``seconds``, and the stream goes on without them: the layer plus 1.
         counts: int64 counters (module ``counters``) of waits, late layers and their nanoseconds; None: not counted.
+        seconds: by the GPU's clock. Once ``overdue`` is written, waits last a millisecond.
     """
-    _await_pages_kernel[(1,)](done, epoch, resident, done if counts is None else counts, layer, N=programs, TIMED=counts is not None, num_warps=1)
+    _await_pages_kernel[(1,)](
+        done, epoch, resident, overdue, done if counts is None else counts, layer, N=programs, LIMIT=int(seconds * 1e9), TIMED=counts is not None,
+        num_warps=1,
+    )  # fmt: skip

@@ -151,7 +151,12 @@ class TieredKV:
         self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]], decoding: Iterable[str],
         prefilling: Iterable[str] = (), written: Iterable[tuple[str, int]] = (),
     ) -> None:  # fmt: skip
-        """Follow the scheduler through one step; see ``Ledger.begin_step``."""
+        """Follow the scheduler through one step; see ``Ledger.begin_step``.
+
+        Raises:
+            RuntimeError: a layer of a step before has waited for its misses in vain.
+        """
+        self._copier.check()
         if self.poison:
             started, grown = list(started), list(grown)
             if self.device.type == "cuda":

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE
 
+WAIT_SECONDS = 20.0
+"""Longest that a layer waits for its misses. A step copies a few gigabytes at most: less than a second on a usual link, seconds on the slowest."""
+
 
 def fetch(
     host: Tensor, arena: Tensor, sources: Tensor, targets: Tensor, count: Tensor, places: Tensor, resident: Tensor,
@@ -80,10 +83,16 @@ def write(
 
 
 class Copier:
-    """The side stream of the copies, and what orders it with the layers; on a CPU everything happens in turn."""
+    """The side stream of the copies, and what orders it with the layers; on a CPU everything happens in turn.
 
-    def __init__(self, device: torch.device, num_layers: int) -> None:
-        self._cuda = device.type == "cuda"
+    Args:
+        seconds: longest that a layer waits for its misses.
+    """
+
+    def __init__(self, device: torch.device, num_layers: int, seconds: float = WAIT_SECONDS) -> None:
+        self._cuda, self._seconds = device.type == "cuda", seconds
+        # Pinned: the GPU writes it, once if ever, and the host looks at it in every step without a copy.
+        self._overdue = torch.zeros(1, dtype=torch.int32, pin_memory=self._cuda)
         if self._cuda:
             self._stream = torch.cuda.Stream(device)
             self._done = torch.zeros(num_layers, dtype=torch.int32, device=device)
@@ -111,6 +120,18 @@ class Copier:
         with torch.cuda.stream(self._stream):
             yield
 
+    def check(self) -> None:
+        """Look, without waiting, whether all misses came that layers have waited for.
+
+        Raises:
+            RuntimeError: those of a layer did not. It went on without them, so that whatever has been computed since is wrong.
+        """
+        if overdue := int(self._overdue[0]):
+            raise RuntimeError(
+                f"specontext: the KV pages of layer {overdue - 1} did not come from the host pool within {self._seconds:g} s, so this worker ends rather "
+                f"than answer without them; look for errors of the GPU or of PCIe (Xid) in the system's log, and if there are none please report it."
+            )
+
     def expect(self) -> None:
         """The step has misses to copy, for which ``wait`` waits; a captured graph may hold this."""
         if self._cuda:
@@ -125,11 +146,14 @@ class Copier:
             copy(self._done)
 
     def wait(self, layer: int, resident: Tensor, counts: Tensor | None) -> None:
-        """Hold the current stream until the misses of an offloaded layer are there; ``counts`` takes whether they were late."""
+        """Hold the current stream until the misses of an offloaded layer are there; ``counts`` takes whether they were late.
+
+        Where they do not come, the stream goes on all the same and ``check`` tells.
+        """
         if self._cuda:
             from specontext_vllm.triton_kernels.fetch_pages import await_pages
 
-            await_pages(self._done, self._epoch, resident, counts, layer=layer)
+            await_pages(self._done, self._epoch, resident, self._overdue, counts, layer=layer, seconds=self._seconds)
 
     @contextmanager
     def staging(self, use: int) -> Iterator[None]:

@@ -145,7 +145,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
             layers=range(LAYERS), first_source=0, layer_sources=32, num_kv_heads=h, done=done,
         )  # fmt: skip
     for counted in (None, counts):
-        await_pages(cells(LAYERS), step, resident, counted, layer=1)
+        await_pages(cells(LAYERS), step, resident, cells(1), counted, layer=1, seconds=20)
     for host in (None, kv_cache):
         write_tiered(new, new, slots, tables[0], lengths, cells(BLOCKS), resident, kv_cache, host, layer=0, num_decodes=1)
 

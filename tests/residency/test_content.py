@@ -259,6 +259,14 @@ def poisoned(monkeypatch):
     monkeypatch.setattr("specontext_vllm.residency.ledger.COOLDOWN_STEPS", 4)
 
 
+def test_no_step_begins_after_one_whose_copies_did_not_come(device):
+    schedule = Schedule(0, False, device)
+    schedule.step()
+    schedule.tiers._copier._overdue.fill_(LAYERS)
+    with pytest.raises(RuntimeError, match=f"layer {LAYERS - 1} did not come from the host pool"):
+        schedule.step()
+
+
 @pytest.mark.parametrize("slowly", [False, True], ids=["layers return at once", "layers return a page or two a step"])
 def test_every_token_that_is_read_is_the_one_that_was_written(slowly, device):
     seen: Counter[str] = Counter()

@@ -1,12 +1,17 @@
 """Copies between the tiers: what they copy, and that no layer reads before they have."""
 
+import itertools
+import time
+
 import pytest
 import torch
+import triton.language as tl
 
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.residency.host_pool import allocate_host_pool
 from specontext_vllm.residency.transfer import Copier, fetch
 from specontext_vllm.triton_kernels import counters
+from specontext_vllm.triton_kernels import fetch_pages as module
 from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
 
 HEADS = 2
@@ -48,10 +53,74 @@ def test_waiting_ends_at_once_when_the_copies_are_there(done, device):
     epoch = 3 if done > 0 else 2**30
     told = torch.zeros(3, dtype=torch.int32, device=device)
     told[1] = done
-    resident = torch.ones(1, dtype=torch.int32, device=device)
-    await_pages(told, torch.tensor([epoch], dtype=torch.int32, device=device), resident, None, layer=1, programs=2)
+    resident, overdue = torch.ones(1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    # In the interpreter a look at the GPU's clock, as by one who waits, is an error.
+    await_pages(told, torch.tensor([epoch], dtype=torch.int32, device=device), resident, overdue, None, layer=1, programs=2, seconds=20)
     # A resident layer does not wait, whatever was copied.
-    await_pages(told - 100, torch.tensor([epoch], dtype=torch.int32, device=device), resident, None, layer=0, programs=2)
+    await_pages(told - 100, torch.tensor([epoch], dtype=torch.int32, device=device), resident, overdue, None, layer=0, programs=2, seconds=20)
+    assert overdue.item() == 0
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_copy_that_never_comes_is_told_of_and_holds_the_stream_up_but_once(timed, monkeypatch, device):
+    ticks = itertools.count()
+    if device.type == "cpu":
+        # The interpreter has no such clock: each look at it is a quarter of a second after the last.
+        monkeypatch.setattr(module, "clock", lambda: tl.full((), next(ticks) * 25 * 10**7, tl.int64))
+    told = torch.tensor([0, 0, 5, 6, 5], dtype=torch.int32, device=device)
+    resident, epoch = torch.ones(1, dtype=torch.int32, device=device), torch.full((1,), 3, dtype=torch.int32, device=device)
+    overdue = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    counts = torch.zeros(counters.COUNTERS, dtype=torch.int64, device=device)
+    looks, begin = [], time.monotonic()
+    for layer in range(5):
+        await_pages(told, epoch, resident, overdue, counts if timed else None, layer=layer, programs=2, seconds=1)
+        looks.append(next(ticks))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        assert 1 <= time.monotonic() - begin < 2
+    else:
+        # Of layer 0, resident, and 3, whose copies are there, none; of the first in vain all that a second takes; of those behind it one.
+        spent = [after - before - 1 - timed for before, after in itertools.pairwise([-1, *looks])]
+        assert spent == [0 - timed, 5, 2, 0 - timed, 2]
+    assert overdue.item() == 1 + 1
+    assert counts[[counters.AWAITED, counters.LATE]].tolist() == ([4, 3] if timed else [0, 0])
+
+
+def test_the_host_ends_the_engine_when_copies_did_not_come():
+    copier = Copier(torch.device("cpu"), num_layers=7, seconds=3)
+    copier.check()
+    copier._overdue.fill_(5 + 1)
+    with pytest.raises(RuntimeError, match="layer 5 did not come from the host pool within 3 s.*Xid"):
+        copier.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [True, False])
+def test_copies_that_were_never_started_are_noticed_at_the_next_look(captured):
+    device, layers = torch.device("cuda"), 6
+    resident, copier = torch.full((1,), 2, dtype=torch.int32, device=device), Copier(device, layers, seconds=0.5)
+    end = torch.cuda.Event()
+
+    def read() -> None:
+        for layer in range(layers):
+            copier.wait(layer, resident, None)
+
+    read()
+    torch.cuda.synchronize()
+    copier.check()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        read()
+    copier.expect()
+    begin = time.monotonic()
+    graph.replay() if captured else read()
+    end.record()
+    copier.check()
+    assert not end.query(), "the look at the flag waited for the GPU"
+    torch.cuda.synchronize()
+    assert 0.5 <= time.monotonic() - begin < 1.5
+    with pytest.raises(RuntimeError, match="layer 2 did not come from the host pool within 0.5 s"):
+        copier.check()
 
 
 @pytest.mark.gpu
