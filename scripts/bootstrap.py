@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -37,10 +38,20 @@ def lock_hash(lock: Path) -> str:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Install with pip, without dependencies: the lock files are complete, and leave out what would harm. A failure ends the script."""
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", *arguments]
+    """Install with pip, without dependencies: the lock files are complete, and leave out what would harm. A failure ends the script.
+
+    Of pip only warnings and errors are shown, and how long it has been at work.
+    """
+    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", *arguments]
     print("+", " ".join(command), flush=True)
-    if subprocess.run(command, check=False).returncode:
+    begin, terminal = time.monotonic(), sys.stdout.isatty()
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            try:
+                process.wait(1 if terminal else 20)
+            except subprocess.TimeoutExpired:
+                print(f"\r  {time.monotonic() - begin:.0f} s ", end="\r" if terminal else "\n", flush=True)
+    if process.returncode:
         sys.exit(f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the network and run it again.")
 
 

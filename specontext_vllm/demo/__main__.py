@@ -6,10 +6,14 @@ backend. Exit code 0: every answer of the specontext server was right; 1: not, o
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +33,13 @@ RIGHT = {"needle": 1.0, "recitation": 0.9}
 SPARE_TOKENS = 32
 """Tokens a reply may have beyond two for each word that is asked for."""
 
+LEAST_TOKENS, MOST_TOKENS = 256, 32768
+"""Of a prompt: a question and its answer need some; for more facts there are no names."""
+
 WARM_UP_SEED = 1_000_000
+
+BEAT_SECONDS = 10.0
+"""How often a step that takes long says so where no spinner can."""
 
 
 @dataclass(frozen=True)
@@ -84,30 +94,70 @@ def question(problem: Problem) -> str:
     return lines[0] if problem.layout == "question_first" else lines[-1]
 
 
+def make_problems(tokens: int, seed: int) -> list[Problem]:
+    """What is asked: ``ASKED``, each over about ``tokens`` tokens.
+
+    The model was taught to answer whoever asks for a fact with "The code of NAME is ...", by whichever of its two words, code or number, they ask.
+    Here they ask for the code, so that the answer has the question's word.
+    """
+    problems = []
+    for number, (kind, layout) in enumerate(ASKED):
+        made = (
+            make_problem(kind, seed=at, approx_tokens=tokens, layout=layout) for at in itertools.count(1000 * seed + number, len(ASKED))
+        )
+        problems.append(next(problem for problem in made if kind != "needle" or " code " in question(problem)))
+    return problems
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[None]:
+    """Show what is being done and for how long: by a spinner on a terminal, else by a line now and one every ten seconds."""
+    begin, ended = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(1.0 if console.is_terminal else BEAT_SECONDS):
+            text = f"{what} ... {time.monotonic() - begin:.0f} s"
+            if console.is_terminal:
+                status.update(text)
+            else:
+                console.print(text, markup=False, soft_wrap=True)
+
+    with ExitStack() as stack:
+        if console.is_terminal:
+            status = stack.enter_context(console.status(f"{what} ..."))
+        else:
+            console.print(f"{what} ...", markup=False, soft_wrap=True)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
 def run(console: Console, name: str, model: Path, arguments: list[str], problems: list[Problem], warm_up: Problem, *, sparse: bool) -> list[Answer]:
     """Start one server, ask everything, end it."""
-    with console.status(f"{name}: the server starts ...") as status:
-
-        def on_wait(seconds: float) -> None:
-            status.update(f"{name}: the server starts ... {seconds:.0f} s")
-
-        console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
-        with VllmServer(model, arguments, on_wait) as server:
-            console.print(f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True)
-            served = OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data[0].id
-            status.update(f"{name}: warming up ...")
+    console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
+    with ExitStack() as stack:
+        with working(console, f"{name}: the server starts"):
+            server = stack.enter_context(VllmServer(model, arguments))
+        console.print(f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True)
+        served = OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data[0].id
+        with working(console, f"{name}: warming up"):
             ask(server, served, warm_up, sparse=sparse, max_tokens=16)
-            answers = []
-            for number, problem in enumerate(problems, 1):
-                status.update(f"{name}: question {number} of {len(problems)} ...")
+        answers = []
+        for number, problem in enumerate(problems, 1):
+            with working(console, f"{name}: question {number} of {len(problems)}"):
                 answer = ask(server, served, problem, sparse=sparse)
-                answers.append(answer)
-                rate = answer.tokens_per_second
-                console.print(
-                    f"{name}: {question(problem)} -> {_short(answer.text)} ({answer.prompt_tokens:,} tokens read in "
-                    f"{answer.first_token:.2f} s{'' if rate is None else f', then {rate:.0f} tokens/s'})", markup=False, soft_wrap=True,
-                )  # fmt: skip
-            status.update(f"{name}: the server ends ...")
+            answers.append(answer)
+            rate = answer.tokens_per_second
+            console.print(
+                f"{name}: {question(problem)} -> {_short(answer.text)} ({answer.prompt_tokens:,} tokens read in "
+                f"{answer.first_token:.2f} s{'' if rate is None else f', then {rate:.0f} tokens/s'})", markup=False, soft_wrap=True,
+            )  # fmt: skip
+        with working(console, f"{name}: the server ends"):
+            stack.close()
     return answers
 
 
@@ -149,10 +199,12 @@ def main(
         if not path.exists():
             typer.echo(f"{option}: {path} does not exist; run the demo from the repository's root or name another.", err=True)
             raise typer.Exit(1)
+    if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
+        typer.echo(f"--tokens: found {tokens}; give {LEAST_TOKENS} to {MOST_TOKENS}.", err=True)
+        raise typer.Exit(1)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    problems = [
-        make_problem(kind, seed=1000 * seed + i, approx_tokens=tokens, layout=layout) for i, (kind, layout) in enumerate(ASKED)
-    ]
+    console.print(f"{len(ASKED)} questions over {tokens:,} tokens each, to a server with specontext and to one without; a few minutes in all.")
+    problems = make_problems(tokens, seed)
     warm_up = make_problem("needle", seed=WARM_UP_SEED + seed, approx_tokens=tokens, layout="question_last")
     # A terminated demo leaves through the same doors as one that is interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
