@@ -6,14 +6,16 @@ import signal
 
 import typer
 
-from benchmarks import ablation, attention, capacity, choices, decode, distill, figures, host, link, losses, memory, rounding, sidecar, soak, speed, timeline, transfer
+from benchmarks import (
+    ablation, attention, capacity, choices, decode, distill, figures, fuzz, host, link, losses, memory, rounding, sidecar, soak, speed, timeline, transfer,
+)  # fmt: skip
 from benchmarks.accuracy import command as accuracy
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 CASES = {
     "ablation": ablation.main, "accuracy": accuracy.main, "attention": attention.main, "capacity": capacity.main,
     "choices": choices.main, "decode": decode.main,
-    "distill": distill.main, "figures": figures.main, "host": host.main, "link": link.main, "losses": losses.main, "memory": memory.main,
+    "distill": distill.main, "figures": figures.main, "fuzz": fuzz.main, "host": host.main, "link": link.main, "losses": losses.main, "memory": memory.main,
     "overlap": capacity.overlap, "rounding": rounding.main, "sidecar": sidecar.main, "soak": soak.main, "timeline": timeline.main, "transfer": transfer.main,
 }  # fmt: skip
 for name, case in CASES.items():

@@ -1,0 +1,42 @@
+"""A minute of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's, and none between two tiers and one."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from benchmarks import fuzz
+from tests.conftest import CUDA
+from tests.engine.conftest import engine
+
+ROUNDS = 6
+"""Mixes: about a minute on two quiet cores, three engine starts included."""
+
+
+@pytest.fixture(scope="module")
+def seed() -> str:
+    """SPECONTEXT_FUZZ_SEED plays a failed run again."""
+    return os.environ.get("SPECONTEXT_FUZZ_SEED", str(int(time.time())))
+
+
+@pytest.fixture(scope="module")
+def answers(seed) -> dict:
+    found: dict = {"preemptions": {}}
+    for name in ("stock", "specontext", "two tiers"):
+        with engine(**fuzz.engine_arguments(name, CUDA)) as llm:
+            found |= fuzz.play_all(llm, name, seed, ROUNDS, CUDA)
+            found["preemptions"][name] = fuzz.preemptions(llm)
+    return found
+
+
+def test_random_mixes_of_requests_give_the_same_tokens_everywhere(answers, seed):
+    for name, verdict in fuzz.judge(seed, answers, CUDA).items():
+        assert not verdict.wrong, f"{name}: SPECONTEXT_FUZZ_SEED={seed}: " + "\n".join(verdict.wrong)
+        assert verdict.counts["requests"] >= 3 * ROUNDS and verdict.counts["tokens"] > verdict.counts["requests"]
+        assert verdict.counts["near ties"] < 0.05 * verdict.counts["requests"]
+
+
+def test_mixes_preempt(answers):
+    assert all(answers["preemptions"].values()), answers["preemptions"]
