@@ -44,8 +44,10 @@ def scenarios(llm, prompts) -> dict[str, object]:
     out["plain"] = [ids(generate([p]))[0] for p in prompts]
     before = preemptions(llm)
     # All at once with long answers, the longest first: ragged batches, decode and prefill rows mixed, more pages than the engine has.
-    out["ragged"] = ids(generate(prompts[::-1], max_tokens=90))
+    crowd = generate(prompts[::-1], max_tokens=90)
+    out["ragged"] = ids(crowd)
     out["preempted"] = preemptions(llm) - before
+    out["undisturbed"] = [output.metrics.num_preemptions == 0 for output in crowd]
     generate([prompts[-1]], max_tokens=1)
     hit = generate([prompts[-1]])
     out["prefix hit"] = ids(hit)
@@ -56,6 +58,8 @@ def scenarios(llm, prompts) -> dict[str, object]:
     out["next turn"] = ids(turn)
     llm.reset_prefix_cache()
     out["next turn, cold"] = ids(generate([longer]))
+    llm.reset_prefix_cache()
+    out["neighbour alone"] = ids(generate([prompts[-2][:255]]))[0]
     llm.reset_prefix_cache()
     # Its neighbour leaves one token of the step to the second prompt: a chunk of one token with more to come, from the start and behind a hit.
     out["chunk of one"] = ids(generate([prompts[-2][:255], prompts[-1]]))
@@ -92,6 +96,23 @@ def abort_neighbour(llm, prompts) -> list[int]:
         if step == 9:
             core.abort_request(["decoding"])
     return final
+
+
+OTHER_WAYS = ["ragged", "next turn", "chunk of one", "chunk of one behind a hit", "neighbour aborted"]
+
+
+def by_another_way(out: dict, scenario: str) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokens of a scenario, and those of the same prompts gone another way: alone, or with a cold cache. They are the same under any budget."""
+    if scenario == "ragged":
+        # A preempted request's answer so far is prefilled when it comes back, which is dense.
+        kept = [i for i, undisturbed in enumerate(out["undisturbed"]) if undisturbed]
+        assert len(kept) >= 5
+        return [out["ragged"][i][:MAX_TOKENS] for i in kept], [out["plain"][::-1][i] for i in kept]
+    if scenario == "next turn":
+        return out["next turn"], out["next turn, cold"]
+    if scenario == "neighbour aborted":
+        return [out["neighbour aborted"]], [out["plain"][-2]]
+    return out[scenario], [out["neighbour alone"], out["plain"][-1]]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +163,12 @@ def test_twins_answer_as_alone_and_share_their_pages(sparse):
     small = sparse["small budget"]
     assert small["twins"] == [small["twin alone"]] * 3
     assert min(small["twins' hits"]) >= 256
+
+
+@pytest.mark.parametrize("scenario", OTHER_WAYS)
+def test_a_small_budget_s_tokens_do_not_hang_on_a_request_s_way(sparse, scenario):
+    tokens, otherwise = by_another_way(sparse["small budget"], scenario)
+    assert tokens == otherwise
 
 
 def test_a_prefix_hit_selects_as_a_cold_start_does(sparse):

@@ -75,7 +75,8 @@ def test_the_retrieval_head_keeps_the_answers(results, kind):
 @pytest.mark.parametrize("retriever", ["recent", "random"])
 def test_other_pages_do_not(results, retriever):
     assert mean(results[retriever]["needle"] + results[retriever]["recitation"]) <= 0.3
-    assert results[retriever]["read"] == results["dlm"]["read"] or abs(results[retriever]["read"] - results["dlm"]["read"]) < 0.01
+    # As many pages; the shares differ a little, since longer answers are measured over longer contexts.
+    assert results[retriever]["read"] == pytest.approx(results["dlm"]["read"], rel=0.05)
 
 
 def test_the_layers_own_attention_keeps_the_answers(results):

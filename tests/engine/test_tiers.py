@@ -9,7 +9,7 @@ from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.test_exactness import ids, sampling, scenarios
+from tests.engine.test_exactness import OTHER_WAYS, by_another_way, ids, sampling, scenarios
 
 PAGES = 111
 SETTINGS = {
@@ -110,6 +110,12 @@ def test_tokens_survive_hot_buffers_that_change_their_size_and_layers_that_come_
 )  # fmt: skip
 def test_tokens_are_those_of_one_tier(one_tier, two_tiers, scenario):
     assert two_tiers[scenario] == one_tier[scenario]
+
+
+@pytest.mark.parametrize("scenario", OTHER_WAYS)
+def test_tokens_do_not_hang_on_a_request_s_way(one_tier, scenario):
+    tokens, otherwise = by_another_way(one_tier, scenario)
+    assert tokens == otherwise
 
 
 def test_the_scenarios_happened(one_tier, two_tiers):
