@@ -76,9 +76,6 @@ class TieredKV:
         timed: whether to count prefetches that are late, and by how much.
     """
 
-    poison = False
-    """Tests set it: frames that are given up, and pages of the host pool that are handed out, are filled with NaN."""
-
     def __init__(
         self, plan: TierPlan, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_requests: int,
         max_rows: int, table_pages: int, max_pages: int, keep_unreferenced: bool, timed: bool, device: torch.device,
@@ -157,13 +154,6 @@ class TieredKV:
             RuntimeError: a layer of a step before has waited for its misses in vain.
         """
         self._copier.check()
-        if self.poison:
-            started, grown = list(started), list(grown)
-            if self.device.type == "cuda":
-                # The host writes at once; what the steps before this one read must be through.
-                torch.cuda.synchronize(self.device)
-            fresh = [page for request in started for page in request.pages[request.computed :]] + [page for _, pages in grown for page in pages]
-            self.host[:, fresh] = float("nan")
         news = self.meter.poll()
         size = None
         if news is not None and (rates := miss_rates(news)) is not None:
@@ -182,9 +172,6 @@ class TieredKV:
         # Where no layer was offloaded nothing waited for the copies of the step before, which read these tables.
         self._copier.join()
         self._beside.clear()
-        if self.poison:
-            for frames in changes.given_up:
-                self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
         _, pages = self.frames.shape
         _, lanes, slots = self.hot_frames.shape
         self._set(self.frames, [(layer * pages + page, frame) for layer, page, frame in changes.frames])

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.soak import NEAR_TIE_CPU, NEAR_TIE_GPU
 from specontext_vllm.demo.tasks import make_problem
-from specontext_vllm.residency.tiers import TieredKV
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import sampling
+from tests.poison import poisoned_tiers, times_poisoned
 
 # Two long requests take nearly all of the pages, so that whatever runs beside them is preempted, and a third waits.
 SHAPE = {
@@ -96,19 +96,16 @@ def empty_steps(llm, prompts: dict[str, list[int]]) -> list[tuple[int, int]]:
 
 
 def run(prompts, settings: dict) -> dict:
-    TieredKV.poison = True
-    try:
-        with engine(**SHAPE, additional_config={"specontext": settings}) as llm:
-            out = {"crowd": crowd(llm, prompts), "stats": llm.collective_rpc("specontext_stats")[0]}
-            out["empty steps"] = empty_steps(llm, prompts)
-            out["books"] = llm.collective_rpc("specontext_audit")[0]
-            out["pages in use"] = [m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
-            llm.reset_prefix_cache()
-            alone = llm.generate([{"prompt_token_ids": prompts["short 0"]}], sampling(max_tokens=SHORT), use_tqdm=False)
-            out["alone"] = list(alone[0].outputs[0].token_ids)
-            return out
-    finally:
-        TieredKV.poison = False
+    with poisoned_tiers(), engine(**SHAPE, additional_config={"specontext": settings}) as llm:
+        out = {"crowd": crowd(llm, prompts), "stats": llm.collective_rpc("specontext_stats")[0]}
+        out["empty steps"] = empty_steps(llm, prompts)
+        out["books"] = llm.collective_rpc("specontext_audit")[0]
+        out["pages in use"] = [m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
+        out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
+        llm.reset_prefix_cache()
+        alone = llm.generate([{"prompt_token_ids": prompts["short 0"]}], sampling(max_tokens=SHORT), use_tqdm=False)
+        out["alone"] = list(alone[0].outputs[0].token_ids)
+        return out
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
@@ -150,7 +147,7 @@ def test_the_storm_happened(outcome):
     # Beside those that were asked for, vLLM ran out of pages in the middle of answers.
     assert preempted["short 0"] > len(RESETS) and preempted["long 2"] > 0
     if outcome["tiers"]:
-        assert outcome["stats"]["layer_moves"] > 0 and outcome["stats"]["fetched_bytes"] > 0
+        assert outcome["stats"]["layer_moves"] > 0 and outcome["stats"]["fetched_bytes"] > 0 and outcome["poisoned"] > 100
 
 
 def test_a_step_with_nothing_in_it_only_lets_go(outcome):

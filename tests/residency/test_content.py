@@ -12,7 +12,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import TierPlan
-from specontext_vllm.residency.tiers import TieredKV
+from tests.poison import PoisonedTieredKV
 
 LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 4, 3, 2, 2, 14, 3, 3, 4, 8
 STAGING = LONGEST
@@ -38,7 +38,7 @@ class Schedule:
         self.random = Random(seed)
         plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
         self.device = device
-        self.tiers = TieredKV(
+        self.tiers = PoisonedTieredKV(
             plan, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32, max_requests=LANES, max_rows=LANES, table_pages=BUDGET,
             max_pages=LONGEST, keep_unreferenced=True, timed=False, device=device,
         )  # fmt: skip
@@ -253,9 +253,8 @@ class Schedule:
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    monkeypatch.setattr(TieredKV, "poison", True)
-    # Layers come and go more often than in service.
+def restless(monkeypatch):
+    """Layers come and go more often than in service."""
     monkeypatch.setattr("specontext_vllm.residency.ledger.COOLDOWN_STEPS", 4)
 
 
@@ -278,6 +277,7 @@ def test_every_token_that_is_read_is_the_one_that_was_written(slowly, device):
                 schedule.arrive()
             schedule.step()
             assert schedule.tiers.ledger.audit()["requests"] == len(schedule.running)
+        assert schedule.tiers.poisoned > 100
         seen.update(schedule.seen)
     assert (seen.pop("came back slowly") > 0) == slowly
     assert all(count > 0 for count in seen.values()), seen

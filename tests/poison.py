@@ -1,0 +1,54 @@
+"""Two tiers whose given-up and handed-out places are NaN, so that a test that reads one of them cannot pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from specontext_vllm.residency.ledger import Changes
+from specontext_vllm.residency.tiers import TieredKV
+
+
+class PoisonedTieredKV(TieredKV):
+    """Frames that are given up, and pages of the host pool that are handed out, are filled with NaN.
+
+    Attributes:
+        poisoned: frames and pages so far.
+    """
+
+    poisoned = 0
+
+    def begin_step(self, released: Any, started: Any, grown: Any, *rest: Any, **named: Any) -> None:
+        started, grown = list(started), list(grown)
+        fresh = [page for request in started for page in request.pages[request.computed :]] + [page for _, pages in grown for page in pages]
+        if self.device.type == "cuda":
+            # The host writes at once; what the steps before this one read must be through.
+            torch.cuda.synchronize(self.device)
+        self.host[:, fresh] = float("nan")
+        self.poisoned += len(fresh)
+        super().begin_step(released, started, grown, *rest, **named)
+
+    def follow(self, changes: Changes) -> None:
+        # The copies of the step before may still write to them.
+        self._copier.join()
+        for frames in changes.given_up:
+            self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
+            self.poisoned += len(frames)
+        super().follow(changes)
+
+
+@contextmanager
+def poisoned_tiers() -> Iterator[None]:
+    """Engines that are started meanwhile, in this process, have such tiers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specontext_vllm.engine.runtime.TieredKV", PoisonedTieredKV)
+        yield
+
+
+def times_poisoned(worker: Any) -> int:
+    """Frames and pages that a worker has filled with NaN; 0 where it has one tier."""
+    return getattr(worker.model_runner.runtime.tiers, "poisoned", 0)
