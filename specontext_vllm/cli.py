@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,13 +18,14 @@ from specontext_vllm.retrieval.checkpoint import (
     HeadError,
     HeadSpec,
     TensorInfo,
-    check_fits,
     describe_aux_layers,
     read_checkpoint,
     read_config,
     resolve_aux_layers,
     resolve_checkpoint,
 )
+from specontext_vllm.retrieval.head import check_head
+from specontext_vllm.retrieval.rope import rope_frequencies
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -45,18 +47,19 @@ def inspect(
     """
     try:
         head = read_checkpoint(resolve_checkpoint(checkpoint), allow_pickle=allow_pickle)
-        shape = None if target is None else _target_shape(target)
+        served = None if target is None else _target(target, head.spec)
+        rope_frequencies(head.spec, head.spec.trained_length)
     except HeadError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
     console.print(_facts_table(head))
-    if shape is None:
+    if served is None:
         return
     try:
-        check_fits(head.spec, **shape)
-        layers = describe_aux_layers(head.spec, resolve_aux_layers(head.spec, shape["num_layers"]))
+        check_head(head, **served)
+        layers = describe_aux_layers(head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"]))
     except HeadError as error:
         console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from None
@@ -179,20 +182,23 @@ def distill(
         raise typer.Exit(2) from None
 
 
-def _target_shape(path: Path) -> dict[str, int]:
-    """The target's widths as `check_fits` takes them, from its config.json."""
+def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
+    """What `check_head` needs to know of the target, from its config.json."""
     config = read_config(path)
     config = config.get("text_config", config)  # multimodal models nest the language model's settings
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if key not in config]
+    missing = [key for key in needed if not isinstance(config.get(key), int)]
     if missing:
         raise HeadError(f"{path}/config.json has no {missing[0]}: --target must be the folder of a language model.")
-    return {
+    widths = {
         "target_hidden_size": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
         "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "vocab_size": config["vocab_size"],
     }
+    # Only float16 can be too narrow for a weight: bfloat16 ends where float32 does.
+    dtype = torch.float16 if "float16" in (config.get("dtype"), config.get("torch_dtype")) else torch.bfloat16
+    return {"target": widths, "max_position": config.get("max_position_embeddings") or spec.trained_length, "dtype": dtype}
 
 
 def _tensor_table(head: HeadCheckpoint) -> Table:

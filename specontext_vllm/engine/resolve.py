@@ -15,15 +15,13 @@ from specontext_vllm.residency.host_pool import machine_memory
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
-    check_dtype,
-    check_fits,
     dummy_checkpoint,
     read_checkpoint,
     resolve_aux_layers,
     resolve_checkpoint,
 )
+from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.known_heads import known_head
-from specontext_vllm.retrieval.shard import shard_checkpoint
 
 HEAD_FOLDER = "retrieval_head"
 DUMMY = "dummy"
@@ -171,7 +169,7 @@ def find_head(config: SpeContextConfig, model_config: Any) -> str:
 
 
 def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
-    """Read a head found by ``find_head`` and check it against the model.
+    """Read a head found by ``find_head`` and check it against the model, so that no worker refuses it.
 
     Raises:
         ConfigError: one sentence when it cannot be read or does not fit.
@@ -198,10 +196,10 @@ def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
     try:
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         checkpoint = read_checkpoint(Path(head), allow_pickle=config.allow_pickle)
-        check_fits(checkpoint.spec, **shape)
-        check_dtype(checkpoint, model.dtype)
-        # Heads that cannot be divided are refused here, not in a worker.
-        shard_checkpoint(checkpoint, rank=0, size=vllm_config.parallel_config.tensor_parallel_size)
+        check_head(
+            checkpoint, target=shape, max_position=model.max_model_len, dtype=model.dtype,
+            workers=vllm_config.parallel_config.tensor_parallel_size,
+        )  # fmt: skip
     except HeadError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.retrieval_head: {error}") from None
     return checkpoint

@@ -523,9 +523,26 @@ def _rope(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | 
     theta = scaling.pop("rope_theta", None) or flat.get("rope_theta", _DEFAULT_ROPE_THETA)
     if scaling.get("partial_rotary_factor", flat.get("partial_rotary_factor", 1.0)) != 1.0:
         raise HeadError(f"{path}: partial_rotary_factor is not 1, which is not supported: use another head.")
-    legacy = scaling.pop("type", None)
-    scaling.setdefault("rope_type", legacy or "default")
-    return float(theta), None if scaling["rope_type"] == "default" else scaling
+    rope_type = _rope_type(scaling, path)
+    if rope_type in ("llama3", "longrope", "yarn") and "original_max_position_embeddings" in flat:
+        scaling["original_max_position_embeddings"] = flat["original_max_position_embeddings"]  # as transformers has it, before what stands within
+    return float(theta), None if rope_type == "default" else {**scaling, "rope_type": rope_type}
+
+
+def _rope_type(scaling: dict[str, Any], path: Path) -> str:
+    """The type, its older names in today's terms, as in vLLM (transformers_utils/config.py, patch_legacy_rope_type); drops what only those need.
+
+    In a text all sections of mrope have the same position, which is ordinary RoPE.
+    """
+    legacy, rope_type = scaling.pop("type", None), scaling.pop("rope_type", None)
+    if None not in (legacy, rope_type) and legacy != rope_type and (legacy, rope_type) not in (("su", "longrope"), ("mrope", "default")):
+        raise HeadError(f"{path}: the RoPE settings have type {legacy!r} and rope_type {rope_type!r}: leave the wrong one out of config.json.")
+    rope_type = rope_type or legacy or "default"
+    sections = scaling.pop("mrope_section", None)
+    scaling.pop("mrope_interleaved", None)
+    if rope_type == "mrope" and sections is None:
+        raise HeadError(f"{path}: the RoPE settings have type 'mrope' and no mrope_section: complete them in config.json.")
+    return {"mrope": "default", "su": "longrope"}.get(rope_type, rope_type)
 
 
 def _aux_layer_ids(config: Mapping[str, Any], layout: str, num_aux: int, path: Path) -> tuple[tuple[int, ...] | None, str | None]:

@@ -8,14 +8,34 @@ output projection, FFN and LM head are gone; scoring and selection live elsewher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import HeadCheckpoint
-from .rope import apply_rope, rope_table
+from .checkpoint import HeadCheckpoint, check_dtype, check_fits
+from .rope import apply_rope, rope_frequencies, rope_table
+from .shard import shard_checkpoint
+
+
+def check_head(
+    checkpoint: HeadCheckpoint, *, target: Mapping[str, int], max_position: int, dtype: torch.dtype, workers: int = 1
+) -> None:
+    """All that a checkpoint which could be read is refused for, so that whoever is asked first comes to what a worker comes to.
+
+    Args:
+        target: the widths of the target that ``check_fits`` takes.
+        max_position, dtype: as ``RetrievalHead`` takes them.
+        workers: tensor-parallel workers that share the head.
+
+    Raises:
+        HeadError: one sentence.
+    """
+    check_fits(checkpoint.spec, **target)
+    check_dtype(checkpoint, dtype)
+    shard_checkpoint(checkpoint, rank=0, size=workers)
+    rope_frequencies(checkpoint.spec, max_position)
 
 
 class RetrievalHead(nn.Module):

@@ -235,9 +235,34 @@ def test_yarn_extrapolates_fast_pairs_and_interpolates_slow_ones(tmp_path):
     torch.testing.assert_close(angles[-4:], plain[-4:] / 8)
 
 
+LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0], "factor": 8.0}
+OLDER_NAMES = {
+    "mrope": ({"type": "mrope", "mrope_section": [2, 2, 1]}, {}),
+    "su": ({"type": "su", "original_max_position_embeddings": 16} | LONGROPE, {"rope_type": "longrope", "original_max_position_embeddings": 16} | LONGROPE),
+}
+
+
+@pytest.mark.parametrize("older, today", OLDER_NAMES.values(), ids=OLDER_NAMES)
+def test_a_type_under_its_older_name_gives_the_table_of_todays(tmp_path, older, today):
+    tables = []
+    for settings in (older, today):
+        spec = read_checkpoint(write_checkpoint(tmp_path, Layout(config={"rope_scaling": settings, "max_position_embeddings": 128}))).spec
+        tables.append(rope_table(spec, 128, "cpu"))
+    assert torch.equal(*tables)
+
+
+def test_the_original_length_may_stand_beside_the_scaling(tmp_path):
+    """As in Phi-3's configs; transformers puts it before what stands within."""
+    within = {"rope_type": "longrope", "original_max_position_embeddings": 16} | LONGROPE
+    tables = []
+    for config in ({"rope_scaling": within}, {"rope_scaling": within | {"original_max_position_embeddings": 999}, "original_max_position_embeddings": 16}):
+        tables.append(rope_table(read_checkpoint(write_checkpoint(tmp_path, Layout(config=config))).spec, 128, "cpu"))
+    assert torch.equal(*tables)
+
+
 @pytest.mark.parametrize("scaling, sentence", [
     pytest.param({"rope_type": "spiral"}, "knows only dynamic, linear", id="unknown"),
-    pytest.param({"rope_type": "linear"}, "is incomplete .*factor", id="incomplete"),
+    pytest.param({"rope_type": "linear"}, "No rotary angles come of .*Missing required keys.*factor", id="incomplete"),
 ])  # fmt: skip
 def test_unusable_scaling_is_refused(tmp_path, scaling, sentence):
     spec = replace(read_checkpoint(write_checkpoint(tmp_path, Layout())).spec, rope_scaling=scaling)
