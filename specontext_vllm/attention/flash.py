@@ -10,11 +10,16 @@ from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE
 
 
+def flash_attention_takes(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether vLLM's FlashAttention runs this dtype and head size on any GPU."""
+    return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+
+
 def flash_attention_version(head_dim: int, dtype: torch.dtype) -> int | None:
     """3 or 2 where vLLM's FlashAttention runs this dtype and head size on this GPU, else None."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version, is_flash_attn_varlen_func_available
 
-    if dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256 or not is_flash_attn_varlen_func_available():
+    if not flash_attention_takes(head_dim, dtype) or not is_flash_attn_varlen_func_available():
         return None
     version = get_flash_attn_version(head_size=head_dim)
     return version if version in (2, 3) else None

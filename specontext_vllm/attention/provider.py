@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from specontext_vllm.attention.page_table import PageTable
-from specontext_vllm.config import ConfigError
+from specontext_vllm.config import CONFIG_KEY, ConfigError
+
+SETTING = f"additional_config.{CONFIG_KEY}.attention_provider"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,21 @@ def head_pages(kv_cache: Tensor) -> Tensor:
     return kv_cache.view(-1, *kv_cache.shape[2:])
 
 
+def refuse_provider(name: str, head_dim: int, dtype: torch.dtype, device_type: str) -> None:
+    """Raise a ConfigError for a provider that cannot run, as far as no GPU need be asked."""
+    if name == "auto":
+        return
+    if device_type == "cpu":
+        raise ConfigError(f"{SETTING}: found {name!r}, which needs a GPU; use auto on a CPU.")
+    if name == "xformers" and find_spec("xformers") is None:
+        raise ConfigError(f"{SETTING}: found 'xformers', which is not installed; pip install 'specontext-vllm[xformers]' or use auto.")
+    if name == "flash":
+        from specontext_vllm.attention.flash import flash_attention_takes
+
+        if not flash_attention_takes(head_dim, dtype):
+            raise ConfigError(f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads of {head_dim}; use auto.")
+
+
 def choose_provider(
     name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, device_type: str
 ) -> AttentionProvider:
@@ -78,9 +96,8 @@ def choose_provider(
         ConfigError: when the named provider cannot run here.
     """
     arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
+    refuse_provider(name, head_dim, dtype, device_type)
     if device_type == "cpu":
-        if name != "auto":
-            raise ConfigError(f"attention_provider: found {name!r}, which needs a GPU; use auto on a CPU.")
         from specontext_vllm.attention.reference import TorchProvider
 
         return TorchProvider(*arguments)
@@ -93,7 +110,7 @@ def choose_provider(
     has_flash = flash_attention_version(head_dim, dtype) is not None
     if name == "flash" and not has_flash:
         raise ConfigError(
-            f"attention_provider: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads of {head_dim} on this GPU; use auto."
+            f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads of {head_dim} on this GPU; use auto."
         )
     if has_flash and name != "triton":
         return FlashAttentionProvider(*arguments)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.attention.page_table import PageTable
-from specontext_vllm.attention.provider import PrefillRows, head_pages
+from specontext_vllm.attention.provider import SETTING, PrefillRows, head_pages
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 
@@ -60,7 +60,7 @@ class XformersProvider(TritonProvider):
             from xformers.ops import fmha
         except ImportError as error:
             raise ConfigError(
-                f"attention_provider: found 'xformers', which cannot be imported here ({error}); install specontext-vllm[xformers] or use auto."
+                f"{SETTING}: found 'xformers', which cannot be imported here ({error}); install specontext-vllm[xformers] or use auto."
             ) from None
         self._fmha = fmha
         self._masks: dict[int, Any] = {}
@@ -82,7 +82,7 @@ class XformersProvider(TritonProvider):
             # Its message begins with the tensors' shapes; the operators' reasons follow.
             reason = " ".join(str(error).partition("is not supported because:")[2].split()) or str(error)
             raise ConfigError(
-                f"attention_provider: found 'xformers', but it has no kernel for {self.dtype} and heads of {self.head_dim} on "
+                f"{SETTING}: found 'xformers', but it has no kernel for {self.dtype} and heads of {self.head_dim} on "
                 f"{torch.cuda.get_device_name(device)} ({reason[:300]}); use auto."
             ) from None
         table = PageTable.allocate(1, self.num_kv_heads, 1, device)

@@ -15,15 +15,23 @@ FP8_CAPABILITY = (9, 0)
 
 
 def head_key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the head's keys are kept in on ``device``; see ``key_dtype``."""
+    if device.type != "cuda":
+        return key_dtype(setting, dtype, None, device.type)
+    return key_dtype(setting, dtype, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
+
+def key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, capability: tuple[int, int] | None, device_name: str) -> torch.dtype:
     """What the head's keys are kept in: ``dtype`` is the model's. "auto": 8-bit floats on a GPU of ``FP8_CAPABILITY``.
 
+    Args:
+        capability: of the GPU; None on a CPU.
     Raises:
         ConfigError: 8-bit floats on an older GPU.
     """
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if setting == "fp8" and capability is not None and capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {torch.cuda.get_device_name(device)} cannot multiply them with the head's queries "
+            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {device_name} cannot multiply them with the head's queries "
             f"(compute capability {capability[0]}.{capability[1]}, needed {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}); use model."
         )
     on_gpu = capability is not None and capability >= FP8_CAPABILITY
