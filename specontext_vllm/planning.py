@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.engine.resolve import has_windowed_layers
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, StepTime, TierPlan, default_captured_rows
 
@@ -55,8 +56,7 @@ def read_model(path: Path) -> Model:
     except (ValueError, KeyError, AttributeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--model: {folder}/config.json is not that of a causal language model that transformers knows: {reason}") from None
-    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    for found, what in ((sliding, "sliding windows"), (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)")):
+    for found, what in ((has_windowed_layers(text), "sliding windows"), (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)")):
         if found:
             raise ConfigError(f"--model: {folder}/config.json is of a model with {what}, which specontext refuses to serve; plan for another one.")
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16

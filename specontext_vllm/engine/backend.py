@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, choose_provider
-from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
+from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.registration import BACKEND_NAME
 from specontext_vllm.residency.memory_model import table_rows
 from specontext_vllm.residency.tiers import TieredKV
@@ -171,11 +171,10 @@ class SpeContextImpl(AttentionImpl):
             "a cap on attention logits": bool(logits_soft_cap),
             "an attention type other than decoder": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
-            f"{', '.join(extra)}": any(value is not None for value in extra.values()),
-        }
+        } | {name: value is not None and value is not False for name, value in extra.items()}
         for what, found in unsupported.items():
             if found:
-                raise ValueError(
+                raise ConfigError(
                     f"--attention-backend specontext: this model's attention uses {what}, which is not supported; "
                     f"serve it with another backend."
                 )

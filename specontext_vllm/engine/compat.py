@@ -34,20 +34,25 @@ def choose_worker() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        from specontext_vllm.engine.registration import is_selected, refuse_backend_per_kind, warn_of_unread_settings
+        from specontext_vllm.engine.registration import is_named, is_selected, refuse_backend_per_kind, warn_of_unread_settings
+        from specontext_vllm.engine.refusals import say_last
 
+        if is_named(vllm_config):
+            say_last()
         refuse_backend_per_kind(vllm_config)
         if is_selected(vllm_config):
-            from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config
+            from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config, refuse_small_room
 
-            prepare_vllm_config(vllm_config)
-            name_metrics_folder(vllm_config)
+            head = prepare_vllm_config(vllm_config)
+            say_last(name_metrics_folder(vllm_config))
             if vllm_config.parallel_config.worker_cls == "auto":
                 vllm_config.parallel_config.worker_cls = CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
         else:
             warn_of_unread_settings(vllm_config)
         original(cls, vllm_config)
         if is_selected(vllm_config):
+            if vllm_config.model_config is not None:
+                refuse_small_room(vllm_config, head)
             vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
 
     check_and_update_config._specontext = True

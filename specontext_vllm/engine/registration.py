@@ -70,6 +70,11 @@ def is_selected(vllm_config: Any) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
 
 
+def is_named(vllm_config: Any) -> bool:
+    """Whether this engine runs on the specontext backend, or was asked to for some of its layers."""
+    return is_selected(vllm_config) or BACKEND_NAME in (backend.name for backend in vllm_config.attention_config.backend_per_kind.values())
+
+
 def refuse_backend_per_kind(vllm_config: Any) -> None:
     """Raise a ConfigError where some layers would be ours and others not, or ours without the worker that selects for them.
 
@@ -78,7 +83,7 @@ def refuse_backend_per_kind(vllm_config: Any) -> None:
     from specontext_vllm.config import ConfigError
 
     kinds = {kind: backend.name for kind, backend in vllm_config.attention_config.backend_per_kind.items()}
-    if kinds and (is_selected(vllm_config) or BACKEND_NAME in kinds.values()):
+    if kinds and is_named(vllm_config):
         raise ConfigError(
             f"--attention-config.backend_per_kind: found {kinds}, but one selection is for all layers of a model; leave it out and use "
             f"--attention-backend specontext."

@@ -21,11 +21,20 @@ from specontext_vllm.config import CONFIG_KEY, PER_LAYER, ConfigError, SpeContex
 from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder, max_table_rows
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.metrics import Exporter
-from specontext_vllm.engine.resolve import AUX_LAYERS_KEY, ENGINES_KEY, describe, load_head, num_hidden_layers
+from specontext_vllm.engine.resolve import (
+    AUX_LAYERS_KEY,
+    ENGINES_KEY,
+    describe,
+    load_head,
+    memory_model,
+    num_hidden_layers,
+    refuse_captured_writes,
+    refuse_less_than_one_request,
+)
 from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.residency.host_pool import HostPoolError, free_host_memory
 from specontext_vllm.residency.ledger import StartedRequest
-from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError, TierPlan
+from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_layers
@@ -116,6 +125,8 @@ class Runtime:
     def __init__(self, vllm_config: Any, model: torch.nn.Module, device: torch.device) -> None:
         self.vllm_config, self.model, self.device = vllm_config, model, device
         self.config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        # Once more, now that vLLM has settled what it captures.
+        refuse_captured_writes(self.config, vllm_config.compilation_config)
         model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
         self.num_kv_heads = model_config.get_num_kv_heads(parallel)
         checkpoint = None
@@ -141,6 +152,7 @@ class Runtime:
         self.selector = self._make_selector(self.config) if self.config.retriever in PER_LAYER else None
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
+        self._two_tiers = bool(self.config.host_kv_gib)
         self.tiers: TieredKV | None = None
         self._prefill_ends: dict[str, int] = {}
         """Of the requests in flight: tokens that are computed as a prompt."""
@@ -179,11 +191,17 @@ class Runtime:
         """Whether the model must return auxiliary hidden states."""
         return self.retriever.reads_aux
 
-    def kv_share(self, kv_bytes_per_block: int) -> float:
-        """Share of the memory for KV that is left once the retriever's caches have theirs."""
-        model = self.vllm_config.model_config
-        bounds = LayerSelector.bytes_per_block(self.config, self._num_layers, self.num_kv_heads, model.get_head_size(), model.dtype)
-        return kv_bytes_per_block / (kv_bytes_per_block + self.retriever.bytes_per_block + bounds)
+    def plan_one_tier(self, gpu_bytes: int) -> int:
+        """Pages that ``gpu_bytes`` of GPU memory hold beside what the retriever keeps of them.
+
+        Raises:
+            ConfigError: a sentence with the numbers when gpu_kv_gib is too small.
+        """
+        memory = self._memory_model()
+        refuse_less_than_one_request(self.vllm_config, memory, gpu_bytes, 0)
+        kv, beside = self._num_layers * memory.shape.page_bytes, memory.shape.head_page_bytes
+        logger.info("SpeContext: the head's caches take %.1f %% of the KV memory.", 100 * beside / (kv + beside))
+        return gpu_bytes // (kv + beside)
 
     # -- two tiers ----------------------------------------------------------------------------------------------------
 
@@ -208,22 +226,32 @@ class Runtime:
         else:
             host_bytes = asked_host_bytes(asked, free, engines)
         host_bytes //= sharers
+        refuse_less_than_one_request(self.vllm_config, model, gpu_bytes, host_bytes)
         try:
             self.plan = model.plan(gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override)
         except MemoryModelError as error:
             raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
         plan, layers = self.plan, self._num_layers
+        if not plan.host_layers:
+            self._two_tiers = False
+            logger.warning(
+                "SpeContext tiers: host_kv_gib %s, but no layer is mirrored: the %d pages of --num-gpu-blocks-override take %s GiB, and the engine "
+                "has %s GiB for KV without it. It runs with one tier; leave host_kv_gib out, or ask for more blocks.",
+                asked, plan.num_pages, *in_gib(plan.gpu_bytes, gpu_bytes),
+            )  # fmt: skip
+            return plan.num_pages
+        where = "on the GPU" if self.device.type == "cuda" else "in the engine's own memory for KV"
         logger.info(
-            "SpeContext tiers: %d tokens fit, of which %d in all layers on the GPU; %d of %d layers are mirrored in %.2f GiB of host "
-            "memory; hot buffers of %d tokens a request; %.2f GiB on the GPU.",
-            plan.num_pages * 16, model.plan(gpu_bytes, 0).num_pages * 16, plan.host_layers, layers, plan.host_bytes / 2**30,
-            plan.hot_pages * 16, plan.gpu_bytes / 2**30,
+            "SpeContext tiers: %d tokens fit, of which %d in all layers %s; %d of %d layers are mirrored in %.2f GiB of host "
+            "memory; hot buffers of %d tokens a request; %.2f GiB %s.",
+            plan.num_pages * 16, model.plan(gpu_bytes, 0).num_pages * 16, where, plan.host_layers, layers, plan.host_bytes / 2**30,
+            plan.hot_pages * 16, plan.gpu_bytes / 2**30, where,
         )  # fmt: skip
         requests = self.vllm_config.scheduler_config.max_num_seqs
         longest = model.thresholds(plan, requests)
         logger.info(
-            "SpeContext tiers: %d requests keep every layer on the GPU up to %d tokens each, and fit up to %d with all mirrored layers offloaded.",
-            requests, longest[0], longest[-1],
+            "SpeContext tiers: %d requests keep every layer %s up to %d tokens each, and fit up to %d with all mirrored layers offloaded.",
+            requests, where, longest[0], longest[-1],
         )  # fmt: skip
         return plan.num_pages
 
@@ -232,22 +260,15 @@ class Runtime:
         return num_hidden_layers(self.vllm_config)
 
     def _memory_model(self) -> MemoryModel:
-        model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
-        shape = KVShape(
-            num_layers=self._num_layers, num_kv_heads=self.num_kv_heads, head_dim=model.get_head_size(), itemsize=model.dtype.itemsize,
-            head_page_bytes=self.retriever.bytes_per_block,
-        )  # fmt: skip
-        return MemoryModel(
-            shape, budget_pages=self.config.budget_pages, table_pages=self.config.table_pages(model.max_model_len),
-            max_num_seqs=scheduler.max_num_seqs, max_model_len=model.max_model_len,
-            captured_rows=self.vllm_config.compilation_config.max_cudagraph_capture_size or 0,
-        )  # fmt: skip
+        model = self.vllm_config.model_config
+        bounds = LayerSelector.bytes_per_block(self.config, self._num_layers, self.num_kv_heads, model.get_head_size(), model.dtype)
+        return memory_model(self.vllm_config, self.retriever.bytes_per_block + bounds)
 
     @contextmanager
     def own_kv_cache(self, num_blocks: int, is_profiling: bool) -> Iterator[None]:
-        """While vLLM sets up its KV cache: bind every layer to our arena instead, when there is a host pool."""
+        """While vLLM sets up its KV cache: bind every layer to our arena instead, when there are two tiers."""
         self.tiers = None
-        if not self.config.host_kv_gib:
+        if not self._two_tiers:
             yield
             return
         model, scheduler = self.vllm_config.model_config, self.vllm_config.scheduler_config
@@ -336,6 +357,8 @@ class Runtime:
                     f"--max-model-len: found auto, which vLLM fitted to {fitted}, less than the budget for which the two tiers were laid out; "
                     f"set --max-model-len {fitted}, or a smaller budget."
                 )
+            if self.config.reads_everything(self._max_model_len) is None and (sentence := self.config.reads_everything(fitted)) is not None:
+                logger.warning(sentence)
             self.retriever.shrink(fitted, table.max_pages)
         self.retriever.allocate_cache(num_blocks)
         if self.tiers is not None:

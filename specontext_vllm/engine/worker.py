@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from vllm.logger import init_logger
+from specontext_vllm.config import ConfigError
+from specontext_vllm.engine.refusals import leave_for_the_front_end
+from specontext_vllm.engine.resolve import METRICS_FOLDER, cap_bytes
+from specontext_vllm.retrieval.checkpoint import HeadError
 
-logger = init_logger("vllm.specontext")
+STARTING = ("init_device", "load_model", "determine_available_memory", "initialize_from_config", "compile_or_warm_up_model")
+"""What vLLM calls of a worker until the engine has started."""
 
 
 class SpeContextWorkerMixin:
-    """What both workers add to vLLM's."""
+    """What both workers add to vLLM's. A refusal is also left for the front end, to be its last word."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in STARTING:
+            setattr(cls, name, _heard(getattr(cls, name)))
 
     def determine_available_memory(self) -> int:
         """Bytes for KV: vLLM's figure less the share of the head's caches; with a host pool, what both tiers hold."""
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
         per_block = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
-        if runtime.config.gpu_kv_gib is not None:
-            available = min(available, int(runtime.config.gpu_kv_gib * 2**30))
-        if runtime.config.host_kv_gib:
-            return runtime.plan_tiers(available) * per_block
-        share = runtime.kv_share(per_block)
-        logger.info("SpeContext: the head's caches take %.1f %% of the KV memory.", 100 * (1 - share))
-        return int(available * share)
+        if (cap := cap_bytes(runtime.config)) is not None:
+            available = min(available, cap)
+        plan = runtime.plan_tiers if runtime.config.host_kv_gib else runtime.plan_one_tier
+        return plan(available) * per_block
 
     def shutdown(self) -> None:
         """Take the figures out of /metrics and end the sidecar's actor, if there is one, before vLLM's worker lets go of the rest."""
@@ -43,3 +50,17 @@ class SpeContextWorkerMixin:
     def specontext_set(self, **changes: Any) -> dict[str, Any]:
         """Change settings between steps; see ``Runtime.set``. The settings in force are returned."""
         return self.model_runner.runtime.set(**changes)
+
+
+def _heard(method: Any) -> Any:
+    """A worker's ``method``, whose refusal is left for the front end on its way out."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (ConfigError, HeadError) as error:
+            leave_for_the_front_end(getattr(self.vllm_config.observability_config, METRICS_FOLDER, None), error)
+            raise
+
+    return call

@@ -22,7 +22,7 @@ class MemoryModelError(ValueError):
 
 
 def table_rows(max_num_seqs: int, captured_rows: int) -> int:
-    """Rows of the page tables: the most decode rows of a step, padding to the largest captured graph's ``captured_rows`` included (0: nothing is captured)."""
+    """Rows of the page tables: most decode rows of a step, padding to the ``captured_rows`` of the largest graph included (0: nothing is captured)."""
     return max(max_num_seqs, captured_rows)
 
 
@@ -143,7 +143,7 @@ class MemoryModel:
         return sorted({min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS}, reverse=True)
 
     def least_gpu_bytes(self, host_bytes: int, tokens: int) -> int:
-        """The least memory for KV on the GPU that holds one request of ``tokens`` tokens, beside vLLM's null block; the host pool may hold ``host_bytes``."""
+        """The least GPU memory for KV that holds one request of ``tokens`` tokens beside vLLM's null block, with up to ``host_bytes`` in a host pool."""
         pages, width = 1 + pages_for(tokens), self._widths[-1]
         plans = (self.size(pages, layers, width) for layers in range(self.shape.num_layers + 1))
         return min(plan.gpu_bytes for plan in plans if plan.host_bytes <= host_bytes)
@@ -169,7 +169,8 @@ class MemoryModel:
                 f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len ({self.max_pages * PAGE_SIZE})."
             )
         alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
-        least = max(HOT_SHARE * most, LEAST_GAIN * alone if host_bytes else 0)
+        # Larger hot buffers must not cost the longest request its room, beside vLLM's null block.
+        least = max(HOT_SHARE * most, LEAST_GAIN * alone if host_bytes else 0, min(most, 1 + self.max_pages))
         if most < least:
             raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
         return self._with_spare_frames(next(best[width] for width in widths if best[width].num_pages >= least), gpu_bytes)
@@ -225,11 +226,15 @@ class MemoryModel:
                 pays = lanes
             else:
                 fails = lanes
-        remedy = f"--max-num-seqs {pays} is the largest that pays" if pays else "none smaller pays either"
         hot, gpu, host = in_gib(self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes, gpu_bytes, host_bytes)
+        if not pays:
+            return (
+                f"{host} GiB of host memory add less than {LEAST_GAIN - 1:.0%} to what {gpu} GiB of memory for KV hold, whatever --max-num-seqs is; give "
+                f"more, or set host_kv_gib to 0."
+            )
         return (
             f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot} GiB of the {gpu} GiB of memory for KV, so that "
-            f"{host} GiB of host memory gain nothing; {remedy}, or set host_kv_gib to 0."
+            f"{host} GiB of host memory gain nothing; --max-num-seqs {pays} is the largest that pays, or set host_kv_gib to 0."
         )
 
     def thresholds(self, plan: TierPlan, requests: int) -> list[int]:

@@ -13,6 +13,8 @@ from tests.distillation.tiny_models import FAMILIES, make_config, make_model
 from tests.engine.conftest import engine
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
+OWN = {"qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 99}}
+"""A window that no layer has, which vLLM serves as full attention."""
 LENGTHS, TOKENS = (1, 130, 400), 12
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products on a GPU differ from transformers' in their last digits")
 
@@ -26,7 +28,7 @@ def make_mixture() -> object:
 
 def write_with_head(folder: Path, family: str) -> torch.nn.Module:
     """The family's random model, in a folder with a random head of its own."""
-    config = make_mixture() if family == "qwen3_moe" else make_config(family, **SHAPE)
+    config = make_mixture() if family == "qwen3_moe" else make_config(family, **SHAPE, **OWN.get(family, {}))
     model = make_model(config)
     model.save_pretrained(folder)
     torch.manual_seed(1)

@@ -50,7 +50,7 @@ def test_plan_is_the_largest_that_fits(seed):
         for w in widths
     }  # fmt: skip
     alone = max((t for t in range(1, 800) if model.size(t, 0, widths[0]).gpu_bytes <= gpu), default=0)
-    least = max(HOT_SHARE * max(most.values()), LEAST_GAIN * alone)
+    least = max(HOT_SHARE * max(most.values()), LEAST_GAIN * alone, min(max(most.values()), 1 + model.max_pages))
     try:
         plan = model.plan(gpu, host)
     except MemoryModelError as error:
@@ -114,6 +114,8 @@ def test_refusals_name_the_setting_and_the_numbers():
     crowded = MemoryModel(SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=1024, max_model_len=131072)
     with pytest.raises(MemoryModelError, match=r"--max-num-seqs 1024 .* 16.00 GiB .*; --max-num-seqs \d+ is the largest that pays"):
         crowded.plan(16 * GIB, 80 * GIB)
+    with pytest.raises(MemoryModelError, match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV hold, whatever"):
+        crowded.plan(16 * GIB, GIB >> 10)
     with pytest.raises(MemoryModelError, match="hold not one page"):
         crowded.plan(1000, 0)
     with pytest.raises(MemoryModelError, match="--num-gpu-blocks-override 1000000"):
