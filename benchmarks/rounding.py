@@ -18,7 +18,7 @@ from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.demo.tasks import make_problem
+from specontext_vllm.demo.tasks import make_problem, random_for, sentence
 
 DTYPES = ("bfloat16", "float16")
 KV_HEADS = 2
@@ -29,7 +29,7 @@ SHARPNESS = 2.0
 STOCK_BLOCK = 32
 """Tokens of a block that vLLM's CPU attention reads."""
 
-REPLY = 24
+REPLY = 64
 FORCED = 48
 """Tokens of a reply that are forced at most."""
 NEAR = 20
@@ -50,7 +50,7 @@ TABLES = {
     "The model: log-probabilities beside those of float64, and answers beside stock's": (
         report.Column("engine", "engine"), report.Column("engine_dtype", "dtype"),
         report.Column("prompt_rms", "prompt tokens, rms error", ".2e"), report.Column("decode_rms", "decoded tokens, rms error", ".2e"),
-        report.Column("prompts", "prompts"), report.Column("parted", "that part from stock"), report.Column("in_answer", "of them before the answer's end"),
+        report.Column("prompts", "questions, texts"), report.Column("answers", "answers that part from stock's"), report.Column("texts", "texts that do"),
         report.Column("gap", "at the parting, stock's two tokens are apart, median", ".4f"), report.Column("widest", "at most", ".4f"),
     ),
 }  # fmt: skip
@@ -293,7 +293,7 @@ class Answer:
 
 def engines(on_gpu: bool) -> dict[str, dict[str, Any]]:
     """What each engine is started with beside what all share."""
-    other = {"stock, Triton attention": {"attention_backend": "TRITON_ATTN"}} if on_gpu else {"stock, blocks of 32 tokens": {"block_size": 32}}
+    other = {"stock, Triton attention": {"attention_backend": "TRITON_ATTN"}} if on_gpu else {}
     own = {"attention_backend": "specontext", "additional_config": {"specontext": {"budget": MAX_MODEL_LEN}}}
     return {"stock": {}, "stock, chunks of 64 tokens": {"max_num_batched_tokens": 64}, **other, OURS: own}
 
@@ -350,50 +350,71 @@ def measure_exactly(model: str, dtypes: Sequence[str], prompts: list[list[int]],
         yield "exact", (name, out)
 
 
-def parting(stock: Answer, other: Answer) -> tuple[int, float] | None:
-    """Where two replies first differ, and how far apart in log-probability stock had the two tokens; None where they do not."""
+def parting(stock: Answer, other: Answer, end: int | None) -> float | None:
+    """How far apart in log-probability stock had the two tokens at which the replies part; None where they don't.
+
+    Args:
+        end: the token that ends an answer; what comes behind it does not count.
+    """
     for place, (mine, theirs) in enumerate(zip(stock.tokens, other.tokens, strict=True)):
         if mine != theirs:
             near = stock.near[place]
-            return place, near[mine] - near.get(theirs, min(near.values()))
+            return near[mine] - near.get(theirs, min(near.values()))
+        if mine == end:
+            break
     return None
 
 
 def engine_row(
-    engine: str, dtype: str, answers: Sequence[Answer], stock: Sequence[Answer], exactly: Sequence[tuple[list[float], list[float]]], end: int
+    engine: str, dtype: str, answers: Sequence[Answer], stock: Sequence[Answer], exactly: Sequence[tuple[list[float], list[float]]], ends: Sequence[int | None]
 ) -> dict[str, Any]:
     """One line of the second table.
 
     Args:
         exactly: log-probabilities in float64, see ``measure_exactly``.
-        end: the token that ends an answer.
+        ends: of each prompt the token that ends its answer; None where a text is only continued.
     """
     prompt = [a - b for answer, (true, _) in zip(answers, exactly, strict=True) for a, b in zip(answer.prompt, true, strict=True)]
     decoded = [a - b for answer, (_, true) in zip(answers, exactly, strict=True) for a, b in zip(answer.forced, true, strict=True)]
-    parted = [(one, found) for one, other in zip(stock, answers, strict=True) if (found := parting(one, other))]
-    gaps = [gap for _, (_, gap) in parted]
-    ends = [one.tokens.index(end) if end in one.tokens else REPLY for one, _ in parted]
-    return {
-        "engine": engine, "engine_dtype": dtype, "prompt_rms": _rms(prompt), "decode_rms": _rms(decoded), "prompts": len(answers),
-        "parted": None if answers is stock else len(parted),
-        "in_answer": None if answers is stock else sum(place <= until for (_, (place, _)), until in zip(parted, ends, strict=True)),
-        "gap": statistics.median(gaps) if gaps else None, "widest": max(gaps, default=None),
+    found = [(end, parting(one, other, end)) for one, other, end in zip(stock, answers, ends, strict=True)]
+    gaps = [gap for _, gap in found if gap is not None]
+    texts = sum(end is None for end in ends)
+    row = {
+        "engine": engine, "engine_dtype": dtype, "prompt_rms": _rms(prompt), "decode_rms": _rms(decoded), "prompts": f"{len(ends) - texts}, {texts}",
+        "answers": None, "texts": None, "gap": statistics.median(gaps) if gaps else None, "widest": max(gaps, default=None),
     }  # fmt: skip
+    if answers is not stock:
+        row["texts"] = sum(end is None and gap is not None for end, gap in found)
+        row["answers"] = len(gaps) - row["texts"]
+    return row
 
 
 def _rms(errors: Sequence[float]) -> float:
     return statistics.fmean(error * error for error in errors) ** 0.5
 
 
-def _questions(model: Path, count: int) -> tuple[list[list[int]], list[list[int]], int]:
-    """Prompts of up to 1,000 tokens, needles and recitations in turn, what is forced after each, and the token that ends an answer."""
+def _prompts(model: Path, count: int) -> tuple[list[list[int]], list[list[int]], list[int | None]]:
+    """Of each prompt its tokens, up to 1,000, those that are forced after it, and the token that ends its answer (None: only a text to go on with).
+
+    Needles, texts, recitations, texts and so on: an answer leaves the model little doubt, the next word of random sentences all there is.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model))
-    problems = [make_problem(("needle", "recitation")[seed % 2], seed=seed, approx_tokens=600 + 16 * (seed % 25)) for seed in range(count)]
-    prompts = [tokenizer.apply_chat_template(p.messages, add_generation_prompt=True, tokenize=True, return_dict=False) for p in problems]
-    forced = [tokenizer(f" {problem.answer}", add_special_tokens=False)["input_ids"][:FORCED] for problem in problems]
-    return [list(prompt) for prompt in prompts], forced, tokenizer.eos_token_id
+    prompts, forced, ends = [], [], []
+    for seed in range(count):
+        size = 600 + 16 * (seed % 25)
+        if seed % 2:
+            rng = random_for(seed, "rounding")
+            prompts.append(tokenizer(" ".join(sentence(rng) for _ in range(size // 9)))["input_ids"])
+            reply = sentence(rng)
+        else:
+            problem = make_problem(("needle", "recitation")[seed // 2 % 2], seed=seed, approx_tokens=size)
+            prompts.append(list(tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False)))
+            reply = problem.answer
+        forced.append(tokenizer(f" {reply}", add_special_tokens=False)["input_ids"][:FORCED])
+        ends.append(None if seed % 2 else tokenizer.eos_token_id)
+    return prompts, forced, ends
 
 
 def main(
@@ -413,7 +434,7 @@ def main(
         if min(shapes[-1]) < (DECODED if option == "--lengths" else 1):
             typer.echo(f"{option}: found {text!r}; give numbers separated by commas, lengths of at least {DECODED}.", err=True)
             raise typer.Exit(2)
-    asked, forced, end = _questions(model, max(prompts, 1))
+    asked, forced, ends = _prompts(model, max(prompts, 1))
     tables = TABLES if prompts else {ONE_LAYER: TABLES[ONE_LAYER]}
     result = report.Report("rounding", f"Rounding: errors against float64, answers that part ({model.resolve().name})", tables)
     default = "FlashAttention" if on_gpu else "C++ kernels for CPUs, which round the softmax's weights where they use matrix units (AMX, bfloat16 only)"
@@ -424,9 +445,10 @@ def main(
     )
     if prompts:
         result.notes.append(
-            f"Engines: prompts of 600 to 1,000 tokens, the demo's needles and recitations in turn, {REPLY} tokens greedily, past the answer's end; four "
-            "requests at a time in chunks of 256 tokens, without a prefix cache, where nothing else is said. Float64: transformers on the weights of that dtype "
-            "(norms and rotary angles are float32 there). Decoded tokens: the right answer's, forced."
+            f"Engines: prompts of 600 to 1,000 tokens, half of them the demo's needles and recitations, half random sentences to go on with; {REPLY} tokens "
+            "greedily, of which those behind an answer's end don't count; four requests at a time in chunks of 256 tokens, without a prefix cache, where nothing "
+            "else is said. Float64: transformers on the weights of that dtype (norms and rotary angles are float32 there). Decoded tokens: the right answer's or "
+            "another sentence's, forced."
         )
     folder = Path(tempfile.mkdtemp())
     env = engine_env(on_gpu)
@@ -436,14 +458,14 @@ def main(
     except ChildError as error:
         result.failures["single layers"] = str(error)
     if prompts:
-        _ask_engines(result, model, asked, forced, end, on_gpu, folder, engine_seconds)
+        _ask_engines(result, model, asked, forced, ends, on_gpu, folder, engine_seconds)
     result.write(out)
     result.show()
     raise typer.Exit(1 if result.failures else 0)
 
 
 def _ask_engines(
-    result: report.Report, model: Path, asked: list[list[int]], forced: list[list[int]], end: int, on_gpu: bool, folder: Path, seconds: int
+    result: report.Report, model: Path, asked: list[list[int]], forced: list[list[int]], ends: list[int | None], on_gpu: bool, folder: Path, seconds: int
 ) -> None:
     dtypes = (*DTYPES, "float32")
     try:
@@ -464,4 +486,4 @@ def _ask_engines(
             except ChildError as error:
                 result.failures[f"{name}, {dtype}"] = str(error)
         if "stock" in answers:
-            result.rows += [engine_row(name, dtype, found, answers["stock"], exactly[dtype], end) for name, found in answers.items()]
+            result.rows += [engine_row(name, dtype, found, answers["stock"], exactly[dtype], ends) for name, found in answers.items()]
