@@ -27,6 +27,7 @@ from specontext_vllm.retrieval.checkpoint import (
 from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.known_heads import known_head
 from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sizes import in_gib
 
 HEAD_FOLDER = "retrieval_head"
