@@ -39,6 +39,7 @@ def main() -> None:
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")],
     target: Annotated[Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pytorch_model.bin where there are no safetensors.")] = False,
 ) -> None:
     """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target model.
@@ -46,7 +47,8 @@ def inspect(
     Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint.
     """
     try:
-        head = read_checkpoint(resolve_checkpoint(checkpoint), allow_pickle=allow_pickle)
+        folder = resolve_checkpoint(checkpoint, revision, say=lambda text: typer.echo(text, err=True))
+        head = read_checkpoint(folder, allow_pickle=allow_pickle)
         served = None if target is None else _target(target, head.spec)
         rope_frequencies(head.spec, head.spec.trained_length)
     except HeadError as error:
@@ -55,15 +57,14 @@ def inspect(
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
     console.print(_facts_table(head))
-    if served is None:
-        return
-    try:
-        check_head(head, **served)
-        layers = describe_aux_layers(head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"]))
-    except HeadError as error:
-        console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
-        raise typer.Exit(1) from None
-    console.print(f"Fits {target}: reads its layers {layers}.", markup=False, highlight=False)
+    if served is not None:
+        try:
+            check_head(head, **served)
+            layers = describe_aux_layers(head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"]))
+        except HeadError as error:
+            console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
+            raise typer.Exit(1) from None
+        console.print(f"Fits {target}: reads its layers {layers}.", markup=False, highlight=False)
 
 
 @app.command()

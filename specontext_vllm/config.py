@@ -67,6 +67,9 @@ class SpeContextConfig(BaseModel):
     allow_pickle: bool = Field(
         default=False, description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors."
     )
+    retrieval_head_revision: str | None = Field(
+        default=None, min_length=1, description="Commit, tag or branch of a head on the hub; default what the table of known heads pins, else main."
+    )
     sidecar: Literal["inline", "ray"] = Field(
         default="inline", description="Where the retrieval head runs: in vLLM's worker, or in a Ray actor on another device."
     )
@@ -112,6 +115,16 @@ class SpeContextConfig(BaseModel):
                 f"fallback_budget: found {self.fallback_budget}, less than budget ({self.budget}); "
                 f"raise it, or leave it out for 4 x budget."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _revision_has_a_head(self) -> SpeContextConfig:
+        if self.retrieval_head_revision is not None:
+            found = f"retrieval_head_revision: found {self.retrieval_head_revision!r}"
+            if self.retrieval_head == "dummy":
+                raise ValueError(f"{found} with retrieval_head 'dummy', which no hub holds; leave it out.")
+            if self.retriever != "dlm" and self.retrieval_head is None:
+                raise ValueError(f"{found} with retriever {self.retriever!r} and no retrieval_head; leave it out.")
         return self
 
     @model_validator(mode="after")

@@ -87,13 +87,18 @@ def test_unusable_checkpoint_is_one_line_on_stderr(tmp_path):
     assert result.stdout == "" and result.stderr.count("\n") == 1 and "holds no config.json" in result.stderr
 
 
-def test_unknown_hub_id(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+def test_unknown_hub_id():
     result = run("some/head")
-    assert result.exit_code == 2 and "did not provide it" in result.stderr
+    assert result.exit_code == 2 and "some/head is no folder here, its revision main is not in the Hugging Face cache" in result.stderr
+
+
+def test_a_revision_is_asked_of_the_hub_and_no_folder_has_one(head, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **asked: head if asked["revision"] == "v2" else None)
+    result = run("some/head", "--revision", "v2")
+    assert result.exit_code == 0 and "taking some/head from https://huggingface.co at revision v2, which is not pinned" in result.stderr
+    result = run(head, "--revision", "v2")
+    assert result.exit_code == 2 and "is a folder, which has no revision 'v2': leave" in result.stderr
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}

@@ -86,6 +86,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         spec = shard_checkpoint(checkpoint, rank=0, size=vllm_config.parallel_config.tensor_parallel_size).spec
         aux_layers = resolve_aux_layers(checkpoint.spec, num_hidden_layers(vllm_config))
         resolved[CONFIG_KEY] = {**resolved.get(CONFIG_KEY, {}), "retrieval_head": head}
+        resolved[CONFIG_KEY].pop("retrieval_head_revision", None)  # the folder is that revision's
         resolved[AUX_LAYERS_KEY] = list(aux_layers)
     vllm_config.additional_config = resolved
     return spec
@@ -320,7 +321,7 @@ def refuse_sidecar(parallel: Any) -> None:
 
 
 def find_head(config: SpeContextConfig, model_config: Any) -> str:
-    """Folder of the head's checkpoint, or ``"dummy"``.
+    """Folder of the head's checkpoint, or ``"dummy"``; of one on the hub, the commit's that ``retrieval_head_revision`` names.
 
     Looked for in this order: the ``retrieval_head`` setting, a ``retrieval_head/`` folder inside the model's folder, the
     table of known public EAGLE-3 heads (configs/known_heads.yaml).
@@ -328,19 +329,20 @@ def find_head(config: SpeContextConfig, model_config: Any) -> str:
     if config.retrieval_head == DUMMY:
         return DUMMY
     setting = f"additional_config.{CONFIG_KEY}.retrieval_head"
-    source = config.retrieval_head
-    if source is None:
-        beside = Path(model_config.model, HEAD_FOLDER)
-        if beside.is_dir():
-            return str(beside.resolve())
-        source = known_head(model_config.model) or known_head(getattr(model_config.hf_config, "_name_or_path", ""))
-        if source is None:
+    source, revision = config.retrieval_head, config.retrieval_head_revision
+    beside = Path(model_config.model, HEAD_FOLDER)
+    if source is None and beside.is_dir():
+        source = str(beside.resolve())
+    elif source is None:
+        known = known_head(model_config.model) or known_head(getattr(model_config.hf_config, "_name_or_path", ""))
+        if known is None:
             raise ConfigError(
                 f"{setting}: none given, no {HEAD_FOLDER}/ folder in {model_config.model!r} and no known EAGLE-3 head for it; set it to a folder or "
                 f"hub id of an EAGLE-3 checkpoint, train one with `specontext distill`, or use a retriever that needs none: {', '.join(HEADLESS)}."
             )
+        source, revision = known.head, revision or known.revision
     try:
-        return str(resolve_checkpoint(source))
+        return str(resolve_checkpoint(source, revision))
     except HeadError as error:
         raise ConfigError(f"{setting}: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -10,8 +11,16 @@ from pathlib import Path
 import yaml
 
 
-def known_head(model_id: str) -> str | None:
-    """Hub id of a published EAGLE-3 head for a target model, or None.
+@dataclass(frozen=True)
+class KnownHead:
+    """A published head: its hub id, and the commit that the table pins it to, if it does."""
+
+    head: str
+    revision: str | None
+
+
+def known_head(model_id: str) -> KnownHead | None:
+    """The published EAGLE-3 head for a target model, or None.
 
     Args:
         model_id: the target's full hub id, in any case. For a local folder, pass its config's `_name_or_path`.
@@ -20,9 +29,9 @@ def known_head(model_id: str) -> str | None:
 
 
 @cache
-def _heads() -> dict[str, str]:
+def _heads() -> dict[str, KnownHead]:
     entries = yaml.safe_load(_configs().joinpath("known_heads.yaml").read_text())
-    return {entry["target"].lower(): entry["head"] for entry in entries}
+    return {entry["target"].lower(): KnownHead(entry["head"], entry.get("revision")) for entry in entries}
 
 
 def _configs() -> Traversable:

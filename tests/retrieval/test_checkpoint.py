@@ -14,9 +14,7 @@ from specontext_vllm.retrieval.checkpoint import (
     dummy_checkpoint,
     read_checkpoint,
     resolve_aux_layers,
-    resolve_checkpoint,
 )
-from specontext_vllm.retrieval.known_heads import known_head
 from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
 
 BASE = {"fc.weight", "embed_norm.weight", "feature_norm.weight", "q_proj.weight", "k_proj.weight"}
@@ -460,30 +458,6 @@ def test_a_pruned_tensor_may_hold_anything(tmp_path):
     read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
 
 
-def test_resolve_folder_file_and_unknown_id(tmp_path, monkeypatch):
-    assert resolve_checkpoint(str(tmp_path)) == tmp_path
-    (tmp_path / "weights").write_text("")
-    with pytest.raises(HeadError, match="is a file"):
-        resolve_checkpoint(str(tmp_path / "weights"))
-
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(HeadError, match="some/head is no folder here") as error:
-        resolve_checkpoint("some/head")
-    _assert_one_sentence(error)
-
-
-def test_resolve_asks_the_hub_for_config_and_weights_only(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.update({name: allow_patterns}) or tmp_path
-    )
-    assert resolve_checkpoint("some/head") == tmp_path
-    assert "config.json" in asked["some/head"] and "*.safetensors" in asked["some/head"]
-
-
 @pytest.mark.parametrize("num_layers, ids", [(7, (2, 3, 4)), (8, (2, 4, 5)), (36, (2, 18, 33)), (80, (2, 40, 77))])
 def test_default_aux_layers(num_layers, ids):
     assert default_aux_layers(num_layers) == ids
@@ -570,24 +544,6 @@ def test_dummy_fits_its_target(num_layers):
     assert all(tensor.dtype == torch.bfloat16 for tensor in head.tensors.values())
     again = dummy_checkpoint(**shape, num_layers=num_layers, dtype=torch.bfloat16, seed=3)
     assert torch.equal(head.tensors["q_proj.weight"], again.tensors["q_proj.weight"])
-
-
-def test_known_heads():
-    assert known_head("meta-llama/llama-3.1-8b-instruct") == "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"
-    assert known_head("Qwen/Qwen3-8B") == "RedHatAI/Qwen3-8B-speculator.eagle3"
-    assert known_head("Qwen3-8B") is None
-    assert known_head("/models/Qwen/Qwen3-8B") is None
-
-
-def test_every_known_head_has_a_source():
-    import yaml
-
-    from specontext_vllm.retrieval import known_heads
-
-    entries = yaml.safe_load(known_heads._configs().joinpath("known_heads.yaml").read_text())
-    assert all(set(entry) == {"target", "head", "source"} and entry["source"].startswith("https://") for entry in entries)
-    targets = [entry["target"].lower() for entry in entries]
-    assert len(targets) == len(set(targets))
 
 
 def test_peagle_is_read_as_eagle3(tmp_path):
