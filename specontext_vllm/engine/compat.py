@@ -41,7 +41,7 @@ def choose_worker() -> None:
             say_last()
         refuse_backend_per_kind(vllm_config)
         if is_selected(vllm_config):
-            from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config, refuse_small_room
+            from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config, refuse_runner, refuse_small_room
 
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
@@ -52,6 +52,7 @@ def choose_worker() -> None:
         original(cls, vllm_config)
         if is_selected(vllm_config):
             if vllm_config.model_config is not None:
+                refuse_runner(vllm_config, is_cpu=cls._enum.name == "CPU")
                 refuse_small_room(vllm_config, head)
             vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
 

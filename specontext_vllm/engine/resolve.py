@@ -116,6 +116,20 @@ def refuse_platform(platform: Any) -> None:
         )
 
 
+def refuse_runner(vllm_config: Any, is_cpu: bool) -> None:
+    """Raise a ConfigError where vLLM chose the model runner that this platform's worker does not drive: V2 on a CPU, V1 on a GPU."""
+    if vllm_config.use_v2_model_runner and is_cpu:
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V2 model runner, which --attention-backend specontext does not drive on a CPU; set it to 0, "
+            "or drop the option that forces V2 (vLLM's log names it)."
+        )
+    if not vllm_config.use_v2_model_runner and not is_cpu:
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V1 model runner, which --attention-backend specontext does not drive on a GPU; unset it, or "
+            "drop the option that forces V1 (vLLM's log names it)."
+        )
+
+
 def refuse_impossible_pool(config: SpeContextConfig, parallel: Any, *, free: bool) -> None:
     """Raise a ConfigError, before anything is loaded, for a host pool that this machine cannot hold; workers ask again.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import vllm.v1.worker.cpu_worker as cpu_worker
 
-from specontext_vllm.config import ConfigError
 from specontext_vllm.engine.worker import SpeContextWorkerMixin
 
 
@@ -13,11 +12,6 @@ class SpeContextCPUWorker(SpeContextWorkerMixin, cpu_worker.CPUWorker):
 
     def init_device(self) -> None:
         """Symptom: ``CPUWorker.init_device`` names its runner class and offers no hook. Remove when it calls one."""
-        if self.use_v2_model_runner:
-            raise ConfigError(
-                "VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V2 model runner, which --attention-backend specontext does not drive on a CPU; set it to 0, or "
-                "drop the option that forces V2 (vLLM's log names it)."
-            )
         from specontext_vllm.engine.runner_v1 import SpeContextCPUModelRunner
 
         original = cpu_worker.CPUModelRunner

@@ -263,6 +263,15 @@ def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
         resolve.refuse_platform(SimpleNamespace(_enum=SimpleNamespace(name=supported)))
 
 
+def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():
+    for v2, is_cpu in ((True, False), (False, True)):
+        resolve.refuse_runner(SimpleNamespace(use_v2_model_runner=v2), is_cpu)
+    with pytest.raises(ConfigError, match="^VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V2 model runner, .* on a CPU; set it to 0"):
+        resolve.refuse_runner(SimpleNamespace(use_v2_model_runner=True), is_cpu=True)
+    with pytest.raises(ConfigError, match="^VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V1 model runner, .* on a GPU; unset it"):
+        resolve.refuse_runner(SimpleNamespace(use_v2_model_runner=False), is_cpu=False)
+
+
 def test_a_start_says_once_that_nothing_will_be_sparse(monkeypatch):
     from vllm import logger
 
