@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.selection import Budget, select_rows
-from specontext_vllm.sidecar.link import IN_FLIGHT, START_SECONDS, Link, SidecarDown, join_ray
+from specontext_vllm.sidecar.link import CLOSE_SECONDS, IN_FLIGHT, START_SECONDS, Link, SidecarDown, join_ray
 from specontext_vllm.sidecar.lost_pages import LostPages
 from specontext_vllm.sidecar.messages import Allocate, Configure, Embeddings, Learn, Learned, Refill, Select, Selection, SidecarSpec
 
@@ -54,6 +55,11 @@ class _Step:
     def pages(self) -> Tensor:
         """Ids of the pages that the step writes, ascending."""
         return (self.slots // PAGE_SIZE).unique()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prefill rows."""
+        return len(self.slots) - self.message.num_decodes
 
 
 class RemoteRetriever:
@@ -111,6 +117,7 @@ class RemoteRetriever:
         self._sent_table = np.zeros((max_rows, self.max_pages), dtype=np.int32)
         self._link: Link | None = None
         self._next_link: Future[Link] | None = None
+        self._starting: Link | None = None
         self._closed = threading.Event()
         self._step: _Step | None = None
         self._unsent: tuple[_Step, list[Tensor]] | None = None
@@ -150,8 +157,12 @@ class RemoteRetriever:
             ) from error
 
     def _connect(self) -> Link:
-        link = Link(replace(self.spec, config=self.config), self.buffer_bytes)
+        link = self._starting = Link(replace(self.spec, config=self.config), self.buffer_bytes)
         try:
+            # Whichever comes first, ``close`` or this link, sees the other.
+            if self._closed.is_set():
+                raise SidecarDown("the engine ends")
+            link.start()
             rows = max(1, self.buffer_bytes // (2 * self.spec.embed_size * self.spec.dtype.itemsize))
             with torch.inference_mode():
                 for first in range(0, self.spec.vocab_size, rows):
@@ -194,7 +205,7 @@ class RemoteRetriever:
         try:
             link.close()
         except SidecarDown as error:
-            logger.debug("SpeContext sidecar: what was left of it could not be cleared away: %s", error)
+            logger.warning("SpeContext sidecar: what was left of it could not be cleared away: %s", error)
 
     def _fail(self, error: SidecarDown, step: _Step | None = None) -> None:
         """The actor is gone in ``step``, or between steps: note what it missed and have a new one started."""
@@ -231,11 +242,14 @@ class RemoteRetriever:
         logger.info("SpeContext sidecar: restarted with %d pages; %d are lost.", self._mirrored.sum(), self.lost.count)
 
     def close(self) -> None:
-        """End the actor; Ray itself goes on until the process ends."""
+        """End the actor, also one that hangs or is being started, within twice CLOSE_SECONDS; Ray itself goes on until the process ends."""
         self._closed.set()
-        if self._next_link is not None and self._next_link.exception() is None:
-            self._link = self._next_link.result()
-        if self._link is not None:
+        if self._next_link is not None:
+            # Being started, or there and not taken over yet.
+            self._discard(self._starting)
+            with suppress(Exception):
+                self._next_link.result(CLOSE_SECONDS)
+        elif self._link is not None:
             self._discard(self._link)
         self._link = self._next_link = None
 
@@ -249,7 +263,8 @@ class RemoteRetriever:
         self.dense.config = config.model_copy(update={"retriever": "dense"})
         if self._link is not None:
             try:
-                self._read_learned()
+                waiting = 0 if self._unread is None else self._unread[0].prompt_tokens
+                self._read_learned(time.perf_counter() + self._link.patience.seconds(waiting))
                 self._link.ask(Configure(config))
             except SidecarDown as error:
                 self._fail(error)
@@ -305,17 +320,23 @@ class RemoteRetriever:
         sent = self._link.send(step.message)
         rows, width = step.block_table.shape
         self._sent_table[:rows, :width] = step.block_table
-        self._read_learned()
-        selection: Selection = self._link.receive(sent)
-        self._figures["sidecar_wait_seconds"] += time.perf_counter() - begin
+        prompt_tokens = 0 if self._unread is None else self._unread[0].prompt_tokens
+        patience = self._link.patience
+        deadline = begin + patience.seconds(prompt_tokens)
+        self._read_learned(deadline)
+        learned_at = time.perf_counter()
+        selection: Selection = self._link.receive(sent, max(0.0, deadline - learned_at))
+        end = time.perf_counter()
+        patience.note(prompt_tokens, learned_at - begin, end - learned_at)
+        self._figures["sidecar_wait_seconds"] += end - begin
         return selection
 
-    def _read_learned(self) -> None:
-        """Bring the mirror up to what the actor learned from the last step."""
+    def _read_learned(self, deadline: float) -> None:
+        """Bring the mirror up to what the actor learned from the last step, by ``deadline`` on ``time.perf_counter``."""
         if self._unread is None:
             return
         step, sent = self._unread
-        learned: Learned = self._link.receive(sent)
+        learned: Learned = self._link.receive(sent, max(0.0, deadline - time.perf_counter()))
         self._unread = None
         self.mirror.write_keys(learned.keys, step.slots[step.message.num_decodes :])
         self.mirror.fused[step.pages] = learned.fused

@@ -85,6 +85,17 @@ def actor_pid() -> int:
     return actors[0].pid
 
 
+def next_actor_pid(dead: int) -> int:
+    """That of the actor which takes the place of ``dead``, as soon as it is there; it is still being filled then."""
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(AssertionError, psutil.NoSuchProcess):
+            if (pid := actor_pid()) != dead:
+                return pid
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def row_of(lengths, pages, row):
     """What a row of the page table holds, per head."""
     heads = range(row * KV_HEADS, (row + 1) * KV_HEADS)
@@ -113,6 +124,25 @@ def test_it_has_the_interface_of_a_retriever():
     for name in ("before_forward", "after_forward", "warm_up", "profile", "allocate_cache", "configure", "stats"):
         mine, theirs = (inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, Retriever))
         assert list(mine.parameters) == list(theirs.parameters), name
+
+
+def test_first_replies_may_take_longer_than_later_ones(world, monkeypatch):
+    """The first step of all, and the first one that waits until prompt tokens are learned."""
+    remote, waits = world.retriever.remote, []
+    receive = remote._link.receive
+
+    def noted(sent, seconds=None):
+        waits.append(seconds)
+        return receive(sent, seconds)
+
+    monkeypatch.setattr(remote._link, "receive", noted)
+    world.add("first", 60)
+    for span in ((0, 40), (40, 50), (50, 60)):
+        world.step(("first", *span))
+    # One selection, then twice what was learned and a selection.
+    assert len(waits) == 5
+    assert all(link.FIRST_SECONDS / 2 < wait <= link.FIRST_SECONDS for wait in waits[:3])
+    assert all(wait < link.FIRST_SECONDS / 2 for wait in waits[3:])
 
 
 def test_the_page_table_is_the_inline_heads(world):
@@ -164,11 +194,11 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
     if death == "killed":
         os.kill(actor_pid(), signal.SIGKILL)
     monkeypatch.undo()
-    monkeypatch.setattr(link, "REPLY_SECONDS", 2)
+    begin = time.monotonic()
     for i in (151, 152):
         assert [remote for _, remote in step(world, (lived, i, i + 1))] == [whole(world, lived, i + 1)]
+    assert time.monotonic() - begin < link.FIRST_SECONDS / 2, "a step waits for seconds only"
     assert remote.stats()["sidecar_up"] == 0
-    monkeypatch.undo()
     wait_until_up(remote)
     world.add(hit, 200, prefix_of=paused, shared=144)
     world.add(new, 200)
@@ -198,13 +228,7 @@ def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_clea
     dead = actor_pid()
     os.kill(dead, signal.SIGKILL)
     assert [found for _, found in step(world, ("changed", 150, 151))] == [whole(world, "changed", 151)]
-    deadline = time.monotonic() + 120
-    while True:
-        with contextlib.suppress(AssertionError):
-            if actor_pid() != dead:
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    next_actor_pid(dead)
     budget = 96 if inline.config.budget != 96 else 64
     for retriever in (inline, remote):
         retriever.configure(replace_config(retriever.config, budget=budget))
@@ -242,9 +266,28 @@ def test_the_handler_of_sigterm_is_left_alone(world):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_an_engine_ends_within_seconds_though_its_new_actor_hangs(world):
+    """Ends the module's actor."""
+    remote = world.retriever.remote
+    world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
+    world.add("last", 200)
+    dead = actor_pid()
+    os.kill(dead, signal.SIGKILL)
+    step(world, ("last", 0, 150))
+    assert remote.stats()["sidecar_up"] == 0
+    following = next_actor_pid(dead)
+    os.kill(following, signal.SIGSTOP)
+    begin = time.monotonic()
+    remote.close()
+    assert time.monotonic() - begin < 2 * link.CLOSE_SECONDS + 1
+    # Ray's own patience with it.
+    _, alive = psutil.wait_procs([psutil.Process(following)] if psutil.pid_exists(following) else [], timeout=30)
+    assert not alive
+
+
 @pytest.mark.gpu
 def test_an_actor_on_a_cpu_selects_for_a_worker_on_a_gpu(world):
-    """The last test of this module: it ends the module's actor, whose core it takes."""
+    """The last test of this module, whose actor's core it takes."""
     world.retriever.remote.close()
     beside = World(world.device)
     remote = world.make_remote(replace_config(beside.config, sidecar="ray", head_key_dtype="auto"))
