@@ -129,6 +129,7 @@ class Runtime:
         refuse_captured_writes(self.config, vllm_config.compilation_config)
         model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
         self.num_kv_heads = model_config.get_num_kv_heads(parallel)
+        self._graphs: StepGraphs | None = None
         checkpoint = None
         if self.config.retrieval_head is not None:
             if not supports_eagle3(model):
@@ -178,13 +179,20 @@ class Runtime:
         width = config.table_pages(model.max_model_len) if fixed_width else pages_for(model.max_model_len)
         # Captured, vLLM's exchange between workers would want its own context.
         apart = self.vllm_config.parallel_config.tensor_parallel_size > 1
-        return Retriever(config, head, embed, table_pages=width, graphs=self._step_graphs(), embeds_apart=apart, **shape)
+        self._graphs = self._step_graphs()
+        return Retriever(config, head, embed, table_pages=width, graphs=self._graphs, embeds_apart=apart, **shape)
 
     def _step_graphs(self) -> StepGraphs | None:
         """Where vLLM replays decode steps as whole graphs, so do we."""
         mode = self.vllm_config.compilation_config.cudagraph_mode
         captured = self.device.type == "cuda" and mode is not None and mode.decode_mode() == CUDAGraphMode.FULL
-        return StepGraphs(self.device) if captured else None
+        # What selects per layer is part of vLLM's graphs, and cannot change then.
+        return StepGraphs(self.device) if captured and self.config.retriever not in PER_LAYER else None
+
+    @property
+    def graph_bytes(self) -> int:
+        """GPU memory that graphs of our own may take while the engine serves."""
+        return 0 if self._graphs is None else self._graphs.most_bytes
 
     @property
     def reads_aux(self) -> bool:
