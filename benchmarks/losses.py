@@ -249,7 +249,7 @@ def main(
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     plain = replace(settings, draft_positions=DRAFT_POSITIONS)
-    data = Sequences(documents, tokenizer, plain.lengths, context)
+    data = Sequences(documents, plain.lengths, context)
     reduced = shape.draft_vocabulary < shape.vocabulary
     draft_ids = most_frequent((data[i] for i in range(COUNTED)), shape.draft_vocabulary) if reduced else None
     variants = make_variants(teacher, shape, draft_ids, data, plain, out, accelerator)
@@ -259,7 +259,7 @@ def main(
     title = f"Losses of a retrieval head: {steps} steps of {context} tokens on {model.resolve().name if own else 'the demo model'}"
     details = {"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}}
     result = report.Report(f"losses-{model.resolve().name}" if own else "losses", title, TABLES, details=details)
-    unseen = Sequences(documents, tokenizer, [context], context, held_out=True)
+    unseen = Sequences(documents, [context], context, held_out=True)
     sequences = [SeenSequence.seen(teacher, *unseen[i], seed=i) for i in range(held_out)]
     decoding = plain_model(teacher)
     base: dict[str, list[dict[int, Recall]]] = {}

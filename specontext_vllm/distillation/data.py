@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from specontext_vllm.demo import tasks
+from specontext_vllm.distillation.files import whole_file
 
 ANSWER, TEXT = 1.0, 0.1
 """Weight of a token that answers something asked before, and of any other."""
 HELD_OUT = 50
 """One document in so many is never trained on."""
 PIECE_BYTES = 1 << 17
-"""A plain text file is cut into documents of so many bytes, some 32k tokens."""
+"""A plain text file is cut into documents of so many bytes, some 32k tokens; of short documents as many are made into tokens at a time."""
+CACHE_FORMAT = 1
+"""Part of the cached tokens' names; to be raised when the same text becomes others."""
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 """Names of a turn's speaker in chat data -> in chat templates."""
 
@@ -30,10 +34,40 @@ class DataError(ValueError):
     """Unusable training data; the message is one sentence."""
 
 
-class Documents(Protocol):
-    """Where text comes from: ``document(rng, tokens, held_out)`` gives stretches of it and whether each answers what was asked."""
+Tokens = tuple[np.ndarray, np.ndarray]
+"""Ids ``[N]`` int32, and whether each token answers something asked before, ``[N]`` bool."""
 
-    def document(self, rng: Random, tokens: int, held_out: bool) -> list[tuple[str, bool]]: ...
+
+class Documents(Protocol):
+    """Where text comes from: ``draw(rng, count, held_out)`` gives 1 to ``count`` tokens, of held-out documents or of the others."""
+
+    def draw(self, rng: Random, count: int, held_out: bool) -> Tokens: ...
+
+
+def encode(stretches: Sequence[tuple[str, bool]], tokenizer: Any, *, plain: bool) -> Tokens:
+    """Tokens of a document, closed by the tokenizer's end-of-text token, if it has one.
+
+    Args:
+        stretches: text, and whether it answers what was asked. plain: no chat template wrote it, so that whatever the tokenizer puts around
+            plain text (a bos token, or nothing) belongs to it; templates write that themselves.
+    """
+    text = "".join(part for part, _ in stretches)
+    encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
+    ids = encoded["input_ids"]
+    ends = np.cumsum([len(part) for part, _ in stretches])
+    # Tokens that are added after the text claim to stand at its begin.
+    first = np.maximum.accumulate(np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0])
+    stretch = np.searchsorted(ends[:-1], first, side="right")
+    answers = np.array([answer for _, answer in stretches])[stretch]
+    end = tokenizer.eos_token_id
+    if end is not None and (not ids or ids[-1] != end):
+        ids, answers = [*ids, end], np.append(answers, False)
+    return np.array(ids, dtype=np.int32), answers
+
+
+def encode_turns(turns: Sequence[tuple[str, str]], tokenizer: Any) -> Tokens:
+    """Tokens of chat turns (role, text); see ``as_text``."""
+    return encode(as_text(turns, tokenizer), tokenizer, plain=getattr(tokenizer, "chat_template", None) is None)
 
 
 def as_text(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
@@ -64,26 +98,32 @@ class Synthetic:
         self.tokenizer = tokenizer
         words = " ".join(tasks.sentence(Random(0)) for _ in range(64))
         # Tokens that a piece of the demo's grammar takes in this tokenizer.
-        self._per_piece = len(tokenizer(words, add_special_tokens=False)["input_ids"]) / len(tasks.pieces(words))
+        self._per_piece = len(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]) / len(tasks.pieces(words))
 
-    def document(self, rng: Random, tokens: int, held_out: bool) -> list[tuple[str, bool]]:
+    def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
         own = tasks.random_for(rng.getrandbits(62), "held-out" if held_out else "train")
-        turns = tasks.training_turns(own, int(tokens / self._per_piece))
+        turns = tasks.training_turns(own, int(count / self._per_piece))
         if turns[0][0] in ("user", "assistant"):
-            return as_text(turns, self.tokenizer)
-        return [(f" {text}" if role == "answer" else text, role == "answer") for role, text in turns]
+            ids, answers = encode_turns(turns, self.tokenizer)
+        else:
+            stretches = [(f" {text}" if role == "answer" else text, role == "answer") for role, text in turns]
+            ids, answers = encode(stretches, self.tokenizer, plain=True)
+        return ids[:count], answers[:count]
 
 
 class Files:
     """Documents out of text files and of JSON lines (keys ``text``, ``messages`` or ``conversations``), found by their offsets.
 
-    Every line is looked at once, here, so that nothing can fail hours later.
+    Every line is looked at once, here, so that nothing can fail hours later. Text becomes tokens when it is first drawn, some 128 KiB at a
+    time, and those stay in the cache, which all processes of a run share.
 
+    Args:
+        cache: folder for the tokens; five bytes for each.
     Raises:
         DataError: a file that is missing, empty or of another form; fewer than two documents.
     """
 
-    def __init__(self, paths: Sequence[Path], tokenizer: Any) -> None:
+    def __init__(self, paths: Sequence[Path], tokenizer: Any, cache: Path) -> None:
         self.tokenizer, self.paths = tokenizer, list(paths)
         self._rendered: set[tuple[str, ...]] = set()
         found: list[tuple[int, int, int]] = []
@@ -94,13 +134,21 @@ class Files:
             found += ((number, first, size) for first, size in (self._lines(path) if _has_lines(path) else _pieces(path)))
             if len(found) == before:
                 raise DataError(f"--data: {path} is empty; leave it out.")
-        # Worker processes share an array; a list they would copy, reference count by reference count.
+        # Loader processes share arrays; lists they would copy, reference count by reference count.
         self._documents = np.array(found, dtype=np.int64)
         if len(found) < 2:
             raise DataError(
                 f"--data: found {len(found)} document in {self.paths[0]}, and one is held out to measure on; give more (a text file is cut "
                 f"into documents of {PIECE_BYTES >> 10} KiB, a JSON line is one)."
             )
+        # With few documents the last one is held out.
+        period = min(HELD_OUT, len(found))
+        held_out = np.arange(len(found)) % period == period - 1
+        self._kinds = {kind: np.flatnonzero(held_out == kind) for kind in (False, True)}
+        self._ends = {kind: np.cumsum(self._documents[chosen, 2]) for kind, chosen in self._kinds.items()}
+        self._groups = _groups(self._documents)
+        key = _fingerprint(tokenizer)
+        self._caches = [cache / hashlib.sha256(f"{key} {_identity(path)}".encode()).hexdigest()[:16] for path in self.paths]
 
     def _lines(self, path: Path) -> Iterator[tuple[int, int]]:
         at = 0
@@ -127,23 +175,96 @@ class Files:
                 raise DataError(f"the model's chat template refuses turns by {', '.join(roles)} ({error}); mend or drop it.") from None
             self._rendered.add(roles)
 
-    def document(self, rng: Random, tokens: int, held_out: bool) -> list[tuple[str, bool]]:
-        # With few documents the last one is held out.
-        period = min(HELD_OUT, len(self._documents))
+    def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
+        """Documents that follow one another in a file, from a random one on; of one that is too long for ``count`` a random window."""
+        documents, ends = self._kinds[held_out], self._ends[held_out]
         while True:
-            index = rng.randrange(len(self._documents))
-            if (index % period == period - 1) == held_out:
-                break
-        number, first, size = self._documents[index].tolist()
+            # By bytes, so that a long document counts for as many as its windows are.
+            place = int(np.searchsorted(ends, rng.randrange(int(ends[-1])), side="right"))
+            group = int(np.searchsorted(self._groups, documents[place], side="right")) - 1
+            stop = int(np.searchsorted(documents, self._groups[group + 1]))
+            drawn = self._windows(group, documents[place:stop].tolist(), count, rng)
+            if len(drawn[0]):
+                return drawn
+
+    def _windows(self, group: int, chosen: list[int], count: int, rng: Random) -> Tokens:
+        """``count`` tokens of documents of a group, or as many as they have."""
+        from safetensors import safe_open
+
+        parts: list[Tokens] = []
+        start = self.tokenizer.bos_token_id
+        with safe_open(self._tokens_file(group), "np") as file:
+            ids, answers = file.get_slice("ids"), file.get_slice("answers")
+            ends = [0, *file.get_tensor("ends").tolist()]
+            for document in chosen:
+                first, end = ends[document - int(self._groups[group]) :][:2]
+                size = min(count, end - first)
+                if not size:
+                    continue
+                # Every token is in as many of these windows as any other; those that would hang over are moved in, so the ends are in more.
+                at = first + min(max(rng.randrange(1 - size, end - first), 0), end - first - size)
+                own = np.array(ids[at : at + size])
+                if at > first and int(ids[first : first + 1][0]) == start:
+                    # What the model looks at when there is nothing to look at stands in front as it will in a prompt.
+                    own[0] = start
+                parts.append((own, np.array(answers[at : at + size])))
+                count -= size
+                if not count:
+                    break
+        return np.concatenate([own for own, _ in parts] or [np.empty(0, np.int32)]), np.concatenate([flags for _, flags in parts] or [np.empty(0, bool)])
+
+    def _tokens_file(self, group: int) -> Path:
+        """Where a group's tokens stand; made at the first call."""
+        number, first, _ = self._documents[self._groups[group]].tolist()
+        path = self._caches[number] / f"{first}.safetensors"
+        if not path.is_file():
+            from safetensors.numpy import save
+
+            documents = [self._encode(*row) for row in self._documents[self._groups[group] : self._groups[group + 1]].tolist()]
+            tensors = {
+                "ids": np.concatenate([ids for ids, _ in documents]), "answers": np.concatenate([answers for _, answers in documents]),
+                "ends": np.cumsum([len(ids) for ids, _ in documents]),
+            }  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path, contended=True) as part:
+                part.write_bytes(save(tensors))
+        return path
+
+    def _encode(self, number: int, first: int, size: int) -> Tokens:
+        """Tokens of a document."""
         path = self.paths[number]
         with path.open("rb") as file:
             file.seek(first)
             content = file.read(size)
         if not _has_lines(path):
             # A piece may begin or end inside a character.
-            return [(content.decode(errors="ignore"), False)]
+            return encode([(content.decode(errors="ignore"), False)], self.tokenizer, plain=True)
         turns = _turns(content)
-        return [(json.loads(content)["text"], False)] if turns is None else as_text(turns, self.tokenizer)
+        return encode([(json.loads(content)["text"], False)], self.tokenizer, plain=True) if turns is None else encode_turns(turns, self.tokenizer)
+
+
+def _groups(documents: np.ndarray) -> np.ndarray:
+    """The first document of each group, and the number of documents: ``documents [N, 3]`` that follow one another in a file, 128 KiB together, or one that is longer."""
+    firsts, held = [], 0
+    for index, (number, _, size) in enumerate(documents.tolist()):
+        held += size
+        if not firsts or held > PIECE_BYTES or number != documents[index - 1, 0]:
+            firsts.append(index)
+            held = size
+    return np.array([*firsts, len(documents)])
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    """Of all that decides which tokens a text becomes."""
+    template = getattr(tokenizer, "chat_template", None)
+    parts = (CACHE_FORMAT, PIECE_BYTES, tokenizer.backend_tokenizer.to_str(), template, tokenizer.bos_token, tokenizer.eos_token)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _identity(path: Path) -> str:
+    """Of a file's contents, without reading them."""
+    found = path.stat()
+    return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
 
 
 def _has_lines(path: Path) -> bool:
@@ -203,7 +324,6 @@ class Sequences(Dataset):
 
     Args:
         documents: where text comes from.
-        tokenizer: of the target, a fast one.
         lengths: sequence lengths, taken in turn.
         batch_tokens: tokens of a batch.
         seed: of the whole run.
@@ -212,10 +332,10 @@ class Sequences(Dataset):
     """
 
     def __init__(
-        self, documents: Documents, tokenizer: Any, lengths: Sequence[int], batch_tokens: int, *, seed: int = 0, shard: int = 0,
-        shards: int = 1, held_out: bool = False,
+        self, documents: Documents, lengths: Sequence[int], batch_tokens: int, *, seed: int = 0, shard: int = 0, shards: int = 1,
+        held_out: bool = False,
     ) -> None:  # fmt: skip
-        self.documents, self.tokenizer, self.lengths, self.batch_tokens = documents, tokenizer, list(lengths), batch_tokens
+        self.documents, self.lengths, self.batch_tokens = documents, list(lengths), batch_tokens
         self.seed, self.shard, self.shards, self.held_out = seed, shard, shards, held_out
 
     def __len__(self) -> int:
@@ -229,33 +349,12 @@ class Sequences(Dataset):
         return torch.stack([ids for ids, _ in rows]), torch.stack([weights for _, weights in rows])
 
     def _row(self, rng: Random, length: int) -> tuple[Tensor, Tensor]:
-        start = self.tokenizer.bos_token_id
-        ids: list[int] = []
-        weights: list[float] = []
-        while len(ids) < length:
-            new, own = self._encode(self.documents.document(rng, length - len(ids), self.held_out))
-            if start is not None and (not new or new[0] != start):
-                new, own = [start, *new], [TEXT, *own]
-            ids += new
-            weights += own
-            if self.tokenizer.eos_token_id is not None and ids[-1] != self.tokenizer.eos_token_id:
-                ids.append(self.tokenizer.eos_token_id)
-                weights.append(TEXT)
-        return torch.tensor(ids[:length]), torch.tensor(weights[:length])
-
-    def _encode(self, stretches: list[tuple[str, bool]]) -> tuple[list[int], list[float]]:
-        text = "".join(part for part, _ in stretches)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends, at = [], 0
-        for part, answer in stretches:
-            at += len(part)
-            ends.append((at, ANSWER if answer else TEXT))
-        weights, stretch = [], 0
-        for first, _ in encoded["offset_mapping"]:
-            while stretch < len(ends) - 1 and first >= ends[stretch][0]:
-                stretch += 1
-            weights.append(ends[stretch][1])
-        return encoded["input_ids"], weights
+        parts: list[Tokens] = []
+        while length:
+            parts.append(self.documents.draw(rng, length, self.held_out))
+            length -= len(parts[-1][0])
+        ids, answers = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        return ids.long(), torch.where(answers, ANSWER, TEXT)
 
 
 def sample_positions(weights: Tensor, count: int, generator: torch.Generator, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -273,10 +372,10 @@ def sample_positions(weights: Tensor, count: int, generator: torch.Generator, fi
     return at, following.gather(1, at).clamp(min=0.02)
 
 
-def batches(sequences: Sequences, first: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from number ``first`` on, made by worker processes."""
+def batches(sequences: Sequences, first: int, loaders: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from number ``first`` on, made by ``loaders`` processes, or in this one."""
     loader = DataLoader(
-        sequences, batch_size=None, sampler=range(first, len(sequences)), num_workers=workers, prefetch_factor=4 if workers else None,
+        sequences, batch_size=None, sampler=range(first, len(sequences)), num_workers=loaders, prefetch_factor=4 if loaders else None,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     return iter(loader)

@@ -9,9 +9,13 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to; what stands there at the end becomes ``path`` in one step, so that a kill leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
+def whole_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
+    """A place to write to; what stands there at the end becomes ``path`` in one step, so that a kill leaves the old file or the new one.
+
+    Args:
+        contended: several processes may write it at a time; the last one wins.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part" if contended else f"{path.name}.part")
     yield part
     with part.open("rb+") as file:
         os.fsync(file.fileno())

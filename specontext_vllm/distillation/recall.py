@@ -126,7 +126,7 @@ class HeldOut:
     the device.
 
     Args:
-        batches: ``(ids [B, T], weights [B, T])``, read at the first measurement.
+        batches: ``(ids [B, T], weights [B, T])``, read by ``prepare``.
         budget: tokens, under T; positions that follow it are asked.
         positions: asked of a sequence, those before answers first. The newest ``recent_tokens`` of the context do not count, since every
             budget holds them.
@@ -137,10 +137,15 @@ class HeldOut:
         self._seen: list[Seen] | None = None
 
     @torch.no_grad()
-    def recall(self, draft: DraftModel) -> Recall:
-        """Mean recall over the batches."""
+    def prepare(self) -> None:
+        """Let the teacher see the batches, if it has not."""
         if self._seen is None:
             self._seen = [self._see(number, *batch).to(torch.device("cpu")) for number, batch in enumerate(self.batches)]
+
+    @torch.no_grad()
+    def recall(self, draft: DraftModel) -> Recall:
+        """Mean recall over the batches."""
+        self.prepare()
         rows = [recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget] for seen in self._seen]
         return Recall(*(sum(getattr(row, field.name) for row in rows) / len(rows) for field in fields(Recall)))
 

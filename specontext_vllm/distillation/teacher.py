@@ -72,29 +72,42 @@ def load_teacher(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The frozen causal LM in a folder; its config is one that ``read_config`` took.
 
     Raises:
-        TeacherError: weights that cannot be read.
+        TeacherError: weights that cannot be read, or are not all there.
     """
     from transformers import AutoModelForCausalLM
 
     register_attention()
-    model = _read(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=ATTENTION)
+    model, found = _read(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True)
+    # transformers would go on with random ones.
+    if missing := sorted(found["missing_keys"]):
+        raise TeacherError(f"--model: {folder} lacks {len(missing)} of its weights ({missing[0]} for one); download it in full.")
     return model.to(device).eval().requires_grad_(False)
 
 
 def _read(kind: Any, folder: Path, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    # What it finds is judged here, in one sentence.
+    logging.set_verbosity_error()
     try:
         return kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise TeacherError(f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: {reason}).") from None
+    except Exception as error:  # each kind of file has errors of its own
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TeacherError(f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: {reason}); download it in full.") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def check_teacher(config: Any) -> None:
     """Raise a TeacherError for models that the specontext backend does not serve either, or that have no layers to look on."""
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
-    needed = ("num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size")
+    needed = (
+        "hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size",
+    )  # fmt: skip
     missing = [key for key in needed if not hasattr(config, key)]
-    window = getattr(config, "sliding_window", None)
+    # A window that no layer uses is none.
+    window = None if getattr(config, "layer_types", None) and not kinds else getattr(config, "sliding_window", None)
     refusals = [
         (config.is_encoder_decoder, "is an encoder-decoder", "a decoder-only model"),
         (getattr(config, "kv_lora_rank", None), "has multi-head latent attention (MLA)", "a model with ordinary attention"),

@@ -34,7 +34,7 @@ class Settings:
     Attributes:
         context: longest sequence, tokens; a half and a quarter of it are trained on as well.
         batch_tokens: tokens of a step on each process.
-        hours: of training in all, over resumed runs too.
+        hours: of training in all, over resumed runs too; measuring does not count.
         steps: of training in all; where given, it and not the clock decides the learning rate and the end.
         loss: what is minimised.
         learning_rate: peak; a cosine to a tenth follows, over the hours or steps.
@@ -45,7 +45,9 @@ class Settings:
         over_layers: "max" or "mean" over the teacher's layers.
         budget: tokens of the recall figure.
         report_seconds, save_seconds: how often to measure and to save.
-        workers: processes that make batches.
+        measuring_share: a measurement waits until the one before took no more than so much of the training in between. The teacher's look at the
+            held-out sequences, once a run, is left out: waiting would not make it shorter.
+        loaders: processes that make batches; 0: the training process does.
         seed: of weights, data and sampling.
     """
 
@@ -65,7 +67,8 @@ class Settings:
     over_layers: str = "max"
     report_seconds: float = 30.0
     save_seconds: float = 300.0
-    workers: int = 2
+    measuring_share: float = 0.1
+    loaders: int = 0
     seed: int = 0
 
     @property
@@ -76,7 +79,7 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with its state. ``seconds`` are the clock's, reports and saving included."""
+    """Where a run stands; saved with its state. ``seconds`` are the clock's, saving included and measuring left out."""
 
     step: int = 0
     tokens: int = 0
@@ -114,6 +117,8 @@ class Distiller:
         self.draft = draft.to(accelerator.device)
         self.optimizer = torch.optim.AdamW(self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
         self.progress = Progress()
+        self._measured: int | None = None
+        """Step of the last measurement."""
 
     @property
     def state_file(self) -> Path:
@@ -199,9 +204,12 @@ class Distiller:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         if self.accelerator.is_main_process and self.curve_file.is_file():
-            lines = self.curve_file.read_text().splitlines(keepends=True)
+            lines = [line for line in self.curve_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            steps = {line: json.loads(line)["step"] for line in lines}
+            kept = [line for line in lines if steps[line] <= self.progress.step]
             with whole_file(self.curve_file) as part:
-                part.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step))
+                part.write_text("".join(kept))
+            self._measured = max((steps[line] for line in kept), default=None)
         return True
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -210,24 +218,27 @@ class Distiller:
         """Train to the end of the hours or steps, and save.
 
         Yields:
-            The figures of each step; every ``report_seconds``, at the begin and at the end those of the held-out sequences among them.
+            The figures of each step; every ``report_seconds`` (or less often, by ``measuring_share``), at the begin and at the end those of the
+            held-out sequences among them.
         """
         settings, progress = self.settings, self.progress
-        source = batches(self.data, progress.step, settings.workers)
+        source = batches(self.data, progress.step, settings.loaders)
         began = time.monotonic() - progress.seconds
-        reported = saved = progress.seconds
-        if not progress.step:
-            yield self._report({})
+        saved = progress.seconds
+        due = progress.seconds + settings.report_seconds if progress.step else progress.seconds
         found: dict[str, float] = {}
         while True:
             progress.seconds = self._first_process(time.monotonic() - began)
             ended = progress.share(settings) >= 1
             if ended or progress.seconds - saved > settings.save_seconds:
                 self.save()
-                saved = self._first_process(time.monotonic() - began)
-            if ended or progress.seconds - reported > settings.report_seconds:
-                yield self._report(found)
-                reported = self._first_process(time.monotonic() - began)
+                progress.seconds = saved = self._first_process(time.monotonic() - began)
+            if ended or progress.seconds >= due:
+                paused = time.monotonic()
+                figures, cost = self._report(found)
+                due = progress.seconds + max(settings.report_seconds, self._first_process(cost) / settings.measuring_share)
+                began += time.monotonic() - paused
+                yield figures
             if ended:
                 return
             found = self.step(*(t.to(self.teacher.device, non_blocking=True) for t in next(source)))
@@ -248,17 +259,22 @@ class Distiller:
             **{f"{name}_loss": round(value, 4) for name, value in found.items()},
         }  # fmt: skip
 
-    def _report(self, found: dict[str, float]) -> dict[str, Any]:
-        """Figures with the recall on held-out sequences, which the curve gets as well; other processes wait."""
-        figures = {**self._figures(found), "measured": True}
-        if not self.accelerator.is_main_process:
-            return figures
-        if self.settings.budget < self.settings.context:
-            recall = self.held_out.recall(self.draft)
-            figures |= {"recall": round(recall.found, 4), "recall_best": round(recall.best, 4), "heaviest": round(recall.heaviest, 4)}
+    def _report(self, found: dict[str, float]) -> tuple[dict[str, Any], float]:
+        """Figures with the recall on held-out sequences, which the curve gets as well, and the seconds that took; other processes wait.
+
+        A step is measured once, also where a run that was over is started again.
+        """
+        figures = self._figures(found)
+        if not self.accelerator.is_main_process or self._measured == self.progress.step:
+            return figures, 0.0
+        self.held_out.prepare()
+        began = time.monotonic()
+        recall = self.held_out.recall(self.draft)
+        figures |= {"measured": True, "recall": round(recall.found, 4), "recall_best": round(recall.best, 4), "heaviest": round(recall.heaviest, 4)}
         if self.teacher.device.type == "cuda":
             figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.curve_file.parent.mkdir(parents=True, exist_ok=True)
         with self.curve_file.open("a") as file:
             file.write(json.dumps(figures) + "\n")
-        return figures
+        self._measured = self.progress.step
+        return figures, time.monotonic() - began

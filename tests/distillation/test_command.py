@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
-from specontext_vllm.distillation.command import OptionError, claim_folder, make_settings
+from specontext_vllm.distillation.command import MOST_LOADERS, OptionError, claim_folder, default_loaders, make_settings
 from tests.distillation.tiny_models import make_config, write_model
 from tests.engine.conftest import DEMO_MODEL
 
@@ -33,6 +33,20 @@ def test_context_and_budget_follow_the_model(longest, context, expected):
 def test_learning_rate_falls_with_the_width():
     rates = [make_settings(make_config("llama", hidden_size=width), context=256, **OPTIONS).learning_rate for width in (128, 256, 4096)]
     assert rates == [1e-3, 1e-3, 1e-3 / 16]
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_gpu", "expected"),
+    [(1, 1, False, 0), (2, 1, False, 1), (16, 1, False, MOST_LOADERS), (1, 1, True, 0), (2, 1, True, 1), (16, 1, True, MOST_LOADERS), (16, 8, True, 1)],
+)  # fmt: skip
+def test_loaders_leave_cores_to_the_training(monkeypatch, cores, processes, on_gpu, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert default_loaders(processes, on_gpu) == expected
+
+
+def test_the_loaders_asked_for_are_the_runs():
+    config = make_config("llama", max_position_embeddings=256)
+    assert [make_settings(config, context=256, loaders=count, **OPTIONS).loaders for count in (0, 3)] == [0, 3]
 
 
 REFUSED = {

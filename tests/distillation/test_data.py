@@ -1,6 +1,7 @@
 """What is trained on: the same batches after a resume, documents held out, answers told apart, and what is refused."""
 
 import json
+import logging
 from itertools import islice
 from random import Random
 
@@ -19,6 +20,7 @@ from specontext_vllm.distillation.data import (
     Synthetic,
     as_text,
     batches,
+    encode_turns,
     sample_positions,
 )
 from tests.engine.conftest import DEMO_MODEL
@@ -29,6 +31,45 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
+WORDS = [f"w{i}" for i in range(3000)]
+
+
+def make_words(bos=True, eos="</s>", chat_template=None, longest=100_000):
+    """A tokenizer that makes one token of each of ``WORDS``, so that an id says which word of a document it was; ``bos``: it adds one to plain text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "<s>", "</s>", "<unk>"])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(WORDS))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>", chat_template=chat_template, model_max_length=longest
+    )
+
+
+class Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.texts = tokenizer, []
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.texts.append(text)
+        return self.tokenizer(text, **options)
+
+
+def files(folder, tokenizer, *paths):
+    return Files(list(paths), tokenizer, folder / "tokens")
+
+
+def text_of(documents, tokenizer, seed, count=100_000, held_out=False):
+    return tokenizer.decode(documents.draw(Random(seed), count, held_out)[0], skip_special_tokens=True)
+
+
 def write(folder, name, *records):
     path = folder / name
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -36,9 +77,9 @@ def write(folder, name, *records):
 
 
 def test_batch_i_is_always_the_same_and_shards_differ(tokenizer):
-    own = dict(documents=Synthetic(tokenizer), tokenizer=tokenizer, lengths=[256, 128], batch_tokens=256)
-    stream = [ids for ids, _ in islice(batches(Sequences(**own), 0, workers=0), 5)]
-    later = [ids for ids, _ in islice(batches(Sequences(**own), 3, workers=1), 2)]
+    own = dict(documents=Synthetic(tokenizer), lengths=[256, 128], batch_tokens=256)
+    stream = [ids for ids, _ in islice(batches(Sequences(**own), 0, loaders=0), 5)]
+    later = [ids for ids, _ in islice(batches(Sequences(**own), 3, loaders=1), 2)]
     assert [tuple(ids.shape) for ids in stream[:2]] == [(1, 256), (2, 128)]
     assert torch.equal(stream[3], later[0]) and torch.equal(stream[4], later[1])
     other = Sequences(**own, shard=1, shards=2)[0][0]
@@ -49,7 +90,7 @@ def test_batch_i_is_always_the_same_and_shards_differ(tokenizer):
 
 
 def test_answers_are_the_assistants_words(tokenizer):
-    ids, weights = Sequences(Synthetic(tokenizer), tokenizer, [1024], 1024)[3]
+    ids, weights = Sequences(Synthetic(tokenizer), [1024], 1024)[3]
     texts = tokenizer.decode(ids[0][weights[0] == ANSWER])
     assert set(weights.unique().tolist()) <= {float(torch.tensor(TEXT)), ANSWER}
     assert 0 < (weights == ANSWER).float().mean() < 0.7 and tokenizer.eos_token in texts
@@ -64,11 +105,132 @@ def test_chat_turns_are_rendered_once_and_answers_found(tokenizer):
     assert [text.removesuffix(tokenizer.eos_token).strip() for text, answer in stretches if answer] == ["Hello", "Bye"]
 
 
-def test_one_document_in_fifty_is_held_out(tmp_path, tokenizer):
-    documents = Files([write(tmp_path, "a.jsonl", *({"text": f"{i}"} for i in range(100)))], tokenizer)
+def test_one_document_in_fifty_is_held_out(tmp_path):
+    words = make_words(bos=False, eos=None)
+    documents = files(tmp_path, words, write(tmp_path, "a.jsonl", *({"text": WORDS[i]} for i in range(100))))
     rng = Random(0)
-    seen = {held: {documents.document(rng, 10, held)[0][0] for _ in range(2000)} for held in (True, False)}
-    assert seen[True] == {"49", "99"} and len(seen[False]) == 100 - 100 // HELD_OUT and not seen[True] & seen[False]
+    seen = {held: {int(i) for _ in range(120) for i in documents.draw(rng, 10, held)[0]} for held in (True, False)}
+    assert seen[True] == {49, 99} and len(seen[False]) == 100 - 100 // HELD_OUT and not seen[True] & seen[False]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_every_token_of_a_long_document_is_trained_on_and_none_that_is_held_out(tmp_path, bos):
+    """Windows of two lengths, out of a document that no batch could hold."""
+    words = make_words(bos)
+    start = words.bos_token_id
+    path = write(tmp_path, "a.jsonl", {"text": " ".join(WORDS[:2000])}, {"text": " ".join(WORDS[2000:2600])})
+    sequences = Sequences(files(tmp_path, words, path), [128, 64], 128)
+    seen = torch.zeros(len(WORDS), dtype=torch.int64)
+    for index in range(200):
+        ids, weights = sequences[index]
+        assert ids.shape == weights.shape and weights.eq(TEXT).all()
+        for row in ids.tolist():
+            # One stretch, behind the token that any prompt begins with; where the document ends another one follows.
+            first = row.index(words.eos_token_id) if words.eos_token_id in row else len(row)
+            assert (row[0] == start) == bos
+            assert row[bos:first] == list(range(row[bos], row[bos] + first - bos))
+            seen += torch.bincount(torch.tensor([i for i in row if i < len(WORDS)]), minlength=len(WORDS))
+    assert seen[:2000].min() > 0 and seen[2000:].sum() == 0
+    # 25,600 tokens over 2,000: no part is left for seldom.
+    assert seen[:2000].min() >= 2 and seen[:2000].max() < 60
+
+
+def test_a_held_out_document_is_found_however_small_it_is(tmp_path):
+    words = Counting(make_words())
+    path = tmp_path / "book.txt"
+    path.write_text(("w1 " * (2 * PIECE_BYTES // 3)).ljust(2 * PIECE_BYTES) + "w2")
+    ids, _ = Sequences(files(tmp_path, words, path), [128], 128, held_out=True)[0]
+    assert set(ids.flatten().tolist()) == {2, words.bos_token_id, words.eos_token_id}
+    # Nothing else had to become tokens for it.
+    assert len(words.texts) == 1
+
+
+def test_a_long_document_counts_for_as_many_as_its_windows_are(tmp_path):
+    words = make_words()
+    lines = [{"text": " ".join(WORDS[:1500])}, *({"text": WORDS[1500 + i]} for i in range(300))]
+    sequences = Sequences(files(tmp_path, words, write(tmp_path, "a.jsonl", *lines)), [64], 64)
+    ids = torch.cat([sequences[i][0].flatten() for i in range(150)])
+    assert 0.5 < (ids < 1500).sum() / (ids < len(WORDS)).sum() < 0.95
+
+
+def test_batches_from_files_depend_on_their_number_alone(tmp_path):
+    """Whatever is in the cache, and whoever makes them."""
+    words = make_words()
+    lines = [{"text": " ".join(WORDS[i : i + 700])} for i in range(0, 2000, 100)]
+    paths = write(tmp_path, "a.jsonl", *lines), tmp_path / "b.txt"
+    paths[1].write_text(" ".join(WORDS * 10))
+    own = dict(lengths=[256, 128], batch_tokens=256)
+    stream = [ids for ids, _ in islice(batches(Sequences(files(tmp_path / "one", words, *paths), **own), 0, loaders=0), 12)]
+    cold = [ids for ids, _ in islice(batches(Sequences(files(tmp_path / "two", words, *paths), **own), 8, loaders=2), 4)]
+    warm = [ids for ids, _ in islice(batches(Sequences(files(tmp_path / "one", words, *paths), **own), 8, loaders=2), 4)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(stream[8:], cold, warm, strict=True))
+    assert len({tuple(ids.flatten().tolist()) for ids in stream}) == len(stream)
+
+
+def test_a_text_becomes_tokens_once(tmp_path):
+    words = Counting(make_words())
+    path = write(tmp_path, "a.jsonl", *({"text": " ".join(WORDS[i * 100 : i * 100 + 90])} for i in range(20)))
+    sequences = Sequences(files(tmp_path, words, path), [256], 256)
+    first = [sequences[i][0] for i in range(20)]
+    assert len(words.texts) == len(set(words.texts)) == 20
+    # A later run, or another process, finds them.
+    later = Sequences(files(tmp_path, words, path), [256], 256)
+    assert all(torch.equal(later[i][0], ids) for i, ids in enumerate(first)) and len(words.texts) == 20
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_tokens_of_another_text_or_tokenizer_are_not_taken_for_these(tmp_path):
+    path = write(tmp_path, "a.jsonl", {"text": WORDS[0]}, {"text": WORDS[1]})
+    assert text_of(files(tmp_path, make_words(), path), make_words(), 0) == WORDS[0]
+    with_none = files(tmp_path, make_words(bos=False, eos=None), path).draw(Random(0), 9, False)[0]
+    assert with_none.tolist() == [0]
+    write(tmp_path, "a.jsonl", {"text": WORDS[7]}, {"text": WORDS[1]}, {"text": WORDS[2]})
+    assert text_of(files(tmp_path, make_words(), path), make_words(), 0) in (WORDS[7], WORDS[1], f"{WORDS[7]} {WORDS[1]}")
+
+
+TEMPLATE = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+STARTS = {
+    "added to plain text": (make_words, {"bos": True}, {"text": "w1 w2"}, [3000, 1, 2, 3001]),
+    "known but not added": (make_words, {"bos": False}, {"text": "w1 w2"}, [1, 2, 3001]),
+    "a template without one": (make_words, {"bos": True, "chat_template": TEMPLATE}, {"messages": [{"role": "user", "content": "w1 w2"}]}, [1, 2, 3001]),
+    "a template with one": (make_words, {"bos": False, "chat_template": "{{ bos_token + ' ' }}" + TEMPLATE}, {"messages": [{"role": "user", "content": "w1"}]}, [3000, 1, 3001]),
+    "turns without a template": (make_words, {"bos": True}, {"messages": [{"role": "user", "content": "w1"}]}, [3000, 1, 3001]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_bos_token_stands_where_the_tokenizer_or_the_template_puts_it(tmp_path, name):
+    make, options, record, expected = STARTS[name]
+    documents = files(tmp_path, make(**options), write(tmp_path, "a.jsonl", record, record))
+    assert documents.draw(Random(0), 100, False)[0].tolist() == expected
+
+
+def test_plain_text_is_encoded_as_the_tokenizer_does(tmp_path, tokenizer):
+    """What a server makes of the same text as a prompt."""
+    text = "Bakers sold seven apples. Queens sang."
+    documents = files(tmp_path, tokenizer, write(tmp_path, "a.jsonl", {"text": text}, {"text": text}))
+    assert documents.draw(Random(0), 100, False)[0].tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_answers_of_plain_turns_are_the_assistants_words():
+    ids, answers = encode_turns([("user", "w1 w2"), ("assistant", "w3"), ("user", "w4")], make_words())
+    assert ids.tolist() == [3000, 1, 2, 3, 4, 3001] and answers.tolist() == [False, False, False, True, False, False]
+
+
+def test_long_documents_are_no_matter_for_a_warning(tmp_path, caplog):
+    words = make_words(longest=16)
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
+    try:
+        words(" ".join(WORDS[:100]), verbose=True)
+        assert "longer than" in caplog.text, "transformers no longer warns; nothing is shown"
+        caplog.clear()
+        words.deprecation_warnings.clear()
+        documents = files(tmp_path, words, write(tmp_path, "a.jsonl", *({"text": " ".join(WORDS[:100])} for _ in range(2))))
+        assert len(documents.draw(Random(0), 100, False)[0]) == 100
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_all_forms_of_files_are_read(tmp_path, tokenizer):
@@ -78,10 +240,21 @@ def test_all_forms_of_files_are_read(tmp_path, tokenizer):
     )  # fmt: skip
     text = tmp_path / "book.txt"
     # Pieces cut characters of three bytes apart.
+    text.write_text("€" * 1000, encoding="utf-8")
+    documents = files(tmp_path, tokenizer, chat, text)
+    found = {text_of(documents, tokenizer, seed) for seed in range(200)}
+    assert any("Hi" in t and "Ho" in t for t in found)
+    # The book, the last document, is held out.
+    assert text_of(documents, tokenizer, 0, held_out=True) == "€" * 1000
+
+
+def test_pieces_of_a_text_file_lose_no_whole_character(tmp_path, tokenizer):
+    text = tmp_path / "book.txt"
     text.write_text("€" * (PIECE_BYTES // 2), encoding="utf-8")
-    documents = Files([chat, text], tokenizer)
-    found = {"".join(t for t, _ in documents.document(Random(i), 10, False))[:200] for i in range(60)}
-    assert any("Hi" in t and "Ho" in t for t in found) and any(t.startswith("€") for t in found)
+    documents = files(tmp_path, tokenizer, text)
+    pieces = [text_of(documents, tokenizer, 0, count=1 << 20, held_out=held) for held in (False, True)]
+    # One is cut apart by the border.
+    assert {len(piece) for piece in pieces} == {PIECE_BYTES // 3, PIECE_BYTES // 2 - PIECE_BYTES // 3 - 1} and set("".join(pieces)) == {"€"}
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -107,13 +280,13 @@ def test_bad_files_are_refused_before_training(tmp_path, tokenizer, name):
     file, content, why = BAD[name]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        Files([tmp_path / file], tokenizer)
+        files(tmp_path, tokenizer, tmp_path / file)
     assert str(caught.value).startswith("--data: ") and why in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path, tokenizer):
     with pytest.raises(DataError, match="is not a file"):
-        Files([tmp_path / "none.jsonl"], tokenizer)
+        files(tmp_path, tokenizer, tmp_path / "none.jsonl")
 
 
 def test_turns_that_the_template_refuses_are_refused(tmp_path):
@@ -122,7 +295,7 @@ def test_turns_that_the_template_refuses_are_refused(tmp_path):
     tokenizer.chat_template = refusal + tokenizer.chat_template
     path = write(tmp_path, "a.jsonl", CHAT, {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]})
     with pytest.raises(DataError, match="line 2: the model's chat template refuses turns by system, user, assistant"):
-        Files([path], tokenizer)
+        files(tmp_path, tokenizer, path)
 
 
 def test_positions_prefer_answers_and_keep_off_the_beginning():

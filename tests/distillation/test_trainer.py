@@ -22,7 +22,7 @@ from tests.engine.conftest import DEMO_MODEL
 
 STEPS, CONTEXT = 10, 256
 SETTINGS = {
-    "context": CONTEXT, "batch_tokens": CONTEXT, "budget": 128, "steps": STEPS, "workers": 0, "save_seconds": 0.0, "draft_positions": 32,
+    "context": CONTEXT, "batch_tokens": CONTEXT, "budget": 128, "steps": STEPS, "save_seconds": 0.0, "draft_positions": 32,
 }  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def make_run(out: Path, **changes) -> Distiller:
     torch.manual_seed(settings.seed)
     draft = DraftModel(DraftShape.for_target(read_config(DEMO_MODEL), max_position=CONTEXT))
     teacher = Teacher(load_teacher(DEMO_MODEL, torch.device("cpu"), torch.float32), draft.shape.aux_layers)
-    data, held_out = (Sequences(Synthetic(tokenizer), tokenizer, settings.lengths, CONTEXT, held_out=held) for held in (False, True))
+    data, held_out = (Sequences(Synthetic(tokenizer), settings.lengths, CONTEXT, held_out=held) for held in (False, True))
     return Distiller(teacher, draft, data, held_out, settings, out, Accelerator(cpu=True))
 
 
@@ -155,7 +155,7 @@ def test_no_tensor_is_sequence_by_sequence_or_sequence_by_vocabulary(tmp_path):
 
 def test_the_teacher_sees_held_out_sequences_once_and_the_figures_stay(tmp_path, monkeypatch):
     """A report after every step, each against one that asks the teacher anew."""
-    run = make_run(tmp_path, steps=3, report_seconds=0.0)
+    run = make_run(tmp_path, steps=3, report_seconds=0.0, measuring_share=float("inf"))
     held_out = list(make_run(tmp_path).held_out.batches)
     assert len(held_out) == HELD_OUT_SEQUENCES
     seen, ask = [], Teacher.__call__
@@ -174,7 +174,60 @@ def test_the_teacher_sees_held_out_sequences_once_and_the_figures_stay(tmp_path,
                 anew = fresh.recall(run.draft)
             found.append((figures["recall"], figures["recall_best"]))
             assert found[-1] == (round(anew.found, 4), round(anew.best, 4))
-    assert len(found) >= 4 and len({recall for recall, _ in found}) > 1 and len({best for _, best in found}) == 1
+    assert steps_of(tmp_path) == [0, 1, 2, 3]
+    assert len(found) == 4 and len({recall for recall, _ in found}) > 1 and len({best for _, best in found}) == 1
+
+
+class Slow(HeldOut):
+    """Seconds that the teacher takes for the sequences besides, and a measurement."""
+
+    looked, measured = 0.5, 0.2
+
+    def prepare(self):
+        if self._seen is None:
+            time.sleep(self.looked)
+        super().prepare()
+
+    def recall(self, draft):
+        time.sleep(self.measured)
+        return super().recall(draft)
+
+
+def slow_run(out: Path, **changes) -> Distiller:
+    run = make_run(out, report_seconds=0.0, save_seconds=1e9, **changes)
+    run.held_out = Slow(run.teacher, list(run.held_out.batches), run.settings.budget, run.settings.align_positions)
+    return run
+
+
+def test_measuring_is_no_training_time(tmp_path):
+    run = slow_run(tmp_path, steps=2, measuring_share=float("inf"))
+    began = time.monotonic()
+    list(run.run())
+    assert steps_of(tmp_path) == [0, 1, 2]
+    assert 0 < run.progress.seconds <= time.monotonic() - began - Slow.looked - 3 * Slow.measured
+
+
+def test_a_run_by_the_clock_trains_for_all_of_its_hours(tmp_path):
+    run = slow_run(tmp_path, steps=None, hours=0.6 / 3600)
+    list(run.run())
+    assert run.progress.seconds >= 0.6 and run.progress.step >= 1
+
+
+def test_measuring_takes_a_tenth_of_the_time_at_most(tmp_path):
+    list(slow_run(tmp_path).run())
+    lines = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and lines[-1]["step"] == STEPS
+    gaps = [after["seconds"] - before["seconds"] for before, after in zip(lines, lines[1:-1], strict=False)]
+    # The curve has tenths of seconds.
+    assert all(gap >= Slow.measured / 0.1 - 0.1 for gap in gaps) and len(lines) < STEPS
+
+
+def test_a_run_that_was_over_is_not_measured_again(tmp_path):
+    list(make_run(tmp_path, steps=1).run())
+    again = make_run(tmp_path, steps=1)
+    assert again.resume()
+    list(again.run())
+    assert steps_of(tmp_path) == [0, 1]
 
 
 def test_what_is_kept_of_held_out_sequences_is_what_the_docstring_says(tmp_path):
