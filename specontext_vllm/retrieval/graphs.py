@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -121,7 +123,7 @@ class StepGraphs:
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _no_garbage_collected():
             # Other threads copy outputs meanwhile. torch.cuda.graph would collect garbage and wait for the GPU first.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -129,3 +131,15 @@ class StepGraphs:
             finally:
                 graph.capture_end()
         return graph
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """A graph of an engine that is gone, found by the collector in the middle of a capture, would break it off."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

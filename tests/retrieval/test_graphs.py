@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from types import SimpleNamespace
 
@@ -234,6 +235,24 @@ def test_vllm_s_memory_profile_counts_what_graphs_may_take(device, monkeypatch):
     runner.profile_run()
     assert torch.cuda.max_memory_allocated() - before == GRAPH_BYTES + activations
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_capture_goes_on_while_graphs_of_an_engine_that_is_gone_are_collected(device):
+    """To reset a graph is not permitted while a stream is captured."""
+    threshold = gc.get_threshold()
+    gone = Remembering(device)
+    learned_world(device, gone)
+    gone.itself = gone
+    del gone
+    try:
+        graphs = Remembering(device)
+        gc.set_threshold(1)
+        world = learned_world(device, graphs)
+    finally:
+        gc.set_threshold(*threshold)
+    assert len(graphs) > 0 and int(world.lengths[0]) == 64
 
 
 class Played(StepGraphs):
