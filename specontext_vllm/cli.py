@@ -25,6 +25,7 @@ from specontext_vllm.retrieval.checkpoint import (
     resolve_checkpoint,
 )
 from specontext_vllm.retrieval.head import check_head
+from specontext_vllm.retrieval.pruned import write_pruned
 from specontext_vllm.retrieval.rope import rope_frequencies
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -41,10 +42,11 @@ def inspect(
     target: Annotated[Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pytorch_model.bin where there are no safetensors.")] = False,
+    out: Annotated[Path | None, typer.Option("--write-pruned", help="New folder for a checkpoint of what the retrieval head keeps.")] = None,
 ) -> None:
     """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target model.
 
-    Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint.
+    Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint, or no folder to write to.
     """
     try:
         folder = resolve_checkpoint(checkpoint, revision, say=lambda text: typer.echo(text, err=True))
@@ -57,6 +59,9 @@ def inspect(
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
     console.print(_facts_table(head))
+    kept, whole = sum(info.num_bytes for info in head.kept), sum(info.num_bytes for info in [*head.kept, *head.pruned])
+    if out is None and kept < whole:
+        console.print(f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads.", markup=False, highlight=False)
     if served is not None:
         try:
             check_head(head, **served)
@@ -65,6 +70,14 @@ def inspect(
             console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
             raise typer.Exit(1) from None
         console.print(f"Fits {target}: reads its layers {layers}.", markup=False, highlight=False)
+    if out is not None:
+        try:
+            write_pruned(head, out)
+        except HeadError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
+        text = f"Wrote {out}: {kept:,} of {whole:,} bytes. It selects as the whole head does; as a draft model it no longer serves."
+        console.print(text, markup=False, highlight=False)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
@@ -96,9 +97,36 @@ def test_a_revision_is_asked_of_the_hub_and_no_folder_has_one(head, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **asked: head if asked["revision"] == "v2" else None)
     result = run("some/head", "--revision", "v2")
-    assert result.exit_code == 0 and "taking some/head from https://huggingface.co at revision v2, which is not pinned" in result.stderr
+    assert result.exit_code == 0 and f"taking some/head from {constants.ENDPOINT} at revision v2, which is not pinned" in result.stderr
     result = run(head, "--revision", "v2")
     assert result.exit_code == 2 and "is a folder, which has no revision 'v2': leave" in result.stderr
+
+
+def test_the_pruned_head_is_offered_written_and_fits(head, tmp_path):
+    target = write_target(tmp_path)
+    kept = 4 * (40 * 120 + 2 * 40 + (60 + 30) * 80 + 77 * 40)
+    whole = kept + 4 * (30 * 80 + 40 * 60 + 3 * 56 * 40 + 2 * 40 + 33 * 40) + 8 * 33 + 77  # d2t and t2d come last
+    offer = f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads."
+    assert run(head).stdout.endswith(f"{offer}\n")
+    pruned = tmp_path / "pruned"
+    result = run(head, "--target", target, "--write-pruned", pruned)
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {pruned}: {kept:,} of {whole:,} bytes. It selects as the whole head does; as a draft model it no longer serves." in result.stdout
+    result = run(pruned, "--target", target)
+    assert result.exit_code == 0 and f"Fits {target}: reads its layers 2, 6, 9" in result.stdout and "--write-pruned" not in result.stdout
+
+
+def test_a_head_that_does_not_fit_is_not_written(head, tmp_path):
+    result = run(head, "--target", write_target(tmp_path, num_key_value_heads=2), "--write-pruned", tmp_path / "pruned")
+    assert result.exit_code == 1 and not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize("place, sentence", [("head", "holds something already"), ("head/config.json/new", "cannot be written (NotADirectoryError")])
+def test_a_place_that_cannot_take_the_pruned_head_is_one_line_on_stderr(head, tmp_path, place, sentence):
+    before = (head / "config.json").read_bytes()
+    result = run(head, "--write-pruned", tmp_path / place)
+    assert result.exit_code == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
+    assert (head / "config.json").read_bytes() == before
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}

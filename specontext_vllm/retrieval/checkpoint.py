@@ -27,6 +27,9 @@ logger = logging.getLogger("vllm.specontext")
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HUB_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json"]
 
+PRUNED_ARCHITECTURE = "SpeContextRetrievalHead"
+"""What `specontext inspect --write-pruned` writes: the flat layout, with `vocab_size` for the target's tokens in place of t2d and LM head."""
+
 # Defaults of transformers' LlamaConfig, which every published head leans on when its config is silent. The RoPE base is
 # the trap: silence means 10,000, not the target's own base.
 _DEFAULT_ROPE_THETA = 10_000.0
@@ -52,7 +55,7 @@ class HeadSpec:
     """Shapes and settings of a retrieval head.
 
     Attributes:
-        format: layout it was read from: "safeailab", "specforge", "speculators" or "dummy".
+        format: layout it was read from: "safeailab", "specforge", "speculators", "pruned" or "dummy".
         hidden_size: H, width of the fused feature.
         target_hidden_size: width of one auxiliary hidden state of the target.
         embed_size: E, width of the token embedding; q_proj and k_proj read E + H values.
@@ -69,8 +72,8 @@ class HeadSpec:
         qk_norm: RMSNorm over D on q and on k.
         dtype: dtype of fc in the checkpoint.
         embed_vocab_size: rows of the head's own token embedding, or None where it shares the target's.
-        target_vocab_size: tokens of the target it was made for: the length of its `t2d` map, at full vocabulary the rows of its LM head; None
-            where it has neither.
+        target_vocab_size: tokens of the target it was made for: the length of its `t2d` map, at full vocabulary the rows of its LM head, in
+            a pruned head's config its `vocab_size`; None where it has none of them.
     """
 
     format: str
@@ -190,7 +193,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
 
     shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
     with _usable_values(path):
-        spec = _spec(layout, config, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries, flat), path)
+        spec = _spec(layout, config, flat, shapes, entries[found["fc.weight"]].info.dtype, _target_vocabulary(entries, flat, layout), path)
     for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
         # vLLM reads these only when the config asks for them; a left-over tensor must not change the result.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
@@ -219,12 +222,14 @@ def _usable_values(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _target_vocabulary(entries: Mapping[str, TensorEntry], flat: Mapping[str, Any]) -> int | None:
-    """Tokens of the target: the length of ``t2d``, or the rows of an LM head that config.json does not call a reduced one.
+def _target_vocabulary(entries: Mapping[str, TensorEntry], flat: Mapping[str, Any], layout: str) -> int | None:
+    """Tokens of the target: the length of ``t2d``, or the rows of an LM head that config.json does not call a reduced one; a pruned head says it.
 
     A reduced LM head may come without the maps (vLLM then takes its rows for the first token ids), and tells nothing of the target.
     """
     shapes = {name.removeprefix("model."): entry.info.shape for name, entry in entries.items()}
+    if layout == "pruned":
+        return None if "vocab_size" not in flat else int(flat["vocab_size"])
     if "t2d" in shapes:
         return shapes["t2d"][0]
     rows = shapes["lm_head.weight"][0] if "lm_head.weight" in shapes else None
@@ -315,8 +320,8 @@ def check_fits(spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_
         )
     if spec.target_vocab_size is not None and spec.target_vocab_size != vocab_size:
         raise HeadError(
-            f"The head is for a vocabulary of {spec.target_vocab_size} tokens (its t2d map or LM head), but the target's vocab_size is {vocab_size}: "
-            "use a head that was trained for this target."
+            f"The head is for a vocabulary of {spec.target_vocab_size} tokens (its t2d map, LM head or config.json), but the target's "
+            f"vocab_size is {vocab_size}: use a head that was trained for this target."
         )
     if spec.num_kv_heads % num_kv_heads:
         raise HeadError(
@@ -415,6 +420,8 @@ def _layout(config: Mapping[str, Any], path: Path) -> str:
             raise HeadError(f"{path}/config.json has no transformer_layer_config: convert it with speculators again.")
         return "speculators"
     names = config.get("architectures") or ()
+    if PRUNED_ARCHITECTURE in names:
+        return "pruned"
     return "specforge" if any("Eagle3" in name for name in names) else "safeailab"
 
 
@@ -437,6 +444,12 @@ def _flatten(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
 
 def _given(level: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in level.items() if value is not None}
+
+
+def file_name(canonical: str) -> str:
+    """The name of a kept tensor in SafeAILab's layout."""
+    layer = {ours: theirs for theirs, ours in _LAYER_NAMES.items()}
+    return f"midlayer.{layer[canonical]}" if canonical in layer else canonical
 
 
 def _canonical_name(name: str) -> str | None:

@@ -103,7 +103,8 @@ def _check_scaling(scaling: dict[str, Any], head_dim: int) -> None:
             if not isinstance(found, list) or len(found) != head_dim // 2:
                 count = len(found) if isinstance(found, list) else "no list"
                 raise HeadError(
-                    f"The head's rope_scaling has {count} of the {head_dim // 2} numbers that {field} must hold: correct it in the head's config.json."
+                    f"The head's rope_scaling has {count} of the {head_dim // 2} numbers that {field} must hold: correct it in the head's "
+                    "config.json."
                 )
 
 

@@ -480,7 +480,7 @@ FITS = {
 }
 MISFITS = {
     "hidden_size": ({}, {"target_hidden_size": 48}, "target's hidden_size is 48"),
-    "other_vocabulary": ({}, {"vocab_size": 80}, "for a vocabulary of 77 tokens \\(its t2d map or LM head\\), but the target's vocab_size is 80"),
+    "other_vocabulary": ({}, {"vocab_size": 80}, "for a vocabulary of 77 tokens \\(its t2d map, LM head or config.json\\), but the target's vocab_size is 80"),
     "embed_size": ({"embed_size": 24}, {}, "token embeddings of width 24"),
     "vocabulary": ({"embed_vocab_size": 70}, {}, "has 70 rows"),
     "fewer_kv_heads": ({"num_kv_heads": 2}, {"num_kv_heads": 4}, "head has 2 KV heads"),
