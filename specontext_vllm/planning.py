@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
@@ -22,7 +23,8 @@ ACTIVATIONS = 2 * GIB
 
 @dataclass(frozen=True)
 class Model:
-    """What the plan needs of a model: its KV's shape, and bytes of its weights and of a retrieval head of its shape."""
+    """What the plan needs of a model: its KV's shape, bytes of its weights and of a retrieval head of its shape, and the longest context that vLLM
+    serves it with."""
 
     kv: KVShape
     weight_bytes: int
@@ -52,9 +54,9 @@ def read_model(path: Path) -> Model:
         hidden, heads = text.hidden_size, text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         head_dim = getattr(text, "head_dim", None) or hidden // heads
-        layers, longest = text.num_hidden_layers, text.max_position_embeddings
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        layers, longest = text.num_hidden_layers, _longest(text)
+    except Exception as error:  # an odd config fails wherever its values are first used
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--model: {folder}/config.json is not that of a causal language model that transformers knows: {reason}") from None
     for found, what in ((has_windowed_layers(text), "sliding windows"), (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)")):
         if found:
@@ -66,6 +68,15 @@ def read_model(path: Path) -> Model:
     cache = kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
     kv = KVShape(layers, kv_heads, head_dim, dtype.itemsize, cache)
     return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest)
+
+
+def _longest(config: Any) -> int:
+    """The longest context of a language model, as vLLM derives it (vllm/config/model.py, _get_and_verify_max_len): scaled by RoPE's factor where the
+    config gives the length before scaling."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = rope.get("rope_type") in ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+    derived = int(config.max_position_embeddings * (1 if scaled else rope.get("factor") or 1))
+    return max(derived, getattr(config, "model_max_length", None) or 0)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,13 @@ def make_plan(
     Raises:
         ConfigError, MemoryModelError: one sentence with the numbers.
     """
+    if not PAGE_SIZE <= max_model_len <= model.max_model_len:
+        raise ConfigError(f"--length: found {max_model_len}; give {PAGE_SIZE} to {model.max_model_len} tokens, the model's own longest context.")
+    if host_bytes and config.budget >= max_model_len:
+        raise ConfigError(
+            f"--budget: found {config.budget}, which holds the longest context ({max_model_len} tokens) whole, so that nothing could be left on the host; "
+            f"give less, or --host-gib 0."
+        )
     room = int(UTILIZATION * gpu_bytes) - model.weight_bytes - model.head_bytes - ACTIVATIONS
     if room <= 0:
         raise ConfigError(
@@ -146,18 +164,26 @@ def _lengths(longest: int) -> list[int]:
     return sorted({*lengths, *middles, longest})
 
 
+def _parts(tiers: TierPlan) -> dict[str, int]:
+    """Bytes on the GPU by part, without those that only two tiers have where there is one."""
+    return {name: size for name, size in tiers.parts.items() if tiers.host_layers or size}
+
+
 def memory_table(plan: Plan) -> Table:
     """Bytes by part, and what they hold."""
     tiers, model = plan.tiers, plan.model
     table = Table(title=f"Memory: {plan.gpu_bytes / GIB:g} GiB on the GPU", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    parts = {"weights": model.weight_bytes, "retrieval head": model.head_bytes, "activations, graphs (assumed)": ACTIVATIONS, **tiers.parts}
+    parts = {"weights": model.weight_bytes, "retrieval head": model.head_bytes, "activations, graphs (assumed)": ACTIVATIONS, **_parts(tiers)}
     for name, size in parts.items():
         table.add_row(f"GPU: {name}", f"{size / GIB:.2f} GiB")
-    table.add_row("host pool (host_kv_gib)", f"{tiers.host_bytes / GIB:.2f} GiB")
+    if tiers.host_layers:
+        table.add_row("host pool (host_kv_gib)", f"{tiers.host_bytes / GIB:.2f} GiB")
     table.add_section()
     table.add_row("tokens that fit", f"{tiers.num_pages * PAGE_SIZE:,}")
+    if not tiers.host_layers:
+        return table
     table.add_row("the same without a host pool", f"{plan.alone.num_pages * PAGE_SIZE:,}")
     table.add_row("layers with a mirror on the host", f"{tiers.host_layers} of {model.kv.num_layers}")
     table.add_row("hot buffer of a request and offloaded layer", f"{tiers.hot_pages * PAGE_SIZE:,} tokens")
@@ -176,21 +202,30 @@ def thresholds_table(plan: Plan) -> Table:
 
 def lengths_table(plan: Plan) -> Table:
     """What happens at each context length."""
-    table = Table(title=f"{plan.requests} requests by context length", title_justify="left")
+    # Rich would cut figures where a terminal is narrow: no column may shrink, and all of them together fit in 80 characters.
+    table = Table(title=f"{plan.requests} requests by context length", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
     columns = {
-        "length": ("context", ",d"), "resident": ("resident layers", "d"), "gpu_gib": ("KV on the GPU, GiB", ".2f"),
-        "host_gib": ("on the host, GiB", ".2f"), "moved_mb": ("PCIe a step, MB", ".0f"), "compute_ms": ("compute, ms", ".2f"),
-        "transfer_ms": ("transfer, ms", ".2f"), "step_ms": ("step, ms", ".2f"), "dense_ms": ("dense on a GPU that holds all, ms", ".2f"),
+        "length": ("context", ",d"), "resident": ("resident\nlayers", "d"), "gpu_gib": ("KV on\nGPU\nGiB", ".2f"), "host_gib": ("on\nhost\nGiB", ".2f"),
+        "moved_mb": ("PCIe\nMB/step", ".0f"), "compute_ms": ("compute\nms", ".2f"), "transfer_ms": ("transfer\nms", ".2f"), "step_ms": ("step\nms", ".2f"),
+        "dense_ms": ("dense, all\non a GPU\nms", ".2f"),
     }  # fmt: skip
+    if not plan.tiers.host_layers:
+        columns = {key: column for key, column in columns.items() if key not in ("host_gib", "moved_mb", "transfer_ms")}
     for heading, _ in columns.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in plan.rows:
         table.add_row(*(format(row[key], style) if key in row else "does not fit" if key == "resident" else "–" for key, (_, style) in columns.items()))
     return table
 
 
 def draw(plan: Plan, out: Path) -> None:
-    """Write the picture: resident layers and the time of a step over the context length."""
+    """Write the picture, a PNG: resident layers and the time of a step over the context length.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out: found {out}; the picture is a PNG, so give a file that ends in .png.")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -203,9 +238,10 @@ def draw(plan: Plan, out: Path) -> None:
     layers = plan.model.kv.num_layers
     left.step([PAGE_SIZE, *longest], [layers, *(layers - i for i, n in enumerate(plan.thresholds) if n)], where="pre")
     left.set(xlabel=f"context of each of {plan.requests} requests", ylabel="resident layers", ylim=(-0.5, layers + 0.5), title="What stays on the GPU")
-    names = list(plan.tiers.parts)
-    sizes = [plan.tiers.parts[name] / GIB for name in names]
-    middle.barh(["host pool", *names[::-1]], [plan.tiers.host_bytes / GIB, *sizes[::-1]], color=["tab:orange", *["tab:blue"] * len(names)])
+    bars = {name: (size, "tab:blue") for name, size in reversed(_parts(plan.tiers).items())}
+    if plan.tiers.host_layers:
+        bars = {"host pool": (plan.tiers.host_bytes, "tab:orange"), **bars}
+    middle.barh(list(bars), [size / GIB for size, _ in bars.values()], color=[color for _, color in bars.values()])
     middle.set(xlabel="GiB", title="Bytes by part (blue: GPU)")
     lengths = [row["length"] for row in fitting]
     for key, label in (("compute_ms", "compute"), ("transfer_ms", "transfer"), ("step_ms", "step")):
@@ -217,6 +253,10 @@ def draw(plan: Plan, out: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xlim(lengths[0], plan.rows[-1]["length"])
         axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written ({error.strerror}); name another.") from None
+    finally:
+        pyplot.close(figure)

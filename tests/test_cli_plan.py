@@ -22,8 +22,8 @@ def folder(tmp_path_factory):
     return Shape.named("8b").write(tmp_path_factory.mktemp("model"))
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+def run(*arguments, columns=200):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": str(columns)})
 
 
 def test_the_model_is_read_from_its_config(folder):
@@ -73,6 +73,39 @@ def test_rows_follow_the_time_law(folder):
         moved = (32 - row["resident"]) * 20 * 128 * 0.1 * model.kv.page_bytes
         assert row["moved_mb"] == pytest.approx(moved / 1e6) and row["transfer_ms"] == pytest.approx(1e3 * moved / 50e9)
         assert row["step_ms"] == max(row["compute_ms"], row["transfer_ms"]) and row["dense_ms"] > row["compute_ms"]
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_no_figure_is_cut_on_a_narrow_terminal(folder, columns):
+    narrow, wide = (run("--model", folder, "--gpu-gib", 80, "--host-gib", 256, columns=width) for width in (columns, 300))
+    assert "131,072" in narrow.output and "\u2026" not in narrow.output
+    assert [word for word in narrow.output.split() if word[0].isdigit()] == [word for word in wide.output.split() if word[0].isdigit()]
+    assert columns < 80 or max(map(len, narrow.output.splitlines())) <= 80
+
+
+def test_a_picture_is_drawn_when_it_is_asked_for(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("--model", folder, "--gpu-gib", 80, "--host-gib", 128)
+    assert result.exit_code == 0 and "Picture" not in result.output and not list(tmp_path.iterdir())
+
+
+def test_without_a_host_pool_nothing_is_said_of_what_only_two_tiers_have(folder, tmp_path):
+    result = run("--model", folder, "--gpu-gib", 80, "--out", tmp_path / "plan.png")
+    assert result.exit_code == 0 and "tokens that fit" in result.output
+    tables = result.output.split("Picture: ")[0]
+    assert not any(word in tables for word in ("hot buffer", "host", "mirror", "staging", "PCIe", "transfer"))
+
+
+def test_the_longest_context_is_vllms(folder, tmp_path):
+    """vLLM multiplies max_position_embeddings by some kinds' factor, and not by others'."""
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
+    scalings = {
+        "linear": ({"rope_type": "linear", "factor": 4.0}, 16384), "yarn": ({"rope_type": "yarn", "factor": 4.0}, 4096), "none": (None, 4096),
+    }  # fmt: skip
+    for name, (scaling, longest) in scalings.items():
+        config["rope_parameters"] = {"rope_theta": 1e4, **(scaling or {"rope_type": "default"})}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert planning.read_model(tmp_path).max_model_len == longest, name
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,15 @@ Reading = dict[tuple[str, str], Figures]
 
 
 def metrics_url(url: str) -> str:
-    """The address of /metrics for whatever a user gives for a server: with or without scheme, /v1 or /metrics."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    """The address of /metrics for whatever a user gives for a server: with or without scheme, /v1 or /metrics.
+
+    Raises:
+        TopError: not an address.
+    """
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+    except ValueError as error:
+        raise TopError(f"{url}: no address ({error}); give that of a running vllm serve, such as http://127.0.0.1:8000.") from None
     return f"{parts.scheme}://{parts.netloc}/metrics"
 
 
@@ -73,7 +80,7 @@ def parse(text: str) -> Reading:
     """Sort the samples of a /metrics page by engine.
 
     Raises:
-        ValueError: not Prometheus text.
+        ValueError: not Prometheus text, or samples that do not say whose they are.
     """
     kinds = {sample: metric.kind for metric in METRICS for sample in metric.samples}
     reading: Reading = defaultdict(Figures)
@@ -81,7 +88,10 @@ def parse(text: str) -> Reading:
         if not family.name.startswith(PREFIX):
             continue
         for sample in family.samples:
-            figures = reading[sample.labels["model_name"], sample.labels["engine"]]
+            try:
+                figures = reading[sample.labels["model_name"], sample.labels["engine"]]
+            except KeyError as error:
+                raise ValueError(f"{sample.name} without the label {error}") from None
             if kinds.get(sample.name) == "gauge":
                 figures.gauges[sample.name].append(sample.value)
             elif sample.name in kinds and "le" not in sample.labels:

@@ -227,14 +227,18 @@ class MemoryModel:
             else:
                 fails = lanes
         hot, gpu, host = in_gib(self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes, gpu_bytes, host_bytes)
-        if not pays:
+        least = MemoryModel(
+            self.shape, budget_pages=1, table_pages=1, max_num_seqs=1, max_model_len=self.max_pages * PAGE_SIZE, captured_rows=self.captured_rows
+        )
+        if not pays and least._largest(gpu_bytes, host_bytes, 1).num_pages < LEAST_GAIN * alone:
             return (
-                f"{host} GiB of host memory add less than {LEAST_GAIN - 1:.0%} to what {gpu} GiB of memory for KV hold, whatever --max-num-seqs is; give "
+                f"{host} GiB of host memory add less than {LEAST_GAIN - 1:.0%} to what {gpu} GiB of memory for KV hold, however small the hot buffers; give "
                 f"more, or set host_kv_gib to 0."
             )
+        remedy = f"--max-num-seqs {pays} is the largest that pays; use that," if pays else "none smaller pays either;"
         return (
             f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot} GiB of the {gpu} GiB of memory for KV, so that "
-            f"{host} GiB of host memory gain nothing; --max-num-seqs {pays} is the largest that pays, or set host_kv_gib to 0."
+            f"{host} GiB of host memory gain nothing; {remedy} lower the budget (a buffer holds {width * PAGE_SIZE} tokens), or set host_kv_gib to 0."
         )
 
     def thresholds(self, plan: TierPlan, requests: int) -> list[int]:

@@ -114,7 +114,7 @@ def test_refusals_name_the_setting_and_the_numbers():
     crowded = MemoryModel(SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=1024, max_model_len=131072)
     with pytest.raises(MemoryModelError, match=r"--max-num-seqs 1024 .* 16.00 GiB .*; --max-num-seqs \d+ is the largest that pays"):
         crowded.plan(16 * GIB, 80 * GIB)
-    with pytest.raises(MemoryModelError, match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV hold, whatever"):
+    with pytest.raises(MemoryModelError, match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV hold, however small the hot buffers"):
         crowded.plan(16 * GIB, GIB >> 10)
     with pytest.raises(MemoryModelError, match="hold not one page"):
         crowded.plan(1000, 0)
