@@ -322,7 +322,7 @@ TABLES = {
 
 def main(
     minutes: Annotated[float, typer.Option(min=0.5, help="No lap begins later.")] = 60.0,
-    seed: Annotated[str | None, typer.Option(help="Of the first lap (the others count on from it); by default the time of day.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first lap (the others count on from it); by default the time of day.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Mixes of a lap.")] = LAP_ROUNDS,
     laps: Annotated[int | None, typer.Option(min=1, help="No more laps than this.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
@@ -333,13 +333,13 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = bool(gpus())
     near_tie = NEAR_TIE_GPU if on_gpu else NEAR_TIE_CPU
-    first = int(seed) if seed is not None else int(time.time())
+    first = int(time.time()) if seed is None else seed
     result = report.Report("fuzz", f"Demo model: random mixes of requests of 1 to {MAX_MODEL_LEN} tokens", TABLES)
     result.notes = [
-        f"float32. A mix is 3 to 8 requests of up to {LONGEST_PROMPT} tokens that share beginnings, arrive, are aborted and are preempted at random, greedy or sampled with a seed, some with "
-        f"n, stop tokens and log-probabilities, at {MAX_SEQS} at once over {PAGES} pages, with 16 to {STEP_TOKENS} tokens a step. Against stock vLLM every token must be the same "
-        f"and log-probabilities within {near_tie:g}; a near-tie is a greedy token that was less than that ahead. Two tiers (budget {SMALL_BUDGET}) must give one tier's tokens and "
-        f"log-probabilities bit for bit.",
+        f"float32. A mix is 3 to 8 requests of up to {LONGEST_PROMPT} tokens that share beginnings, arrive, are aborted and are preempted at random, greedy or "
+        f"sampled with a seed, some with n, stop tokens and log-probabilities, {MAX_SEQS} at once over {PAGES} pages, with 16 to {STEP_TOKENS} tokens a step.",
+        f"Against stock vLLM every token must be the same, and log-probabilities within {near_tie:g}; a near-tie is a greedy token that was less than that ahead. "
+        f"Two tiers (budget {SMALL_BUDGET}) must give one tier's tokens and log-probabilities bit for bit.",
     ]  # fmt: skip
     totals: dict[str, Verdict] = {}
     preempted: Counter[str] = Counter()
@@ -350,11 +350,10 @@ def main(
         answers: dict[str, Any] = {}
         try:
             for engine in ("stock", "specontext", "two tiers"):
-                for _, (found, count) in run_child(
-                    run_engine, engine, on_gpu, name, rounds, log=folder / f"{engine}.log".replace(" ", "-"), seconds=3600, env=engine_env(on_gpu)
-                ):  # fmt: skip
-                    answers |= found
-                    preempted[engine] += count
+                log = folder / f"{engine.replace(' ', '-')}.log"
+                ((_, (found, count)),) = run_child(run_engine, engine, on_gpu, name, rounds, log=log, seconds=3600, env=engine_env(on_gpu))
+                answers |= found
+                preempted[engine] += count
         except ChildError as error:
             result.failures[f"seed {name}, {engine}"] = str(error)
             break
@@ -371,7 +370,7 @@ def main(
             for title, verdict in totals.items()
         ]  # fmt: skip
         result.details = {"first_seed": first, "laps": lap, "rounds": rounds, "minutes": (time.monotonic() - begin) / 60, "preemptions": dict(preempted)}
-        result.failures |= {f"{title}: {verdict.counts['wrong']} wrong": verdict.wrong[0] for title, verdict in totals.items() if verdict.wrong}
+        result.failures |= {title: f"{verdict.counts['wrong']} wrong answers, such as {verdict.wrong[0]}" for title, verdict in totals.items() if verdict.wrong}
         result.write(out)
     result.write(out)
     result.show()

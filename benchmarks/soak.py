@@ -334,8 +334,13 @@ def soak(model: Path, load: Load, settings: dict[str, Any] | None, pages: int, m
     from specontext_vllm.demo.server import VllmServer
 
     with VllmServer(model, server_arguments(settings, pages, max_num_seqs)) as server:
-        outcome = asyncio.run(apply_load(server, load))
-        return outcome, settle(server, load.prompts[0], settings is not None)
+        return put_under(load, server, settings is not None)
+
+
+def put_under(load: Load, server: Any, plugin: bool) -> tuple[Outcome, dict[str, Any]]:
+    """The same with a server that runs, with our ``plugin`` or without."""
+    outcome = asyncio.run(apply_load(server, load))
+    return outcome, settle(server, load.prompts[0], plugin)
 
 
 def complaints(outcome: Outcome, left: dict[str, Any], exact: bool) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""What clients and the machine do to a server: odd prompts, crowds that hang up, and a worker or an engine that is killed."""
+"""What clients and the machine do to servers: a few hundred requests of the soak benchmark, odd prompts, crowds that hang up, and a worker or an engine that is killed.
+
+Two servers go through it one after the other, each killed in the end.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,30 @@ import pytest
 from openai import BadRequestError, OpenAI, OpenAIError
 
 from benchmarks import soak
+from benchmarks.children import engine_env, run_child
 from specontext_vllm.demo.server import VllmServer
+from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS
 
-SETTINGS = {"budget": 192, "host_kv_gib": 0.25, "gpu_kv_gib": 0.026}
-# The worker in a process of its own, as with several of them.
-ARGUMENTS = [*soak.server_arguments(SETTINGS, 401, 16), "--distributed-executor-backend", "mp", *GPU_OPTIONS]
-CLIENTS = 200
+CLIENTS, REQUESTS = 200, 120
+
+
+def arguments(name: str, pages: int, max_num_seqs: int) -> list[str]:
+    """Of one of the benchmark's servers, with its worker in a process of its own, as with several of them."""
+    return [*soak.server_arguments(soak.ENGINES[name].settings, pages, max_num_seqs), "--distributed-executor-backend", "mp", *GPU_OPTIONS]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmServer]:
-    """Two tiers, and pages for a few long requests only."""
-    with VllmServer(DEMO_MODEL, ARGUMENTS) as running:
+    """Two tiers, and pages for a few long requests only. Hot buffers leave room for no more than 16."""
+    with VllmServer(DEMO_MODEL, arguments("two-tiers", soak.ENGINES["two-tiers"].pages, 16)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def following() -> Iterator[VllmServer]:
+    """One tier, with half the benchmark's pages for twice its running requests: few requests preempt some too."""
+    with VllmServer(DEMO_MODEL, arguments("one-tier", soak.ENGINES["one-tier"].pages // 2, 32)) as running:
         yield running
 
 
@@ -35,12 +49,37 @@ def client(server) -> OpenAI:
 
 
 @pytest.fixture(scope="module")
+def load(tmp_path_factory) -> soak.Load:
+    prompts = soak.make_prompts(DEMO_MODEL, 40)
+    log = tmp_path_factory.mktemp("soak") / "references.log"
+    ((_, (references, gaps)),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
+    return soak.Load(prompts, references, gaps, REQUESTS, None, 40, soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU)
+
+
+@pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     return soak.make_prompts(DEMO_MODEL, 20)
 
 
 def complete(client, prompt, **options):
     return client.completions.create(model="demo", prompt=prompt, temperature=0, **{"max_tokens": 8, **options})
+
+
+def check_full(server, load, name: str) -> tuple[soak.Outcome, dict]:
+    """The load's outcome, once it is seen that a full server answers all and forgets all."""
+    outcome, left = soak.put_under(load, server, plugin=True)
+    # These are too few to speak of memory.
+    assert {k: v for k, v in soak.complaints(outcome, left, soak.ENGINES[name].exact).items() if k != "memory"} == {}
+    assert outcome.done == REQUESTS and outcome.counts["given up"] > 10
+    assert left["prefix_hit_tokens"] > 0
+    return outcome, left
+
+
+def test_a_full_server_with_two_tiers_answers_all_and_forgets_all(server, load):
+    outcome, left = check_full(server, load, "two-tiers")
+    assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
+    # Every answer that dense attention and few pages agree on is one that paging cannot have spoilt.
+    assert outcome.counts["wrong"] < 0.2 * REQUESTS
 
 
 @pytest.mark.parametrize(
@@ -116,8 +155,13 @@ def test_a_killed_worker_ends_the_server_at_once(server, client, prompts):
     end_by_killing(server, client, prompts[0], "Worker")
 
 
-def test_the_next_server_answers_and_a_killed_engine_ends_it(prompts):
-    """Where a worker was killed, another server starts."""
-    with VllmServer(DEMO_MODEL, ARGUMENTS) as following, OpenAI(base_url=f"{following.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+def test_where_a_worker_was_killed_another_server_starts_and_when_full_answers_all_exactly(following, load):
+    _, left = check_full(following, load, "one-tier")
+    assert left["preemptions"] > 0
+
+
+def test_a_killed_engine_ends_the_server_at_once(following, prompts):
+    """The last test of this server."""
+    with OpenAI(base_url=f"{following.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
         assert complete(client, prompts[1]).usage.completion_tokens == 8
         end_by_killing(following, client, prompts[0], "EngineCore")

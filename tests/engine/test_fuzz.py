@@ -38,5 +38,7 @@ def test_random_mixes_of_requests_give_the_same_tokens_everywhere(answers, seed)
         assert verdict.counts["near ties"] < 0.05 * verdict.counts["requests"]
 
 
-def test_mixes_preempt(answers):
+def test_the_mixes_preempt_and_show_pages_that_are_left_out(answers, seed):
     assert all(answers["preemptions"].values()), answers["preemptions"]
+    # Or the tokens would be the same whatever is read.
+    assert fuzz.judge(seed, {**answers, "specontext": answers["one tier"]}, CUDA)["budget over the context, against stock vLLM"].counts["wrong"] > 0

@@ -1,4 +1,4 @@
-"""A few hundred requests of the soak benchmark against a real server, and what its checks find when something is wrong."""
+"""What the checks of the soak benchmark find when something is wrong. Its load on real servers is in test_faults.py."""
 
 from __future__ import annotations
 
@@ -10,41 +10,8 @@ import pytest
 from typer import BadParameter
 
 from benchmarks import soak
-from benchmarks.children import engine_env, run_child
 from benchmarks.report import Report
 from benchmarks.shapes import Shape
-from tests.conftest import CUDA
-from tests.engine.conftest import DEMO_MODEL
-
-REQUESTS = 120
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory) -> soak.Load:
-    prompts = soak.make_prompts(DEMO_MODEL, 40)
-    log = tmp_path_factory.mktemp("soak") / "references.log"
-    ((_, (references, gaps)),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
-    return soak.Load(prompts, references, gaps, REQUESTS, None, 40, soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["one-tier", "two-tiers"])
-def test_a_full_server_answers_all_and_forgets_all(load, name):
-    engine = soak.ENGINES[name]
-    settings, pages, exact = engine.settings, engine.pages, engine.exact
-    tiers = "host_kv_gib" in settings
-    # Half the benchmark's pages for twice its running requests: these few preempt some too. Hot buffers leave room for no more than 16.
-    outcome, left = soak.soak(DEMO_MODEL, load, settings, pages if tiers else pages // 2, max_num_seqs=16 if tiers else 32)
-    # These are too few to speak of memory.
-    assert {k: v for k, v in soak.complaints(outcome, left, exact).items() if k != "memory"} == {}
-    assert outcome.done == REQUESTS and outcome.counts["given up"] > 10
-    assert left["prefix_hit_tokens"] > 0
-    if not tiers:
-        assert left["preemptions"] > 0
-    else:
-        assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
-        # Every answer that dense attention and few pages agree on is one that paging cannot have spoilt.
-        assert outcome.counts["wrong"] < 0.2 * REQUESTS
 
 
 def test_no_connection_serves_two_requests():
