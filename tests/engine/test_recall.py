@@ -12,6 +12,7 @@ from benchmarks.accuracy import forcing
 from specontext_vllm.config import PER_LAYER, Retriever
 from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.overflow import beside_an_overflow, check
 
 NEEDLES, RECITATIONS, TOKENS, BUDGET = 6, 3, 8000, 512
 
@@ -146,3 +147,9 @@ def test_forced_tokens_have_the_probabilities_of_decode_steps(llm):
     assert means["recent"] < means["dlm"] - 1
     with pytest.raises(RuntimeError, match="number 3 on"):
         forcing.log_probabilities(free, [*tokens[:3], tokens[3] + 1, *tokens[4:]])
+
+
+@pytest.mark.parametrize("retriever", PER_LAYER)
+def test_a_request_of_nan_changes_no_other(llm, prompts, retriever):
+    llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": 160})
+    check(beside_an_overflow(llm, prompts[4:7]))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.overflow import beside_an_overflow, check
 from tests.engine.test_exactness import OTHER_WAYS, by_another_way, ids, sampling, scenarios
+from tests.poison import poisoned_tiers, times_poisoned
 
 PAGES = 111
 SETTINGS = {
@@ -36,11 +37,12 @@ def after_pressure(llm, prompts) -> list[list[int]]:
 def run(prompts, **settings):
     with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **settings}}) as llm:
         out = scenarios(llm, prompts)
-        out["frames"] = llm.collective_rpc(frames)[0]
+        out["frames"], out["poisoned"] = llm.collective_rpc(frames)[0], llm.collective_rpc(times_poisoned)[0]
         out["metrics"] = [(metric.name, getattr(metric, "value", None)) for metric in llm.get_metrics() if "specontext" in metric.name]
         out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
         out["after pressure"] = after_pressure(llm, prompts)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
+        out["overflow"] = beside_an_overflow(llm, prompts[4:7])
         return out
 
 
@@ -51,11 +53,8 @@ def one_tier(prompts):
 
 @pytest.fixture(scope="module")
 def two_tiers(prompts):
-    TieredKV.poison = True
-    try:
+    with poisoned_tiers():
         return run(prompts, host_kv_gib=0.25, gpu_kv_gib=0.0036 - SAVED_GIB)
-    finally:
-        TieredKV.poison = False
 
 
 def unsettle(worker) -> None:
@@ -83,24 +82,22 @@ def unsettle(worker) -> None:
 
 @pytest.fixture(scope="module")
 def resizing(prompts):
-    TieredKV.poison = True
-    try:
-        with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042 - SAVED_GIB}}) as llm:
-            llm.collective_rpc(unsettle)
-            out = scenarios(llm, prompts)
-            out["after pressure"] = after_pressure(llm, prompts)
-            out["resized"] = llm.collective_rpc(lambda worker: worker.resized)[0]
-            out["slow steps"] = llm.collective_rpc(lambda worker: worker.slow_steps)[0]
-            stats = llm.collective_rpc("specontext_stats")[0]
-            out["resident"], out["layers"] = stats["resident_layers"], stats["num_layers"]
-            return out
-    finally:
-        TieredKV.poison = False
+    settings = {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042 - SAVED_GIB}
+    with poisoned_tiers(), engine(**SHAPE, additional_config={"specontext": settings}) as llm:
+        llm.collective_rpc(unsettle)
+        out = scenarios(llm, prompts)
+        out["after pressure"] = after_pressure(llm, prompts)
+        out["resized"] = llm.collective_rpc(lambda worker: worker.resized)[0]
+        out["slow steps"] = llm.collective_rpc(lambda worker: worker.slow_steps)[0]
+        out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
+        stats = llm.collective_rpc("specontext_stats")[0]
+        out["resident"], out["layers"] = stats["resident_layers"], stats["num_layers"]
+        return out
 
 
 @pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "neighbour aborted", "after pressure"])
 def test_tokens_survive_hot_buffers_that_change_their_size_and_layers_that_come_back_slowly(one_tier, resizing, scenario):
-    assert resizing["resized"] > 10 and resizing["slow steps"] > 10 and resizing["resident"] == resizing["layers"]
+    assert resizing["resized"] > 10 and resizing["slow steps"] > 10 and resizing["resident"] == resizing["layers"] and resizing["poisoned"] > 100
     assert resizing[scenario] == one_tier[scenario]
 
 
@@ -118,10 +115,15 @@ def test_tokens_do_not_hang_on_a_request_s_way(one_tier, scenario):
     assert tokens == otherwise
 
 
+@pytest.mark.parametrize("tiers", ["one_tier", "two_tiers"])
+def test_a_request_of_nan_changes_no_other(tiers, request):
+    check(request.getfixturevalue(tiers)["overflow"])
+
+
 def test_the_scenarios_happened(one_tier, two_tiers):
     assert one_tier["preempted"] > 0 and two_tiers["preempted"] == one_tier["preempted"]
     assert two_tiers["cached tokens"] == one_tier["cached tokens"] > 0
-    assert two_tiers["frames"] <= 1.05 * PAGES * 6 / 4
+    assert two_tiers["frames"] <= 1.05 * PAGES * 6 / 4 and two_tiers["poisoned"] > 100
     stats, late = two_tiers["stats"], two_tiers["late stats"]
     assert stats["layer_moves"] > 0 and stats["fetched_bytes"] > 0 and stats["missed_head_pages"] > 0
     assert stats["pages_read"] < 0.5 * stats["pages_total"]
