@@ -13,7 +13,7 @@ def _select_pages_kernel(
     p_max, p_lse, p_order, p_seq_lens, p_starts, p_block_table, p_pages, p_lengths, p_mass, p_lanes, p_slot_of,
     s_table, s_scores, s_pages, s_slots, first_row, budget, sinks, recents, threshold, margin,
     H: tl.constexpr, H_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr, STICKY: tl.constexpr,
+    BLOCK: tl.constexpr, FEW: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr, STICKY: tl.constexpr,
 ):  # fmt: skip
     i_local = tl.program_id(0)
     i_head = tl.program_id(1)
@@ -49,27 +49,50 @@ def _select_pages_kernel(
             for first in range(0, pages, BLOCK):
                 m_tile = m_g[:, None] & (first + o_block < pages)[None, :]
                 b_lse = tl.load(p_lse + o_tile + first, mask=m_tile, other=float("-inf"))
-                # What is not finite has no weight, here and below; a NaN would come before the sinks.
-                b_lse = tl.where(tl.abs(b_lse) < float("inf"), b_lse, float("-inf"))
+                b_lse = tl.where(m_g[:, None], b_lse, 0.0)
                 b_new = tl.maximum(b_top, tl.max(b_lse, axis=1))
-                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_sum = b_sum * tl.exp(b_top - b_safe) + tl.sum(tl.exp(b_lse - b_safe[:, None]), axis=1)
+                b_sum = b_sum * tl.exp(b_top - b_new) + tl.sum(tl.exp(b_lse - b_new[:, None]), axis=1)
                 b_top = b_new
-            # A query head without a finite score has no say.
-            b_total = tl.where(b_sum > 0.0, b_top + tl.log(b_sum), float("inf"))
+            b_total = b_top + tl.log(b_sum)
+            # NaN if a score is NaN or infinite. Such a score has no weight: the row's are made good, and added up once more.
+            if tl.max((b_total != b_total).to(tl.int32), axis=0) > 0:
+                b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
+                b_sum = tl.zeros((G_PAD,), tl.float32)
+                # Few at a time, which leaves the registers to the loops that every row runs.
+                for first in range(0, pages, FEW):
+                    o_p = first + tl.arange(0, FEW)
+                    m_tile = m_g[:, None] & (o_p < pages)[None, :]
+                    o_few = (i_head * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_p[None, :]
+                    b_m = tl.load(p_max + o_few, mask=m_tile, other=0.0)
+                    b_lse = tl.load(p_lse + o_few, mask=m_tile, other=float("-inf"))
+                    m_finite = (tl.abs(b_m) < float("inf")) & (tl.abs(b_lse) < float("inf"))
+                    b_lse = tl.where(m_finite, b_lse, float("-inf"))
+                    tl.store(p_max + o_few, float("-inf"), mask=m_tile & (m_finite == 0))
+                    tl.store(p_lse + o_few, float("-inf"), mask=m_tile & (m_finite == 0))
+                    b_new = tl.maximum(b_top, tl.max(b_lse, axis=1))
+                    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+                    b_sum = b_sum * tl.exp(b_top - b_safe) + tl.sum(tl.exp(b_lse - b_safe[:, None]), axis=1)
+                    b_top = b_new
+                # A query head without a finite score has no say.
+                b_total = tl.where(b_sum > 0.0, b_top + tl.log(b_sum), float("inf"))
+                # Other threads may read below what these have stored.
+                tl.debug_barrier()
             # Score of a page: the largest attention weight (as a logarithm) over its tokens and the group's query heads,
             # kept as an integer of the same order.
             p_row_order = p_order + i_head.to(tl.int64) * s_scores + start
             least = tl.full((), ALWAYS, tl.int64)
             for first in range(0, pages, BLOCK):
                 o_p = first + o_block
-                b_m = tl.load(p_max + o_tile + first, mask=m_g[:, None] & (o_p < pages)[None, :], other=float("-inf"))
-                b_m = tl.where(tl.abs(b_m) < float("inf"), b_m, float("-inf")) - b_total[:, None]
+                m_tile = m_g[:, None] & (o_p < pages)[None, :]
+                b_m = tl.load(p_max + o_tile + first, mask=m_tile, other=float("-inf"))
+                b_m = tl.where(m_tile, b_m - b_total[:, None], float("-inf"))
                 b_best = tl.max(b_m, axis=0)
                 if STICKY:
                     lane = tl.maximum(tl.load(p_lanes + i_row), 0).to(tl.int64)
                     b_slot = tl.load(p_slot_of + (lane * H + i_head) * s_slots + o_p, mask=o_p < pages, other=-1)
                     b_best += tl.where(b_slot >= 0, margin, 0.0)
+                # As an integer a NaN would come before the sinks.
+                b_best = tl.where(b_best == b_best, b_best, float("-inf"))
                 b_bits = b_best.to(tl.int32, bitcast=True)
                 b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
                 b_order = tl.where((o_p < sinks) | (o_p >= pages - recents), ALWAYS, b_order)
@@ -113,10 +136,10 @@ def _select_pages_kernel(
                 taken += tl.sum(b_keep)
                 tied += tl.sum(b_tie)
                 b_lse = tl.load(p_lse + o_tile + first, mask=m_g[:, None] & m_keep[None, :], other=float("-inf"))
-                b_kept += tl.sum(tl.where(tl.abs(b_lse) < float("inf"), tl.exp(b_lse - b_total[:, None]), 0.0), axis=1)
+                b_kept += tl.sum(tl.where(m_g[:, None] & m_keep[None, :], tl.exp(b_lse - b_total[:, None]), 0.0), axis=1)
             tl.store(p_lengths + i_row * H + i_head, (budget - 1) * P + (seq_len - 1) % P + 1)
             if not FALLBACK:
-                tl.store(p_mass + i_row * H + i_head, tl.sum(b_kept) / G)
+                tl.store(p_mass + i_row * H + i_head, tl.sum(tl.where(m_g, b_kept, 0.0)) / G)
 
 
 def select_pages(
@@ -128,7 +151,8 @@ def select_pages(
     """Keep each (row, KV head)'s sinks, recents and best pages; see ``specontext_vllm.retrieval.selection``.
 
     Args:
-        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows; what is not finite counts as the worst.
+        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows, no maximum above its sum. A page for which one of the two is not
+            finite counts as the worst: both become -inf.
         order: ``[H, C]`` int32 scratch.
         starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for rows that are kept whole.
         widest: most pages any row of this engine may have; only the tile size depends on it, so that one kernel is compiled.
@@ -147,6 +171,6 @@ def select_pages(
         block_table.stride(0), page_max.stride(0), pages.stride(0), slot_of.shape[-1], first_row, budget_pages, sink_pages,
         recent_pages, 0.0 if fallback_threshold is None else fallback_threshold, margin,
         H=heads, H_PAD=triton.next_power_of_2(heads), G=group, G_PAD=triton.next_power_of_2(group), P=page_size,
-        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))), ALWAYS=_ALWAYS, FALLBACK=fallback_threshold is not None,
+        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))), FEW=64, ALWAYS=_ALWAYS, FALLBACK=fallback_threshold is not None,
         STICKY=held is not None, num_warps=8,
     )  # fmt: skip

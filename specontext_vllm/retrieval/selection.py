@@ -102,16 +102,17 @@ def select_row(
     """Kept page positions ``[H, min(count, total)]`` int64 ascending, and kept mass ``[H]``, of one row.
 
     Args:
-        page_max, page_lse: ``[NQ, count]`` float32. What is not finite counts as the worst and has no mass; a query head without a finite
-            score has no say.
+        page_max, page_lse: ``[NQ, count]`` float32. A page for which one of the two is not finite counts as the worst and has no mass; a
+            query head without a finite score has no say.
         bonus: ``[H, count]`` added to the logarithms of the scores, or None.
     """
     if count <= budget.total:
         return torch.arange(count).expand(num_kv_heads, count), torch.ones(num_kv_heads)
-    page_lse = torch.where(page_lse.isfinite(), page_lse, float("-inf"))
+    finite = page_max.isfinite() & page_lse.isfinite()
+    page_max, page_lse = (scores.where(finite, float("-inf")) for scores in (page_max, page_lse))
     total = page_lse.logsumexp(-1, keepdim=True)
-    total = torch.where(total.isfinite(), total, float("inf"))
-    score = (torch.where(page_max.isfinite(), page_max, float("-inf")) - total).view(num_kv_heads, -1, count).amax(1)
+    total = total.where(total.isfinite(), float("inf"))
+    score = (page_max - total).view(num_kv_heads, -1, count).amax(1)
     if bonus is not None:
         score = score + bonus
     score[:, : budget.sinks] = float("inf")

@@ -87,8 +87,10 @@ def poison(scores, where, value, span):
 def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(extra, device):
     """Every second request has such scores. It keeps sinks, recents and exactly its count; the others have what they would have alone."""
     heads, budget, wider = 2, Budget(8, 1, 2), 12
-    bad = [None] + [entry for where in WHERE for bits in NOT_FINITE.values() for entry in ((where, bits), None)]
-    lengths = [640 - 7 * row for row in range(len(bad))]
+    # No maximum lies above its sum.
+    kinds = [(where, bits) for where in WHERE for name, bits in NOT_FINITE.items() if (where, name) != ("one page's sum", "-inf")]
+    bad = [None] + [entry for kind in kinds for entry in (kind, None)]
+    lengths = [1340 - 7 * row for row in range(len(bad))]
     counts = [pages_for(n) for n in lengths]
     spans = [slice(sum(counts[:row]), sum(counts[: row + 1])) for row in range(len(bad))]
     scores = random_scores(4, heads, counts, device, seed=11)
@@ -96,32 +98,35 @@ def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(e
         if entry is not None:
             poison(scores, entry[0], as_float(entry[1]).to(device), span)
     rows = len(bad)
-    table = torch.stack([torch.randperm(43) for _ in lengths]).int()
-    slot_of = torch.where(torch.rand(rows, heads, 43, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1).int()
+    table = torch.stack([torch.randperm(87) for _ in lengths]).int()
+    slot_of = torch.where(torch.rand(rows, heads, 87, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1).int()
     lanes, seq_lens = torch.arange(rows - 1, -1, -1, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    before = [found.cpu().clone() for found in (scores.page_max, scores.page_lse)]
     pages, out = Guarded.make(rows * heads, wider, device=device), Guarded.make(rows * heads, device=device)
     mass, order = Guarded.make(rows, heads, dtype=torch.float32, device=device), Guarded.make(*scores.order.shape, device=device)
     for threshold, total in ((None, budget.total), (1e-6, wider)) if extra == "fallback" else ((None, budget.total),):
         select_pages(
             scores.page_max, scores.page_lse, order.view, seq_lens.to(device), row_starts(seq_lens, range(rows)).to(device), table.to(device), pages.view,
-            out.view, mass.view, page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, widest=43, budget_pages=total, sink_pages=1,
+            out.view, mass.view, page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, widest=87, budget_pages=total, sink_pages=1,
             recent_pages=2, fallback_threshold=threshold, held=(lanes.to(device), slot_of.to(device), 0.7) if extra == "stickiness" else None,
         )  # fmt: skip
     for buffer in (pages, out, mass, order):
         buffer.check()
+    finite = before[0].isfinite() & before[1].isfinite()
+    for was, found in zip(before, (scores.page_max.cpu(), scores.page_lse.cpu()), strict=True):
+        assert torch.equal(found[finite], was[finite]) and found[:, sum(counts) :].isnan().all()
     for row, (entry, span, count) in enumerate(zip(bad, spans, counts, strict=True)):
         where = entry and entry[0]
         bonus = 0.7 * (slot_of[lanes[row], :, :count] >= 0) if extra == "stickiness" else None
         # Such a row has no confidence at all.
         falls_back = extra == "fallback" and where == "the whole query"
         total = wider if falls_back else budget.total
-        page_max, page_lse = scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu()
-        kept, kept_mass = select_row(page_max, page_lse, count, heads, Budget(total, budget.sinks, budget.recents), bonus)
+        kept, kept_mass = select_row(before[0][:, span], before[1][:, span], count, heads, Budget(total, budget.sinks, budget.recents), bonus)
         for head in range(heads):
             found, chosen = pages.view[row * heads + head].tolist(), kept[head].tolist()
             assert found == (table[row, chosen] * heads + head).tolist() + [SENTINEL] * (wider - total), (row, entry)
             assert len(set(chosen)) == total and {0, count - 2, count - 1} <= set(chosen)
-            assert where != "one page" or 7 not in chosen
+            assert where not in ("one page", "one page's sum") or 7 not in chosen
         assert out.view[row * heads : (row + 1) * heads].tolist() == [lengths[row] - (count - total) * PAGE_SIZE] * heads
         torch.testing.assert_close(mass.view[row].cpu(), kept_mass, rtol=1e-4, atol=1e-6)
         assert (kept_mass == 0).all() if where == "the whole query" else ((0 < kept_mass) & (kept_mass <= 1)).all()
