@@ -12,7 +12,7 @@ from rich.table import Table
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.resolve import has_windowed_layers
 from specontext_vllm.residency.hot_size import prior_rate
-from specontext_vllm.residency.memory_model import KVShape, MemoryModel, StepTime, TierPlan, default_captured_rows
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel, StepTime, TierPlan, default_captured_rows, table_rows
 
 GIB = 2**30
 UTILIZATION = 0.92
@@ -176,6 +176,8 @@ def memory_table(plan: Plan) -> Table:
     table.add_column()
     table.add_column(justify="right")
     parts = {"weights": model.weight_bytes, "retrieval head": model.head_bytes, "activations, graphs (assumed)": ACTIVATIONS, **_parts(tiers)}
+    if "tables" in parts:
+        parts[f"tables, for vLLM's default graphs of up to {table_rows(plan.requests, default_captured_rows(plan.requests))} rows"] = parts.pop("tables")
     for name, size in parts.items():
         table.add_row(f"GPU: {name}", f"{size / GIB:.2f} GiB")
     if tiers.host_layers:

@@ -56,6 +56,7 @@ def test_the_tables_are_the_engines_numbers(folder, tmp_path):
     memory = MemoryModel(model.kv, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=65536, captured_rows=40)
     plan = memory.plan(room, 128 * GIB)
     assert f"{plan.num_pages * 16:,}" in result.output and f"{plan.host_layers} of 32" in result.output
+    assert "tables, for vLLM's default graphs of up to 40 rows" in result.output
     for tokens in memory.thresholds(plan, 20):
         assert f"{tokens:,}" in result.output
     assert out.read_bytes()[:4] == b"\x89PNG" and str(out) in result.output
