@@ -50,7 +50,7 @@ def pip(python: Path, *arguments: str) -> None:
             try:
                 process.wait(1 if terminal else 20)
             except subprocess.TimeoutExpired:
-                print(f"\r  {time.monotonic() - begin:.0f} s ", end="\r" if terminal else "\n", flush=True)
+                print(f"  {time.monotonic() - begin:.0f} s", end="\r" if terminal else "\n", flush=True)
     if process.returncode:
         sys.exit(f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the network and run it again.")
 
