@@ -364,7 +364,7 @@ def main(
         lap, mixes = lap + 1, mixes + rounds
         result.rows = [
             {
-                "name": title, "mixes": mixes, "preemptions": preempted["two tiers" if title.startswith("two") else "specontext"],
+                "name": title, "mixes": mixes, "preemptions": preempted["two tiers" if title.startswith("two") else "stock"],
                 **{key.replace(" ", "_"): verdict.counts[key] for key in ("requests", "tokens", "near ties", "wrong")},
             }
             for title, verdict in totals.items()
