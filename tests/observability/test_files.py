@@ -201,7 +201,8 @@ def test_scrapes_go_on_while_workers_and_their_folder_come_and_go(machine):
             workers.result()
     finally:
         sys.setswitchinterval(switching)
-    assert {value for page in pages for value in page.values()} == {1}
+    # A new figure is 0 for a moment.
+    assert pages and {value for page in pages for value in page.values()} <= {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_a_capture_goes_on_while_graphs_of_an_engine_that_is_gone_are_collected(
         world = learned_world(device, graphs)
     finally:
         gc.set_threshold(*threshold)
-    assert len(graphs) > 0 and int(world.lengths[0]) == 64
+    assert len(graphs) > 0 and int(world.lengths[0]) == 63
 
 
 class Played(StepGraphs):

@@ -67,8 +67,10 @@ def world():
             max_rows=8, max_tokens=256, dtype=torch.float32, device=device,
         )  # fmt: skip
 
+    before = signal.getsignal(signal.SIGTERM)
     world.make_remote, remote = make, make(config)
     remote.allocate_cache(BLOCKS)
+    world.sigterm = before, signal.getsignal(signal.SIGTERM)
     world.retriever = Twins(world.retriever, remote, device)
     yield world
     remote.close()
@@ -263,7 +265,8 @@ def test_ray_listens_on_the_loopback_interface_alone(world):
 
 
 def test_the_handler_of_sigterm_is_left_alone(world):
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before, after = world.sigterm
+    assert after == before
 
 
 def test_an_engine_ends_within_seconds_though_its_new_actor_hangs(world):
