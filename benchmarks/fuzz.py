@@ -17,7 +17,7 @@ from benchmarks import report
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
-from benchmarks.soak import NEAR_TIE_CPU, NEAR_TIE_GPU, make_prompts
+from benchmarks.soak import NEAR_TIE_CPU, make_prompts
 
 MAX_MODEL_LEN, MAX_SEQS, STEP_TOKENS, PAGES = 704, 3, 704, 76
 """Three requests of the longest context need 126 pages: some are preempted and resumed."""
@@ -25,6 +25,8 @@ LONGEST_PROMPT, LONGEST_ANSWER = 600, 100
 LAP_ROUNDS = 40
 """Mixes between two starts of the engines, at most."""
 SETTINGS = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": MAX_MODEL_LEN, "sink_tokens": 16, "recent_tokens": 16, "stickiness": 0}
+NEAR_TIE_GPU = 0.1
+"""As NEAR_TIE_CPU. vLLM's Triton attention multiplies float32 on tf32 units, our decode kernel does not: log-probabilities 0.062 apart were seen."""
 SMALL_BUDGET = 64
 TIERS = {"budget": SMALL_BUDGET, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0036}
 
