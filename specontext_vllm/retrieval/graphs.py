@@ -15,7 +15,8 @@ logger = logging.getLogger("vllm.specontext")
 GRAPH_BYTES = 256 << 20
 """GPU memory that graphs may take, temporaries and the driver's own included; a step that would need more runs eagerly.
 
-vLLM's memory profile counts it, so that KV does not take it; graphs are captured later, while the engine serves.
+vLLM's memory profile counts it, so that KV does not take it; graphs are captured later, while the engine serves. A graph of a small model took 0.09 MiB on an
+H200, beside 34 MiB for the first; there are some 490 at most.
 """
 
 REMEMBERED = 64
