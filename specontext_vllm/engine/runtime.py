@@ -461,6 +461,12 @@ class Runtime:
         config = SpeContextConfig.from_settings({**self.retriever.config.model_dump(exclude_unset=True), **changes})
         self._check_per_layer(config)
         self.retriever.configure(config)
+        exact, at_start = (settings.exact_tokens(self._max_model_len) for settings in (config, self.config))
+        if exact < at_start and not self.config.cache_generated:
+            logger.warning(
+                "SpeContext: contexts over %d tokens are read in part now, but generated pages still enter the prefix cache up to %d, as the engine was "
+                "started; what hits them may answer otherwise than with a cold cache.", exact, at_start,
+            )  # fmt: skip
         if self.selector is None and config.retriever in PER_LAYER:
             self.selector = self._make_selector(config)
             for impl in self._attention_layers():

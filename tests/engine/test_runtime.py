@@ -6,6 +6,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine import runtime as runtime_module
 from specontext_vllm.engine.runtime import Runtime, asked_host_bytes, recommended_host_bytes
 from specontext_vllm.retrieval.retriever import Retriever
 
@@ -16,7 +17,7 @@ def runtime(device):
     config = SpeContextConfig(retriever="recent", budget=256)
     retriever = Retriever(config, None, lambda ids: ids, num_kv_heads=2, max_model_len=1024, table_pages=32, device=device)
     bare = object.__new__(Runtime)
-    bare.retriever, bare.selector = retriever, None
+    bare.config, bare.retriever, bare.selector, bare._max_model_len = config, retriever, None, 1024
     bare.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
     return bare
 
@@ -28,6 +29,15 @@ def test_what_is_not_named_stays(runtime):
     assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (0.25, 512, 1.0)
     assert runtime.retriever.config.model_dump() == found
     assert runtime.set(confidence_threshold=0.0)["confidence_threshold"] == 0.0
+
+
+def test_a_budget_below_the_one_of_the_start_is_said_to_leave_the_prefix_cache_as_it_was(runtime, monkeypatch):
+    told = []
+    monkeypatch.setattr(runtime_module.logger, "warning", lambda text, *values: told.append(text % values))
+    runtime.set(budget=256)
+    assert not told
+    runtime.set(budget=128)
+    assert len(told) == 1 and "over 128 tokens are read in part now" in told[0] and "up to 256" in told[0]
 
 
 @pytest.mark.parametrize(

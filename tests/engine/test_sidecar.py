@@ -14,7 +14,10 @@ from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import ids, sampling, scenarios, until_sure
 from tests.sidecar.test_remote import SIDECAR, actor_pid
 
-SETTINGS = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16}
+# An engine that starts densely would keep other pages in its prefix cache than one that never was.
+SETTINGS = {
+    "retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16, "cache_generated": True,
+}  # fmt: skip
 # Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
 SHAPE = {"max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": 111, "attention_backend": "specontext"}
 # With a sidecar the page table is as wide as the context. An inline engine that starts densely has the same one, in its captured
