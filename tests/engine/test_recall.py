@@ -14,7 +14,7 @@ from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.overflow import beside_an_overflow, check
 
-NEEDLES, RECITATIONS, TOKENS, BUDGET = 6, 3, 8000, 512
+NEEDLES, RECITATIONS, TOKENS, BUDGET = 5, 2, 8000, 512
 
 
 def ask(llm, problems) -> list[float]:
