@@ -111,6 +111,8 @@ class DraftShape:
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "rms_norm_eps": self.eps, "vocab_size": self.vocabulary,
             "draft_vocab_size": self.draft_vocabulary, "max_position_embeddings": self.max_position, "rope_theta": self.rope_theta,
             "hidden_act": "silu", "torch_dtype": "bfloat16", "target_hidden_size": self.hidden,
+            # vLLM's V1 runner reads them below eagle_config, its V2 runner on the top level alone.
+            "eagle_aux_hidden_state_layer_ids": list(self.aux_layers),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.aux_layers), "use_aux_hidden_state": True},
         }  # fmt: skip
         return config if self.rope_scaling is None else {**config, "rope_scaling": self.rope_scaling}
