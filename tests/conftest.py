@@ -49,10 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes some 2 GiB of memory. One more than cores, since
-    those with servers wait for them much of the time."""
+    """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes some 2 GiB of memory."""
     cores = len(os.sched_getaffinity(0))
-    return 0 if CUDA or cores < 2 else min(cores + 1, 4)
+    return 0 if CUDA or cores < 2 else min(cores, 4)
 
 
 @pytest.hookimpl(optionalhook=True)

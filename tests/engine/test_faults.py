@@ -134,7 +134,8 @@ def end_by_killing(server, client, prompt: list[int], title: str) -> None:
     (victim,) = (process for process in processes if title in "".join(process.cmdline()))
     held = in_shared_places(processes)
     assert any("specontext-metrics" in str(path) for path in held) and any(str(path).startswith("/dev/shm") for path in held)
-    stream = complete(client, prompt, max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    # As long an answer as can be, so that it is not over before this process, on a busy machine, comes to kill.
+    stream = complete(client, prompt, max_tokens=soak.MAX_MODEL_LEN - len(prompt), stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     # Stopped first, and long enough for whoever waits for it to be waiting.
     victim.suspend()
