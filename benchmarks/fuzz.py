@@ -24,7 +24,11 @@ MAX_MODEL_LEN, MAX_SEQS, STEP_TOKENS, PAGES = 704, 3, 704, 76
 LONGEST_PROMPT, LONGEST_ANSWER = 600, 100
 LAP_ROUNDS = 40
 """Mixes between two starts of the engines, at most."""
-SETTINGS = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": MAX_MODEL_LEN, "sink_tokens": 16, "recent_tokens": 16, "stickiness": 0}
+# One tier starts with a budget over the context, and keeps generated pages in its prefix cache under the small one too: so must two tiers.
+SETTINGS = {
+    "retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": MAX_MODEL_LEN, "sink_tokens": 16, "recent_tokens": 16, "stickiness": 0,
+    "cache_generated": True,
+}  # fmt: skip
 NEAR_TIE_GPU = 0.1
 """As NEAR_TIE_CPU. vLLM's Triton attention multiplies float32 on tf32 units, our decode kernel does not: log-probabilities 0.062 apart were seen."""
 SMALL_BUDGET = 64
