@@ -17,7 +17,7 @@ SPREAD = $$($(RUN) -c 'import importlib.util as u; print("-n auto --dist loadfil
 help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
 	@echo "make test      run all tests; those marked gpu where there is a GPU"
-	@echo "make test-fast only what starts no engine and takes no long time otherwise (two minutes)"
+	@echo "make test-fast only what starts no engine and takes no long time otherwise (under three minutes)"
 	@echo "make test-gpu  only the tests marked gpu"
 	@echo "make venv      only make $(VENV)"
 	@echo "PYTHON=...     use this interpreter instead of $(VENV)"
