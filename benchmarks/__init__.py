@@ -1,1 +1,3 @@
-"""Benchmarks: one runner (`python -m benchmarks CASE`), one registry of cases, results with the machine's facts."""
+"""Benchmarks: one runner (`python -m benchmarks CASE`), one registry of cases, results with the
+machine's facts.
+"""

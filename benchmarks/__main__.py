@@ -7,17 +7,51 @@ import signal
 import typer
 
 from benchmarks import (
-    ablation, attention, capacity, choices, decode, distill, figures, fuzz, host, link, losses, memory, rounding, sidecar, soak, speed, timeline, transfer,
-)  # fmt: skip
+    ablation,
+    attention,
+    capacity,
+    choices,
+    decode,
+    distill,
+    figures,
+    fuzz,
+    host,
+    link,
+    losses,
+    memory,
+    rounding,
+    sidecar,
+    soak,
+    speed,
+    timeline,
+    transfer,
+)
 from benchmarks.accuracy import command as accuracy
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
 CASES = {
-    "ablation": ablation.main, "accuracy": accuracy.main, "attention": attention.main, "capacity": capacity.main,
-    "choices": choices.main, "decode": decode.main,
-    "distill": distill.main, "figures": figures.main, "fuzz": fuzz.main, "host": host.main, "link": link.main, "losses": losses.main, "memory": memory.main,
-    "overlap": capacity.overlap, "rounding": rounding.main, "sidecar": sidecar.main, "soak": soak.main, "timeline": timeline.main, "transfer": transfer.main,
-}  # fmt: skip
+    "ablation": ablation.main,
+    "accuracy": accuracy.main,
+    "attention": attention.main,
+    "capacity": capacity.main,
+    "choices": choices.main,
+    "decode": decode.main,
+    "distill": distill.main,
+    "figures": figures.main,
+    "fuzz": fuzz.main,
+    "host": host.main,
+    "link": link.main,
+    "losses": losses.main,
+    "memory": memory.main,
+    "overlap": capacity.overlap,
+    "rounding": rounding.main,
+    "sidecar": sidecar.main,
+    "soak": soak.main,
+    "timeline": timeline.main,
+    "transfer": transfer.main,
+}
 for name, case in CASES.items():
     app.command(name)(case)
 app.add_typer(speed.app, name="speed")
@@ -25,6 +59,7 @@ app.add_typer(speed.app, name="speed")
 
 # Engines run in spawned children, which import this module again under another name.
 if __name__ == "__main__":
-    # A run that is told to end leaves through its ``finally`` blocks, so that no engine outlives it.
+    # A run that is told to end leaves through its ``finally`` blocks, so that no engine outlives
+    # it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -1,4 +1,6 @@
-"""Case `ablation`: what prefetch with elastic loading, and then the adaptive memory model, add to sparse attention over offloaded KV."""
+"""Case `ablation`: what prefetch with elastic loading, and then the adaptive memory model, add to
+sparse attention over offloaded KV.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,15 @@ def prepare(mode: str, pages: int) -> None:
     Ledger.__init__ = begin_offloaded
     Ledger._maybe_return_layer = lambda self, changes: None
     HotSizePolicy.choose = lambda self, ledger: self.largest
-    MemoryModel.plan = lambda self, gpu, host, num_pages=None: self.size(pages, self.shape.num_layers, 2 * self.table_pages if host else 0)
+    MemoryModel.plan = lambda self, gpu, host, num_pages=None: self.size(
+        pages, self.shape.num_layers, 2 * self.table_pages if host else 0
+    )
     if mode == "sparse only":
         # Each layer fetches for itself, on the stream that computes.
         TieredKV._start_copies = lambda self: None
-        TieredKV._await_copies = lambda self, layer: self._fetch_misses(range(layer, layer + 1), None)
+        TieredKV._await_copies = lambda self, layer: self._fetch_misses(
+            range(layer, layer + 1), None
+        )
         resolve = HotBuffers.resolve
 
         def forget_and_resolve(self: Any, *arguments: Any) -> None:
@@ -64,8 +70,12 @@ def prepare(mode: str, pages: int) -> None:
         HotBuffers.resolve = forget_and_resolve
 
 
-def run_mode(load: Load, mode: str, requests: int, share: float, samples: list[int]) -> Iterator[tuple[str, Any]]:
-    """Events ``("ready", facts)`` and, per context length, ``("step", (tokens, ms, figures))``; runs in a child."""
+def run_mode(
+    load: Load, mode: str, requests: int, share: float, samples: list[int]
+) -> Iterator[tuple[str, Any]]:
+    """Events ``("ready", facts)`` and, per context length, ``("step", (tokens, ms, figures))``;
+    runs in a child.
+    """
     begin = time.perf_counter()
     from vllm import LLM
 
@@ -75,29 +85,56 @@ def run_mode(load: Load, mode: str, requests: int, share: float, samples: list[i
     llm.collective_rpc(drive_selection, args=([share],))
     for tokens in samples:
         # The first steps of a pass are not timed; the middle of the others is at `tokens`.
-        figures = serve(llm, replace(load, prompt_tokens=tokens - STEPS // 2, output_tokens=STEPS), requests, True)
+        figures = serve(
+            llm,
+            replace(load, prompt_tokens=tokens - STEPS // 2, output_tokens=STEPS),
+            requests,
+            True,
+        )
         yield "step", (tokens, figures["step_ms"], figures["stats"])
 
 
 def main(
-    model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "8b",
+    model_shape: Annotated[
+        str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")
+    ] = "8b",
     gpu_gib: Annotated[float, typer.Option(help="Room for KV on the GPU.")] = 8,
-    requests: Annotated[int, typer.Option(help="Requests in flight (the paper's HF eager: 4).")] = 4,
+    requests: Annotated[
+        int, typer.Option(help="Requests in flight (the paper's HF eager: 4).")
+    ] = 4,
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
     turnover: Annotated[float, typer.Option(help="Share of pages scored anew a step.")] = 0.05,
     engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine.")] = 200,
     scale: Annotated[float, typer.Option(help="All lengths are multiplied by this.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
-    work: Annotated[Path | None, typer.Option(help="Folder of the model config and the engines' logs.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of the model config and the engines' logs.")
+    ] = None,
 ) -> None:
-    """The paper's ablation on its four workloads, by sampled step times. Exit code 1 if anything failed."""
+    """The paper's ablation on its four workloads, by sampled step times. Exit code 1 if anything
+    failed.
+    """
     shape = Shape.named(model_shape)
     folder = work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))
     samples = [int(scale * n) for n in SAMPLES]
     longest = samples[-1] + STEPS
     host_gib = (requests * longest + 4096) * shape.kv_bytes_per_token / 2**30
-    load = Load(str(shape.write(folder / "model")), bool(gpus()), budget, gpu_gib, host_gib, longest - STEPS, STEPS, requests)
-    details: dict[str, Any] = {"shape": {"name": shape.name, **shape.config}, "steps": {}, "stats": {}, "modes": MODES}
+    load = Load(
+        str(shape.write(folder / "model")),
+        bool(gpus()),
+        budget,
+        gpu_gib,
+        host_gib,
+        longest - STEPS,
+        STEPS,
+        requests,
+    )
+    details: dict[str, Any] = {
+        "shape": {"name": shape.name, **shape.config},
+        "steps": {},
+        "stats": {},
+        "modes": MODES,
+    }
     tables = {
         "Mean step over the workload, ms": (
             report.Column("workload", "[in, out]"),
@@ -111,7 +148,8 @@ def main(
     result.notes += [f"{mode}: {what}." for mode, what in MODES.items()]
     result.notes += [
         DRIVEN + f" The share is {turnover:g}.",
-        f"Step times are medians at contexts of {', '.join(map(str, samples))} tokens, interpolated between, and averaged over the output.",
+        f"Step times are medians at contexts of {', '.join(map(str, samples))} tokens, "
+        "interpolated between, and averaged over the output.",
     ]
     for mode in MODES:
         print(f"{mode}: starting", flush=True)
@@ -119,7 +157,9 @@ def main(
         try:
             arguments = (load, mode, requests, turnover, samples)
             log = folder / f"{mode.replace(' ', '-')}.log"
-            for kind, value in run_child(run_mode, *arguments, log=log, seconds=engine_seconds, env=ENGINE_ENV):
+            for kind, value in run_child(
+                run_mode, *arguments, log=log, seconds=engine_seconds, env=ENGINE_ENV
+            ):
                 print(f"{mode}: {value}", flush=True)
                 if kind == "step":
                     steps[value[0]] = value[1]

@@ -1,4 +1,6 @@
-"""Work in child processes, one after the other, so that each engine finds an empty GPU and cannot harm the next."""
+"""Work in child processes, one after the other, so that each engine finds an empty GPU and cannot
+harm the next.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,31 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ENGINE_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-"""For a child that is one engine. Async scheduling does not need an engine process of its own (vllm/config/vllm.py turns it on for the
-uniprocess executor as well); runs record that it was on."""
+ENGINE_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""For a child that is one engine. Async scheduling does not need an engine process of its own
+(vllm/config/vllm.py turns it on for the uniprocess executor as well); runs record that it was
+on."""
 
 LOG_TAIL = 40
 """Lines of a failed child's log that are shown."""
 
 
 def engine_env(on_gpu: bool, cpu_kv_gib: int = 1) -> dict[str, str]:
-    """The environment of a child that is one engine. On a CPU, vLLM takes the room for KV from it: the caller's own, or ``cpu_kv_gib``."""
-    return ENGINE_ENV if on_gpu else {**ENGINE_ENV, "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(cpu_kv_gib))}
+    """The environment of a child that is one engine. On a CPU, vLLM takes the room for KV from it:
+    the caller's own, or ``cpu_kv_gib``.
+    """
+    return (
+        ENGINE_ENV
+        if on_gpu
+        else {
+            **ENGINE_ENV,
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", str(cpu_kv_gib)),
+        }
+    )
 
 
 class ChildError(RuntimeError):
@@ -30,9 +46,14 @@ class ChildError(RuntimeError):
 
 
 def run_child(
-    work: Callable[..., Iterator[tuple[str, Any]]], *arguments: Any, log: Path, seconds: float, env: dict[str, str] | None = None
+    work: Callable[..., Iterator[tuple[str, Any]]],
+    *arguments: Any,
+    log: Path,
+    seconds: float,
+    env: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Run the generator function ``work(*arguments)`` in a spawned process and yield its (name, value) events as they come.
+    """Run the generator function ``work(*arguments)`` in a spawned process and yield its (name,
+    value) events as they come.
 
     Args:
         log: takes everything the child prints.
@@ -40,7 +61,8 @@ def run_child(
         env: added to the child's environment.
 
     Raises:
-        ChildError: after the events that came before the failure; the tail of the log is printed first.
+        ChildError: after the events that came before the failure; the tail of the log is printed
+            first.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -66,7 +88,12 @@ def run_child(
             yield value
     except ChildError:
         print(f"--- the last lines of {log}", flush=True)
-        print("\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:]) if log.exists() else "(no log)", flush=True)
+        print(
+            "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+            if log.exists()
+            else "(no log)",
+            flush=True,
+        )
         raise
     finally:
         child.join(patience)
@@ -74,7 +101,13 @@ def run_child(
         receiver.close()
 
 
-def _main(sender: Connection, log: str, env: dict[str, str], work: Callable[..., Iterator[tuple[str, Any]]], arguments: tuple) -> None:
+def _main(
+    sender: Connection,
+    log: str,
+    env: dict[str, str],
+    work: Callable[..., Iterator[tuple[str, Any]]],
+    arguments: tuple,
+) -> None:
     # A group of its own, so that whatever an engine starts ends with it.
     os.setpgid(0, 0)
     os.environ.update(env)
@@ -87,13 +120,16 @@ def _main(sender: Connection, log: str, env: dict[str, str], work: Callable[...,
         sender.send(("end", None))
     except BaseException as error:
         traceback.print_exc()
-        sender.send(("error", f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500]))
+        sender.send(
+            ("error", f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:500])
+        )
     finally:
         sender.close()
 
 
 def _kill_group(child: multiprocessing.process.BaseProcess) -> None:
-    # The child leads its group, so the group's id is the child's; ask before killing that it is ours and not our own group.
+    # The child leads its group, so the group's id is the child's; ask before killing that it is
+    # ours and not our own group.
     if child.pid is None:
         return
     try:

@@ -1,4 +1,6 @@
-"""Case `distill`: memory and speed of `specontext distill`'s steps on a model of a given shape with random weights."""
+"""Case `distill`: memory and speed of `specontext distill`'s steps on a model of a given shape with
+random weights.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ TABLES = {
 }
 
 
-def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_gpu: bool) -> Iterator[tuple[str, Any]]:
-    """Event ``("row", figures)``: some steps on random tokens, and one measurement of recall; runs in a child."""
+def measure(
+    shape: Shape, context: int, loss: str, steps: int, budget: int, on_gpu: bool
+) -> Iterator[tuple[str, Any]]:
+    """Event ``("row", figures)``: some steps on random tokens, and one measurement of recall; runs
+    in a child.
+    """
     import torch
     from accelerate import Accelerator
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,7 +48,12 @@ def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_g
     from specontext_vllm.distillation.command import make_draft, make_settings
     from specontext_vllm.distillation.data import ANSWER, TEXT
     from specontext_vllm.distillation.recall import HeldOut
-    from specontext_vllm.distillation.teacher import ATTENTION, Teacher, check_teacher, register_attention
+    from specontext_vllm.distillation.teacher import (
+        ATTENTION,
+        Teacher,
+        check_teacher,
+        register_attention,
+    )
     from specontext_vllm.distillation.trainer import Distiller
 
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no")
@@ -51,7 +62,9 @@ def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_g
     batches = []
     for _ in range(steps + 1):
         ids = torch.randint(0, shape.vocab_size, (1, context), generator=generator)
-        weights = torch.where(torch.rand(1, context, generator=generator) < ANSWER_SHARE, ANSWER, TEXT)
+        weights = torch.where(
+            torch.rand(1, context, generator=generator) < ANSWER_SHARE, ANSWER, TEXT
+        )
         batches.append((ids, weights))
 
     def held() -> float:
@@ -59,19 +72,39 @@ def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_g
 
     folder = Path(tempfile.mkdtemp(prefix="specontext-bench-"))
     layers = max(LEAST_LAYERS, shape.num_hidden_layers)
-    config = AutoConfig.from_pretrained(Shape(shape.name, {**shape.config, "num_hidden_layers": layers}).write(folder))
+    config = AutoConfig.from_pretrained(
+        Shape(shape.name, {**shape.config, "num_hidden_layers": layers}).write(folder)
+    )
     check_teacher(config)
     register_attention()
     sizes = [held()]
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32, attn_implementation=ATTENTION)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if on_gpu else torch.float32, attn_implementation=ATTENTION
+        )
     model.eval().requires_grad_(False)
     sizes.append(held())
     settings = make_settings(
-        config, context=context, batch_tokens=None, hours=1.0, steps=steps, loss=loss, learning_rate=None, budget=budget, seed=0
+        config,
+        context=context,
+        batch_tokens=None,
+        hours=1.0,
+        steps=steps,
+        loss=loss,
+        learning_rate=None,
+        budget=budget,
+        seed=0,
     )
     draft = make_draft(config, settings, None, None, batches)
-    run = Distiller(Teacher(model, draft.shape.aux_layers), draft, batches, batches, settings, folder, accelerator)
+    run = Distiller(
+        Teacher(model, draft.shape.aux_layers),
+        draft,
+        batches,
+        batches,
+        settings,
+        folder,
+        accelerator,
+    )
     sizes.append(held())
     # The first step makes the optimizer's state and compiles what there is to compile.
     losses = [run.step(*(t.to(device) for t in batches[0]))]
@@ -82,46 +115,83 @@ def measure(shape: Shape, context: int, loss: str, steps: int, budget: int, on_g
     begin = time.perf_counter()
     losses += [run.step(*(t.to(device) for t in batch)) for batch in batches[1:]]
     seconds = (time.perf_counter() - begin) / steps
-    recall = HeldOut(run.teacher, batches[:1], settings.budget, settings.align_positions).recall(run.draft)
+    recall = HeldOut(run.teacher, batches[:1], settings.budget, settings.align_positions).recall(
+        run.draft
+    )
     row: dict[str, Any] = {
-        "context": context, "loss": loss, "step_s": seconds, "tokens_per_s": context / seconds, "losses": losses, "recall": recall.found,
-        "draft_parameters": sum(p.numel() for p in draft.parameters()), "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+        "context": context,
+        "loss": loss,
+        "step_s": seconds,
+        "tokens_per_s": context / seconds,
+        "losses": losses,
+        "recall": recall.found,
+        "draft_parameters": sum(p.numel() for p in draft.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     if on_gpu:
         row |= dict(zip(PARTS, (b - a for a, b in zip(sizes, sizes[1:])), strict=True))
-        row |= {"peak": torch.cuda.max_memory_allocated() / 2**30, "reserved": torch.cuda.max_memory_reserved() / 2**30}
+        row |= {
+            "peak": torch.cuda.max_memory_allocated() / 2**30,
+            "reserved": torch.cuda.max_memory_reserved() / 2**30,
+        }
     yield "row", row
 
 
 def main(
-    model_shape: Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")] = "8b",
-    contexts: Annotated[str, typer.Option(help="Comma-separated sequence lengths, tokens; one sequence is a step.")] = "8192,32768",
-    losses: Annotated[str, typer.Option(help="Comma-separated: both, draft, align.")] = "both,align",
+    model_shape: Annotated[
+        str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")
+    ] = "8b",
+    contexts: Annotated[
+        str, typer.Option(help="Comma-separated sequence lengths, tokens; one sequence is a step.")
+    ] = "8192,32768",
+    losses: Annotated[
+        str, typer.Option(help="Comma-separated: both, draft, align.")
+    ] = "both,align",
     steps: Annotated[int, typer.Option(help="Timed steps, after one that is not.", min=1)] = 5,
-    limit_gib: Annotated[float, typer.Option(help="Peak memory that counts as a failure when it is passed.")] = 80,
+    limit_gib: Annotated[
+        float, typer.Option(help="Peak memory that counts as a failure when it is passed.")
+    ] = 80,
     seconds: Annotated[float, typer.Option(help="Time limit of each row.")] = 600,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
-    """Peak memory and tokens per second of distillation steps. Exit code 1 if anything failed or took more than the limit."""
+    """Peak memory and tokens per second of distillation steps. Exit code 1 if anything failed or
+    took more than the limit.
+    """
     try:
         shape = Shape.named(model_shape)
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     on_gpu = bool(gpus())
-    result = report.Report("distill", f"specontext distill, {model_shape} shape, random weights", TABLES)
+    result = report.Report(
+        "distill", f"specontext distill, {model_shape} shape, random weights", TABLES
+    )
     result.notes.append(
-        f"One sequence of random tokens a step, mean of {steps} steps after a first one; 64 positions aligned and 512 drafted. Teacher: "
-        "its weights; draft: float32 weights; optimizer: AdamW's two moments. Peak and reserved: torch's allocator, recall measured too."
+        f"One sequence of random tokens a step, mean of {steps} steps after a first one; 64 "
+        "positions aligned and 512 drafted. Teacher: "
+        "its weights; draft: float32 weights; optimizer: AdamW's two moments. Peak and reserved: "
+        "torch's allocator, recall measured too."
     )
     log = Path(tempfile.mkdtemp(prefix="specontext-bench-")) / "distill.log"
     for context in map(int, contexts.split(",")):
         for loss in losses.split(","):
             try:
-                for _, row in run_child(measure, shape, context, loss, steps, context // 2, on_gpu, log=log, seconds=seconds):
+                for _, row in run_child(
+                    measure,
+                    shape,
+                    context,
+                    loss,
+                    steps,
+                    context // 2,
+                    on_gpu,
+                    log=log,
+                    seconds=seconds,
+                ):
                     result.rows.append(row)
                     if row.get("reserved", 0) > limit_gib:
-                        result.failures[f"{context} tokens, {loss}"] = f"{row['reserved']:.1f} GiB reserved, more than {limit_gib:g}."
+                        result.failures[f"{context} tokens, {loss}"] = (
+                            f"{row['reserved']:.1f} GiB reserved, more than {limit_gib:g}."
+                        )
             except ChildError as error:
                 result.failures[f"{context} tokens, {loss}"] = str(error)
             result.write(out)

@@ -1,4 +1,6 @@
-"""Decode steps of vLLM engines: stock, specontext, and quest in our backend. An engine runs in a child process of its own."""
+"""Decode steps of vLLM engines: stock, specontext, and quest in our backend. An engine runs in a
+child process of its own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Cell:
 
     Attributes:
         room: tokens that a request grows to, where as many as fit are wanted; None: ``tokens``.
-        prefill: whether Hugging Face prefills the context; else its cache is filled with random K and V.
+        prefill: whether Hugging Face prefills the context; else its cache is filled with random K
+            and V.
     """
 
     requests: int | None
@@ -42,8 +45,14 @@ class Cell:
         """
         found = re.fullmatch(r"(\d+|fit)x(\d+)(k?)", text.strip())
         if not found or found[1] == "0" or found[2] == "0":
-            raise ValueError(f"--cells: found {text!r}; write REQUESTSxTOKENS, as in 24x32k, 2x256 or fitx128k.")
-        return cls(None if found[1] == "fit" else int(found[1]), int(found[2]) * (1024 if found[3] else 1), text.strip())
+            raise ValueError(
+                f"--cells: found {text!r}; write REQUESTSxTOKENS, as in 24x32k, 2x256 or fitx128k."
+            )
+        return cls(
+            None if found[1] == "fit" else int(found[1]),
+            int(found[2]) * (1024 if found[3] else 1),
+            text.strip(),
+        )
 
     def label(self, requests: int) -> str:
         """The cell with its number of requests."""
@@ -55,12 +64,16 @@ class EngineSpec:
     """What one child runs.
 
     Attributes:
-        name: stock, specontext or quest; hf-eager or hf-sdpa with ``hugging_face.run_hugging_face``.
-        shared_prompts: a request's prompt begins the same in all cells of one ``room``, so that a cell after a shorter one only
-            prefills what is new. Else every cell has prompts of its own.
+        name: stock, specontext or quest; hf-eager or hf-sdpa with
+            ``hugging_face.run_hugging_face``.
+        shared_prompts: a request's prompt begins the same in all cells of one ``room``, so that a
+            cell after a shorter one only prefills what is new. Else every cell has prompts of its
+            own.
         max_model_len: None: the model's own.
-        gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on our backend's KV cache alone. None: 90 % of the GPU.
-        host_gib: host pool behind the engines of our backend; their selections are then driven, see ``capacity.drive_selection``.
+        gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on our backend's KV cache
+            alone. None: 90 % of the GPU.
+        host_gib: host pool behind the engines of our backend; their selections are then driven, see
+            ``capacity.drive_selection``.
         turnover: share of the pages that a driven selection scores anew in a step.
     """
 
@@ -84,38 +97,56 @@ class EngineSpec:
     def arguments(self) -> dict[str, Any]:
         """Arguments of ``LLM``: the same for all engines, but for the backend."""
         arguments: dict[str, Any] = {
-            "model": self.model, "load_format": "dummy", "skip_tokenizer_init": True, "seed": 0, "enable_prefix_caching": True,
-            "max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.batched_tokens, "gpu_memory_utilization": 0.9,
+            "model": self.model,
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "seed": 0,
+            "enable_prefix_caching": True,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.batched_tokens,
+            "gpu_memory_utilization": 0.9,
             "disable_log_stats": True,
-        }  # fmt: skip
+        }
         if self.max_model_len:
             # Under a cap, stock vLLM takes what fits (-1) and would not start with more.
-            arguments["max_model_len"] = -1 if self.gpu_gib and not self.is_ours else self.max_model_len
+            arguments["max_model_len"] = (
+                -1 if self.gpu_gib and not self.is_ours else self.max_model_len
+            )
         if not self.on_gpu:
-            arguments["enforce_eager"] = True  # compiling for a CPU takes minutes and a C++ compiler
+            arguments["enforce_eager"] = (
+                True  # compiling for a CPU takes minutes and a C++ compiler
+            )
         if self.gpu_gib and self.on_gpu:
             import torch
 
-            arguments["gpu_memory_utilization"] = self.gpu_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+            arguments["gpu_memory_utilization"] = (
+                self.gpu_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+            )
         if self.is_ours:
             settings: dict[str, Any] = RETRIEVERS[self.name] | {"budget": self.budget}
             if self.host_gib:
                 settings |= {"host_kv_gib": self.host_gib, "stickiness": 0}
             if self.gpu_gib and not self.on_gpu:
                 settings["gpu_kv_gib"] = self.gpu_gib
-            return arguments | {"attention_backend": "specontext", "additional_config": {"specontext": settings}}
+            return arguments | {
+                "attention_backend": "specontext",
+                "additional_config": {"specontext": settings},
+            }
         return arguments | ({"attention_backend": "FLASH_ATTN"} if self.on_gpu else {})
 
 
-def run_engine(spec: EngineSpec, cells: Sequence[Cell], fits: dict[str, int]) -> Iterator[tuple[str, Any]]:
+def run_engine(
+    spec: EngineSpec, cells: Sequence[Cell], fits: dict[str, int]
+) -> Iterator[tuple[str, Any]]:
     """Start the engine and measure the cells; runs in a child.
 
     Args:
         fits: requests of the cells that say "fit", where another engine has found them.
 
     Yields:
-        ``("ready", facts)``, then per cell ``("cell", (name, figures))`` or ``("failed", (name, reason))``. Figures of a cell
-        that the KV cache cannot hold are ``requests`` and ``out_of_memory``, a sentence.
+        ``("ready", facts)``, then per cell ``("cell", (name, figures))`` or
+        ``("failed", (name, reason))``. Figures of a cell that the KV cache cannot hold are
+        ``requests`` and ``out_of_memory``, a sentence.
     """
     begin = time.perf_counter()
     from vllm import LLM
@@ -123,42 +154,52 @@ def run_engine(spec: EngineSpec, cells: Sequence[Cell], fits: dict[str, int]) ->
     llm = LLM(**spec.arguments())
     config = llm.llm_engine.vllm_config
     capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-    yield "ready", {
-        "start_s": round(time.perf_counter() - begin, 1),
-        "kv_capacity_tokens": capacity,
-        "block_size": config.cache_config.block_size,
-        "max_model_len": config.model_config.max_model_len,
-        "async_scheduling": config.scheduler_config.async_scheduling,
-        "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
-        "prefix_caching": config.cache_config.enable_prefix_caching,
-        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
-        "attention_backend": str(config.attention_config.backend),
-        "worker": config.parallel_config.worker_cls,
-        "arguments": spec.arguments(),
-    }
+    yield (
+        "ready",
+        {
+            "start_s": round(time.perf_counter() - begin, 1),
+            "kv_capacity_tokens": capacity,
+            "block_size": config.cache_config.block_size,
+            "max_model_len": config.model_config.max_model_len,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
+            "prefix_caching": config.cache_config.enable_prefix_caching,
+            "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+            "attention_backend": str(config.attention_config.backend),
+            "worker": config.parallel_config.worker_cls,
+            "arguments": spec.arguments(),
+        },
+    )
     if spec.is_ours and spec.host_gib:
         from benchmarks.capacity import drive_selection
 
         llm.collective_rpc(drive_selection, args=([spec.turnover],))
     for index, cell in enumerate(cells):
         try:
-            requests = cell.requests or fits.get(cell.name) or min(capacity // (cell.room or cell.tokens), spec.max_num_seqs)
+            requests = (
+                cell.requests
+                or fits.get(cell.name)
+                or min(capacity // (cell.room or cell.tokens), spec.max_num_seqs)
+            )
             yield "cell", (cell.name, measure_cell(llm, cell, requests, index, spec, capacity))
         except Exception as error:
             drain(llm.llm_engine)
             yield "failed", (cell.name, f"{type(error).__name__}: {error}"[:500])
 
 
-def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSpec, capacity: int) -> dict[str, Any]:
+def measure_cell(
+    llm: Any, cell: Cell, requests: int, index: int, spec: EngineSpec, capacity: int
+) -> dict[str, Any]:
     """Prefill ``requests`` random prompts, then time steps in which all of them decode.
 
     Args:
         capacity: tokens that the engine's KV cache holds.
 
     Returns:
-        ``requests``, ``prompt_tokens``, ``context_tokens`` (mean over the timed steps), ``prefill_s`` (until every request has
-        its first token), ``cached_tokens`` (of all prompts, found in the prefix cache), ``step_ms`` (median, p10, p90, mean over
-        ``steps``), and for our backend ``stats``.
+        ``requests``, ``prompt_tokens``, ``context_tokens`` (mean over the timed steps),
+        ``prefill_s`` (until every request has its first token), ``cached_tokens`` (of all prompts,
+        found in the prefix cache), ``step_ms`` (median, p10, p90, mean over ``steps``), and for our
+        backend ``stats``.
     """
     import numpy as np
 
@@ -173,10 +214,14 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     limit = longest if cell.requests else min(longest, cell.room or cell.tokens)
     prompt_tokens = min(cell.tokens, limit - output_tokens)
     if prompt_tokens < 1:
-        raise ValueError(f"{output_tokens} output tokens leave no room for a prompt in {limit}; lower --steps.")
+        raise ValueError(
+            f"{output_tokens} output tokens leave no room for a prompt in {limit}; lower --steps."
+        )
     if requests * (prompt_tokens + output_tokens) > capacity:
         return full
-    ids = send(engine, cell, requests, prompt_tokens, output_tokens, None if spec.shared_prompts else index)
+    ids = send(
+        engine, cell, requests, prompt_tokens, output_tokens, None if spec.shared_prompts else index
+    )
 
     begin = time.perf_counter()
     generated, cached = dict.fromkeys(ids, 0), dict.fromkeys(ids, 0)
@@ -185,7 +230,9 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     first_timed = 0
     while len(ends) < SETTLE + spec.steps + 1:
         if not engine.has_unfinished_requests():
-            raise RuntimeError(f"the requests ended after {len(ends)} of {SETTLE + spec.steps + 1} steady steps.")
+            raise RuntimeError(
+                f"the requests ended after {len(ends)} of {SETTLE + spec.steps + 1} steady steps."
+            )
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
@@ -221,14 +268,22 @@ def measure_cell(llm: Any, cell: Cell, requests: int, index: int, spec: EngineSp
     }
 
 
-def send(engine: Any, cell: Cell, requests: int, prompt_tokens: int, output_tokens: int, own: int | None) -> list[str]:
-    """Add the cell's requests; their ids. With a number ``own`` no other number's prompts begin alike."""
+def send(
+    engine: Any, cell: Cell, requests: int, prompt_tokens: int, output_tokens: int, own: int | None
+) -> list[str]:
+    """Add the cell's requests; their ids. With a number ``own`` no other number's prompts begin
+    alike.
+    """
     import numpy as np
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        temperature=0,
+        max_tokens=output_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
     )
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     ids = [f"{cell.name}-{i}" for i in range(requests)]
@@ -244,9 +299,12 @@ def summary(steps: Any) -> dict[str, float]:
     import numpy as np
 
     return {
-        "median": float(np.median(steps)), "p10": float(np.percentile(steps, 10)), "p90": float(np.percentile(steps, 90)),
-        "mean": float(np.mean(steps)), "max": float(np.max(steps)),
-    }  # fmt: skip
+        "median": float(np.median(steps)),
+        "p10": float(np.percentile(steps, 10)),
+        "p90": float(np.percentile(steps, 90)),
+        "mean": float(np.mean(steps)),
+        "max": float(np.max(steps)),
+    }
 
 
 def drain(engine: Any) -> None:

@@ -1,4 +1,6 @@
-"""Decode steps of Hugging Face transformers: the model alone, eager or SDPA attention, a growing `DynamicCache`, as `generate` runs it."""
+"""Decode steps of Hugging Face transformers: the model alone, eager or SDPA attention, a growing
+`DynamicCache`, as `generate` runs it.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +27,41 @@ class OutOfMemory(RuntimeError):
     """What did not fit, in a few words."""
 
 
-def run_hugging_face(spec: EngineSpec, cells: Sequence[Cell], fits: dict[str, int]) -> Iterator[tuple[str, Any]]:
+def run_hugging_face(
+    spec: EngineSpec, cells: Sequence[Cell], fits: dict[str, int]
+) -> Iterator[tuple[str, Any]]:
     """As ``engines.run_engine``, for the engines of ``ATTENTION``; runs in a child.
 
-    The whole prompt of all requests is prefilled at once, as `generate` does. Cells with ``prefill`` off get a cache of random K and V
-    instead.
+    The whole prompt of all requests is prefilled at once, as `generate` does. Cells with
+    ``prefill`` off get a cache of random K and V instead.
     """
     begin = time.perf_counter()
     device = torch.device("cuda" if spec.on_gpu else "cpu")
     if spec.on_gpu and spec.gpu_gib:
-        torch.cuda.set_per_process_memory_fraction(spec.gpu_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            spec.gpu_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
     try:
         model = load_model(spec, device)
     except torch.OutOfMemoryError:
         for cell in cells:
-            yield "cell", (cell.name, {"requests": cell.requests or 0, "out_of_memory": "the weights do not fit"})
+            yield (
+                "cell",
+                (
+                    cell.name,
+                    {"requests": cell.requests or 0, "out_of_memory": "the weights do not fit"},
+                ),
+            )
         return
-    yield "ready", {
-        "start_s": round(time.perf_counter() - begin, 1), "attn_implementation": model.config._attn_implementation,
-        "dtype": str(model.dtype), "memory_cap_gib": spec.gpu_gib,
-    }  # fmt: skip
+    yield (
+        "ready",
+        {
+            "start_s": round(time.perf_counter() - begin, 1),
+            "attn_implementation": model.config._attn_implementation,
+            "dtype": str(model.dtype),
+            "memory_cap_gib": spec.gpu_gib,
+        },
+    )
     fitting: dict[int, int] = {}
     for cell in cells:
         try:
@@ -65,14 +82,18 @@ def load_model(spec: EngineSpec, device: torch.device) -> Any:
     config = AutoConfig.from_pretrained(spec.model)
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, attn_implementation=ATTENTION[spec.name])
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, attn_implementation=ATTENTION[spec.name]
+        )
     return model.eval()
 
 
 def measure_cell(model: Any, cell: Cell, requests: int, steps: int) -> dict[str, Any]:
-    """Prefill (or fill) and time decode steps; the figures of ``engines.measure_cell`` without those of vLLM.
+    """Prefill (or fill) and time decode steps; the figures of ``engines.measure_cell`` without
+    those of vLLM.
 
-    Figures of a cell that the memory cannot hold are ``requests`` and ``out_of_memory``, a sentence.
+    Figures of a cell that the memory cannot hold are ``requests`` and ``out_of_memory``, a
+    sentence.
     """
     steps = min(steps, MOST_STEPS)
     context = min(cell.tokens, (cell.room or model.config.max_position_embeddings) - SETTLE - steps)
@@ -81,9 +102,14 @@ def measure_cell(model: Any, cell: Cell, requests: int, steps: int) -> dict[str,
         if requests == 0:
             raise OutOfMemory("not one request fits")
         if context < 1:
-            raise ValueError(f"{SETTLE + steps} steps leave no room for a context of {cell.tokens} tokens; lower --steps.")
+            raise ValueError(
+                f"{SETTLE + steps} steps leave no room for a context of {cell.tokens} tokens; "
+                "lower --steps."
+            )
         begin = time.perf_counter()
-        cache, tokens = (prefill if cell.prefill else filled_cache)(model, random_tokens(model, requests, context))
+        cache, tokens = (prefill if cell.prefill else filled_cache)(
+            model, random_tokens(model, requests, context)
+        )
         if cell.prefill:
             figures["prefill_s"] = time.perf_counter() - begin
         times = []
@@ -94,8 +120,11 @@ def measure_cell(model: Any, cell: Cell, requests: int, steps: int) -> dict[str,
         place = str(error) if isinstance(error, OutOfMemory) else "a decode step does not fit"
         return figures | {"out_of_memory": place}
     return figures | {
-        "prompt_tokens": context, "context_tokens": context + SETTLE + steps // 2, "steps": steps, "step_ms": summary(times[SETTLE:]),
-    }  # fmt: skip
+        "prompt_tokens": context,
+        "context_tokens": context + SETTLE + steps // 2,
+        "steps": steps,
+        "step_ms": summary(times[SETTLE:]),
+    }
 
 
 def random_tokens(model: Any, requests: int, count: int) -> torch.Tensor:
@@ -105,7 +134,8 @@ def random_tokens(model: Any, requests: int, count: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def prefill(model: Any, prompts: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Run prompts ``[B, n]`` through the model; the cache of their K and V, and the greedy next tokens ``[B, 1]``.
+    """Run prompts ``[B, n]`` through the model; the cache of their K and V, and the greedy next
+    tokens ``[B, 1]``.
 
     Raises:
         OutOfMemory: the prompts do not fit.
@@ -135,7 +165,9 @@ def filled_cache(model: Any, prompts: torch.Tensor) -> tuple[Any, torch.Tensor]:
     size = (prompts.shape[0], config.num_key_value_heads, prompts.shape[1], config.head_dim)
     try:
         for layer in range(config.num_hidden_layers):
-            cache.update(*(torch.randn(size, dtype=model.dtype, device=model.device) for _ in "kv"), layer)
+            cache.update(
+                *(torch.randn(size, dtype=model.dtype, device=model.device) for _ in "kv"), layer
+            )
     except torch.OutOfMemoryError:
         raise OutOfMemory("the KV cache does not fit") from None
     return cache, prompts[:, -1:]
@@ -143,7 +175,8 @@ def filled_cache(model: Any, prompts: torch.Tensor) -> tuple[Any, torch.Tensor]:
 
 @torch.inference_mode()
 def _timed_step(model: Any, cache: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    # Like generate, which looks after each step whether all requests are through, this waits for the device.
+    # Like generate, which looks after each step whether all requests are through, this waits for
+    # the device.
     begin = time.perf_counter()
     tokens = _step(model, cache, tokens)
     _synchronize(model)
@@ -165,7 +198,9 @@ def _step(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _fitting(model: Any, most: int, room: int) -> int:
-    """The largest of most, most / 2, most / 4 ... requests whose cache of ``room`` tokens leaves space for a step; 0: none."""
+    """The largest of most, most / 2, most / 4 ... requests whose cache of ``room`` tokens leaves
+    space for a step; 0: none.
+    """
     requests = most
     while requests:
         try:

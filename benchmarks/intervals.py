@@ -23,7 +23,9 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def bootstrap(scores: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of ``scores`` in 0..1, with a fixed seed; the unit interval without observations."""
+    """Percentile bootstrap of the mean of ``scores`` in 0..1, with a fixed seed; the unit interval
+    without observations.
+    """
     if not scores:
         return 0.0, 1.0
     values = np.asarray(scores, dtype=float)
@@ -38,12 +40,14 @@ def of_scores(scores: Sequence[float], right_or_wrong: bool) -> tuple[float, flo
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences in -1..1: Agresti and Min (2005), Wald's interval after two more pairs are added, one without a difference
-    and half a one each way. The whole range without observations.
+    """Mean of paired differences in -1..1: Agresti and Min (2005), Wald's interval after two more
+    pairs are added, one without a difference and half a one each way. The whole range without
+    observations.
 
-    For right or wrong it is theirs; for shares, the squares of the differences stand where the discordant pairs are counted. Student's t
-    and the bootstrap have no width where a dozen pairs are all equal, as most are here, and claim far too much:
-    tests/benchmarks/test_report.py counts how often each holds the truth.
+    For right or wrong it is theirs; for shares, the squares of the differences stand where the
+    discordant pairs are counted. Student's t and the bootstrap have no width where a dozen pairs
+    are all equal, as most are here, and claim far too much: tests/benchmarks/test_report.py counts
+        how often each holds the truth.
     """
     if not differences:
         return -1.0, 1.0
@@ -54,7 +58,9 @@ def paired(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def student(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences without bounds: Student's t, wider than the bootstrap for so few. Everything for less than two."""
+    """Mean of paired differences without bounds: Student's t, wider than the bootstrap for so few.
+    Everything for less than two.
+    """
     if len(differences) < 2:
         return -math.inf, math.inf
     values = np.asarray(differences, dtype=float)
@@ -63,7 +69,9 @@ def student(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t with ``freedom`` >= 1 degrees of freedom, by bisection of its distribution."""
+    """97.5 % quantile of Student's t with ``freedom`` >= 1 degrees of freedom, by bisection of its
+    distribution.
+    """
 
     def within(t: float) -> float:
         # Abramowitz and Stegun 26.7.3 and 26.7.4: the share between -t and t.

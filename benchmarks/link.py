@@ -1,4 +1,6 @@
-"""Case `link`: the fetch kernel on the PCIe link, alone and beside the matrix products of decode steps."""
+"""Case `link`: the fetch kernel on the PCIe link, alone and beside the matrix products of decode
+steps.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ TABLES = {
 def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
     """Event ``("row", figures)`` per ``(programs, KiB)``; runs in a child.
 
-    Random head pages out of 4 GiB of pinned memory. Products and copies run in one captured graph, on two streams, as in an engine; the
-    graph notes by the GPU's clock when either was done.
+    Random head pages out of 4 GiB of pinned memory. Products and copies run in one captured graph,
+    on two streams, as in an engine; the graph notes by the GPU's clock when either was done.
     """
     import torch
 
@@ -40,7 +42,12 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 
     device = torch.device("cuda")
-    heads, words, hidden, inner = shape.num_key_value_heads, 16 * shape.head_dim, shape.hidden_size, shape.intermediate_size
+    heads, words, hidden, inner = (
+        shape.num_key_value_heads,
+        16 * shape.head_dim,
+        shape.hidden_size,
+        shape.intermediate_size,
+    )
     qkv = shape.head_dim * (shape.num_attention_heads + 2 * heads)
     pages = (4 << 30) // (4 * words)
     host = allocate_host_pool((pages, words), torch.int32, device)
@@ -49,9 +56,17 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     targets = torch.randperm(PAGES, device=device).int()
     places = torch.randperm(PAGES // heads, device=device).int()[None]
     number, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (PAGES, 0))
-    widths = ((hidden, qkv), (shape.head_dim * shape.num_attention_heads, hidden), (hidden, 2 * inner), (inner, hidden))
+    widths = (
+        (hidden, qkv),
+        (shape.head_dim * shape.num_attention_heads, hidden),
+        (hidden, 2 * inner),
+        (inner, hidden),
+    )
     inputs = [torch.randn(rows, wide, dtype=torch.bfloat16, device=device) for wide, _ in widths]
-    weights = [[torch.randn(out, wide, dtype=torch.bfloat16, device=device) for wide, out in widths] for _ in range(PRODUCT_LAYERS)]
+    weights = [
+        [torch.randn(out, wide, dtype=torch.bfloat16, device=device) for wide, out in widths]
+        for _ in range(PRODUCT_LAYERS)
+    ]
     times = torch.zeros(3, dtype=torch.int64, device=device)
     side = torch.cuda.Stream()
 
@@ -89,9 +104,20 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
 
         def copy(programs: int = programs, kib: int = kib) -> None:
             fetch_pages(
-                host, arena, sources, targets, number, places, resident, layers=range(1), first_source=0, layer_sources=0,
-                num_kv_heads=heads, programs=programs, tile_bytes=1024 * kib,
-            )  # fmt: skip
+                host,
+                arena,
+                sources,
+                targets,
+                number,
+                places,
+                resident,
+                layers=range(1),
+                first_source=0,
+                layer_sources=0,
+                num_kv_heads=heads,
+                programs=programs,
+                tile_bytes=1024 * kib,
+            )
 
         alone = timed(lambda _, copy=copy: copy(), device, repeats=10)
         # Products enough to outlast the copies, which they slow down too.
@@ -100,27 +126,55 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
             rounds += 1
         products_alone = run(None, rounds)[0]
         products_beside, beside = run(copy, rounds)
-        yield "row", {
-            "programs": programs, "tile": kib, "alone": 1e-6 * arena.nbytes / alone, "beside": 1e-6 * arena.nbytes / beside,
-            "cost": (products_beside - products_alone) / beside, "products_ms": products_alone,
-        }  # fmt: skip
+        yield (
+            "row",
+            {
+                "programs": programs,
+                "tile": kib,
+                "alone": 1e-6 * arena.nbytes / alone,
+                "beside": 1e-6 * arena.nbytes / beside,
+                "cost": (products_beside - products_alone) / beside,
+                "products_ms": products_alone,
+            },
+        )
 
 
 def main(
     model_shape: Annotated[str, typer.Option(help="8b, 1b or demo.")] = "8b",
     rows: Annotated[int, typer.Option(help="Requests that decode.")] = 24,
-    settings: Annotated[str, typer.Option(help="Comma-separated PROGRAMSxKIB.")] = "4x32,4x64,6x32,6x64,8x16,8x32,8x64,12x32,16x8,16x16,32x8,64x8",
+    settings: Annotated[
+        str, typer.Option(help="Comma-separated PROGRAMSxKIB.")
+    ] = "4x32,4x64,6x32,6x64,8x16,8x32,8x64,12x32,16x8,16x16,32x8,64x8",
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
-    """What the fetch kernel's constants were chosen by; needs a GPU. Exit code 1 if anything failed."""
+    """What the fetch kernel's constants were chosen by; needs a GPU. Exit code 1 if anything
+    failed.
+    """
     shape = Shape.named(model_shape)
-    wanted = [(int(programs), int(kib)) for programs, kib in (pair.split("x") for pair in settings.split(","))]
-    result = report.Report("link", f"The fetch kernel on the link, {model_shape} shape, head pages of {64 * shape.head_dim} bytes", TABLES)
+    wanted = [
+        (int(programs), int(kib))
+        for programs, kib in (pair.split("x") for pair in settings.split(","))
+    ]
+    result = report.Report(
+        "link",
+        f"The fetch kernel on the link, {model_shape} shape, head pages of {64 * shape.head_dim} "
+        "bytes",
+        TABLES,
+    )
     result.notes.append(
-        f"Random head pages out of 4 GiB of pinned memory; matrix products of {rows} decode rows; both in one captured graph, timed by the GPU's clock."
+        f"Random head pages out of 4 GiB of pinned memory; matrix products of {rows} decode rows; "
+        "both in one captured graph, timed by the GPU's clock."
     )
     try:
-        for _, row in run_child(measure, shape, rows, wanted, log=Path(tempfile.mkdtemp()) / "link.log", seconds=120, env=ENGINE_ENV):
+        for _, row in run_child(
+            measure,
+            shape,
+            rows,
+            wanted,
+            log=Path(tempfile.mkdtemp()) / "link.log",
+            seconds=120,
+            env=ENGINE_ENV,
+        ):
             result.rows.append(row)
     except ChildError as error:
         result.failures["link"] = str(error)

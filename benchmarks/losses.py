@@ -1,4 +1,6 @@
-"""Case `losses`: what a retrieval head should be trained on. Variants of the loss on one model, same batches, same steps."""
+"""Case `losses`: what a retrieval head should be trained on. Variants of the loss on one model,
+same batches, same steps.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,24 @@ from benchmarks.intervals import bootstrap, of_scores, paired
 from benchmarks.questions import answer, questions
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.demo.train import Decoder, Model, Size
-from specontext_vllm.distillation.command import COUNTED, DRAFT_VOCABULARY, DistillError, make_settings, most_frequent
+from specontext_vllm.distillation.command import (
+    COUNTED,
+    DRAFT_VOCABULARY,
+    DistillError,
+    make_settings,
+    most_frequent,
+)
 from specontext_vllm.distillation.data import Sequences, Synthetic, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, DraftShape, rows_at
 from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, Seen, recall_of
-from specontext_vllm.distillation.teacher import Lesson, Teacher, load_teacher, read_config, read_tokenizer
+from specontext_vllm.distillation.teacher import (
+    Lesson,
+    Teacher,
+    load_teacher,
+    read_config,
+    read_tokenizer,
+)
 from specontext_vllm.distillation.trainer import Distiller, Settings
 
 BUDGETS = (128, 256)
@@ -49,28 +63,41 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window 256": {"window": 256},
 }
 """What is changed of `specontext distill`'s own settings; `layers`: those that teach."""
-DECODED = tuple(name for name, changes in VARIANTS.items() if not changes or {"loss", "align_sharpness", "align_each_token"} & set(changes))
+DECODED = tuple(
+    name
+    for name, changes in VARIANTS.items()
+    if not changes or {"loss", "align_sharpness", "align_each_token"} & set(changes)
+)
 """Variants whose answers are decoded as well, which costs as much as their training."""
 
 TABLES = {
     "Held-out recall: share of the teacher's attention beyond the newest 64 tokens that the chosen pages hold": (
         report.Column("name", "variant"),
-        *(column for budget in BUDGETS for column in (
-            report.Column(f"max_{budget}", f"recall at {budget}", ".3f"), report.Column(f"max_{budget}_difference", "difference, 95 %"),
-        )),
-        report.Column("heaviest", f"heaviest page, at {BUDGETS[0]}", ".3f"), report.Column("heaviest_difference", "difference, 95 %"),
+        *(
+            column
+            for budget in BUDGETS
+            for column in (
+                report.Column(f"max_{budget}", f"recall at {budget}", ".3f"),
+                report.Column(f"max_{budget}_difference", "difference, 95 %"),
+            )
+        ),
+        report.Column("heaviest", f"heaviest page, at {BUDGETS[0]}", ".3f"),
+        report.Column("heaviest_difference", "difference, 95 %"),
         report.Column(f"mean_{BUDGETS[0]}", f"of the layers' mean, at {BUDGETS[0]}", ".3f"),
         report.Column(f"mean_{BUDGETS[0]}_difference", "difference, 95 %"),
         report.Column("agreement", "first choice drafted", ".3f"),
-        report.Column("needle", f"needles at {BUDGETS[0]}", ".3f"), report.Column("needle_interval", "95 %"),
+        report.Column("needle", f"needles at {BUDGETS[0]}", ".3f"),
+        report.Column("needle_interval", "95 %"),
         report.Column("needle_difference", "difference, 95 %"),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Target:
-    """An alignment target: newest tokens that it leaves out, "max" or "mean" over layers, and which layers."""
+    """An alignment target: newest tokens that it leaves out, "max" or "mean" over layers, and which
+    layers.
+    """
 
     window: int
     over_layers: str
@@ -80,7 +107,12 @@ class Target:
     def of(cls, window: int, over_layers: str, layers: str, count: int) -> Target:
         """Of a model of ``count`` layers."""
         half = count // 2
-        ranges = {"all": range(count), "first half": range(half), "last half": range(half, count), "every second": range(1, count, 2)}
+        ranges = {
+            "all": range(count),
+            "first half": range(half),
+            "last half": range(half, count),
+            "every second": range(1, count, 2),
+        }
         return cls(window, over_layers, ranges[layers])
 
 
@@ -93,7 +125,9 @@ class Collectors:
     layer: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.each = {target: AttentionTarget(target.window, target.over_layers) for target in self.targets}
+        self.each = {
+            target: AttentionTarget(target.window, target.over_layers) for target in self.targets
+        }
 
     def watch(self, *arguments: Any) -> None:
         """The next layer's; see ``AttentionTarget.watch``."""
@@ -108,7 +142,10 @@ class Collectors:
     def lessons(self, lesson: Lesson) -> dict[Target, Lesson]:
         """The lesson with each one's target."""
         results = {target: collector.result() for target, collector in self.each.items()}
-        return {target: replace(lesson, target=found, mass=mass) for target, (found, mass) in results.items()}
+        return {
+            target: replace(lesson, target=found, mass=mass)
+            for target, (found, mass) in results.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -119,7 +156,9 @@ class Variant:
     target: Target
 
 
-def train(variants: dict[str, Variant], teacher: Teacher, data: Sequences, steps: int) -> dict[str, dict[str, float]]:
+def train(
+    variants: dict[str, Variant], teacher: Teacher, data: Sequences, steps: int
+) -> dict[str, dict[str, float]]:
     """All variants in lockstep, so that the teacher runs once a batch; their last losses."""
     targets = list(dict.fromkeys(variant.target for variant in variants.values()))
     found: dict[str, dict[str, float]] = {}
@@ -127,7 +166,9 @@ def train(variants: dict[str, Variant], teacher: Teacher, data: Sequences, steps
     for number in range(steps):
         ids, weights = (t.to(teacher.device) for t in data[number])
         sampler = next(iter(variants.values())).run
-        at, _ = sample_positions(weights[:, 1:], sampler.settings.align_positions, sampler.generator(ids.device))
+        at, _ = sample_positions(
+            weights[:, 1:], sampler.settings.align_positions, sampler.generator(ids.device)
+        )
         collectors = Collectors(targets)
         lessons = collectors.lessons(teacher(ids, at, collectors))
         for name, variant in variants.items():
@@ -140,7 +181,9 @@ def train(variants: dict[str, Variant], teacher: Teacher, data: Sequences, steps
 
 @dataclass(frozen=True)
 class SeenSequence:
-    """A held-out sequence that the teacher has seen: where it was watched, and the lesson by how the layers are put together."""
+    """A held-out sequence that the teacher has seen: where it was watched, and the lesson by how
+    the layers are put together.
+    """
 
     at: Tensor
     lessons: dict[str, Lesson]
@@ -148,9 +191,22 @@ class SeenSequence:
     @classmethod
     def seen(cls, teacher: Teacher, ids: Tensor, weights: Tensor, seed: int) -> SeenSequence:
         ids, weights = ids.to(teacher.device), weights.to(teacher.device)
-        at, _ = sample_positions(weights[:, 1:], ASKED, torch.Generator(device=ids.device).manual_seed(seed), first=max(BUDGETS))
-        collectors = Collectors([Target.of(RECENT_TOKENS, over, "all", len(teacher.layers)) for over in ("max", "mean")])
-        return cls(at, {target.over_layers: lesson for target, lesson in collectors.lessons(teacher(ids, at, collectors)).items()})
+        at, _ = sample_positions(
+            weights[:, 1:],
+            ASKED,
+            torch.Generator(device=ids.device).manual_seed(seed),
+            first=max(BUDGETS),
+        )
+        collectors = Collectors(
+            [Target.of(RECENT_TOKENS, over, "all", len(teacher.layers)) for over in ("max", "mean")]
+        )
+        return cls(
+            at,
+            {
+                target.over_layers: lesson
+                for target, lesson in collectors.lessons(teacher(ids, at, collectors)).items()
+            },
+        )
 
 
 @torch.no_grad()
@@ -160,9 +216,13 @@ def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[SeenSequen
     for sequence in held_out:
         lesson, at = sequence.lessons["max"], sequence.at
         place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
-        drafted = draft.lm_head(draft.states(*draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place), at)).argmax(-1)
+        drafted = draft.lm_head(
+            draft.states(*draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place), at)
+        ).argmax(-1)
         first = drafted if draft.draft_ids is None else draft.draft_ids[drafted]
-        right.append((first == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).float().mean())
+        right.append(
+            (first == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).float().mean()
+        )
     return float(torch.stack(right).mean())
 
 
@@ -170,21 +230,33 @@ def needle_scores(model: Any, draft: DraftModel, tokenizer: Any, tokens: int) ->
     """Scores of held-out needle questions, decoded in plain torch with the head's choice of pages."""
     decoder = Decoder(model, draft)
     return [
-        answer(decoder, tokenizer, problem, decoder.prefill(prompt), "dlm", BUDGETS[0]) for problem, prompt in questions(tokenizer, tokens, NEEDLES)
+        answer(decoder, tokenizer, problem, decoder.prefill(prompt), "dlm", BUDGETS[0])
+        for problem, prompt in questions(tokenizer, tokens, NEEDLES)
     ]
 
 
 def plain_model(teacher: Teacher) -> Any | None:
-    """The teacher as the plain-torch model of demo/train.py, which decodes with a head; None where that cannot compute it."""
+    """The teacher as the plain-torch model of demo/train.py, which decodes with a head; None where
+    that cannot compute it.
+    """
     config, state = teacher.model.config, teacher.model.state_dict()
     shape = DraftShape.for_target(config, max_position=0)
     size = Size(
-        hidden=shape.hidden, ffn=shape.ffn, layers=config.num_hidden_layers, heads=shape.heads, kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim, aux_layers=teacher.aux_layers, theta=shape.rope_theta, eps=shape.eps,
-    )  # fmt: skip
+        hidden=shape.hidden,
+        ffn=shape.ffn,
+        layers=config.num_hidden_layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        aux_layers=teacher.aux_layers,
+        theta=shape.rope_theta,
+        eps=shape.eps,
+    )
     with torch.device("meta"):
         model = Model(size, shape.vocabulary).requires_grad_(False)
-    stretched = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    stretched = (getattr(config, "rope_parameters", None) or {}).get(
+        "rope_type", "default"
+    ) != "default"
     # A bias, or norms of queries and keys, are tensors that it does not have.
     if config.model_type != "llama" or stretched or set(model.checkpoint()) != set(state):
         return None
@@ -194,13 +266,23 @@ def plain_model(teacher: Teacher) -> Any | None:
     return model
 
 
-def make_row(name: str, recalls: dict[str, list[dict[int, Recall]]], base: dict[str, list[dict[int, Recall]]]) -> dict[str, Any]:
-    """Recalls under each measure (`max`, `mean` over layers), and their paired differences from the first variant's."""
+def make_row(
+    name: str, recalls: dict[str, list[dict[int, Recall]]], base: dict[str, list[dict[int, Recall]]]
+) -> dict[str, Any]:
+    """Recalls under each measure (`max`, `mean` over layers), and their paired differences from the
+    first variant's.
+    """
     row: dict[str, Any] = {"name": name}
     measures = {f"max_{budget}": ("max", budget, "found") for budget in BUDGETS}
-    measures |= {f"mean_{BUDGETS[0]}": ("mean", BUDGETS[0], "found"), "heaviest": ("max", BUDGETS[0], "heaviest")}
+    measures |= {
+        f"mean_{BUDGETS[0]}": ("mean", BUDGETS[0], "found"),
+        "heaviest": ("max", BUDGETS[0], "heaviest"),
+    }
     for key, (measure, budget, figure) in measures.items():
-        mine, theirs = ([getattr(sequence[budget], figure) for sequence in found[measure]] for found in (recalls, base))
+        mine, theirs = (
+            [getattr(sequence[budget], figure) for sequence in found[measure]]
+            for found in (recalls, base)
+        )
         row[key] = sum(mine) / len(mine)
         if recalls is not base:
             low, high = bootstrap([a - b for a, b in zip(mine, theirs, strict=True)])
@@ -209,8 +291,14 @@ def make_row(name: str, recalls: dict[str, list[dict[int, Recall]]], base: dict[
 
 
 def make_variants(
-    teacher: Teacher, shape: DraftShape, draft_ids: Tensor | None, data: Sequences, plain: Settings, out: Path, accelerator: Any
-) -> dict[str, Variant]:  # fmt: skip
+    teacher: Teacher,
+    shape: DraftShape,
+    draft_ids: Tensor | None,
+    data: Sequences,
+    plain: Settings,
+    out: Path,
+    accelerator: Any,
+) -> dict[str, Variant]:
     """Every variant before its first step.
 
     Args:
@@ -218,18 +306,34 @@ def make_variants(
     """
     variants = {}
     for name, changes in VARIANTS.items():
-        settings = replace(plain, **{name: value for name, value in changes.items() if name != "layers"})
-        target = Target.of(settings.window, settings.over_layers, changes.get("layers", "all"), len(teacher.layers))
+        settings = replace(
+            plain, **{name: value for name, value in changes.items() if name != "layers"}
+        )
+        target = Target.of(
+            settings.window, settings.over_layers, changes.get("layers", "all"), len(teacher.layers)
+        )
         torch.manual_seed(settings.seed)
-        variants[name] = Variant(Distiller(teacher, DraftModel(shape, draft_ids), data, data, settings, out, accelerator), target)
+        variants[name] = Variant(
+            Distiller(
+                teacher, DraftModel(shape, draft_ids), data, data, settings, out, accelerator
+            ),
+            target,
+        )
     return variants
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder: the teacher. The heads of all variants are held at once.")] = DEMO_MODEL,
+    model: Annotated[
+        Path,
+        typer.Option(help="Model folder: the teacher. The heads of all variants are held at once."),
+    ] = DEMO_MODEL,
     steps: Annotated[int, typer.Option(help="Steps of each variant.", min=1)] = 150,
-    context: Annotated[int, typer.Option(help="Longest sequence, tokens; one is a step.", min=512)] = 768,
-    held_out: Annotated[int, typer.Option(help="Sequences that recall is measured on.", min=2)] = 16,
+    context: Annotated[
+        int, typer.Option(help="Longest sequence, tokens; one is a step.", min=512)
+    ] = 768,
+    held_out: Annotated[
+        int, typer.Option(help="Sequences that recall is measured on.", min=2)
+    ] = 16,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
     """Variants of the distillation loss on one model."""
@@ -240,10 +344,20 @@ def main(
     try:
         config, tokenizer = read_config(model), read_tokenizer(model)
         settings = make_settings(
-            config, context=context, batch_tokens=None, hours=1.0, steps=steps, loss="both", learning_rate=None, budget=BUDGETS[0], seed=0
+            config,
+            context=context,
+            batch_tokens=None,
+            hours=1.0,
+            steps=steps,
+            loss="both",
+            learning_rate=None,
+            budget=BUDGETS[0],
+            seed=0,
         )
         documents = Synthetic(tokenizer)
-        shape = DraftShape.for_target(config, max_position=2 * context, draft_vocabulary=DRAFT_VOCABULARY)
+        shape = DraftShape.for_target(
+            config, max_position=2 * context, draft_vocabulary=DRAFT_VOCABULARY
+        )
         teacher = Teacher(load_teacher(model, device, torch.float32), shape.aux_layers)
     except DistillError as error:
         typer.echo(str(error), err=True)
@@ -251,14 +365,20 @@ def main(
     plain = replace(settings, draft_positions=DRAFT_POSITIONS)
     data = Sequences(documents, plain.lengths, context)
     reduced = shape.draft_vocabulary < shape.vocabulary
-    draft_ids = most_frequent((data[i] for i in range(COUNTED)), shape.draft_vocabulary) if reduced else None
+    draft_ids = (
+        most_frequent((data[i] for i in range(COUNTED)), shape.draft_vocabulary)
+        if reduced
+        else None
+    )
     variants = make_variants(teacher, shape, draft_ids, data, plain, out, accelerator)
     last = train(variants, teacher, data, steps)
 
     own = model.resolve() != DEMO_MODEL.resolve()
     title = f"Losses of a retrieval head: {steps} steps of {context} tokens on {model.resolve().name if own else 'the demo model'}"
     details = {"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}}
-    result = report.Report(f"losses-{model.resolve().name}" if own else "losses", title, TABLES, details=details)
+    result = report.Report(
+        f"losses-{model.resolve().name}" if own else "losses", title, TABLES, details=details
+    )
     unseen = Sequences(documents, [context], context, held_out=True)
     sequences = [SeenSequence.seen(teacher, *unseen[i], seed=i) for i in range(held_out)]
     decoding = plain_model(teacher)
@@ -266,35 +386,55 @@ def main(
     for name, variant in variants.items():
         draft = variant.run.draft
         with torch.no_grad():
-            recalls = {m: [recall_of(draft, Seen.of(s.lessons[m], s.at), BUDGETS) for s in sequences] for m in ("max", "mean")}
+            recalls = {
+                m: [recall_of(draft, Seen.of(s.lessons[m], s.at), BUDGETS) for s in sequences]
+                for m in ("max", "mean")
+            }
         base = base or recalls
         row = {**make_row(name, recalls, base), "agreement": agreement(teacher, draft, sequences)}
-        result.details["recall"][name] = {m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()}
+        result.details["recall"][name] = {
+            m: [{b: r.found for b, r in s.items()} for s in found] for m, found in recalls.items()
+        }
         if decoding is not None and name in DECODED:
-            result.details["needles"][name] = scores = needle_scores(decoding, draft, tokenizer, context)
+            result.details["needles"][name] = scores = needle_scores(
+                decoding, draft, tokenizer, context
+            )
             low, high = of_scores(scores, right_or_wrong=True)
-            row |= {"needle": sum(scores) / len(scores), "needle_interval": f"{low:.2f} to {high:.2f}"}
+            row |= {
+                "needle": sum(scores) / len(scores),
+                "needle_interval": f"{low:.2f} to {high:.2f}",
+            }
             first = next(iter(result.details["needles"].values()))
             if scores is not first:
                 low, high = paired([a - b for a, b in zip(scores, first, strict=True)])
                 row["needle_difference"] = f"{low:+.2f} to {high:+.2f}"
         result.rows.append(row)
         print(f"{name}: {row}", flush=True)
-    best = {f"{m}_{b}": sum(s[b].best for s in found) / len(found) for m, found in base.items() for b in BUDGETS}
+    best = {
+        f"{m}_{b}": sum(s[b].best for s in found) / len(found)
+        for m, found in base.items()
+        for b in BUDGETS
+    }
     result.rows.append({"name": "the best choice there is", **best})
     result.notes += [
-        f"The same {steps} batches of {context} tokens for all (sequences of {', '.join(map(str, plain.lengths))} tokens), the same "
-        f"initial weights but in the second row; {plain.align_positions} positions aligned and {DRAFT_POSITIONS} drafted a sequence, "
+        f"The same {steps} batches of {context} tokens for all (sequences of "
+        f"{', '.join(map(str, plain.lengths))} tokens), the same "
+        f"initial weights but in the second row; {plain.align_positions} positions aligned and "
+        f"{DRAFT_POSITIONS} drafted a sequence, "
         f"peak rate {plain.learning_rate:g}.",
-        f"Recall: mean over {held_out} held-out sequences of {context} tokens, of the attention of all {len(teacher.layers)} layers "
-        "whatever layers a head was aligned to; differences are paired with the first row by sequence, bootstrap. The second row shows "
+        f"Recall: mean over {held_out} held-out sequences of {context} tokens, of the attention of "
+        f"all {len(teacher.layers)} layers "
+        "whatever layers a head was aligned to; differences are paired with the first row by "
+        "sequence, bootstrap. The second row shows "
         "what the initial weights alone change.",
-        f"Heaviest page: share of the positions and KV heads at which the page with the teacher's largest weight is among those of a budget of {BUDGETS[0]}, "
+        "Heaviest page: share of the positions and KV heads at which the page with the teacher's "
+        f"largest weight is among those of a budget of {BUDGETS[0]}, "
         "weighted like recall.",
-        f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded with a budget of {BUDGETS[0]}; Wilson "
+        f"Needles: {NEEDLES} questions in prompts of about {context} tokens, all layouts, decoded "
+        f"with a budget of {BUDGETS[0]}; Wilson "
         "intervals, differences paired with the first row by question (Agresti and Min)."
         if decoding is not None
         else "Needles: not decoded; that takes a Llama without RoPE scaling.",
-    ]  # fmt: skip
+    ]
     result.write(out)
     result.show()

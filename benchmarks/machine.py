@@ -15,7 +15,9 @@ PACKAGES = ("torch", "vllm", "triton", "transformers", "numpy")
 
 
 def facts() -> dict[str, Any]:
-    """GPUs (name, driver, MiB of memory), CPU, memory in GiB, package versions and the git commit, where each is known."""
+    """GPUs (name, driver, MiB of memory), CPU, memory in GiB, package versions and the git commit,
+    where each is known.
+    """
     return {
         "gpus": gpus(),
         "cpu": _cpu_name(),
@@ -30,9 +32,15 @@ def facts() -> dict[str, Any]:
 
 def gpus() -> list[dict[str, str]]:
     """One dict per GPU, as nvidia-smi names it; empty without one."""
-    listing = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    listing = _output(
+        "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
+    )
     fields = ("name", "driver", "memory")
-    return [dict(zip(fields, (part.strip() for part in line.split(",")), strict=True)) for line in listing.splitlines() if line]
+    return [
+        dict(zip(fields, (part.strip() for part in line.split(",")), strict=True))
+        for line in listing.splitlines()
+        if line
+    ]
 
 
 def device_slug(machine: dict[str, Any]) -> str:
@@ -49,9 +57,15 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def describe_device(machine: dict[str, Any]) -> str:
-    """The facts in one line, without the commit; machines of one kind, which are lent in turn, are described alike."""
-    devices = [f"{gpu['name']} ({gpu['memory']}, driver {gpu['driver']})" for gpu in machine["gpus"]]
-    packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
+    """The facts in one line, without the commit; machines of one kind, which are lent in turn, are
+    described alike.
+    """
+    devices = [
+        f"{gpu['name']} ({gpu['memory']}, driver {gpu['driver']})" for gpu in machine["gpus"]
+    ]
+    packages = ", ".join(
+        f"{name} {number}" for name, number in machine["packages"].items() if number
+    )
     return "; ".join([*devices, f"{machine['cpu']}, {machine['cores']} cores", packages])
 
 
@@ -75,7 +89,11 @@ def _commit() -> str | None:
     """Short hash, with `+` when the tree has changes."""
     root = str(Path(__file__).parents[1])
     commit = _output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
-    return (commit + ("+" if _output("git", "-C", root, "status", "--porcelain") else "")) if commit else None
+    return (
+        (commit + ("+" if _output("git", "-C", root, "status", "--porcelain") else ""))
+        if commit
+        else None
+    )
 
 
 def _output(*command: str) -> str:

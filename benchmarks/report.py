@@ -21,7 +21,9 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the table: the row's key, its heading, and the format of a number in it (`format` mini-language)."""
+    """One column of the table: the row's key, its heading, and the format of a number in it
+    (`format` mini-language).
+    """
 
     key: str
     heading: str
@@ -32,7 +34,11 @@ class Column:
         value = row.get(self.key)
         if value is None:
             return "–"
-        return format(value, self.style) if isinstance(value, int | float) and self.style else str(value)
+        return (
+            format(value, self.style)
+            if isinstance(value, int | float) and self.style
+            else str(value)
+        )
 
 
 @dataclass
@@ -42,7 +48,8 @@ class Report:
     Attributes:
         case: the case's name.
         title: what the table shows, in one line.
-        tables: columns of each table by its heading; a table shows the rows that have a value for its first column.
+        tables: columns of each table by its heading; a table shows the rows that have a value for
+            its first column.
         rows: values by column key.
         details: everything else that was measured, JSON-serialisable.
         notes: sentences under the table.
@@ -58,7 +65,9 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=machine.facts)
     date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
-    command: str = field(default_factory=lambda: shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]))
+    command: str = field(
+        default_factory=lambda: shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    )
 
     def rows_of(self, columns: Sequence[Column]) -> list[dict[str, Any]]:
         """Rows of one table."""
@@ -72,7 +81,11 @@ class Report:
             lines.append("| " + " | ".join(column.heading for column in columns) + " |")
             lines.append("|" + "---|" * len(columns))
             for row in self.rows_of(columns):
-                lines.append("| " + " | ".join(column.cell(row).replace("|", "\\|") for column in columns) + " |")
+                lines.append(
+                    "| "
+                    + " | ".join(column.cell(row).replace("|", "\\|") for column in columns)
+                    + " |"
+                )
             lines.append("")
         lines += [f"- {note}" for note in self.notes]
         lines += [f"- **failed: {what}**: {why}" for what, why in self.failures.items()]
@@ -80,19 +93,31 @@ class Report:
         return "\n".join(lines)
 
     def write(self, folder: Path) -> Path:
-        """Write `<case>-<device>.json` and `.md` (replacing those of an earlier run); returns the path of the latter."""
+        """Write `<case>-<device>.json` and `.md` (replacing those of an earlier run); returns the
+        path of the latter.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         stem = folder / f"{self.case}-{machine.device_slug(self.machine)}"
         content = {
-            "case": self.case, "title": self.title, "date": self.date, "command": self.command, "machine": self.machine,
-            "rows": self.rows, "details": self.details, "notes": self.notes, "failures": self.failures,
-        }  # fmt: skip
-        stem.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            "case": self.case,
+            "title": self.title,
+            "date": self.date,
+            "command": self.command,
+            "machine": self.machine,
+            "rows": self.rows,
+            "details": self.details,
+            "notes": self.notes,
+            "failures": self.failures,
+        }
+        stem.with_suffix(".json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        )
         stem.with_suffix(".md").write_text(self.markdown())
         return stem.with_suffix(".md")
 
     def take_over(self, folder: Path, same: Sequence[str]) -> None:
-        """Start from the details and failures that an earlier run of this case left in ``folder``; without one, from nothing.
+        """Start from the details and failures that an earlier run of this case left in ``folder``;
+        without one, from nothing.
 
         Args:
             same: keys of ``details`` that must be as they were.
@@ -107,13 +132,21 @@ class Report:
         for key in same:
             wanted, found = json.loads(json.dumps(self.details[key])), earlier["details"].get(key)
             if found != wanted:
-                raise ValueError(f"--out: {path} was made with another {key} ({found}, now {wanted}); give another folder or remove it.")
+                raise ValueError(
+                    f"--out: {path} was made with another {key} ({found}, now {wanted}); give "
+                    "another folder or remove it."
+                )
         self.details, self.failures = earlier["details"], earlier["failures"]
 
     def run(self) -> dict[str, str | None]:
         """What ``run_notes`` tells of this run."""
         where = machine.describe_device(self.machine)
-        return {"date": self.date, "command": self.command, "commit": self.machine["commit"], "machine": where}
+        return {
+            "date": self.date,
+            "command": self.command,
+            "commit": self.machine["commit"],
+            "machine": where,
+        }
 
     def show(self) -> None:
         """Print the tables, the notes and the failures."""
@@ -134,19 +167,25 @@ class Report:
 
 
 def run_notes(made: Iterable[tuple[dict[str, Any], str]]) -> list[str]:
-    """Which run made which part of a table, where several did, and on which machine, where those differ.
+    """Which run made which part of a table, where several did, and on which machine, where those
+    differ.
 
     Args:
-        made: of each part its ``Report.run`` (results of before 2026-11-25 have no ``machine``), and its name.
+        made: of each part its ``Report.run`` (results of before 2026-11-25 have no ``machine``),
+            and its name.
     """
     runs: dict[tuple[str | None, ...], dict[str, None]] = {}
     for run, part in made:
-        runs.setdefault(tuple(run.get(key) for key in ("date", "command", "commit", "machine")), {})[part] = None
+        runs.setdefault(
+            tuple(run.get(key) for key in ("date", "command", "commit", "machine")), {}
+        )[part] = None
     if len(runs) < 2:
         return []
     several = len({machine for *_, machine in runs}) > 1
     told = []
-    for (date, command, commit, where), parts in sorted(runs.items(), key=lambda item: item[0][0] or ""):
+    for (date, command, commit, where), parts in sorted(
+        runs.items(), key=lambda item: item[0][0] or ""
+    ):
         on = f", on {where or 'a machine that was not recorded'}" if several else ""
         told.append(f"{date} (`{command}`, commit {commit or 'unknown'}{on}): {', '.join(parts)}")
     return ["Several runs made this table. " + "; ".join(told) + "."]

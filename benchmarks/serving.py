@@ -15,15 +15,29 @@ from typing import Any
 from benchmarks import report
 from benchmarks.engines import BATCHED_TOKENS, RETRIEVERS
 from benchmarks.shapes import Shape
-from specontext_vllm.demo.server import ServerError, VllmServer, device_arguments, server_environment
+from specontext_vllm.demo.server import (
+    ServerError,
+    VllmServer,
+    device_arguments,
+    server_environment,
+)
 
 MARGIN = 64
 """Tokens of --max-model-len beyond the longest load."""
 
 FIGURES = (
-    "completed", "failed", "duration", "request_throughput", "output_throughput", "total_input_tokens", "total_output_tokens",
-    "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms",
-)  # fmt: skip
+    "completed",
+    "failed",
+    "duration",
+    "request_throughput",
+    "output_throughput",
+    "total_input_tokens",
+    "total_output_tokens",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+)
 """What is kept of the client's result."""
 
 
@@ -45,19 +59,28 @@ def parse_loads(lengths: str, concurrency: str, shape: Shape, max_num_seqs: int)
     """All pairs of `8k/1k,32k/4k` and `1,8,24`.
 
     Raises:
-        ValueError: another form, more than the shape's longest context, or than ``max_num_seqs`` requests at once.
+        ValueError: another form, more than the shape's longest context, or than ``max_num_seqs``
+            requests at once.
     """
     loads = []
     for text in lengths.split(","):
         found = re.fullmatch(r"(\d+)(k?)/(\d+)(k?)", text.strip())
         if not found or "0" in (found[1], found[3]):
             raise ValueError(f"--lengths: found {text!r}; write IN/OUT, as in 8k/1k or 256/32.")
-        prompt, output = (int(n) * (1024 if k else 1) for n, k in ((found[1], found[2]), (found[3], found[4])))
+        prompt, output = (
+            int(n) * (1024 if k else 1) for n, k in ((found[1], found[2]), (found[3], found[4]))
+        )
         if prompt + output + MARGIN > shape.max_position_embeddings:
-            raise ValueError(f"--lengths: {text.strip()} exceeds the {shape.max_position_embeddings} tokens of --model-shape {shape.name}.")
+            raise ValueError(
+                f"--lengths: {text.strip()} exceeds the {shape.max_position_embeddings} tokens of "
+                f"--model-shape {shape.name}."
+            )
         for number in concurrency.split(","):
             if not number.strip().isdigit() or not 0 < int(number) <= max_num_seqs:
-                raise ValueError(f"--concurrency: found {number!r}; give numbers from 1 to --max-num-seqs ({max_num_seqs}).")
+                raise ValueError(
+                    f"--concurrency: found {number!r}; give numbers from 1 to --max-num-seqs "
+                    f"({max_num_seqs})."
+                )
             loads.append(Load(text.strip(), prompt, output, int(number)))
     return loads
 
@@ -65,7 +88,8 @@ def parse_loads(lengths: str, concurrency: str, shape: Shape, max_num_seqs: int)
 def write_tokenizer(shape: Shape, folder: Path) -> None:
     """Give a model's folder a tokenizer in which every id of the vocabulary is a word of its own.
 
-    The client makes its random prompts as text; with these words the server reads back exactly the tokens that it meant.
+    The client makes its random prompts as text; with these words the server reads back exactly the
+    tokens that it meant.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -78,21 +102,45 @@ def write_tokenizer(shape: Shape, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def server_arguments(engine: str, loads: Sequence[Load], budget: int, max_num_seqs: int, on_gpu: bool) -> list[str]:
+def server_arguments(
+    engine: str, loads: Sequence[Load], budget: int, max_num_seqs: int, on_gpu: bool
+) -> list[str]:
     """Options of `vllm serve`: the same for all engines, but for the backend."""
     longest = max(load.prompt + load.output for load in loads) + MARGIN
     arguments = [
-        *device_arguments(), "--load-format", "dummy", "--seed", "0", "--max-model-len", str(longest), "--max-num-seqs", str(max_num_seqs),
-        "--max-num-batched-tokens", str(BATCHED_TOKENS), "--enable-prefix-caching",
-    ]  # fmt: skip
+        *device_arguments(),
+        "--load-format",
+        "dummy",
+        "--seed",
+        "0",
+        "--max-model-len",
+        str(longest),
+        "--max-num-seqs",
+        str(max_num_seqs),
+        "--max-num-batched-tokens",
+        str(BATCHED_TOKENS),
+        "--enable-prefix-caching",
+    ]
     if engine in RETRIEVERS:
         settings = {"specontext": RETRIEVERS[engine] | {"budget": budget}}
-        return [*arguments, "--attention-backend", "specontext", "--additional-config", json.dumps(settings)]
+        return [
+            *arguments,
+            "--attention-backend",
+            "specontext",
+            "--additional-config",
+            json.dumps(settings),
+        ]
     return [*arguments, "--attention-backend", "FLASH_ATTN"] if on_gpu else arguments
 
 
 def run_server(
-    model: Path, arguments: Sequence[str], loads: Sequence[Load], *, rounds: int, seconds: float, folder: Path
+    model: Path,
+    arguments: Sequence[str],
+    loads: Sequence[Load],
+    *,
+    rounds: int,
+    seconds: float,
+    folder: Path,
 ) -> Iterator[tuple[str, Any]]:
     """Start a server and run the client once per load.
 
@@ -102,7 +150,8 @@ def run_server(
         folder: takes the client's results and logs.
 
     Yields:
-        ``("ready", facts)``, then per load ``("cell", (name, figures))`` or ``("failed", (name, reason))``.
+        ``("ready", facts)``, then per load ``("cell", (name, figures))`` or
+        ``("failed", (name, reason))``.
 
     Raises:
         ServerError: the server did not start or answer in time.
@@ -111,24 +160,45 @@ def run_server(
 
     def in_time(waited: float) -> None:
         if time.monotonic() > deadline:
-            raise ServerError(f"the server did not start within the {seconds:.0f} s of --engine-seconds.")
+            raise ServerError(
+                f"the server did not start within the {seconds:.0f} s of --engine-seconds."
+            )
 
     with VllmServer(model, arguments, on_wait=in_time) as server:
-        # Before the first load: what is compiled or captured for the first requests is no part of any.
+        # Before the first load: what is compiled or captured for the first requests is no part of
+        # any.
         most = max(load.concurrency for load in loads)
         warm_up = Load("warm-up", min(512, *(load.prompt for load in loads)), 16, most)
-        _bench(server.url, model, warm_up, seed=0, requests=most, seconds=deadline - time.monotonic(), folder=folder)
+        _bench(
+            server.url,
+            model,
+            warm_up,
+            seed=0,
+            requests=most,
+            seconds=deadline - time.monotonic(),
+            folder=folder,
+        )
         yield "ready", {"start_s": round(server.start_seconds, 1), "arguments": list(arguments)}
         for seed, load in enumerate(loads, 1):
             # Prompts of other loads are others (the seed): nothing may hit the prefix cache.
             left = deadline - time.monotonic()
             try:
-                yield "cell", (load.cell, _bench(server.url, model, load, seed, load.concurrency * rounds, left, folder))
+                yield (
+                    "cell",
+                    (
+                        load.cell,
+                        _bench(
+                            server.url, model, load, seed, load.concurrency * rounds, left, folder
+                        ),
+                    ),
+                )
             except ServerError as error:
                 yield "failed", (load.cell, str(error))
 
 
-def _bench(url: str, model: Path, load: Load, seed: int, requests: int, seconds: float, folder: Path) -> dict[str, Any]:
+def _bench(
+    url: str, model: Path, load: Load, seed: int, requests: int, seconds: float, folder: Path
+) -> dict[str, Any]:
     """Run `vllm bench serve` once; ``FIGURES`` of its result.
 
     Raises:
@@ -138,35 +208,78 @@ def _bench(url: str, model: Path, load: Load, seed: int, requests: int, seconds:
     result, log = folder / f"{stem}.json", folder / f"{stem}.log"
     result.unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", url, "--model", str(model),
-        "--dataset-name", "random", "--random-input-len", str(load.prompt), "--random-output-len", str(load.output),
-        "--num-prompts", str(requests), "--max-concurrency", str(load.concurrency), "--seed", str(seed), "--temperature", "0",
-        "--percentile-metrics", "ttft,tpot", "--save-result", "--result-dir", str(folder), "--result-filename", result.name,
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "bench",
+        "serve",
+        "--base-url",
+        url,
+        "--model",
+        str(model),
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(load.prompt),
+        "--random-output-len",
+        str(load.output),
+        "--num-prompts",
+        str(requests),
+        "--max-concurrency",
+        str(load.concurrency),
+        "--seed",
+        str(seed),
+        "--temperature",
+        "0",
+        "--percentile-metrics",
+        "ttft,tpot",
+        "--save-result",
+        "--result-dir",
+        str(folder),
+        "--result-filename",
+        result.name,
         "--disable-tqdm",
-    ]  # fmt: skip
+    ]
     if seconds <= 0:
         raise ServerError("no time was left of --engine-seconds.")
     with log.open("wb") as output:
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=server_environment(), cwd=folder,
-                timeout=seconds, check=False,
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=server_environment(),
+                cwd=folder,
+                timeout=seconds,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
-            raise ServerError(f"it was stopped after {seconds:.0f} s, the rest of --engine-seconds.") from None
+            raise ServerError(
+                f"it was stopped after {seconds:.0f} s, the rest of --engine-seconds."
+            ) from None
     if done.returncode or not result.exists():
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise ServerError(f"vllm bench serve ended with exit code {done.returncode}; {log} ends with: {' '.join(last)}")
-    figures = {key: value for key, value in json.loads(result.read_text()).items() if key in FIGURES}
+        raise ServerError(
+            f"vllm bench serve ended with exit code {done.returncode}; {log} ends with: "
+            f"{' '.join(last)}"
+        )
+    figures = {
+        key: value for key, value in json.loads(result.read_text()).items() if key in FIGURES
+    }
     if figures["completed"] != requests:
-        raise ServerError(f"{figures['completed']} of {requests} requests were answered; see {log}.")
+        raise ServerError(
+            f"{figures['completed']} of {requests} requests were answered; see {log}."
+        )
     return figures
 
 
 COLUMNS = {
-    "request_throughput": ("requests/s", ".3f"), "output_throughput": ("output tokens/s", ",.0f"),
-    "median_ttft_ms": ("TTFT, ms", ",.0f"), "median_tpot_ms": ("TPOT, ms", ".2f"),
-}  # fmt: skip
+    "request_throughput": ("requests/s", ".3f"),
+    "output_throughput": ("output tokens/s", ",.0f"),
+    "median_ttft_ms": ("TTFT, ms", ",.0f"),
+    "median_tpot_ms": ("TPOT, ms", ".2f"),
+}
 TABLES = {
     "Served": (
         report.Column("lengths", "in/out"),
@@ -191,7 +304,9 @@ def make_rows(loads: Sequence[Load], details: dict[str, Any]) -> list[dict[str, 
             figures = details["engines"].get(engine, {}).get("cells", {}).get(load.cell, {})
             row |= {f"{key}_{figure}": figures[figure] for figure in COLUMNS if figure in figures}
         if "stock_output_throughput" in row and "sparse_output_throughput" in row:
-            row["times_throughput"] = row["sparse_output_throughput"] / row["stock_output_throughput"]
+            row["times_throughput"] = (
+                row["sparse_output_throughput"] / row["stock_output_throughput"]
+            )
             row["times_tpot"] = row["stock_median_tpot_ms"] / row["sparse_median_tpot_ms"]
         rows.append(row)
     return rows

@@ -1,4 +1,6 @@
-"""Model shapes of the decode benchmark: config.json contents, and the bytes that a decode step must read."""
+"""Model shapes of the decode benchmark: config.json contents, and the bytes that a decode step must
+read.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +14,56 @@ BYTES = 2
 """Of one weight or one KV element: bfloat16."""
 
 _LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
 _SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 131072,
-        "rope_theta": 500000.0, "bos_token_id": 128000, "eos_token_id": 128001,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
     },
     "1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
-        "rope_theta": 500000.0, "bos_token_id": 128000, "eos_token_id": 128001,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
     },
     "tiny": {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1024, "max_position_embeddings": 4096,
-        "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 1024,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
-}  # fmt: skip
+}
 NAMES = (*_SHAPES, "demo")
 
 
@@ -44,7 +76,8 @@ class Shape:
 
     @classmethod
     def named(cls, name: str) -> Shape:
-        """8b and 1b are Llama-3.1-8B's and Llama-3.2-1B's (with its LM head untied); demo is the bundled model's.
+        """8b and 1b are Llama-3.1-8B's and Llama-3.2-1B's (with its LM head untied); demo is the
+        bundled model's.
 
         Raises:
             ValueError: an unknown name, or no demo model.
@@ -55,7 +88,10 @@ class Shape:
             raise ValueError(f"--model-shape: found {name!r}; use one of {', '.join(NAMES)}.")
         path = DEMO_MODEL / "config.json"
         if not path.exists():
-            raise ValueError(f"--model-shape demo: {path} does not exist; use another shape or make the demo model first.")
+            raise ValueError(
+                f"--model-shape demo: {path} does not exist; use another shape or make the demo "
+                "model first."
+            )
         config = json.loads(path.read_text())
         config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         return cls(name, config)
@@ -74,7 +110,9 @@ class Shape:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights that one decode step reads: all but the input embedding, of which it reads a few rows."""
+        """Weights that one decode step reads: all but the input embedding, of which it reads a few
+        rows.
+        """
         h, d = self.hidden_size, self.head_dim
         attention = h * d * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
         layer = attention + 3 * h * self.intermediate_size + 2 * h
@@ -88,18 +126,25 @@ class Shape:
     def head_weight_bytes(self) -> int:
         """Weights of the dummy retrieval head: fc over three hidden states, W_q and W_k over two."""
         h = self.hidden_size
-        return BYTES * (3 * h * h + 2 * h * self.head_dim * (self.num_attention_heads + self.num_key_value_heads))
+        return BYTES * (
+            3 * h * h
+            + 2 * h * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        )
 
     @property
     def head_key_bytes_per_token(self) -> int:
         return self.num_key_value_heads * self.head_dim  # 8-bit floats
 
     def dense_step_bytes(self, requests: int, context: int) -> int:
-        """Bytes a dense decode step must read: the weights once, and the KV of every request's whole context."""
+        """Bytes a dense decode step must read: the weights once, and the KV of every request's
+        whole context.
+        """
         return self.weight_bytes + requests * context * self.kv_bytes_per_token
 
     def sparse_step_bytes(self, requests: int, context: int, budget: int) -> int:
-        """Bytes a sparse one must read: KV up to the budget, the head's weights, and, beyond the budget, its K cache."""
+        """Bytes a sparse one must read: KV up to the budget, the head's weights, and, beyond the
+        budget, its K cache.
+        """
         keys = context * self.head_key_bytes_per_token if context > budget else 0
         per_request = min(context, budget) * self.kv_bytes_per_token + keys
         return self.weight_bytes + self.head_weight_bytes + requests * per_request

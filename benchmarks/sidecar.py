@@ -1,4 +1,6 @@
-"""Case `sidecar`: what a decode step gains in latency when the retrieval head moves from vLLM's worker into a Ray actor."""
+"""Case `sidecar`: what a decode step gains in latency when the retrieval head moves from vLLM's
+worker into a Ray actor.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,12 @@ def make_rows(cells: list[Cell], engines: dict[str, Any]) -> list[dict[str, Any]
             if figures := engines.get(place, {}).get("cells", {}).get(cell.name):
                 step, stats = figures["step_ms"], figures["stats"]
                 row |= {
-                    "cell": cell.label(figures["requests"]), place: step["median"],
-                    f"{place}_spread": f"{step['p10']:.2f} to {step['p90']:.2f}", f"{place}_prefill": figures["prefill_s"],
+                    "cell": cell.label(figures["requests"]),
+                    place: step["median"],
+                    f"{place}_spread": f"{step['p10']:.2f} to {step['p90']:.2f}",
+                    f"{place}_prefill": figures["prefill_s"],
                     "pages_read": stats["pages_read"] / stats["pages_total"],
-                }  # fmt: skip
+                }
                 if place == "ray":
                     row["waited"] = 1e3 * stats["sidecar_wait_seconds"] / stats["steps"]
         if all(place in row for place in PLACES):
@@ -78,23 +82,38 @@ def make_rows(cells: list[Cell], engines: dict[str, Any]) -> list[dict[str, Any]
 
 def main(
     cells: Annotated[str, typer.Option(help="Comma-separated REQUESTSxTOKENS.")] = "1x1k,1x3k,4x3k",
-    model_shape: Annotated[str, typer.Option(help="demo: the bundled model; 8b, 1b or tiny: random weights.")] = "demo",
+    model_shape: Annotated[
+        str, typer.Option(help="demo: the bundled model; 8b, 1b or tiny: random weights.")
+    ] = "demo",
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 256,
     steps: Annotated[int, typer.Option(min=2, help="Timed steps of each cell.")] = 128,
-    sidecar_gpus: Annotated[float, typer.Option(help="GPUs, or the fraction of one, of the actor.")] = 0.0,
+    sidecar_gpus: Annotated[
+        float, typer.Option(help="GPUs, or the fraction of one, of the actor.")
+    ] = 0.0,
     sidecar_cpus: Annotated[int, typer.Option(help="CPU cores of the actor.")] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = 32,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="vLLM's; the channels' shared memory grows with it.")] = BATCHED_TOKENS,
-    engine_seconds: Annotated[float, typer.Option(help="Time limit of each engine; what it measured till then is kept.")] = 600,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="vLLM's; the channels' shared memory grows with it.")
+    ] = BATCHED_TOKENS,
+    engine_seconds: Annotated[
+        float, typer.Option(help="Time limit of each engine; what it measured till then is kept.")
+    ] = 600,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
-    work: Annotated[Path | None, typer.Option(help="Folder of the engines' logs; default a new temporary one.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder of the engines' logs; default a new temporary one.")
+    ] = None,
 ) -> None:
-    """Steady decode step with the head inline and in a Ray actor, side by side. Exit code 1 if anything failed."""
+    """Steady decode step with the head inline and in a Ray actor, side by side. Exit code 1 if
+    anything failed.
+    """
     try:
         shape, parsed = Shape.named(model_shape), [Cell.parse(text) for text in cells.split(",")]
         for cell in parsed:
             if cell.requests is None or cell.requests > max_num_seqs:
-                raise ValueError(f"--cells: {cell.name} needs a number of requests up to --max-num-seqs ({max_num_seqs}).")
+                raise ValueError(
+                    f"--cells: {cell.name} needs a number of requests up to --max-num-seqs "
+                    f"({max_num_seqs})."
+                )
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
@@ -107,33 +126,57 @@ def main(
     title = f"The head inline and in a Ray actor, {model_shape} shape, {weights}, budget {budget} tokens"
     result = report.Report("sidecar", title, TABLES, details=details)
     result.notes = [
-        f"Steady state: all requests decode; median over {steps} steps after the last prefill. One engine after the other in this one "
+        f"Steady state: all requests decode; median over {steps} steps after the last prefill. One "
+        "engine after the other in this one "
         f"command. The actor asked Ray for {sidecar_cpus} CPU cores and {sidecar_gpus:g} GPUs.",
-        "Waiting for the actor: from the sending of the step to the arrival of the selection, mean; the head's own work lies in it, as it "
+        "Waiting for the actor: from the sending of the step to the arrival of the selection, "
+        "mean; the head's own work lies in it, as it "
         "lies in the inline step.",
     ]
     if not on_gpu:
         load = os.getloadavg()[0]
         result.notes.append(
-            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before the run: {load:.1f}): `added` is what "
+            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before "
+            f"the run: {load:.1f}): `added` is what "
             f"the exchange costs where nothing is gained by moving the head."
         )
         if load > os.cpu_count():
-            result.notes.append("**The machine was busy with other work throughout**: the figures show that it runs, and bound the cost from above.")
+            result.notes.append(
+                "**The machine was busy with other work throughout**: the figures show that it "
+                "runs, and bound the cost from above."
+            )
     moved = {"sidecar": "ray", "sidecar_gpus": sidecar_gpus, "sidecar_cpus": sidecar_cpus}
     for place in PLACES:
         spec = SidecarEngine(
-            "specontext", model, on_gpu, budget, max_num_seqs, steps, batched_tokens=max_num_batched_tokens, settings=moved if place == "ray" else {}
+            "specontext",
+            model,
+            on_gpu,
+            budget,
+            max_num_seqs,
+            steps,
+            batched_tokens=max_num_batched_tokens,
+            settings=moved if place == "ray" else {},
         )
         kept = details["engines"].setdefault(place, {"cells": {}})
         print(f"{place}: starting (log {folder / place}.log)", flush=True)
         try:
-            for kind, value in run_child(run_engine, spec, parsed, {}, log=folder / f"{place}.log", seconds=engine_seconds, env=engine_env(on_gpu)):
+            for kind, value in run_child(
+                run_engine,
+                spec,
+                parsed,
+                {},
+                log=folder / f"{place}.log",
+                seconds=engine_seconds,
+                env=engine_env(on_gpu),
+            ):
                 if kind == "ready":
                     kept |= value
                 elif kind == "cell":
                     kept["cells"][value[0]] = value[1]
-                    print(f"{place}: {value[0]}: step {value[1]['step_ms']['median']:.2f} ms", flush=True)
+                    print(
+                        f"{place}: {value[0]}: step {value[1]['step_ms']['median']:.2f} ms",
+                        flush=True,
+                    )
                 else:
                     result.failures[f"{place}, {value[0]}"] = value[1]
                 result.rows = make_rows(parsed, details["engines"])

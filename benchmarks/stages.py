@@ -1,4 +1,6 @@
-"""The memory bandwidth of the device, and the time of each stage of a sparse decode step measured on its own."""
+"""The memory bandwidth of the device, and the time of each stage of a sparse decode step measured
+on its own.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,16 @@ import torch
 from benchmarks.shapes import Shape
 
 ROTATED_CACHES = 4
-"""KV caches that attention is timed on in turn: in an engine, the next layer's pages are never in the L2 cache."""
+"""KV caches that attention is timed on in turn: in an engine, the next layer's pages are never in
+the L2 cache.
+"""
 
 
-def probe(shape: Shape, cells: list[tuple[str, int, int]], budget: int) -> Iterator[tuple[str, Any]]:
-    """Events ``("bandwidth", bytes/s)`` and, per cell ``(name, requests, context)``, ``("stages", (name, ms by stage))``.
+def probe(
+    shape: Shape, cells: list[tuple[str, int, int]], budget: int
+) -> Iterator[tuple[str, Any]]:
+    """Events ``("bandwidth", bytes/s)`` and, per cell ``(name, requests, context)``,
+    ``("stages", (name, ms by stage))``.
 
     A cell that fails gives ``("failed", (name, reason))``.
     """
@@ -32,14 +39,20 @@ def probe(shape: Shape, cells: list[tuple[str, int, int]], budget: int) -> Itera
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written a second by a large copy within the device's memory (4 GiB; 256 MiB on a CPU)."""
-    source = torch.empty((4 << 30 if device.type == "cuda" else 256 << 20) // 4, dtype=torch.int32, device=device).random_()
+    """Bytes read plus bytes written a second by a large copy within the device's memory (4 GiB; 256
+    MiB on a CPU).
+    """
+    source = torch.empty(
+        (4 << 30 if device.type == "cuda" else 256 << 20) // 4, dtype=torch.int32, device=device
+    ).random_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / (1e-3 * timed(lambda _: target.copy_(source), device))
 
 
 def timed(work: Callable[[int], Any], device: torch.device, repeats: int = 30) -> float:
-    """Milliseconds of one ``work(i)``: the mean over repeats back to back, the median of three such rounds."""
+    """Milliseconds of one ``work(i)``: the mean over repeats back to back, the median of three such
+    rounds.
+    """
     if device.type == "cpu":
         repeats = 3
     for i in range(3):
@@ -54,7 +67,8 @@ def timed(work: Callable[[int], Any], device: torch.device, repeats: int = 30) -
             continue
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        # The device sleeps (about 50 ms) while the host queues the launches, so that their cost on the host is not timed.
+        # The device sleeps (about 50 ms) while the host queues the launches, so that their cost on
+        # the host is not timed.
         torch.cuda._sleep(100_000_000)
         start.record()
         for i in range(repeats):
@@ -66,11 +80,15 @@ def timed(work: Callable[[int], Any], device: torch.device, repeats: int = 30) -
 
 
 @torch.inference_mode()
-def measure_stages(shape: Shape, requests: int, context: int, budget: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds a decode step of ``requests`` contexts of ``context`` tokens spends in each of the plugin's stages.
+def measure_stages(
+    shape: Shape, requests: int, context: int, budget: int, device: torch.device
+) -> dict[str, float]:
+    """Milliseconds a decode step of ``requests`` contexts of ``context`` tokens spends in each of
+    the plugin's stages.
 
-    ``head``: the head's projections, its K write and the fusing of the aux states; ``scoring``; ``selection``: choice of the
-    pages, page table and attention schedule; ``attention``: all layers. Each is the plugin's own function, at this shape.
+    ``head``: the head's projections, its K write and the fusing of the aux states; ``scoring``;
+    ``selection``: choice of the pages, page table and attention schedule; ``attention``: all
+    layers. Each is the plugin's own function, at this shape.
     """
     from specontext_vllm.attention.page_table import PageTable
     from specontext_vllm.attention.provider import choose_provider
@@ -82,23 +100,43 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
     from specontext_vllm.retrieval.scoring import PageScores, row_starts, score_rows
     from specontext_vllm.retrieval.selection import Budget, select_rows
 
-    dtype, heads, kv_heads, d = torch.bfloat16, shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    dtype, heads, kv_heads, d = (
+        torch.bfloat16,
+        shape.num_attention_heads,
+        shape.num_key_value_heads,
+        shape.head_dim,
+    )
     config = SpeContextConfig(retrieval_head="dummy", budget=budget)
     checkpoint = dummy_checkpoint(
-        hidden_size=shape.hidden_size, num_layers=shape.num_hidden_layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=d,
-        rope_theta=10000.0, max_position=shape.max_position_embeddings, dtype=dtype, seed=0,
-    )  # fmt: skip
-    head = RetrievalHead(checkpoint, max_position=shape.max_position_embeddings, dtype=dtype, device=device)
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=d,
+        rope_theta=10000.0,
+        max_position=shape.max_position_embeddings,
+        dtype=dtype,
+        seed=0,
+    )
+    head = RetrievalHead(
+        checkpoint, max_position=shape.max_position_embeddings, dtype=dtype, device=device
+    )
     embedding = torch.randn(shape.vocab_size, shape.hidden_size, dtype=dtype, device=device)
     width = config.table_pages(shape.max_position_embeddings)
     retriever = Retriever(
-        config, head, lambda ids: torch.nn.functional.embedding(ids, embedding), num_kv_heads=kv_heads,
-        max_model_len=shape.max_position_embeddings, table_pages=width, device=device,
-    )  # fmt: skip
+        config,
+        head,
+        lambda ids: torch.nn.functional.embedding(ids, embedding),
+        num_kv_heads=kv_heads,
+        max_model_len=shape.max_position_embeddings,
+        table_pages=width,
+        device=device,
+    )
     pages = pages_for(context)
     blocks = requests * pages
     retriever.allocate_cache(blocks)
-    # A block at a time: the normal distribution is not made in 8 bits, and all of it in 32 would not fit beside the rest.
+    # A block at a time: the normal distribution is not made in 8 bits, and all of it in 32 would
+    # not fit beside the rest.
     for part in retriever.cache.keys.split(4096):
         part.copy_(torch.randn(part.shape, device=device))
     retriever.cache.fused.normal_()
@@ -124,21 +162,39 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
     scores = PageScores.allocate(heads, kv_heads, blocks, device)
     starts = row_starts(batch.seq_lens, rows)
     kept_mass = torch.ones(requests, kv_heads, dtype=torch.float32, device=device)
-    aux = [torch.randn(requests, shape.hidden_size, dtype=dtype, device=device) for _ in range(checkpoint.spec.num_aux)]
-    provider = choose_provider(config.attention_provider, heads, kv_heads, d, d**-0.5, dtype, device.type)
-    caches = [torch.randn(blocks, kv_heads, PAGE_SIZE, 2 * d, dtype=dtype, device=device) for _ in range(ROTATED_CACHES)]
+    aux = [
+        torch.randn(requests, shape.hidden_size, dtype=dtype, device=device)
+        for _ in range(checkpoint.spec.num_aux)
+    ]
+    provider = choose_provider(
+        config.attention_provider, heads, kv_heads, d, d**-0.5, dtype, device.type
+    )
+    caches = [
+        torch.randn(blocks, kv_heads, PAGE_SIZE, 2 * d, dtype=dtype, device=device)
+        for _ in range(ROTATED_CACHES)
+    ]
     query = torch.randn(requests, heads, d, dtype=dtype, device=device)
     output = torch.empty_like(query)
 
     def select(_: int) -> None:
         select_rows(
-            scores, batch.seq_lens, starts, block_table, table.pages, table.lengths, kept_mass, chosen, rows=rows
+            scores,
+            batch.seq_lens,
+            starts,
+            block_table,
+            table.pages,
+            table.lengths,
+            kept_mass,
+            chosen,
+            rows=rows,
         )
         provider.plan(table, requests)
 
     # The head's own entry point, so that the time is that of the fused path of this device.
     def project_rows(with_queries: bool) -> torch.Tensor | None:
-        return retriever._project_decodes(batch, requests, retriever.embed(batch.token_ids), with_queries=with_queries)
+        return retriever._project_decodes(
+            batch, requests, retriever.embed(batch.token_ids), with_queries=with_queries
+        )
 
     project = timed(lambda _: project_rows(choosing), device)
     fuse = timed(lambda _: retriever.after_forward(batch, aux), device)
@@ -147,13 +203,26 @@ def measure_stages(shape: Shape, requests: int, context: int, budget: int, devic
         queries = project_rows(True)
         scoring = timed(
             lambda _: score_rows(
-                queries, retriever.cache.keys, block_table, batch.seq_lens, starts, scores,
-                rows=rows, max_pages=pages, least_pages=chosen.total,
+                queries,
+                retriever.cache.keys,
+                block_table,
+                batch.seq_lens,
+                starts,
+                scores,
+                rows=rows,
+                max_pages=pages,
+                least_pages=chosen.total,
             ),
             device,
-        )  # fmt: skip
+        )
     selection = timed(select, device)
-    attention = timed(lambda i: provider.decode(query, caches[i % ROTATED_CACHES], table, requests, output), device)
+    attention = timed(
+        lambda i: provider.decode(query, caches[i % ROTATED_CACHES], table, requests, output),
+        device,
+    )
     return {
-        "head": project + fuse, "scoring": scoring, "selection": selection, "attention": shape.num_hidden_layers * attention,
-    }  # fmt: skip
+        "head": project + fuse,
+        "scoring": scoring,
+        "selection": selection,
+        "attention": shape.num_hidden_layers * attention,
+    }

@@ -13,8 +13,16 @@ from benchmarks.hugging_face import ATTENTION, run_hugging_face
 from benchmarks.shapes import Shape
 from specontext_vllm.demo.server import ServerError
 
-KEYS = {"specontext": "sparse", "quest": "quest", "stock": "stock", "hf-sdpa": "hf_sdpa", "hf-eager": "hf_eager"}
-"""The engines and their columns' keys; in this order, so that the one with the least room for KV says how many requests fit."""
+KEYS = {
+    "specontext": "sparse",
+    "quest": "quest",
+    "stock": "stock",
+    "hf-sdpa": "hf_sdpa",
+    "hf-eager": "hf_eager",
+}
+"""The engines and their columns' keys; in this order, so that the one with the least room for KV
+says how many requests fit.
+"""
 
 OUT_OF_MEMORY = "out of memory"
 PROBE_SECONDS = 150
@@ -42,23 +50,34 @@ def parse_cells(text: str, shape: Shape, max_num_seqs: int) -> list[Cell]:
     cells = [Cell.parse(part) for part in text.split(",")]
     for cell in cells:
         if cell.tokens > shape.max_position_embeddings:
-            raise ValueError(f"--cells: {cell.name} exceeds the {shape.max_position_embeddings} tokens of --model-shape {shape.name}.")
+            raise ValueError(
+                f"--cells: {cell.name} exceeds the {shape.max_position_embeddings} tokens of "
+                f"--model-shape {shape.name}."
+            )
         if cell.requests and cell.requests > max_num_seqs:
-            raise ValueError(f"--cells: {cell.name} needs --max-num-seqs of at least {cell.requests}.")
+            raise ValueError(
+                f"--cells: {cell.name} needs --max-num-seqs of at least {cell.requests}."
+            )
     return cells
 
 
-def run_into(result: report.Report, spec: EngineSpec, cells: Sequence[Cell], *, log: Path, seconds: float) -> Iterator[None]:
+def run_into(
+    result: report.Report, spec: EngineSpec, cells: Sequence[Cell], *, log: Path, seconds: float
+) -> Iterator[None]:
     """Measure one engine's cells in a child process into the result; see ``collect``."""
     fits = fits_of(result.details, cells)
     run = run_hugging_face if spec.name in ATTENTION else run_engine
     print(f"{spec.name}: log {log}", flush=True)
-    events = run_child(run, spec, cells, fits, log=log, seconds=seconds, env=engine_env(spec.on_gpu))
+    events = run_child(
+        run, spec, cells, fits, log=log, seconds=seconds, env=engine_env(spec.on_gpu)
+    )
     return collect(result, spec.name, [cell.name for cell in cells], events)
 
 
 def fits_of(details: dict[str, Any], cells: Sequence[Cell]) -> dict[str, int]:
-    """Requests of the "fit" cells, as the engines already measured had them; with a room of its own, each engine fills it by itself."""
+    """Requests of the "fit" cells, as the engines already measured had them; with a room of its
+    own, each engine fills it by itself.
+    """
     shared = {cell.name for cell in cells if cell.requests is None and cell.room is None}
     fits: dict[str, int] = {}
     for engine in details["engines"].values():
@@ -67,10 +86,14 @@ def fits_of(details: dict[str, Any], cells: Sequence[Cell]) -> dict[str, int]:
     return fits
 
 
-def collect(result: report.Report, name: str, cells: Sequence[str], events: Iterable[tuple[str, Any]]) -> Iterator[None]:
-    """Take an engine's events into ``result.details["engines"]`` and ``result.failures``, in place of what stood there for the cells.
+def collect(
+    result: report.Report, name: str, cells: Sequence[str], events: Iterable[tuple[str, Any]]
+) -> Iterator[None]:
+    """Take an engine's events into ``result.details["engines"]`` and ``result.failures``, in place
+    of what stood there for the cells.
 
-    Yields whenever there is something new to save. A child or a server that fails is a failure of the engine.
+    Yields whenever there is something new to save. A child or a server that fails is a failure of
+    the engine.
     """
     details = result.details
     kept = details["engines"].setdefault(name, {"cells": {}})
@@ -84,7 +107,11 @@ def collect(result: report.Report, name: str, cells: Sequence[str], events: Iter
         for kind, value in events:
             if kind == "ready":
                 kept |= value
-                room = f", KV room for {value['kv_capacity_tokens']:,} tokens" if "kv_capacity_tokens" in value else ""
+                room = (
+                    f", KV room for {value['kv_capacity_tokens']:,} tokens"
+                    if "kv_capacity_tokens" in value
+                    else ""
+                )
                 print(f"{name}: ready after {value['start_s']} s{room}", flush=True)
             elif kind == "cell":
                 cell, figures = value
@@ -108,8 +135,12 @@ def _brief(figures: dict[str, Any]) -> str:
     return f"{figures['requests']} requests, {prefill}step {figures['step_ms']['median']:.2f} ms"
 
 
-def probe_into(result: report.Report, shape: Shape, cells: Sequence[Cell], *, log: Path) -> Iterator[None]:
-    """Measure the copy bandwidth and the stages of the cells; yields whenever there is something new to save."""
+def probe_into(
+    result: report.Report, shape: Shape, cells: Sequence[Cell], *, log: Path
+) -> Iterator[None]:
+    """Measure the copy bandwidth and the stages of the cells; yields whenever there is something
+    new to save.
+    """
     from benchmarks.stages import probe
 
     details = result.details
@@ -120,7 +151,9 @@ def probe_into(result: report.Report, shape: Shape, cells: Sequence[Cell], *, lo
         result.failures.pop(f"stages, {cell.name}", None)
     result.failures.pop("stages", None)
     try:
-        for kind, value in run_child(probe, shape, probed, details["budget"], log=log, seconds=PROBE_SECONDS, env=ENGINE_ENV):
+        for kind, value in run_child(
+            probe, shape, probed, details["budget"], log=log, seconds=PROBE_SECONDS, env=ENGINE_ENV
+        ):
             if kind == "bandwidth":
                 details["copy_bandwidth_bytes_per_s"] = value
             elif kind == "stages":
@@ -144,7 +177,10 @@ def _measured(details: dict[str, Any], cell: str) -> dict[str, Any] | None:
 
 CELL = report.Column("cell", "requests x context")
 PAGES_READ = report.Column("pages_read", "pages read", ".1%")
-LIMITS = (report.Column("stock_limit", "byte limit dense, ms", ".2f"), report.Column("sparse_limit", "byte limit sparse, ms", ".2f"))
+LIMITS = (
+    report.Column("stock_limit", "byte limit dense, ms", ".2f"),
+    report.Column("sparse_limit", "byte limit sparse, ms", ".2f"),
+)
 STAGES = {
     "Stages of the specontext step, ms": (
         CELL,
@@ -157,13 +193,17 @@ STAGES = {
 }
 
 
-def make_rows(shape: Shape, cells: Sequence[Cell], details: dict[str, Any], budget: int) -> list[dict[str, Any]]:
+def make_rows(
+    shape: Shape, cells: Sequence[Cell], details: dict[str, Any], budget: int
+) -> list[dict[str, Any]]:
     """The table from what the children have reported so far; absent figures stay out."""
     return [_make_row(shape, cell, details, budget) for cell in cells]
 
 
 def _make_row(shape: Shape, cell: Cell, details: dict[str, Any], budget: int) -> dict[str, Any]:
-    by_engine = {name: details["engines"].get(name, {}).get("cells", {}).get(cell.name) for name in KEYS}
+    by_engine = {
+        name: details["engines"].get(name, {}).get("cells", {}).get(cell.name) for name in KEYS
+    }
     known = _measured(details, cell.name)
     requests = known["requests"] if known else cell.requests
     row: dict[str, Any] = {"cell": cell.label(requests) if requests else cell.name}
@@ -183,8 +223,14 @@ def _make_row(shape: Shape, cell: Cell, details: dict[str, Any], budget: int) ->
         row["pages_read"] = stats["pages_read"] / stats["pages_total"]
     bandwidth = details.get("copy_bandwidth_bytes_per_s")
     if bandwidth and known:
-        row["stock_limit"] = 1e3 * shape.dense_step_bytes(known["requests"], known["context_tokens"]) / bandwidth
-        row["sparse_limit"] = 1e3 * shape.sparse_step_bytes(known["requests"], known["context_tokens"], budget) / bandwidth
+        row["stock_limit"] = (
+            1e3 * shape.dense_step_bytes(known["requests"], known["context_tokens"]) / bandwidth
+        )
+        row["sparse_limit"] = (
+            1e3
+            * shape.sparse_step_bytes(known["requests"], known["context_tokens"], budget)
+            / bandwidth
+        )
         if "sparse" in times:
             row["over_limit"] = times["sparse"] / row["sparse_limit"]
     if stages := details["stages_ms"].get(cell.name):
@@ -206,18 +252,28 @@ def _engine_columns(key: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 LIMIT_NOTE = (
-    "Byte limit: bytes a step must read (weights; KV of the whole context, or of the budget with the head's weights and keys) "
-    "over the measured copy bandwidth. Stages are timed apart from the engine; rest = step - stages."
+    "Byte limit: bytes a step must read (weights; KV of the whole context, or of the budget with "
+    "the head's weights and keys) "
+    "over the measured copy bandwidth. Stages are timed apart from the engine; rest = step - "
+    "stages."
 )
 
 
 def bandwidth_notes(details: dict[str, Any]) -> list[str]:
     """The copy bandwidth, once it is measured."""
     bandwidth = details.get("copy_bandwidth_bytes_per_s")
-    return [f"Copy bandwidth of this device, bytes read + written: {bandwidth / 1e9:,.0f} GB/s."] if bandwidth else []
+    return (
+        [f"Copy bandwidth of this device, bytes read + written: {bandwidth / 1e9:,.0f} GB/s."]
+        if bandwidth
+        else []
+    )
 
 
 def run_notes(details: dict[str, Any]) -> list[str]:
     """Which run measured which engine, where several have."""
-    measured = [(figures["run"], name) for name, engine in sorted(details["engines"].items()) for figures in engine["cells"].values()]
+    measured = [
+        (figures["run"], name)
+        for name, engine in sorted(details["engines"].items())
+        for figures in engine["cells"].values()
+    ]
     return report.run_notes((details["runs"][date], name) for date, name in measured)

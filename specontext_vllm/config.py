@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 PAGE_SIZE = 16
-"""Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read."""
+"""Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read.
+"""
 
 CONFIG_KEY = "specontext"
 Retriever = Literal["dlm", "quest", "recent", "random", "oracle", "dense"]
@@ -20,7 +21,9 @@ PER_LAYER = ("quest", "oracle")
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; its message is one sentence naming the setting, what was found and what to do."""
+    """A setting that cannot be used; its message is one sentence naming the setting, what was found
+    and what to do.
+    """
 
 
 def pages_for(tokens: int) -> int:
@@ -35,29 +38,42 @@ class SpeContextConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     retrieval_head: str | None = Field(
-        default=None, description='Folder or hub id of an EAGLE-3 checkpoint, or "dummy" for random weights.'
+        default=None,
+        description='Folder or hub id of an EAGLE-3 checkpoint, or "dummy" for random weights.',
     )
-    budget: int = Field(default=2048, gt=0, description="Tokens a decode step may read, sinks and recents included.")
-    sink_tokens: int = Field(default=16, ge=1, description="Tokens from the start that are always read.")
+    budget: int = Field(
+        default=2048, gt=0, description="Tokens a decode step may read, sinks and recents included."
+    )
+    sink_tokens: int = Field(
+        default=16, ge=1, description="Tokens from the start that are always read."
+    )
     recent_tokens: int = Field(default=64, ge=1, description="Newest tokens that are always read.")
     retriever: Retriever = "dlm"
     head_key_dtype: HeadKeyDtype = Field(
-        default="auto", description="What the head's keys are kept in; auto: 8-bit floats from compute capability 9.0 on, else the model's dtype."
+        default="auto",
+        description="What the head's keys are kept in; auto: 8-bit floats from compute capability 9.0 on, else the model's dtype.",
     )
     confidence_threshold: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="Kept attention mass of the head under which a request reads more; 0 = off."
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="Kept attention mass of the head under which a request reads more; 0 = off.",
     )
     fallback_budget: int | None = Field(
         default=None, gt=0, description="Tokens such a request reads instead; default 4 x budget."
     )
     host_kv_gib: float | Literal["auto"] = Field(
-        default=0.0, description='Host memory in GiB that backs the KV cache; 0 = off, "auto" = the free memory less a reserve.'
+        default=0.0,
+        description='Host memory in GiB that backs the KV cache; 0 = off, "auto" = the free memory less a reserve.',
     )
     gpu_kv_gib: float | None = Field(
-        default=None, gt=0, description="Cap in GiB on the GPU memory for KV, the head's caches included; default what vLLM grants."
+        default=None,
+        gt=0,
+        description="Cap in GiB on the GPU memory for KV, the head's caches included; default what vLLM grants.",
     )
     stickiness: float = Field(
-        default=1.0, ge=0.0,
+        default=1.0,
+        ge=0.0,
         description="With a host pool: a page that must be fetched has to score 1 + stickiness times a held one; 0 = off.",
     )
     cache_generated: bool = Field(
@@ -65,20 +81,28 @@ class SpeContextConfig(BaseModel):
         description="Whether pages of generated tokens beyond the budget enter the prefix cache; their KV was made under sparse attention.",
     )
     allow_pickle: bool = Field(
-        default=False, description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors."
+        default=False,
+        description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors.",
     )
     retrieval_head_revision: str | None = Field(
-        default=None, min_length=1, description="Commit, tag or branch of a head on the hub; default what the table of known heads pins, else main."
+        default=None,
+        min_length=1,
+        description="Commit, tag or branch of a head on the hub; default what the table of known heads pins, else main.",
     )
     sidecar: Literal["inline", "ray"] = Field(
-        default="inline", description="Where the retrieval head runs: in vLLM's worker, or in a Ray actor on another device."
+        default="inline",
+        description="Where the retrieval head runs: in vLLM's worker, or in a Ray actor on another device.",
     )
     sidecar_gpus: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="GPUs, or the fraction of one, that the actor asks Ray for; 0 = it runs on a CPU."
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="GPUs, or the fraction of one, that the actor asks Ray for; 0 = it runs on a CPU.",
     )
     sidecar_cpus: int = Field(default=1, ge=1, description="CPU cores that the actor asks Ray for.")
     attention_provider: AttentionProviderName = Field(
-        default="auto", description="Whose attention kernels run; auto: FlashAttention where vLLM has it, else Triton, on a CPU torch."
+        default="auto",
+        description="Whose attention kernels run; auto: FlashAttention where vLLM has it, else Triton, on a CPU torch.",
     )
     stats: bool = True
 
@@ -87,7 +111,11 @@ class SpeContextConfig(BaseModel):
     def _pool_is_a_size(cls, value: Any) -> float | str:
         if value == "auto":
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 <= value < math.inf
+        ):
             raise ValueError(f'host_kv_gib: found {value!r}; give 0 or more GiB, or "auto".')
         return float(value)
 
@@ -96,18 +124,26 @@ class SpeContextConfig(BaseModel):
         least = PAGE_SIZE * (self.sink_pages + self.recent_pages + 1)
         if self.budget < least:
             raise ValueError(
-                f"budget: found {self.budget}, but sinks ({self.sink_pages} pages), recents ({self.recent_pages} pages) and one "
-                f"page to choose need {least} tokens; raise budget or lower sink_tokens ({self.sink_tokens}) or "
+                f"budget: found {self.budget}, but sinks ({self.sink_pages} pages), recents "
+                f"({self.recent_pages} pages) and one "
+                f"page to choose need {least} tokens; raise budget or lower sink_tokens "
+                f"({self.sink_tokens}) or "
                 f"recent_tokens ({self.recent_tokens})."
             )
         if self.retriever in PER_LAYER and self.host_kv_gib:
             raise ValueError(
-                f"host_kv_gib: found {self.host_kv_gib} with retriever {self.retriever}, which chooses pages too late for them to be fetched; "
+                f"host_kv_gib: found {self.host_kv_gib} with retriever {self.retriever}, which "
+                "chooses pages too late for them to be fetched; "
                 f"set it to 0 or use another retriever."
             )
-        if self.head_key_dtype != "auto" and self.retriever != "dlm" and self.retrieval_head is None:
+        if (
+            self.head_key_dtype != "auto"
+            and self.retriever != "dlm"
+            and self.retrieval_head is None
+        ):
             raise ValueError(
-                f"head_key_dtype: found {self.head_key_dtype!r} with retriever {self.retriever!r} and no retrieval_head, whose keys it is "
+                f"head_key_dtype: found {self.head_key_dtype!r} with retriever {self.retriever!r} "
+                "and no retrieval_head, whose keys it is "
                 f"about; leave it out or use retriever dlm."
             )
         if self.fallback_budget is not None and self.fallback_budget < self.budget:
@@ -122,9 +158,14 @@ class SpeContextConfig(BaseModel):
         if self.retrieval_head_revision is not None:
             found = f"retrieval_head_revision: found {self.retrieval_head_revision!r}"
             if self.retrieval_head == "dummy":
-                raise ValueError(f"{found} with retrieval_head 'dummy', which no hub holds; leave it out.")
+                raise ValueError(
+                    f"{found} with retrieval_head 'dummy', which no hub holds; leave it out."
+                )
             if self.retriever != "dlm" and self.retrieval_head is None:
-                raise ValueError(f"{found} with retriever {self.retriever!r} and no retrieval_head; leave it out.")
+                raise ValueError(
+                    f"{found} with retriever {self.retriever!r} and no retrieval_head; leave it "
+                    "out."
+                )
         return self
 
     @model_validator(mode="after")
@@ -132,12 +173,19 @@ class SpeContextConfig(BaseModel):
         if self.sidecar == "inline":
             for key in ("sidecar_gpus", "sidecar_cpus"):
                 if key in self.model_fields_set:
-                    raise ValueError(f"{key}: found {getattr(self, key):g}, but sidecar is inline; set sidecar to ray or leave it out.")
+                    raise ValueError(
+                        f"{key}: found {getattr(self, key):g}, but sidecar is inline; set sidecar "
+                        "to ray or leave it out."
+                    )
         elif self.retriever != "dlm":
-            raise ValueError(f"sidecar: found 'ray' with retriever {self.retriever!r}, which has no head to run there; use sidecar inline.")
+            raise ValueError(
+                f"sidecar: found 'ray' with retriever {self.retriever!r}, which has no head to run "
+                "there; use sidecar inline."
+            )
         elif self.host_kv_gib:
             raise ValueError(
-                f"sidecar: found 'ray' with host_kv_gib {self.host_kv_gib}; the host pool's slot maps live in vLLM's worker and are not "
+                f"sidecar: found 'ray' with host_kv_gib {self.host_kv_gib}; the host pool's slot "
+                "maps live in vLLM's worker and are not "
                 f"sent to the actor: use sidecar inline or leave host_kv_gib out."
             )
         return self
@@ -147,8 +195,14 @@ class SpeContextConfig(BaseModel):
         return self.budget // PAGE_SIZE
 
     def exact_tokens(self, max_model_len: int) -> int:
-        """Leading tokens of a context whose KV decode steps make as dense attention does, since they read all of it."""
-        return max_model_len if self.retriever == "dense" else min(max_model_len, self.budget_pages * PAGE_SIZE)
+        """Leading tokens of a context whose KV decode steps make as dense attention does, since
+        they read all of it.
+        """
+        return (
+            max_model_len
+            if self.retriever == "dense"
+            else min(max_model_len, self.budget_pages * PAGE_SIZE)
+        )
 
     @property
     def sink_pages(self) -> int:
@@ -169,25 +223,35 @@ class SpeContextConfig(BaseModel):
     def table_pages(self, max_model_len: int) -> int:
         """Columns of the page table: the most pages one KV head of one request may read in a step.
 
-        With a sidecar that is its whole context, since requests are read whole while the actor is away.
+        With a sidecar that is its whole context, since requests are read whole while the actor is
+        away.
         """
-        return pages_for(max_model_len) if self.sidecar == "ray" else self.selection_pages(max_model_len)
+        return (
+            pages_for(max_model_len)
+            if self.sidecar == "ray"
+            else self.selection_pages(max_model_len)
+        )
 
     def selection_pages(self, max_model_len: int) -> int:
         """The most pages that the retriever selects for one KV head of one request."""
         most = pages_for(max_model_len)
         if self.retriever == "dense":
             return most
-        return min(most, self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages)
+        return min(
+            most, self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages
+        )
 
     def reads_everything(self, max_model_len: int) -> str | None:
-        """One sentence if no decode step of contexts up to ``max_model_len`` tokens will leave anything out."""
+        """One sentence if no decode step of contexts up to ``max_model_len`` tokens will leave
+        anything out.
+        """
         where = f"additional_config.{CONFIG_KEY}"
         if self.retriever == "dense":
             return f"{where}.retriever: found 'dense', so every decode step reads its whole context; leave it out, unless a baseline is wanted."
         if self.budget_pages >= pages_for(max_model_len):
             return (
-                f"{where}.budget: found {self.budget}, which holds the longest context there can be (--max-model-len {max_model_len}), so nothing "
+                f"{where}.budget: found {self.budget}, which holds the longest context there can "
+                f"be (--max-model-len {max_model_len}), so nothing "
                 f"will be sparse; lower budget, or serve longer contexts."
             )
         return None
@@ -200,8 +264,17 @@ class SpeContextConfig(BaseModel):
             ConfigError: one sentence naming the key, what was found and what to do.
         """
         given = additional_config if isinstance(additional_config, dict) else {}
-        if CONFIG_KEY not in given and (close := [key for key in given if difflib.get_close_matches(str(key).lower(), [CONFIG_KEY], cutoff=0.8)]):
-            raise ConfigError(f"additional_config: found the key {close[0]!r}, which nothing reads; this plugin's settings are under {CONFIG_KEY!r}.")
+        if CONFIG_KEY not in given and (
+            close := [
+                key
+                for key in given
+                if difflib.get_close_matches(str(key).lower(), [CONFIG_KEY], cutoff=0.8)
+            ]
+        ):
+            raise ConfigError(
+                f"additional_config: found the key {close[0]!r}, which nothing reads; this "
+                f"plugin's settings are under {CONFIG_KEY!r}."
+            )
         return cls.from_settings(given.get(CONFIG_KEY, {}))
 
     @classmethod
@@ -209,7 +282,7 @@ class SpeContextConfig(BaseModel):
         """Validate a dict of settings; see ``from_additional_config``."""
         if not isinstance(settings, dict):
             raise ConfigError(
-                f"additional_config.{CONFIG_KEY}: found {settings!r}, expected an object such as {{\"budget\": 2048}}."
+                f'additional_config.{CONFIG_KEY}: found {settings!r}, expected an object such as {{"budget": 2048}}.'
             )
         try:
             return cls(**settings)

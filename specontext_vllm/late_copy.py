@@ -11,13 +11,17 @@ class LateCopy:
     """A copy of small device tensors that is asked for in one step and taken in a later one.
 
     Args:
-        sources: tensors of one device. The copy is enqueued on the stream that is current when it is asked for.
+        sources: tensors of one device. The copy is enqueued on the stream that is current when it
+            is asked for.
     """
 
     def __init__(self, *sources: Tensor) -> None:
         self._sources = sources
         self._cuda = sources[0].is_cuda
-        self._copies = [torch.zeros(source.shape, dtype=source.dtype, pin_memory=self._cuda) for source in sources]
+        self._copies = [
+            torch.zeros(source.shape, dtype=source.dtype, pin_memory=self._cuda)
+            for source in sources
+        ]
         self._asked = False
         self._copied: torch.cuda.Event | None = None
 

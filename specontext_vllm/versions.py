@@ -1,9 +1,13 @@
-"""Which vLLM the plugin drives: stated here once; setup.py reads it, and the locks and the README are tested against it."""
+"""Which vLLM the plugin drives: stated here once; setup.py reads it, and the locks and the README
+are tested against it.
+"""
 
 from __future__ import annotations
 
 SUPPORTED_VLLM = ">=0.32.0,<0.33"
-"""0.32.0 is what tests have driven; its patch releases are let in. The plugin wraps classes in memory (engine/compat.py), and their next shape is not known in advance."""
+"""0.32.0 is what tests have driven; its patch releases are let in. The plugin wraps classes in
+memory (engine/compat.py), and their next shape is not known in advance.
+"""
 
 
 def complaint(version: str) -> str | None:
@@ -13,6 +17,7 @@ def complaint(version: str) -> str | None:
     if SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True):
         return None
     return (
-        f"vLLM: found {version}, but this release of specontext drives vllm{SUPPORTED_VLLM}; install such a vLLM, or a release of specontext "
+        f"vLLM: found {version}, but this release of specontext drives vllm{SUPPORTED_VLLM}; "
+        "install such a vLLM, or a release of specontext "
         f"made for yours."
     )

@@ -1,10 +1,13 @@
-"""Shared by all tests: which device they run on, markers, which tests share a process, and that nothing outlives them."""
+"""Shared by all tests: which device they run on, markers, which tests share a process, and that
+nothing outlives them.
+"""
 
 from __future__ import annotations
 
 import os
 
-# Before torch is first imported: the models are tiny, and several processes share the machine's cores.
+# Before torch is first imported: the models are tiny, and several processes share the machine's
+# cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -14,8 +17,8 @@ from tests import leftovers
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
-    # Before Triton is first imported: its interpreter then runs our kernels on CPU tensors. vLLM's CPU build does not
-    # use Triton, so engines in this process are not affected.
+    # Before Triton is first imported: its interpreter then runs our kernels on CPU tensors. vLLM's
+    # CPU build does not use Triton, so engines in this process are not affected.
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # vLLM would pin each server's worker to the same first core.
@@ -49,14 +52,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes some 2 GiB of memory."""
+    """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes
+    some 2 GiB of memory.
+    """
     cores = len(os.sched_getaffinity(0))
     return 0 if CUDA or cores < 2 else min(cores, 4)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
-    """A file's tests stay in one process, since they share its fixtures, and so do those of several files that share a server."""
+    """A file's tests stay in one process, since they share its fixtures, and so do those of several
+    files that share a server.
+    """
     if config.getvalue("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -70,7 +77,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
 
 
 def _starts_engines(item: pytest.Item) -> bool:
-    names = ((getattr(value, "__module__", None), getattr(value, "__qualname__", None)) for value in vars(item.module).values())
+    names = (
+        (getattr(value, "__module__", None), getattr(value, "__qualname__", None))
+        for value in vars(item.module).values()
+    )
     return "server" in item.fixturenames or not STARTERS.isdisjoint(names)
 
 

@@ -1,6 +1,8 @@
-"""A pytest plugin: whatever a session starts ends with it, also when the session itself is told to end (SIGTERM).
+"""A pytest plugin: whatever a session starts ends with it, also when the session itself is told to
+end (SIGTERM).
 
-Without it SIGTERM kills pytest on the spot: no fixture is torn down, and servers, which run in sessions of their own, go on.
+Without it SIGTERM kills pytest on the spot: no fixture is torn down, and servers, which run in
+    sessions of their own, go on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import psutil
 import pytest
 
 MARK = "SPECONTEXT_TEST_SESSIONS"
-"""Environment variable that all processes of a session inherit: the ids of its process and of the sessions around it."""
+"""Environment variable that all processes of a session inherit: the ids of its process and of the
+sessions around it.
+"""
 GRACE_SECONDS = 5.0
 """For what is left to end in order, before it is killed."""
 
@@ -29,7 +33,8 @@ class Leftovers:
     """Turns SIGTERM into an orderly end of the session, and ends what its tests have left running.
 
     Args:
-        config: of this process: a whole session's, or that of one of pytest-xdist's workers, whose session ends what it leaves.
+        config: of this process: a whole session's, or that of one of pytest-xdist's workers, whose
+            session ends what it leaves.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -61,14 +66,24 @@ class Leftovers:
     def _left(self) -> dict[int, str]:
         """Processes of this session but itself, by id."""
         found = {}
-        # A process that was forked shows the environment in which its parent was started, before the mark.
+        # A process that was forked shows the environment in which its parent was started, before
+        # the mark.
         children = {child.pid for child in psutil.Process().children(recursive=True)}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                # Python's resource trackers clean up and leave when the processes that they watch have left.
-                is_ours = process.pid in children or str(self._pid) in process.environ().get(MARK, "").split()
+                # Python's resource trackers clean up and leave when the processes that they watch
+                # have left.
+                is_ours = (
+                    process.pid in children
+                    or str(self._pid) in process.environ().get(MARK, "").split()
+                )
                 is_tracker = "resource_tracker" in "".join(process.cmdline())
-                if is_ours and not is_tracker and process.pid != self._pid and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    is_ours
+                    and not is_tracker
+                    and process.pid != self._pid
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found[process.pid] = process.name()
         return found
 

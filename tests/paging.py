@@ -27,7 +27,9 @@ class PagedRows:
     seq_lens: Tensor
 
 
-def paged_rows(lengths: list[int], heads: int, width: int, dtype: torch.dtype, device: torch.device, seed: int) -> PagedRows:
+def paged_rows(
+    lengths: list[int], heads: int, width: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> PagedRows:
     """Fill a shuffled cache with random rows of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     counts = [pages_for(n) for n in lengths]
@@ -49,7 +51,9 @@ def paged_rows(lengths: list[int], heads: int, width: int, dtype: torch.dtype, d
 
 
 def apart(rows: Tensor) -> Tensor:
-    """``rows [B, N, D]`` as uncompiled models pass queries: a slice of a fused projection, NaN between the rows."""
+    """``rows [B, N, D]`` as uncompiled models pass queries: a slice of a fused projection, NaN
+    between the rows.
+    """
     return torch.cat([rows, torch.full_like(rows, float("nan"))], 1)[:, : rows.shape[1]]
 
 

@@ -1,4 +1,6 @@
-"""Two tiers whose given-up and handed-out places are NaN, so that a test that reads one of them cannot pass."""
+"""Two tiers whose given-up and handed-out places are NaN, so that a test that reads one of them
+cannot pass.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from specontext_vllm.residency.tiers import TieredKV
 
 
 class PoisonedTieredKV(TieredKV):
-    """Frames that are given up, and pages of the host pool that are handed out, are filled with NaN.
+    """Frames that are given up, and pages of the host pool that are handed out, are filled with
+    NaN.
 
     Attributes:
         poisoned: frames and pages so far.
@@ -24,7 +27,9 @@ class PoisonedTieredKV(TieredKV):
 
     def begin_step(self, released: Any, started: Any, grown: Any, *rest: Any, **named: Any) -> None:
         started, grown = list(started), list(grown)
-        fresh = [page for request in started for page in request.pages[request.computed :]] + [page for _, pages in grown for page in pages]
+        fresh = [page for request in started for page in request.pages[request.computed :]] + [
+            page for _, pages in grown for page in pages
+        ]
         if self.device.type == "cuda":
             # The host writes at once; what the steps before this one read must be through.
             torch.cuda.synchronize(self.device)

@@ -30,32 +30,87 @@ def test_the_model_is_read_from_its_config(folder):
     shape = Shape.named("8b")
     for path in (folder, folder / "config.json"):
         model = planning.read_model(path)
-        assert (model.kv.num_layers, model.kv.num_kv_heads, model.kv.head_dim, model.kv.itemsize) == (32, 8, 128, 2)
+        assert (
+            model.kv.num_layers,
+            model.kv.num_kv_heads,
+            model.kv.head_dim,
+            model.kv.itemsize,
+        ) == (32, 8, 128, 2)
         embedding = 2 * shape.vocab_size * shape.hidden_size
-        assert model.weight_bytes == shape.weight_bytes + embedding and model.max_model_len == 131072
+        assert (
+            model.weight_bytes == shape.weight_bytes + embedding and model.max_model_len == 131072
+        )
     head = dummy_checkpoint(
-        hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, rope_theta=1e4, max_position=100, dtype=torch.bfloat16, seed=0
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        max_position=100,
+        dtype=torch.bfloat16,
+        seed=0,
     )
     small = dict(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=64, vocab_size=32,
-        max_position_embeddings=100, model_type="llama", architectures=["LlamaForCausalLM"], torch_dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=32,
+        max_position_embeddings=100,
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="bfloat16",
+    )
     (folder / "small").mkdir()
     (folder / "small" / "config.json").write_text(json.dumps(small))
     model = planning.read_model(folder / "small")
-    assert model.kv.head_page_bytes == HeadCache.bytes_per_block(2, 16, 64, torch.bfloat16, torch.float8_e4m3fn)
-    assert model.head_bytes == pytest.approx(sum(tensor.nbytes for tensor in head.tensors.values()), rel=0.02)  # norms are left out
+    assert model.kv.head_page_bytes == HeadCache.bytes_per_block(
+        2, 16, 64, torch.bfloat16, torch.float8_e4m3fn
+    )
+    assert model.head_bytes == pytest.approx(
+        sum(tensor.nbytes for tensor in head.tensors.values()), rel=0.02
+    )  # norms are left out
 
 
 def test_the_tables_are_the_engines_numbers(folder, tmp_path):
     out = tmp_path / "deep" / "plan.png"
-    result = run("--model", folder, "--gpu-gib", 80, "--host-gib", 128, "--requests", 20, "--length", 65536, "--out", out)
+    result = run(
+        "--model",
+        folder,
+        "--gpu-gib",
+        80,
+        "--host-gib",
+        128,
+        "--requests",
+        20,
+        "--length",
+        65536,
+        "--out",
+        out,
+    )
     assert result.exit_code == 0, result.output
     model = planning.read_model(folder)
-    room = int(planning.UTILIZATION * 80 * GIB) - model.weight_bytes - model.head_bytes - planning.ACTIVATIONS
-    memory = MemoryModel(model.kv, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=65536, captured_rows=40)
+    room = (
+        int(planning.UTILIZATION * 80 * GIB)
+        - model.weight_bytes
+        - model.head_bytes
+        - planning.ACTIVATIONS
+    )
+    memory = MemoryModel(
+        model.kv,
+        budget_pages=128,
+        table_pages=128,
+        max_num_seqs=20,
+        max_model_len=65536,
+        captured_rows=40,
+    )
     plan = memory.plan(room, 128 * GIB)
-    assert f"{plan.num_pages * 16:,}" in result.output and f"{plan.host_layers} of 32" in result.output
+    assert (
+        f"{plan.num_pages * 16:,}" in result.output and f"{plan.host_layers} of 32" in result.output
+    )
     assert "tables, for vLLM's default graphs of up to 40 rows" in result.output
     for tokens in memory.thresholds(plan, 20):
         assert f"{tokens:,}" in result.output
@@ -65,22 +120,38 @@ def test_the_tables_are_the_engines_numbers(folder, tmp_path):
 def test_rows_follow_the_time_law(folder):
     model = planning.read_model(folder)
     made = planning.make_plan(
-        model, SpeContextConfig(budget=2048), gpu_bytes=40 * GIB, host_bytes=100 * GIB, requests=20, max_model_len=40960, miss_rate=0.1,
+        model,
+        SpeContextConfig(budget=2048),
+        gpu_bytes=40 * GIB,
+        host_bytes=100 * GIB,
+        requests=20,
+        max_model_len=40960,
+        miss_rate=0.1,
         link_bytes_per_s=50e9,
-    )  # fmt: skip
+    )
     offloading = [row for row in made.rows if row.get("resident", 32) < 32]
     assert offloading and made.rows[0]["resident"] == 32 and made.rows[0]["moved_mb"] == 0
     for row in offloading:
         moved = (32 - row["resident"]) * 20 * 128 * 0.1 * model.kv.page_bytes
-        assert row["moved_mb"] == pytest.approx(moved / 1e6) and row["transfer_ms"] == pytest.approx(1e3 * moved / 50e9)
-        assert row["step_ms"] == max(row["compute_ms"], row["transfer_ms"]) and row["dense_ms"] > row["compute_ms"]
+        assert row["moved_mb"] == pytest.approx(moved / 1e6) and row[
+            "transfer_ms"
+        ] == pytest.approx(1e3 * moved / 50e9)
+        assert (
+            row["step_ms"] == max(row["compute_ms"], row["transfer_ms"])
+            and row["dense_ms"] > row["compute_ms"]
+        )
 
 
 @pytest.mark.parametrize("columns", [80, 40])
 def test_no_figure_is_cut_on_a_narrow_terminal(folder, columns):
-    narrow, wide = (run("--model", folder, "--gpu-gib", 80, "--host-gib", 256, columns=width) for width in (columns, 300))
+    narrow, wide = (
+        run("--model", folder, "--gpu-gib", 80, "--host-gib", 256, columns=width)
+        for width in (columns, 300)
+    )
     assert "131,072" in narrow.output and "\u2026" not in narrow.output
-    assert [word for word in narrow.output.split() if word[0].isdigit()] == [word for word in wide.output.split() if word[0].isdigit()]
+    assert [word for word in narrow.output.split() if word[0].isdigit()] == [
+        word for word in wide.output.split() if word[0].isdigit()
+    ]
     assert columns < 80 or max(map(len, narrow.output.splitlines())) <= 80
 
 
@@ -94,15 +165,19 @@ def test_without_a_host_pool_nothing_is_said_of_what_only_two_tiers_have(folder,
     result = run("--model", folder, "--gpu-gib", 80, "--out", tmp_path / "plan.png")
     assert result.exit_code == 0 and "tokens that fit" in result.output
     tables = result.output.split("Picture: ")[0]
-    assert not any(word in tables for word in ("hot buffer", "host", "mirror", "staging", "PCIe", "transfer"))
+    assert not any(
+        word in tables for word in ("hot buffer", "host", "mirror", "staging", "PCIe", "transfer")
+    )
 
 
 def test_the_longest_context_is_vllms(folder, tmp_path):
     """vLLM multiplies max_position_embeddings by some kinds' factor, and not by others'."""
     config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
     scalings = {
-        "linear": ({"rope_type": "linear", "factor": 4.0}, 16384), "yarn": ({"rope_type": "yarn", "factor": 4.0}, 4096), "none": (None, 4096),
-    }  # fmt: skip
+        "linear": ({"rope_type": "linear", "factor": 4.0}, 16384),
+        "yarn": ({"rope_type": "yarn", "factor": 4.0}, 4096),
+        "none": (None, 4096),
+    }
     for name, (scaling, longest) in scalings.items():
         config["rope_parameters"] = {"rope_theta": 1e4, **(scaling or {"rope_type": "default"})}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -128,11 +203,17 @@ def test_a_folder_without_a_model(tmp_path):
     assert result.exit_code == 2 and "holds no config.json" in result.output
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
     result = run("--model", tmp_path, "--gpu-gib", 80)
-    assert result.exit_code == 2 and "not that of a causal language model" in result.output, result.output
+    assert result.exit_code == 2 and "not that of a causal language model" in result.output, (
+        result.output
+    )
 
 
 def test_models_that_the_engine_refuses_are_not_planned(folder, tmp_path):
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 1024}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 1024,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run("--model", tmp_path, "--gpu-gib", 80)
     assert result.exit_code == 2 and "sliding windows" in result.output, result.output

@@ -10,37 +10,76 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
     [
         ({"budgett": 512}, "unknown key 'budgett'; did you mean 'budget'?"),
         ({"colour": 1}, "unknown key 'colour'; the keys are retrieval_head, budget"),
-        ({"budget": 64}, "budget: found 64, but sinks (1 pages), recents (5 pages) and one page to choose need 112 tokens"),
+        (
+            {"budget": 64},
+            "budget: found 64, but sinks (1 pages), recents (5 pages) and one page to choose need "
+            "112 tokens",
+        ),
         ({"budget": "many"}, "budget: found 'many'; input should be a valid integer"),
         ({"budget": True}, "budget: found True; input should be a valid integer"),
         ({"budget": "512"}, "budget: found '512'; input should be a valid integer"),
-        ({"sidecar": "ray", "sidecar_cpus": True}, "sidecar_cpus: found True; input should be a valid integer"),
+        (
+            {"sidecar": "ray", "sidecar_cpus": True},
+            "sidecar_cpus: found True; input should be a valid integer",
+        ),
         ({"stickiness": True}, "stickiness: found True; input should be a valid number"),
         ({"gpu_kv_gib": "4"}, "gpu_kv_gib: found '4'; input should be a valid number"),
         ({"host_kv_gib": True}, "host_kv_gib: found True; give 0 or more GiB"),
         ({"host_kv_gib": "4"}, "host_kv_gib: found '4'; give 0 or more GiB"),
         ({"stats": "yes"}, "stats: found 'yes'; input should be a valid boolean"),
         ({"budget": -1}, "budget: found -1; input should be greater than 0"),
-        ({"retriever": "magic"}, "retriever: found 'magic'; input should be 'dlm', 'quest', 'recent', 'random', 'oracle' or 'dense'"),
-        ({"confidence_threshold": 2}, "confidence_threshold: found 2; input should be less than or equal to 1"),
+        (
+            {"retriever": "magic"},
+            "retriever: found 'magic'; input should be 'dlm', 'quest', 'recent', 'random', "
+            "'oracle' or 'dense'",
+        ),
+        (
+            {"confidence_threshold": 2},
+            "confidence_threshold: found 2; input should be less than or equal to 1",
+        ),
         ({"fallback_budget": 512}, "fallback_budget: found 512, less than budget (2048)"),
-        ({"head_key_dtype": "fp8", "retriever": "quest"}, "head_key_dtype: found 'fp8' with retriever 'quest' and no retrieval_head"),
+        (
+            {"head_key_dtype": "fp8", "retriever": "quest"},
+            "head_key_dtype: found 'fp8' with retriever 'quest' and no retrieval_head",
+        ),
         ({"host_kv_gib": -1}, 'host_kv_gib: found -1; give 0 or more GiB, or "auto".'),
         ({"host_kv_gib": 1, "retriever": "quest"}, "host_kv_gib: found 1.0 with retriever quest"),
-        ({"host_kv_gib": "lots"}, "specontext.host_kv_gib: found 'lots'; give 0 or more GiB, or \"auto\"."),
+        (
+            {"host_kv_gib": "lots"},
+            "specontext.host_kv_gib: found 'lots'; give 0 or more GiB, or \"auto\".",
+        ),
         ({"host_kv_gib": float("nan")}, "host_kv_gib: found nan; give 0 or more GiB"),
         ({"host_kv_gib": float("inf")}, "host_kv_gib: found inf; give 0 or more GiB"),
         ({"host_kv_gib": [1]}, "host_kv_gib: found [1]; give 0 or more GiB"),
         ({"gpu_kv_gib": float("inf")}, "gpu_kv_gib: found inf; input should be a finite number"),
         ({"stickiness": float("nan")}, "stickiness: found nan; input should be"),
         ({"gpu_kv_gib": 0}, "gpu_kv_gib: found 0; input should be greater than 0"),
-        ({"stickiness": -0.5}, "stickiness: found -0.5; input should be greater than or equal to 0"),
+        (
+            {"stickiness": -0.5},
+            "stickiness: found -0.5; input should be greater than or equal to 0",
+        ),
         ({"sidecar": "yes"}, "sidecar: found 'yes'; input should be 'inline' or 'ray'."),
-        ({"sidecar_gpus": 0.5}, "sidecar_gpus: found 0.5, but sidecar is inline; set sidecar to ray or leave it out."),
-        ({"sidecar": "ray", "sidecar_gpus": 2}, "sidecar_gpus: found 2; input should be less than or equal to 1"),
-        ({"sidecar": "ray", "sidecar_cpus": 0}, "sidecar_cpus: found 0; input should be greater than or equal to 1"),
-        ({"sidecar": "ray", "retriever": "recent"}, "sidecar: found 'ray' with retriever 'recent', which has no head"),
-        ({"sidecar": "ray", "host_kv_gib": 1}, "sidecar: found 'ray' with host_kv_gib 1.0; the host pool's slot maps live in vLLM's worker"),
+        (
+            {"sidecar_gpus": 0.5},
+            "sidecar_gpus: found 0.5, but sidecar is inline; set sidecar to ray or leave it out.",
+        ),
+        (
+            {"sidecar": "ray", "sidecar_gpus": 2},
+            "sidecar_gpus: found 2; input should be less than or equal to 1",
+        ),
+        (
+            {"sidecar": "ray", "sidecar_cpus": 0},
+            "sidecar_cpus: found 0; input should be greater than or equal to 1",
+        ),
+        (
+            {"sidecar": "ray", "retriever": "recent"},
+            "sidecar: found 'ray' with retriever 'recent', which has no head",
+        ),
+        (
+            {"sidecar": "ray", "host_kv_gib": 1},
+            "sidecar: found 'ray' with host_kv_gib 1.0; the host pool's slot maps live in vLLM's "
+            "worker",
+        ),
         ("no", "found 'no', expected an object"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict | str) and len(str(value)) < 40 else "",
@@ -54,13 +93,24 @@ def test_one_sentence(settings, sentence):
 
 @pytest.mark.parametrize("key", ["specontex", "SpeContext", "spec_context"])
 def test_a_key_that_is_nearly_ours_is_not_passed_over(key):
-    with pytest.raises(ConfigError, match=f"additional_config: found the key '{key}', which nothing reads; this plugin's settings are under 'specontext'"):
+    with pytest.raises(
+        ConfigError,
+        match=f"additional_config: found the key '{key}', which nothing reads; this plugin's settings are under 'specontext'",
+    ):
         SpeContextConfig.from_additional_config({key: {"budget": 128}})
 
 
 def test_keys_of_other_plugins_are_theirs():
-    assert SpeContextConfig.from_additional_config({"gdn_kernel": {}, "specontext_aux_layers": [1]}) == SpeContextConfig()
-    assert SpeContextConfig.from_additional_config({"specontex": 1, "specontext": {"budget": 128}}).budget == 128
+    assert (
+        SpeContextConfig.from_additional_config({"gdn_kernel": {}, "specontext_aux_layers": [1]})
+        == SpeContextConfig()
+    )
+    assert (
+        SpeContextConfig.from_additional_config(
+            {"specontex": 1, "specontext": {"budget": 128}}
+        ).budget
+        == 128
+    )
 
 
 def test_pages_cover_the_tokens():
@@ -74,7 +124,9 @@ def test_table_is_as_wide_as_the_widest_selection():
     assert SpeContextConfig().table_pages(131072) == 128
     assert SpeContextConfig().table_pages(1000) == 63
     assert SpeContextConfig(confidence_threshold=0.5).table_pages(131072) == 512
-    assert SpeContextConfig(confidence_threshold=0.5, fallback_budget=4096).table_pages(131072) == 256
+    assert (
+        SpeContextConfig(confidence_threshold=0.5, fallback_budget=4096).table_pages(131072) == 256
+    )
     assert SpeContextConfig(retriever="dense").table_pages(131072) == 8192
     # Rows are read whole while the sidecar is away, but what it selects is no wider than ever.
     assert SpeContextConfig(sidecar="ray").table_pages(131072) == 8192
@@ -84,12 +136,21 @@ def test_table_is_as_wide_as_the_widest_selection():
 def test_keys_of_a_head_that_another_retriever_leaves_idle_may_be_named():
     """Another retriever may be switched to dlm while the engine runs, if the engine has a head."""
     settings = {"head_key_dtype": "fp8", "retrieval_head": "dummy"}
-    assert SpeContextConfig.from_settings({**settings, "retriever": "dense"}).head_key_dtype == "fp8"
-    assert SpeContextConfig.from_settings({"head_key_dtype": "auto", "retriever": "quest"}) == SpeContextConfig(retriever="quest")
+    assert (
+        SpeContextConfig.from_settings({**settings, "retriever": "dense"}).head_key_dtype == "fp8"
+    )
+    assert SpeContextConfig.from_settings(
+        {"head_key_dtype": "auto", "retriever": "quest"}
+    ) == SpeContextConfig(retriever="quest")
 
 
 def test_whole_numbers_are_taken_for_fractions():
-    assert SpeContextConfig.from_settings({"stickiness": 0, "gpu_kv_gib": 4, "host_kv_gib": 4}).host_kv_gib == 4.0
+    assert (
+        SpeContextConfig.from_settings(
+            {"stickiness": 0, "gpu_kv_gib": 4, "host_kv_gib": 4}
+        ).host_kv_gib
+        == 4.0
+    )
 
 
 def test_a_budget_that_holds_every_context_is_said():
@@ -97,9 +158,18 @@ def test_a_budget_that_holds_every_context_is_said():
     # A budget is whole pages: 1000 tokens are 62 of them, and 1000 tokens of context lie in 63.
     assert SpeContextConfig(budget=1000).reads_everything(1000) is None
     sentence = SpeContextConfig(budget=2048).reads_everything(1536)
-    assert sentence.startswith("additional_config.specontext.budget: found 2048, which holds the longest context there can be (--max-model-len 1536)")
-    assert "retriever: found 'dense'" in SpeContextConfig(retriever="dense").reads_everything(131072)
+    assert sentence.startswith(
+        "additional_config.specontext.budget: found 2048, which holds the longest context there "
+        "can be (--max-model-len 1536)"
+    )
+    assert "retriever: found 'dense'" in SpeContextConfig(retriever="dense").reads_everything(
+        131072
+    )
 
 
 def test_absent_settings_are_the_defaults():
-    assert SpeContextConfig.from_additional_config(None) == SpeContextConfig.from_additional_config({}) == SpeContextConfig()
+    assert (
+        SpeContextConfig.from_additional_config(None)
+        == SpeContextConfig.from_additional_config({})
+        == SpeContextConfig()
+    )

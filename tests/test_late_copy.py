@@ -12,7 +12,10 @@ def arrived(copy: LateCopy):
 
 
 def test_a_copy_is_of_the_moment_it_was_asked_for(device):
-    counts, sums = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
+    counts, sums = (
+        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.float64, device=device),
+    )
     copy = LateCopy(counts, sums)
     assert copy.take() is None
     counts += 1

@@ -50,7 +50,9 @@ def test_never_begins():
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=10)[0]
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(
+            timeout=10
+        )[0]
         time.sleep(0.1)
 
 
@@ -61,8 +63,13 @@ def test_sigterm_to_make_test_ends_what_the_tests_started(tmp_path, workers):
     (tmp_path / "test_servers.py").write_text(TESTS.format(child=CHILD))
     options = f"-p tests.leftovers -p no:cacheprovider --rootdir {tmp_path} {f'-n {workers}' if workers else ''} {tmp_path}"
     command = ["make", "test", f"PYTHON={sys.executable}", f"PYTEST={options}"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    make = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    make = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for(tmp_path / "ready", make)
     started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(started) == 2 and all(map(psutil.pid_exists, started))

@@ -20,7 +20,9 @@ def load_bootstrap():
 
 
 def test_entry_points():
-    plugin = [e for e in metadata.entry_points(group="vllm.general_plugins") if e.name == "specontext"]
+    plugin = [
+        e for e in metadata.entry_points(group="vllm.general_plugins") if e.name == "specontext"
+    ]
     assert plugin and plugin[0].value == "specontext_vllm:register"
     command = [e for e in metadata.entry_points(group="console_scripts") if e.name == "specontext"]
     assert command and callable(command[0].load())
@@ -35,7 +37,11 @@ def test_kernels_are_not_installed_at_top_level():
 
 def test_lock_files_pin_every_line():
     for lock in ("cpu.lock", "gpu.lock"):
-        lines = [x for x in (ROOT / "requirements" / lock).read_text().splitlines() if x and not x.startswith("#")]
+        lines = [
+            x
+            for x in (ROOT / "requirements" / lock).read_text().splitlines()
+            if x and not x.startswith("#")
+        ]
         assert len(lines) > 50
         for line in lines:
             assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), f"{lock}: {line}"
@@ -46,7 +52,9 @@ def test_lock_files_pin_every_line():
 
 def test_bootstrap_shows_pips_errors_and_nothing_else_of_it(capfd):
     bootstrap, python = load_bootstrap(), Path(sys.executable)
-    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [python, "-m", "pip", "--version"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this interpreter has no pip")
     bootstrap.pip(python, "--no-index", "--dry-run", "pip")
     said = capfd.readouterr()

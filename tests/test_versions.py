@@ -28,7 +28,8 @@ def test_what_tests_have_driven_is_supported(version):
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.33.0rc1", "1.0"])
 def test_what_they_have_not_gets_a_sentence(version):
     assert complaint(version) == (
-        f"vLLM: found {version}, but this release of specontext drives vllm{SUPPORTED_VLLM}; install such a vLLM, or a release of specontext "
+        f"vLLM: found {version}, but this release of specontext drives vllm{SUPPORTED_VLLM}; "
+        "install such a vLLM, or a release of specontext "
         f"made for yours."
     )
 
@@ -45,13 +46,17 @@ def test_an_engine_of_another_vllm_is_refused(monkeypatch):
 
 def test_a_vllm_without_our_hooks_keeps_its_own_backends(monkeypatch, caplog_vllm):
     monkeypatch.setattr(vllm, "__version__", "0.10.0")
-    monkeypatch.setattr(registration, "ensure_member", lambda: (_ for _ in ()).throw(ImportError("no registry")))
+    monkeypatch.setattr(
+        registration, "ensure_member", lambda: (_ for _ in ()).throw(ImportError("no registry"))
+    )
     registration.register()
     assert "vLLM: found 0.10.0" in caplog_vllm.text
 
 
 def test_a_broken_hook_of_a_supported_vllm_is_no_secret(monkeypatch):
-    monkeypatch.setattr(registration, "ensure_member", lambda: (_ for _ in ()).throw(ImportError("no registry")))
+    monkeypatch.setattr(
+        registration, "ensure_member", lambda: (_ for _ in ()).throw(ImportError("no registry"))
+    )
     with pytest.raises(ImportError, match="no registry"):
         registration.register()
 
@@ -71,7 +76,11 @@ def caplog_vllm(caplog):
 
 @pytest.mark.parametrize("lock", ["cpu.lock", "gpu.lock"])
 def test_the_locks_install_a_supported_vllm(lock):
-    pins = [Requirement(line) for line in (ROOT / "requirements" / lock).read_text().splitlines() if re.match(r"vllm(-cpu)?==", line)]
+    pins = [
+        Requirement(line)
+        for line in (ROOT / "requirements" / lock).read_text().splitlines()
+        if re.match(r"vllm(-cpu)?==", line)
+    ]
     assert len(pins) == 1
     assert RANGE.contains(next(iter(pins[0].specifier)).version)
 
@@ -88,7 +97,11 @@ def test_the_readme_names_supported_versions_only():
 
 
 def own_functions(module: types.ModuleType) -> list:
-    return [f for name, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not name.startswith("_")]
+    return [
+        f
+        for name, f in vars(module).items()
+        if inspect.isfunction(f) and f.__module__ == module.__name__ and not name.startswith("_")
+    ]
 
 
 @pytest.mark.parametrize("function", own_functions(compat), ids=lambda f: f.__name__)

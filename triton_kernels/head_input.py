@@ -7,10 +7,21 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["s_table"])
 def _head_input_kernel(
-    p_embeds, p_fused, p_block_table, p_positions, p_embed_norm, p_feature_norm, p_out,
-    eps, s_table,
-    E: tl.constexpr, H: tl.constexpr, P: tl.constexpr, E_PAD: tl.constexpr, H_PAD: tl.constexpr,
-):  # fmt: skip
+    p_embeds,
+    p_fused,
+    p_block_table,
+    p_positions,
+    p_embed_norm,
+    p_feature_norm,
+    p_out,
+    eps,
+    s_table,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    E_PAD: tl.constexpr,
+    H_PAD: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     # [E_PAD]
     o_e = tl.arange(0, E_PAD)
@@ -32,9 +43,15 @@ def _head_input_kernel(
 
 
 def head_input(
-    embeds: torch.Tensor, fused: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor,
-    embed_norm: torch.Tensor, feature_norm: torch.Tensor, eps: float, page_size: int,
-) -> torch.Tensor:  # fmt: skip
+    embeds: torch.Tensor,
+    fused: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    embed_norm: torch.Tensor,
+    feature_norm: torch.Tensor,
+    eps: float,
+    page_size: int,
+) -> torch.Tensor:
     """``cat[rms_norm(embeds), rms_norm(fused aux of the token before)]`` of decode rows.
 
     Args:
@@ -50,7 +67,20 @@ def head_input(
     h = fused.shape[1]
     out = torch.empty(rows, e + h, dtype=embeds.dtype, device=embeds.device)
     _head_input_kernel[(rows,)](
-        embeds, fused, block_table, positions, embed_norm, feature_norm, out, eps, block_table.stride(0),
-        E=e, H=h, P=page_size, E_PAD=triton.next_power_of_2(e), H_PAD=triton.next_power_of_2(h), num_warps=8,
-    )  # fmt: skip
+        embeds,
+        fused,
+        block_table,
+        positions,
+        embed_norm,
+        feature_norm,
+        out,
+        eps,
+        block_table.stride(0),
+        E=e,
+        H=h,
+        P=page_size,
+        E_PAD=triton.next_power_of_2(e),
+        H_PAD=triton.next_power_of_2(h),
+        num_warps=8,
+    )
     return out

@@ -7,10 +7,22 @@ import triton.language as tl
 
 @triton.jit
 def _rope_and_cache_kernel(
-    p_qk, p_cos_sin, p_positions, p_slots, p_queries, p_keys, p_norm,
+    p_qk,
+    p_cos_sin,
+    p_positions,
+    p_slots,
+    p_queries,
+    p_keys,
+    p_norm,
     eps,
-    NQ: tl.constexpr, NKV: tl.constexpr, D: tl.constexpr, P: tl.constexpr, HALF_PAD: tl.constexpr, QK_NORM: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
+    NQ: tl.constexpr,
+    NKV: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    MOST: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     # [HALF_PAD] each: the two halves that rotate against one another
@@ -40,23 +52,40 @@ def _rope_and_cache_kernel(
             p_out = p_keys + (((slot // P) * NKV + i_head - NQ) * P + slot % P) * D
             if MOST > 0:
                 # Rounded twice, as the keys of prompts are.
-                b_lo = tl.clamp(b_lo.to(p_qk.dtype.element_ty).to(tl.float32), -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-                b_hi = tl.clamp(b_hi.to(p_qk.dtype.element_ty).to(tl.float32), -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+                b_lo = tl.clamp(
+                    b_lo.to(p_qk.dtype.element_ty).to(tl.float32),
+                    -MOST,
+                    MOST,
+                    propagate_nan=tl.PropagateNan.ALL,
+                )
+                b_hi = tl.clamp(
+                    b_hi.to(p_qk.dtype.element_ty).to(tl.float32),
+                    -MOST,
+                    MOST,
+                    propagate_nan=tl.PropagateNan.ALL,
+                )
             tl.store(p_out + o_d, b_lo.to(p_keys.dtype.element_ty), mask=m_d)
             tl.store(p_out + D // 2 + o_d, b_hi.to(p_keys.dtype.element_ty), mask=m_d)
 
 
 def rope_and_cache(
-    qk: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor,
-    num_queries: int, norm: torch.Tensor | None, eps: float,
-) -> torch.Tensor:  # fmt: skip
+    qk: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    num_queries: int,
+    norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
     """Rotate projected queries and keys; write the keys into their pages.
 
     Args:
         qk: ``[B, (num_queries + nkv) * D]`` projections, queries first; ``num_queries`` may be 0.
         cos_sin: ``[max_position, D]`` float32, cosines then sines of the D/2 frequencies.
         positions, slots: ``[B]`` positions; slots in the paged cache, -1 to skip the write.
-        keys: ``[num_blocks, nkv, P, D]`` the head's K cache, written in place; as 8-bit floats cut off at what they hold.
+        keys: ``[num_blocks, nkv, P, D]`` the head's K cache, written in place; as 8-bit floats cut
+            off at what they hold.
         norm: ``[num_queries + nkv, D]`` RMSNorm weights of Qwen3-type heads, or None.
     Returns:
         ``[B, num_queries, D]`` rotated queries.
@@ -65,9 +94,21 @@ def rope_and_cache(
     _, nkv, page_size, d = keys.shape
     queries = torch.empty(rows, num_queries, d, dtype=qk.dtype, device=qk.device)
     _rope_and_cache_kernel[(rows, num_queries + nkv)](
-        qk, cos_sin, positions, slots, queries, keys, qk if norm is None else norm, eps,
-        NQ=num_queries, NKV=nkv, D=d, P=page_size, HALF_PAD=triton.next_power_of_2(d // 2), QK_NORM=norm is not None,
+        qk,
+        cos_sin,
+        positions,
+        slots,
+        queries,
+        keys,
+        qk if norm is None else norm,
+        eps,
+        NQ=num_queries,
+        NKV=nkv,
+        D=d,
+        P=page_size,
+        HALF_PAD=triton.next_power_of_2(d // 2),
+        QK_NORM=norm is not None,
         MOST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0,
         num_warps=1,
-    )  # fmt: skip
+    )
     return queries

@@ -1,4 +1,6 @@
-"""The page tables of all layers from one selection: frames of resident layers, hot slots of offloaded ones."""
+"""The page tables of all layers from one selection: frames of resident layers, hot slots of
+offloaded ones.
+"""
 
 import torch
 import triton
@@ -7,10 +9,25 @@ import triton.language as tl
 
 @triton.jit
 def _layer_tables_kernel(
-    p_selection, p_slots, p_lengths, p_lanes, p_block_table, p_frames, p_hot, p_resident, p_tables,
-    s_selection, s_table, s_layer, num_pages, s_hot,
-    H: tl.constexpr, P: tl.constexpr, S: tl.constexpr, K_PAD: tl.constexpr,
-):  # fmt: skip
+    p_selection,
+    p_slots,
+    p_lengths,
+    p_lanes,
+    p_block_table,
+    p_frames,
+    p_hot,
+    p_resident,
+    p_tables,
+    s_selection,
+    s_table,
+    s_layer,
+    num_pages,
+    s_hot,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    K_PAD: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     i_layer = tl.program_id(2).to(tl.int64)
@@ -28,14 +45,26 @@ def _layer_tables_kernel(
         else:
             b_slot = tl.load(p_slots + i_seq * s_selection + o_k, mask=m_k, other=0)
             b_frame = tl.load(p_hot + i_layer * s_hot + lane * S + b_slot, mask=m_k, other=0)
-        tl.store(p_tables + i_layer * s_layer + i_seq * s_selection + o_k, b_frame * H + i_head, mask=m_k)
+        tl.store(
+            p_tables + i_layer * s_layer + i_seq * s_selection + o_k, b_frame * H + i_head, mask=m_k
+        )
 
 
 def layer_tables(
-    selection: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, lanes: torch.Tensor, block_table: torch.Tensor,
-    frames: torch.Tensor, hot: torch.Tensor, resident: torch.Tensor, tables: torch.Tensor, *, num_rows: int, num_kv_heads: int,
+    selection: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    lanes: torch.Tensor,
+    block_table: torch.Tensor,
+    frames: torch.Tensor,
+    hot: torch.Tensor,
+    resident: torch.Tensor,
+    tables: torch.Tensor,
+    *,
+    num_rows: int,
+    num_kv_heads: int,
     page_size: int,
-) -> None:  # fmt: skip
+) -> None:
     """Write where each layer reads the selected head pages.
 
     Args:
@@ -49,7 +78,23 @@ def layer_tables(
     """
     layers, _, width = tables.shape
     _layer_tables_kernel[(num_rows, num_kv_heads, layers)](
-        selection, slots, lengths, lanes, block_table, frames, hot, resident, tables,
-        selection.stride(0), block_table.stride(0), tables.stride(0), frames.shape[1], hot.stride(0),
-        H=num_kv_heads, P=page_size, S=hot.shape[2], K_PAD=triton.next_power_of_2(width), num_warps=1,
-    )  # fmt: skip
+        selection,
+        slots,
+        lengths,
+        lanes,
+        block_table,
+        frames,
+        hot,
+        resident,
+        tables,
+        selection.stride(0),
+        block_table.stride(0),
+        tables.stride(0),
+        frames.shape[1],
+        hot.stride(0),
+        H=num_kv_heads,
+        P=page_size,
+        S=hot.shape[2],
+        K_PAD=triton.next_power_of_2(width),
+        num_warps=1,
+    )

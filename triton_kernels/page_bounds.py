@@ -1,4 +1,6 @@
-"""Element-wise minimum and maximum of each page's keys, and the bound they give on any query's logits (Quest, arXiv 2406.10774)."""
+"""Element-wise minimum and maximum of each page's keys, and the bound they give on any query's
+logits (Quest, arXiv 2406.10774).
+"""
 
 import torch
 import triton
@@ -8,7 +10,9 @@ PAGES_PER_PROGRAM = 32
 
 
 @triton.jit
-def _update_bounds_kernel(p_kv, p_slots, p_bounds, num_slots, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def _update_bounds_kernel(
+    p_kv, p_slots, p_bounds, num_slots, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
     i_token = tl.program_id(0)
     i_head = tl.program_id(1)
     H = tl.num_programs(1)
@@ -35,11 +39,27 @@ def _update_bounds_kernel(p_kv, p_slots, p_bounds, num_slots, P: tl.constexpr, D
 
 @triton.jit(do_not_specialize=["first_row"])
 def _score_bounds_kernel(
-    p_queries, p_bounds, p_block_table, p_seq_lens, p_starts, p_out,
-    scale, s_queries, s_table, s_scores, first_row, least_pages,
-    NQ: tl.constexpr, H: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    p_queries,
+    p_bounds,
+    p_block_table,
+    p_seq_lens,
+    p_starts,
+    p_out,
+    scale,
+    s_queries,
+    s_table,
+    s_scores,
+    first_row,
+    least_pages,
+    NQ: tl.constexpr,
+    H: tl.constexpr,
+    G_PAD: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     i_local = tl.program_id(0)
     i_block = tl.program_id(1)
     i_head = tl.program_id(2)
@@ -62,8 +82,9 @@ def _score_bounds_kernel(
         o_g = tl.arange(0, G_PAD)
         b_q = tl.load(
             p_queries + i_row * s_queries + (i_head * G + o_g)[:, None] * D + o_d[None, :],
-            mask=(o_g < G)[:, None] & (o_d < D)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=(o_g < G)[:, None] & (o_d < D)[None, :],
+            other=0.0,
+        )
         # max(q * low, q * high) is q * high where q is positive, else q * low.
         b_up = tl.maximum(b_q, 0.0, propagate_nan=tl.PropagateNan.ALL).to(b_q.dtype)
         b_down = tl.minimum(b_q, 0.0, propagate_nan=tl.PropagateNan.ALL).to(b_q.dtype)
@@ -77,20 +98,40 @@ def update_bounds(kv_cache: torch.Tensor, slots: torch.Tensor, bounds: torch.Ten
     """Bring the bounds of the pages up to date that a step has written to.
 
     Args:
-        kv_cache: ``[num_blocks, H, P, 2 * D]`` contiguous, keys then values in the last axis, the step's tokens included.
-        slots: ``[N]`` int64 of the step's tokens, each request's in ascending order of position and side by side; negative: padding.
-        bounds: ``[num_blocks, H, 2, D]`` minima then maxima over the page's tokens so far, written; NaN where one of them is.
+        kv_cache: ``[num_blocks, H, P, 2 * D]`` contiguous, keys then values in the last axis, the
+            step's tokens included.
+        slots: ``[N]`` int64 of the step's tokens, each request's in ascending order of position and
+            side by side; negative: padding.
+        bounds: ``[num_blocks, H, 2, D]`` minima then maxima over the page's tokens so far, written;
+            NaN where one of them is.
     """
     heads, page_size, d = bounds.shape[1], kv_cache.shape[2], bounds.shape[3]
     _update_bounds_kernel[(slots.shape[0], heads)](
-        kv_cache, slots, bounds, slots.shape[0], P=page_size, D=d, D_PAD=triton.next_power_of_2(d), num_warps=1
+        kv_cache,
+        slots,
+        bounds,
+        slots.shape[0],
+        P=page_size,
+        D=d,
+        D_PAD=triton.next_power_of_2(d),
+        num_warps=1,
     )
 
 
 def score_bounds(
-    queries: torch.Tensor, bounds: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor, out: torch.Tensor,
-    *, page_size: int, first_row: int, num_rows: int, max_pages: int, least_pages: int,
-) -> None:  # fmt: skip
+    queries: torch.Tensor,
+    bounds: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    page_size: int,
+    first_row: int,
+    num_rows: int,
+    max_pages: int,
+    least_pages: int,
+) -> None:
     """Upper bound of ``q . k / sqrt(D)`` over each page's keys, per query head.
 
     Args:
@@ -99,14 +140,32 @@ def score_bounds(
         block_table, seq_lens: ``[>= B, W]`` int32, ``[>= B]`` int32.
         starts: ``[num_rows]`` int32, where each scored row's pages start in ``out``.
         out: ``[NQ, C]`` float32, written.
-        first_row, num_rows: the rows to score. max_pages: upper bound of a row's pages. least_pages: rows with no more pages are left out.
+        first_row, num_rows: the rows to score. max_pages: upper bound of a row's pages.
+            least_pages: rows with no more pages are left out.
     """
     nq, d = queries.shape[1:]
     heads = bounds.shape[1]
     grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), heads)
     _score_bounds_kernel[grid](
-        queries, bounds, block_table, seq_lens, starts, out,
-        d**-0.5, queries.stride(0), block_table.stride(0), out.stride(0), first_row, least_pages,
-        NQ=nq, H=heads, G_PAD=max(16, triton.next_power_of_2(nq // heads)), P=page_size, D=d, D_PAD=max(16, triton.next_power_of_2(d)),
-        PAGES=PAGES_PER_PROGRAM, PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", num_warps=4,
-    )  # fmt: skip
+        queries,
+        bounds,
+        block_table,
+        seq_lens,
+        starts,
+        out,
+        d**-0.5,
+        queries.stride(0),
+        block_table.stride(0),
+        out.stride(0),
+        first_row,
+        least_pages,
+        NQ=nq,
+        H=heads,
+        G_PAD=max(16, triton.next_power_of_2(nq // heads)),
+        P=page_size,
+        D=d,
+        D_PAD=max(16, triton.next_power_of_2(d)),
+        PAGES=PAGES_PER_PROGRAM,
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        num_warps=4,
+    )

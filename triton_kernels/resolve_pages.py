@@ -1,4 +1,6 @@
-"""The selection against the hot buffers: hits keep their slot, misses take the least recently used ones."""
+"""The selection against the hot buffers: hits keep their slot, misses take the least recently used
+ones.
+"""
 
 import torch
 import triton
@@ -15,11 +17,35 @@ _KEPT = 0x7FFFFFFFFFFFFFFF
 
 @triton.jit
 def _resolve_pages_kernel(
-    p_selection, p_lengths, p_seq_lens, p_lanes, p_block_table, p_capacity,
-    p_slot_of, p_page_of, p_source_of, p_stamp, p_slots, p_order, p_sources, p_targets, p_count, p_resident, p_counters, p_step,
-    s_selection, s_table, max_pages,
-    L: tl.constexpr, H: tl.constexpr, P: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, K_PAD: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
+    p_selection,
+    p_lengths,
+    p_seq_lens,
+    p_lanes,
+    p_block_table,
+    p_capacity,
+    p_slot_of,
+    p_page_of,
+    p_source_of,
+    p_stamp,
+    p_slots,
+    p_order,
+    p_sources,
+    p_targets,
+    p_count,
+    p_resident,
+    p_counters,
+    p_step,
+    s_selection,
+    s_table,
+    max_pages,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    S_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
+    KEPT: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     i_seq = i_row * H + i_head
@@ -51,7 +77,9 @@ def _resolve_pages_kernel(
         b_new = tl.load(p_order + i_seq * S_PAD + b_rank, mask=m_miss, other=0)
         b_evicted = tl.load(p_page_of + buffer + b_new, mask=m_miss, other=-1)
         tl.store(p_of + b_evicted, -1, mask=m_miss & (b_evicted >= 0))
-        b_source = tl.load(p_block_table + i_row * s_table + b_page, mask=m_miss, other=0) * H + i_head
+        b_source = (
+            tl.load(p_block_table + i_row * s_table + b_page, mask=m_miss, other=0) * H + i_head
+        )
         tl.store(p_page_of + buffer + b_new, b_page, mask=m_miss)
         tl.store(p_source_of + buffer + b_new, b_source, mask=m_miss)
         tl.store(p_stamp + buffer + b_new, step, mask=m_miss)
@@ -73,12 +101,31 @@ def _resolve_pages_kernel(
 
 
 def resolve_pages(
-    selection: torch.Tensor, lengths: torch.Tensor, seq_lens: torch.Tensor, lanes: torch.Tensor, block_table: torch.Tensor,
-    capacity: torch.Tensor, slot_of: torch.Tensor, page_of: torch.Tensor, source_of: torch.Tensor, stamp: torch.Tensor,
-    slots: torch.Tensor, order: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, count: torch.Tensor, resident: torch.Tensor,
-    counts: torch.Tensor, step: torch.Tensor, *, num_layers: int, num_rows: int, page_size: int,
-) -> None:  # fmt: skip
-    """See ``specontext_vllm.residency.hot_buffers.HotBuffers.resolve``, whose torch path is the reference.
+    selection: torch.Tensor,
+    lengths: torch.Tensor,
+    seq_lens: torch.Tensor,
+    lanes: torch.Tensor,
+    block_table: torch.Tensor,
+    capacity: torch.Tensor,
+    slot_of: torch.Tensor,
+    page_of: torch.Tensor,
+    source_of: torch.Tensor,
+    stamp: torch.Tensor,
+    slots: torch.Tensor,
+    order: torch.Tensor,
+    sources: torch.Tensor,
+    targets: torch.Tensor,
+    count: torch.Tensor,
+    resident: torch.Tensor,
+    counts: torch.Tensor,
+    step: torch.Tensor,
+    *,
+    num_layers: int,
+    num_rows: int,
+    page_size: int,
+) -> None:
+    """See ``specontext_vllm.residency.hot_buffers.HotBuffers.resolve``, whose torch path is the
+    reference.
 
     Args:
         order: ``[rows * H, next_power_of_2(S)]`` int32 scratch.
@@ -89,7 +136,33 @@ def resolve_pages(
     """
     _, heads, hot = page_of.shape
     _resolve_pages_kernel[(num_rows, heads)](
-        selection, lengths, seq_lens, lanes, block_table, capacity, slot_of, page_of, source_of, stamp, slots, order,
-        sources, targets, count, resident, counts, step, selection.stride(0), block_table.stride(0), slot_of.shape[2],
-        L=num_layers, H=heads, P=page_size, S=hot, S_PAD=order.shape[1], K_PAD=triton.next_power_of_2(selection.shape[1]), KEPT=_KEPT, num_warps=4,
-    )  # fmt: skip
+        selection,
+        lengths,
+        seq_lens,
+        lanes,
+        block_table,
+        capacity,
+        slot_of,
+        page_of,
+        source_of,
+        stamp,
+        slots,
+        order,
+        sources,
+        targets,
+        count,
+        resident,
+        counts,
+        step,
+        selection.stride(0),
+        block_table.stride(0),
+        slot_of.shape[2],
+        L=num_layers,
+        H=heads,
+        P=page_size,
+        S=hot,
+        S_PAD=order.shape[1],
+        K_PAD=triton.next_power_of_2(selection.shape[1]),
+        KEPT=_KEPT,
+        num_warps=4,
+    )

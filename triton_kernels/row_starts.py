@@ -1,4 +1,6 @@
-"""Where each row's pages start in a workspace in which rows lie behind one another: a running sum over the batch, in one launch."""
+"""Where each row's pages start in a workspace in which rows lie behind one another: a running sum
+over the batch, in one launch.
+"""
 
 import torch
 import triton
@@ -8,18 +10,30 @@ BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["first_row", "num_rows"])
-def _row_starts_kernel(p_seq_lens, p_starts, first_row, num_rows, P: tl.constexpr, BLOCK: tl.constexpr):
+def _row_starts_kernel(
+    p_seq_lens, p_starts, first_row, num_rows, P: tl.constexpr, BLOCK: tl.constexpr
+):
     o_row = tl.arange(0, BLOCK)
     before = tl.full((), 0, tl.int32)
     for first in range(0, num_rows, BLOCK):
         m_row = first + o_row < num_rows
-        b_pages = (tl.load(p_seq_lens + first_row + first + o_row, mask=m_row, other=0) + P - 1) // P
-        tl.store(p_starts + first + o_row, before + tl.cumsum(b_pages, axis=0) - b_pages, mask=m_row)
+        b_pages = (
+            tl.load(p_seq_lens + first_row + first + o_row, mask=m_row, other=0) + P - 1
+        ) // P
+        tl.store(
+            p_starts + first + o_row, before + tl.cumsum(b_pages, axis=0) - b_pages, mask=m_row
+        )
         before += tl.sum(b_pages)
 
 
-def row_starts(seq_lens: torch.Tensor, first_row: int, num_rows: int, page_size: int) -> torch.Tensor:
-    """``[num_rows]`` int32: pages of the rows from ``first_row`` on that come before each; ``seq_lens [>= first_row + num_rows]`` int32."""
+def row_starts(
+    seq_lens: torch.Tensor, first_row: int, num_rows: int, page_size: int
+) -> torch.Tensor:
+    """``[num_rows]`` int32: pages of the rows from ``first_row`` on that come before each;
+    ``seq_lens [>= first_row + num_rows]`` int32.
+    """
     starts = torch.empty(num_rows, dtype=torch.int32, device=seq_lens.device)
-    _row_starts_kernel[(1,)](seq_lens, starts, first_row, num_rows, P=page_size, BLOCK=BLOCK, num_warps=4)
+    _row_starts_kernel[(1,)](
+        seq_lens, starts, first_row, num_rows, P=page_size, BLOCK=BLOCK, num_warps=4
+    )
     return starts

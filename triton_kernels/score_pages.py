@@ -1,20 +1,43 @@
-"""Scores of KV pages: the retrieval head's query against its paged keys, reduced to two numbers a page."""
+"""Scores of KV pages: the retrieval head's query against its paged keys, reduced to two numbers a
+page.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-# Bytes of one key element times pages of a program: what was quickest on the H200 for 8-bit and for 16-bit keys.
+# Bytes of one key element times pages of a program: what was quickest on the H200 for 8-bit and for
+# 16-bit keys.
 WIDTH_TIMES_PAGES = 8
 
 
 @triton.jit(do_not_specialize=["first_row", "s_table"])
 def _score_pages_kernel(
-    p_queries, p_keys, p_block_table, p_seq_lens, p_starts, p_max, p_lse,
-    scale, s_queries, s_table, s_scores, first_row, least_pages,
-    NQ: tl.constexpr, NKV: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, S: tl.constexpr,
-    FIRST: tl.constexpr, PAGES: tl.constexpr, PRECISION: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+    p_queries,
+    p_keys,
+    p_block_table,
+    p_seq_lens,
+    p_starts,
+    p_max,
+    p_lse,
+    scale,
+    s_queries,
+    s_table,
+    s_scores,
+    first_row,
+    least_pages,
+    NQ: tl.constexpr,
+    NKV: tl.constexpr,
+    G_PAD: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    S: tl.constexpr,
+    FIRST: tl.constexpr,
+    PAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HALF: tl.constexpr,
+):
     i_local = tl.program_id(0)
     i_block = tl.program_id(1)
     i_kv = tl.program_id(2)
@@ -30,24 +53,31 @@ def _score_pages_kernel(
         o_page = i_block * PAGES + o_t // P
         o_token = i_block * PAGES * P + o_t
         m_token = o_token < seq_len
-        b_block = tl.load(p_block_table + i_row * s_table + o_page, mask=m_token, other=0).to(tl.int64)
+        b_block = tl.load(p_block_table + i_row * s_table + o_page, mask=m_token, other=0).to(
+            tl.int64
+        )
         # [PAGES * P, D_PAD]
         o_d = tl.arange(0, D_PAD)
         b_k = tl.load(
             p_keys + (((b_block * NKV + i_kv) * P + o_t % P) * S)[:, None] + o_d[None, :],
-            mask=m_token[:, None] & (o_d < D)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=m_token[:, None] & (o_d < D)[None, :],
+            other=0.0,
+        )
         # [D_PAD, G_PAD]
         o_g = tl.arange(0, G_PAD)
         b_q = tl.load(
             p_queries + i_row * s_queries + (i_kv * G + o_g)[None, :] * D + o_d[:, None],
-            mask=(o_g < G)[None, :] & (o_d < D)[:, None], other=0.0,
-        )  # fmt: skip
+            mask=(o_g < G)[None, :] & (o_d < D)[:, None],
+            other=0.0,
+        )
         if HALF:
-            b_q = tl.clamp(b_q.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+            b_q = tl.clamp(
+                b_q.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL
+            ).to(tl.float16)
         b_s = tl.dot(b_k.to(b_q.dtype), b_q, input_precision=PRECISION)
         b_s = tl.where((m_token & (o_token >= FIRST))[:, None], b_s, float("-inf"))
-        # [PAGES, P, G_PAD] -> [PAGES, G_PAD]; in powers of two, which the GPU has an instruction for.
+        # [PAGES, P, G_PAD] -> [PAGES, G_PAD]; in powers of two, which the GPU has an instruction
+        # for.
         b_s = tl.reshape(b_s, (PAGES, P, G_PAD))
         b_max = tl.max(b_s, axis=1)
         scale2 = scale / LN2
@@ -63,14 +93,27 @@ def _score_pages_kernel(
 
 
 def score_pages(
-    queries: torch.Tensor, keys: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor,
-    page_max: torch.Tensor, page_lse: torch.Tensor, *, first_row: int, num_rows: int, max_pages: int, least_pages: int, first_token: int = 1,
-) -> None:  # fmt: skip
-    """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head; both NaN where a token's is NaN or +inf.
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    starts: torch.Tensor,
+    page_max: torch.Tensor,
+    page_lse: torch.Tensor,
+    *,
+    first_row: int,
+    num_rows: int,
+    max_pages: int,
+    least_pages: int,
+    first_token: int = 1,
+) -> None:
+    """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head; both
+    NaN where a token's is NaN or +inf.
 
     Args:
         queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.
-        keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider cache; the queries' dtype or 8-bit floats.
+        keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider
+            cache; the queries' dtype or 8-bit floats.
         block_table: ``[>= B, W]`` int32.
         seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
         starts: ``[num_rows]`` int32, where each scored row's pages start in the workspace.
@@ -82,15 +125,36 @@ def score_pages(
     """
     nq, d = queries.shape[1:]
     nkv, page_size = keys.shape[1:3]
-    # Every 8-bit key is a 16-bit IEEE float, and so is every bfloat16 query but for the largest, which are cut off, and the least. Into bfloat16 the GPU
-    # would convert keys one by one, on a unit that is slower than the memory they come from.
+    # Every 8-bit key is a 16-bit IEEE float, and so is every bfloat16 query but for the largest,
+    # which are cut off, and the least. Into bfloat16 the GPU would convert keys one by one, on a
+    # unit that is slower than the memory they come from.
     half = keys.dtype.itemsize == 1 and queries.dtype != torch.float32
     pages_per_program = WIDTH_TIMES_PAGES // keys.dtype.itemsize
     grid = (num_rows, triton.cdiv(max_pages, pages_per_program), nkv)
     _score_pages_kernel[grid](
-        queries, keys, block_table, seq_lens, starts, page_max, page_lse,
-        d**-0.5, queries.stride(0), block_table.stride(0), page_max.stride(0), first_row, least_pages,
-        NQ=nq, NKV=nkv, G_PAD=max(8, triton.next_power_of_2(nq // nkv)), P=page_size, D=d,
-        D_PAD=max(16, triton.next_power_of_2(d)), S=keys.stride(2), FIRST=first_token, PAGES=pages_per_program,
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32", HALF=half, num_warps=2,
-    )  # fmt: skip
+        queries,
+        keys,
+        block_table,
+        seq_lens,
+        starts,
+        page_max,
+        page_lse,
+        d**-0.5,
+        queries.stride(0),
+        block_table.stride(0),
+        page_max.stride(0),
+        first_row,
+        least_pages,
+        NQ=nq,
+        NKV=nkv,
+        G_PAD=max(8, triton.next_power_of_2(nq // nkv)),
+        P=page_size,
+        D=d,
+        D_PAD=max(16, triton.next_power_of_2(d)),
+        S=keys.stride(2),
+        FIRST=first_token,
+        PAGES=pages_per_program,
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        HALF=half,
+        num_warps=2,
+    )

@@ -10,11 +10,38 @@ _ALWAYS = 0x7F800001
 
 @triton.jit(do_not_specialize=["first_row", "s_table"])
 def _select_pages_kernel(
-    p_max, p_lse, p_order, p_seq_lens, p_starts, p_block_table, p_pages, p_lengths, p_mass, p_lanes, p_slot_of,
-    s_table, s_scores, s_pages, s_slots, first_row, budget, sinks, recents, threshold, margin,
-    H: tl.constexpr, H_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr,
-    BLOCK: tl.constexpr, FEW: tl.constexpr, ALWAYS: tl.constexpr, FALLBACK: tl.constexpr, STICKY: tl.constexpr,
-):  # fmt: skip
+    p_max,
+    p_lse,
+    p_order,
+    p_seq_lens,
+    p_starts,
+    p_block_table,
+    p_pages,
+    p_lengths,
+    p_mass,
+    p_lanes,
+    p_slot_of,
+    s_table,
+    s_scores,
+    s_pages,
+    s_slots,
+    first_row,
+    budget,
+    sinks,
+    recents,
+    threshold,
+    margin,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    FALLBACK: tl.constexpr,
+    STICKY: tl.constexpr,
+):
     i_local = tl.program_id(0)
     i_head = tl.program_id(1)
     i_row = (first_row + i_local).to(tl.int64)
@@ -51,10 +78,13 @@ def _select_pages_kernel(
                 b_lse = tl.load(p_lse + o_tile + first, mask=m_tile, other=float("-inf"))
                 b_lse = tl.where(m_g[:, None], b_lse, 0.0)
                 b_new = tl.maximum(b_top, tl.max(b_lse, axis=1))
-                b_sum = b_sum * tl.exp(b_top - b_new) + tl.sum(tl.exp(b_lse - b_new[:, None]), axis=1)
+                b_sum = b_sum * tl.exp(b_top - b_new) + tl.sum(
+                    tl.exp(b_lse - b_new[:, None]), axis=1
+                )
                 b_top = b_new
             b_total = b_top + tl.log(b_sum)
-            # NaN if a score is NaN or infinite. Such a score has no weight: the row's are made good, and added up once more.
+            # NaN if a score is NaN or infinite. Such a score has no weight: the row's are made
+            # good, and added up once more.
             if tl.max((b_total != b_total).to(tl.int32), axis=0) > 0:
                 b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
                 b_sum = tl.zeros((G_PAD,), tl.float32)
@@ -62,7 +92,9 @@ def _select_pages_kernel(
                 for first in range(0, pages, FEW):
                     o_p = first + tl.arange(0, FEW)
                     m_tile = m_g[:, None] & (o_p < pages)[None, :]
-                    o_few = (i_head * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_p[None, :]
+                    o_few = (
+                        (i_head * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_p[None, :]
+                    )
                     b_m = tl.load(p_max + o_few, mask=m_tile, other=0.0)
                     b_lse = tl.load(p_lse + o_few, mask=m_tile, other=float("-inf"))
                     m_finite = (tl.abs(b_m) < float("inf")) & (tl.abs(b_lse) < float("inf"))
@@ -71,14 +103,16 @@ def _select_pages_kernel(
                     tl.store(p_lse + o_few, float("-inf"), mask=m_tile & (m_finite == 0))
                     b_new = tl.maximum(b_top, tl.max(b_lse, axis=1))
                     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-                    b_sum = b_sum * tl.exp(b_top - b_safe) + tl.sum(tl.exp(b_lse - b_safe[:, None]), axis=1)
+                    b_sum = b_sum * tl.exp(b_top - b_safe) + tl.sum(
+                        tl.exp(b_lse - b_safe[:, None]), axis=1
+                    )
                     b_top = b_new
                 # A query head without a finite score has no say.
                 b_total = tl.where(b_sum > 0.0, b_top + tl.log(b_sum), float("inf"))
                 # Other threads may read below what these have stored.
                 tl.debug_barrier()
-            # Score of a page: the largest attention weight (as a logarithm) over its tokens and the group's query heads,
-            # kept as an integer of the same order.
+            # Score of a page: the largest attention weight (as a logarithm) over its tokens and the
+            # group's query heads, kept as an integer of the same order.
             p_row_order = p_order + i_head.to(tl.int64) * s_scores + start
             least = tl.full((), ALWAYS, tl.int64)
             for first in range(0, pages, BLOCK):
@@ -89,7 +123,9 @@ def _select_pages_kernel(
                 b_best = tl.max(b_m, axis=0)
                 if STICKY:
                     lane = tl.maximum(tl.load(p_lanes + i_row), 0).to(tl.int64)
-                    b_slot = tl.load(p_slot_of + (lane * H + i_head) * s_slots + o_p, mask=o_p < pages, other=-1)
+                    b_slot = tl.load(
+                        p_slot_of + (lane * H + i_head) * s_slots + o_p, mask=o_p < pages, other=-1
+                    )
                     b_best += tl.where(b_slot >= 0, margin, 0.0)
                 # As an integer a NaN would come before the sinks.
                 b_best = tl.where(b_best == b_best, b_best, float("-inf"))
@@ -97,7 +133,9 @@ def _select_pages_kernel(
                 b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
                 b_order = tl.where((o_p < sinks) | (o_p >= pages - recents), ALWAYS, b_order)
                 tl.store(p_row_order + o_p, b_order, mask=o_p < pages)
-                least = tl.minimum(least, tl.min(tl.where(o_p < pages, b_order, ALWAYS)).to(tl.int64))
+                least = tl.minimum(
+                    least, tl.min(tl.where(o_p < pages, b_order, ALWAYS)).to(tl.int64)
+                )
             # Other threads of this program wrote what is read below.
             tl.debug_barrier()
             # The largest threshold that at least `budget` pages reach.
@@ -118,7 +156,8 @@ def _select_pages_kernel(
                 o_p = first + o_block
                 b_order = tl.load(p_row_order + o_p, mask=o_p < pages, other=-0x80000000)
                 above += tl.sum(((b_order.to(tl.int64) > low) & (o_p < pages)).to(tl.int32))
-            # Pages in ascending order, so that the partly filled newest page comes last; ties go to the older page.
+            # Pages in ascending order, so that the partly filled newest page comes last; ties go to
+            # the older page.
             taken = tl.full((), 0, tl.int32)
             tied = tl.full((), 0, tl.int32)
             b_kept = tl.zeros((G_PAD,), tl.float32)
@@ -127,7 +166,9 @@ def _select_pages_kernel(
                 m_p = o_p < pages
                 b_order = tl.load(p_row_order + o_p, mask=m_p, other=-0x80000000).to(tl.int64)
                 b_tie = ((b_order == low) & m_p).to(tl.int32)
-                m_keep = ((b_order > low) & m_p) | ((b_tie > 0) & (tied + tl.cumsum(b_tie, axis=0) <= budget - above))
+                m_keep = ((b_order > low) & m_p) | (
+                    (b_tie > 0) & (tied + tl.cumsum(b_tie, axis=0) <= budget - above)
+                )
                 b_keep = m_keep.to(tl.int32)
                 b_id = tl.load(p_table + o_p, mask=m_keep, other=0)
                 # Within the row whatever the scores are.
@@ -135,42 +176,95 @@ def _select_pages_kernel(
                 tl.store(p_out + o_out, b_id * H + i_head, mask=m_keep & (o_out < budget))
                 taken += tl.sum(b_keep)
                 tied += tl.sum(b_tie)
-                b_lse = tl.load(p_lse + o_tile + first, mask=m_g[:, None] & m_keep[None, :], other=float("-inf"))
-                b_kept += tl.sum(tl.where(m_g[:, None] & m_keep[None, :], tl.exp(b_lse - b_total[:, None]), 0.0), axis=1)
+                b_lse = tl.load(
+                    p_lse + o_tile + first, mask=m_g[:, None] & m_keep[None, :], other=float("-inf")
+                )
+                b_kept += tl.sum(
+                    tl.where(m_g[:, None] & m_keep[None, :], tl.exp(b_lse - b_total[:, None]), 0.0),
+                    axis=1,
+                )
             tl.store(p_lengths + i_row * H + i_head, (budget - 1) * P + (seq_len - 1) % P + 1)
             if not FALLBACK:
                 tl.store(p_mass + i_row * H + i_head, tl.sum(tl.where(m_g, b_kept, 0.0)) / G)
 
 
 def select_pages(
-    page_max: torch.Tensor, page_lse: torch.Tensor, order: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor, block_table: torch.Tensor,
-    pages: torch.Tensor, lengths: torch.Tensor, kept_mass: torch.Tensor, *, page_size: int, num_kv_heads: int, first_row: int,
-    num_rows: int, widest: int, budget_pages: int, sink_pages: int, recent_pages: int, fallback_threshold: float | None = None,
+    page_max: torch.Tensor,
+    page_lse: torch.Tensor,
+    order: torch.Tensor,
+    seq_lens: torch.Tensor,
+    starts: torch.Tensor,
+    block_table: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    kept_mass: torch.Tensor,
+    *,
+    page_size: int,
+    num_kv_heads: int,
+    first_row: int,
+    num_rows: int,
+    widest: int,
+    budget_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+    fallback_threshold: float | None = None,
     held: tuple[torch.Tensor, torch.Tensor, float] | None = None,
-) -> None:  # fmt: skip
-    """Keep each (row, KV head)'s sinks, recents and best pages; see ``specontext_vllm.retrieval.selection``.
+) -> None:
+    """Keep each (row, KV head)'s sinks, recents and best pages; see
+    ``specontext_vllm.retrieval.selection``.
 
     Args:
-        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows, no maximum above its sum. A page for which one of the two is not
-            finite counts as the worst: both become -inf.
+        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows, no maximum above its
+            sum. A page for which one of the two is not finite counts as the worst: both become
+            -inf.
         order: ``[H, C]`` int32 scratch.
-        starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for rows that are kept whole.
-        widest: most pages any row of this engine may have; only the tile size depends on it, so that one kernel is compiled.
+        starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for
+            rows that are kept whole.
+        widest: most pages any row of this engine may have; only the tile size depends on it, so
+            that one kernel is compiled.
         seq_lens, block_table: ``[>= B]`` int32, ``[>= B, W]`` int32.
         pages: ``[B * H, K]`` int32 head pages, written in ascending order of position.
         lengths: ``[B * H]`` int32 tokens in them, written.
-        kept_mass: ``[B, H]`` float32 attention mass kept, written; read only when ``fallback_threshold`` is given, which
-            rewrites the rows whose mean mass lies under it with ``budget_pages`` pages.
-        held: ``(lanes [>= B] int32, slot_of [lanes, H, W] int32, margin)``: a page with a slot scores ``margin`` more.
+        kept_mass: ``[B, H]`` float32 attention mass kept, written; read only when
+            ``fallback_threshold`` is given, which rewrites the rows whose mean mass lies under it
+            with ``budget_pages`` pages.
+        held: ``(lanes [>= B] int32, slot_of [lanes, H, W] int32, margin)``: a page with a slot
+            scores ``margin`` more.
     """
     heads = num_kv_heads
     group = page_max.shape[0] // heads
     lanes, slot_of, margin = (seq_lens, seq_lens, 0.0) if held is None else held
     _select_pages_kernel[(num_rows, heads)](
-        page_max, page_lse, order, seq_lens, starts, block_table, pages, lengths, kept_mass, lanes, slot_of,
-        block_table.stride(0), page_max.stride(0), pages.stride(0), slot_of.shape[-1], first_row, budget_pages, sink_pages,
-        recent_pages, 0.0 if fallback_threshold is None else fallback_threshold, margin,
-        H=heads, H_PAD=triton.next_power_of_2(heads), G=group, G_PAD=triton.next_power_of_2(group), P=page_size,
-        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))), FEW=64, ALWAYS=_ALWAYS, FALLBACK=fallback_threshold is not None,
-        STICKY=held is not None, num_warps=8,
-    )  # fmt: skip
+        page_max,
+        page_lse,
+        order,
+        seq_lens,
+        starts,
+        block_table,
+        pages,
+        lengths,
+        kept_mass,
+        lanes,
+        slot_of,
+        block_table.stride(0),
+        page_max.stride(0),
+        pages.stride(0),
+        slot_of.shape[-1],
+        first_row,
+        budget_pages,
+        sink_pages,
+        recent_pages,
+        0.0 if fallback_threshold is None else fallback_threshold,
+        margin,
+        H=heads,
+        H_PAD=triton.next_power_of_2(heads),
+        G=group,
+        G_PAD=triton.next_power_of_2(group),
+        P=page_size,
+        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))),
+        FEW=64,
+        ALWAYS=_ALWAYS,
+        FALLBACK=fallback_threshold is not None,
+        STICKY=held is not None,
+        num_warps=8,
+    )

@@ -1,4 +1,6 @@
-"""Decode attention over per-(request, KV head) page tables, split over pages; the last part of a sequence to end combines all of them."""
+"""Decode attention over per-(request, KV head) page tables, split over pages; the last part of a
+sequence to end combines all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,13 @@ MOST_SPLITS = 64
 """Parts that a sequence is cut into at most."""
 
 STEP_BYTES = 16384
-"""Keys, and as many bytes of values, that a program has in flight: with four programs on a processor enough to hide the memory's latency."""
+"""Keys, and as many bytes of values, that a program has in flight: with four programs on a
+processor enough to hide the memory's latency.
+"""
 
 MOST_PAGES = 4
-"""Pages of a step at most: with more, four programs would want more registers than a processor has."""
+"""Pages of a step at most: with more, four programs would want more registers than a processor has.
+"""
 
 LEAST_STEPS = 2
 """Steps of a part at least: combining crumbs takes longer than reading them."""
@@ -28,11 +33,31 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit(do_not_specialize=["num_kv_heads", "splits"])
 def _sparse_decode_kernel(
-    p_query, p_kv, p_pages, p_lengths, p_out, p_partial, p_lse, p_ended,
-    scale, s_query, s_pages, num_kv_heads, splits,
-    G: tl.constexpr, G_PAD: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr,
-    LEAST: tl.constexpr, G_OUT: tl.constexpr, COMBINED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    p_query,
+    p_kv,
+    p_pages,
+    p_lengths,
+    p_out,
+    p_partial,
+    p_lse,
+    p_ended,
+    scale,
+    s_query,
+    s_pages,
+    num_kv_heads,
+    splits,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    STEP: tl.constexpr,
+    LEAST: tl.constexpr,
+    G_OUT: tl.constexpr,
+    COMBINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # One axis, since only the first holds more than 65,535 sequences.
     i_split = tl.program_id(0) % splits
     i_seq = (tl.program_id(0) // splits).to(tl.int64)
@@ -52,7 +77,8 @@ def _sparse_decode_kernel(
     b_q = tl.load(p_q + o_g[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     b_acc = tl.zeros((G_PAD, D_PAD), tl.float32)
     b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
-    # Summed over the tokens at the end only: a sum across warps in every step would wait for all of them.
+    # Summed over the tokens at the end only: a sum across warps in every step would wait for all of
+    # them.
     b_sums = tl.zeros((G_PAD, STEP * P), tl.float32)
     o_t = tl.arange(0, STEP * P)
     for page in tl.range(first, last, STEP, num_stages=STAGES):
@@ -98,9 +124,14 @@ def _sparse_decode_kernel(
                 o_all = (i_seq * splits + part + i) * G + o_c
                 m_all = o_c < tl.where(part + i < parts, G, 0)
                 # Past the first level of cache, which does not see other programs' writes.
-                b_lse = tl.load(p_lse + o_all, mask=m_all, other=float("-inf"), cache_modifier=".cg")
+                b_lse = tl.load(
+                    p_lse + o_all, mask=m_all, other=float("-inf"), cache_modifier=".cg"
+                )
                 b_x = tl.load(
-                    p_partial + o_all[:, None] * D + o_d[None, :], mask=m_all[:, None] & (o_d < D)[None, :], other=0.0, cache_modifier=".cg"
+                    p_partial + o_all[:, None] * D + o_d[None, :],
+                    mask=m_all[:, None] & (o_d < D)[None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
                 )
                 c_new = tl.maximum(c_top, b_lse)
                 # Rows of padding see nothing but -inf.
@@ -112,15 +143,21 @@ def _sparse_decode_kernel(
                 c_top = c_new
         p_c = p_out + (i_seq * G + o_c)[:, None] * D + o_d[None, :]
         m_c = (o_c < G)[:, None] & (o_d < D)[None, :]
-        tl.store(p_c, (c_acc / tl.where(c_sum == 0.0, 1.0, c_sum)[:, None]).to(p_out.dtype.element_ty), mask=m_c)
+        tl.store(
+            p_c,
+            (c_acc / tl.where(c_sum == 0.0, 1.0, c_sum)[:, None]).to(p_out.dtype.element_ty),
+            mask=m_c,
+        )
 
 
 @dataclass(frozen=True)
 class SplitWorkspace:
-    """What the parts of a sequence leave for the one that ends last. Calls that share a workspace must not overlap.
+    """What the parts of a sequence leave for the one that ends last. Calls that share a workspace
+    must not overlap.
 
     Attributes:
-        parts: parts of all sequences together that a launch aims at; a few for each processor, all of them running at once.
+        parts: parts of all sequences together that a launch aims at; a few for each processor, all
+            of them running at once.
         partial: float32, outputs of the parts.
         lse: float32, logarithms of their softmax sums, base 2.
         ended: ``[parts]`` int32, parts of each sequence that have ended; 0 between calls.
@@ -132,14 +169,19 @@ class SplitWorkspace:
     ended: torch.Tensor
 
     @classmethod
-    def allocate(cls, parts: int, group: int, head_dim: int, device: torch.device) -> SplitWorkspace:
+    def allocate(
+        cls, parts: int, group: int, head_dim: int, device: torch.device
+    ) -> SplitWorkspace:
         """For any number of sequences of ``group`` query heads."""
-        # More than one part each means at most parts / 1.5 sequences, and rounding adds half a part to each.
+        # More than one part each means at most parts / 1.5 sequences, and rounding adds half a part
+        # to each.
         size = 2 * parts * group
         return cls(
-            parts, torch.empty(size * head_dim, dtype=torch.float32, device=device), torch.empty(size, dtype=torch.float32, device=device),
+            parts,
+            torch.empty(size * head_dim, dtype=torch.float32, device=device),
+            torch.empty(size, dtype=torch.float32, device=device),
             torch.zeros(parts, dtype=torch.int32, device=device),
-        )  # fmt: skip
+        )
 
     def splits(self, sequences: int) -> int:
         """Parts that each of so many sequences is cut into."""
@@ -147,15 +189,22 @@ class SplitWorkspace:
 
 
 def sparse_decode(
-    query: torch.Tensor, head_pages: torch.Tensor, pages: torch.Tensor, lengths: torch.Tensor, output: torch.Tensor, scale: float,
+    query: torch.Tensor,
+    head_pages: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
     workspace: SplitWorkspace,
-) -> None:  # fmt: skip
-    """Attention of one query token a row; each KV head of a row is a sequence with its own list of pages.
+) -> None:
+    """Attention of one query token a row; each KV head of a row is a sequence with its own list of
+    pages.
 
     Args:
         query: ``[R, H * G, D]``; rows may lie apart, anything else is copied.
         head_pages: ``[num_blocks * H, P, 2 * D]`` contiguous, keys then values in the last axis.
-        pages: ``[R * H, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a sequence are read.
+        pages: ``[R * H, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a sequence
+            are read.
         lengths: ``[R * H]`` int32 tokens; the last page may be partly filled; 0 gives zeros.
         output: ``[R, H * G, D]`` contiguous, written.
         scale: factor on ``q . k``.
@@ -168,12 +217,33 @@ def sparse_decode(
     group, page_size = heads // num_kv_heads, head_pages.shape[1]
     d_pad = max(16, triton.next_power_of_2(d))
     step = min(max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1), MOST_PAGES)
-    # Programs beyond what the longest list can be cut into would end at once, but even that takes its time.
+    # Programs beyond what the longest list can be cut into would end at once, but even that takes
+    # its time.
     splits = min(workspace.splits(sequences), triton.cdiv(pages.shape[1], LEAST_STEPS * step))
     _sparse_decode_kernel[(splits * sequences,)](
-        query, head_pages, pages, lengths, output, workspace.partial, workspace.lse, workspace.ended,
-        scale * LOG2_E, query.stride(0), pages.stride(0), num_kv_heads, splits,
-        G=group, G_PAD=max(16, triton.next_power_of_2(group)), P=page_size, D=d, D_PAD=d_pad, STEP=step,
-        LEAST=LEAST_STEPS, G_OUT=triton.next_power_of_2(group), COMBINED=COMBINED,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=3, num_warps=4,
-    )  # fmt: skip
+        query,
+        head_pages,
+        pages,
+        lengths,
+        output,
+        workspace.partial,
+        workspace.lse,
+        workspace.ended,
+        scale * LOG2_E,
+        query.stride(0),
+        pages.stride(0),
+        num_kv_heads,
+        splits,
+        G=group,
+        G_PAD=max(16, triton.next_power_of_2(group)),
+        P=page_size,
+        D=d,
+        D_PAD=d_pad,
+        STEP=step,
+        LEAST=LEAST_STEPS,
+        G_OUT=triton.next_power_of_2(group),
+        COMBINED=COMBINED,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        STAGES=3,
+        num_warps=4,
+    )

@@ -5,12 +5,31 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_decodes", "layer"], do_not_specialize_on_alignment=["p_tables", "p_frames"])
+@triton.jit(
+    do_not_specialize=["num_decodes", "layer"],
+    do_not_specialize_on_alignment=["p_tables", "p_frames"],
+)
 def _write_tiered_kernel(
-    p_key, p_value, p_slots, p_tables, p_lengths, p_frames, p_resident, p_arena, p_host, num_decodes,
-    s_key, s_value, s_table, layer,
-    H: tl.constexpr, P: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, MIRRORED: tl.constexpr,
-):  # fmt: skip
+    p_key,
+    p_value,
+    p_slots,
+    p_tables,
+    p_lengths,
+    p_frames,
+    p_resident,
+    p_arena,
+    p_host,
+    num_decodes,
+    s_key,
+    s_value,
+    s_table,
+    layer,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    MIRRORED: tl.constexpr,
+):
     i_token = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     slot = tl.load(p_slots + i_token)
@@ -40,24 +59,52 @@ def _write_tiered_kernel(
 
 
 def write_tiered(
-    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, frames: torch.Tensor,
-    resident: torch.Tensor, arena: torch.Tensor, host: torch.Tensor | None, *, layer: int, num_decodes: int,
-) -> None:  # fmt: skip
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    frames: torch.Tensor,
+    resident: torch.Tensor,
+    arena: torch.Tensor,
+    host: torch.Tensor | None,
+    *,
+    layer: int,
+    num_decodes: int,
+) -> None:
     """Store one layer's new tokens.
 
     Args:
         key, value: ``[>= N, H, D]``, the last two axes contiguous.
         slots: ``[N]`` int64 logical slots; negative ones are padding.
-        table, lengths: the layer's page table ``[>= num_decodes * H, K]`` and its lengths: decode rows write behind their last token.
-        frames: ``[T]`` int32 the layer's row of the frame table, read for prefill tokens of a resident layer. Prefill tokens
-            of an offloaded layer go to the host pool alone.
+        table, lengths: the layer's page table ``[>= num_decodes * H, K]`` and its lengths: decode
+            rows write behind their last token.
+        frames: ``[T]`` int32 the layer's row of the frame table, read for prefill tokens of a
+            resident layer. Prefill tokens of an offloaded layer go to the host pool alone.
         arena: ``[frames, H, P, 2 * D]``.
-        host: ``[T, H, P, 2 * D]`` the layer's pages in the pinned pool, or None when it has no mirror.
+        host: ``[T, H, P, 2 * D]`` the layer's pages in the pinned pool, or None when it has no
+            mirror.
     """
     _, heads, page_size, width = arena.shape
     _write_tiered_kernel[(slots.shape[0], heads)](
-        key, value, slots, table, lengths, frames, resident, arena, arena if host is None else host, num_decodes,
-        key.stride(0), value.stride(0), table.stride(0), layer,
-        H=heads, P=page_size, D=width // 2, D_PAD=triton.next_power_of_2(width // 2), MIRRORED=host is not None,
+        key,
+        value,
+        slots,
+        table,
+        lengths,
+        frames,
+        resident,
+        arena,
+        arena if host is None else host,
+        num_decodes,
+        key.stride(0),
+        value.stride(0),
+        table.stride(0),
+        layer,
+        H=heads,
+        P=page_size,
+        D=width // 2,
+        D_PAD=triton.next_power_of_2(width // 2),
+        MIRRORED=host is not None,
         num_warps=1,
-    )  # fmt: skip
+    )

@@ -21,7 +21,9 @@ class CellError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the decode steps read: a retriever, its budget in tokens (None for dense), and the threshold of its fallback (0: off)."""
+    """What the decode steps read: a retriever, its budget in tokens (None for dense), and the
+    threshold of its fallback (0: off).
+    """
 
     retriever: str
     budget: int | None = None
@@ -102,11 +104,14 @@ class CellStore:
         path = folder / "settings.json"
         if path.exists():
             found = json.loads(path.read_text())
-            different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+            different = sorted(
+                key for key in {*found, *settings} if found.get(key) != settings.get(key)
+            )
             if different:
                 key = different[0]
                 raise CellError(
-                    f"--work: {folder} holds cells measured with another {key} ({found.get(key)!r}, now {settings.get(key)!r}); name "
+                    f"--work: {folder} holds cells measured with another {key} "
+                    f"({found.get(key)!r}, now {settings.get(key)!r}); name "
                     f"another folder, or delete this one to start anew."
                 )
         _write(path, settings)
@@ -123,14 +128,18 @@ class CellStore:
         found = json.loads(path.read_text())
         if (found["digest"], found["changes"]) != (digest, cell.setting.changes()):
             raise CellError(
-                f"--work: {self.folder} holds the cell ({cell.name}) for other prompts (another number of them, or other texts) or other "
+                f"--work: {self.folder} holds the cell ({cell.name}) for other prompts (another "
+                "number of them, or other texts) or other "
                 f"settings; name another folder, or delete this one to start anew."
             )
         return found
 
     def put(self, cell: Cell, digest: str, result: dict[str, Any]) -> None:
         """Keep a finished cell."""
-        _write(self._path(cell), {"cell": cell.name, "digest": digest, "changes": cell.setting.changes(), **result})
+        _write(
+            self._path(cell),
+            {"cell": cell.name, "digest": digest, "changes": cell.setting.changes(), **result},
+        )
 
     def _path(self, cell: Cell) -> Path:
         name = f"{cell.task}-{cell.context}-{cell.setting.name}"

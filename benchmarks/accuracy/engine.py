@@ -16,7 +16,9 @@ REQUESTS = 16
 """Prompts that are answered at once."""
 
 KEPT = 0.9
-"""Share of the KV cache that the prompts and replies of a portion may take, so that none of them is evicted before the last setting."""
+"""Share of the KV cache that the prompts and replies of a portion may take, so that none of them is
+evicted before the last setting.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,38 @@ class EngineSpec:
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM(...)``, less what forces tokens."""
         # The page table is as wide as the longest context, so that every budget may follow.
-        config = {"retriever": self.retriever, "budget": self.max_model_len, "head_key_dtype": self.head_keys}
+        config = {
+            "retriever": self.retriever,
+            "budget": self.max_model_len,
+            "head_key_dtype": self.head_keys,
+        }
         if self.head:
             config["retrieval_head"] = self.head
-        # With the room named, vLLM only asks whether the share is free at the start, and measures nothing that other engines would disturb.
-        room = {} if self.kv_gib is None else {"kv_cache_memory_bytes": int(self.kv_gib * 2**30), "gpu_memory_utilization": 0.3}
+        # With the room named, vLLM only asks whether the share is free at the start, and measures
+        # nothing that other engines would disturb.
+        room = (
+            {}
+            if self.kv_gib is None
+            else {"kv_cache_memory_bytes": int(self.kv_gib * 2**30), "gpu_memory_utilization": 0.3}
+        )
         return {
-            "model": self.model, "dtype": self.dtype, "seed": 0, "max_model_len": self.max_model_len, "max_num_seqs": REQUESTS,
-            "enable_prefix_caching": True, "enforce_eager": self.eager, "disable_log_stats": True, "attention_backend": "specontext",
-            "additional_config": {"specontext": config}, **room,
-        }  # fmt: skip
+            "model": self.model,
+            "dtype": self.dtype,
+            "seed": 0,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": REQUESTS,
+            "enable_prefix_caching": True,
+            "enforce_eager": self.eager,
+            "disable_log_stats": True,
+            "attention_backend": "specontext",
+            "additional_config": {"specontext": config},
+            **room,
+        }
 
 
 def portions(lengths: Sequence[int], room: int) -> list[range]:
-    """Prompts, by their places, that the prefix cache keeps together; one that is longer than the room is alone.
+    """Prompts, by their places, that the prefix cache keeps together; one that is longer than the
+    room is alone.
 
     Args:
         lengths: tokens of each with its reply. room: tokens.
@@ -94,29 +114,46 @@ class Answers:
         self.stats.append(stats)
 
     def result(self) -> dict[str, Any]:
-        """As ``run_engine`` yields it; the kept mass is a mean over the decode rows, None of retrievers without a head."""
-        stats = {key: sum(part[key] for part in self.stats) for key in ("decode_rows", "fallback_rows", "pages_read", "pages_total")}
+        """As ``run_engine`` yields it; the kept mass is a mean over the decode rows, None of
+        retrievers without a head.
+        """
+        stats = {
+            key: sum(part[key] for part in self.stats)
+            for key in ("decode_rows", "fallback_rows", "pages_read", "pages_total")
+        }
         masses = [(part["kept_mass_mean"], part["decode_rows"]) for part in self.stats]
         known = all(mass is not None for mass, _ in masses)
-        stats["kept_mass_mean"] = sum(mass * rows for mass, rows in masses) / max(1, stats["decode_rows"]) if known else None
+        stats["kept_mass_mean"] = (
+            sum(mass * rows for mass, rows in masses) / max(1, stats["decode_rows"])
+            if known
+            else None
+        )
         return {
-            "replies": self.replies, "scores": self.scores, "seconds": round(self.seconds, 3), "tokens": self.tokens,
-            "cached": self.cached / self.asked, "stats": stats,
-        }  # fmt: skip
+            "replies": self.replies,
+            "scores": self.scores,
+            "seconds": round(self.seconds, 3),
+            "tokens": self.tokens,
+            "cached": self.cached / self.asked,
+            "stats": stats,
+        }
 
 
-def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]], longbench: Path | None) -> Iterator[tuple[str, Any]]:
+def run_engine(
+    spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]], longbench: Path | None
+) -> Iterator[tuple[str, Any]]:
     """Answer each group's prompts once with each of its settings.
 
-    A group's prompts are prefilled first, as many at a time as the KV cache keeps. Their pages hold prompt tokens only and are always made densely,
-    so that all settings read the same. Where dense comes first and cannot do the task, the group's other settings are left out, and so are the
+    A group's prompts are prefilled first, as many at a time as the KV cache keeps. Their pages hold
+    prompt tokens only and are always made densely, so that all settings read the same. Where dense
+    comes first and cannot do the task, the group's other settings are left out, and so are the
     task's later (longer) groups: they would say nothing.
 
     Yields:
-        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` a portion and ``("cell", (group, setting, result))`` or, for replies that cannot be
-        scored, ``("failed", (group, setting, why))``, groups by their index.
-        A result has ``replies`` (texts, or lists of log-probabilities), their ``scores``, ``tokens`` emitted, ``seconds`` they took, share
-        of the prompts' tokens that were ``cached``, and the engine's ``stats``.
+        ``("ready", facts)``; then ``("prefilled", (group, seconds))`` a portion and
+        ``("cell", (group, setting, result))`` or, for replies that cannot be scored,
+        ``("failed", (group, setting, why))``, groups by their index. A result has ``replies``
+        (texts, or lists of log-probabilities), their ``scores``, ``tokens`` emitted, ``seconds``
+        they took, share of the prompts' tokens that were ``cached``, and the engine's ``stats``.
     """
     begin = time.perf_counter()
     from vllm import LLM, SamplingParams
@@ -136,12 +173,16 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
         if task.name in failed:
             continue
         answers = {setting: Answers() for setting in settings}
-        parts = portions([len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for e in group.examples], room)
+        parts = portions(
+            [len(e.prompt) + max(e.reply_tokens, len(e.forced or ())) for e in group.examples], room
+        )
         for part in parts:
             examples = [group.examples[place] for place in part]
             prompts = [{"prompt_token_ids": e.prompt} for e in examples]
             params = [
-                SamplingParams(temperature=0, max_tokens=e.reply_tokens) if e.forced is None else forcing.forced_params(e.forced, spec.on_gpu)
+                SamplingParams(temperature=0, max_tokens=e.reply_tokens)
+                if e.forced is None
+                else forcing.forced_params(e.forced, spec.on_gpu)
                 for e in examples
             ]
             start = time.perf_counter()
@@ -153,10 +194,14 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
                 llm.collective_rpc("specontext_stats", args=(True,))
                 start = time.perf_counter()
                 outputs = llm.generate(prompts, params, use_tqdm=False)
-                collected.add(outputs, time.perf_counter() - start, llm.collective_rpc("specontext_stats")[0])
+                collected.add(
+                    outputs, time.perf_counter() - start, llm.collective_rpc("specontext_stats")[0]
+                )
                 try:
                     replies = [
-                        output.outputs[0].text if e.forced is None else forcing.log_probabilities(output.outputs[0], e.forced)
+                        output.outputs[0].text
+                        if e.forced is None
+                        else forcing.log_probabilities(output.outputs[0], e.forced)
                         for output, e in zip(outputs, examples, strict=True)
                     ]
                 except RuntimeError as error:  # one task's trouble, not the grid's
@@ -164,7 +209,9 @@ def run_engine(spec: EngineSpec, work: Sequence[tuple[Group, Sequence[Setting]]]
                     yield "failed", (index, setting, str(error))
                     continue
                 collected.replies += replies
-                collected.scores += [score(task, e, reply) for e, reply in zip(examples, replies, strict=True)]
+                collected.scores += [
+                    score(task, e, reply) for e, reply in zip(examples, replies, strict=True)
+                ]
                 if part is parts[-1]:
                     yield "cell", (index, setting, collected.result())
                 if setting.retriever == DENSE and says_nothing(task, collected.scores):

@@ -1,7 +1,9 @@
-"""Decode steps that emit given tokens, with the probability that the model gave them: perplexity under sparse attention.
+"""Decode steps that emit given tokens, with the probability that the model gave them: perplexity
+under sparse attention.
 
-Prompt log-probabilities would measure nothing here, since prefill is dense. vLLM's V2 runner (GPU) can replay a trace; its V1 runner (CPU)
-cannot, but takes logits processors. Both record log-probabilities before they force the token.
+Prompt log-probabilities would measure nothing here, since prefill is dense. vLLM's V2 runner (GPU)
+can replay a trace; its V1 runner (CPU) cannot, but takes logits processors. Both record
+log-probabilities before they force the token.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def log_probabilities(output: Any, tokens: list[int]) -> list[float]:
     emitted = list(output.token_ids)
     if emitted != tokens:
         first = _first_difference(emitted, tokens)
-        raise RuntimeError(f"forced {len(tokens)} tokens, but the engine emitted others from number {first} on")
+        raise RuntimeError(
+            f"forced {len(tokens)} tokens, but the engine emitted others from number {first} on"
+        )
     return [step[token].logprob for step, token in zip(output.logprobs, emitted)][1:]
 
 

@@ -1,7 +1,9 @@
-"""LongBench (Bai et al. 2024, arXiv 2308.14508) from the user's own JSONL files: one file a dataset, as it is published.
+"""LongBench (Bai et al. 2024, arXiv 2308.14508) from the user's own JSONL files: one file a
+dataset, as it is published.
 
-The metrics are LongBench's. Its prompt templates are not ours to copy: the plain prompts here are our own, so figures compare between the
-rows of one table, not with published ones. Contexts that are too long lose their middle, as in LongBench.
+The metrics are LongBench's. Its prompt templates are not ours to copy: the plain prompts here are
+our own, so figures compare between the rows of one table, not with published ones. Contexts that
+are too long lose their middle, as in LongBench.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class Dataset:
     Attributes:
         before, after: text around the context; ``{input}`` in it is the record's question.
         reply_tokens: LongBench's limit of the reply.
-        chat: whether the prompt is a chat message; few-shot and code prompts are to be gone on with.
+        chat: whether the prompt is a chat message; few-shot and code prompts are to be gone on
+            with.
     """
 
     metric: Metric
@@ -40,7 +43,10 @@ class Dataset:
     chat: bool = True
 
 
-_READ, _ANSWER = "Read the text and answer the question in a few words.\n\n", "\n\nQuestion: {input}\nAnswer in a few words:"
+_READ, _ANSWER = (
+    "Read the text and answer the question in a few words.\n\n",
+    "\n\nQuestion: {input}\nAnswer in a few words:",
+)
 _SHOTS = "\n{input}"
 
 
@@ -50,37 +56,61 @@ def _of_first_line(metric: Metric) -> Metric:
 
 DATASETS = {
     "narrativeqa": Dataset(metrics.qa_f1, 128, _READ, _ANSWER),
-    "qasper": Dataset(metrics.qa_f1, 128, _READ, _ANSWER.replace("few words:", 'few words, with yes or no, or with "unanswerable":')),
+    "qasper": Dataset(
+        metrics.qa_f1,
+        128,
+        _READ,
+        _ANSWER.replace("few words:", 'few words, with yes or no, or with "unanswerable":'),
+    ),
     "multifieldqa_en": Dataset(metrics.qa_f1, 64, _READ, _ANSWER),
     "hotpotqa": Dataset(metrics.qa_f1, 32, _READ, _ANSWER),
     "2wikimqa": Dataset(metrics.qa_f1, 32, _READ, _ANSWER),
     "musique": Dataset(metrics.qa_f1, 32, _READ, _ANSWER),
-    "gov_report": Dataset(metrics.rouge_l, 512, "Summarise this report in one page.\n\n", "\n\nSummary:"),
-    "qmsum": Dataset(metrics.rouge_l, 512, "Read this transcript of a meeting.\n\n", "\n\nIn one or more sentences: {input}\nAnswer:"),
-    "multi_news": Dataset(metrics.rouge_l, 512, "Summarise these news articles in one page.\n\n", "\n\nSummary:"),
+    "gov_report": Dataset(
+        metrics.rouge_l, 512, "Summarise this report in one page.\n\n", "\n\nSummary:"
+    ),
+    "qmsum": Dataset(
+        metrics.rouge_l,
+        512,
+        "Read this transcript of a meeting.\n\n",
+        "\n\nIn one or more sentences: {input}\nAnswer:",
+    ),
+    "multi_news": Dataset(
+        metrics.rouge_l, 512, "Summarise these news articles in one page.\n\n", "\n\nSummary:"
+    ),
     "trec": Dataset(metrics.classification, 64, "", _SHOTS, chat=False),
     "triviaqa": Dataset(_of_first_line(metrics.qa_f1), 32, "", _SHOTS, chat=False),
     "samsum": Dataset(_of_first_line(metrics.rouge_l), 128, "", _SHOTS, chat=False),
     "passage_count": Dataset(
-        metrics.number_share, 32, "Some of these paragraphs are repeated.\n\n",
+        metrics.number_share,
+        32,
+        "Some of these paragraphs are repeated.\n\n",
         "\n\nHow many different paragraphs are there? Answer with the number only:",
     ),
     "passage_retrieval_en": Dataset(
-        metrics.number_share, 32, "", '\n\nWhich paragraph is this the summary of?\n{input}\nAnswer with its name only, like "Paragraph 1":'
+        metrics.number_share,
+        32,
+        "",
+        '\n\nWhich paragraph is this the summary of?\n{input}\nAnswer with its name only, like "Paragraph 1":',
     ),
     "lcc": Dataset(metrics.code_similarity, 64, "", "{input}", chat=False),
     "repobench-p": Dataset(metrics.code_similarity, 64, "", "{input}", chat=False),
-}  # fmt: skip
-"""The English and code sets. The Chinese ones need a word segmenter for their metrics and are not served."""
+}
+"""The English and code sets. The Chinese ones need a word segmenter for their metrics and are not
+served.
+"""
 
 
 def find_tasks(folder: Path | None) -> dict[str, Task]:
-    """All tasks by name: the made-up ones, and those of LongBench's files where a folder of them is given; see ``read_folder``."""
+    """All tasks by name: the made-up ones, and those of LongBench's files where a folder of them is
+    given; see ``read_folder``.
+    """
     return TASKS if folder is None else {**TASKS, **read_folder(folder)[0]}
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Task], list[str]]:
-    """A task ``longbench/<dataset>`` for each known file in the folder, and the names of the files that are left out.
+    """A task ``longbench/<dataset>`` for each known file in the folder, and the names of the files
+    that are left out.
 
     Raises:
         LongBenchError: no known file, or a line of another form.
@@ -88,7 +118,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Task], list[str]]:
     files = sorted(folder.glob("*.jsonl"))
     known = [file for file in files if file.stem in DATASETS]
     if not known:
-        raise LongBenchError(f"--longbench: {folder} holds none of LongBench's files ({', '.join(f'{name}.jsonl' for name in DATASETS)}).")
+        raise LongBenchError(
+            f"--longbench: {folder} holds none of LongBench's files "
+            f"({', '.join(f'{name}.jsonl' for name in DATASETS)})."
+        )
     tasks = (_task(file.stem, _records(file)) for file in known)
     return {task.name: task for task in tasks}, [file.name for file in files if file not in known]
 
@@ -101,10 +134,17 @@ def _records(file: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            if not (isinstance(record["context"], str) and isinstance(record["input"], str) and record["answers"]):
+            if not (
+                isinstance(record["context"], str)
+                and isinstance(record["input"], str)
+                and record["answers"]
+            ):
                 raise KeyError("answers")
         except (ValueError, KeyError, TypeError) as error:
-            raise LongBenchError(f"--longbench: line {number} of {file} lacks a readable context, input or answers ({error}).") from None
+            raise LongBenchError(
+                f"--longbench: line {number} of {file} lacks a readable context, input or answers "
+                f"({error})."
+            ) from None
         records.append(record)
     if not records:
         raise LongBenchError(f"--longbench: {file} is empty.")
@@ -115,7 +155,9 @@ def _task(name: str, records: list[dict[str, Any]]) -> Task:
     dataset = DATASETS[name]
     metric = dataset.metric
     if metric is metrics.classification:
-        metric = _of_first_line(partial(metrics.classification, classes=records[0].get("all_classes") or ()))
+        metric = _of_first_line(
+            partial(metrics.classification, classes=records[0].get("all_classes") or ())
+        )
 
     def make(writer: Writer, seed: int, context: int) -> Example:
         record = records[seed]
@@ -132,16 +174,24 @@ def _prompt(writer: Writer, dataset: Dataset, text: str, question: str, context:
 
     def whole(body: str) -> list[int]:
         content = before + body + after
-        return writer.prompt([{"role": "user", "content": content}]) if dataset.chat else writer.text(content)
+        return (
+            writer.prompt([{"role": "user", "content": content}])
+            if dataset.chat
+            else writer.text(content)
+        )
 
     prompt = whole(text)
     tokens = writer.encode(text)
     keep = context - (len(prompt) - len(tokens))
     while len(prompt) > context and keep > 1:
         half = keep // 2
-        prompt = whole(writer.tokenizer.decode(tokens[:half]) + writer.tokenizer.decode(tokens[-half:]))
+        prompt = whole(
+            writer.tokenizer.decode(tokens[:half]) + writer.tokenizer.decode(tokens[-half:])
+        )
         # Text that is cut and encoded anew may have a few tokens more.
         keep -= max(1, len(prompt) - context)
     if len(prompt) > context:
-        raise LongBenchError(f"--contexts: found {context}, too few tokens for the question alone; use a longer one.")
+        raise LongBenchError(
+            f"--contexts: found {context}, too few tokens for the question alone; use a longer one."
+        )
     return prompt

@@ -1,7 +1,9 @@
 """Scores of one reply, all in 0..1: ours for the made-up tasks, LongBench's own for its datasets.
 
-LongBench's definitions (Bai et al. 2024, arXiv 2308.14508, and the evaluation script published with it) are written down here in our own
-lines: token F1 of SQuAD, ROUGE-L as the ``rouge`` package computes it, ``fuzz.ratio`` of fuzzywuzzy.
+LongBench's definitions (Bai et al. 2024, arXiv 2308.14508, and the evaluation script published with
+it) are written down here in our own
+lines: token F1 of SQuAD, ROUGE-L as the ``rouge`` package computes it, ``fuzz.ratio`` of
+    fuzzywuzzy.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
-# -- made-up tasks ------------------------------------------------------------------------------------------------------
+# -- made-up tasks
+# ------------------------------------------------------------------------------------------------------
 
 
 def states(reply: str, answer: str) -> bool:
@@ -31,17 +34,24 @@ def share_stated(reply: str, answers: Sequence[str]) -> float:
 
 
 def pairs_listed(reply: str, answers: Sequence[str]) -> float:
-    """Share of the "name value" pairs of which the value follows the name in the reply, before any other digit or line."""
+    """Share of the "name value" pairs of which the value follows the name in the reply, before any
+    other digit or line.
+    """
 
     def listed(pair: str) -> bool:
         name, value = pair.split(" ", 1)
-        return re.search(rf"(?<!\w){re.escape(name)}\b[^\n\d]*?(?<!\w){re.escape(value)}(?!\w)", reply) is not None
+        return (
+            re.search(rf"(?<!\w){re.escape(name)}\b[^\n\d]*?(?<!\w){re.escape(value)}(?!\w)", reply)
+            is not None
+        )
 
     return sum(listed(pair) for pair in answers) / len(answers)
 
 
 def recited(reply: str, answers: Sequence[str]) -> float:
-    """Words right from the start, as a share of the passage's; a leading "Passage NAME:" does not count."""
+    """Words right from the start, as a share of the passage's; a leading "Passage NAME:" does not
+    count.
+    """
     wanted, got = answers[0].split(), re.sub(r"^\s*Passage \w+:", "", reply).split()
     right = 0
     while right < min(len(wanted), len(got)) and wanted[right] == got[right]:
@@ -49,7 +59,8 @@ def recited(reply: str, answers: Sequence[str]) -> float:
     return right / len(wanted)
 
 
-# -- LongBench ----------------------------------------------------------------------------------------------------------
+# -- LongBench
+# ----------------------------------------------------------------------------------------------------------
 
 
 def qa_f1(reply: str, answers: Sequence[str]) -> float:
@@ -68,15 +79,19 @@ def _f1(got: list[str], wanted: list[str]) -> float:
 
 
 def rouge_l(reply: str, answers: Sequence[str]) -> float:
-    """Summary-level ROUGE-L F1, the best of the answers: sentences end at full stops, and the union of the common subsequences of all
-    pairs of sentences counts distinct words."""
+    """Summary-level ROUGE-L F1, the best of the answers: sentences end at full stops, and the union
+    of the common subsequences of all pairs of sentences counts distinct words."""
     return max(_rouge_l(reply, answer) for answer in answers)
 
 
 def _rouge_l(reply: str, answer: str) -> float:
     got, wanted = ([part.split() for part in text.split(".") if part] for text in (reply, answer))
-    got_words, wanted_words = ({word for sentence in sentences for word in sentence} for sentences in (got, wanted))
-    common = {word for theirs in wanted for ours in got for word in _common_subsequence(theirs, ours)}
+    got_words, wanted_words = (
+        {word for sentence in sentences for word in sentence} for sentences in (got, wanted)
+    )
+    common = {
+        word for theirs in wanted for ours in got for word in _common_subsequence(theirs, ours)
+    }
     return 2 * len(common) / (len(got_words) + len(wanted_words)) if common else 0.0
 
 
@@ -85,7 +100,9 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
     lengths = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a, 1):
         for j, y in enumerate(b, 1):
-            lengths[i][j] = lengths[i - 1][j - 1] + 1 if x == y else max(lengths[i - 1][j], lengths[i][j - 1])
+            lengths[i][j] = (
+                lengths[i - 1][j - 1] + 1 if x == y else max(lengths[i - 1][j], lengths[i][j - 1])
+            )
     out, i, j = [], len(a), len(b)
     while i and j:
         if a[i - 1] == b[j - 1]:
@@ -99,10 +116,14 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
 
 
 def classification(reply: str, answers: Sequence[str], classes: Sequence[str]) -> float:
-    """1 / (class names in the reply) if the right one is among them, else 0. Names that are only a part of the right one don't count."""
+    """1 / (class names in the reply) if the right one is among them, else 0. Names that are only a
+    part of the right one don't count.
+    """
     best = 0.0
     for answer in answers:
-        found = [name for name in classes if name in reply and not (name in answer and name != answer)]
+        found = [
+            name for name in classes if name in reply and not (name in answer and name != answer)
+        ]
         best = max(best, 1 / len(found) if answer in found else 0.0)
     return best
 
@@ -118,7 +139,9 @@ def code_similarity(reply: str, answers: Sequence[str]) -> float:
     """Edit similarity of the reply's first line of code, in whole hundredths."""
     lines = reply.lstrip("\n").split("\n")
     first = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    return max(round(100 * SequenceMatcher(None, first, answer).ratio()) / 100 for answer in answers)
+    return max(
+        round(100 * SequenceMatcher(None, first, answer).ratio()) / 100 for answer in answers
+    )
 
 
 def first_line(reply: str) -> str:

@@ -1,4 +1,6 @@
-"""Pictures of the grid: accuracy over the budget, over decode tokens per second, over the share of rows that fell back."""
+"""Pictures of the grid: accuracy over the budget, over decode tokens per second, over the share of
+rows that fell back.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,19 @@ from benchmarks.accuracy.cells import DENSE
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the markers say the same.
 STYLES = {
-    "dlm": ("#0072B2", "o"), "quest": ("#E69F00", "s"), "oracle": ("#009E73", "^"), "recent": ("#D55E00", "v"), "random": ("#CC79A7", "D"),
+    "dlm": ("#0072B2", "o"),
+    "quest": ("#E69F00", "s"),
+    "oracle": ("#009E73", "^"),
+    "recent": ("#D55E00", "v"),
+    "random": ("#CC79A7", "D"),
     DENSE: ("#000000", "*"),
-}  # fmt: skip
+}
 OTHER_STYLE = ("#56B4E9", "P")
 
 
-def draw(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], stem: Path, model: str) -> list[Path]:
+def draw(
+    lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], stem: Path, model: str
+) -> list[Path]:
     """Write the pictures there are figures for.
 
     Args:
@@ -30,7 +38,11 @@ def draw(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], stem: 
 
     matplotlib.use("Agg")
     meaningful = [line for line in lines if line["says_nothing"] is False]
-    drawings = (("budget", _over_budget, meaningful), ("pareto", _pareto, rows), ("fallback", _fallback, meaningful))
+    drawings = (
+        ("budget", _over_budget, meaningful),
+        ("pareto", _pareto, rows),
+        ("fallback", _fallback, meaningful),
+    )
     written = []
     for name, drawing, data in drawings:
         figure = drawing(data, model)
@@ -67,7 +79,9 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False
+    )
 
 
 def _panel(axis: Any, title: str, x: str, y: str) -> None:
@@ -80,26 +94,45 @@ def _panel(axis: Any, title: str, x: str, y: str) -> None:
 
 
 def _y_label(kind: str) -> str:
-    return {"right": "share of answers right", "score": "score, 0 to 1", "perplexity": "perplexity (lower is better)"}[kind]
+    return {
+        "right": "share of answers right",
+        "score": "score, 0 to 1",
+        "perplexity": "perplexity (lower is better)",
+    }[kind]
 
 
 def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     grid = [line for line in lines if not line["threshold"]]
-    panels = list(dict.fromkeys((line["context"], line["task"]) for line in grid if line["retriever"] != DENSE))
+    panels = list(
+        dict.fromkeys(
+            (line["context"], line["task"]) for line in grid if line["retriever"] != DENSE
+        )
+    )
     if not panels:
         return None
     figure, axes = _panels(len(panels), 3.4, 2.7)
     retrievers = [name for name in _distinct(grid, "retriever") if name != DENSE]
     for axis, (context, task) in zip(axes, panels):
         here = [line for line in grid if line["context"] == context and line["task"] == task]
-        _panel(axis, f"{task.replace('_', ' ')}, {context:,} tokens", "budget, tokens per KV head", _y_label(here[0]["kind"]))
+        _panel(
+            axis,
+            f"{task.replace('_', ' ')}, {context:,} tokens",
+            "budget, tokens per KV head",
+            _y_label(here[0]["kind"]),
+        )
         for place, retriever in enumerate(retrievers):
             # Side by side, so that curves of the same values are all seen.
             mine = [line for line in here if line["retriever"] == retriever]
             _curve(axis, retriever, mine, shift=1.05 ** (place - len(retrievers) / 2))
         for line in here:
             if line["retriever"] == DENSE:
-                axis.axhline(line["value"], color=STYLES[DENSE][0], linestyle="--", linewidth=1, label="dense (reads all)")
+                axis.axhline(
+                    line["value"],
+                    color=STYLES[DENSE][0],
+                    linestyle="--",
+                    linewidth=1,
+                    label="dense (reads all)",
+                )
         axis.set_xscale("log", base=2)
         budgets = sorted({line["budget"] for line in here if line["budget"]})
         axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets], rotation=45)
@@ -120,15 +153,30 @@ def _y_scale(axis: Any, kind: str) -> None:
 def _curve(axis: Any, retriever: str, lines: Sequence[dict[str, Any]], shift: float) -> None:
     colour, marker = STYLES.get(retriever, OTHER_STYLE)
     lines = sorted(lines, key=lambda line: line["budget"])
-    errors = [[max(0.0, line["value"] - line["low"]) for line in lines], [max(0.0, line["high"] - line["value"]) for line in lines]]
+    errors = [
+        [max(0.0, line["value"] - line["low"]) for line in lines],
+        [max(0.0, line["high"] - line["value"]) for line in lines],
+    ]
     axis.errorbar(
-        [line["budget"] * shift for line in lines], [line["value"] for line in lines], yerr=errors, color=colour, marker=marker,
-        markersize=4, linewidth=1.4, capsize=2, elinewidth=0.7, label=retriever,
-    )  # fmt: skip
+        [line["budget"] * shift for line in lines],
+        [line["value"] for line in lines],
+        yerr=errors,
+        color=colour,
+        marker=marker,
+        markersize=4,
+        linewidth=1.4,
+        capsize=2,
+        elinewidth=0.7,
+        label=retriever,
+    )
 
 
 def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
-    points = [row for row in rows if not row["threshold"] and row.get("mean") is not None and row.get("tokens_per_s")]
+    points = [
+        row
+        for row in rows
+        if not row["threshold"] and row.get("mean") is not None and row.get("tokens_per_s")
+    ]
     if not points:
         return None
     contexts = sorted({row["context"] for row in points})
@@ -136,20 +184,47 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
     for axis, context in zip(axes, contexts):
         here = [row for row in points if row["context"] == context]
         tasks = max(row["tasks"] for row in here)
-        _panel(axis, f"{context:,} tokens, mean of {tasks} tasks", "decode tokens/s (all requests together)", "mean score, 0 to 1")
+        _panel(
+            axis,
+            f"{context:,} tokens, mean of {tasks} tasks",
+            "decode tokens/s (all requests together)",
+            "mean score, 0 to 1",
+        )
         for retriever in _distinct(here, "retriever"):
             colour, marker = STYLES.get(retriever, OTHER_STYLE)
-            mine = sorted((row for row in here if row["retriever"] == retriever), key=lambda row: row["budget"] or 0)
+            mine = sorted(
+                (row for row in here if row["retriever"] == retriever),
+                key=lambda row: row["budget"] or 0,
+            )
             x, y = [row["tokens_per_s"] for row in mine], [row["mean"] for row in mine]
-            axis.plot(x, y, color=colour, marker=marker, markersize=9 if retriever == DENSE else 5, linewidth=1, label=retriever)
+            axis.plot(
+                x,
+                y,
+                color=colour,
+                marker=marker,
+                markersize=9 if retriever == DENSE else 5,
+                linewidth=1,
+                label=retriever,
+            )
             # The ends of a curve say which way the budget grows.
-            for row in {row["budget"]: row for row in (mine[0], mine[-1]) if row["budget"]}.values():
+            for row in {
+                row["budget"]: row for row in (mine[0], mine[-1]) if row["budget"]
+            }.values():
                 point = (row["tokens_per_s"], row["mean"])
-                axis.annotate(f"{row['budget']:,}", point, textcoords="offset points", xytext=(4, 5), fontsize=7, color=colour)
+                axis.annotate(
+                    f"{row['budget']:,}",
+                    point,
+                    textcoords="offset points",
+                    xytext=(4, 5),
+                    fontsize=7,
+                    color=colour,
+                )
         axis.set_ylim(-0.04, 1.08)
         axis.set_xlim(left=0)
     _legend(figure, axes)
-    figure.suptitle(f"{model}: accuracy over speed, figures are the smallest and largest budget", fontsize=12)
+    figure.suptitle(
+        f"{model}: accuracy over speed, figures are the smallest and largest budget", fontsize=12
+    )
     return figure
 
 
@@ -162,35 +237,73 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     base = [
         {**line, "fallback_share": 0.0}
         for line in lines
-        if line["retriever"] == with_threshold[0]["retriever"] and line["budget"] == budget and not line["threshold"]
+        if line["retriever"] == with_threshold[0]["retriever"]
+        and line["budget"] == budget
+        and not line["threshold"]
     ]
     tasks = _distinct(with_threshold, "task")
     contexts = sorted({line["context"] for line in with_threshold})
     figure, axes = _panels(len(tasks), 3.6, 2.9)
     for axis, task in zip(axes, tasks):
-        here = [line for line in base + with_threshold if line["task"] == task and line["fallback_share"] is not None]
-        _panel(axis, task.replace("_", " "), "share of decode rows that fell back", _y_label(here[0]["kind"]))
+        here = [
+            line
+            for line in base + with_threshold
+            if line["task"] == task and line["fallback_share"] is not None
+        ]
+        _panel(
+            axis,
+            task.replace("_", " "),
+            "share of decode rows that fell back",
+            _y_label(here[0]["kind"]),
+        )
         for place, (context, (colour, marker)) in enumerate(zip(contexts, STYLES.values())):
-            mine = sorted((line for line in here if line["context"] == context), key=lambda line: line["threshold"])
+            mine = sorted(
+                (line for line in here if line["context"] == context),
+                key=lambda line: line["threshold"],
+            )
             if not mine:
                 continue
             points = [(line["fallback_share"], line["value"]) for line in mine]
-            axis.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.2, label=f"{context:,} tokens")
+            axis.plot(
+                *zip(*points),
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=1.2,
+                label=f"{context:,} tokens",
+            )
             for point, label in _labels(points, [f"{line['threshold']:g}" for line in mine]):
-                axis.annotate(label, point, textcoords="offset points", xytext=(3, -11 - 9 * place), fontsize=7, color=colour)
+                axis.annotate(
+                    label,
+                    point,
+                    textcoords="offset points",
+                    xytext=(3, -11 - 9 * place),
+                    fontsize=7,
+                    color=colour,
+                )
         axis.set_xlim(-0.05, 1.15)
         _y_scale(axis, here[0]["kind"])
     _legend(figure, axes)
-    figure.suptitle(f"{model}: confidence fallback of {with_threshold[0]['retriever']} {budget}, figures are thresholds", fontsize=12)
+    figure.suptitle(
+        f"{model}: confidence fallback of {with_threshold[0]['retriever']} {budget}, figures are "
+        "thresholds",
+        fontsize=12,
+    )
     return figure
 
 
-def _labels(points: Sequence[tuple[float, float]], texts: Sequence[str]) -> list[tuple[tuple[float, float], str]]:
+def _labels(
+    points: Sequence[tuple[float, float]], texts: Sequence[str]
+) -> list[tuple[tuple[float, float], str]]:
     """One label where points lie too close together for one each."""
     out: list[tuple[tuple[float, float], str]] = []
     last: tuple[float, float] | None = None
     for point, text in zip(points, texts):
-        if last is not None and abs(point[0] - last[0]) < 0.09 and abs(point[1] - last[1]) < 0.05 * max(1.0, abs(last[1])):
+        if (
+            last is not None
+            and abs(point[0] - last[0]) < 0.09
+            and abs(point[1] - last[1]) < 0.05 * max(1.0, abs(last[1]))
+        ):
             out[-1] = out[-1][0], f"{out[-1][1]}, {text}"
         else:
             out.append((point, text))

@@ -17,7 +17,9 @@ Cells = Mapping[Cell, dict[str, Any]]
 """Finished cells by what they are."""
 
 CACHED_ENOUGH = 0.9
-"""Share of the prompts' tokens that must have come from the prefix cache for a cell's time to be that of its decode steps."""
+"""Share of the prompts' tokens that must have come from the prefix cache for a cell's time to be
+that of its decode steps.
+"""
 
 
 def score(task: Task, example: Example, reply: Any) -> float:
@@ -44,7 +46,9 @@ def says_nothing(task: Task, dense_scores: Sequence[float]) -> bool:
     return task.kind != "perplexity" and value(task, dense_scores) < task.floor
 
 
-def figures(cell: Cell, task: Task, result: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Any]:
+def figures(
+    cell: Cell, task: Task, result: dict[str, Any], dense: dict[str, Any] | None
+) -> dict[str, Any]:
     """One line of the CSV.
 
     Args:
@@ -53,11 +57,25 @@ def figures(cell: Cell, task: Task, result: dict[str, Any], dense: dict[str, Any
     scores, stats, setting = result["scores"], result["stats"], cell.setting
     low, high = interval(task, scores)
     line: dict[str, Any] = {
-        "task": cell.task, "kind": task.kind, "context": cell.context, "retriever": setting.retriever, "budget": setting.budget,
-        "recent_tokens": setting.recent_tokens, "threshold": setting.threshold, "prompts": len(scores), "value": value(task, scores),
-        "low": low, "high": high, "of_dense": None, "says_nothing": None, "pages_read": None, "kept_mass": None,
-        "fallback_share": None, "tokens": result["tokens"], "seconds": result["seconds"] if result["cached"] >= CACHED_ENOUGH else None,
-    }  # fmt: skip
+        "task": cell.task,
+        "kind": task.kind,
+        "context": cell.context,
+        "retriever": setting.retriever,
+        "budget": setting.budget,
+        "recent_tokens": setting.recent_tokens,
+        "threshold": setting.threshold,
+        "prompts": len(scores),
+        "value": value(task, scores),
+        "low": low,
+        "high": high,
+        "of_dense": None,
+        "says_nothing": None,
+        "pages_read": None,
+        "kept_mass": None,
+        "fallback_share": None,
+        "tokens": result["tokens"],
+        "seconds": result["seconds"] if result["cached"] >= CACHED_ENOUGH else None,
+    }
     if dense is not None:
         line["says_nothing"] = says_nothing(task, dense["scores"])
         if value(task, dense["scores"]):
@@ -73,8 +91,15 @@ def figures(cell: Cell, task: Task, result: dict[str, Any], dense: dict[str, Any
 
 def all_figures(cells: Cells, tasks: Mapping[str, Task]) -> list[dict[str, Any]]:
     """The CSV's lines, in the order of the cells."""
-    dense = {(cell.task, cell.context): result for cell, result in cells.items() if cell.setting == Setting(DENSE)}
-    return [figures(cell, tasks[cell.task], result, dense.get((cell.task, cell.context))) for cell, result in cells.items()]
+    dense = {
+        (cell.task, cell.context): result
+        for cell, result in cells.items()
+        if cell.setting == Setting(DENSE)
+    }
+    return [
+        figures(cell, tasks[cell.task], result, dense.get((cell.task, cell.context)))
+        for cell, result in cells.items()
+    ]
 
 
 def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -88,17 +113,28 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tables' rows: one for each context and setting, a column for each task.
 
-    Which table a row stands in says the key that its name has: ``name``, ``fallback_name`` (settings with a threshold), and beside the
-    first ``failed_name`` (dense rows with tasks that dense cannot do). Means and speed are there only for settings that have all the
-    tasks that dense can do in that context.
+    Which table a row stands in says the key that its name has: ``name``, ``fallback_name``
+        (settings with a threshold), and beside the
+    first ``failed_name`` (dense rows with tasks that dense cannot do). Means and speed are there
+    only for settings that have all the tasks that dense can do in that context.
     """
     out: dict[tuple[int, Setting], dict[str, Any]] = {}
     for line in lines:
         setting = Setting(line["retriever"], line["budget"], line["threshold"])
         row = out.setdefault((line["context"], setting), {})
         if not row:
-            name = {"fallback_name": setting.retriever} if setting.threshold else {"name": setting.name}
-            row |= {**name, **{key: line[key] for key in ("context", "retriever", "budget", "recent_tokens", "threshold")}}
+            name = (
+                {"fallback_name": setting.retriever}
+                if setting.threshold
+                else {"name": setting.name}
+            )
+            row |= {
+                **name,
+                **{
+                    key: line[key]
+                    for key in ("context", "retriever", "budget", "recent_tokens", "threshold")
+                },
+            }
         row[line["task"]] = line["value"]
         row[f"{line['task']}_text"] = as_text(line)
         if line["fallback_share"] is not None:
@@ -107,7 +143,11 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             row["failed_name"] = setting.name
         else:
             row.setdefault("_lines", []).append(line)
-    able = {context: len(row.get("_lines", ())) for (context, setting), row in out.items() if setting == Setting(DENSE)}
+    able = {
+        context: len(row.get("_lines", ()))
+        for (context, setting), row in out.items()
+        if setting == Setting(DENSE)
+    }
     for (context, _), row in out.items():
         own = row.pop("_lines", [])
         row |= _over_tasks(own) if len(own) == able.get(context) else {}
@@ -128,12 +168,19 @@ def as_text(line: dict[str, Any]) -> str:
 
 
 def _over_tasks(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a setting's lines say together: mean over the tasks in 0..1, tokens a second, pages read, rows that fell back."""
+    """What a setting's lines say together: mean over the tasks in 0..1, tokens a second, pages
+    read, rows that fell back.
+    """
     scored = [line["value"] for line in lines if line["kind"] != "perplexity"]
     timed = [line for line in lines if line["seconds"]]
-    out: dict[str, Any] = {"mean": sum(scored) / len(scored) if scored else None, "tasks": len(scored)}
+    out: dict[str, Any] = {
+        "mean": sum(scored) / len(scored) if scored else None,
+        "tasks": len(scored),
+    }
     if timed:
-        out["tokens_per_s"] = sum(line["tokens"] for line in timed) / sum(line["seconds"] for line in timed)
+        out["tokens_per_s"] = sum(line["tokens"] for line in timed) / sum(
+            line["seconds"] for line in timed
+        )
     for key in ("pages_read", "kept_mass", "fallback_share"):
         # Every decode step counts the same.
         known = [line for line in lines if line[key] is not None]
@@ -144,25 +191,45 @@ def _over_tasks(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> dict[str, Sequence[report.Column]]:
-    """Columns of the tables; see ``rows``. A task that dense cannot do in any context has its figures in a table of their own."""
+    """Columns of the tables; see ``rows``. A task that dense cannot do in any context has its
+    figures in a table of their own.
+    """
     tasks = dict.fromkeys(line["task"] for line in lines)
     done = dict.fromkeys(line["task"] for line in lines if not line["says_nothing"])
-    able, unable = ([_task_column(name) for name in tasks if (name in done) == can] for can in (True, False))
-    mean, kept_mass = report.Column("mean", "mean", ".3f"), report.Column("kept_mass", "kept mass", ".3f")
+    able, unable = (
+        [_task_column(name) for name in tasks if (name in done) == can] for can in (True, False)
+    )
+    mean, kept_mass = (
+        report.Column("mean", "mean", ".3f"),
+        report.Column("kept_mass", "kept mass", ".3f"),
+    )
     over_tasks = (mean, report.Column("pages_read", "pages read", ".1%"), kept_mass)
     context = report.Column("context", "context", ",")
     out: dict[str, Sequence[report.Column]] = {
         "By context, retriever and budget": (
-            report.Column("name", "retriever and budget"), context, *able, *over_tasks, report.Column("tokens_per_s", "tokens/s", ",.0f")
+            report.Column("name", "retriever and budget"),
+            context,
+            *able,
+            *over_tasks,
+            report.Column("tokens_per_s", "tokens/s", ",.0f"),
         )
-    }  # fmt: skip
+    }
     if any(line["threshold"] for line in lines):
         out["Confidence fallback"] = (
-            report.Column("fallback_name", "retriever"), context, report.Column("budget", "budget", ","),
-            report.Column("threshold", "threshold", "g"), report.Column("fallback_share", "rows that fell back", ".1%"), *able, *over_tasks,
-        )  # fmt: skip
+            report.Column("fallback_name", "retriever"),
+            context,
+            report.Column("budget", "budget", ","),
+            report.Column("threshold", "threshold", "g"),
+            report.Column("fallback_share", "rows that fell back", ".1%"),
+            *able,
+            *over_tasks,
+        )
     if unable:
-        out["Tasks that this model cannot do with all of its context"] = (report.Column("failed_name", "retriever"), context, *unable)
+        out["Tasks that this model cannot do with all of its context"] = (
+            report.Column("failed_name", "retriever"),
+            context,
+            *unable,
+        )
     return out
 
 

@@ -1,8 +1,10 @@
-"""Long-context tasks in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654), recitation and lists, for any tokenizer.
+"""Long-context tasks in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654), recitation and
+lists, for any tokenizer.
 
-Text, facts and questions are those of the bundled demo model (specontext_vllm/demo/tasks.py): plain English that any chat model reads.
-Every example is drawn from (document, seed) under a split of its own, so the demo model never saw one. Tasks of the same document share
-its text up to the question, and so its pages in the prefix cache.
+Text, facts and questions are those of the bundled demo model (specontext_vllm/demo/tasks.py): plain
+English that any chat model reads. Every example is drawn from (document, seed) under a split of its
+own, so the demo model never saw one. Tasks of the same document share its text up to the question,
+and so its pages in the prefix cache.
 """
 
 from __future__ import annotations
@@ -25,9 +27,13 @@ VALUES = 4
 CHAINS, HOPS = 4, 4
 """Chains of variable tracking, and names in each."""
 COMMON, OFTENER = 10, 10
-"""Common words to find, and how many times as often as any other each stands in the list (RULER: ten, 30 times against 3)."""
+"""Common words to find, and how many times as often as any other each stands in the list (RULER:
+ten, 30 times against 3).
+"""
 QUESTION_PIECES = 96
-"""Room for what stands beside the text: the same for all tasks, so that those of one document share all of it."""
+"""Room for what stands beside the text: the same for all tasks, so that those of one document share
+all of it.
+"""
 LONG_PASSAGE = 30
 """Sentences of the long passage, nine tokens each with the demo's tokenizer."""
 
@@ -43,7 +49,8 @@ class Draft:
     Attributes:
         messages: chat messages; the last is the user's.
         answers: what the metric compares the reply with.
-        reply: a right reply, which sets the limit of the model's own; for perplexity the text that is forced.
+        reply: a right reply, which sets the limit of the model's own; for perplexity the text that
+            is forced.
     """
 
     messages: list[dict[str, str]]
@@ -90,7 +97,9 @@ class Task:
 
 
 class Writer:
-    """Turns messages into a model's tokens: its chat template where it has one, else the texts one after the other."""
+    """Turns messages into a model's tokens: its chat template where it has one, else the texts one
+    after the other.
+    """
 
     SLACK_TOKENS = 16
     """Tokens a reply may have beyond a tenth more than the right one's."""
@@ -112,13 +121,19 @@ class Writer:
         """Token ids of a conversation that the model is to answer."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             return self.text("\n\n".join(m["content"] for m in messages) + "\nAnswer:")
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return list(
+            self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        )
 
     def fit(self, draft: Callable[[int], Draft], context: int, *, force: bool = False) -> Example:
-        """The draft whose prompt has ``context`` tokens, or at most three percent less, nearly always; never more.
+        """The draft whose prompt has ``context`` tokens, or at most three percent less, nearly
+        always; never more.
 
         Args:
-            draft: size in pieces of the demo's grammar -> draft. The same size gives the same draft.
+            draft: size in pieces of the demo's grammar -> draft. The same size gives the same
+                draft.
             force: whether the reply is forced.
 
         Raises:
@@ -135,13 +150,21 @@ class Writer:
                 break
             size += int((0.985 * context - len(prompt)) / self._per_piece)
         if best is None:
-            raise PromptError(f"--contexts: found {context}, too few tokens for this task; use a longer one.")
+            raise PromptError(
+                f"--contexts: found {context}, too few tokens for this task; use a longer one."
+            )
         prompt, made = best
         reply = self.encode(made.reply)
-        return Example(prompt, made.answers, len(reply) + len(reply) // 10 + self.SLACK_TOKENS, reply if force else None)
+        return Example(
+            prompt,
+            made.answers,
+            len(reply) + len(reply) // 10 + self.SLACK_TOKENS,
+            reply if force else None,
+        )
 
 
-# -- documents ----------------------------------------------------------------------------------------------------------
+# -- documents
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _random(name: str, seed: int) -> Random:
@@ -176,14 +199,18 @@ def _few(size: int) -> int:
     return max(2, min(12, size // 512))
 
 
-# -- drafts -------------------------------------------------------------------------------------------------------------
+# -- drafts
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _ask(items: list[demo.Item], text: str) -> Draft:
     """Ask for the last item, the ones before it asked and answered earlier in the conversation."""
     messages = _user(text, items[0].question)
     for answered, item in zip(items, items[1:]):
-        messages += [{"role": "assistant", "content": answered.answer}, {"role": "user", "content": item.question}]
+        messages += [
+            {"role": "assistant", "content": answered.answer},
+            {"role": "user", "content": item.question},
+        ]
     return Draft(messages, (items[-1].target,), items[-1].answer)
 
 
@@ -203,13 +230,16 @@ def _key_item(seed: int, items: list[demo.Item]) -> demo.Item:
 
 def multi_query(seed: int, size: int) -> Draft:
     items, text = _facts(seed, size, _many(size))
-    # Not multi_key's question first: the prompt would hold what the model said there, from KV made under sparse attention.
+    # Not multi_key's question first: the prompt would hold what the model said there, from KV made
+    # under sparse attention.
     others = [item for item in items if item is not _key_item(seed, items)]
     return _ask(_random("multi_query", seed).sample(others, VALUES), text)
 
 
 def key_among_passages(seed: int, size: int) -> Draft:
-    """As ``multi_key``, with passages among the facts: a retriever that takes both for what is asked has to share its budget between them."""
+    """As ``multi_key``, with passages among the facts: a retriever that takes both for what is
+    asked has to share its budget between them.
+    """
     rng = _random("key_among_passages", seed)
     items = demo.make_items(rng, _many(size), _few(size))
     text = _text(rng, items, size)
@@ -217,16 +247,30 @@ def key_among_passages(seed: int, size: int) -> Draft:
 
 
 def demo_needle(seed: int, size: int) -> Draft:
-    """The needle problem of the demo and the tests, in one of its six layouts by seed: as many facts and passages as in ``key_among_passages``."""
-    problem = demo.make_problem("needle", seed=seed, approx_tokens=size, distractors=_many(size) - 1, split="accuracy/demo_needle")
-    return Draft(problem.messages, (problem.answer,), demo.FACT_ANSWER.format(key="", value=problem.answer))
+    """The needle problem of the demo and the tests, in one of its six layouts by seed: as many
+    facts and passages as in ``key_among_passages``.
+    """
+    problem = demo.make_problem(
+        "needle",
+        seed=seed,
+        approx_tokens=size,
+        distractors=_many(size) - 1,
+        split="accuracy/demo_needle",
+    )
+    return Draft(
+        problem.messages, (problem.answer,), demo.FACT_ANSWER.format(key="", value=problem.answer)
+    )
 
 
 def list_facts(seed: int, size: int) -> Draft:
     items, text = _facts(seed, size, _many(size))
     lines = [item.answer for item in items]
     pairs = tuple(f"{_name(item)} {item.target}" for item in items)
-    return Draft(_user(text, "List all names that have a code, each with its code, one in a line."), pairs, "\n".join(lines))
+    return Draft(
+        _user(text, "List all names that have a code, each with its code, one in a line."),
+        pairs,
+        "\n".join(lines),
+    )
 
 
 def _name(item: demo.Item) -> str:
@@ -237,19 +281,34 @@ _KEYS = frozenset(W.KEYS)
 
 
 def multi_value(seed: int, size: int, every: bool) -> Draft:
-    """One name with several values in facts of their own; ``every``: the question asks for all of them."""
+    """One name with several values in facts of their own; ``every``: the question asks for all of
+    them.
+    """
     rng = _random("multi_value", seed)
     others = demo.make_items(rng, _many(size), 0)
     key = _name(others[0])
     values = rng.sample(range(100000, 1000000), VALUES)
     asked = [
-        demo.Item("needle", form.format(key=key, value=value), rng.choice(demo.FACT_QUESTIONS).format(key=key), "", str(value))
+        demo.Item(
+            "needle",
+            form.format(key=key, value=value),
+            rng.choice(demo.FACT_QUESTIONS).format(key=key),
+            "",
+            str(value),
+        )
         for form, value in zip(rng.sample(demo.FACTS, VALUES), values)
     ]
     text = _text(rng, others[1:] + asked, size)
-    question = f"{key} has {VALUES} different codes. List all codes of {key}." if every else asked[0].question
+    question = (
+        f"{key} has {VALUES} different codes. List all codes of {key}."
+        if every
+        else asked[0].question
+    )
     answers = tuple(item.target for item in asked)
-    reply = " ".join(demo.FACT_ANSWER.format(key=key, value=value) for value in (answers if every else answers[:1]))
+    reply = " ".join(
+        demo.FACT_ANSWER.format(key=key, value=value)
+        for value in (answers if every else answers[:1])
+    )
     return Draft(_user(text, question), answers, reply)
 
 
@@ -262,12 +321,19 @@ def variables(seed: int, size: int) -> Draft:
     places: list[tuple[float, str]] = [(rng.random(), demo.sentence(rng)) for _ in range(fillers)]
     for chain, number in enumerate(numbers):
         own = names[chain * HOPS : (chain + 1) * HOPS]
-        steps = [f"Let {own[0]} be {number}.", *(f"Let {after} be the same as {before}." for before, after in zip(own, own[1:]))]
+        steps = [
+            f"Let {own[0]} be {number}.",
+            *(f"Let {after} be the same as {before}." for before, after in zip(own, own[1:])),
+        ]
         # A name is set before it is used.
         places += list(zip(sorted(rng.random() for _ in steps), steps))
     text = " ".join(line for _, line in sorted(places))
     answers = tuple(names[:HOPS])
-    return Draft(_user(text, f"Which names stand for the number {numbers[0]}? List all {HOPS} of them."), answers, ", ".join(answers) + ".")
+    return Draft(
+        _user(text, f"Which names stand for the number {numbers[0]}? List all {HOPS} of them."),
+        answers,
+        ", ".join(answers) + ".",
+    )
 
 
 def common_words(seed: int, size: int) -> Draft:
@@ -280,7 +346,9 @@ def common_words(seed: int, size: int) -> Draft:
     # As seldom as the pool allows.
     times = -(-total // (COMMON * OFTENER + len(rare)))
     rare = rare[: max(1, total // times - COMMON * OFTENER)]
-    words = [word for word in common for _ in range(times * OFTENER)] + [word for word in rare for _ in range(times)]
+    words = [word for word in common for _ in range(times * OFTENER)] + [
+        word for word in rare for _ in range(times)
+    ]
     rng.shuffle(words)
     question = f"The list above holds some words more often than the others. What are the {COMMON} most common words in it?"
     return Draft(_user(", ".join(words) + ".", question), tuple(common), ", ".join(common) + ".")
@@ -288,7 +356,9 @@ def common_words(seed: int, size: int) -> Draft:
 
 def recitation(seed: int, size: int) -> Draft:
     items, text = _passages(seed, size)
-    return _ask([_random("recitation", seed).choice([i for i in items if i.kind == "recitation"])], text)
+    return _ask(
+        [_random("recitation", seed).choice([i for i in items if i.kind == "recitation"])], text
+    )
 
 
 def long_recitation(seed: int, size: int) -> Draft:
@@ -297,12 +367,18 @@ def long_recitation(seed: int, size: int) -> Draft:
     keys = _KEYS - {word for item in items for word in item.text.replace(":", " ").split()}
     key, body = rng.choice(sorted(keys)), " ".join(demo.sentence(rng) for _ in range(LONG_PASSAGE))
     text = demo.PASSAGE.format(key=key, body=body)
-    asked = demo.Item("recitation", text, rng.choice(demo.PASSAGE_QUESTIONS).format(key=key), text, body)
+    asked = demo.Item(
+        "recitation", text, rng.choice(demo.PASSAGE_QUESTIONS).format(key=key), text, body
+    )
     return _ask([asked], _text(rng, [*items, asked], size))
 
 
 def _task(
-    name: str, kind: Kind, metric: Callable[[str, Sequence[str]], float] | None, draft: Callable[[int, int], Draft], about: str
+    name: str,
+    kind: Kind,
+    metric: Callable[[str, Sequence[str]], float] | None,
+    draft: Callable[[int, int], Draft],
+    about: str,
 ) -> Task:
     def make(writer: Writer, seed: int, context: int) -> Example:
         return writer.fit(lambda size: draft(seed, size), context, force=kind == "perplexity")
@@ -314,24 +390,92 @@ TASKS = {
     task.name: task
     for task in (
         _task("single", "right", metrics.any_stated, single, "one fact in random sentences"),
-        _task("multi_key", "right", metrics.any_stated, multi_key, f"one of up to {MOST_FACTS} facts of the same form"),
-        _task("multi_query", "right", metrics.any_stated, multi_query,
-              f"the last of {VALUES} questions of one conversation, the others answered"),
-        _task("key_among_passages", "right", metrics.any_stated, key_among_passages,
-              f"one of up to {MOST_FACTS} facts, passages of three to eight sentences among them"),
-        _task("demo_needle", "right", metrics.any_stated, demo_needle,
-              "the same as the demo asks it: the question behind or before the text, both, after an earlier one, or without a chat's form"),
-        _task("list_facts", "score", metrics.pairs_listed, list_facts, "every name with its code, hundreds of tokens; share of pairs"),
-        _task("one_value", "right", metrics.any_stated, lambda seed, size: multi_value(seed, size, False),
-              f"one of the {VALUES} values of a name that has facts of its own for each; any of them is right"),
-        _task("multi_value", "score", metrics.share_stated, lambda seed, size: multi_value(seed, size, True),
-              f"all {VALUES} values of a name; share found"),
-        _task("variables", "score", metrics.share_stated, variables, f"names that chains of {HOPS} assignments lead to; share found"),
-        _task("common_words", "score", metrics.share_stated, common_words, f"the {COMMON} words that a list holds most often; share found"),
-        _task("recitation", "score", metrics.recited, recitation, "a passage of three to eight sentences; share right from the start"),
-        _task("perplexity", "perplexity", None, recitation,
-              "of the same passage, emitted by force: each token's probability is that of a decode step that read only the selection"),
-        _task("long_recitation", "score", metrics.recited, long_recitation,
-              f"a passage of {LONG_PASSAGE} sentences; share right from the start"),
+        _task(
+            "multi_key",
+            "right",
+            metrics.any_stated,
+            multi_key,
+            f"one of up to {MOST_FACTS} facts of the same form",
+        ),
+        _task(
+            "multi_query",
+            "right",
+            metrics.any_stated,
+            multi_query,
+            f"the last of {VALUES} questions of one conversation, the others answered",
+        ),
+        _task(
+            "key_among_passages",
+            "right",
+            metrics.any_stated,
+            key_among_passages,
+            f"one of up to {MOST_FACTS} facts, passages of three to eight sentences among them",
+        ),
+        _task(
+            "demo_needle",
+            "right",
+            metrics.any_stated,
+            demo_needle,
+            "the same as the demo asks it: the question behind or before the text, both, after an "
+            "earlier one, or without a chat's form",
+        ),
+        _task(
+            "list_facts",
+            "score",
+            metrics.pairs_listed,
+            list_facts,
+            "every name with its code, hundreds of tokens; share of pairs",
+        ),
+        _task(
+            "one_value",
+            "right",
+            metrics.any_stated,
+            lambda seed, size: multi_value(seed, size, False),
+            f"one of the {VALUES} values of a name that has facts of its own for each; any of them "
+            "is right",
+        ),
+        _task(
+            "multi_value",
+            "score",
+            metrics.share_stated,
+            lambda seed, size: multi_value(seed, size, True),
+            f"all {VALUES} values of a name; share found",
+        ),
+        _task(
+            "variables",
+            "score",
+            metrics.share_stated,
+            variables,
+            f"names that chains of {HOPS} assignments lead to; share found",
+        ),
+        _task(
+            "common_words",
+            "score",
+            metrics.share_stated,
+            common_words,
+            f"the {COMMON} words that a list holds most often; share found",
+        ),
+        _task(
+            "recitation",
+            "score",
+            metrics.recited,
+            recitation,
+            "a passage of three to eight sentences; share right from the start",
+        ),
+        _task(
+            "perplexity",
+            "perplexity",
+            None,
+            recitation,
+            "of the same passage, emitted by force: each token's probability is that of a decode "
+            "step that read only the selection",
+        ),
+        _task(
+            "long_recitation",
+            "score",
+            metrics.recited,
+            long_recitation,
+            f"a passage of {LONG_PASSAGE} sentences; share right from the start",
+        ),
     )
-}  # fmt: skip
+}

@@ -1,8 +1,11 @@
-"""What was wanted of the head, and whether the cells show it: differences over the same prompts, 95 % intervals, a verdict.
+"""What was wanted of the head, and whether the cells show it: differences over the same prompts, 95
+% intervals, a verdict.
 
-Wanted of `dlm`: with about 3 % of the context, no more than one point under dense attention; with any budget, no less than `quest` with
-four times as much. A point is 0.01 of a score; of perplexity, which has no upper end, it is 0.01 of its logarithm, that is one percent:
-differences there are those of the mean log-probability of a forced token, so that more is better everywhere.
+Wanted of `dlm`: with about 3 % of the context, no more than one point under dense attention; with
+    any budget, no less than `quest` with
+four times as much. A point is 0.01 of a score; of perplexity, which has no upper end, it is 0.01 of
+its logarithm, that is one percent: differences there are those of the mean log-probability of a
+    forced token, so that more is better everywhere.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from benchmarks.accuracy.tasks import Task
 from benchmarks.intervals import paired, student
 
 SHARE, WITHIN = 0.03, 1.5
-"""Of the context, for the comparison with dense: the budget nearest to it counts, if it is no more than this factor away."""
+"""Of the context, for the comparison with dense: the budget nearest to it counts, if it is no more
+than this factor away.
+"""
 POINT = 0.01
 FOLD = 4
 ALL = "all_scores"
@@ -28,16 +33,26 @@ NEAR_DENSE, LIKE_QUEST = "near_dense", "like_quest"
 MET, NOT_MET, OPEN = "met", "not met", "open"
 
 COLUMNS = (
-    report.Column("compared", "compared"), report.Column("context", "context", ","), report.Column("compared_task", "task"),
-    report.Column("better", "better"), report.Column("equal", "equal"), report.Column("worse", "worse"),
-    report.Column("difference", "difference", "+.3f"), report.Column("difference_interval", "95 %"), report.Column("wanted", "wanted"),
+    report.Column("compared", "compared"),
+    report.Column("context", "context", ","),
+    report.Column("compared_task", "task"),
+    report.Column("better", "better"),
+    report.Column("equal", "equal"),
+    report.Column("worse", "worse"),
+    report.Column("difference", "difference", "+.3f"),
+    report.Column("difference_interval", "95 %"),
+    report.Column("wanted", "wanted"),
     report.Column("verdict", "verdict"),
-)  # fmt: skip
+)
 NOTE = (
-    "What was wanted: prompt by prompt, dlm's score less the other's, on how many prompts it is better, equal and worse, and the mean. "
-    "met: the whole 95 % interval is at or above what was wanted; not met: all of it is below; open: it holds both, so more prompts are "
-    "needed. Scores: Agresti and Min's interval for paired shares, which stays wide where few prompts are all equal; perplexity: "
-    "difference of the mean log-probability of a token (0.01 is one percent of perplexity), Student's t."
+    "What was wanted: prompt by prompt, dlm's score less the other's, on how many prompts it is "
+    "better, equal and worse, and the mean. "
+    "met: the whole 95 % interval is at or above what was wanted; not met: all of it is below; "
+    "open: it holds both, so more prompts are "
+    "needed. Scores: Agresti and Min's interval for paired shares, which stays wide where few "
+    "prompts are all equal; perplexity: "
+    "difference of the mean log-probability of a token (0.01 is one percent of perplexity), "
+    "Student's t."
 )
 
 
@@ -62,17 +77,30 @@ class Comparison:
 
 
 def comparisons(cells: Iterable[Cell]) -> list[Comparison]:
-    """Those that the cells have both sides of, by context: the one with dense, then those with quest by budget."""
+    """Those that the cells have both sides of, by context: the one with dense, then those with
+    quest by budget.
+    """
     settings: dict[int, dict[Setting, None]] = {}
     for cell in cells:
         settings.setdefault(cell.context, {})[cell.setting] = None
     found = []
     for context, known in sorted(settings.items()):
-        budgets = sorted(s.budget for s in known if s.retriever == "dlm" and s.budget is not None and not s.threshold)
-        near = min(budgets, key=lambda budget: abs(math.log(budget / (SHARE * context))), default=None)
+        budgets = sorted(
+            s.budget
+            for s in known
+            if s.retriever == "dlm" and s.budget is not None and not s.threshold
+        )
+        near = min(
+            budgets, key=lambda budget: abs(math.log(budget / (SHARE * context))), default=None
+        )
         if near is not None and max(near / (SHARE * context), SHARE * context / near) <= WITHIN:
-            found.append(Comparison(NEAR_DENSE, context, Setting("dlm", near), Setting(DENSE), -POINT))
-        found += [Comparison(LIKE_QUEST, context, Setting("dlm", b), Setting("quest", FOLD * b), 0.0) for b in budgets]
+            found.append(
+                Comparison(NEAR_DENSE, context, Setting("dlm", near), Setting(DENSE), -POINT)
+            )
+        found += [
+            Comparison(LIKE_QUEST, context, Setting("dlm", b), Setting("quest", FOLD * b), 0.0)
+            for b in budgets
+        ]
         found = [c for c in found if c.context != context or c.other in known]
     return found
 
@@ -93,27 +121,41 @@ def rows(scores: Mapping[Cell, Sequence[float]], tasks: Mapping[str, Task]) -> l
         pairs = {}
         for name, task in tasks.items():
             mine, other, dense = (
-                scores.get(Cell(name, comparison.context, s)) for s in (comparison.mine, comparison.other, Setting(DENSE))
+                scores.get(Cell(name, comparison.context, s))
+                for s in (comparison.mine, comparison.other, Setting(DENSE))
             )
             if mine and other and dense and not says_nothing(task, dense):
                 pairs[name] = (mine, other)
-        asked = {"compared": comparison.name, "kind": comparison.kind, "mark": comparison.mark, "wanted": f"≥ {comparison.mark:g}"}
+        asked = {
+            "compared": comparison.name,
+            "kind": comparison.kind,
+            "mark": comparison.mark,
+            "wanted": f"≥ {comparison.mark:g}",
+        }
         for row in _differences(comparison.context, pairs, tasks):
             out.append(asked | row | {"verdict": verdict(row["low"], row["high"], comparison.mark)})
     return out
 
 
 AGAINST = (
-    report.Column("against", "setting"), report.Column("context", "context", ","), report.Column("compared_task", "task"),
-    report.Column("better", "better"), report.Column("equal", "equal"), report.Column("worse", "worse"),
-    report.Column("difference", "difference", "+.4f"), report.Column("difference_interval", "95 %"),
-)  # fmt: skip
+    report.Column("against", "setting"),
+    report.Column("context", "context", ","),
+    report.Column("compared_task", "task"),
+    report.Column("better", "better"),
+    report.Column("equal", "equal"),
+    report.Column("worse", "worse"),
+    report.Column("difference", "difference", "+.4f"),
+    report.Column("difference_interval", "95 %"),
+)
 
 
 def rows_against(
-    scores: Mapping[Cell, Sequence[float]], other: Mapping[str, Sequence[float]], tasks: Mapping[str, Task]
+    scores: Mapping[Cell, Sequence[float]],
+    other: Mapping[str, Sequence[float]],
+    tasks: Mapping[str, Task],
 ) -> list[dict[str, Any]]:
-    """Each cell against the one of the same name in another result, prompt by prompt; by context and setting.
+    """Each cell against the one of the same name in another result, prompt by prompt; by context
+    and setting.
 
     Args:
         other: scores of each prompt by the cells' names.
@@ -126,11 +168,13 @@ def rows_against(
         {"against": setting.name, "kind": "against", **row}
         for (context, setting), found in pairs.items()
         for row in _differences(context, found, tasks)
-    ]  # fmt: skip
+    ]
 
 
 def _differences(
-    context: int, pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]], tasks: Mapping[str, Task]
+    context: int,
+    pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    tasks: Mapping[str, Task],
 ) -> list[dict[str, Any]]:
     """One side less the other, task by task, and the tasks that are scored in 0 to 1 together."""
     out, scored = [], []
@@ -147,20 +191,34 @@ def _differences(
     return out
 
 
-def _row(context: int, task: str, differences: Sequence[float], low: float, high: float) -> dict[str, Any]:
+def _row(
+    context: int, task: str, differences: Sequence[float], low: float, high: float
+) -> dict[str, Any]:
     """What the differences of one task come to."""
     signs = [0 if abs(d) < 1e-9 else math.copysign(1, d) for d in differences]
     return {
-        "context": context, "task": task, "compared_task": task.removeprefix("longbench/").replace("_", " "), "prompts": len(differences),
-        "better": signs.count(1), "equal": signs.count(0), "worse": signs.count(-1),
-        "difference": sum(differences) / len(differences), "low": low, "high": high, "difference_interval": f"{low:+.3f} to {high:+.3f}",
-    }  # fmt: skip
+        "context": context,
+        "task": task,
+        "compared_task": task.removeprefix("longbench/").replace("_", " "),
+        "prompts": len(differences),
+        "better": signs.count(1),
+        "equal": signs.count(0),
+        "worse": signs.count(-1),
+        "difference": sum(differences) / len(differences),
+        "low": low,
+        "high": high,
+        "difference_interval": f"{low:+.3f} to {high:+.3f}",
+    }
 
 
 def counts(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """How many comparisons of each kind, task by task, had which verdict: ``{kind: {"met", "not_met", "open", "all"}}``."""
+    """How many comparisons of each kind, task by task, had which verdict:
+    ``{kind: {"met", "not_met", "open", "all"}}``.
+    """
     out = {}
     for kind in (NEAR_DENSE, LIKE_QUEST):
         found = [line["verdict"] for line in lines if line["kind"] == kind and line["task"] != ALL]
-        out[kind] = {word.replace(" ", "_"): found.count(word) for word in (MET, NOT_MET, OPEN)} | {"all": len(found)}
+        out[kind] = {word.replace(" ", "_"): found.count(word) for word in (MET, NOT_MET, OPEN)} | {
+            "all": len(found)
+        }
     return out

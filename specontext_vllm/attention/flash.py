@@ -17,7 +17,10 @@ def flash_attention_takes(head_dim: int, dtype: torch.dtype) -> bool:
 
 def flash_attention_version(head_dim: int, dtype: torch.dtype) -> int | None:
     """3 or 2 where vLLM's FlashAttention runs this dtype and head size on this GPU, else None."""
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version, is_flash_attn_varlen_func_available
+    from vllm.v1.attention.backends.fa_utils import (
+        get_flash_attn_version,
+        is_flash_attn_varlen_func_available,
+    )
 
     if not flash_attention_takes(head_dim, dtype) or not is_flash_attn_varlen_func_available():
         return None
@@ -26,14 +29,21 @@ def flash_attention_version(head_dim: int, dtype: torch.dtype) -> int | None:
 
 
 class FlashAttentionProvider(TritonProvider):
-    """Prefill: FlashAttention through ``vllm.vllm_flash_attn``, which needs vLLM's CUDA build. Decode: our kernel, as everywhere.
+    """Prefill: FlashAttention through ``vllm.vllm_flash_attn``, which needs vLLM's CUDA build.
+    Decode: our kernel, as everywhere.
 
-    FlashAttention reads page tables, too, but at a budget's length it is slower (``python -m benchmarks attention``).
+    FlashAttention reads page tables, too, but at a budget's length it is slower
+    (``python -m benchmarks attention``).
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, reshape_and_cache_flash
+        from vllm.v1.attention.backends.fa_utils import (
+            flash_attn_varlen_func,
+            reshape_and_cache_flash,
+        )
 
         self._attend, self._cache = flash_attn_varlen_func, reshape_and_cache_flash
         self.version = flash_attention_version(head_dim, dtype)
@@ -47,10 +57,19 @@ class FlashAttentionProvider(TritonProvider):
         keys = kv_cache.as_strided(shape, strides, kv_cache.storage_offset())
         values = kv_cache.as_strided(shape, strides, kv_cache.storage_offset() + d)
         self._attend(
-            query, keys, values, out=output, max_seqlen_q=rows.max_query_len, cu_seqlens_q=rows.starts,
-            max_seqlen_k=rows.max_seq_len, seqused_k=rows.seq_lens, block_table=rows.block_table, causal=True,
-            softmax_scale=self.scale, fa_version=self.version,
-        )  # fmt: skip
+            query,
+            keys,
+            values,
+            out=output,
+            max_seqlen_q=rows.max_query_len,
+            cu_seqlens_q=rows.starts,
+            max_seqlen_k=rows.max_seq_len,
+            seqused_k=rows.seq_lens,
+            block_table=rows.block_table,
+            causal=True,
+            softmax_scale=self.scale,
+            fa_version=self.version,
+        )
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         if self._one is None:

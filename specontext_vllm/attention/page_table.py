@@ -13,8 +13,10 @@ class PageTable:
     """Persistent buffers, so that captured CUDA graphs may point at them.
 
     Attributes:
-        pages: ``[rows * H, K]`` int32 head pages (``block * H + head``) in ascending order of position.
-        lengths: ``[rows * H]`` int32 tokens in them; only the last page may be partly filled; 0 for padding rows.
+        pages: ``[rows * H, K]`` int32 head pages (``block * H + head``) in ascending order of
+            position.
+        lengths: ``[rows * H]`` int32 tokens in them; only the last page may be partly filled; 0 for
+            padding rows.
         num_kv_heads: H.
     """
 
@@ -23,7 +25,9 @@ class PageTable:
     num_kv_heads: int
 
     @classmethod
-    def allocate(cls, rows: int, num_kv_heads: int, max_pages: int, device: torch.device) -> PageTable:
+    def allocate(
+        cls, rows: int, num_kv_heads: int, max_pages: int, device: torch.device
+    ) -> PageTable:
         """An empty table for ``rows`` requests of up to ``max_pages`` pages a head."""
         sequences = rows * num_kv_heads
         return cls(

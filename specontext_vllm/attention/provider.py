@@ -37,34 +37,56 @@ class PrefillRows:
 
 
 class AttentionProvider(ABC):
-    """Attention over paged KV ``[num_blocks, H, P, 2 * D]`` (contiguous; keys then values in the last axis)."""
+    """Attention over paged KV ``[num_blocks, H, P, 2 * D]`` (contiguous; keys then values in the
+    last axis).
+    """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
-        self.num_heads, self.num_kv_heads, self.head_dim, self.scale, self.dtype = num_heads, num_kv_heads, head_dim, scale, dtype
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim, self.scale, self.dtype = (
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            scale,
+            dtype,
+        )
         self.group = num_heads // num_kv_heads
 
     def warm_up(self, table: PageTable) -> None:
-        """Once an engine: compile what ``decode`` runs, before a request waits for it; may change the table's contents."""
+        """Once an engine: compile what ``decode`` runs, before a request waits for it; may change
+        the table's contents.
+        """
         return
 
     def plan(self, table: PageTable, rows: int) -> None:
-        """Once a step, after the table is filled and before the first layer: what all layers' ``decode`` calls share."""
+        """Once a step, after the table is filled and before the first layer: what all layers'
+        ``decode`` calls share.
+        """
         return
 
     @abstractmethod
-    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
-        """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same shape.
+    def decode(
+        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+    ) -> None:
+        """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same
+        shape.
 
-        ``output`` is contiguous; ``query`` may be a slice of the layer's fused projection, as in uncompiled models.
+        ``output`` is contiguous; ``query`` may be a slice of the layer's fused projection, as in
+        uncompiled models.
         """
 
     @abstractmethod
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
-        """Causal attention of ``query [N, num_heads, D]`` over the whole context into ``output`` of the same shape."""
+        """Causal attention of ``query [N, num_heads, D]`` over the whole context into ``output`` of
+        the same shape.
+        """
 
     @abstractmethod
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-        """Store ``key``, ``value`` ``[>= N, H, D]`` at ``slots [N]`` int64; negative slots are padding."""
+        """Store ``key``, ``value`` ``[>= N, H, D]`` at ``slots [N]`` int64; negative slots are
+        padding.
+        """
 
 
 def head_pages(kv_cache: Tensor) -> Tensor:
@@ -79,18 +101,31 @@ def refuse_provider(name: str, head_dim: int, dtype: torch.dtype, device_type: s
     if device_type == "cpu":
         raise ConfigError(f"{SETTING}: found {name!r}, which needs a GPU; use auto on a CPU.")
     if name == "xformers" and find_spec("xformers") is None:
-        raise ConfigError(f"{SETTING}: found 'xformers', which is not installed; pip install 'specontext-vllm[xformers]' or use auto.")
+        raise ConfigError(
+            f"{SETTING}: found 'xformers', which is not installed; pip install "
+            "'specontext-vllm[xformers]' or use auto."
+        )
     if name == "flash":
         from specontext_vllm.attention.flash import flash_attention_takes
 
         if not flash_attention_takes(head_dim, dtype):
-            raise ConfigError(f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads of {head_dim}; use auto.")
+            raise ConfigError(
+                f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with "
+                f"heads of {head_dim}; use auto."
+            )
 
 
 def choose_provider(
-    name: str, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, device_type: str
+    name: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    dtype: torch.dtype,
+    device_type: str,
 ) -> AttentionProvider:
-    """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head size, Triton on other GPUs, torch on a CPU.
+    """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head
+    size, Triton on other GPUs, torch on a CPU.
 
     Raises:
         ConfigError: when the named provider cannot run here.
@@ -110,7 +145,8 @@ def choose_provider(
     has_flash = flash_attention_version(head_dim, dtype) is not None
     if name == "flash" and not has_flash:
         raise ConfigError(
-            f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads of {head_dim} on this GPU; use auto."
+            f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads "
+            f"of {head_dim} on this GPU; use auto."
         )
     if has_flash and name != "triton":
         return FlashAttentionProvider(*arguments)

@@ -14,16 +14,20 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 class TorchProvider(AttentionProvider):
     """Gather the pages, then ``scaled_dot_product_attention``, row by row.
 
-    In float32 whatever the model's dtype: in 16 bits torch rounds the softmax's weights before it multiplies them by the values, which vLLM's CPU attention
-    does only where it has matrix units for bfloat16.
+    In float32 whatever the model's dtype: in 16 bits torch rounds the softmax's weights before it
+    multiplies them by the values, which vLLM's CPU attention does only where it has matrix units
+    for bfloat16.
     """
 
-    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+    def decode(
+        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+    ) -> None:
         heads, d = self.num_kv_heads, self.head_dim
         flat = head_pages(kv_cache)
         lengths = table.lengths[: rows * heads].view(rows, heads).tolist()
         for row in range(rows):
-            # The heads of a request read equally many pages, except that tests and other retrievers may give them different ones.
+            # The heads of a request read equally many pages, except that tests and other retrievers
+            # may give them different ones.
             for head, tokens in enumerate(lengths[row]):
                 group = slice(head * self.group, (head + 1) * self.group)
                 if tokens == 0:
@@ -32,7 +36,10 @@ class TorchProvider(AttentionProvider):
                 ids = table.pages[row * heads + head, : pages_for(tokens)].long()
                 kv = flat[ids].view(-1, 2 * d)[:tokens].float()
                 output[row, group] = F.scaled_dot_product_attention(
-                    query[row, group].float()[None], kv[None, :, :d], kv[None, :, d:], scale=self.scale
+                    query[row, group].float()[None],
+                    kv[None, :, :d],
+                    kv[None, :, d:],
+                    scale=self.scale,
                 )[0]
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
@@ -44,16 +51,34 @@ class TorchProvider(AttentionProvider):
                 continue
             ids = rows.block_table[row, : pages_for(context)].long()
             # [H, context, 2 * D]
-            kv = kv_cache[ids].transpose(0, 1).reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context].float()
-            mask = torch.ones(new, context, dtype=torch.bool, device=query.device).tril(diagonal=context - new) if context > new else None
+            kv = (
+                kv_cache[ids]
+                .transpose(0, 1)
+                .reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
+                .float()
+            )
+            mask = (
+                torch.ones(new, context, dtype=torch.bool, device=query.device).tril(
+                    diagonal=context - new
+                )
+                if context > new
+                else None
+            )
             output[span] = F.scaled_dot_product_attention(
-                query[span].float().transpose(0, 1)[None], kv[None, ..., : self.head_dim], kv[None, ..., self.head_dim :],
-                attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,
-            )[0].transpose(0, 1)  # fmt: skip
+                query[span].float().transpose(0, 1)[None],
+                kv[None, ..., : self.head_dim],
+                kv[None, ..., self.head_dim :],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         real = slots >= 0
         kept = slots[real]
         block, offset = kept // PAGE_SIZE, kept % PAGE_SIZE
         count = slots.shape[0]
-        kv_cache[block, :, offset] = torch.cat([key[:count][real], value[:count][real]], dim=-1).to(kv_cache.dtype)
+        kv_cache[block, :, offset] = torch.cat([key[:count][real], value[:count][real]], dim=-1).to(
+            kv_cache.dtype
+        )

@@ -1,4 +1,6 @@
-"""Attention through Triton: our kernel for page tables, which serves every GPU, and vLLM's kernels for the rest."""
+"""Attention through Triton: our kernel for page tables, which serves every GPU, and vLLM's kernels
+for the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +15,56 @@ from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
 
 PARTS_PER_PROCESSOR = 3
-"""Parts that a launch is cut into for each of the GPU's processors, four of which fit on one at a time (`python -m benchmarks attention`)."""
+"""Parts that a launch is cut into for each of the GPU's processors, four of which fit on one at a
+time (`python -m benchmarks attention`).
+"""
 
 INTERPRETED_PARTS = 16
 """The same where Triton's interpreter runs them, one after the other."""
 
 
 class TritonProvider(AttentionProvider):
-    """Decode: our split kernel; prefill: vLLM's unified Triton attention, for GPUs and dtypes that FlashAttention does not take."""
+    """Decode: our split kernel; prefill: vLLM's unified Triton attention, for GPUs and dtypes that
+    FlashAttention does not take.
+    """
 
     @cached_property
     def workspace(self) -> SplitWorkspace:
-        """Made when it is first used: every layer has a provider, and all layers share the first one's."""
+        """Made when it is first used: every layer has a provider, and all layers share the first
+        one's.
+        """
         device, parts = torch.device("cpu"), INTERPRETED_PARTS
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
-            parts = PARTS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+            parts = (
+                PARTS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+            )
         return SplitWorkspace.allocate(parts, self.group, self.head_dim, device)
 
     def warm_up(self, table: PageTable) -> None:
-        """Have Triton compile the decode kernel, and allocate its workspace outside of any captured graph: one row that reads nothing."""
+        """Have Triton compile the decode kernel, and allocate its workspace outside of any captured
+        graph: one row that reads nothing.
+        """
         device = table.pages.device
         query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
-        kv_cache = torch.zeros(1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device)
+        kv_cache = torch.zeros(
+            1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device
+        )
         table.lengths.zero_()
         self.decode(query, kv_cache, table, 1, torch.empty_like(query))
 
-    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+    def decode(
+        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+    ) -> None:
         sequences = rows * self.num_kv_heads
         sparse_decode(
-            query, head_pages(kv_cache), table.pages[:sequences], table.lengths[:sequences], output, self.scale, self.workspace
+            query,
+            head_pages(kv_cache),
+            table.pages[:sequences],
+            table.lengths[:sequences],
+            output,
+            self.scale,
+            self.workspace,
         )
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
@@ -50,13 +72,28 @@ class TritonProvider(AttentionProvider):
 
         keys, values = kv_cache.transpose(1, 2).split(self.head_dim, dim=-1)
         unified_attention(
-            q=query, k=keys, v=values, out=output, cu_seqlens_q=rows.starts, max_seqlen_q=rows.max_query_len,
-            seqused_k=rows.seq_lens, max_seqlen_k=rows.max_seq_len, softmax_scale=self.scale, causal=True, window_size=(-1, -1),
-            block_table=rows.block_table, softcap=0.0, q_descale=None, k_descale=None, v_descale=None,
-        )  # fmt: skip
+            q=query,
+            k=keys,
+            v=values,
+            out=output,
+            cu_seqlens_q=rows.starts,
+            max_seqlen_q=rows.max_query_len,
+            seqused_k=rows.seq_lens,
+            max_seqlen_k=rows.max_seq_len,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=rows.block_table,
+            softcap=0.0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+        )
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-        from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+        from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
+            triton_reshape_and_cache_flash,
+        )
 
         one = torch.ones(1, dtype=torch.float32, device=kv_cache.device)
         keys, values = kv_cache.transpose(1, 2).split(self.head_dim, dim=-1)

@@ -1,4 +1,6 @@
-"""Attention through xformers, for GPUs that vLLM has no FlashAttention for; the extra ``xformers`` installs it."""
+"""Attention through xformers, for GPUs that vLLM has no FlashAttention for; the extra ``xformers``
+installs it.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 def load_cuda_runtime_12() -> None:
     """Load libcudart.so.12 where pip has put one, so that the dynamic linker has it by name.
 
-    Symptom: every operator refuses with "xFormers wasn't build with CUDA support". Reason: xformers 0.0.35's C++ part is linked to the
-    runtime of CUDA 12, which a torch built for CUDA 13 does not bring. Remove when its wheels are built for CUDA 13.
+    Symptom: every operator refuses with "xFormers wasn't build with CUDA support". Reason: xformers
+        0.0.35's C++ part is linked to the
+    runtime of CUDA 12, which a torch built for CUDA 13 does not bring. Remove when its wheels are
+    built for CUDA 13.
     """
     nvidia = find_spec("nvidia")
     for folder in nvidia.submodule_search_locations or () if nvidia else ():
@@ -33,7 +37,9 @@ def load_cuda_runtime_12() -> None:
 
 @cache
 def paged_split_k() -> Any:
-    """xformers' split-K operator with key blocks of one page; its own blocks of 64 tokens refuse smaller pages."""
+    """xformers' split-K operator with key blocks of one page; its own blocks of 64 tokens refuse
+    smaller pages.
+    """
     from xformers.ops.fmha import triton_splitk
 
     class PagedSplitK(triton_splitk.FwOp):
@@ -44,23 +50,30 @@ def paged_split_k() -> Any:
 
 
 class XformersProvider(TritonProvider):
-    """Decode: xformers' paged split-K kernel where it takes the dtype, head size and GPU; elsewhere the pages are gathered first.
+    """Decode: xformers' paged split-K kernel where it takes the dtype, head size and GPU; elsewhere
+    the pages are gathered first.
 
-    No kernel of xformers that takes many query tokens takes 16-token pages, so prefill gathers each row's context, ``max_seq_len`` tokens
-    of it: ``2 * H * D * max_seq_len`` values beside vLLM's own memory. Storing keys and values is vLLM's Triton kernel.
+    No kernel of xformers that takes many query tokens takes 16-token pages, so prefill gathers each
+    row's context, ``max_seq_len`` tokens
+    of it: ``2 * H * D * max_seq_len`` values beside vLLM's own memory. Storing keys and values is
+        vLLM's Triton kernel.
 
     Raises:
-        ConfigError: on creation, when xformers is not installed or has no kernel for the dtype, head size and GPU.
+        ConfigError: on creation, when xformers is not installed or has no kernel for the dtype,
+            head size and GPU.
     """
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+    ) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
         load_cuda_runtime_12()
         try:
             from xformers.ops import fmha
         except ImportError as error:
             raise ConfigError(
-                f"{SETTING}: found 'xformers', which cannot be imported here ({error}); install specontext-vllm[xformers] or use auto."
+                f"{SETTING}: found 'xformers', which cannot be imported here ({error}); install "
+                "specontext-vllm[xformers] or use auto."
             ) from None
         self._fmha = fmha
         self._masks: dict[int, Any] = {}
@@ -72,17 +85,29 @@ class XformersProvider(TritonProvider):
         xformers knows only with tensors in hand what it supports.
         """
         device = torch.device("cuda", torch.cuda.current_device())
-        kv_cache = torch.zeros(1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device)
+        kv_cache = torch.zeros(
+            1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device
+        )
         query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
         one = torch.ones(1, dtype=torch.int32, device=device)
-        rows = PrefillRows(torch.tensor([0, 1], dtype=torch.int32, device=device), one, torch.zeros_like(one)[None], 1, 1, [0, 1])
+        rows = PrefillRows(
+            torch.tensor([0, 1], dtype=torch.int32, device=device),
+            one,
+            torch.zeros_like(one)[None],
+            1,
+            1,
+            [0, 1],
+        )
         try:
             self.prefill(query, kv_cache, rows, torch.empty_like(query))
         except (NotImplementedError, ValueError) as error:
             # Its message begins with the tensors' shapes; the operators' reasons follow.
-            reason = " ".join(str(error).partition("is not supported because:")[2].split()) or str(error)
+            reason = " ".join(str(error).partition("is not supported because:")[2].split()) or str(
+                error
+            )
             raise ConfigError(
-                f"{SETTING}: found 'xformers', but it has no kernel for {self.dtype} and heads of {self.head_dim} on "
+                f"{SETTING}: found 'xformers', but it has no kernel for {self.dtype} and heads of "
+                f"{self.head_dim} on "
                 f"{torch.cuda.get_device_name(device)} ({reason[:300]}); use auto."
             ) from None
         table = PageTable.allocate(1, self.num_kv_heads, 1, device)
@@ -96,14 +121,20 @@ class XformersProvider(TritonProvider):
         return True
 
     def warm_up(self, table: PageTable) -> None:
-        """Forget the masks of an earlier table: vLLM binds an engine twice, and masks hold the table's lengths."""
+        """Forget the masks of an earlier table: vLLM binds an engine twice, and masks hold the
+        table's lengths.
+        """
         self._masks.clear()
 
-    def decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor) -> None:
+    def decode(
+        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+    ) -> None:
         self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 
     def plan(self, table: PageTable, rows: int) -> None:
-        """Make the mask of this many sequences before a graph is captured: its small host tensors cannot be copied inside one."""
+        """Make the mask of this many sequences before a graph is captured: its small host tensors
+        cannot be copied inside one.
+        """
         self._decode_mask(table, rows * self.num_kv_heads)
 
     def _decode_mask(self, table: PageTable, sequences: int) -> Any:
@@ -113,7 +144,9 @@ class XformersProvider(TritonProvider):
         return self._masks[sequences]
 
     def _mask(self, new: int, pages: int, lengths: Tensor) -> Any:
-        """``len(lengths)`` sequences of ``new`` query tokens, their keys padded to ``pages`` pages; keeps ``lengths`` itself."""
+        """``len(lengths)`` sequences of ``new`` query tokens, their keys padded to ``pages`` pages;
+        keeps ``lengths`` itself.
+        """
         padding, sequences = pages * PAGE_SIZE, len(lengths)
         mask = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
             [new] * sequences, padding, [padding] * sequences, device=lengths.device
@@ -121,14 +154,26 @@ class XformersProvider(TritonProvider):
         mask.k_seqinfo.seqlen = lengths
         return mask
 
-    def _decode(self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor, *, paged: bool) -> None:
+    def _decode(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        table: PageTable,
+        rows: int,
+        output: Tensor,
+        *,
+        paged: bool,
+    ) -> None:
         sequences = rows * self.num_kv_heads
         shape = (1, sequences, self.group, self.head_dim)
         pages, mask, op = head_pages(kv_cache), self._decode_mask(table, sequences), None
         if paged:
             op = paged_split_k()
             mask = self._fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask(
-                q_seqinfo=mask.q_seqinfo, k_seqinfo=mask.k_seqinfo, block_tables=table.pages[:sequences], page_size=PAGE_SIZE
+                q_seqinfo=mask.q_seqinfo,
+                k_seqinfo=mask.k_seqinfo,
+                block_tables=table.pages[:sequences],
+                page_size=PAGE_SIZE,
             )
         else:
             pages = pages[table.pages[:sequences].long()]
@@ -142,16 +187,32 @@ class XformersProvider(TritonProvider):
             # Each KV head is a sequence of its own, as in a page table.
             pages = kv_cache[rows.block_table[row, :width].long()].transpose(0, 1).contiguous()
             mask = self._mask(new, width, rows.seq_lens[row : row + 1].repeat(heads))
-            by_head = query[start:end].reshape(new, heads, self.group, d).transpose(0, 1).reshape(1, heads * new, self.group, d)
+            by_head = (
+                query[start:end]
+                .reshape(new, heads, self.group, d)
+                .transpose(0, 1)
+                .reshape(1, heads * new, self.group, d)
+            )
             result = torch.empty_like(by_head)
             self._attend(by_head, pages, mask, result)
-            output[start:end].view(new, heads, self.group, d).copy_(result.view(heads, new, self.group, d).transpose(0, 1))
+            output[start:end].view(new, heads, self.group, d).copy_(
+                result.view(heads, new, self.group, d).transpose(0, 1)
+            )
 
-    def _attend(self, query: Tensor, pages: Tensor, mask: Any, output: Tensor, op: Any = None) -> None:
-        """``query [1, N, group, D]`` over the keys and values in ``pages [..., P, 2 * D]``, which all query heads share."""
+    def _attend(
+        self, query: Tensor, pages: Tensor, mask: Any, output: Tensor, op: Any = None
+    ) -> None:
+        """``query [1, N, group, D]`` over the keys and values in ``pages [..., P, 2 * D]``, which
+        all query heads share.
+        """
         kv = pages.view(1, -1, 1, 2 * self.head_dim).expand(-1, -1, self.group, -1)
         output.copy_(
             self._fmha.memory_efficient_attention_forward(
-                query, kv[..., : self.head_dim], kv[..., self.head_dim :], attn_bias=mask, scale=self.scale, op=op
+                query,
+                kv[..., : self.head_dim],
+                kv[..., self.head_dim :],
+                attn_bias=mask,
+                scale=self.scale,
+                op=op,
             )
         )

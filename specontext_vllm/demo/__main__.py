@@ -1,7 +1,9 @@
-"""`python -m specontext_vllm.demo`: facts and a passage out of 8,000 tokens, by sparse and by dense attention.
+"""`python -m specontext_vllm.demo`: facts and a passage out of 8,000 tokens, by sparse and by dense
+attention.
 
-Starts `vllm serve` with the specontext backend, asks through the OpenAI client, ends it, and does the same with vLLM's own
-backend. Exit code 0: every answer of the specontext server was right; 1: not, or a server failed.
+Starts `vllm serve` with the specontext backend, asks through the OpenAI client, ends it, and does
+the same with vLLM's own backend. Exit code 0: every answer of the specontext server was right; 1:
+not, or a server failed.
 """
 
 from __future__ import annotations
@@ -26,9 +28,16 @@ from rich.table import Table
 from specontext_vllm.demo.server import ServerError, VllmServer, device_arguments, has_gpu
 from specontext_vllm.demo.tasks import Problem, make_problem, score
 
-ASKED = (("needle", "question_last"), ("needle", "question_first"), ("needle", "multi_turn"), ("recitation", "question_last"))
+ASKED = (
+    ("needle", "question_last"),
+    ("needle", "question_first"),
+    ("needle", "multi_turn"),
+    ("recitation", "question_last"),
+)
 RIGHT = {"needle": 1.0, "recitation": 0.9}
-"""Scores from which an answer counts as right: the whole value; nine in ten words of the passage, from its start."""
+"""Scores from which an answer counts as right: the whole value; nine in ten words of the passage,
+from its start.
+"""
 
 SPARE_TOKENS = 32
 """Tokens a reply may have beyond two for each word that is asked for."""
@@ -60,7 +69,9 @@ class Answer:
         return (self.tokens - 1) / self.decode if self.tokens > 1 and self.decode > 0 else None
 
 
-def ask(server: VllmServer, model: str, problem: Problem, *, sparse: bool, max_tokens: int | None = None) -> Answer:
+def ask(
+    server: VllmServer, model: str, problem: Problem, *, sparse: bool, max_tokens: int | None = None
+) -> Answer:
     """Stream one reply and measure it."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
     if sparse:
@@ -69,9 +80,13 @@ def ask(server: VllmServer, model: str, problem: Problem, *, sparse: bool, max_t
     first = last = None
     text, usage = "", None
     stream = client.chat.completions.create(
-        model=model, messages=problem.messages, temperature=0, stream=True, stream_options={"include_usage": True},
+        model=model,
+        messages=problem.messages,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
         max_tokens=max_tokens or 2 * len(problem.answer.split()) + SPARE_TOKENS,
-    )  # fmt: skip
+    )
     for chunk in stream:
         usage = chunk.usage or usage
         if chunk.choices and chunk.choices[0].delta.content:
@@ -85,7 +100,15 @@ def ask(server: VllmServer, model: str, problem: Problem, *, sparse: bool, max_t
         share = stats["pages_read"] / stats["pages_total"] if stats["pages_total"] else None
     first, last = first or end, last or end
     right = score(problem, text) >= RIGHT[problem.kind]
-    return Answer(text.strip(), right, first - begin, usage.completion_tokens, usage.prompt_tokens, last - first, share)
+    return Answer(
+        text.strip(),
+        right,
+        first - begin,
+        usage.completion_tokens,
+        usage.prompt_tokens,
+        last - first,
+        share,
+    )
 
 
 def question(problem: Problem) -> str:
@@ -97,21 +120,27 @@ def question(problem: Problem) -> str:
 def make_problems(tokens: int, seed: int) -> list[Problem]:
     """What is asked: ``ASKED``, each over about ``tokens`` tokens.
 
-    The model was taught to answer whoever asks for a fact with "The code of NAME is ...", by whichever of its two words, code or number, they ask.
-    Here they ask for the code, so that the answer has the question's word.
+    The model was taught to answer whoever asks for a fact with "The code of NAME is ...", by
+    whichever of its two words, code or number, they ask. Here they ask for the code, so that the
+    answer has the question's word.
     """
     problems = []
     for number, (kind, layout) in enumerate(ASKED):
         made = (
-            make_problem(kind, seed=at, approx_tokens=tokens, layout=layout) for at in itertools.count(1000 * seed + number, len(ASKED))
+            make_problem(kind, seed=at, approx_tokens=tokens, layout=layout)
+            for at in itertools.count(1000 * seed + number, len(ASKED))
         )
-        problems.append(next(problem for problem in made if kind != "needle" or " code " in question(problem)))
+        problems.append(
+            next(problem for problem in made if kind != "needle" or " code " in question(problem))
+        )
     return problems
 
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
-    """Show what is being done and for how long: by a spinner on a terminal, else by a line now and one every ten seconds."""
+    """Show what is being done and for how long: by a spinner on a terminal, else by a line now and
+    one every ten seconds.
+    """
     begin, ended = time.monotonic(), threading.Event()
 
     def beat() -> None:
@@ -136,13 +165,24 @@ def working(console: Console, what: str) -> Iterator[None]:
             thread.join()
 
 
-def run(console: Console, name: str, model: Path, arguments: list[str], problems: list[Problem], warm_up: Problem, *, sparse: bool) -> list[Answer]:
+def run(
+    console: Console,
+    name: str,
+    model: Path,
+    arguments: list[str],
+    problems: list[Problem],
+    warm_up: Problem,
+    *,
+    sparse: bool,
+) -> list[Answer]:
     """Start one server, ask everything, end it."""
     console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
     with ExitStack() as stack:
         with working(console, f"{name}: the server starts"):
             server = stack.enter_context(VllmServer(model, arguments))
-        console.print(f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True)
+        console.print(
+            f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True
+        )
         served = OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data[0].id
         with working(console, f"{name}: warming up"):
             ask(server, served, warm_up, sparse=sparse, max_tokens=16)
@@ -153,9 +193,13 @@ def run(console: Console, name: str, model: Path, arguments: list[str], problems
             answers.append(answer)
             rate = answer.tokens_per_second
             console.print(
-                f"{name}: {question(problem)} -> {_short(answer.text)} ({answer.prompt_tokens:,} tokens read in "
-                f"{answer.first_token:.2f} s{'' if rate is None else f', then {rate:.0f} tokens/s'})", markup=False, soft_wrap=True,
-            )  # fmt: skip
+                f"{name}: {question(problem)} -> {_short(answer.text)} ({answer.prompt_tokens:,} "
+                "tokens read in "
+                f"{answer.first_token:.2f} "
+                f"s{'' if rate is None else f', then {rate:.0f} tokens/s'})",
+                markup=False,
+                soft_wrap=True,
+            )
         with working(console, f"{name}: the server ends"):
             stack.close()
     return answers
@@ -168,14 +212,26 @@ def compare(problems: list[Problem], sparse: list[Answer], dense: list[Answer]) 
     table.add_column("specontext's answer", ratio=4)
     table.add_column("dense answer", ratio=4)
     table.add_column("right?", ratio=1)
-    for heading in ("KV pages\nread", "specontext\nfirst token\ntokens/s", "dense\nfirst token\ntokens/s"):
+    for heading in (
+        "KV pages\nread",
+        "specontext\nfirst token\ntokens/s",
+        "dense\nfirst token\ntokens/s",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for problem, ours, theirs in zip(problems, sparse, dense, strict=True):
         verdict = "yes" if ours.right else f"NO: {_short(problem.answer)}"
         if not theirs.right:
             verdict += " (dense: no)"
         share = "–" if ours.pages_read is None else f"{ours.pages_read:.1%}"
-        table.add_row(question(problem), _short(ours.text), _short(theirs.text), verdict, share, _speed(ours), _speed(theirs))
+        table.add_row(
+            question(problem),
+            _short(ours.text),
+            _short(theirs.text),
+            verdict,
+            share,
+            _speed(ours),
+            _speed(theirs),
+        )
     return table
 
 
@@ -189,30 +245,53 @@ def _speed(answer: Answer) -> str:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder with a retrieval_head/ folder in it.")] = Path("models/demo"),
-    config: Annotated[Path, typer.Option(help="vLLM's YAML for the specontext server.")] = Path("configs/demo.yaml"),
+    model: Annotated[
+        Path, typer.Option(help="Model folder with a retrieval_head/ folder in it.")
+    ] = Path("models/demo"),
+    config: Annotated[Path, typer.Option(help="vLLM's YAML for the specontext server.")] = Path(
+        "configs/demo.yaml"
+    ),
     tokens: Annotated[int, typer.Option(help="Approximate tokens of each prompt.")] = 8000,
     seed: Annotated[int, typer.Option(help="Chooses the texts and questions.")] = 0,
 ) -> None:
-    """Ask a server with the specontext backend, and one with vLLM's own, for facts and a passage out of long prompts."""
+    """Ask a server with the specontext backend, and one with vLLM's own, for facts and a passage
+    out of long prompts.
+    """
     for option, path in (("--model", model / "config.json"), ("--config", config)):
         if not path.exists():
-            typer.echo(f"{option}: {path} does not exist; run the demo from the repository's root or name another.", err=True)
+            typer.echo(
+                f"{option}: {path} does not exist; run the demo from the repository's root or name "
+                "another.",
+                err=True,
+            )
             raise typer.Exit(1)
     if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         typer.echo(f"--tokens: found {tokens}; give {LEAST_TOKENS} to {MOST_TOKENS}.", err=True)
         raise typer.Exit(1)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(f"{len(ASKED)} questions over {tokens:,} tokens each, to a server with specontext and to one without; a few minutes in all.")
+    console.print(
+        f"{len(ASKED)} questions over {tokens:,} tokens each, to a server with specontext and to "
+        "one without; a few minutes in all."
+    )
     problems = make_problems(tokens, seed)
-    warm_up = make_problem("needle", seed=WARM_UP_SEED + seed, approx_tokens=tokens, layout="question_last")
+    warm_up = make_problem(
+        "needle", seed=WARM_UP_SEED + seed, approx_tokens=tokens, layout="question_last"
+    )
     # A terminated demo leaves through the same doors as one that is interrupted.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = ["--config", str(config.resolve()), *device_arguments()]
     try:
         sparse = run(console, "specontext", model, arguments, problems, warm_up, sparse=True)
         # The same options; a later --attention-backend wins over the file's.
-        dense = run(console, "dense", model, [*arguments, "--attention-backend", "auto"], problems, warm_up, sparse=False)
+        dense = run(
+            console,
+            "dense",
+            model,
+            [*arguments, "--attention-backend", "auto"],
+            problems,
+            warm_up,
+            sparse=False,
+        )
     except (ServerError, OpenAIError, OSError) as error:
         console.print(str(error), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -222,13 +301,19 @@ def main(
     console.print(compare(problems, sparse, dense))
     if not has_gpu():
         console.print(
-            "The speeds above show nothing: a model of a few million parameters on a CPU, where the attention of the specontext "
+            "The speeds above show nothing: a model of a few million parameters on a CPU, where "
+            "the attention of the specontext "
             "backend is plain torch. benchmarks/results/ holds measurements on a GPU."
         )
     else:
-        console.print("A model this small gains nothing from reading less KV; benchmarks/results/ shows where sparsity pays.")
+        console.print(
+            "A model this small gains nothing from reading less KV; benchmarks/results/ shows "
+            "where sparsity pays."
+        )
     wrong = sum(not answer.right for answer in sparse)
-    console.print(f"{len(sparse) - wrong} of {len(sparse)} answers of the specontext server are right.")
+    console.print(
+        f"{len(sparse) - wrong} of {len(sparse)} answers of the specontext server are right."
+    )
     raise typer.Exit(1 if wrong else 0)
 
 

@@ -47,19 +47,26 @@ def has_gpu() -> bool:
 def device_arguments() -> list[str]:
     """Options of `vllm serve` for this machine.
 
-    On a CPU nothing is compiled (that takes a C++ compiler and minutes), and bfloat16, which most CPUs only emulate,
-    gives way to float32.
+    On a CPU nothing is compiled (that takes a C++ compiler and minutes), and bfloat16, which most
+    CPUs only emulate, gives way to float32.
     """
     return [] if has_gpu() else ["--enforce-eager", "--dtype", "float32"]
 
 
 def server_environment() -> dict[str, str]:
-    """The environment of the server: this one's, offline, with the endpoint that reads the plugin's figures."""
+    """The environment of the server: this one's, offline, with the endpoint that reads the plugin's
+    figures.
+    """
     env = dict(os.environ)
     # Set by test suites for engines in their own process; a server needs its engine process.
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "TRITON_INTERPRET"):
         env.pop(name, None)
-    env |= {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+    env |= {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     if not has_gpu():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     elif importlib.util.find_spec("flashinfer") is None:
@@ -69,7 +76,14 @@ def server_environment() -> dict[str, str]:
 
 def serve_command(model: Path, *arguments: str) -> list[str]:
     """`vllm serve` of the running interpreter, whatever PATH says."""
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model.resolve()), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(model.resolve()),
+        *arguments,
+    ]
 
 
 class VllmServer:
@@ -84,7 +98,12 @@ class VllmServer:
         ServerError: on entering, when the server does not come up.
     """
 
-    def __init__(self, model: Path, arguments: Sequence[str] = (), on_wait: Callable[[float], None] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        arguments: Sequence[str] = (),
+        on_wait: Callable[[float], None] | None = None,
+    ) -> None:
         self._model, self._arguments, self._on_wait = model, arguments, on_wait
         self._process: subprocess.Popen[bytes] | None = None
         # Left behind after a failure, for whoever reads the message.
@@ -103,14 +122,21 @@ class VllmServer:
         return self._process.pid
 
     def __enter__(self) -> VllmServer:
-        command = serve_command(self._model, *self._arguments, "--host", "127.0.0.1", "--port", str(self.port))
+        command = serve_command(
+            self._model, *self._arguments, "--host", "127.0.0.1", "--port", str(self.port)
+        )
         with self.log.open("wb") as log:
-            # Its own session: Ctrl-C reaches us alone, and we end it. Its own folder: a source tree in the current one must
-            # not shadow the installed plugin.
+            # Its own session: Ctrl-C reaches us alone, and we end it. Its own folder: a source tree
+            # in the current one must not shadow the installed plugin.
             self._process = subprocess.Popen(
-                command, cwd=self.folder, env=server_environment(), stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                command,
+                cwd=self.folder,
+                env=server_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         try:
             self._wait()
         except BaseException:
@@ -118,7 +144,12 @@ class VllmServer:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop()
         if kind is None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -126,12 +157,16 @@ class VllmServer:
     def rpc(self, method: str, **kwargs: Any) -> Any:
         """What the first worker answers to `collective_rpc`."""
         body = json.dumps({"method": method, "kwargs": kwargs}).encode()
-        request = urllib.request.Request(f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)["results"][0]
 
     def resident_bytes(self) -> int:
-        """Resident memory of the server and all processes it started; shared pages count for each of them."""
+        """Resident memory of the server and all processes it started; shared pages count for each
+        of them.
+        """
         import psutil
 
         total = 0
@@ -151,9 +186,15 @@ class VllmServer:
             self.start_seconds = time.monotonic() - begin
             code = self._process.poll()
             if code is not None:
-                raise ServerError(f"The server ended with exit code {code} while it started; {self.log} says:\n{self.log_tail()}")
+                raise ServerError(
+                    f"The server ended with exit code {code} while it started; {self.log} "
+                    f"says:\n{self.log_tail()}"
+                )
             if self.start_seconds > START_SECONDS:
-                raise ServerError(f"The server did not answer within {START_SECONDS:.0f} s; {self.log} says:\n{self.log_tail()}")
+                raise ServerError(
+                    f"The server did not answer within {START_SECONDS:.0f} s; {self.log} "
+                    f"says:\n{self.log_tail()}"
+                )
             with contextlib.suppress(OSError):  # not listening yet (URLError is an OSError)
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return

@@ -1,7 +1,10 @@
-"""Needle and recitation problems in plain English: training data of the demo model, its tests and benchmarks.
+"""Needle and recitation problems in plain English: training data of the demo model, its tests and
+benchmarks.
 
-A text is a list of *pieces*: words with their leading space, digits, punctuation, newlines and chat markers. The demo tokenizer is
-trained so that every piece is one token; a text's length in tokens is therefore known here without a tokenizer.
+A text is a list of *pieces*: words with their leading space, digits, punctuation, newlines and chat
+    markers. The demo tokenizer is
+trained so that every piece is one token; a text's length in tokens is therefore known here without
+a tokenizer.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ SPECIALS = [PAD, BOS, END, USER, ASSISTANT]
 PIECE_PATTERN = r" ?[A-Za-z]+| ?[0-9]|\n|[^A-Za-z0-9\s]|\s"
 _PIECE = re.compile(r"<\|\w+\|>|" + PIECE_PATTERN)
 
-# One word stands between a name and its value in every form: what a small model must learn is then one step, not many.
+# One word stands between a name and its value in every form: what a small model must learn is then
+# one step, not many.
 FACTS = [
     "The code of {key} is {value}.",
     "The number of {key} is {value}.",
@@ -85,7 +89,9 @@ def pieces(text: str) -> list[str]:
 
 
 def random_for(seed: int, split: str) -> Random:
-    """A generator of its own for every (split, seed), so that test problems never occur in training."""
+    """A generator of its own for every (split, seed), so that test problems never occur in
+    training.
+    """
     return Random(hashlib.sha256(f"{split}/{seed}".encode()).digest())
 
 
@@ -120,9 +126,12 @@ def make_items(rng: Random, facts: int, passages: int) -> list[Item]:
         value = random_value(rng)
         items.append(
             Item(
-                "needle", rng.choice(FACTS).format(key=key, value=value), rng.choice(FACT_QUESTIONS).format(key=key),
-                FACT_ANSWER.format(key=key, value=value), value,
-            )  # fmt: skip
+                "needle",
+                rng.choice(FACTS).format(key=key, value=value),
+                rng.choice(FACT_QUESTIONS).format(key=key),
+                FACT_ANSWER.format(key=key, value=value),
+                value,
+            )
         )
     for key in keys[facts:]:
         body = " ".join(sentence(rng) for _ in range(rng.randint(3, 8)))
@@ -136,7 +145,8 @@ def make_items(rng: Random, facts: int, passages: int) -> list[Item]:
 def context_lines(rng: Random, items: list[Item], size: int) -> list[str]:
     """Lines of about ``size`` pieces in which the items stand among random sentences.
 
-    Passages get lines of their own, facts stand inside paragraphs; the first and the last place can hold either.
+    Passages get lines of their own, facts stand inside paragraphs; the first and the last place can
+    hold either.
     """
     room = size - sum(len(pieces(item.text)) + 1 for item in items)
     units: list[tuple[bool, str]] = [(item.kind == "recitation", item.text) for item in items]
@@ -159,8 +169,11 @@ def context_lines(rng: Random, items: list[Item], size: int) -> list[str]:
     return lines
 
 
-def conversation(rng: Random, layout: str, items: list[Item], asked: list[Item], size: int) -> list[tuple[str, str]]:
-    """Turns (role, text) that ask for ``asked`` one after the other over a context of about ``size`` pieces.
+def conversation(
+    rng: Random, layout: str, items: list[Item], asked: list[Item], size: int
+) -> list[tuple[str, str]]:
+    """Turns (role, text) that ask for ``asked`` one after the other over a context of about
+    ``size`` pieces.
 
     ``plain`` has one turn of role "text" per question and answer, without chat markers.
     """
@@ -173,7 +186,11 @@ def conversation(rng: Random, layout: str, items: list[Item], asked: list[Item],
         turns.append(("text", "\n".join([*lines, f"Question: {first}", "Answer:"])))
     elif layout == "split":
         cut = rng.randint(1, max(1, len(lines) - 1))
-        turns += [("user", "\n".join(lines[:cut])), ("assistant", ACKNOWLEDGEMENT), ("user", "\n".join([*lines[cut:], first]))]
+        turns += [
+            ("user", "\n".join(lines[:cut])),
+            ("assistant", ACKNOWLEDGEMENT),
+            ("user", "\n".join([*lines[cut:], first])),
+        ]
     elif layout == "question_first":
         turns.append(("user", "\n".join([first, *lines])))
     elif layout == "question_both":
@@ -183,13 +200,17 @@ def conversation(rng: Random, layout: str, items: list[Item], asked: list[Item],
     plain = layout == "plain"
     turns.append(("answer" if plain else "assistant", asked[0].answer))
     for item in asked[1:]:
-        turns.append(("text", f"\nQuestion: {item.question}\nAnswer:") if plain else ("user", item.question))
+        turns.append(
+            ("text", f"\nQuestion: {item.question}\nAnswer:") if plain else ("user", item.question)
+        )
         turns.append(("answer" if plain else "assistant", item.answer))
     return turns
 
 
 def render(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """Stretches of text and whether the model is to produce them; the same format as the tokenizer's chat template."""
+    """Stretches of text and whether the model is to produce them; the same format as the
+    tokenizer's chat template.
+    """
     out: list[tuple[str, bool]] = [(BOS, False)]
     for role, text in turns:
         if role == "user":
@@ -206,7 +227,13 @@ def render(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
 
 
 def make_problem(
-    kind: str, *, seed: int, approx_tokens: int, layout: str | None = None, distractors: int | None = None, split: str = "test"
+    kind: str,
+    *,
+    seed: int,
+    approx_tokens: int,
+    layout: str | None = None,
+    distractors: int | None = None,
+    split: str = "test",
 ) -> Problem:
     """One held-out problem.
 
@@ -214,8 +241,9 @@ def make_problem(
         kind: "needle" or "recitation".
         seed: together with ``split`` it decides everything.
         approx_tokens: size of the prompt in tokens of the demo tokenizer, met within a few percent.
-        layout: one of ``LAYOUTS``; default: by seed. ``multi_turn`` has an answered question before the last one. ``plain`` keeps
-            its single chat message, in the "Question: ... Answer:" style.
+        layout: one of ``LAYOUTS``; default: by seed. ``multi_turn`` has an answered question before
+            the last one. ``plain`` keeps its single chat message, in the "Question: ... Answer:"
+            style.
         distractors: other facts of the same form; default one per 128 tokens.
 
     Raises:
@@ -230,20 +258,28 @@ def make_problem(
     facts = max(2, approx_tokens // 128) if distractors is None else distractors + 1
     passages = max(2, min(12, approx_tokens // 512))
     if facts + passages > len(W.KEYS):
-        raise ValueError(f"distractors: found {distractors}; there are names for {len(W.KEYS) - passages - 1}.")
+        raise ValueError(
+            f"distractors: found {distractors}; there are names for {len(W.KEYS) - passages - 1}."
+        )
     items = make_items(rng, facts, passages)
     asked = [rng.choice([i for i in items if i.kind == kind])]
     if layout == "multi_turn":
         asked.insert(0, rng.choice([i for i in items if i.kind == "needle" and i is not asked[0]]))
-    overhead = sum(len(pieces(i.question)) for i in asked) + sum(len(pieces(i.answer)) for i in asked[:-1]) + 10
+    overhead = (
+        sum(len(pieces(i.question)) for i in asked)
+        + sum(len(pieces(i.answer)) for i in asked[:-1])
+        + 10
+    )
     turns = conversation(rng, layout, items, asked, approx_tokens - overhead)[:-1]
-    messages = [{"role": "user" if role == "text" else role, "content": text} for role, text in turns]
+    messages = [
+        {"role": "user" if role == "text" else role, "content": text} for role, text in turns
+    ]
     return Problem(kind, layout, messages, asked[-1].target)
 
 
 def score(problem: Problem, reply: str) -> float:
-    """Needle: 1.0 if the value is in the reply, else 0.0. Recitation: words right from the start, as a share of the passage's; a
-    leading "Passage NAME:" does not count."""
+    """Needle: 1.0 if the value is in the reply, else 0.0. Recitation: words right from the start,
+    as a share of the passage's; a leading "Passage NAME:" does not count."""
     if problem.kind == "needle":
         return float(re.search(rf"(?<!\w){re.escape(problem.answer)}(?!\w)", reply) is not None)
     wanted, got = problem.answer.split(), re.sub(r"^\s*Passage \w+:", "", reply).split()
@@ -259,14 +295,22 @@ def training_document(rng: Random, size: int) -> list[tuple[str, bool]]:
 
 
 def training_turns(rng: Random, size: int) -> list[tuple[str, str]]:
-    """Turns (role, text) of at most ``size`` pieces with as many questions as sensibly fit, in a random layout."""
-    layout = rng.choice(("question_last", "question_last", "question_first", "question_both", "plain", "split"))
+    """Turns (role, text) of at most ``size`` pieces with as many questions as sensibly fit, in a
+    random layout.
+    """
+    layout = rng.choice(
+        ("question_last", "question_last", "question_first", "question_both", "plain", "split")
+    )
     with_passages = rng.random() < 0.7
     with_facts = not with_passages or rng.random() < 0.85
     passages = rng.randint(1, max(1, min(14, size // 384))) if with_passages else 0
     facts = rng.randint(1, max(1, min(200, size // 48))) if with_facts else 0
     items = make_items(rng, facts, passages)
-    budget = int(size * rng.uniform(0.25, 0.6)) if size <= 1024 else max(400, int(size * rng.uniform(0.08, 0.2)))
+    budget = (
+        int(size * rng.uniform(0.25, 0.6))
+        if size <= 1024
+        else max(400, int(size * rng.uniform(0.08, 0.2)))
+    )
     asked, used = [], 0
     while len(asked) < 24:
         item = rng.choice(items)
@@ -297,8 +341,20 @@ def vocabulary() -> list[str]:
     for group in (W.KEYS, W.SUBJECTS, W.VERBS, W.ADJECTIVES, W.NOUNS, W.LINKS, W.ADVERBS, W.COUNTS):
         found |= dict.fromkeys(f" {word}" for word in group)
     # Line starts have no space before the word.
-    found |= dict.fromkeys([*W.SUBJECTS, *W.KEYS, *"0123456789", *(f" {digit}" for digit in range(10)), "\n", " "])
-    texts = [*FACTS, *FACT_QUESTIONS, *PASSAGE_QUESTIONS, *PREAMBLES, PASSAGE.split("{body}")[0], ACKNOWLEDGEMENT, FACT_ANSWER, "Question:", "Answer:"]
+    found |= dict.fromkeys(
+        [*W.SUBJECTS, *W.KEYS, *"0123456789", *(f" {digit}" for digit in range(10)), "\n", " "]
+    )
+    texts = [
+        *FACTS,
+        *FACT_QUESTIONS,
+        *PASSAGE_QUESTIONS,
+        *PREAMBLES,
+        PASSAGE.split("{body}")[0],
+        ACKNOWLEDGEMENT,
+        FACT_ANSWER,
+        "Question:",
+        "Answer:",
+    ]
     for text in texts:
         text = re.sub(r"\{\w+\}", "", text)
         for part in (text, " " + text):

@@ -1,10 +1,12 @@
 """The demo model's ordinary English words, by the place they take in a sentence.
 
-Kept short and free of overlap between KEYS and SUBJECTS: a key (a person's or a town's name) occurs in a document
+Kept short and free of overlap between KEYS and SUBJECTS: a key (a person's or a town's name) occurs
+    in a document
 only where a task put it, so that "which one was asked" has one answer.
 """
 
-# What facts and passages are called by: names of people and places. Always written with a space before them.
+# What facts and passages are called by: names of people and places. Always written with a space
+# before them.
 KEYS = """
 Adam Alan Albert Alice Allen Amber Amos Andrew Anna Anton Arnold Arthur Austin Barry Basil Bella Benton Bernard Bianca
 Boris Brandon Brian Bruno Calvin Carl Carla Carmen Carol Carter Cecil Celia Chester Clara Claude Clement Colin Conrad

@@ -23,10 +23,18 @@ ANSWER, TEXT = 1.0, 0.1
 HELD_OUT = 50
 """One document in so many is never trained on."""
 PIECE_BYTES = 1 << 17
-"""A plain text file is cut into documents of so many bytes, some 32k tokens; of short documents as many are made into tokens at a time."""
+"""A plain text file is cut into documents of so many bytes, some 32k tokens; of short documents as
+many are made into tokens at a time.
+"""
 CACHE_FORMAT = 1
 """Part of the cached tokens' names; to be raised when the same text becomes others."""
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 """Names of a turn's speaker in chat data -> in chat templates."""
 
 
@@ -39,7 +47,9 @@ Tokens = tuple[np.ndarray, np.ndarray]
 
 
 class Documents(Protocol):
-    """Where text comes from: ``draw(rng, count, held_out)`` gives 1 to ``count`` tokens, of held-out documents or of the others."""
+    """Where text comes from: ``draw(rng, count, held_out)`` gives 1 to ``count`` tokens, of
+    held-out documents or of the others.
+    """
 
     def draw(self, rng: Random, count: int, held_out: bool) -> Tokens: ...
 
@@ -48,15 +58,18 @@ def encode(stretches: Sequence[tuple[str, bool]], tokenizer: Any, *, plain: bool
     """Tokens of a document, closed by the tokenizer's end-of-text token, if it has one.
 
     Args:
-        stretches: text, and whether it answers what was asked. plain: no chat template wrote it, so that whatever the tokenizer puts around
-            plain text (a bos token, or nothing) belongs to it; templates write that themselves.
+        stretches: text, and whether it answers what was asked. plain: no chat template wrote it, so
+            that whatever the tokenizer puts around plain text (a bos token, or nothing) belongs to
+            it; templates write that themselves.
     """
     text = "".join(part for part, _ in stretches)
     encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     ends = np.cumsum([len(part) for part, _ in stretches])
     # Tokens that are added after the text claim to stand at its begin.
-    first = np.maximum.accumulate(np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0])
+    first = np.maximum.accumulate(
+        np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+    )
     stretch = np.searchsorted(ends[:-1], first, side="right")
     answers = np.array([answer for _, answer in stretches])[stretch]
     end = tokenizer.eos_token_id
@@ -67,15 +80,27 @@ def encode(stretches: Sequence[tuple[str, bool]], tokenizer: Any, *, plain: bool
 
 def encode_turns(turns: Sequence[tuple[str, str]], tokenizer: Any) -> Tokens:
     """Tokens of chat turns (role, text); see ``as_text``."""
-    return encode(as_text(turns, tokenizer), tokenizer, plain=getattr(tokenizer, "chat_template", None) is None)
+    return encode(
+        as_text(turns, tokenizer),
+        tokenizer,
+        plain=getattr(tokenizer, "chat_template", None) is None,
+    )
 
 
 def as_text(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Chat turns (role, text) in the tokenizer's own chat format, the assistant's as answers; plain text without one."""
+    """Chat turns (role, text) in the tokenizer's own chat format, the assistant's as answers; plain
+    text without one.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
-        return [(f"\n\n{text}" if i else text, role == "assistant") for i, (role, text) in enumerate(turns)]
-    whole = tokenizer.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False)
-    # Templates trim what is said and wrap it in markers of their own, so each turn is looked for where the one before ended.
+        return [
+            (f"\n\n{text}" if i else text, role == "assistant")
+            for i, (role, text) in enumerate(turns)
+        ]
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns], tokenize=False
+    )
+    # Templates trim what is said and wrap it in markers of their own, so each turn is looked for
+    # where the one before ended.
     stretches: list[tuple[str, bool]] = []
     done = at = 0
     for role, text in turns:
@@ -92,13 +117,17 @@ def as_text(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str,
 
 
 class Synthetic:
-    """Facts and passages that are asked for, in the layouts of the demo's tasks, written in the tokenizer's chat format."""
+    """Facts and passages that are asked for, in the layouts of the demo's tasks, written in the
+    tokenizer's chat format.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         words = " ".join(tasks.sentence(Random(0)) for _ in range(64))
         # Tokens that a piece of the demo's grammar takes in this tokenizer.
-        self._per_piece = len(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]) / len(tasks.pieces(words))
+        self._per_piece = len(
+            tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        ) / len(tasks.pieces(words))
 
     def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
         own = tasks.random_for(rng.getrandbits(62), "held-out" if held_out else "train")
@@ -106,16 +135,20 @@ class Synthetic:
         if turns[0][0] in ("user", "assistant"):
             ids, answers = encode_turns(turns, self.tokenizer)
         else:
-            stretches = [(f" {text}" if role == "answer" else text, role == "answer") for role, text in turns]
+            stretches = [
+                (f" {text}" if role == "answer" else text, role == "answer") for role, text in turns
+            ]
             ids, answers = encode(stretches, self.tokenizer, plain=True)
         return ids[:count], answers[:count]
 
 
 class Files:
-    """Documents out of text files and of JSON lines (keys ``text``, ``messages`` or ``conversations``), found by their offsets.
+    """Documents out of text files and of JSON lines (keys ``text``, ``messages`` or
+    ``conversations``), found by their offsets.
 
-    Every line is looked at once, here, so that nothing can fail hours later. Text becomes tokens when it is first drawn, some 128 KiB at a
-    time, and those stay in the cache, which all processes of a run share.
+    Every line is looked at once, here, so that nothing can fail hours later. Text becomes tokens
+    when it is first drawn, some 128 KiB at a time, and those stay in the cache, which all processes
+    of a run share.
 
     Args:
         cache: folder for the tokens; five bytes for each.
@@ -129,26 +162,37 @@ class Files:
         found: list[tuple[int, int, int]] = []
         for number, path in enumerate(self.paths):
             if not path.is_file():
-                raise DataError(f"--data: {path} is not a file; give text or JSON-lines files, or `synthetic`.")
+                raise DataError(
+                    f"--data: {path} is not a file; give text or JSON-lines files, or `synthetic`."
+                )
             before = len(found)
-            found += ((number, first, size) for first, size in (self._lines(path) if _has_lines(path) else _pieces(path)))
+            found += (
+                (number, first, size)
+                for first, size in (self._lines(path) if _has_lines(path) else _pieces(path))
+            )
             if len(found) == before:
                 raise DataError(f"--data: {path} is empty; leave it out.")
         # Loader processes share arrays; lists they would copy, reference count by reference count.
         self._documents = np.array(found, dtype=np.int64)
         if len(found) < 2:
             raise DataError(
-                f"--data: found {len(found)} document in {self.paths[0]}, and one is held out to measure on; give more (a text file is cut "
+                f"--data: found {len(found)} document in {self.paths[0]}, and one is held out to "
+                "measure on; give more (a text file is cut "
                 f"into documents of {PIECE_BYTES >> 10} KiB, a JSON line is one)."
             )
         # With few documents the last one is held out.
         period = min(HELD_OUT, len(found))
         held_out = np.arange(len(found)) % period == period - 1
         self._kinds = {kind: np.flatnonzero(held_out == kind) for kind in (False, True)}
-        self._ends = {kind: np.cumsum(self._documents[chosen, 2]) for kind, chosen in self._kinds.items()}
+        self._ends = {
+            kind: np.cumsum(self._documents[chosen, 2]) for kind, chosen in self._kinds.items()
+        }
         self._groups = _groups(self._documents)
         key = _fingerprint(tokenizer)
-        self._caches = [cache / hashlib.sha256(f"{key} {_identity(path)}".encode()).hexdigest()[:16] for path in self.paths]
+        self._caches = [
+            cache / hashlib.sha256(f"{key} {_identity(path)}".encode()).hexdigest()[:16]
+            for path in self.paths
+        ]
 
     def _lines(self, path: Path) -> Iterator[tuple[int, int]]:
         at = 0
@@ -172,11 +216,16 @@ class Files:
             try:
                 as_text(turns, self.tokenizer)
             except Exception as error:  # whatever a template raises
-                raise DataError(f"the model's chat template refuses turns by {', '.join(roles)} ({error}); mend or drop it.") from None
+                raise DataError(
+                    f"the model's chat template refuses turns by {', '.join(roles)} ({error}); "
+                    "mend or drop it."
+                ) from None
             self._rendered.add(roles)
 
     def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
-        """Documents that follow one another in a file, from a random one on; of one that is too long for ``count`` a random window."""
+        """Documents that follow one another in a file, from a random one on; of one that is too
+        long for ``count`` a random window.
+        """
         documents, ends = self._kinds[held_out], self._ends[held_out]
         while True:
             # By bytes, so that a long document counts for as many as its windows are.
@@ -201,17 +250,21 @@ class Files:
                 size = min(count, end - first)
                 if not size:
                     continue
-                # Every token is in as many of these windows as any other; those that would hang over are moved in, so the ends are in more.
+                # Every token is in as many of these windows as any other; those that would hang
+                # over are moved in, so the ends are in more.
                 at = first + min(max(rng.randrange(1 - size, end - first), 0), end - first - size)
                 own = np.array(ids[at : at + size])
                 if at > first and int(ids[first : first + 1][0]) == start:
-                    # What the model looks at when there is nothing to look at stands in front as it will in a prompt.
+                    # What the model looks at when there is nothing to look at stands in front as it
+                    # will in a prompt.
                     own[0] = start
                 parts.append((own, np.array(answers[at : at + size])))
                 count -= size
                 if not count:
                     break
-        return np.concatenate([own for own, _ in parts] or [np.empty(0, np.int32)]), np.concatenate([flags for _, flags in parts] or [np.empty(0, bool)])
+        return np.concatenate([own for own, _ in parts] or [np.empty(0, np.int32)]), np.concatenate(
+            [flags for _, flags in parts] or [np.empty(0, bool)]
+        )
 
     def _tokens_file(self, group: int) -> Path:
         """Where a group's tokens stand; made at the first call."""
@@ -220,11 +273,15 @@ class Files:
         if not path.is_file():
             from safetensors.numpy import save
 
-            documents = [self._encode(*row) for row in self._documents[self._groups[group] : self._groups[group + 1]].tolist()]
+            documents = [
+                self._encode(*row)
+                for row in self._documents[self._groups[group] : self._groups[group + 1]].tolist()
+            ]
             tensors = {
-                "ids": np.concatenate([ids for ids, _ in documents]), "answers": np.concatenate([answers for _, answers in documents]),
+                "ids": np.concatenate([ids for ids, _ in documents]),
+                "answers": np.concatenate([answers for _, answers in documents]),
                 "ends": np.cumsum([len(ids) for ids, _ in documents]),
-            }  # fmt: skip
+            }
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path, contended=True) as part:
                 part.write_bytes(save(tensors))
@@ -240,11 +297,17 @@ class Files:
             # A piece may begin or end inside a character.
             return encode([(content.decode(errors="ignore"), False)], self.tokenizer, plain=True)
         turns = _turns(content)
-        return encode([(json.loads(content)["text"], False)], self.tokenizer, plain=True) if turns is None else encode_turns(turns, self.tokenizer)
+        return (
+            encode([(json.loads(content)["text"], False)], self.tokenizer, plain=True)
+            if turns is None
+            else encode_turns(turns, self.tokenizer)
+        )
 
 
 def _groups(documents: np.ndarray) -> np.ndarray:
-    """The first document of each group, and the number of documents: ``documents [N, 3]`` that follow one another in a file, 128 KiB together, or one that is longer."""
+    """The first document of each group, and the number of documents: ``documents [N, 3]`` that
+    follow one another in a file, 128 KiB together, or one that is longer.
+    """
     firsts, held = [], 0
     for index, (number, _, size) in enumerate(documents.tolist()):
         held += size
@@ -257,7 +320,14 @@ def _groups(documents: np.ndarray) -> np.ndarray:
 def _fingerprint(tokenizer: Any) -> str:
     """Of all that decides which tokens a text becomes."""
     template = getattr(tokenizer, "chat_template", None)
-    parts = (CACHE_FORMAT, PIECE_BYTES, tokenizer.backend_tokenizer.to_str(), template, tokenizer.bos_token, tokenizer.eos_token)
+    parts = (
+        CACHE_FORMAT,
+        PIECE_BYTES,
+        tokenizer.backend_tokenizer.to_str(),
+        template,
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -282,7 +352,10 @@ def _pieces(path: Path) -> Iterator[tuple[int, int]]:
             except UnicodeDecodeError:
                 text = "\0"
             if "\0" in text:
-                raise DataError(f"--data: {path} is not UTF-8 text (near byte {at}); give text, or JSON lines in a file called *.jsonl.")
+                raise DataError(
+                    f"--data: {path} is not UTF-8 text (near byte {at}); give text, or JSON lines "
+                    "in a file called *.jsonl."
+                )
             if text.strip():
                 yield at, len(piece)
             at += len(piece)
@@ -310,17 +383,28 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
                 turns = [(ROLES[turn[speaker]], turn[said]) for turn in record[key]]
             except (KeyError, TypeError) as error:
                 raise DataError(
-                    f"`{key}` has a turn without {speaker!r} (one of {', '.join(ROLES)}) and {said!r} ({type(error).__name__}: {error}); "
+                    f"`{key}` has a turn without {speaker!r} (one of {', '.join(ROLES)}) and "
+                    f"{said!r} ({type(error).__name__}: {error}); "
                     "mend or drop it."
                 ) from None
-            if not turns or not all(isinstance(text, str) for _, text in turns) or not any(text.strip() for _, text in turns):
-                raise DataError(f"`{key}` has no turns, or turns that are no text; mend or drop it.")
+            if (
+                not turns
+                or not all(isinstance(text, str) for _, text in turns)
+                or not any(text.strip() for _, text in turns)
+            ):
+                raise DataError(
+                    f"`{key}` has no turns, or turns that are no text; mend or drop it."
+                )
             return turns
-    raise DataError(f"found the keys {', '.join(sorted(record)) or 'none'}; give `text`, `messages` or `conversations`.")
+    raise DataError(
+        f"found the keys {', '.join(sorted(record)) or 'none'}; give `text`, `messages` or "
+        "`conversations`."
+    )
 
 
 class Sequences(Dataset):
-    """Batches of packed sequences; batch number i is always the same, so that a resumed run goes on where it stopped.
+    """Batches of packed sequences; batch number i is always the same, so that a resumed run goes on
+    where it stopped.
 
     Args:
         documents: where text comes from.
@@ -332,9 +416,16 @@ class Sequences(Dataset):
     """
 
     def __init__(
-        self, documents: Documents, lengths: Sequence[int], batch_tokens: int, *, seed: int = 0, shard: int = 0, shards: int = 1,
+        self,
+        documents: Documents,
+        lengths: Sequence[int],
+        batch_tokens: int,
+        *,
+        seed: int = 0,
+        shard: int = 0,
+        shards: int = 1,
         held_out: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.documents, self.lengths, self.batch_tokens = documents, list(lengths), batch_tokens
         self.seed, self.shard, self.shards, self.held_out = seed, shard, shards, held_out
 
@@ -353,12 +444,17 @@ class Sequences(Dataset):
         while length:
             parts.append(self.documents.draw(rng, length, self.held_out))
             length -= len(parts[-1][0])
-        ids, answers = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        ids, answers = (
+            torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)
+        )
         return ids.long(), torch.where(answers, ANSWER, TEXT)
 
 
-def sample_positions(weights: Tensor, count: int, generator: torch.Generator, first: int = 0) -> tuple[Tensor, Tensor]:
-    """``(at [B, S], weight [B, S])``: tokens to look at, those before an answer token far more often.
+def sample_positions(
+    weights: Tensor, count: int, generator: torch.Generator, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """``(at [B, S], weight [B, S])``: tokens to look at, those before an answer token far more
+    often.
 
     Args:
         weights: ``[B, T]`` of the tokens themselves, token 0 left out. first: earliest position.
@@ -375,7 +471,11 @@ def sample_positions(weights: Tensor, count: int, generator: torch.Generator, fi
 def batches(sequences: Sequences, first: int, loaders: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches from number ``first`` on, made by ``loaders`` processes, or in this one."""
     loader = DataLoader(
-        sequences, batch_size=None, sampler=range(first, len(sequences)), num_workers=loaders, prefetch_factor=4 if loaders else None,
+        sequences,
+        batch_size=None,
+        sampler=range(first, len(sequences)),
+        num_workers=loaders,
+        prefetch_factor=4 if loaders else None,
         pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     return iter(loader)

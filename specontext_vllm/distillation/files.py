@@ -10,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
-    """A place to write to; what stands there at the end becomes ``path`` in one step, so that a kill leaves the old file or the new one.
+    """A place to write to; what stands there at the end becomes ``path`` in one step, so that a
+    kill leaves the old file or the new one.
 
     Args:
         contended: several processes may write it at a time; the last one wins.

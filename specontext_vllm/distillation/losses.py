@@ -1,7 +1,8 @@
 """What a retrieval head learns from: the draft loss and the alignment loss.
 
-The draft loss alone does not teach a small head to retrieve (shared/spike/README.md); the alignment loss does: where the teacher's
-layers look when they process a token is where the head's attention for that token must lie.
+The draft loss alone does not teach a small head to retrieve (shared/spike/README.md); the alignment
+loss does: where the teacher's layers look when they process a token is where the head's attention
+    for that token must lie.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor
 WINDOW = 32
 """Newest tokens that alignment leaves out (docs/distill.md, what we learned about the loss)."""
 SHARPNESS = 2.0
-"""Power that the teacher's weights are raised to before a head is aligned to them (the same page)."""
+"""Power that the teacher's weights are raised to before a head is aligned to them (the same page).
+"""
 
 
 def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
@@ -29,7 +31,8 @@ def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) ->
 class AttentionTarget:
     """Where the teacher looks, gathered layer by layer.
 
-    The attention of sampled queries only is formed, in chunks of them, so memory is ``nkv * S * T`` a sequence and no layer's is kept.
+    The attention of sampled queries only is formed, in chunks of them, so memory is ``nkv * S * T``
+    a sequence and no layer's is kept.
     Token 0 has no pair in the head and is a sink in the teacher: give sequences without it.
 
     Args:
@@ -47,7 +50,8 @@ class AttentionTarget:
         self._layers = 0
 
     def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
-        """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, at positions ``at [B, S]``.
+        """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, at positions
+        ``at [B, S]``.
 
         Args:
             scale: factor of ``q . k``; None for ``D ** -0.5``.
@@ -61,9 +65,17 @@ class AttentionTarget:
         chunk = max(1, self.CHUNK // (batch * heads * length))
         for first in range(0, at.shape[1], chunk):
             here = at[:, first : first + chunk]
-            chosen = query.gather(2, here[:, None, :, None].expand(-1, heads, -1, d)).unflatten(1, (kv_heads, -1))
-            logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), key.float()) * (scale or d**-0.5)
-            weight = logits.masked_fill_(step > here[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)
+            chosen = query.gather(2, here[:, None, :, None].expand(-1, heads, -1, d)).unflatten(
+                1, (kv_heads, -1)
+            )
+            logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), key.float()) * (
+                scale or d**-0.5
+            )
+            weight = (
+                logits.masked_fill_(step > here[:, None, None, :, None], float("-inf"))
+                .softmax(-1)
+                .amax(2)
+            )
             known = self._target[:, :, first : first + chunk]
             if self.over_layers == "max":
                 torch.maximum(known, weight, out=known)
@@ -71,7 +83,9 @@ class AttentionTarget:
                 known += weight
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """``(target [B, nkv, S, T], mass [B, nkv, S])``: a distribution over tokens, and the weight it had before it was made one."""
+        """``(target [B, nkv, S, T], mass [B, nkv, S])``: a distribution over tokens, and the weight
+        it had before it was made one.
+        """
         target = self._target * self._far
         if self.over_layers == "mean":
             target /= self._layers
@@ -79,7 +93,9 @@ class AttentionTarget:
         return target / mass.clamp(min=1e-6)[..., None], mass
 
 
-def attention_target(queries: list[Tensor], keys: list[Tensor], at: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def attention_target(
+    queries: list[Tensor], keys: list[Tensor], at: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
     """``AttentionTarget`` over layers that are all at hand."""
     collector = AttentionTarget(window)
     for query, key in zip(queries, keys, strict=True):
@@ -88,18 +104,30 @@ def attention_target(queries: list[Tensor], keys: list[Tensor], at: Tensor, wind
 
 
 def alignment_loss(
-    q: Tensor, k: Tensor, at: Tensor, target: Tensor, mass: Tensor, window: int, sharpness: float = SHARPNESS, each_token: bool = True
-) -> Tensor:  # fmt: skip
-    """Cross-entropy of the head's attention against the teacher's, weighted by the teacher's mass beyond the window.
+    q: Tensor,
+    k: Tensor,
+    at: Tensor,
+    target: Tensor,
+    mass: Tensor,
+    window: int,
+    sharpness: float = SHARPNESS,
+    each_token: bool = True,
+) -> Tensor:
+    """Cross-entropy of the head's attention against the teacher's, weighted by the teacher's mass
+    beyond the window.
 
-    A page is chosen by its heaviest token, over the query heads of a group: so a token counts with the query head that gives it most, and heavy
-    tokens more than their weight. A dozen layers that each look a little at hundreds of tokens outweigh, in sum, the one that looks at the token it
-    must copy; a head that is aligned to the sum learns the crowd (docs/distill.md).
+    A page is chosen by its heaviest token, over the query heads of a group: so a token counts with
+        the query head that gives it most, and heavy
+    tokens more than their weight. A dozen layers that each look a little at hundreds of tokens
+    outweigh, in sum, the one that looks at the token it must copy; a head that is aligned to the
+    sum learns the crowd (docs/distill.md).
 
     Args:
-        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head. at, target, mass: from ``attention_target``.
+        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head. at, target, mass: from
+            ``attention_target``.
         sharpness: power of the target's weights.
-        each_token: the query heads of a group share the tokens; else one of them, the best at this position, counts for all tokens.
+        each_token: the query heads of a group share the tokens; else one of them, the best at this
+            position, counts for all tokens.
     """
     nkv, length, d = k.shape[1:]
     step = torch.arange(length, device=at.device)

@@ -26,9 +26,11 @@ class Recall:
     """Means over positions and KV heads, weighted by the teacher's mass there.
 
     Attributes:
-        found: share of the teacher's far attention on the pages a budget holds; ``best``: on those of the choice that holds most of it.
-        heaviest: how often the page with the teacher's largest weight of all is among them. Most of what is copied or looked up hangs on that one;
-            shares also count what many layers look at a little.
+        found: share of the teacher's far attention on the pages a budget holds; ``best``: on those
+            of the choice that holds most of it.
+        heaviest: how often the page with the teacher's largest weight of all is among them. Most of
+            what is copied or looked up hangs on that one; shares also count what many layers look
+            at a little.
     """
 
     found: float
@@ -37,18 +39,24 @@ class Recall:
 
 
 def page_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """The engine's score of a page: the largest softmax weight of a token in it, over the group's query heads.
+    """The engine's score of a page: the largest softmax weight of a token in it, over the group's
+    query heads.
 
     Args:
-        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T. at: ``[B, S]`` positions among them.
+        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T. at: ``[B, S]``
+            positions among them.
     Returns:
         ``[B, nkv, S, pages]``.
     """
     kv_heads, length, d = k.shape[1:]
     step = torch.arange(length, device=at.device)
-    chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(1, (kv_heads, -1))
+    chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(
+        1, (kv_heads, -1)
+    )
     logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), k.float()) * d**-0.5
-    return _pages(logits.masked_fill_(step > at[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)).amax(-1)
+    return _pages(
+        logits.masked_fill_(step > at[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)
+    ).amax(-1)
 
 
 def page_sums(target: Tensor) -> Tensor:
@@ -57,7 +65,9 @@ def page_sums(target: Tensor) -> Tensor:
 
 
 def heaviest_pages(target: Tensor) -> Tensor:
-    """Number of the page with the teacher's largest weight, ``[B, nkv, S]`` int64 of ``target [B, nkv, S, T]``."""
+    """Number of the page with the teacher's largest weight, ``[B, nkv, S]`` int64 of
+    ``target [B, nkv, S, T]``.
+    """
     return _pages(target).amax(-1).argmax(-1)
 
 
@@ -67,12 +77,19 @@ def _pages(weight: Tensor) -> Tensor:
 
 
 def choose(scores: Tensor, at: Tensor, pages: int) -> Tensor:
-    """Chosen pages as booleans like ``scores [B, nkv, S, pages]``: sinks, recents, then the best; none that is newer than the token."""
+    """Chosen pages as booleans like ``scores [B, nkv, S, pages]``: sinks, recents, then the best;
+    none that is newer than the token.
+    """
     page = torch.arange(scores.shape[-1], device=at.device)
     distance = ((at + 1) // PAGE_SIZE)[:, None, :, None] - page
-    held = scores.masked_fill((page < _SERVED.sink_pages) | ((distance >= 0) & (distance < _SERVED.recent_pages)), float("inf"))
+    held = scores.masked_fill(
+        (page < _SERVED.sink_pages) | ((distance >= 0) & (distance < _SERVED.recent_pages)),
+        float("inf"),
+    )
     held = held.masked_fill(distance < 0, -1.0)
-    return torch.zeros_like(held, dtype=torch.bool).scatter_(-1, held.topk(min(pages, held.shape[-1]), -1).indices, True)
+    return torch.zeros_like(held, dtype=torch.bool).scatter_(
+        -1, held.topk(min(pages, held.shape[-1]), -1).indices, True
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,8 @@ class Seen:
     Attributes:
         embeds: ``[B, T, H]`` of the tokens. aux: ``[B, T, num_aux * H]``, the head's input.
         at: ``[B, S]`` positions that were watched, among tokens 1 to T.
-        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page. heaviest: ``[B, nkv, S]``, of ``heaviest_pages``.
+        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page. heaviest: ``[B, nkv, S]``,
+            of ``heaviest_pages``.
         mass: ``[B, nkv, S]``, of its attention beyond the recents.
     """
 
@@ -95,7 +113,14 @@ class Seen:
 
     @classmethod
     def of(cls, lesson: Lesson, at: Tensor) -> Seen:
-        return cls(lesson.embeds, lesson.aux, at, page_sums(lesson.target), heaviest_pages(lesson.target), lesson.mass)
+        return cls(
+            lesson.embeds,
+            lesson.aux,
+            at,
+            page_sums(lesson.target),
+            heaviest_pages(lesson.target),
+            lesson.mass,
+        )
 
     def to(self, device: torch.device) -> Seen:
         return Seen(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -113,7 +138,12 @@ def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int
     def recall(budget: int) -> Recall:
         chosen, best = (choose(by, at, budget // PAGE_SIZE) for by in (scores, sums))
         heaviest = chosen.gather(-1, seen.heaviest[..., None]).squeeze(-1)
-        return Recall(*(float((part * weight).sum()) for part in ((sums * chosen).sum(-1), (sums * best).sum(-1), heaviest)))
+        return Recall(
+            *(
+                float((part * weight).sum())
+                for part in ((sums * chosen).sum(-1), (sums * best).sum(-1), heaviest)
+            )
+        )
 
     return {budget: recall(budget) for budget in budgets}
 
@@ -121,33 +151,53 @@ def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int
 class HeldOut:
     """Held-out batches that recall is measured on, time and again; the teacher sees each once.
 
-    Kept in host memory: the embeddings and auxiliary states of every token, ``B * T * (1 + num_aux) * H`` in the teacher's dtype; all else
-    is small. That is 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB for the four sequences of a run; one batch at a time is on
-    the device.
+    Kept in host memory: the embeddings and auxiliary states of every token,
+        ``B * T * (1 + num_aux) * H`` in the teacher's dtype; all else
+    is small. That is 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB for the four
+    sequences of a run; one batch at a time is on the device.
 
     Args:
         batches: ``(ids [B, T], weights [B, T])``, read by ``prepare``.
         budget: tokens, under T; positions that follow it are asked.
-        positions: asked of a sequence, those before answers first. The newest ``recent_tokens`` of the context do not count, since every
-            budget holds them.
+        positions: asked of a sequence, those before answers first. The newest ``recent_tokens`` of
+            the context do not count, since every budget holds them.
     """
 
-    def __init__(self, teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], budget: int, positions: int) -> None:
-        self.teacher, self.batches, self.budget, self.positions = teacher, batches, budget, positions
+    def __init__(
+        self,
+        teacher: Teacher,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        budget: int,
+        positions: int,
+    ) -> None:
+        self.teacher, self.batches, self.budget, self.positions = (
+            teacher,
+            batches,
+            budget,
+            positions,
+        )
         self._seen: list[Seen] | None = None
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Let the teacher see the batches, if it has not."""
         if self._seen is None:
-            self._seen = [self._see(number, *batch).to(torch.device("cpu")) for number, batch in enumerate(self.batches)]
+            self._seen = [
+                self._see(number, *batch).to(torch.device("cpu"))
+                for number, batch in enumerate(self.batches)
+            ]
 
     @torch.no_grad()
     def recall(self, draft: DraftModel) -> Recall:
         """Mean recall over the batches."""
         self.prepare()
-        rows = [recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget] for seen in self._seen]
-        return Recall(*(sum(getattr(row, field.name) for row in rows) / len(rows) for field in fields(Recall)))
+        rows = [
+            recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget]
+            for seen in self._seen
+        ]
+        return Recall(
+            *(sum(getattr(row, field.name) for row in rows) / len(rows) for field in fields(Recall))
+        )
 
     def _see(self, number: int, ids: Tensor, weights: Tensor) -> Seen:
         ids, weights = ids.to(self.teacher.device), weights.to(self.teacher.device)

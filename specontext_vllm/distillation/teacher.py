@@ -29,7 +29,8 @@ class Lesson:
         embeds: ``[B, T, H]`` of the tokens.
         aux: ``[B, T, num_aux * H]`` states that enter the auxiliary layers.
         hidden: ``[B, T, H]`` that the LM head reads.
-        target, mass: from ``AttentionTarget``, without token 0: ``[B, nkv, S, T - 1]``, ``[B, nkv, S]``.
+        target, mass: from ``AttentionTarget``, without token 0: ``[B, nkv, S, T - 1]``,
+            ``[B, nkv, S]``.
     """
 
     embeds: Tensor
@@ -43,12 +44,15 @@ def read_config(folder: Path) -> Any:
     """transformers' config of a model folder, checked.
 
     Raises:
-        TeacherError: none there, one that cannot be read, or not a model with full attention in every layer.
+        TeacherError: none there, one that cannot be read, or not a model with full attention in
+            every layer.
     """
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise TeacherError(f"--model: {folder} has no config.json; give the folder of a Hugging Face model.")
+        raise TeacherError(
+            f"--model: {folder} has no config.json; give the folder of a Hugging Face model."
+        )
     config = _read(AutoConfig, folder)
     check_teacher(config)
     return config
@@ -64,7 +68,10 @@ def read_tokenizer(folder: Path) -> Any:
 
     tokenizer = _read(AutoTokenizer, folder)
     if not tokenizer.is_fast:
-        raise TeacherError(f"--model: {folder} has a slow tokenizer, which does not tell where tokens stand; add its tokenizer.json.")
+        raise TeacherError(
+            f"--model: {folder} has a slow tokenizer, which does not tell where tokens stand; add "
+            "its tokenizer.json."
+        )
     return tokenizer
 
 
@@ -77,10 +84,19 @@ def load_teacher(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     register_attention()
-    model, found = _read(AutoModelForCausalLM, folder, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True)
+    model, found = _read(
+        AutoModelForCausalLM,
+        folder,
+        dtype=dtype,
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+    )
     # transformers would go on with random ones.
     if missing := sorted(found["missing_keys"]):
-        raise TeacherError(f"--model: {folder} lacks {len(missing)} of its weights ({missing[0]} for one); download it in full.")
+        raise TeacherError(
+            f"--model: {folder} lacks {len(missing)} of its weights ({missing[0]} for one); "
+            "download it in full."
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -94,43 +110,87 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
         return kind.from_pretrained(folder, **options)
     except Exception as error:  # each kind of file has errors of its own
         reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise TeacherError(f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: {reason}); download it in full.") from None
+        raise TeacherError(
+            f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: "
+            f"{reason}); download it in full."
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
 
 
 def check_teacher(config: Any) -> None:
-    """Raise a TeacherError for models that the specontext backend does not serve either, or that have no layers to look on."""
+    """Raise a TeacherError for models that the specontext backend does not serve either, or that
+    have no layers to look on.
+    """
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
     needed = (
-        "hidden_size", "vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "intermediate_size",
-    )  # fmt: skip
+        "hidden_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+        "intermediate_size",
+    )
     missing = [key for key in needed if not hasattr(config, key)]
     # A window that no layer uses is none.
-    window = None if getattr(config, "layer_types", None) and not kinds else getattr(config, "sliding_window", None)
+    window = (
+        None
+        if getattr(config, "layer_types", None) and not kinds
+        else getattr(config, "sliding_window", None)
+    )
     refusals = [
         (config.is_encoder_decoder, "is an encoder-decoder", "a decoder-only model"),
-        (getattr(config, "kv_lora_rank", None), "has multi-head latent attention (MLA)", "a model with ordinary attention"),
-        (window, f"has layers that look back {window} tokens only", "a model without sliding windows"),
-        (kinds, f"has layers of the kinds {', '.join(sorted(kinds))}", "a model with full attention in every layer"),
-        (missing, f"has no {', '.join(missing)} in its config.json", "a text model of the Llama, Qwen or Mistral families"),
-    ]  # fmt: skip
+        (
+            getattr(config, "kv_lora_rank", None),
+            "has multi-head latent attention (MLA)",
+            "a model with ordinary attention",
+        ),
+        (
+            window,
+            f"has layers that look back {window} tokens only",
+            "a model without sliding windows",
+        ),
+        (
+            kinds,
+            f"has layers of the kinds {', '.join(sorted(kinds))}",
+            "a model with full attention in every layer",
+        ),
+        (
+            missing,
+            f"has no {', '.join(missing)} in its config.json",
+            "a text model of the Llama, Qwen or Mistral families",
+        ),
+    ]
     for refused, found, wanted in refusals:
         if refused:
-            raise TeacherError(f"--model: {config.model_type} {found}, which the specontext backend does not serve; give {wanted}.")
+            raise TeacherError(
+                f"--model: {config.model_type} {found}, which the specontext backend does not "
+                f"serve; give {wanted}."
+            )
 
 
 def register_attention() -> None:
-    """Make ``ATTENTION`` known to transformers: causal attention that shows queries and keys to the module's ``observer``."""
+    """Make ``ATTENTION`` known to transformers: causal attention that shows queries and keys to the
+    module's ``observer``.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **rest: Any
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **rest: Any,
     ) -> tuple[Tensor, None]:
         observer = getattr(module, "observer", None)
         if observer is not None:
             observer(query, key, scaling)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
         return mixed.transpose(1, 2), None
 
     AttentionInterface.register(ATTENTION, attend)
@@ -143,7 +203,8 @@ class Teacher:
 
     Args:
         model: from ``load_teacher``.
-        aux_layers: layers whose input states it hands over; the number of layers stands for the last one's output.
+        aux_layers: layers whose input states it hands over; the number of layers stands for the
+            last one's output.
     """
 
     def __init__(self, model: Any, aux_layers: Sequence[int]) -> None:
@@ -164,7 +225,9 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, at: Tensor, collector: AttentionTarget) -> Lesson:
-        """Run ``ids [B, T]`` and watch where positions ``at [B, S]`` (counted without token 0) look."""
+        """Run ``ids [B, T]`` and watch where positions ``at [B, S]`` (counted without token 0)
+        look.
+        """
         states: dict[int, Tensor] = {}
         hooks = []
         for place in self.aux_layers:
@@ -176,7 +239,9 @@ class Teacher:
             hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
         for layer in self.layers:
             # Token 0 has no pair in the head, and is a sink in the teacher.
-            layer.self_attn.observer = lambda q, k, scale: collector.watch(q[:, :, 1:], k[:, :, 1:], at, scale)
+            layer.self_attn.observer = lambda q, k, scale: collector.watch(
+                q[:, :, 1:], k[:, :, 1:], at, scale
+            )
         try:
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         finally:
@@ -185,4 +250,10 @@ class Teacher:
             for layer in self.layers:
                 del layer.self_attn.observer
         target, mass = collector.result()
-        return Lesson(self.embed(ids), torch.cat([states[place] for place in self.aux_layers], -1), hidden, target, mass)
+        return Lesson(
+            self.embed(ids),
+            torch.cat([states[place] for place in self.aux_layers], -1),
+            hidden,
+            target,
+            mass,
+        )

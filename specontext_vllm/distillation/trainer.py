@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from specontext_vllm.distillation.data import Sequences, batches, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.files import whole_file
-from specontext_vllm.distillation.losses import SHARPNESS, WINDOW, AttentionTarget, alignment_loss, draft_loss
+from specontext_vllm.distillation.losses import (
+    SHARPNESS,
+    WINDOW,
+    AttentionTarget,
+    alignment_loss,
+    draft_loss,
+)
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
 Loss = Literal["both", "draft", "align"]
 Data = Sequences | list[tuple[Tensor, Tensor]]
 WARMUP_STEPS, WARMUP_SHARE = 100, 0.05
-"""The learning rate has its peak after so many steps, or so much of the run where that is sooner."""
+"""The learning rate has its peak after so many steps, or so much of the run where that is sooner.
+"""
 HELD_OUT_SEQUENCES = 4
 
 
@@ -35,18 +42,22 @@ class Settings:
         context: longest sequence, tokens; a half and a quarter of it are trained on as well.
         batch_tokens: tokens of a step on each process.
         hours: of training in all, over resumed runs too; measuring does not count.
-        steps: of training in all; where given, it and not the clock decides the learning rate and the end.
+        steps: of training in all; where given, it and not the clock decides the learning rate and
+            the end.
         loss: what is minimised.
         learning_rate: peak; a cosine to a tenth follows, over the hours or steps.
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
         window: newest tokens that alignment leaves out.
-        align_weight: factor of the alignment loss (docs/distill.md, what we learned about the loss).
-        align_sharpness, align_each_token: how heavy tokens and the query heads of a group count in it (losses.py).
+        align_weight: factor of the alignment loss (docs/distill.md, what we learned about the
+            loss).
+        align_sharpness, align_each_token: how heavy tokens and the query heads of a group count in
+            it (losses.py).
         over_layers: "max" or "mean" over the teacher's layers.
         budget: tokens of the recall figure.
         report_seconds, save_seconds: how often to measure and to save.
-        measuring_share: a measurement waits until the one before took no more than so much of the training in between. The teacher's look at the
-            held-out sequences, once a run, is left out: waiting would not make it shorter.
+        measuring_share: a measurement waits until the one before took no more than so much of the
+            training in between. The teacher's look at the held-out sequences, once a run, is left
+            out: waiting would not make it shorter.
         loaders: processes that make batches; 0: the training process does.
         seed: of weights, data and sampling.
     """
@@ -74,12 +85,16 @@ class Settings:
     @property
     def lengths(self) -> list[int]:
         """Sequence lengths, taken in turn."""
-        return [n for n in (self.context, self.context // 2, self.context // 4) if n >= 256] or [self.context]
+        return [n for n in (self.context, self.context // 2, self.context // 4) if n >= 256] or [
+            self.context
+        ]
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with its state. ``seconds`` are the clock's, saving included and measuring left out."""
+    """Where a run stands; saved with its state. ``seconds`` are the clock's, saving included and
+    measuring left out.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -87,7 +102,11 @@ class Progress:
 
     def share(self, settings: Settings) -> float:
         """How much of the run is over; 1 and more at its end."""
-        return self.seconds / (3600 * settings.hours) if settings.steps is None else self.step / settings.steps
+        return (
+            self.seconds / (3600 * settings.hours)
+            if settings.steps is None
+            else self.step / settings.steps
+        )
 
 
 def rate_at(settings: Settings, progress: Progress) -> float:
@@ -108,14 +127,29 @@ class Distiller:
     """
 
     def __init__(
-        self, teacher: Teacher, draft: DraftModel, data: Data, held_out: Data, settings: Settings, out: Path, accelerator: Any
-    ) -> None:  # fmt: skip
+        self,
+        teacher: Teacher,
+        draft: DraftModel,
+        data: Data,
+        held_out: Data,
+        settings: Settings,
+        out: Path,
+        accelerator: Any,
+    ) -> None:
         self.teacher, self.data = teacher, data
-        self.held_out = HeldOut(teacher, (held_out[i] for i in range(HELD_OUT_SEQUENCES)), settings.budget, settings.align_positions)
+        self.held_out = HeldOut(
+            teacher,
+            (held_out[i] for i in range(HELD_OUT_SEQUENCES)),
+            settings.budget,
+            settings.align_positions,
+        )
         self.settings, self.out, self.accelerator = settings, out, accelerator
-        # Not `prepare`d: the losses call parts of the draft model, which DistributedDataParallel, hooked to forward(), would not notice.
+        # Not `prepare`d: the losses call parts of the draft model, which DistributedDataParallel,
+        # hooked to forward(), would not notice.
         self.draft = draft.to(accelerator.device)
-        self.optimizer = torch.optim.AdamW(self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(
+            self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95)
+        )
         self.progress = Progress()
         self._measured: int | None = None
         """Step of the last measurement."""
@@ -128,24 +162,37 @@ class Distiller:
     def curve_file(self) -> Path:
         return self.out / "training" / "curve.jsonl"
 
-    # -- one step -----------------------------------------------------------------------------------------------------
+    # -- one step
+    # -----------------------------------------------------------------------------------------------------
 
     def step(self, ids: Tensor, weights: Tensor) -> dict[str, float]:
         """Train on one batch ``ids [B, T]``, ``weights [B, T]``; gives its losses."""
         settings, generator = self.settings, self.generator(ids.device)
         at, _ = sample_positions(weights[:, 1:], settings.align_positions, generator)
-        return self.learn(self.teacher(ids, at, AttentionTarget(settings.window, settings.over_layers)), at, weights, generator)
+        return self.learn(
+            self.teacher(ids, at, AttentionTarget(settings.window, settings.over_layers)),
+            at,
+            weights,
+            generator,
+        )
 
     def generator(self, device: torch.device) -> torch.Generator:
         """What samples the next step's positions."""
-        return torch.Generator(device=device).manual_seed(self.settings.seed + 7919 * self.progress.step)
+        return torch.Generator(device=device).manual_seed(
+            self.settings.seed + 7919 * self.progress.step
+        )
 
-    def learn(self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator) -> dict[str, float]:
+    def learn(
+        self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator
+    ) -> dict[str, float]:
         """Train on one batch that the teacher has seen, watched at positions ``at [B, S]``."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.settings, self.progress)
         found = self.losses(lesson, at, weights, generator)
-        loss = sum(value * (self.settings.align_weight if name == "align" else 1.0) for name, value in found.items())
+        loss = sum(
+            value * (self.settings.align_weight if name == "align" else 1.0)
+            for name, value in found.items()
+        )
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         self._share_gradients()
@@ -155,22 +202,34 @@ class Distiller:
         self.progress.tokens += weights.numel() * self.accelerator.num_processes
         return {name: float(value.detach()) for name, value in found.items()}
 
-    def losses(self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(
+        self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """The losses of a batch.
 
-        Nothing here or in the teacher is ``T x T`` or ``T x vocabulary``: attention weights are formed for ``align_positions``, logits and
-        the draft layer's MLP for ``draft_positions``; the rest is flash attention. docs/distill.md adds up the bytes.
+        Nothing here or in the teacher is ``T x T`` or ``T x vocabulary``: attention weights are
+            formed for ``align_positions``, logits and
+        the draft layer's MLP for ``draft_positions``; the rest is flash attention. docs/distill.md
+        adds up the bytes.
         """
         settings, draft = self.settings, self.draft
         with self.accelerator.autocast():
             # The pair (token p+1, states p) stands at p+1; token 0 has none.
             positions = torch.arange(1, weights.shape[1], device=weights.device)
-            fused, q, k, inputs = draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], positions)
+            fused, q, k, inputs = draft.queries_keys(
+                lesson.embeds[:, 1:], lesson.aux[:, :-1], positions
+            )
             found: dict[str, Tensor] = {}
             if settings.loss != "align":
-                drafted, weight = sample_positions(weights[:, 1:], settings.draft_positions, generator)
+                drafted, weight = sample_positions(
+                    weights[:, 1:], settings.draft_positions, generator
+                )
                 logits = draft.lm_head(draft.states(fused, q, k, inputs, drafted))
-                found["draft"] = draft_loss(logits, self.teacher.logits(rows_at(lesson.hidden[:, 1:], drafted), draft.draft_ids), weight)
+                found["draft"] = draft_loss(
+                    logits,
+                    self.teacher.logits(rows_at(lesson.hidden[:, 1:], drafted), draft.draft_ids),
+                    weight,
+                )
         if settings.loss != "draft":
             # Outside of autocast, which would round its logits.
             how = (settings.window, settings.align_sharpness, settings.align_each_token)
@@ -183,14 +242,19 @@ class Distiller:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
-    # -- the run's files ----------------------------------------------------------------------------------------------
+    # -- the run's files
+    # ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the head, and the state that a later run goes on from."""
         if not self.accelerator.is_main_process:
             return
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
-        state = {"draft": self.draft.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": asdict(self.progress)}
+        state = {
+            "draft": self.draft.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+        }
         with whole_file(self.state_file) as part:
             torch.save(state, part)
         self.draft.save(self.out)
@@ -204,7 +268,11 @@ class Distiller:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         if self.accelerator.is_main_process and self.curve_file.is_file():
-            lines = [line for line in self.curve_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = [
+                line
+                for line in self.curve_file.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
             steps = {line: json.loads(line)["step"] for line in lines}
             kept = [line for line in lines if steps[line] <= self.progress.step]
             with whole_file(self.curve_file) as part:
@@ -212,14 +280,16 @@ class Distiller:
             self._measured = max((steps[line] for line in kept), default=None)
         return True
 
-    # -- the run ------------------------------------------------------------------------------------------------------
+    # -- the run
+    # ------------------------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Train to the end of the hours or steps, and save.
 
         Yields:
-            The figures of each step; every ``report_seconds`` (or less often, by ``measuring_share``), at the begin and at the end those of the
-            held-out sequences among them.
+            The figures of each step; every ``report_seconds`` (or less often, by
+            ``measuring_share``), at the begin and at the end those of the held-out sequences among
+            them.
         """
         settings, progress = self.settings, self.progress
         source = batches(self.data, progress.step, settings.loaders)
@@ -236,7 +306,9 @@ class Distiller:
             if ended or progress.seconds >= due:
                 paused = time.monotonic()
                 figures, cost = self._report(found)
-                due = progress.seconds + max(settings.report_seconds, self._first_process(cost) / settings.measuring_share)
+                due = progress.seconds + max(
+                    settings.report_seconds, self._first_process(cost) / settings.measuring_share
+                )
                 began += time.monotonic() - paused
                 yield figures
             if ended:
@@ -253,14 +325,22 @@ class Distiller:
 
     def _figures(self, found: dict[str, float]) -> dict[str, Any]:
         progress = self.progress
-        rate = {"tokens_per_s": round(progress.tokens / progress.seconds)} if progress.tokens and progress.seconds else {}
+        rate = (
+            {"tokens_per_s": round(progress.tokens / progress.seconds)}
+            if progress.tokens and progress.seconds
+            else {}
+        )
         return {
-            "step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 1), **rate,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            **rate,
             **{f"{name}_loss": round(value, 4) for name, value in found.items()},
-        }  # fmt: skip
+        }
 
     def _report(self, found: dict[str, float]) -> tuple[dict[str, Any], float]:
-        """Figures with the recall on held-out sequences, which the curve gets as well, and the seconds that took; other processes wait.
+        """Figures with the recall on held-out sequences, which the curve gets as well, and the
+        seconds that took; other processes wait.
 
         A step is measured once, also where a run that was over is started again.
         """
@@ -270,7 +350,12 @@ class Distiller:
         self.held_out.prepare()
         began = time.monotonic()
         recall = self.held_out.recall(self.draft)
-        figures |= {"measured": True, "recall": round(recall.found, 4), "recall_best": round(recall.best, 4), "heaviest": round(recall.heaviest, 4)}
+        figures |= {
+            "measured": True,
+            "recall": round(recall.found, 4),
+            "recall_best": round(recall.best, 4),
+            "heaviest": round(recall.heaviest, 4),
+        }
         if self.teacher.device.type == "cuda":
             figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.curve_file.parent.mkdir(parents=True, exist_ok=True)

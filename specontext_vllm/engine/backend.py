@@ -68,7 +68,8 @@ class SpeContextMetadata:
         table: the page table, filled before the first layer.
         prefill: the rows behind them, or None.
         num_tokens: query tokens of the step (with a FULL graph: padding included).
-        common: vLLM's own description of the step, for retrievers that select per layer and the adapter of the V1 runner.
+        common: vLLM's own description of the step, for retrievers that select per layer and the
+            adapter of the V1 runner.
     """
 
     num_decodes: int
@@ -80,17 +81,25 @@ class SpeContextMetadata:
 
 def max_table_rows(vllm_config: Any) -> int:
     """Most decode rows of a step, padding to a captured size included."""
-    return table_rows(vllm_config.scheduler_config.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+    return table_rows(
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+    )
 
 
 class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
     """Owns the page table and the planning provider; the runner adapter fills both in each step."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Decode rows lead the batch, then prompt rows of one token (the V1 runner sorts by this threshold; the V2 runner by our adapter).
+        # Decode rows lead the batch, then prompt rows of one token (the V1 runner sorts by this
+        # threshold; the V2 runner by our adapter).
         self._init_reorder_batch_threshold(1)
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         max_model_len = vllm_config.model_config.max_model_len
@@ -98,15 +107,23 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         if device.type == "cpu" and not config.host_kv_gib:
             # Nothing is captured and memory is plenty: any budget may be set while the engine runs.
             width = -(-max_model_len // PAGE_SIZE)
-        self.table = PageTable.allocate(max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device)
-        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
-        # All layers of a group have one shape, so the first layer's provider can plan for all of them.
+        self.table = PageTable.allocate(
+            max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device
+        )
+        layers = [
+            vllm_config.compilation_config.static_forward_context[name] for name in layer_names
+        ]
+        # All layers of a group have one shape, so the first layer's provider can plan for all of
+        # them.
         self.provider: AttentionProvider = layers[0].impl.provider
         for layer in layers:
             layer.impl.provider = self.provider
 
     def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
     ) -> SpeContextMetadata:
         common = common_attn_metadata
         decodes = self._leading_decodes(common)
@@ -121,13 +138,18 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
                 block_table=common.block_table_tensor[decodes : common.num_reqs],
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
-                offsets=(common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens).tolist(),
+                offsets=(
+                    common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens
+                ).tolist(),
             )
         return SpeContextMetadata(decodes, self.table, prefill, common.num_actual_tokens, common)
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> SpeContextMetadata:
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SpeContextMetadata:
         metadata = self.build(0, common_attn_metadata)
-        # Captured kernels also run once: give them something harmless to read, one token of block 0 a row.
+        # Captured kernels also run once: give them something harmless to read, one token of block 0
+        # a row.
         self.table.pages.zero_()
         self.table.lengths.fill_(1)
         self.provider.plan(self.table, metadata.num_decodes)
@@ -163,7 +185,12 @@ class SpeContextImpl(AttentionImpl):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), num_kv_heads
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = (
+            num_heads,
+            head_size,
+            float(scale),
+            num_kv_heads,
+        )
         self.kv_cache_dtype = kv_cache_dtype
         unsupported = {
             "ALiBi slopes": alibi_slopes is not None,
@@ -175,7 +202,8 @@ class SpeContextImpl(AttentionImpl):
         for what, found in unsupported.items():
             if found:
                 raise ConfigError(
-                    f"--attention-backend specontext: this model's attention uses {what}, which is not supported; "
+                    f"--attention-backend specontext: this model's attention uses {what}, which is "
+                    "not supported; "
                     f"serve it with another backend."
                 )
         from vllm.platforms import current_platform
@@ -183,9 +211,17 @@ class SpeContextImpl(AttentionImpl):
         self.tiers: TieredKV | None = None
         self.selector: LayerSelector | None = None
         self.layer = 0
-        config = SpeContextConfig.from_additional_config(get_current_vllm_config().additional_config)
+        config = SpeContextConfig.from_additional_config(
+            get_current_vllm_config().additional_config
+        )
         self.provider = choose_provider(
-            config.attention_provider, num_heads, num_kv_heads, head_size, self.scale, torch.get_default_dtype(), current_platform.device_type
+            config.attention_provider,
+            num_heads,
+            num_kv_heads,
+            head_size,
+            self.scale,
+            torch.get_default_dtype(),
+            current_platform.device_type,
         )
 
     def forward(
@@ -200,43 +236,72 @@ class SpeContextImpl(AttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``query [N, num_heads, D]`` -> ``output`` of the same shape; ``kv_cache [num_blocks, H, P, 2 * D]``."""
+        """``query [N, num_heads, D]`` -> ``output`` of the same shape;
+        ``kv_cache [num_blocks, H, P, 2 * D]``.
+        """
         if attn_metadata is None:  # vLLM's memory profile
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("specontext: fused output quantization is not supported; turn that fusion off.")
-        decodes, table, prefill = attn_metadata.num_decodes, attn_metadata.table, attn_metadata.prefill
+            raise NotImplementedError(
+                "specontext: fused output quantization is not supported; turn that fusion off."
+            )
+        decodes, table, prefill = (
+            attn_metadata.num_decodes,
+            attn_metadata.table,
+            attn_metadata.prefill,
+        )
         if self.tiers is not None:
             table = replace(table, pages=self.tiers.tables[self.layer])
         if decodes and self.selector is not None and self.selector.active:
             common = attn_metadata.common
             self.selector.select(
-                self.layer, query[:decodes], kv_cache, common.block_table_tensor, common.seq_lens, table.pages, table.lengths
+                self.layer,
+                query[:decodes],
+                kv_cache,
+                common.block_table_tensor,
+                common.seq_lens,
+                table.pages,
+                table.lengths,
             )
         if decodes:
             self.provider.decode(query[:decodes], kv_cache, table, decodes, output[:decodes])
         if prefill is not None:
             span = slice(decodes, attn_metadata.num_tokens)
             if self.tiers is not None and self.tiers.attends_staged(self.layer):
-                self._prefill_staged(query[span], key[span], value[span], kv_cache, prefill, output[span])
+                self._prefill_staged(
+                    query[span], key[span], value[span], kv_cache, prefill, output[span]
+                )
                 return output
             if self.tiers is not None:
-                prefill = replace(prefill, block_table=self.tiers.frames[self.layer][prefill.block_table.long()])
+                prefill = replace(
+                    prefill, block_table=self.tiers.frames[self.layer][prefill.block_table.long()]
+                )
             self.provider.prefill(query[span], kv_cache, prefill, output[span])
         return output
 
     def _prefill_staged(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arena: torch.Tensor, prefill: PrefillRows, output: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        arena: torch.Tensor,
+        prefill: PrefillRows,
+        output: torch.Tensor,
     ) -> None:
-        """Prefill rows of an offloaded layer: their history arrives in a staging area, the new tokens are put behind it."""
+        """Prefill rows of an offloaded layer: their history arrives in a staging area, the new
+        tokens are put behind it.
+        """
         for stage in self.tiers.stages(self.layer):
             self.provider.write(key[stage.tokens], value[stage.tokens], arena, stage.slots)
             starts = prefill.starts[stage.rows.start : stage.rows.stop + 1]
             offsets = prefill.offsets[stage.rows.start : stage.rows.stop + 1]
             rows = replace(
-                prefill, starts=starts - starts[0], seq_lens=prefill.seq_lens[stage.rows], block_table=stage.block_table,
+                prefill,
+                starts=starts - starts[0],
+                seq_lens=prefill.seq_lens[stage.rows],
+                block_table=stage.block_table,
                 offsets=[at - offsets[0] for at in offsets],
-            )  # fmt: skip
+            )
             self.provider.prefill(query[stage.tokens], arena, rows, output[stage.tokens])
 
     def do_kv_cache_update(
@@ -251,7 +316,9 @@ class SpeContextImpl(AttentionImpl):
         if self.tiers is not None:
             metadata = get_forward_context().attn_metadata
             if metadata is not None:
-                self.tiers.write(self.layer, key, value, slot_mapping, metadata[layer.layer_name].num_decodes)
+                self.tiers.write(
+                    self.layer, key, value, slot_mapping, metadata[layer.layer_name].num_decodes
+                )
         elif kv_cache.numel():
             self.provider.write(key, value, kv_cache, slot_mapping)
             if self.selector is not None:

@@ -1,4 +1,5 @@
-"""One idempotent function per place where vLLM (versions.py) offers no hook and a class of its is wrapped in memory.
+"""One idempotent function per place where vLLM (versions.py) offers no hook and a class of its is
+wrapped in memory.
 
 Each docstring gives the symptom, the reason, and when the function can go.
 """
@@ -15,15 +16,20 @@ from typing import Any
 
 CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
 GPU_WORKER = "specontext_vllm.engine.worker_gpu.SpeContextGPUWorker"
-SCHEDULERS = {False: "specontext_vllm.engine.scheduler.SpeContextScheduler", True: "specontext_vllm.engine.scheduler.SpeContextAsyncScheduler"}
+SCHEDULERS = {
+    False: "specontext_vllm.engine.scheduler.SpeContextScheduler",
+    True: "specontext_vllm.engine.scheduler.SpeContextAsyncScheduler",
+}
 """By whether scheduling is asynchronous."""
 
 
 def choose_worker() -> None:
-    """Check the configuration and pick our worker and scheduler classes when the backend is SPECONTEXT; else warn of settings that nothing reads.
+    """Check the configuration and pick our worker and scheduler classes when the backend is
+    SPECONTEXT; else warn of settings that nothing reads.
 
     Symptom: ``parallel_config.worker_cls`` stays vLLM's own and nothing runs the retrieval head.
-    Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say (vllm/config/vllm.py). It also has the last
+    Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say
+        (vllm/config/vllm.py). It also has the last
     word on asynchronous scheduling, by which the scheduler is chosen.
     Remove when: attention backends can name a worker, or vLLM offers a per-step hook to plugins.
     """
@@ -34,19 +40,31 @@ def choose_worker() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        from specontext_vllm.engine.registration import is_named, is_selected, refuse_backend_per_kind, warn_of_unread_settings
         from specontext_vllm.engine.refusals import say_last
+        from specontext_vllm.engine.registration import (
+            is_named,
+            is_selected,
+            refuse_backend_per_kind,
+            warn_of_unread_settings,
+        )
 
         if is_named(vllm_config):
             say_last()
         refuse_backend_per_kind(vllm_config)
         if is_selected(vllm_config):
-            from specontext_vllm.engine.resolve import name_metrics_folder, prepare_vllm_config, refuse_runner, refuse_small_room
+            from specontext_vllm.engine.resolve import (
+                name_metrics_folder,
+                prepare_vllm_config,
+                refuse_runner,
+                refuse_small_room,
+            )
 
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
             if vllm_config.parallel_config.worker_cls == "auto":
-                vllm_config.parallel_config.worker_cls = CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
+                vllm_config.parallel_config.worker_cls = (
+                    CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
+                )
         else:
             warn_of_unread_settings(vllm_config)
         original(cls, vllm_config)
@@ -54,7 +72,9 @@ def choose_worker() -> None:
             if vllm_config.model_config is not None:
                 refuse_runner(vllm_config, is_cpu=cls._enum.name == "CPU")
                 refuse_small_room(vllm_config, head)
-            vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[bool(vllm_config.scheduler_config.async_scheduling)]
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[
+                bool(vllm_config.scheduler_config.async_scheduling)
+            ]
 
     check_and_update_config._specontext = True
     platform.check_and_update_config = classmethod(check_and_update_config)
@@ -75,7 +95,9 @@ def let_cpu_platform_choose_backend() -> None:
         return
 
     @functools.wraps(original)
-    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
         from specontext_vllm.engine.registration import BACKEND_NAME
 
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
@@ -89,13 +111,19 @@ def let_cpu_platform_choose_backend() -> None:
 def hide_our_kernels_folder() -> None:
     """Keep vLLM from taking this repository's triton_kernels/ folder for the package of that name.
 
-    Symptom: run from the repository's root, vLLM logs "Failed to import Triton kernels ... No module named 'triton_kernels.matmul'".
-    Reason: it probes for a top-level ``triton_kernels`` (vllm/utils/import_utils.py), and the current folder is on sys.path.
+    Symptom: run from the repository's root, vLLM logs "Failed to import Triton kernels ... No
+        module named 'triton_kernels.matmul'".
+    Reason: it probes for a top-level ``triton_kernels`` (vllm/utils/import_utils.py), and the
+        current folder is on sys.path.
     Remove when: the folder or the probe is renamed.
     """
-    found = importlib.util.find_spec("triton_kernels") if "triton_kernels" not in sys.modules else None
+    found = (
+        importlib.util.find_spec("triton_kernels") if "triton_kernels" not in sys.modules else None
+    )
     ours = Path(__file__).resolve().parents[2] / "triton_kernels"
-    if found is not None and any(Path(place).resolve() == ours for place in found.submodule_search_locations or ()):
+    if found is not None and any(
+        Path(place).resolve() == ours for place in found.submodule_search_locations or ()
+    ):
         sys.modules["triton_kernels"] = None  # find_spec and import then say that there is none
 
 
@@ -103,15 +131,19 @@ def hide_our_kernels_folder() -> None:
 def allocate_kv_cache_as(cache: Any) -> Iterator[None]:
     """Within the block, vLLM's KV cache of every layer is ``cache``.
 
-    Symptom: the model runners allocate as many blocks as the scheduler hands out, which with a host pool the GPU cannot hold.
-    Reason: allocation is one function called by name (vllm/v1/worker/utils.py, allocate_kv_cache), with no hook.
+    Symptom: the model runners allocate as many blocks as the scheduler hands out, which with a host
+        pool the GPU cannot hold.
+    Reason: allocation is one function called by name (vllm/v1/worker/utils.py, allocate_kv_cache),
+        with no hook.
     Remove when: a backend or worker can allocate the KV cache itself.
     """
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu import attn_utils
 
     def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {name: cache for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
+        return {
+            name: cache for group in kv_cache_config.kv_cache_groups for name in group.layer_names
+        }
 
     originals = [(module, module.allocate_kv_cache) for module in (gpu_model_runner, attn_utils)]
     for module, _ in originals:

@@ -1,4 +1,6 @@
-"""A worker's figures on their way to /metrics; the mechanism is in ``observability/files.py``, the list in ``observability/catalog.py``."""
+"""A worker's figures on their way to /metrics; the mechanism is in ``observability/files.py``, the
+list in ``observability/catalog.py``.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,12 @@ from specontext_vllm.triton_kernels import counters as tier
 logger = init_logger("vllm.specontext")
 
 SIDECAR = {
-    "sidecar_up": catalog.SIDECAR_UP, "sidecar_restarts": catalog.SIDECAR_RESTARTS, "sidecar_dense_rows": catalog.SIDECAR_DENSE_ROWS,
-    "sidecar_lost_pages": catalog.SIDECAR_LOST_PAGES, "sidecar_wait_seconds": catalog.SIDECAR_WAIT_SECONDS,
-}  # fmt: skip
+    "sidecar_up": catalog.SIDECAR_UP,
+    "sidecar_restarts": catalog.SIDECAR_RESTARTS,
+    "sidecar_dense_rows": catalog.SIDECAR_DENSE_ROWS,
+    "sidecar_lost_pages": catalog.SIDECAR_LOST_PAGES,
+    "sidecar_wait_seconds": catalog.SIDECAR_WAIT_SECONDS,
+}
 """Metrics of ``RemoteRetriever.figures``."""
 
 PUBLISH_SECONDS = 1.0
@@ -35,14 +40,21 @@ PUBLISH_SECONDS = 1.0
 
 
 class Exporter:
-    """Publishes one worker's figures: what the host counts in every step, what the device counts once in a while and at rest.
+    """Publishes one worker's figures: what the host counts in every step, what the device counts
+    once in a while and at rest.
 
     Args:
         vllm_config: the engine's configuration, seen by ``name_metrics_folder``.
         retriever, tiers: where the figures are; tiers None with one tier.
     """
 
-    def __init__(self, vllm_config: Any, retriever: Retriever | RemoteRetriever, tiers: TieredKV | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        retriever: Retriever | RemoteRetriever,
+        tiers: TieredKV | None,
+        device: torch.device,
+    ) -> None:
         self._retriever, self._tiers = retriever, tiers
         self._counting = retriever.config.stats
         self._timed_copies = device.type == "cuda"
@@ -59,11 +71,22 @@ class Exporter:
         }
         folder = getattr(vllm_config.observability_config, METRICS_FOLDER, None)
         try:
-            self._files = None if folder is None else MetricFiles(folder, labels, get_tensor_model_parallel_rank())
+            self._files = (
+                None
+                if folder is None
+                else MetricFiles(folder, labels, get_tensor_model_parallel_rank())
+            )
         except OSError as error:
-            logger.warning("SpeContext: the figures of this worker stay out of /metrics, whose folder it cannot write to (%s).", error)
+            logger.warning(
+                "SpeContext: the figures of this worker stay out of /metrics, whose folder it "
+                "cannot write to (%s).",
+                error,
+            )
         if self._files is not None and self._files.is_remote:
-            logger.info("SpeContext: /metrics is another machine's; run `specontext metrics` on this one for the figures of its workers.")
+            logger.info(
+                "SpeContext: /metrics is another machine's; run `specontext metrics` on this one "
+                "for the figures of its workers."
+            )
         self._thread = threading.get_ident()
         # Rates need the zero that counters start from.
         self.step(idle=True)
@@ -80,8 +103,9 @@ class Exporter:
         """Called once a step, before its work is enqueued.
 
         Args:
-            idle: nothing is scheduled. Whatever has been counted is then published at once, so that an engine at rest shows its last step.
-                The device has nothing left to do that the engine does not wait for as well.
+            idle: nothing is scheduled. Whatever has been counted is then published at once, so that
+                an engine at rest shows its last step. The device has nothing left to do that the
+                engine does not wait for as well.
         """
         if self._files is None:
             return
@@ -96,12 +120,15 @@ class Exporter:
             self._publish(taken)
 
     def counted(self) -> None:
-        """Called once a step, when its decode rows have been counted: what the host knows of them is in /metrics before their tokens are made."""
+        """Called once a step, when its decode rows have been counted: what the host knows of them
+        is in /metrics before their tokens are made.
+        """
         if self._files is not None:
             self._publish_host()
 
     def publish(self) -> None:
-        """Publish everything, for a scrape in this very process, where an engine does not notice that it rests; waits for the device.
+        """Publish everything, for a scrape in this very process, where an engine does not notice
+        that it rests; waits for the device.
 
         A scrape in another thread than the steps' gets what there is.
         """
@@ -142,10 +169,15 @@ class Exporter:
         if not self._retriever.reads_aux:
             return
         at_most = [*counted[decode.KEPT_MASS_BUCKETS], counted[decode.CHOOSING_ROWS]]
-        files.set_histogram(catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0), counted[decode.KEPT_MASS])
+        files.set_histogram(
+            catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0), counted[decode.KEPT_MASS]
+        )
         if self._retriever.config.confidence_threshold:
             files.set(catalog.FALLBACK_ROWS, counted[decode.FALLBACK_ROWS])
-        for metric, watch in ((catalog.SELECT_SECONDS, self.select), (catalog.LEARN_SECONDS, self.learn)):
+        for metric, watch in (
+            (catalog.SELECT_SECONDS, self.select),
+            (catalog.LEARN_SECONDS, self.learn),
+        ):
             watch.collect()
             files.set_histogram(metric, watch.counts, watch.total)
 
@@ -154,7 +186,10 @@ class Exporter:
         files.set(catalog.HITS, counted[tier.SELECTED] - counted[tier.MISSED])
         files.set(catalog.MISSES, counted[tier.MISSED])
         files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * self._tiers.head_page_bytes)
-        files.set(catalog.LOADED_BYTES, (counted[tier.FILLED] + self._tiers.loaded_head_pages) * self._tiers.head_page_bytes)
+        files.set(
+            catalog.LOADED_BYTES,
+            (counted[tier.FILLED] + self._tiers.loaded_head_pages) * self._tiers.head_page_bytes,
+        )
         files.set(catalog.LAYER_MOVES, self._tiers.moved_layers)
         if self._timed_copies:
             files.set(catalog.PREFETCHES, counted[tier.AWAITED])

@@ -22,8 +22,10 @@ _folders: set[str] = set()
 def say_last(folder: str | None = None) -> None:
     """Print the sentence of a refusal that ends this process below everything else.
 
-    Symptom: a refusal stands above 60 to 230 lines of tracebacks, or in the middle of pydantic's frame.
-    Reason: vLLM starts workers in processes of their own and tells their parents only that they died, and checks its configuration in a
+    Symptom: a refusal stands above 60 to 230 lines of tracebacks, or in the middle of pydantic's
+        frame.
+    Reason: vLLM starts workers in processes of their own and tells their parents only that they
+        died, and checks its configuration in a
     pydantic dataclass, which wraps every ValueError.
     Remove when: vLLM ends with the error of the worker, and without a frame around it.
 
@@ -38,7 +40,9 @@ def say_last(folder: str | None = None) -> None:
     original = sys.excepthook
 
     @functools.wraps(original)
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
         original(kind, error, trace)
         if (sentence := _sentence(error)) is not None:
             print(f"\n{sentence}", file=sys.stderr, flush=True)
@@ -48,7 +52,9 @@ def say_last(folder: str | None = None) -> None:
 
 
 def leave_for_the_front_end(folder: str | None, error: Exception) -> None:
-    """In a worker: put its sentence where ``say_last`` finds it. On another machine than the front end's only the log has it."""
+    """In a worker: put its sentence where ``say_last`` finds it. On another machine than the front
+    end's only the log has it.
+    """
     if folder is not None:
         with suppress(OSError):
             Path(folder, FILE).write_text(str(error))
@@ -61,7 +67,11 @@ def _sentence(error: BaseException) -> str | None:
     for link in _chain(error):
         if isinstance(link, ConfigError):
             return str(link)
-        for detail in link.errors(include_url=False, include_input=False) if isinstance(link, ValidationError) else ():
+        for detail in (
+            link.errors(include_url=False, include_input=False)
+            if isinstance(link, ValidationError)
+            else ()
+        ):
             if isinstance(wrapped := detail.get("ctx", {}).get("error"), ConfigError):
                 return str(wrapped)
     for folder in _folders:

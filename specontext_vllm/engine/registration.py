@@ -1,4 +1,6 @@
-"""Registers the SPECONTEXT attention backend with vLLM and hooks its platform class; no other backend is touched."""
+"""Registers the SPECONTEXT attention backend with vLLM and hooks its platform class; no other
+backend is touched.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ _done = False
 def register() -> None:
     """Make ``--attention-backend specontext`` known to this process. Idempotent.
 
-    Under a vLLM that is not supported the backend is refused when it is asked for; where not even the hooks are found, a warning says so and
-    vLLM's other backends go on.
+    Under a vLLM that is not supported the backend is refused when it is asked for; where not even
+    the hooks are found, a warning says so and vLLM's other backends go on.
     """
     try:
         _register()
@@ -50,7 +52,9 @@ def _register() -> None:
 
 
 def ensure_member() -> Any:
-    """The SPECONTEXT member of vLLM's ``AttentionBackendEnum``, added and made picklable on the first call."""
+    """The SPECONTEXT member of vLLM's ``AttentionBackendEnum``, added and made picklable on the
+    first call.
+    """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
@@ -59,7 +63,8 @@ def ensure_member() -> Any:
         # vLLM logs each new member, which would stand in every server's log, whatever its backend.
         with suppress_logging():
             AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
-        # Spawned children unpickle vLLM's config before plugins load; by name, a member they lack would not be found.
+        # Spawned children unpickle vLLM's config before plugins load; by name, a member they lack
+        # would not be found.
         copyreg.pickle(AttentionBackendEnum, _reduce_member)
     return AttentionBackendEnum[BACKEND_NAME]
 
@@ -72,20 +77,27 @@ def is_selected(vllm_config: Any) -> bool:
 
 def is_named(vllm_config: Any) -> bool:
     """Whether this engine runs on the specontext backend, or was asked to for some of its layers."""
-    return is_selected(vllm_config) or BACKEND_NAME in (backend.name for backend in vllm_config.attention_config.backend_per_kind.values())
+    return is_selected(vllm_config) or BACKEND_NAME in (
+        backend.name for backend in vllm_config.attention_config.backend_per_kind.values()
+    )
 
 
 def refuse_backend_per_kind(vllm_config: Any) -> None:
-    """Raise a ConfigError where some layers would be ours and others not, or ours without the worker that selects for them.
+    """Raise a ConfigError where some layers would be ours and others not, or ours without the
+    worker that selects for them.
 
     ``worker_cls`` and the selection follow ``attention_config.backend`` alone.
     """
     from specontext_vllm.config import ConfigError
 
-    kinds = {kind: backend.name for kind, backend in vllm_config.attention_config.backend_per_kind.items()}
+    kinds = {
+        kind: backend.name
+        for kind, backend in vllm_config.attention_config.backend_per_kind.items()
+    }
     if kinds and is_named(vllm_config):
         raise ConfigError(
-            f"--attention-config.backend_per_kind: found {kinds}, but one selection is for all layers of a model; leave it out and use "
+            f"--attention-config.backend_per_kind: found {kinds}, but one selection is for all "
+            "layers of a model; leave it out and use "
             f"--attention-backend specontext."
         )
 
@@ -98,13 +110,15 @@ def warn_of_unread_settings(vllm_config: Any) -> None:
         from vllm.logger import init_logger
 
         init_logger("vllm.specontext").warning_once(
-            f"additional_config.{CONFIG_KEY}: found settings, which nothing reads without --attention-backend specontext; add it, or leave them out."
+            f"additional_config.{CONFIG_KEY}: found settings, which nothing reads without "
+            "--attention-backend specontext; add it, or leave them out."
         )
 
 
 def _reduce_member(member: Any) -> tuple[Any, tuple[Any, ...]]:
     if member.name != BACKEND_NAME:
-        # As enums do it themselves: what has no part of this plugin must unpickle where it is not installed.
+        # As enums do it themselves: what has no part of this plugin must unpickle where it is not
+        # installed.
         return getattr, (type(member), member.name)
     return _restore_member, (member.name,)
 

@@ -13,7 +13,9 @@ from specontext_vllm.retrieval.batch import StepBatch
 
 
 class SpeContextCPUModelRunner(CPUModelRunner):
-    """Selects and learns around ``_model_forward``; warm-up batches carry no metadata and pass through."""
+    """Selects and learns around ``_model_forward``; warm-up batches carry no metadata and pass
+    through.
+    """
 
     runtime: Runtime | None = None
 
@@ -32,7 +34,9 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         self.runtime.begin_step(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
-    def _model_forward(self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _model_forward(
+        self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         by_layer = get_forward_context().attn_metadata
         if not by_layer:
             return super()._model_forward(input_ids, positions, *args, **kwargs)

@@ -13,10 +13,11 @@ from specontext_vllm.retrieval.batch import StepBatch
 
 
 class SpeContextModelRunnerV2(GPUModelRunner):
-    """Selects pages in ``prepare_attn`` (real batches only, before metadata and graph replay) and learns in ``sample_tokens``.
+    """Selects pages in ``prepare_attn`` (real batches only, before metadata and graph replay) and
+    learns in ``sample_tokens``.
 
-    Both enqueue on the main stream; vLLM's captured graph only reads the page table, and what our own graphs read lies on the device, so
-    nothing that is replayed can be stale.
+    Both enqueue on the main stream; vLLM's captured graph only reads the page table, and what our
+    own graphs read lies on the device, so nothing that is replayed can be stale.
     """
 
     runtime: Runtime | None = None
@@ -28,13 +29,16 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        # Part of the peak that vLLM measures: graphs are captured when it has long given the rest to KV.
+        # Part of the peak that vLLM measures: graphs are captured when it has long given the rest
+        # to KV.
         room = torch.empty(self.runtime.graph_bytes, dtype=torch.uint8, device=self.device)
         super().profile_run(*args, **kwargs)
         self.runtime.retriever.profile(self.max_num_tokens)
         del room
 
-    def initialize_kv_cache(self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
         with self.runtime.own_kv_cache(kv_cache_config.num_blocks, is_profiling):
             super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
@@ -47,20 +51,33 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
     def update_requests(self, scheduler_output: Any) -> None:
         if scheduler_output.kv_cache_block_copies:
-            raise RuntimeError("specontext: vLLM asked for copies of KV blocks, which the head's caches do not follow; please report it.")
+            raise RuntimeError(
+                "specontext: vLLM asked for copies of KV blocks, which the head's caches do not "
+                "follow; please report it."
+            )
         super().update_requests(scheduler_output)
 
     def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
-        """Rows of prompt tokens go behind the decode rows, those of one token too, and no batch with such a row replays a decode graph.
+        """Rows of prompt tokens go behind the decode rows, those of one token too, and no batch
+        with such a row replays a decode graph.
 
-        vLLM takes a prompt row of one token for a decode row; here decode rows read a selection, and prompts are dense.
+        vLLM takes a prompt row of one token for a decode row; here decode rows read a selection,
+        and prompts are dense.
         """
         state, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
         if state is None or not state.has_prefill:
             return state, uniform
         order = np.argsort(state.is_prefilling_np, kind="stable")
-        rows = {name: value[order] for name, value in state._asdict().items() if isinstance(value, np.ndarray)}
-        rows |= {"req_ids": [state.req_ids[row] for row in order], "prefill_runs_as_decode_np": None, "decode_graph_eligible": False}
+        rows = {
+            name: value[order]
+            for name, value in state._asdict().items()
+            if isinstance(value, np.ndarray)
+        }
+        rows |= {
+            "req_ids": [state.req_ids[row] for row in order],
+            "prefill_runs_as_decode_np": None,
+            "decode_graph_eligible": False,
+        }
         return state._replace(**rows), None
 
     def prepare_attn(self, input_batch: Any) -> Any:
@@ -82,7 +99,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             names=input_batch.req_ids[:rows],
             query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
             num_tokens=tokens,
-            # vLLM's buffers persist, since its own graphs read them; with more rows than it captures, ours would be many and of little use.
+            # vLLM's buffers persist, since its own graphs read them; with more rows than it
+            # captures, ours would be many and of little use.
             replayable=decodes == rows and input_batch.num_reqs_after_padding <= most_captured,
         )
         self.runtime.before_forward(self._batch)

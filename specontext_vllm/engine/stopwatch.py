@@ -17,11 +17,12 @@ SAMPLED_STEPS = 16
 class Stopwatch:
     """A histogram of durations.
 
-    On a GPU two events on the current stream enclose the stretch and are looked at in later steps; on a CPU the work is done when the call
-    returns.
+    On a GPU two events on the current stream enclose the stretch and are looked at in later steps;
+    on a CPU the work is done when the call returns.
 
     Attributes:
-        counts: ``[len(edges) + 1]`` observations in each bucket alone, the one above the last edge included.
+        counts: ``[len(edges) + 1]`` observations in each bucket alone, the one above the last edge
+            included.
         total: their sum in seconds.
     """
 

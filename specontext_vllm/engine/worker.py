@@ -10,12 +10,20 @@ from specontext_vllm.engine.refusals import leave_for_the_front_end
 from specontext_vllm.engine.resolve import METRICS_FOLDER, cap_bytes
 from specontext_vllm.retrieval.checkpoint import HeadError
 
-STARTING = ("init_device", "load_model", "determine_available_memory", "initialize_from_config", "compile_or_warm_up_model")
+STARTING = (
+    "init_device",
+    "load_model",
+    "determine_available_memory",
+    "initialize_from_config",
+    "compile_or_warm_up_model",
+)
 """What vLLM calls of a worker until the engine has started."""
 
 
 class SpeContextWorkerMixin:
-    """What both workers add to vLLM's. A refusal is also left for the front end, to be its last word."""
+    """What both workers add to vLLM's. A refusal is also left for the front end, to be its last
+    word.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -23,7 +31,9 @@ class SpeContextWorkerMixin:
             setattr(cls, name, _heard(getattr(cls, name)))
 
     def determine_available_memory(self) -> int:
-        """Bytes for KV: vLLM's figure less the share of the head's caches; with a host pool, what both tiers hold."""
+        """Bytes for KV: vLLM's figure less the share of the head's caches; with a host pool, what
+        both tiers hold.
+        """
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
         per_block = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
@@ -33,7 +43,9 @@ class SpeContextWorkerMixin:
         return plan(available) * per_block
 
     def shutdown(self) -> None:
-        """Take the figures out of /metrics and end the sidecar's actor, if there is one, before vLLM's worker lets go of the rest."""
+        """Take the figures out of /metrics and end the sidecar's actor, if there is one, before
+        vLLM's worker lets go of the rest.
+        """
         if (runtime := getattr(getattr(self, "model_runner", None), "runtime", None)) is not None:
             runtime.close()
         super().shutdown()
@@ -60,7 +72,9 @@ def _heard(method: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except (ConfigError, HeadError) as error:
-            leave_for_the_front_end(getattr(self.vllm_config.observability_config, METRICS_FOLDER, None), error)
+            leave_for_the_front_end(
+                getattr(self.vllm_config.observability_config, METRICS_FOLDER, None), error
+            )
             raise
 
     return call

@@ -1,1 +1,3 @@
-"""Figures for operators: what /metrics holds of specontext, how it gets there from the workers, and `specontext top`; no vLLM."""
+"""Figures for operators: what /metrics holds of specontext, how it gets there from the workers, and
+`specontext top`; no vLLM.
+"""

@@ -1,10 +1,13 @@
-"""Metrics from worker processes to the front end's /metrics: prometheus_client's multiprocess files.
+"""Metrics from worker processes to the front end's /metrics: prometheus_client's multiprocess
+files.
 
-With several API servers vLLM reads such files itself, from PROMETHEUS_MULTIPROC_DIR. With one it serves its own process's registry; there
-the front end makes a folder of ours and registers a collector for it (``FolderCollector``), beside vLLM's metrics. Workers write the same files
-in both cases. A write is a store into mapped memory: no message, no lock, nothing for a step to wait for.
+With several API servers vLLM reads such files itself, from PROMETHEUS_MULTIPROC_DIR. With one it
+serves its own process's registry; there the front end makes a folder of ours and registers a
+collector for it (``FolderCollector``), beside vLLM's metrics. Workers write the same files in both
+cases. A write is a store into mapped memory: no message, no lock, nothing for a step to wait for.
 
-Workers on other machines than the front end write such files there, which `specontext metrics` serves (``MachineCollector``).
+Workers on other machines than the front end write such files there, which `specontext metrics`
+serves (``MachineCollector``).
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ _engines = count()
 
 
 def front_end_folder() -> str:
-    """The folder whose metrics this process's /metrics shows; called in the front end, before its workers start.
+    """The folder whose metrics this process's /metrics shows; called in the front end, before its
+    workers start.
 
     What dead workers left in our own folder goes; PROMETHEUS_MULTIPROC_DIR belongs to vLLM.
     """
@@ -72,13 +76,21 @@ class FolderCollector:
 
 
 class MachineCollector:
-    """prometheus_client collector of all figures that running workers of this user write on this machine, whatever engine they belong to."""
+    """prometheus_client collector of all figures that running workers of this user write on this
+    machine, whatever engine they belong to.
+    """
 
     def collect(self) -> Iterable[Family]:
-        folders = [folder for folder in glob.glob(str(Path(tempfile.gettempdir(), f"{FOLDER}*"))) if _is_ours(folder)]
+        folders = [
+            folder
+            for folder in glob.glob(str(Path(tempfile.gettempdir(), f"{FOLDER}*")))
+            if _is_ours(folder)
+        ]
         if (shared := os.environ.get("PROMETHEUS_MULTIPROC_DIR")) is not None:
             folders.append(shared)
-        return _merge([file for folder in folders for file in _files_in(folder) if _is_written(file)])
+        return _merge(
+            [file for folder in folders for file in _files_in(folder) if _is_written(file)]
+        )
 
 
 class Publisher(Protocol):
@@ -98,7 +110,9 @@ def _files_in(folder: str) -> list[str]:
 
 
 def _merge(files: list[str]) -> Iterable[Family]:
-    """What the files say together, but for those that cannot be read: a worker that ends takes its files along, listed or not."""
+    """What the files say together, but for those that cannot be read: a worker that ends takes its
+    files along, listed or not.
+    """
     for _ in range(len(files) + 1):
         try:
             return MultiProcessCollector.merge(files)
@@ -128,14 +142,17 @@ def _is_written(file: str) -> bool:
 
 
 class MetricFiles:
-    """One worker's metrics, in files of its own that go when the object does or the process ends in order.
+    """One worker's metrics, in files of its own that go when the object does or the process ends in
+    order.
 
-    A metric that is never set is not in /metrics. Values are absolute: what a counter or a bucket has come to, not what is new.
+    A metric that is never set is not in /metrics. Values are absolute: what a counter or a bucket
+    has come to, not what is new.
 
     Args:
-        folder: what ``front_end_folder`` said. Where it is not there the front end is on another machine, and a folder of its name among this
-            machine's temporary files takes its place.
-        labels: of every metric. tp_rank: label of those that differ between ranks; the others are written by rank 0 alone.
+        folder: what ``front_end_folder`` said. Where it is not there the front end is on another
+            machine, and a folder of its name among this machine's temporary files takes its place.
+        labels: of every metric. tp_rank: label of those that differ between ranks; the others are
+            written by rank 0 alone.
 
     Attributes:
         is_remote: whether the front end is on another machine.
@@ -149,12 +166,22 @@ class MetricFiles:
         self._keys: dict[tuple[str, str | None], str] = {}
         self.is_remote = not Path(folder).is_dir()
         if self.is_remote:
-            folder = str(Path(tempfile.gettempdir(), FOLDER + Path(folder).name.removeprefix(FOLDER)))
+            folder = str(
+                Path(tempfile.gettempdir(), FOLDER + Path(folder).name.removeprefix(FOLDER))
+            )
             Path(folder).mkdir(mode=0o700, exist_ok=True)
         owner = f"{OWNER}-{os.getpid()}-{next(_engines)}"
-        names = {kind: f"{kind}_{owner}.db" for kind in ("counter", "histogram")} | {"gauge": f"gauge_{GAUGE_MODE}_{owner}.db"}
+        names = {kind: f"{kind}_{owner}.db" for kind in ("counter", "histogram")} | {
+            "gauge": f"gauge_{GAUGE_MODE}_{owner}.db"
+        }
         self._files = {kind: _new_file(Path(folder, name)) for kind, name in names.items()}
-        self.close = weakref.finalize(self, _remove, list(self._files.values()), [Path(folder, name) for name in names.values()], self.is_remote)
+        self.close = weakref.finalize(
+            self,
+            _remove,
+            list(self._files.values()),
+            [Path(folder, name) for name in names.values()],
+            self.is_remote,
+        )
 
     def set(self, metric: Metric, value: float) -> None:
         """A counter's or gauge's value."""
@@ -175,9 +202,17 @@ class MetricFiles:
         if self._rank and not metric.per_rank:
             return
         if (key := self._keys.get((sample, edge))) is None:
-            labels = {**self._labels, **({"tp_rank": str(self._rank)} if metric.per_rank else {}), **({} if edge is None else {"le": edge})}
-            key = self._keys[sample, edge] = mmap_key(metric.family, sample, list(labels), list(labels.values()), metric.text)
-        self._files[metric.kind].write_value(key, float(value), time.time() if metric.kind == "gauge" else 0.0)
+            labels = {
+                **self._labels,
+                **({"tp_rank": str(self._rank)} if metric.per_rank else {}),
+                **({} if edge is None else {"le": edge}),
+            }
+            key = self._keys[sample, edge] = mmap_key(
+                metric.family, sample, list(labels), list(labels.values()), metric.text
+            )
+        self._files[metric.kind].write_value(
+            key, float(value), time.time() if metric.kind == "gauge" else 0.0
+        )
 
 
 def _new_file(path: Path) -> MmapedDict:

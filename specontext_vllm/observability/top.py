@@ -44,7 +44,8 @@ Reading = dict[tuple[str, str], Figures]
 
 
 def metrics_url(url: str) -> str:
-    """The address of /metrics for whatever a user gives for a server: with or without scheme, /v1 or /metrics.
+    """The address of /metrics for whatever a user gives for a server: with or without scheme, /v1
+    or /metrics.
 
     Raises:
         TopError: not an address.
@@ -52,7 +53,10 @@ def metrics_url(url: str) -> str:
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
     except ValueError as error:
-        raise TopError(f"{url}: no address ({error}); give that of a running vllm serve, such as http://127.0.0.1:8000.") from None
+        raise TopError(
+            f"{url}: no address ({error}); give that of a running vllm serve, such as "
+            "http://127.0.0.1:8000."
+        ) from None
     return f"{parts.scheme}://{parts.netloc}/metrics"
 
 
@@ -68,10 +72,14 @@ def read(address: str) -> Reading:
         reading = parse(text)
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise TopError(f"{address}: no metrics there ({reason}); give the address of a running vllm serve, such as http://127.0.0.1:8000.") from None
+        raise TopError(
+            f"{address}: no metrics there ({reason}); give the address of a running vllm serve, "
+            "such as http://127.0.0.1:8000."
+        ) from None
     if not reading:
         raise TopError(
-            f"{address}: nothing of specontext there; start the server with --attention-backend specontext, and without stats false."
+            f"{address}: nothing of specontext there; start the server with --attention-backend "
+            "specontext, and without stats false."
         )
     return reading
 
@@ -100,12 +108,19 @@ def parse(text: str) -> Reading:
 
 
 def growth(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """What counters grew by. One that fell has begun anew with its engine, and grew by what it shows."""
-    return {name: value - before.get(name, 0.0) if value >= before.get(name, 0.0) else value for name, value in now.items()}
+    """What counters grew by. One that fell has begun anew with its engine, and grew by what it
+    shows.
+    """
+    return {
+        name: value - before.get(name, 0.0) if value >= before.get(name, 0.0) else value
+        for name, value in now.items()
+    }
 
 
 def show(now: Reading, before: Reading | None, seconds: float) -> Group:
-    """Tables of a reading: what happened in the last ``seconds``, when there is an earlier reading, and since the start."""
+    """Tables of a reading: what happened in the last ``seconds``, when there is an earlier reading,
+    and since the start.
+    """
     tables = []
     for (model, engine), figures in sorted(now.items()):
         table = Table(title=f"{model}, engine {engine}", title_justify="left")
@@ -128,7 +143,8 @@ def show(now: Reading, before: Reading | None, seconds: float) -> Group:
 
 
 def watch(url: str, every: float, once: bool, console: Console) -> None:
-    """Print one table, or keep one up to date until Ctrl-C; a server that goes away meanwhile is waited for.
+    """Print one table, or keep one up to date until Ctrl-C; a server that goes away meanwhile is
+    waited for.
 
     Raises:
         TopError: as ``read``, of the first reading.
@@ -150,10 +166,13 @@ def watch(url: str, every: float, once: bool, console: Console) -> None:
             live.update(show(now, before, at - begin), refresh=True)
 
 
-# -- rows ---------------------------------------------------------------------------------------------------------------
+# -- rows
+# ---------------------------------------------------------------------------------------------------------------
 
 Cell = Callable[[Mapping[str, float], float | None], str]
-"""Text of a figure, from sums over some seconds; None: since the start, where a rate has no meaning."""
+"""Text of a figure, from sums over some seconds; None: since the start, where a rate has no
+meaning.
+"""
 
 
 def _share(part: Metric, *whole: str) -> Cell:
@@ -176,7 +195,11 @@ def _rate(metric: Metric, scale: float = 1.0, unit: str = "") -> Cell:
 
 def _mean(total: str, number: str, scale: float, style: str, unit: str) -> Cell:
     def text(sums: Mapping[str, float], seconds: float | None) -> str:
-        return f"{sums[total] / sums[number] * scale:{style}}{unit}" if total in sums and sums.get(number) else ABSENT
+        return (
+            f"{sums[total] / sums[number] * scale:{style}}{unit}"
+            if total in sums and sums.get(number)
+            else ABSENT
+        )
 
     return text
 
@@ -190,17 +213,25 @@ _ROWS: dict[str, Cell] = {
     "decode steps": _rate(catalog.DECODE_STEPS),
     "pages read, of those held": _share(catalog.PAGES_READ, catalog.PAGES_HELD.name),
     "kept attention mass, mean": _observed(catalog.KEPT_MASS_RATIO, 1, ".1%", ""),
-    "rows that fell back, of those that chose": _share(catalog.FALLBACK_ROWS, f"{catalog.KEPT_MASS_RATIO.name}_count"),
+    "rows that fell back, of those that chose": _share(
+        catalog.FALLBACK_ROWS, f"{catalog.KEPT_MASS_RATIO.name}_count"
+    ),
     "select, mean of sampled steps": _observed(catalog.SELECT_SECONDS, 1e3, ".2f", " ms"),
     "learn, mean of sampled steps": _observed(catalog.LEARN_SECONDS, 1e3, ".2f", " ms"),
     "hot buffer hit rate": _share(catalog.HITS, catalog.HITS.name, catalog.MISSES.name),
     "fetched": _rate(catalog.FETCHED_BYTES, 1e-6, unit=" MB"),
     "loaded besides": _rate(catalog.LOADED_BYTES, 1e-6, unit=" MB"),
     "late prefetches": _share(catalog.LATE_PREFETCHES, catalog.PREFETCHES.name),
-    "late by, mean": _mean(catalog.LATE_SECONDS.name, catalog.LATE_PREFETCHES.name, 1e6, ".0f", " us"),
+    "late by, mean": _mean(
+        catalog.LATE_SECONDS.name, catalog.LATE_PREFETCHES.name, 1e6, ".0f", " us"
+    ),
     "layers moved": _rate(catalog.LAYER_MOVES),
-    "read whole for want of the sidecar": _share(catalog.SIDECAR_DENSE_ROWS, catalog.DECODE_ROWS.name),
-    "wait for the sidecar, a step": _mean(catalog.SIDECAR_WAIT_SECONDS.name, catalog.DECODE_STEPS.name, 1e3, ".2f", " ms"),
+    "read whole for want of the sidecar": _share(
+        catalog.SIDECAR_DENSE_ROWS, catalog.DECODE_ROWS.name
+    ),
+    "wait for the sidecar, a step": _mean(
+        catalog.SIDECAR_WAIT_SECONDS.name, catalog.DECODE_STEPS.name, 1e3, ".2f", " ms"
+    ),
     "restarts of the sidecar": _rate(catalog.SIDECAR_RESTARTS),
 }
 
@@ -209,7 +240,10 @@ def _gauge_rows(gauges: Mapping[str, list[float]]) -> list[tuple[str, str]]:
     """Of several ranks, the one with the least room, or whose sidecar is away."""
     rows = []
     if catalog.SIDECAR_UP.name in gauges:
-        up, lost = min(gauges[catalog.SIDECAR_UP.name]), max(gauges[catalog.SIDECAR_LOST_PAGES.name])
+        up, lost = (
+            min(gauges[catalog.SIDECAR_UP.name]),
+            max(gauges[catalog.SIDECAR_LOST_PAGES.name]),
+        )
         rows.append(("sidecar", f"{'up' if up else 'away'}, does not know {lost:,.0f} pages"))
     if catalog.RESIDENT_LAYERS.name not in gauges:
         return rows

@@ -15,9 +15,16 @@ CGROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own limits."""
 CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
 )
-"""Of both versions: the limit, what is used of it, statistics, and their entry that can be had back. One is missing, or its limit is "max", where there is none."""
+"""Of both versions: the limit, what is used of it, statistics, and their entry that can be had
+back. One is missing, or its limit is "max", where there is none.
+"""
 
 
 class HostPoolError(RuntimeError):
@@ -25,7 +32,8 @@ class HostPoolError(RuntimeError):
 
 
 def free_host_memory() -> int:
-    """Bytes that this process may still take: the machine's available memory, or less where a control group (a container's limit) allows less.
+    """Bytes that this process may still take: the machine's available memory, or less where a
+    control group (a container's limit) allows less.
 
     Page cache that the kernel would give back counts as free, as in the machine's own figure.
     """
@@ -54,29 +62,39 @@ def machine_memory() -> int:
 
 
 def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeroed host memory, page-locked when ``device`` is a GPU, so that its kernels may read and write it.
+    """Zeroed host memory, page-locked when ``device`` is a GPU, so that its kernels may read and
+    write it.
 
-    Pinned through ``cudaHostRegister``: torch's own pinned allocator rounds up to a power of two, which at 80 GiB would
+    Pinned through ``cudaHostRegister``: torch's own pinned allocator rounds up to a power of two,
+        which at 80 GiB would
     take 128.
 
     Raises:
-        HostPoolError: the machine or its container has less free memory, or refuses to give or to lock so much.
+        HostPoolError: the machine or its container has less free memory, or refuses to give or to
+            lock so much.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     free = free_host_memory()
     if size > free:
         needed, there = in_gib(size, free)
-        raise HostPoolError(f"host_kv_gib: the pool needs {needed} GiB and this machine has {there} GiB of memory free; lower it.")
+        raise HostPoolError(
+            f"host_kv_gib: the pool needs {needed} GiB and this machine has {there} GiB of memory "
+            "free; lower it."
+        )
     try:
         pool = torch.zeros(shape, dtype=dtype)
     except (MemoryError, RuntimeError):  # a limit on address space, or no overcommitment
-        raise HostPoolError(f"host_kv_gib: the system refused {in_gib(size)[0]} GiB of memory (ulimit -v?); lower it.") from None
+        raise HostPoolError(
+            f"host_kv_gib: the system refused {in_gib(size)[0]} GiB of memory (ulimit -v?); lower "
+            "it."
+        ) from None
     if device.type == "cuda" and size:
         runtime = torch.cuda.cudart()
         code = runtime.cudaHostRegister(pool.data_ptr(), size, 0)
         if int(code) != 0:
             raise HostPoolError(
-                f"host_kv_gib: the driver refused to lock {in_gib(size)[0]} GiB of memory ({code}); raise the limit on locked "
+                f"host_kv_gib: the driver refused to lock {in_gib(size)[0]} GiB of memory "
+                f"({code}); raise the limit on locked "
                 f"memory (ulimit -l) or lower host_kv_gib."
             )
         weakref.finalize(pool.untyped_storage(), runtime.cudaHostUnregister, pool.data_ptr())

@@ -1,11 +1,15 @@
-"""How large hot buffers are while the engine runs: few offloaded layers with small ones, or many with large ones."""
+"""How large hot buffers are while the engine runs: few offloaded layers with small ones, or many
+with large ones.
+"""
 
 from __future__ import annotations
 
 from specontext_vllm.residency.ledger import Ledger
 
 PRIOR_RATES = 0.134, 0.056
-"""Miss rates on the demo model: with buffers no larger than the selection, and twice as large (benchmarks, transfer)."""
+"""Miss rates on the demo model: with buffers no larger than the selection, and twice as large
+(benchmarks, transfer).
+"""
 
 SMOOTHING = 0.25
 """Weight of the newest measurement."""
@@ -21,7 +25,8 @@ SETTLE_LOOKS = 8
 
 
 def prior_rate(hot_pages: int, selection_pages: int) -> float:
-    """Miss rate to expect of hot buffers before any was measured: ``PRIOR_RATES``, and a straight line between the two sizes.
+    """Miss rate to expect of hot buffers before any was measured: ``PRIOR_RATES``, and a straight
+    line between the two sizes.
 
     Args:
         hot_pages: S, slots of a buffer. selection_pages: most pages that a step selects.
@@ -33,8 +38,9 @@ def prior_rate(hot_pages: int, selection_pages: int) -> float:
 class HotSizePolicy:
     """Picks the size by the time law, step = max(compute, offloaded layers x misses / link).
 
-    Compute and link do not depend on the size, so the size with the smaller product of offloaded layers and miss rate is never the
-    slower one. Larger buffers miss less but leave fewer frames, so that more layers are offloaded. While the copies hide behind the compute
+    Compute and link do not depend on the size, so the size with the smaller product of offloaded
+    layers and miss rate is never the slower one. Larger buffers miss less but leave fewer frames,
+    so that more layers are offloaded. While the copies hide behind the compute
     no size is faster than another, and none is changed: that would move layers for nothing.
 
     Args:
@@ -50,8 +56,9 @@ class HotSizePolicy:
         self._looks = 0
 
     def observe(self, missed: float, missed_by_smallest: float, late_share: float | None) -> None:
-        """Take in what was measured at the present size: the miss rate, the one that the smallest would have had (``meter.miss_rates``), and the
-        share of prefetches that came late, None where they are not timed."""
+        """Take in what was measured at the present size: the miss rate, the one that the smallest
+        would have had (``meter.miss_rates``), and the share of prefetches that came late, None
+        where they are not timed."""
         self.late_share += SMOOTHING * ((late_share or 0.0) - self.late_share)
         self.hidden = late_share is not None and self.late_share <= HIDDEN_SHARE
         if self.smallest == self.largest:
@@ -69,7 +76,11 @@ class HotSizePolicy:
         """The size to use from now on, for the load that the ledger has."""
         self._looks += 1
         other = self.smallest if self.size == self.largest else self.largest
-        if not self.hidden and self._looks >= SETTLE_LOOKS and self._transfers(ledger, other) < LEAST_CUT * self._transfers(ledger, self.size):
+        if (
+            not self.hidden
+            and self._looks >= SETTLE_LOOKS
+            and self._transfers(ledger, other) < LEAST_CUT * self._transfers(ledger, self.size)
+        ):
             self.size, self._looks = other, 0
         return self.size
 

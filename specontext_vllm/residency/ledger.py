@@ -1,4 +1,6 @@
-"""The host's books of tiered KV: which frame holds which page, and which layers are resident. Pure NumPy; moves no data."""
+"""The host's books of tiered KV: which frame holds which page, and which layers are resident. Pure
+NumPy; moves no data.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ RETURN_EVERY = 4
 """Steps between two layers coming back."""
 
 RESERVE_SHARE = 1 / 16
-"""Share of the frames that must stay free after a layer has come back: the hysteresis between the two moves."""
+"""Share of the frames that must stay free after a layer has come back: the hysteresis between the
+two moves.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class StartedRequest:
     Attributes:
         name: vLLM's request id.
         pages: logical pages it holds.
-        computed: leading pages whose content exists already: of a prefix hit, or the session's own, a partly filled one included.
+        computed: leading pages whose content exists already: of a prefix hit, or the session's own,
+            a partly filled one included.
     """
 
     name: str
@@ -35,7 +40,8 @@ class StartedRequest:
 
 @dataclass
 class Changes:
-    """What one step changed, in the order in which a device must follow: give up, table entries, fresh lanes, fills, loads.
+    """What one step changed, in the order in which a device must follow: give up, table entries,
+    fresh lanes, fills, loads.
 
     Attributes:
         given_up: frames that hold nothing any more.
@@ -45,8 +51,10 @@ class Changes:
         capacities: lane -> usable slots per KV head, where it changed.
         trimmed: whether a running lane lost slots.
         offloaded: layers whose hot buffers must be filled from the host pool.
-        loads: ``(layer, pages)``: pages to copy from the host pool into their frames, before the step reads them.
-        returning: ``(layer, pages)`` of a layer that is on its way back, to be copied while the step computes; None: none.
+        loads: ``(layer, pages)``: pages to copy from the host pool into their frames, before the
+            step reads them.
+        returning: ``(layer, pages)`` of a layer that is on its way back, to be copied while the
+            step computes; None: none.
     """
 
     given_up: list[np.ndarray] = field(default_factory=list)
@@ -61,15 +69,20 @@ class Changes:
 
 
 class Ledger:
-    """Frames of an arena, shared by the pages of resident layers and by the hot buffers of offloaded ones.
+    """Frames of an arena, shared by the pages of resident layers and by the hot buffers of
+    offloaded ones.
 
-    Layers ``[0, resident)`` are resident: every page that a running request refers to has a frame. The others are
-    offloaded: a request's *lane* has a hot buffer of up to ``hot_pages`` frames there. Only the last ``host_layers`` layers,
-    whose pages the host pool mirrors, may be offloaded; they go last first. Under pressure, frames of mirrored pages
-    that no running request refers to go before a layer does.
+    Layers ``[0, resident)`` are resident: every page that a running request refers to has a frame.
+    The others are
+    offloaded: a request's *lane* has a hot buffer of up to ``hot_pages`` frames there. Only the
+        last ``host_layers`` layers,
+    whose pages the host pool mirrors, may be offloaded; they go last first. Under pressure, frames
+    of mirrored pages that no running request refers to go before a layer does.
 
-    A layer of many pages comes back over several steps: it gets its frames at once, stays offloaded while they are filled a share a step, and is
-    resident when the rest is small. What is written meanwhile goes to the host pool only, so such pages are copied (again) afterwards.
+    A layer of many pages comes back over several steps: it gets its frames at once, stays offloaded
+        while they are filled a share a step, and is
+    resident when the rest is small. What is written meanwhile goes to the host pool only, so such
+    pages are copied (again) afterwards.
 
     Args:
         num_layers: L.
@@ -79,14 +92,28 @@ class Ledger:
         hot_pages: S, most frames of one lane's hot buffer in one layer.
         max_requests: lanes.
         keep_unreferenced: whether pages without a request keep their content (prefix caching).
-        return_pages: pages of a returning layer that are copied in one step, beside as many as the step before wrote.
+        return_pages: pages of a returning layer that are copied in one step, beside as many as the
+            step before wrote.
     """
 
     def __init__(
-        self, *, num_layers: int, num_pages: int, frames: np.ndarray, host_layers: int, hot_pages: int, max_requests: int,
-        keep_unreferenced: bool, return_pages: int,
-    ) -> None:  # fmt: skip
-        self.num_layers, self.num_pages, self.host_layers, self.hot_pages = num_layers, num_pages, host_layers, hot_pages
+        self,
+        *,
+        num_layers: int,
+        num_pages: int,
+        frames: np.ndarray,
+        host_layers: int,
+        hot_pages: int,
+        max_requests: int,
+        keep_unreferenced: bool,
+        return_pages: int,
+    ) -> None:
+        self.num_layers, self.num_pages, self.host_layers, self.hot_pages = (
+            num_layers,
+            num_pages,
+            host_layers,
+            hot_pages,
+        )
         self.keep_unreferenced, self.return_pages = keep_unreferenced, return_pages
         self.hot_limit = hot_pages
         self.num_frames = len(frames)
@@ -102,7 +129,9 @@ class Ledger:
         self._num_free = self.num_frames
         self._steps_to_return = COOLDOWN_STEPS
         self._stale: np.ndarray | None = None
-        """``[T]`` bool while layer ``resident`` is on its way back: pages whose frame there lacks what the host pool has."""
+        """``[T]`` bool while layer ``resident`` is on its way back: pages whose frame there lacks
+        what the host pool has.
+        """
         self._written = 0
 
     @property
@@ -125,22 +154,32 @@ class Ledger:
         return float((self.references > 0).mean())
 
     def begin_step(
-        self, released: Iterable[str], started: Iterable[StartedRequest], grown: Iterable[tuple[str, list[int]]],
-        decoding: Iterable[str], hot_limit: int | None = None, prefilling: Iterable[str] = (), written: Iterable[tuple[str, int]] = (),
-    ) -> Changes:  # fmt: skip
+        self,
+        released: Iterable[str],
+        started: Iterable[StartedRequest],
+        grown: Iterable[tuple[str, list[int]]],
+        decoding: Iterable[str],
+        hot_limit: int | None = None,
+        prefilling: Iterable[str] = (),
+        written: Iterable[tuple[str, int]] = (),
+    ) -> Changes:
         """Follow the scheduler through one step.
 
         Args:
             released: requests that finished or were preempted; unknown names are ignored.
-            started: requests that enter the batch; one that is in it already starts anew (vLLM's sessions of streamed input).
+            started: requests that enter the batch; one that is in it already starts anew (vLLM's
+                sessions of streamed input).
             grown: running requests and the pages they got.
             decoding: requests that decode in this step, which need a hot buffer.
             hot_limit: most slots of a lane from now on, at most ``hot_pages``; None: as before.
-            prefilling: requests with prompt tokens in this step, or with several. A hot buffer that one of them has is forgotten: what is written now goes past it.
-            written: requests with tokens in this step, and their first page (counted from the request's start) that gets some of them. Of those
-                that start in it, pages that are not computed are known to be written.
+            prefilling: requests with prompt tokens in this step, or with several. A hot buffer that
+                one of them has is forgotten: what is written now goes past it.
+            written: requests with tokens in this step, and their first page (counted from the
+                request's start) that gets some of them. Of those that start in it, pages that are
+                not computed are known to be written.
         Raises:
-            RuntimeError: the frames do not suffice with every mirrored layer offloaded; the memory model excludes it.
+            RuntimeError: the frames do not suffice with every mirrored layer offloaded; the memory
+                model excludes it.
         """
         changes = Changes()
         for name in released:
@@ -152,7 +191,8 @@ class Ledger:
         hits: list[int] = []
         fresh: list[int] = []
         for request in started:
-            # Before a session's references go: without prefix caching, a page that nobody refers to loses its frames.
+            # Before a session's references go: without prefix caching, a page that nobody refers to
+            # loses its frames.
             np.add.at(self.references, request.pages, 1)
             if request.name in self.lanes:
                 self._release(request.name, changes)
@@ -173,7 +213,8 @@ class Ledger:
             most = min(self.hot_limit, len(self._pages[name]))
             if most > self.capacity[lane]:
                 wanted[lane] = most
-        # Most decode steps need nothing; between two steps of a small model these few array operations would be felt.
+        # Most decode steps need nothing; between two steps of a small model these few array
+        # operations would be felt.
         if touched or wanted:
             touched_pages = np.unique(np.array(touched, np.int64))
             self._make_room(touched_pages, wanted, changes)
@@ -188,28 +229,46 @@ class Ledger:
         return changes
 
     def audit(self) -> dict[str, int]:
-        """Count everything anew: ``requests``, ``pages`` they hold, ``frames`` in tables, ``free_frames``.
+        """Count everything anew: ``requests``, ``pages`` they hold, ``frames`` in tables,
+        ``free_frames``.
 
         Raises:
-            RuntimeError: a frame is owned twice or lost, or a page is counted wrongly; the books are of no use any more.
+            RuntimeError: a frame is owned twice or lost, or a page is counted wrongly; the books
+                are of no use any more.
         """
-        owned = np.concatenate([self.frame_table[self.frame_table >= 0], self.hot_table[self.hot_table >= 0]])
+        owned = np.concatenate(
+            [self.frame_table[self.frame_table >= 0], self.hot_table[self.hot_table >= 0]]
+        )
         everything = np.concatenate([owned, self._free[: self._num_free]])
         if len(everything) != self.num_frames or len(np.unique(everything)) != self.num_frames:
             raise RuntimeError(
-                f"specontext: of {self.num_frames} frames {len(owned)} are in tables and {self._num_free} free, {len(np.unique(everything))} "
+                f"specontext: of {self.num_frames} frames {len(owned)} are in tables and "
+                f"{self._num_free} free, {len(np.unique(everything))} "
                 f"different ones in all; please report it."
             )
-        held = np.bincount(np.array([page for pages in self._pages.values() for page in pages], np.int64), minlength=self.num_pages)
-        if (held != self.references).any() or len(self.lanes) + len(self._free_lanes) != len(self.capacity):
+        held = np.bincount(
+            np.array([page for pages in self._pages.values() for page in pages], np.int64),
+            minlength=self.num_pages,
+        )
+        if (held != self.references).any() or len(self.lanes) + len(self._free_lanes) != len(
+            self.capacity
+        ):
             raise RuntimeError(
-                f"specontext: {len(self.lanes)} requests hold {held.sum()} pages, {self.references.sum()} are counted, and "
+                f"specontext: {len(self.lanes)} requests hold {held.sum()} pages, "
+                f"{self.references.sum()} are counted, and "
                 f"{len(self._free_lanes)} of {len(self.capacity)} lanes are free; please report it."
             )
-        return {"requests": len(self.lanes), "pages": int((held > 0).sum()), "frames": len(owned), "free_frames": self._num_free}
+        return {
+            "requests": len(self.lanes),
+            "pages": int((held > 0).sum()),
+            "frames": len(owned),
+            "free_frames": self._num_free,
+        }
 
     def layers_to_offload(self, hot_limit: int) -> int:
-        """Fewest layers that must be offloaded for the requests in flight with hot buffers of up to ``hot_limit`` slots."""
+        """Fewest layers that must be offloaded for the requests in flight with hot buffers of up to
+        ``hot_limit`` slots.
+        """
         live = int((self.references > 0).sum())
         # In layers without a mirror, cached pages without a request keep their frames.
         cached = int((self.frame_table[: self.first_mirrored, self.references == 0] >= 0).sum())
@@ -217,9 +276,12 @@ class Ledger:
         excess = self.num_layers * live - (self.num_frames - cached)
         if excess <= 0:
             return 0
-        return self.host_layers if live <= hot else min(self.host_layers, -(-excess // (live - hot)))
+        return (
+            self.host_layers if live <= hot else min(self.host_layers, -(-excess // (live - hot)))
+        )
 
-    # -- moves --------------------------------------------------------------------------------------------------------
+    # -- moves
+    # --------------------------------------------------------------------------------------------------------
 
     def _release(self, name: str, changes: Changes) -> None:
         lane, pages = self.lanes.pop(name), np.array(self._pages.pop(name), np.int64)
@@ -229,10 +291,14 @@ class Ledger:
         changes.capacities[lane] = 0
         self._free_lanes.append(lane)
         if not self.keep_unreferenced:
-            self._drop_frames(np.arange(self.num_layers), np.unique(pages[self.references[pages] == 0]), changes)
+            self._drop_frames(
+                np.arange(self.num_layers), np.unique(pages[self.references[pages] == 0]), changes
+            )
 
     def limit_hot(self, hot_limit: int, changes: Changes) -> None:
-        """Let no lane have more than ``hot_limit`` slots (at most ``hot_pages``) from now on; what has to be done on the device goes into ``changes``."""
+        """Let no lane have more than ``hot_limit`` slots (at most ``hot_pages``) from now on; what
+        has to be done on the device goes into ``changes``.
+        """
         self.hot_limit = hot_limit
         layers = np.arange(self.resident, self.num_layers)
         for lane in np.flatnonzero(self.capacity > hot_limit):
@@ -252,7 +318,9 @@ class Ledger:
                 return
             if not reclaimed:
                 unreferenced = np.flatnonzero(self.references == 0)
-                self._drop_frames(np.arange(self.first_mirrored, self.framed), unreferenced, changes)
+                self._drop_frames(
+                    np.arange(self.first_mirrored, self.framed), unreferenced, changes
+                )
                 reclaimed = True
             elif self._stale is not None:
                 self._stale = None
@@ -262,7 +330,8 @@ class Ledger:
                 self._offload_last(changes)
             else:
                 raise RuntimeError(
-                    f"specontext: {missing} frames are missing, {self._num_free} of {self.num_frames} are free and all "
+                    f"specontext: {missing} frames are missing, {self._num_free} of "
+                    f"{self.num_frames} are free and all "
                     f"{self.host_layers} mirrored layers are offloaded; please report it."
                 )
 
@@ -316,7 +385,9 @@ class Ledger:
         if len(rest) <= share:
             self._drop_hot(np.array([self.resident]), np.flatnonzero(self.capacity), changes)
             # Not known to be whole; the host pool has them.
-            self._drop_frames(np.array([self.resident]), np.flatnonzero(self.references == 0), changes)
+            self._drop_frames(
+                np.array([self.resident]), np.flatnonzero(self.references == 0), changes
+            )
             self._end_return(stale, changes)
             return
         # A step that writes nothing runs no layers to copy beside.
@@ -331,7 +402,8 @@ class Ledger:
         self.resident += 1
         self._steps_to_return = RETURN_EVERY
 
-    # -- entries ------------------------------------------------------------------------------------------------------
+    # -- entries
+    # ------------------------------------------------------------------------------------------------------
 
     def _give_frames(self, pages: np.ndarray, hits: np.ndarray, changes: Changes) -> None:
         layers, columns = np.nonzero(self.frame_table[: self.framed, pages] < 0)
@@ -343,7 +415,10 @@ class Ledger:
             self._stale[missing[layers == self.resident]] = True
         is_hit = np.isin(missing, hits) & (layers < self.resident)
         if (layers[is_hit] < self.first_mirrored).any():
-            raise RuntimeError("specontext: a page of a prefix hit has no frame in a layer without a mirror; please report it.")
+            raise RuntimeError(
+                "specontext: a page of a prefix hit has no frame in a layer without a mirror; "
+                "please report it."
+            )
         for layer in np.unique(layers[is_hit]):
             changes.loads.append((int(layer), missing[is_hit & (layers == layer)]))
 
@@ -364,7 +439,9 @@ class Ledger:
         self._give_back(self.frame_table[layers[rows], pages[columns]], changes)
         self.frame_table[layers[rows], pages[columns]] = NO_FRAME
 
-    def _add_hot(self, layers: np.ndarray, lane: int, first: int, last: int, changes: Changes) -> None:
+    def _add_hot(
+        self, layers: np.ndarray, lane: int, first: int, last: int, changes: Changes
+    ) -> None:
         count = last - first
         if not len(layers) or not count:
             return
@@ -381,7 +458,9 @@ class Ledger:
 
     def _take(self, count: int) -> np.ndarray:
         if count > self._num_free:
-            raise RuntimeError(f"specontext: {count} frames asked for, {self._num_free} free; please report it.")
+            raise RuntimeError(
+                f"specontext: {count} frames asked for, {self._num_free} free; please report it."
+            )
         self._num_free -= count
         return self._free[self._num_free : self._num_free + count].copy()
 

@@ -1,4 +1,6 @@
-"""What fits where, and how long a step takes: the memory model of tiered KV (paper C3, with its errata mended)."""
+"""What fits where, and how long a step takes: the memory model of tiered KV (paper C3, with its
+errata mended).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.sizes import in_gib
 
 HOT_FACTORS = (2.0, 1.5, 1.0)
-"""Sizes of the hot buffers that are tried, in units of the page table's width: twice it halves the misses (benchmarks, transfer)."""
+"""Sizes of the hot buffers that are tried, in units of the page table's width: twice it halves the
+misses (benchmarks, transfer).
+"""
 
 HOT_SHARE = 0.8
 """Share of the logical pages that larger hot buffers must leave."""
@@ -22,14 +26,18 @@ class MemoryModelError(ValueError):
 
 
 def table_rows(max_num_seqs: int, captured_rows: int) -> int:
-    """Rows of the page tables: most decode rows of a step, padding to the ``captured_rows`` of the largest graph included (0: nothing is captured)."""
+    """Rows of the page tables: most decode rows of a step, padding to the ``captured_rows`` of the
+    largest graph included (0: nothing is captured).
+    """
     return max(max_num_seqs, captured_rows)
 
 
 def default_captured_rows(max_num_seqs: int) -> int:
-    """Rows of the largest decode step that vLLM captures as a graph by default (vllm/config/vllm.py, ``_set_cudagraph_sizes``).
+    """Rows of the largest decode step that vLLM captures as a graph by default
+    (vllm/config/vllm.py, ``_set_cudagraph_sizes``).
 
-    Where one token of each request fits ``--max-num-batched-tokens``; on Blackwell data-centre GPUs the limit is 1024, not 512.
+    Where one token of each request fits ``--max-num-batched-tokens``; on Blackwell data-centre GPUs
+    the limit is 1024, not 512.
     """
     most = min(2 * max_num_seqs, 512)
     if most >= 8:
@@ -89,22 +97,35 @@ class TierPlan:
 class MemoryModel:
     """The paper's M_part for a paged engine.
 
-    M_part charges ``(L_GPU + 1 + alpha) S + L_CPU B`` tokens a request. Here the 1 is the head's own page (K only), alpha is 0
-    (nothing repeats K and V), B is the hot buffer, and weights and activations are no part of it: vLLM measures them.
+    M_part charges ``(L_GPU + 1 + alpha) S + L_CPU B`` tokens a request. Here the 1 is the head's
+    own page (K only), alpha is 0 (nothing repeats K and V), B is the hot buffer, and weights and
+    activations are no part of it: vLLM measures them.
 
     Args:
         shape: the KV.
         budget_pages, table_pages: pages a KV head reads in a step, and the most it may.
         max_num_seqs: n, requests in flight, each of which may hold a hot buffer.
         max_model_len: longest context, in tokens; the staging areas hold it twice.
-        captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing is captured.
+        captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing
+            is captured.
     """
 
     def __init__(
-        self, shape: KVShape, *, budget_pages: int, table_pages: int, max_num_seqs: int, max_model_len: int, captured_rows: int = 0
+        self,
+        shape: KVShape,
+        *,
+        budget_pages: int,
+        table_pages: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        captured_rows: int = 0,
     ) -> None:
         self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
-        self.max_num_seqs, self.max_pages, self.captured_rows = max_num_seqs, pages_for(max_model_len), captured_rows
+        self.max_num_seqs, self.max_pages, self.captured_rows = (
+            max_num_seqs,
+            pages_for(max_model_len),
+            captured_rows,
+        )
 
     @property
     def in_flight_bytes(self) -> int:
@@ -112,7 +133,9 @@ class MemoryModel:
         return self.shape.num_layers * self.max_num_seqs * self.max_pages * self.shape.page_bytes
 
     def size(self, num_pages: int, host_layers: int, hot_pages: int) -> TierPlan:
-        """Bytes of a plan in the worst case: every page in use, every mirrored layer offloaded, every hot buffer full."""
+        """Bytes of a plan in the worst case: every page in use, every mirrored layer offloaded,
+        every hot buffer full.
+        """
         shape, lanes = self.shape, self.max_num_seqs
         staging = self.max_pages if host_layers else 0
         hot = min(num_pages, lanes * hot_pages)
@@ -126,34 +149,54 @@ class MemoryModel:
         if host_layers:
             parts["tables"] = self._table_bytes(num_pages, hot_pages)
         return TierPlan(
-            num_pages, host_layers, hot_pages, frames, staging, host_layers * num_pages * shape.page_bytes, sum(parts.values()), parts
+            num_pages,
+            host_layers,
+            hot_pages,
+            frames,
+            staging,
+            host_layers * num_pages * shape.page_bytes,
+            sum(parts.values()),
+            parts,
         )
 
     def _table_bytes(self, num_pages: int, hot_pages: int) -> int:
-        """int32 tables: frames, hot frames, page tables of all layers, slot maps and their state, the step's slots, misses and sorting."""
+        """int32 tables: frames, hot frames, page tables of all layers, slot maps and their state,
+        the step's slots, misses and sorting.
+        """
         layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.max_num_seqs
         return 4 * (
-            layers * num_pages + layers * lanes * hot_pages + lanes * heads * (self.max_pages + 3 * hot_pages)
-            + table_rows(lanes, self.captured_rows) * heads * ((layers + 3) * self.table_pages + (1 << (hot_pages - 1).bit_length()))
-        )  # fmt: skip
+            layers * num_pages
+            + layers * lanes * hot_pages
+            + lanes * heads * (self.max_pages + 3 * hot_pages)
+            + table_rows(lanes, self.captured_rows)
+            * heads
+            * ((layers + 3) * self.table_pages + (1 << (hot_pages - 1).bit_length()))
+        )
 
     @property
     def _widths(self) -> list[int]:
         """Sizes of the hot buffers that are tried, in pages, the largest first."""
-        return sorted({min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS}, reverse=True)
+        return sorted(
+            {min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS},
+            reverse=True,
+        )
 
     def least_gpu_bytes(self, host_bytes: int, tokens: int) -> int:
-        """The least GPU memory for KV that holds one request of ``tokens`` tokens beside vLLM's null block, with up to ``host_bytes`` in a host pool."""
+        """The least GPU memory for KV that holds one request of ``tokens`` tokens beside vLLM's
+        null block, with up to ``host_bytes`` in a host pool.
+        """
         pages, width = 1 + pages_for(tokens), self._widths[-1]
         plans = (self.size(pages, layers, width) for layers in range(self.shape.num_layers + 1))
         return min(plan.gpu_bytes for plan in plans if plan.host_bytes <= host_bytes)
 
     def plan(self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None) -> TierPlan:
-        """The plan with the most logical pages, and the largest hot buffers that leave 80 % of them, and with a host pool 2 % more than without.
+        """The plan with the most logical pages, and the largest hot buffers that leave 80 % of
+        them, and with a host pool 2 % more than without.
 
         Args:
             gpu_bytes, host_bytes: room for KV, the head's caches and tables; for the host pool.
-            num_pages: the user's own number of pages; then the plan with the fewest mirrored layers is taken.
+            num_pages: the user's own number of pages; then the plan with the fewest mirrored layers
+                is taken.
         Raises:
             MemoryModelError: nothing fits, or host memory would gain less than 2 %.
         """
@@ -166,17 +209,24 @@ class MemoryModel:
             gpu, host = in_gib(gpu_bytes, host_bytes)
             raise MemoryModelError(
                 f"{gpu} GiB of memory for KV and {host} GiB of host memory hold not one page; "
-                f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len ({self.max_pages * PAGE_SIZE})."
+                f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len "
+                f"({self.max_pages * PAGE_SIZE})."
             )
         alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
         # Larger hot buffers must not cost the longest request its room, beside vLLM's null block.
-        least = max(HOT_SHARE * most, LEAST_GAIN * alone if host_bytes else 0, min(most, 1 + self.max_pages))
+        least = max(
+            HOT_SHARE * most, LEAST_GAIN * alone if host_bytes else 0, min(most, 1 + self.max_pages)
+        )
         if most < least:
             raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
-        return self._with_spare_frames(next(best[width] for width in widths if best[width].num_pages >= least), gpu_bytes)
+        return self._with_spare_frames(
+            next(best[width] for width in widths if best[width].num_pages >= least), gpu_bytes
+        )
 
     def _with_spare_frames(self, plan: TierPlan, gpu_bytes: int) -> TierPlan:
-        """What the worst case leaves of the GPU memory becomes frames too: lighter loads then keep more layers resident."""
+        """What the worst case leaves of the GPU memory becomes frames too: lighter loads then keep
+        more layers resident.
+        """
         shape = self.shape
         useful = shape.num_layers * plan.num_pages + 2 * plan.staging_pages - plan.frames
         spare = min((gpu_bytes - plan.gpu_bytes) // shape.page_bytes, useful)
@@ -184,7 +234,10 @@ class MemoryModel:
             return plan
         size = spare * shape.page_bytes
         return replace(
-            plan, frames=plan.frames + spare, gpu_bytes=plan.gpu_bytes + size, parts=plan.parts | {"spare frames": size}
+            plan,
+            frames=plan.frames + spare,
+            gpu_bytes=plan.gpu_bytes + size,
+            parts=plan.parts | {"spare frames": size},
         )
 
     def _largest(self, gpu_bytes: int, host_bytes: int, hot_pages: int) -> TierPlan:
@@ -200,16 +253,21 @@ class MemoryModel:
                 found = self.size(low, host_layers, hot_pages)
         return found
 
-    def _fixed(self, gpu_bytes: int, host_bytes: int, num_pages: int, widths: list[int]) -> TierPlan:
+    def _fixed(
+        self, gpu_bytes: int, host_bytes: int, num_pages: int, widths: list[int]
+    ) -> TierPlan:
         for host_layers in range(self.shape.num_layers + 1):
             for width in widths:
                 plan = self.size(num_pages, host_layers, width)
                 if plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes:
                     return self._with_spare_frames(plan, gpu_bytes)
         least = self.size(num_pages, self.shape.num_layers, widths[-1])
-        gpu, least_gpu, host, least_host = in_gib(gpu_bytes, least.gpu_bytes, host_bytes, least.host_bytes)
+        gpu, least_gpu, host, least_host = in_gib(
+            gpu_bytes, least.gpu_bytes, host_bytes, least.host_bytes
+        )
         raise MemoryModelError(
-            f"--num-gpu-blocks-override {num_pages} pages need {least_gpu} GiB of memory for KV and {least_host} GiB of host memory with every "
+            f"--num-gpu-blocks-override {num_pages} pages need {least_gpu} GiB of memory for KV "
+            f"and {least_host} GiB of host memory with every "
             f"layer offloaded, but there are {gpu} and {host}; lower it."
         )
 
@@ -219,33 +277,56 @@ class MemoryModel:
         while fails - pays > 1:
             lanes = (pays + fails) // 2
             model = MemoryModel(
-                self.shape, budget_pages=self.budget_pages, table_pages=self.table_pages, max_num_seqs=lanes,
-                max_model_len=self.max_pages * PAGE_SIZE, captured_rows=self.captured_rows,
-            )  # fmt: skip
+                self.shape,
+                budget_pages=self.budget_pages,
+                table_pages=self.table_pages,
+                max_num_seqs=lanes,
+                max_model_len=self.max_pages * PAGE_SIZE,
+                captured_rows=self.captured_rows,
+            )
             if model._largest(gpu_bytes, host_bytes, width).num_pages >= LEAST_GAIN * alone:
                 pays = lanes
             else:
                 fails = lanes
-        hot, gpu, host = in_gib(self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes, gpu_bytes, host_bytes)
+        hot, gpu, host = in_gib(
+            self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes,
+            gpu_bytes,
+            host_bytes,
+        )
         least = MemoryModel(
-            self.shape, budget_pages=1, table_pages=1, max_num_seqs=1, max_model_len=self.max_pages * PAGE_SIZE, captured_rows=self.captured_rows
+            self.shape,
+            budget_pages=1,
+            table_pages=1,
+            max_num_seqs=1,
+            max_model_len=self.max_pages * PAGE_SIZE,
+            captured_rows=self.captured_rows,
         )
         if not pays and least._largest(gpu_bytes, host_bytes, 1).num_pages < LEAST_GAIN * alone:
             return (
-                f"{host} GiB of host memory add less than {LEAST_GAIN - 1:.0%} to what {gpu} GiB of memory for KV hold, however small the hot buffers; give "
+                f"{host} GiB of host memory add less than {LEAST_GAIN - 1:.0%} to what {gpu} GiB "
+                "of memory for KV hold, however small the hot buffers; give "
                 f"more, or set host_kv_gib to 0."
             )
-        remedy = f"--max-num-seqs {pays} is the largest that pays; use that," if pays else "none smaller pays either;"
+        remedy = (
+            f"--max-num-seqs {pays} is the largest that pays; use that,"
+            if pays
+            else "none smaller pays either;"
+        )
         return (
-            f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot} GiB of the {gpu} GiB of memory for KV, so that "
-            f"{host} GiB of host memory gain nothing; {remedy} lower the budget (a buffer holds {width * PAGE_SIZE} tokens), or set host_kv_gib to 0."
+            f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot} GiB of the {gpu} "
+            "GiB of memory for KV, so that "
+            f"{host} GiB of host memory gain nothing; {remedy} lower the budget (a buffer holds "
+            f"{width * PAGE_SIZE} tokens), or set host_kv_gib to 0."
         )
 
     def thresholds(self, plan: TierPlan, requests: int) -> list[int]:
-        """S_T[i]: the longest context, in tokens, of ``requests`` equal requests that fits with ``i`` layers offloaded, i = 0..M.
+        """S_T[i]: the longest context, in tokens, of ``requests`` equal requests that fits with
+        ``i`` layers offloaded, i = 0..M.
 
-        It is what the ledger does: frames hold whole contexts of L - i layers and hot buffers of i. Derived from M_part itself
-        (paper C3): the paper's threshold formula drops a factor, and its "place on GPU" means the CPU. 0 where not even one page fits.
+        It is what the ledger does: frames hold whole contexts of L - i layers and hot buffers of i.
+            Derived from M_part itself
+        (paper C3): the paper's threshold formula drops a factor, and its "place on GPU" means the
+        CPU. 0 where not even one page fits.
         """
         layers, found = self.shape.num_layers, []
         room = (plan.frames - 2 * plan.staging_pages) // requests
@@ -253,13 +334,22 @@ class MemoryModel:
             # Contexts shorter than a hot buffer take as much room offloaded as resident.
             pages = room // layers
             if pages >= plan.hot_pages and offloaded:
-                pages = (room - offloaded * plan.hot_pages) // (layers - offloaded) if offloaded < layers else plan.num_pages
+                pages = (
+                    (room - offloaded * plan.hot_pages) // (layers - offloaded)
+                    if offloaded < layers
+                    else plan.num_pages
+                )
             found.append(PAGE_SIZE * min(pages, plan.num_pages // requests, self.max_pages))
         return found
 
     def offloaded_layers(self, plan: TierPlan, length: int, requests: int) -> int | None:
-        """Fewest layers to offload for ``requests`` requests of ``length`` tokens; None when even all M do not suffice."""
-        return next((i for i, longest in enumerate(self.thresholds(plan, requests)) if longest >= length), None)
+        """Fewest layers to offload for ``requests`` requests of ``length`` tokens; None when even
+        all M do not suffice.
+        """
+        return next(
+            (i for i, longest in enumerate(self.thresholds(plan, requests)) if longest >= length),
+            None,
+        )
 
 
 @dataclass(frozen=True)
@@ -268,8 +358,10 @@ class StepTime:
 
     Attributes:
         weight_bytes: read once a step, the head's included.
-        gpu_bytes_per_s: memory bandwidth of the GPU. link_bytes_per_s: of the PCIe link at 8 KiB rows.
-        overhead_s: what a step costs beyond the bytes it reads; 1.5 to 2.0 ms measured (benchmarks, decode).
+        gpu_bytes_per_s: memory bandwidth of the GPU. link_bytes_per_s: of the PCIe link at 8 KiB
+            rows.
+        overhead_s: what a step costs beyond the bytes it reads; 1.5 to 2.0 ms measured (benchmarks,
+            decode).
     """
 
     weight_bytes: int
@@ -278,7 +370,14 @@ class StepTime:
     overhead_s: float = 1.7e-3
 
     def step(
-        self, shape: KVShape, *, requests: int, length: int, budget_pages: int, offloaded: int, miss_rate: float
+        self,
+        shape: KVShape,
+        *,
+        requests: int,
+        length: int,
+        budget_pages: int,
+        offloaded: int,
+        miss_rate: float,
     ) -> tuple[float, float, int]:
         """Seconds of compute, seconds of transfer, and bytes over PCIe of one decode step.
 
@@ -287,12 +386,15 @@ class StepTime:
         """
         pages = pages_for(length)
         read = self.weight_bytes + requests * (
-            shape.num_layers * min(pages, budget_pages) * shape.page_bytes + (pages > budget_pages) * pages * shape.head_page_bytes
+            shape.num_layers * min(pages, budget_pages) * shape.page_bytes
+            + (pages > budget_pages) * pages * shape.head_page_bytes
         )
         moved = int(offloaded * requests * min(pages, budget_pages) * miss_rate * shape.page_bytes)
         return self.overhead_s + read / self.gpu_bytes_per_s, moved / self.link_bytes_per_s, moved
 
     def dense_step(self, shape: KVShape, *, requests: int, length: int) -> float:
         """Seconds of a decode step that reads every page of every layer from GPU memory."""
-        read = self.weight_bytes + requests * shape.num_layers * pages_for(length) * shape.page_bytes
+        read = (
+            self.weight_bytes + requests * shape.num_layers * pages_for(length) * shape.page_bytes
+        )
         return self.overhead_s + read / self.gpu_bytes_per_s

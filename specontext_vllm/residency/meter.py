@@ -6,7 +6,16 @@ import numpy as np
 import torch
 
 from specontext_vllm.late_copy import LateCopy
-from specontext_vllm.triton_kernels.counters import AWAITED, COUNTERS, FETCHED, LATE, LATE_NS, MISSED, RETURNED, SELECTED
+from specontext_vllm.triton_kernels.counters import (
+    AWAITED,
+    COUNTERS,
+    FETCHED,
+    LATE,
+    LATE_NS,
+    MISSED,
+    RETURNED,
+    SELECTED,
+)
 
 POLL_STEPS = 16
 """Steps between two looks at the counters."""
@@ -28,7 +37,9 @@ class Meter:
         self._polls = 0
 
     def poll(self) -> np.ndarray | None:
-        """Called once a step: what was counted between the last two looks, when there is news; else None."""
+        """Called once a step: what was counted between the last two looks, when there is news; else
+        None.
+        """
         self._polls += 1
         if self._polls % POLL_STEPS == 0:
             self._copy.ask()
@@ -47,8 +58,8 @@ class Meter:
 
 
 def ratios(counted: np.ndarray, head_page_bytes: int) -> dict[str, float]:
-    """What counters of some steps say: ``hit_rate``, ``fetched_bytes``, ``late_share`` of the layers' prefetches and ``late_us``, the
-    mean microseconds of a late one."""
+    """What counters of some steps say: ``hit_rate``, ``fetched_bytes``, ``late_share`` of the
+    layers' prefetches and ``late_us``, the mean microseconds of a late one."""
     return {
         "hit_rate": float(1 - counted[MISSED] / max(1, counted[SELECTED])),
         "fetched_bytes": int(counted[FETCHED]) * head_page_bytes,
@@ -63,10 +74,14 @@ def late_share(counted: np.ndarray) -> float | None:
 
 
 def miss_rates(counted: np.ndarray) -> tuple[float, float] | None:
-    """Share of the selected head pages that were missed, and that would have been missed with no slot beyond the selection's own.
+    """Share of the selected head pages that were missed, and that would have been missed with no
+    slot beyond the selection's own.
 
-    The second one counts hits on pages that the step before did not read. None when nothing was selected.
+    The second one counts hits on pages that the step before did not read. None when nothing was
+    selected.
     """
     if not counted[SELECTED]:
         return None
-    return counted[MISSED] / counted[SELECTED], (counted[MISSED] + counted[RETURNED]) / counted[SELECTED]
+    return counted[MISSED] / counted[SELECTED], (counted[MISSED] + counted[RETURNED]) / counted[
+        SELECTED
+    ]

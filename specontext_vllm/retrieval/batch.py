@@ -10,14 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Rows of a step, decode rows first: those whose one query token was generated. The others hold prompt tokens, be it one.
+    """Rows of a step, decode rows first: those whose one query token was generated. The others hold
+    prompt tokens, be it one.
 
     Attributes:
         token_ids: ``[>= N]`` ids of the step's tokens.
         positions: ``[>= N]`` int64.
         slots: ``[>= N]`` int64 slots in the paged caches, none negative; -1 for padding.
         query_starts: ``[R + 1]`` int32 offsets of the rows' tokens.
-        seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a graph.
+        seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a
+            graph.
         block_table: ``[>= R, W]`` int32; tails beyond a row's pages may be stale.
         seq_lens_bound: R host integers, each at least the row's context length.
         num_decodes: leading decode rows.
@@ -25,8 +27,8 @@ class StepBatch:
         names: R request ids.
         query_lens: R host integers, the rows' query tokens.
         num_tokens: N.
-        replayable: every row is a decode row, the tensors of tokens hold ``table_rows`` of them, and all tensors lie where those of every such
-            step with as many rows do.
+        replayable: every row is a decode row, the tensors of tokens hold ``table_rows`` of them,
+            and all tensors lie where those of every such step with as many rows do.
     """
 
     token_ids: Tensor

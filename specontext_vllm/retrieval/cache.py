@@ -11,18 +11,25 @@ from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, HeadKeyDt
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (9, 0)
-"""Compute capability from which on keys may be 8-bit floats. 8.9 has them, but cannot convert them into bfloat16 the way that Triton 3.6 does."""
+"""Compute capability from which on keys may be 8-bit floats. 8.9 has them, but cannot convert them
+into bfloat16 the way that Triton 3.6 does.
+"""
 
 
 def head_key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the head's keys are kept in on ``device``; see ``key_dtype``."""
     if device.type != "cuda":
         return key_dtype(setting, dtype, None, device.type)
-    return key_dtype(setting, dtype, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    return key_dtype(
+        setting, dtype, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    )
 
 
-def key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, capability: tuple[int, int] | None, device_name: str) -> torch.dtype:
-    """What the head's keys are kept in: ``dtype`` is the model's. "auto": 8-bit floats on a GPU of ``FP8_CAPABILITY``.
+def key_dtype(
+    setting: HeadKeyDtype, dtype: torch.dtype, capability: tuple[int, int] | None, device_name: str
+) -> torch.dtype:
+    """What the head's keys are kept in: ``dtype`` is the model's. "auto": 8-bit floats on a GPU of
+    ``FP8_CAPABILITY``.
 
     Args:
         capability: of the GPU; None on a CPU.
@@ -31,8 +38,10 @@ def key_dtype(setting: HeadKeyDtype, dtype: torch.dtype, capability: tuple[int, 
     """
     if setting == "fp8" and capability is not None and capability < FP8_CAPABILITY:
         raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {device_name} cannot multiply them with the head's queries "
-            f"(compute capability {capability[0]}.{capability[1]}, needed {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}); use model."
+            f"additional_config.{CONFIG_KEY}.head_key_dtype: found 'fp8', but {device_name} cannot "
+            "multiply them with the head's queries "
+            f"(compute capability {capability[0]}.{capability[1]}, needed "
+            f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}); use model."
         )
     on_gpu = capability is not None and capability >= FP8_CAPABILITY
     return FP8 if setting == "fp8" or (setting == "auto" and on_gpu) else dtype
@@ -43,11 +52,12 @@ class HeadCache:
     """The head's paged K cache, addressed by the same slots as the target's KV.
 
     Attributes:
-        keys: ``[num_blocks, nkv, P, D]`` rotated keys, in the head's dtype or as 8-bit floats (e4m3, cut off at 448); the pair
-            (token p+1, aux p) is stored in the slot of token p+1.
-        fused: ``[num_blocks + 1, H]`` fc(aux) of the latest token in each page. A chunk, a prefix hit or a resumed request
-            that starts at position p reads the page of p - 1: within a page that is the request's own latest token, and at
-            a page boundary the full (perhaps shared) page's last token. The extra row takes writes that nobody reads.
+        keys: ``[num_blocks, nkv, P, D]`` rotated keys, in the head's dtype or as 8-bit floats
+            (e4m3, cut off at 448); the pair (token p+1, aux p) is stored in the slot of token p+1.
+        fused: ``[num_blocks + 1, H]`` fc(aux) of the latest token in each page. A chunk, a prefix
+            hit or a resumed request that starts at position p reads the page of p - 1: within a
+            page that is the request's own latest token, and at a page boundary the full (perhaps
+            shared) page's last token. The extra row takes writes that nobody reads.
     """
 
     keys: Tensor
@@ -55,18 +65,35 @@ class HeadCache:
 
     @classmethod
     def allocate(
-        cls, num_blocks: int, num_kv_heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, key_dtype: torch.dtype, device: torch.device
+        cls,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        key_dtype: torch.dtype,
+        device: torch.device,
     ) -> HeadCache:
         """Zero-filled caches for ``num_blocks`` pages."""
         return cls(
-            torch.zeros(num_blocks, num_kv_heads, PAGE_SIZE, head_dim, dtype=key_dtype, device=device),
+            torch.zeros(
+                num_blocks, num_kv_heads, PAGE_SIZE, head_dim, dtype=key_dtype, device=device
+            ),
             torch.zeros(num_blocks + 1, hidden_size, dtype=dtype, device=device),
         )
 
     @staticmethod
-    def bytes_per_block(num_kv_heads: int, head_dim: int, hidden_size: int, dtype: torch.dtype, key_dtype: torch.dtype) -> int:
+    def bytes_per_block(
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        key_dtype: torch.dtype,
+    ) -> int:
         """Bytes one page adds to the caches."""
-        return num_kv_heads * PAGE_SIZE * head_dim * key_dtype.itemsize + hidden_size * dtype.itemsize
+        return (
+            num_kv_heads * PAGE_SIZE * head_dim * key_dtype.itemsize + hidden_size * dtype.itemsize
+        )
 
     def write_keys(self, keys: Tensor, slots: Tensor) -> None:
         """Store ``keys [N, nkv, D]`` at ``slots [N]`` (none negative)."""
@@ -81,7 +108,9 @@ class HeadCache:
         return self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE].view(self.keys.dtype)
 
     def write_pages(self, blocks: Tensor, keys: Tensor, fused: Tensor) -> None:
-        """Overwrite the pages ``blocks [n]`` with ``keys [n, nkv, P, D]`` of the cache's dtype and ``fused [n, H]``."""
+        """Overwrite the pages ``blocks [n]`` with ``keys [n, nkv, P, D]`` of the cache's dtype and
+        ``fused [n, H]``.
+        """
         self._stored[blocks] = _bytes(keys)
         self.fused[blocks] = fused
 
@@ -90,13 +119,17 @@ class HeadCache:
         return _bytes(self.keys)
 
     def previous(self, block_table: Tensor, positions: Tensor) -> Tensor:
-        """Fused aux of the token before ``positions [B]`` of rows ``block_table [B, W]``: ``[B, H]``, zeros at position 0."""
+        """Fused aux of the token before ``positions [B]`` of rows ``block_table [B, W]``:
+        ``[B, H]``, zeros at position 0.
+        """
         before = (positions - 1).clamp(min=0)
         blocks = block_table.gather(1, (before // PAGE_SIZE)[:, None]).squeeze(1).long()
         return torch.where((positions > 0)[:, None], self.fused[blocks], 0.0)
 
     def remember(self, fused: Tensor, slots: Tensor, keep: Tensor) -> None:
-        """Keep the fused aux ``[N, H]`` of the tokens at ``slots [N]`` where ``keep [N]`` holds: one token a page."""
+        """Keep the fused aux ``[N, H]`` of the tokens at ``slots [N]`` where ``keep [N]`` holds:
+        one token a page.
+        """
         trash = self.fused.shape[0] - 1
         self.fused[torch.where(keep, slots // PAGE_SIZE, trash)] = fused
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 STEPS, DECODE_ROWS, CHOOSING_ROWS, PAGES_READ, PAGES_HELD = range(5)
-"""Known to the host: steps with decode rows; their rows; rows of steps in which pages were chosen; head pages that the rows read
-(within the budget) and held."""
+"""Known to the host: steps with decode rows; their rows; rows of steps in which pages were chosen;
+head pages that the rows read (within the budget) and held."""
 
 KEPT_MASS, FALLBACK_ROWS, FALLBACK_PAGES = range(5, 8)
-"""Summed on the device: kept mass of the choosing rows, the mean over a row's KV heads; rows under the confidence threshold, and the head
-pages that they read beyond the budget."""
+"""Summed on the device: kept mass of the choosing rows, the mean over a row's KV heads; rows under
+the confidence threshold, and the head pages that they read beyond the budget."""
 
 KEPT_MASS_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 KEPT_MASS_BUCKETS = slice(8, 8 + len(KEPT_MASS_EDGES))
@@ -23,7 +23,8 @@ _HOST = KEPT_MASS
 
 
 class Counters:
-    """Sums that never fall. What the host cannot know is summed on the device, so that counting never waits for it.
+    """Sums that never fall. What the host cannot know is summed on the device, so that counting
+    never waits for it.
 
     Attributes:
         host: ``[5]`` float64, the places up to PAGES_HELD.
@@ -37,7 +38,9 @@ class Counters:
         self._base = np.zeros(KEPT_MASS_BUCKETS.stop)
 
     def count_rows(self, rows: int, choosing_rows: int, pages_read: int, pages_held: int) -> None:
-        """A step's decode rows, how many of them if pages are chosen in it, and the head pages they read and hold."""
+        """A step's decode rows, how many of them if pages are chosen in it, and the head pages they
+        read and hold.
+        """
         self.host[:] += (1, rows, choosing_rows, pages_read, pages_held)
 
     def count_choice(self, kept_mass: Tensor, seq_lens: Tensor) -> None:
@@ -46,7 +49,10 @@ class Counters:
         Args:
             kept_mass: ``[B, H]`` float32. seq_lens: ``[>= B]`` int32; rows of 0 tokens are padding.
         """
-        total, buckets = self.cells[KEPT_MASS - _HOST :][:1], self.cells[KEPT_MASS_BUCKETS.start - _HOST :]
+        total, buckets = (
+            self.cells[KEPT_MASS - _HOST :][:1],
+            self.cells[KEPT_MASS_BUCKETS.start - _HOST :],
+        )
         if kept_mass.is_cuda:
             from specontext_vllm.triton_kernels.kept_mass import add_kept_mass
 
@@ -57,7 +63,9 @@ class Counters:
         buckets += (mean[:, None] <= self._edges).sum(0)
 
     def count_fallback(self, rows: Tensor, pages: Tensor) -> None:
-        """Rows that fell back, and the head pages they read beyond the budget: scalars on the device."""
+        """Rows that fell back, and the head pages they read beyond the budget: scalars on the
+        device.
+        """
         self.cells[FALLBACK_ROWS - _HOST] += rows
         self.cells[FALLBACK_PAGES - _HOST] += pages
 

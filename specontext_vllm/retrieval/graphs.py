@@ -13,18 +13,23 @@ from torch import Tensor
 logger = logging.getLogger("vllm.specontext")
 
 GRAPH_BYTES = 256 << 20
-"""GPU memory that graphs may take, temporaries and the driver's own included; a step that would need more runs eagerly.
+"""GPU memory that graphs may take, temporaries and the driver's own included; a step that would
+need more runs eagerly.
 
-vLLM's memory profile counts it, so that KV does not take it; graphs are captured later, while the engine serves. A graph of a small model took 0.09 MiB on an
-H200, beside 34 MiB for the first; there are some 490 at most.
+vLLM's memory profile counts it, so that KV does not take it; graphs are captured later, while the
+engine serves. A graph of a small model took 0.09 MiB on an H200, beside 34 MiB for the first; there
+are some 490 at most.
 """
 
 REMEMBERED = 64
-"""Keys that have come up once: those whose addresses never return must not take the place of others."""
+"""Keys that have come up once: those whose addresses never return must not take the place of
+others.
+"""
 
 
 def bucket(pages: int) -> int:
-    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below ``pages``, so that steps with longer and longer contexts need few graphs.
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below ``pages``, so that steps
+    with longer and longer contexts need few graphs.
 
     Programs for pages beyond a row's end return at once: half as many more are microseconds.
     """
@@ -35,14 +40,17 @@ def bucket(pages: int) -> int:
 class StepGraphs:
     """Work that is launched once a step, replayed as one launch.
 
-    A dozen kernels cost the host most of a millisecond, which the step waits for where the model is small (benchmarks/host.py). A piece of
-    work is run eagerly the first time its key comes up, which loads its kernels, captured the second time, and replayed from then on.
-    A capture takes about as long as one eager step. The key holds the addresses of all inputs, so a replay reads what an eager run would.
+    A dozen kernels cost the host most of a millisecond, which the step waits for where the model is
+    small (benchmarks/host.py). A piece of work is run eagerly the first time its key comes up,
+    which loads its kernels, captured the second time, and replayed from then on. A capture takes
+    about as long as one eager step. The key holds the addresses of all inputs, so a replay reads
+    what an eager run would.
 
     Args:
         device: a CUDA device.
-        most_bytes: GPU memory that the graphs may take together. It is measured around each capture and its first replay, when the driver takes
-            its part, as what is free on the whole device; other processes on it that allocate just then are counted too.
+        most_bytes: GPU memory that the graphs may take together. It is measured around each capture
+            and its first replay, when the driver takes its part, as what is free on the whole
+            device; other processes on it that allocate just then are counted too.
 
     Attributes:
         taken: bytes that the graphs have taken.
@@ -82,7 +90,8 @@ class StepGraphs:
         try:
             graph = self._graphs[key] = self._capture(work)
         except torch.OutOfMemoryError:
-            # Nothing was done yet, and an eager run may free what torch's cache holds; a capture may not.
+            # Nothing was done yet, and an eager run may free what torch's cache holds; a capture
+            # may not.
             self._stop("the GPU has no memory for more")
             work()
             return
@@ -91,25 +100,33 @@ class StepGraphs:
         self.taken, self._largest = self.taken + took, max(self._largest, took)
         # The next one may be as large.
         if self.taken + self._largest > self.most_bytes:
-            self._stop(f"another may exceed the {self.most_bytes / 2**20:.0f} MiB that are set aside for them")
+            self._stop(
+                f"another may exceed the {self.most_bytes / 2**20:.0f} MiB that are set aside for "
+                "them"
+            )
 
     def _stop(self, why: str) -> None:
         self._full = True
         logger.warning(
-            "SpeContext: there are %d graphs of decode steps in %.0f MiB and %s; steps that would need others run eagerly.",
-            len(self._graphs), self.taken / 2**20, why,
-        )  # fmt: skip
+            "SpeContext: there are %d graphs of decode steps in %.0f MiB and %s; steps that would "
+            "need others run eagerly.",
+            len(self._graphs),
+            self.taken / 2**20,
+            why,
+        )
 
     def clear(self) -> None:
         """Forget everything: the settings that ``work`` follows have changed."""
         self._once.clear()
         if self._graphs:
             torch.cuda.synchronize(self._device)
-            # What torch's cache holds besides goes first, so that only what the graphs give back is counted.
+            # What torch's cache holds besides goes first, so that only what the graphs give back is
+            # counted.
             torch.cuda.empty_cache()
             before = self._free_bytes()
             self._graphs.clear()
-            # The allocator forgets a pool with the last graph that used it, but keeps its memory, which is no use to a new one.
+            # The allocator forgets a pool with the last graph that used it, but keeps its memory,
+            # which is no use to a new one.
             torch.cuda.empty_cache()
             self._pool = torch.cuda.graph_pool_handle()
             # The driver may keep its part, for the graphs to come.
@@ -125,7 +142,8 @@ class StepGraphs:
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream), _no_garbage_collected():
-            # Other threads copy outputs meanwhile. torch.cuda.graph would collect garbage and wait for the GPU first.
+            # Other threads copy outputs meanwhile. torch.cuda.graph would collect garbage and wait
+            # for the GPU first.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
@@ -136,7 +154,9 @@ class StepGraphs:
 
 @contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-    """A graph of an engine that is gone, found by the collector in the middle of a capture, would break it off."""
+    """A graph of an engine that is gone, found by the collector in the middle of a capture, would
+    break it off.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -2,8 +2,8 @@
 
     x = cat[norm(embedding), norm(fc(aux))],   q = rope(norm(W_q x)),   k = rope(norm(W_k x))
 
-(SafeAILab EAGLE `cnets.py`; vLLM `llama_eagle3.py`; the norms on q and k exist in Qwen3-type heads only.) Values,
-output projection, FFN and LM head are gone; scoring and selection live elsewhere.
+(SafeAILab EAGLE `cnets.py`; vLLM `llama_eagle3.py`; the norms on q and k exist in Qwen3-type heads
+only.) Values, output projection, FFN and LM head are gone; scoring and selection live elsewhere.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from .shard import shard_checkpoint
 
 
 def check_head(
-    checkpoint: HeadCheckpoint, *, target: Mapping[str, int], max_position: int, dtype: torch.dtype, workers: int = 1
+    checkpoint: HeadCheckpoint,
+    *,
+    target: Mapping[str, int],
+    max_position: int,
+    dtype: torch.dtype,
+    workers: int = 1,
 ) -> None:
-    """All that a checkpoint which could be read is refused for, so that whoever is asked first comes to what a worker comes to.
+    """All that a checkpoint which could be read is refused for, so that whoever is asked first
+    comes to what a worker comes to.
 
     Args:
         target: the widths of the target that ``check_fits`` takes.
@@ -39,7 +45,8 @@ def check_head(
 
 
 class RetrievalHead(nn.Module):
-    """q and k of the pruned draft model, without host synchronisation, so that a CUDA graph can hold every method.
+    """q and k of the pruned draft model, without host synchronisation, so that a CUDA graph can
+    hold every method.
 
     Args:
         checkpoint: weights and settings.
@@ -47,29 +54,42 @@ class RetrievalHead(nn.Module):
         dtype: dtype of weights, q and k. Norms and RoPE are computed in float32.
         device: where the weights and the rotary table live.
 
-    Shapes: N tokens, H fused width, E embedding width, nh / nkv heads, D head dimension; see `HeadSpec`.
+    Shapes: N tokens, H fused width, E embedding width, nh / nkv heads, D head dimension; see
+        `HeadSpec`.
     """
 
     def __init__(
-        self, checkpoint: HeadCheckpoint, *, max_position: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        checkpoint: HeadCheckpoint,
+        *,
+        max_position: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
         self.spec = spec = checkpoint.spec
         tensors = checkpoint.tensors
 
         def keep(tensor: Tensor | None) -> nn.Parameter | None:
-            return None if tensor is None else nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            return (
+                None
+                if tensor is None
+                else nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            )
 
         self.fc_weight = keep(tensors["fc.weight"])
         self.fc_bias = keep(tensors.get("fc.bias"))
         self.input_norm = keep(tensors.get("input_norm.weight"))
-        norms = [tensors[f"fc_norm.{i}.weight"] for i in range(spec.num_aux)] if spec.fc_norm else None
+        norms = (
+            [tensors[f"fc_norm.{i}.weight"] for i in range(spec.num_aux)] if spec.fc_norm else None
+        )
         self.fc_norm = keep(None if norms is None else torch.stack(norms))
         self.embed_norm = keep(tensors["embed_norm.weight"])
         self.feature_norm = keep(tensors["feature_norm.weight"])
         self.embed_tokens = keep(tensors.get("embed_tokens.weight"))
 
-        # q and k in one matrix, q's rows first: a decode step is then one GEMM, and keys() reads a view.
+        # q and k in one matrix, q's rows first: a decode step is then one GEMM, and keys() reads a
+        # view.
         self.qk_weight = keep(torch.cat((tensors["q_proj.weight"], tensors["k_proj.weight"])))
         self.qk_bias = keep(_stack_bias(checkpoint))
         self.qk_norm = keep(_stack_norm(checkpoint))
@@ -77,11 +97,14 @@ class RetrievalHead(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights on the device. The rotary table comes on top: `cos_sin.nbytes`, 4*D a position."""
+        """Bytes of the weights on the device. The rotary table comes on top: `cos_sin.nbytes`, 4*D
+        a position.
+        """
         return sum(parameter.nbytes for parameter in self.parameters())
 
     def fuse(self, aux: Sequence[Tensor]) -> Tensor:
-        """The feature of each token from the target's auxiliary hidden states: fc, with the checkpoint's input norms.
+        """The feature of each token from the target's auxiliary hidden states: fc, with the
+        checkpoint's input norms.
 
         Args:
             aux: num_aux tensors [N, H_target], in ascending layer order.
@@ -94,7 +117,8 @@ class RetrievalHead(nn.Module):
         """
         if len(aux) != self.spec.num_aux:
             raise ValueError(
-                f"The retrieval head reads {self.spec.num_aux} auxiliary hidden states and was given {len(aux)}: set the "
+                f"The retrieval head reads {self.spec.num_aux} auxiliary hidden states and was "
+                f"given {len(aux)}: set the "
                 "target's auxiliary layers to the head's aux_layer_ids."
             )
         x = torch.cat(tuple(aux), dim=-1)
@@ -108,10 +132,14 @@ class RetrievalHead(nn.Module):
         """Embeddings [N, E] of token ids [N] from the checkpoint's own table.
 
         Raises:
-            RuntimeError: the checkpoint brings none; the engine then passes the target's embeddings.
+            RuntimeError: the checkpoint brings none; the engine then passes the target's
+                embeddings.
         """
         if self.embed_tokens is None:
-            raise RuntimeError("This head brings no embed_tokens.weight: pass the target's embeddings to project().")
+            raise RuntimeError(
+                "This head brings no embed_tokens.weight: pass the target's embeddings to "
+                "project()."
+            )
         return F.embedding(token_ids, self.embed_tokens)
 
     def project(self, embeds: Tensor, fused: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +147,8 @@ class RetrievalHead(nn.Module):
 
         Args:
             embeds: [N, E] embedding of the token at each position.
-            fused: [N, H] `fuse` of the token *before* it: EAGLE pairs token p+1 with the features of token p.
+            fused: [N, H] `fuse` of the token *before* it: EAGLE pairs token p+1 with the features
+                of token p.
             positions: [N] int64, below max_position.
 
         Returns:
@@ -130,14 +159,20 @@ class RetrievalHead(nn.Module):
         return qk[:, : self.spec.num_heads], qk[:, self.spec.num_heads :]
 
     def keys(self, embeds: Tensor, fused: Tensor, positions: Tensor) -> Tensor:
-        """k [N, nkv, D] alone: the k of `project`, for prefill, where nothing is selected. The caller chunks N."""
+        """k [N, nkv, D] alone: the k of `project`, for prefill, where nothing is selected. The
+        caller chunks N.
+        """
         heads, rows = self.spec.num_heads, self.spec.num_heads * self.spec.head_dim
         bias = None if self.qk_bias is None else self.qk_bias[rows:]
         norm = None if self.qk_norm is None else self.qk_norm[heads:]
-        return self._rotate(F.linear(self._inputs(embeds, fused), self.qk_weight[rows:], bias), norm, positions)
+        return self._rotate(
+            F.linear(self._inputs(embeds, fused), self.qk_weight[rows:], bias), norm, positions
+        )
 
     def _inputs(self, embeds: Tensor, fused: Tensor) -> Tensor:
-        return torch.cat((self._norm(embeds, self.embed_norm), self._norm(fused, self.feature_norm)), dim=-1)
+        return torch.cat(
+            (self._norm(embeds, self.embed_norm), self._norm(fused, self.feature_norm)), dim=-1
+        )
 
     def _rotate(self, flat: Tensor, norm: Tensor | None, positions: Tensor) -> Tensor:
         x = flat.unflatten(-1, (-1, self.spec.head_dim))
@@ -158,11 +193,15 @@ def _stack_bias(checkpoint: HeadCheckpoint) -> Tensor | None:
     if "q_proj.bias" not in tensors and "k_proj.bias" not in tensors:
         return None
     parts = (("q_proj.bias", spec.num_heads), ("k_proj.bias", spec.num_kv_heads))
-    return torch.cat([tensors.get(name, torch.zeros(heads * spec.head_dim)).float() for name, heads in parts])
+    return torch.cat(
+        [tensors.get(name, torch.zeros(heads * spec.head_dim)).float() for name, heads in parts]
+    )
 
 
 def _stack_norm(checkpoint: HeadCheckpoint) -> Tensor | None:
-    """[nh+nkv, D]: q's norm weight for each query head, then k's, so that one kernel normalises both."""
+    """[nh+nkv, D]: q's norm weight for each query head, then k's, so that one kernel normalises
+    both.
+    """
     spec, tensors = checkpoint.spec, checkpoint.tensors
     if not spec.qk_norm:
         return None

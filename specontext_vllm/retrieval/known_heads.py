@@ -23,7 +23,8 @@ def known_head(model_id: str) -> KnownHead | None:
     """The published EAGLE-3 head for a target model, or None.
 
     Args:
-        model_id: the target's full hub id, in any case. For a local folder, pass its config's `_name_or_path`.
+        model_id: the target's full hub id, in any case. For a local folder, pass its config's
+            `_name_or_path`.
     """
     return _heads().get(model_id.lower())
 
@@ -31,11 +32,16 @@ def known_head(model_id: str) -> KnownHead | None:
 @cache
 def _heads() -> dict[str, KnownHead]:
     entries = yaml.safe_load(_configs().joinpath("known_heads.yaml").read_text())
-    return {entry["target"].lower(): KnownHead(entry["head"], entry.get("revision")) for entry in entries}
+    return {
+        entry["target"].lower(): KnownHead(entry["head"], entry.get("revision"))
+        for entry in entries
+    }
 
 
 def _configs() -> Traversable:
     try:
         return resources.files("specontext_vllm.configs")
-    except ModuleNotFoundError:  # run from the source tree, where configs/ stands beside the package
+    except (
+        ModuleNotFoundError
+    ):  # run from the source tree, where configs/ stands beside the package
         return Path(__file__).parents[2] / "configs"

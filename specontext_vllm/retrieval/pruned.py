@@ -1,4 +1,6 @@
-"""A head's checkpoint without what selection does not read: LM head, values, output projection, FFN."""
+"""A head's checkpoint without what selection does not read: LM head, values, output projection,
+FFN.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from .tensor_files import HeadError
 
 
 def write_pruned(checkpoint: HeadCheckpoint, folder: Path) -> None:
-    """Writes the kept tensors, in the dtypes they came in, and a config.json that reads as the same spec.
+    """Writes the kept tensors, in the dtypes they came in, and a config.json that reads as the same
+    spec.
 
-    It serves as retrieval head and as nothing else. Its architecture is one that no engine knows, and it has no model_type, because an engine
-    that took it for a draft model would draft with whatever the missing tensors' memory holds.
+    It serves as retrieval head and as nothing else. Its architecture is one that no engine knows,
+    and it has no model_type, because an engine that took it for a draft model would draft with
+    whatever the missing tensors' memory holds.
 
     Raises:
         HeadError: the folder holds something already, or cannot be written.
@@ -22,19 +26,37 @@ def write_pruned(checkpoint: HeadCheckpoint, folder: Path) -> None:
 
     spec = checkpoint.spec
     config = {
-        "architectures": [PRUNED_ARCHITECTURE], "hidden_size": spec.hidden_size, "target_hidden_size": spec.target_hidden_size,
-        "num_hidden_layers": 1, "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads, "head_dim": spec.head_dim,
-        "rms_norm_eps": spec.rms_norm_eps, "rope_theta": spec.rope_theta, "rope_scaling": spec.rope_scaling,
-        "max_position_embeddings": spec.trained_length, "vocab_size": spec.target_vocab_size, "norm_before_fc": spec.norm_before_fc,
-        "fc_norm": spec.fc_norm, "eagle_aux_hidden_state_layer_ids": spec.aux_layer_ids,
-    }  # fmt: skip
+        "architectures": [PRUNED_ARCHITECTURE],
+        "hidden_size": spec.hidden_size,
+        "target_hidden_size": spec.target_hidden_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": spec.rope_scaling,
+        "max_position_embeddings": spec.trained_length,
+        "vocab_size": spec.target_vocab_size,
+        "norm_before_fc": spec.norm_before_fc,
+        "fc_norm": spec.fc_norm,
+        "eagle_aux_hidden_state_layer_ids": spec.aux_layer_ids,
+    }
     tensors = {file_name(name): tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise HeadError(f"{folder} holds something already: give a new folder for the pruned head.")
+            raise HeadError(
+                f"{folder} holds something already: give a new folder for the pruned head."
+            )
         # The config comes last, without which no folder is taken for a checkpoint.
         (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-        (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}, indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in config.items() if value is not None}, indent=2)
+            + "\n"
+        )
     except OSError as error:
-        raise HeadError(f"{folder} cannot be written ({type(error).__name__}: {error.strerror}): give another folder for the pruned head.") from error
+        raise HeadError(
+            f"{folder} cannot be written ({type(error).__name__}: {error.strerror}): give another "
+            "folder for the pruned head."
+        ) from error

@@ -1,4 +1,6 @@
-"""The retrieval head at work: selects pages before a step's forward pass, learns the step's tokens after it."""
+"""The retrieval head at work: selects pages before a step's forward pass, learns the step's tokens
+after it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from specontext_vllm.retrieval.counters import (
 )
 from specontext_vllm.retrieval.graphs import StepGraphs, bucket
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, PageScores, fill_baseline, row_starts, score_rows
+from specontext_vllm.retrieval.scoring import (
+    WORKSPACE_BYTES,
+    PageScores,
+    fill_baseline,
+    row_starts,
+    score_rows,
+)
 from specontext_vllm.retrieval.selection import Budget, Held, fill_lengths, select_rows
 
 PREFILL_CHUNK = 2048
@@ -34,8 +42,8 @@ PREFILL_CHUNK = 2048
 class Retriever:
     """Owns the head, its caches and the scoring workspace of one worker.
 
-    ``before_forward`` fills the page table that all layers of the step read; ``after_forward`` turns the step's auxiliary
-    hidden states into keys. Nothing between them waits for the GPU.
+    ``before_forward`` fills the page table that all layers of the step read; ``after_forward``
+    turns the step's auxiliary hidden states into keys. Nothing between them waits for the GPU.
 
     Args:
         config: validated settings.
@@ -46,19 +54,32 @@ class Retriever:
         table_pages: columns of the page table: no selection may keep more pages.
         device: where everything lives.
         graphs: replays of steps without prompt tokens; None: everything runs eagerly.
-        embeds_apart: ``embed`` may not be captured, since it exchanges something with other workers, say.
+        embeds_apart: ``embed`` may not be captured, since it exchanges something with other
+            workers, say.
     """
 
     def __init__(
-        self, config: SpeContextConfig, head: RetrievalHead | None, embed: Callable[[Tensor], Tensor], *,
-        num_kv_heads: int, max_model_len: int, table_pages: int, device: torch.device, graphs: StepGraphs | None = None,
+        self,
+        config: SpeContextConfig,
+        head: RetrievalHead | None,
+        embed: Callable[[Tensor], Tensor],
+        *,
+        num_kv_heads: int,
+        max_model_len: int,
+        table_pages: int,
+        device: torch.device,
+        graphs: StepGraphs | None = None,
         embeds_apart: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.head, self.num_kv_heads, self.device = config, head, num_kv_heads, device
         self.embed = embed if head is None or head.embed_tokens is None else head.embed
         self.max_model_len, self.max_pages = max_model_len, pages_for(max_model_len)
         self.table_pages = table_pages
-        self.key_dtype = None if head is None else head_key_dtype(config.head_key_dtype, head.fc_weight.dtype, device)
+        self.key_dtype = (
+            None
+            if head is None
+            else head_key_dtype(config.head_key_dtype, head.fc_weight.dtype, device)
+        )
         self.cache: HeadCache | None = None
         queries = num_kv_heads if head is None else head.spec.num_heads
         capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries))
@@ -81,7 +102,13 @@ class Retriever:
         if self.head is not None:
             spec, dtype = self.head.spec, self.head.fc_weight.dtype
             self.cache = HeadCache.allocate(
-                num_blocks, spec.num_kv_heads, spec.head_dim, spec.hidden_size, dtype, self.key_dtype, self.device
+                num_blocks,
+                spec.num_kv_heads,
+                spec.head_dim,
+                spec.hidden_size,
+                dtype,
+                self.key_dtype,
+                self.device,
             )
 
     @property
@@ -90,11 +117,23 @@ class Retriever:
         if self.head is None:
             return 0
         spec = self.head.spec
-        return HeadCache.bytes_per_block(spec.num_kv_heads, spec.head_dim, spec.hidden_size, self.head.fc_weight.dtype, self.key_dtype)
+        return HeadCache.bytes_per_block(
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.hidden_size,
+            self.head.fc_weight.dtype,
+            self.key_dtype,
+        )
 
     def shrink(self, max_model_len: int, table_pages: int) -> None:
-        """Before the first step: contexts are shorter, and the page table narrower, than was said at first."""
-        self.max_model_len, self.max_pages, self.table_pages = max_model_len, pages_for(max_model_len), table_pages
+        """Before the first step: contexts are shorter, and the page table narrower, than was said
+        at first.
+        """
+        self.max_model_len, self.max_pages, self.table_pages = (
+            max_model_len,
+            pages_for(max_model_len),
+            table_pages,
+        )
 
     def configure(self, config: SpeContextConfig) -> None:
         """Change the settings between steps; the head and the table's width stay.
@@ -105,30 +144,43 @@ class Retriever:
         needed = config.table_pages(self.max_pages * PAGE_SIZE)
         if needed > self.table_pages:
             raise ConfigError(
-                f"specontext: this engine's page table holds {self.table_pages * PAGE_SIZE} tokens a head and these settings "
+                f"specontext: this engine's page table holds {self.table_pages * PAGE_SIZE} tokens "
+                "a head and these settings "
                 f"read up to {needed * PAGE_SIZE}; start it with that budget (or retriever dense)."
             )
         if config.retriever == "dlm" and self.head is None:
-            raise ConfigError("specontext: retriever dlm needs a retrieval head and this engine was started without one.")
+            raise ConfigError(
+                "specontext: retriever dlm needs a retrieval head and this engine was started "
+                "without one."
+            )
         self.config = config
         if self._graphs is not None:
             self._graphs.clear()
 
-    # -- before the forward pass --------------------------------------------------------------------------------------
+    # -- before the forward pass
+    # --------------------------------------------------------------------------------------
 
     def before_forward(
-        self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None,
+        self,
+        batch: StepBatch,
+        pages: Tensor,
+        lengths: Tensor,
+        ids: Tensor | None = None,
+        held: Held | None = None,
         behind: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Fill the page table of the step's decode rows; for a retriever that selects per layer only its lengths.
+    ) -> None:
+        """Fill the page table of the step's decode rows; for a retriever that selects per layer
+        only its lengths.
 
         Args:
             batch: the step.
             pages: ``[>= table_rows * H, K]`` int32, written.
             lengths: ``[>= table_rows * H]`` int32, written; 0 for padding rows.
             held: pages that selection sticks to.
-            ids: ``[>= table_rows, W]`` int32 what a page is called in ``pages``; default the block table's ids.
-            behind: enqueues what follows the selection, and is captured with it; left out of a step without decode rows.
+            ids: ``[>= table_rows, W]`` int32 what a page is called in ``pages``; default the block
+                table's ids.
+            behind: enqueues what follows the selection, and is captured with it; left out of a step
+                without decode rows.
         """
         if batch.table_rows == 0:
             return
@@ -139,12 +191,33 @@ class Retriever:
         choosing = max(bounds, default=0) > budget.total
         if config.stats:
             heads = self.num_kv_heads
-            read, held_pages = heads * sum(min(count, budget.total) for count in bounds), heads * sum(bounds)
-            self.counters.count_rows(decodes, decodes if choosing and config.retriever not in PER_LAYER else 0, read, held_pages)
-        parts = [(rows, max(bounds[rows.start : rows.stop], default=1)) for rows in self._parts(bounds, batch.table_rows)]
-        inputs = (batch.token_ids, batch.positions, batch.slots, batch.seq_lens, batch.block_table, pages, lengths)
+            read, held_pages = (
+                heads * sum(min(count, budget.total) for count in bounds),
+                heads * sum(bounds),
+            )
+            self.counters.count_rows(
+                decodes,
+                decodes if choosing and config.retriever not in PER_LAYER else 0,
+                read,
+                held_pages,
+            )
+        parts = [
+            (rows, max(bounds[rows.start : rows.stop], default=1))
+            for rows in self._parts(bounds, batch.table_rows)
+        ]
+        inputs = (
+            batch.token_ids,
+            batch.positions,
+            batch.slots,
+            batch.seq_lens,
+            batch.block_table,
+            pages,
+            lengths,
+        )
         if not self._replays(batch) or len(parts) > 1:
-            embeds = self.embed(batch.token_ids[:decodes]) if self.head is not None and decodes else None
+            embeds = (
+                self.embed(batch.token_ids[:decodes]) if self.head is not None and decodes else None
+            )
             self._select(batch, decodes, embeds, choosing, parts, pages, lengths, ids, held)
             if behind is not None:
                 behind()
@@ -157,7 +230,11 @@ class Retriever:
         parts = [(range(rows), bucket(parts[0][1]))] if choosing else [(range(rows), 1)]
 
         def work() -> None:
-            found = self.embed(batch.token_ids[:rows]) if embeds is None and self.head is not None else embeds
+            found = (
+                self.embed(batch.token_ids[:rows])
+                if embeds is None and self.head is not None
+                else embeds
+            )
             self._select(batch, rows, found, choosing, parts, pages, lengths, ids, held)
             if behind is not None:
                 behind()
@@ -165,33 +242,57 @@ class Retriever:
         self._graphs.run(("select", rows, choosing, parts[0][1]), inputs, work)
 
     def _replays(self, batch: StepBatch) -> bool:
-        # Random scores come from a generator of the host's, and what selects per layer is captured with the layers.
-        return self._graphs is not None and batch.replayable and self.config.retriever not in ("random", *PER_LAYER)
+        # Random scores come from a generator of the host's, and what selects per layer is captured
+        # with the layers.
+        return (
+            self._graphs is not None
+            and batch.replayable
+            and self.config.retriever not in ("random", *PER_LAYER)
+        )
 
     def _budget(self) -> tuple[Budget, tuple[float, int] | None]:
         """What a row may read, and the threshold and pages of the fallback, if there is one."""
         config = self.config
         if config.retriever == "dense":
             return Budget(self.max_pages, 1, 1), None
-        fallback = (config.confidence_threshold, config.fallback_pages) if config.confidence_threshold > 0 else None
+        fallback = (
+            (config.confidence_threshold, config.fallback_pages)
+            if config.confidence_threshold > 0
+            else None
+        )
         return Budget(config.budget_pages, config.sink_pages, config.recent_pages), fallback
 
     def _make_room(self, most_rows: int) -> None:
-        """Buffers for every row that the page table has; a graph holds their addresses, so they are made once."""
+        """Buffers for every row that the page table has; a graph holds their addresses, so they are
+        made once.
+        """
         if self._kept_mass.shape[0] < most_rows:
-            self._kept_mass = torch.ones(most_rows, self.num_kv_heads, dtype=torch.float32, device=self.device)
+            self._kept_mass = torch.ones(
+                most_rows, self.num_kv_heads, dtype=torch.float32, device=self.device
+            )
             if self._embeds_apart and self.head is not None:
                 spec, dtype = self.head.spec, self.head.qk_weight.dtype
-                self._embeds = torch.zeros(most_rows, spec.embed_size, dtype=dtype, device=self.device)
+                self._embeds = torch.zeros(
+                    most_rows, spec.embed_size, dtype=dtype, device=self.device
+                )
 
     def _select(
-        self, batch: StepBatch, decodes: int, embeds: Tensor | None, choosing: bool, parts: Sequence[tuple[range, int]], pages: Tensor,
-        lengths: Tensor, ids: Tensor | None, held: Held | None,
-    ) -> None:  # fmt: skip
+        self,
+        batch: StepBatch,
+        decodes: int,
+        embeds: Tensor | None,
+        choosing: bool,
+        parts: Sequence[tuple[range, int]],
+        pages: Tensor,
+        lengths: Tensor,
+        ids: Tensor | None,
+        held: Held | None,
+    ) -> None:
         """The device's part of ``before_forward``.
 
         Args:
-            decodes: leading rows whose keys are made. embeds: ``[decodes, E]`` embeddings of their tokens, if there is a head.
+            decodes: leading rows whose keys are made. embeds: ``[decodes, E]`` embeddings of their
+                tokens, if there is a head.
             choosing: whether some row may have more pages than the budget.
             parts: rows that are scored together, and an upper bound of their pages.
         """
@@ -199,7 +300,9 @@ class Retriever:
         budget, fallback = self._budget()
         queries = None
         if embeds is not None:
-            queries = self._project_decodes(batch, decodes, embeds, with_queries=choosing and config.retriever == "dlm")
+            queries = self._project_decodes(
+                batch, decodes, embeds, with_queries=choosing and config.retriever == "dlm"
+            )
         if config.retriever in PER_LAYER:
             fill_lengths(batch.seq_lens[: batch.table_rows], lengths, self.num_kv_heads, budget)
             return
@@ -209,21 +312,39 @@ class Retriever:
             starts = row_starts(batch.seq_lens, rows) if choosing else batch.seq_lens
             if choosing and queries is not None:
                 score_rows(
-                    queries, self.cache.keys, batch.block_table, batch.seq_lens, starts, self.scores,
-                    rows=rows, max_pages=most, least_pages=budget.total,
-                )  # fmt: skip
+                    queries,
+                    self.cache.keys,
+                    batch.block_table,
+                    batch.seq_lens,
+                    starts,
+                    self.scores,
+                    rows=rows,
+                    max_pages=most,
+                    least_pages=budget.total,
+                )
             elif choosing:
                 fill_baseline(config.retriever, self.scores, self.generator)
             select_rows(
-                self.scores, batch.seq_lens, starts, batch.block_table if ids is None else ids, pages, lengths, self._kept_mass, budget,
-                rows=rows, fallback=fallback, held=held,
-            )  # fmt: skip
+                self.scores,
+                batch.seq_lens,
+                starts,
+                batch.block_table if ids is None else ids,
+                pages,
+                lengths,
+                self._kept_mass,
+                budget,
+                rows=rows,
+                fallback=fallback,
+                held=held,
+            )
         if config.stats and choosing:
             kept = self._kept_mass[:decodes]
             self.counters.count_choice(kept, batch.seq_lens)
             if fallback is not None:
                 read = (lengths[: decodes * self.num_kv_heads] + PAGE_SIZE - 1) // PAGE_SIZE
-                self.counters.count_fallback((kept.mean(-1) < fallback[0]).sum(), (read - budget.total).clamp(min=0).sum())
+                self.counters.count_fallback(
+                    (kept.mean(-1) < fallback[0]).sum(), (read - budget.total).clamp(min=0).sum()
+                )
 
     def _parts(self, bounds: list[int], table_rows: int) -> Iterator[range]:
         """Consecutive rows whose pages fit the workspace; padding rows join the last part."""
@@ -235,8 +356,12 @@ class Retriever:
             held += count
         yield range(first, table_rows)
 
-    def _project_decodes(self, batch: StepBatch, rows: int, embeds: Tensor, *, with_queries: bool) -> Tensor | None:
-        """Write the keys of the first ``rows`` rows, of tokens with ``embeds [rows, E]``; return their queries ``[rows, NQ, D]`` if asked for."""
+    def _project_decodes(
+        self, batch: StepBatch, rows: int, embeds: Tensor, *, with_queries: bool
+    ) -> Tensor | None:
+        """Write the keys of the first ``rows`` rows, of tokens with ``embeds [rows, E]``; return
+        their queries ``[rows, NQ, D]`` if asked for.
+        """
         head = self.head
         positions, slots = batch.positions[:rows], batch.slots[:rows]
         embeds = embeds.to(head.qk_weight.dtype)
@@ -252,24 +377,40 @@ class Retriever:
         from specontext_vllm.triton_kernels.head_rope import rope_and_cache
 
         inputs = head_input(
-            embeds, self.cache.fused, batch.block_table, positions, head.embed_norm, head.feature_norm, head.spec.rms_norm_eps, PAGE_SIZE
+            embeds,
+            self.cache.fused,
+            batch.block_table,
+            positions,
+            head.embed_norm,
+            head.feature_norm,
+            head.spec.rms_norm_eps,
+            PAGE_SIZE,
         )
         skipped = 0 if with_queries else head.spec.num_heads
         first = skipped * head.spec.head_dim
-        qk = F.linear(inputs, head.qk_weight[first:], None if head.qk_bias is None else head.qk_bias[first:])
+        qk = F.linear(
+            inputs, head.qk_weight[first:], None if head.qk_bias is None else head.qk_bias[first:]
+        )
         queries = rope_and_cache(
-            qk, head.cos_sin, positions, slots, self.cache.keys, head.spec.num_heads - skipped,
-            None if head.qk_norm is None else head.qk_norm[skipped:], head.spec.rms_norm_eps,
-        )  # fmt: skip
+            qk,
+            head.cos_sin,
+            positions,
+            slots,
+            self.cache.keys,
+            head.spec.num_heads - skipped,
+            None if head.qk_norm is None else head.qk_norm[skipped:],
+            head.spec.rms_norm_eps,
+        )
         return queries if with_queries else None
 
-    # -- after the forward pass ---------------------------------------------------------------------------------------
+    # -- after the forward pass
+    # ---------------------------------------------------------------------------------------
 
     def after_forward(self, batch: StepBatch, aux: Sequence[Tensor]) -> None:
         """Learn the step's tokens.
 
-        Prompt tokens get their keys here, since the pair of token p+1 needs the aux of token p from this very pass. The
-        decode rows' keys were written before it.
+        Prompt tokens get their keys here, since the pair of token p+1 needs the aux of token p from
+        this very pass. The decode rows' keys were written before it.
 
         Args:
             batch: the step that ``before_forward`` saw.
@@ -279,7 +420,11 @@ class Retriever:
             return
         decodes = batch.num_decodes
         if self._replays(batch) and aux[0].shape[0] >= batch.table_rows:
-            self._graphs.run(("learn", batch.table_rows), (batch.slots, *aux), lambda: self._learn_decodes(batch, batch.table_rows, aux))
+            self._graphs.run(
+                ("learn", batch.table_rows),
+                (batch.slots, *aux),
+                lambda: self._learn_decodes(batch, batch.table_rows, aux),
+            )
         elif decodes:
             self._learn_decodes(batch, decodes, aux)
         if decodes == batch.num_rows:
@@ -298,37 +443,54 @@ class Retriever:
             embeds = self.embed(batch.token_ids[span]).to(fused.dtype)
             keys = self.head.keys(embeds, previous, batch.positions[span])
             self.cache.write_keys(keys, batch.slots[span])
-            is_last = _scatter_inside(torch.zeros_like(batch.slots[span]), last - begin, torch.ones_like(last)) > 0
+            is_last = (
+                _scatter_inside(
+                    torch.zeros_like(batch.slots[span]), last - begin, torch.ones_like(last)
+                )
+                > 0
+            )
             page_end = (batch.positions[span] + 1) % PAGE_SIZE == 0
             self.cache.remember(fused, batch.slots[span], page_end | is_last)
             newest = fused[-1:]
 
     def _learn_decodes(self, batch: StepBatch, rows: int, aux: Sequence[Tensor]) -> None:
-        # One token a row: its fused aux is the newest of its page, whether or not the page is full. The slot -1 of a padding row means the
-        # row of the cache that nobody reads.
-        self.cache.fused[batch.slots[:rows] // PAGE_SIZE] = self.head.fuse([state[:rows] for state in aux])
+        # One token a row: its fused aux is the newest of its page, whether or not the page is full.
+        # The slot -1 of a padding row means the row of the cache that nobody reads.
+        self.cache.fused[batch.slots[:rows] // PAGE_SIZE] = self.head.fuse(
+            [state[:rows] for state in aux]
+        )
 
     def profile(self, num_tokens: int) -> None:
-        """Run the head's largest step on made-up data, so that vLLM's memory profile sees its activations."""
+        """Run the head's largest step on made-up data, so that vLLM's memory profile sees its
+        activations.
+        """
         if self.head is None:
             return
         spec, dtype = self.head.spec, self.head.fc_weight.dtype
         count = min(num_tokens, PREFILL_CHUNK)
-        aux = [torch.zeros(num_tokens, spec.target_hidden_size, dtype=dtype, device=self.device) for _ in range(spec.num_aux)]
+        aux = [
+            torch.zeros(num_tokens, spec.target_hidden_size, dtype=dtype, device=self.device)
+            for _ in range(spec.num_aux)
+        ]
         fused = self.head.fuse([state[:count] for state in aux])
         ids = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.head.project(self.embed(ids).to(dtype), fused, ids)
 
     @torch.inference_mode()
-    def warm_up(self, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None) -> None:
-        """Run a step that reads all and one that chooses, so that Triton compiles its kernels before a request waits for them.
+    def warm_up(
+        self, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None
+    ) -> None:
+        """Run a step that reads all and one that chooses, so that Triton compiles its kernels
+        before a request waits for them.
 
-        The one made-up row, just longer than the budget, lies in block 0, which vLLM never hands out.
+        The one made-up row, just longer than the budget, lies in block 0, which vLLM never hands
+        out.
 
         Args:
             pages, lengths, ids, held: as in ``before_forward``; ids for one row.
         """
-        # The head knows no position beyond the model's longest context, which may end within a page.
+        # The head knows no position beyond the model's longest context, which may end within a
+        # page.
         tokens = min((self.config.budget_pages + 1) * PAGE_SIZE, self.max_model_len)
 
         def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -336,19 +498,31 @@ class Retriever:
 
         for length in (min(PAGE_SIZE, tokens), tokens):
             batch = StepBatch(
-                token_ids=filled(0, 1), positions=filled(length - 1, 1, dtype=torch.int64), slots=filled(0, 1, dtype=torch.int64),
-                query_starts=torch.arange(2, dtype=torch.int32, device=self.device), seq_lens=filled(length, 1),
-                block_table=filled(0, 1, self.max_pages), seq_lens_bound=[length], num_decodes=1, table_rows=1, num_tokens=1,
-            )  # fmt: skip
+                token_ids=filled(0, 1),
+                positions=filled(length - 1, 1, dtype=torch.int64),
+                slots=filled(0, 1, dtype=torch.int64),
+                query_starts=torch.arange(2, dtype=torch.int32, device=self.device),
+                seq_lens=filled(length, 1),
+                block_table=filled(0, 1, self.max_pages),
+                seq_lens_bound=[length],
+                num_decodes=1,
+                table_rows=1,
+                num_tokens=1,
+            )
             self.before_forward(batch, pages, lengths, ids, held)
         self.counters = Counters(self.device)
 
-    # -- figures ------------------------------------------------------------------------------------------------------
+    # -- figures
+    # ------------------------------------------------------------------------------------------------------
 
     def stats(self, reset: bool = False) -> dict[str, float | int | str | None]:
-        """Figures since the last reset: pages read and held (per KV head), rows that fell back, mean kept mass (None for selections per layer)."""
+        """Figures since the last reset: pages read and held (per KV head), rows that fell back,
+        mean kept mass (None for selections per layer).
+        """
         counted = self.counters.since_reset(reset)
-        kept_mass = float(counted[KEPT_MASS] / counted[CHOOSING_ROWS]) if counted[CHOOSING_ROWS] else 1.0
+        kept_mass = (
+            float(counted[KEPT_MASS] / counted[CHOOSING_ROWS]) if counted[CHOOSING_ROWS] else 1.0
+        )
         return {
             "retriever": self.config.retriever,
             "budget": self.config.budget,
@@ -362,7 +536,9 @@ class Retriever:
 
 
 def _scatter_inside(values: Tensor, index: Tensor, source: Tensor) -> Tensor:
-    """``values [N, ...]`` with ``source[i]`` at ``index[i]`` where that lies in 0..N-1; without a host look at ``index``."""
+    """``values [N, ...]`` with ``source[i]`` at ``index[i]`` where that lies in 0..N-1; without a
+    host look at ``index``.
+    """
     count = values.shape[0]
     inside = torch.where((index >= 0) & (index < count), index, count)
     return torch.cat([values, values[:1]]).index_copy(0, inside, source.to(values.dtype))[:count]

@@ -1,7 +1,8 @@
 """Rotary position table of the retrieval head.
 
-Draft heads are trained on 2k tokens and asked about 128k. The paper extends them with YaRN (arXiv 2309.00071) and no
-training; it gives no factor. Here it is max_position / trained_length, the least that covers every position.
+Draft heads are trained on 2k tokens and asked about 128k. The paper extends them with YaRN (arXiv
+2309.00071) and no training; it gives no factor. Here it is max_position / trained_length, the least
+that covers every position.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ from torch import Tensor
 
 from .checkpoint import HeadError, HeadSpec
 
-# What a frequency is divided by, or q and k multiplied with: zero and less make a table of NaN, infinities, or one that tells no positions apart.
-_POSITIVE = ("factor", "attention_factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+# What a frequency is divided by, or q and k multiplied with: zero and less make a table of NaN,
+# infinities, or one that tells no positions apart.
+_POSITIVE = (
+    "factor",
+    "attention_factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+)
 _LONGROPE = ("short_factor", "long_factor")
 
 
 def rope_parameters(spec: HeadSpec, max_position: int) -> dict[str, Any]:
     """The RoPE settings in force, in transformers' terms (`rope_type`, `rope_theta`, ...).
 
-    A checkpoint's own scaling is taken as it is. Without one, positions beyond `spec.trained_length` bring YaRN.
+    A checkpoint's own scaling is taken as it is. Without one, positions beyond
+    `spec.trained_length` bring YaRN.
     """
     if spec.rope_scaling is not None:
         return {**spec.rope_scaling, "rope_theta": spec.rope_theta}
@@ -37,13 +46,16 @@ def rope_parameters(spec: HeadSpec, max_position: int) -> dict[str, Any]:
 
 
 def rope_frequencies(spec: HeadSpec, max_position: int) -> tuple[Tensor, float]:
-    """Angle per position of each pair (float32 [D / 2]), and the factor on cosines and sines; all finite up to max_position.
+    """Angle per position of each pair (float32 [D / 2]), and the factor on cosines and sines; all
+    finite up to max_position.
 
-    The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`); the types whose frequencies depend on the sequence length ("dynamic",
-    "longrope") are fixed at max_position, since a key is stored rotated.
+    The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`); the types whose frequencies
+    depend on the sequence length ("dynamic", "longrope") are fixed at max_position, since a key is
+    stored rotated.
 
     Raises:
-        HeadError: a rope_type that transformers does not know, or settings that are incomplete or give no finite angles.
+        HeadError: a rope_type that transformers does not know, or settings that are incomplete or
+            give no finite angles.
     """
     parameters = rope_parameters(spec, max_position)
     if spec.rope_scaling is not None:
@@ -57,12 +69,16 @@ def rope_frequencies(spec: HeadSpec, max_position: int) -> tuple[Tensor, float]:
     # Angles grow with the position, so the last one is the test of them all.
     finite = fits and bool(torch.isfinite(frequencies.float() * max_position).all())
     if not finite or not 0 < attention_factor <= torch.finfo(torch.float32).max:
-        raise HeadError(f"No finite rotary angles come of the head's {_settings(spec)}: correct the head's config.json.")
+        raise HeadError(
+            f"No finite rotary angles come of the head's {_settings(spec)}: correct the head's "
+            "config.json."
+        )
     return frequencies.float(), attention_factor
 
 
 def rope_table(spec: HeadSpec, max_position: int, device: torch.device | str) -> Tensor:
-    """Cosines then sines of every position, times the scaling's attention factor: float32 [max_position, D].
+    """Cosines then sines of every position, times the scaling's attention factor: float32
+    [max_position, D].
 
     The factor multiplies q and k alike, so scores carry its square, as in transformers.
 
@@ -75,18 +91,26 @@ def rope_table(spec: HeadSpec, max_position: int, device: torch.device | str) ->
 
 
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """Rotates x [N, heads, D] by its positions [N] int64 in float32 (NeoX halves) and returns x's dtype."""
+    """Rotates x [N, heads, D] by its positions [N] int64 in float32 (NeoX halves) and returns x's
+    dtype.
+    """
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _settings(spec: HeadSpec) -> str:
-    return f"rope_theta {spec.rope_theta:g}" if spec.rope_scaling is None else f"rope_theta {spec.rope_theta:g} and rope_scaling {spec.rope_scaling}"
+    return (
+        f"rope_theta {spec.rope_theta:g}"
+        if spec.rope_scaling is None
+        else f"rope_theta {spec.rope_theta:g} and rope_scaling {spec.rope_scaling}"
+    )
 
 
 def _check_scaling(scaling: dict[str, Any], head_dim: int) -> None:
-    """Raises HeadError, naming the field, for a number that no frequency can be made with. What is missing, transformers says."""
+    """Raises HeadError, naming the field, for a number that no frequency can be made with. What is
+    missing, transformers says.
+    """
     for field, value in scaling.items():
         positive = field in _POSITIVE + _LONGROPE
         for number in value if isinstance(value, list) else (value,):
@@ -96,19 +120,25 @@ def _check_scaling(scaling: dict[str, Any], head_dim: int) -> None:
                 usable = not isinstance(number, float) or math.isfinite(number)
             if not usable:
                 kind = "a finite number above 0" if positive else "a finite number"
-                raise HeadError(f"The head's rope_scaling has {field} {value!r} where {kind} is needed: correct it in the head's config.json.")
+                raise HeadError(
+                    f"The head's rope_scaling has {field} {value!r} where {kind} is needed: "
+                    "correct it in the head's config.json."
+                )
     if scaling["rope_type"] == "longrope":
         for field in _LONGROPE:
             found = scaling.get(field)
             if not isinstance(found, list) or len(found) != head_dim // 2:
                 count = len(found) if isinstance(found, list) else "no list"
                 raise HeadError(
-                    f"The head's rope_scaling has {count} of the {head_dim // 2} numbers that {field} must hold: correct it in the head's "
+                    f"The head's rope_scaling has {count} of the {head_dim // 2} numbers that "
+                    f"{field} must hold: correct it in the head's "
                     "config.json."
                 )
 
 
-def _scaled_frequencies(spec: HeadSpec, parameters: dict[str, Any], max_position: int) -> tuple[Tensor, float]:
+def _scaled_frequencies(
+    spec: HeadSpec, parameters: dict[str, Any], max_position: int
+) -> tuple[Tensor, float]:
     # transformers is slow to import, and heads without scaling do not need it.
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -116,7 +146,10 @@ def _scaled_frequencies(spec: HeadSpec, parameters: dict[str, Any], max_position
     rope_type = parameters["rope_type"]
     if not isinstance(rope_type, str) or rope_type not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
-        raise HeadError(f"The head's rope_scaling has rope_type {rope_type!r}, and transformers knows only {known}.")
+        raise HeadError(
+            f"The head's rope_scaling has rope_type {rope_type!r}, and transformers knows only "
+            f"{known}."
+        )
     try:
         config = LlamaConfig(
             hidden_size=spec.num_heads * spec.head_dim,
@@ -127,6 +160,16 @@ def _scaled_frequencies(spec: HeadSpec, parameters: dict[str, Any], max_position
             rope_parameters=parameters,
         )
         return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=max_position)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise HeadError(f"No rotary angles come of the head's {_settings(spec)} ({reason}): correct or complete the head's config.json.") from error
+        raise HeadError(
+            f"No rotary angles come of the head's {_settings(spec)} ({reason}): correct or "
+            "complete the head's config.json."
+        ) from error

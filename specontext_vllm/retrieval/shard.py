@@ -8,11 +8,13 @@ from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, HeadError
 
 
 def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> HeadCheckpoint:
-    """Query and KV heads of one worker, cut as vLLM cuts the target's (vllm/model_executor/layers/linear.py, QKVParallelLinear).
+    """Query and KV heads of one worker, cut as vLLM cuts the target's
+    (vllm/model_executor/layers/linear.py, QKVParallelLinear).
 
-    With more workers than KV heads several of them have the same KV head, each with its own share of the query heads; what they choose
-    for it may then differ, as the attention of their query heads does. Everything before the projections is kept whole. A worker
-    scores pages for its own heads only, so the workers need not talk to one another.
+    With more workers than KV heads several of them have the same KV head, each with its own share
+    of the query heads; what they choose for it may then differ, as the attention of their query
+    heads does. Everything before the projections is kept whole. A worker scores pages for its own
+    heads only, so the workers need not talk to one another.
 
     Raises:
         HeadError: the head's heads do not divide among the workers.
@@ -21,8 +23,10 @@ def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> Hea
     replicas = max(1, size // spec.num_kv_heads)
     if (spec.num_kv_heads * replicas) % size or spec.num_heads % size:
         raise HeadError(
-            f"--tensor-parallel-size: found {size}, among which the retrieval head's {spec.num_kv_heads} KV heads and {spec.num_heads} query "
-            f"heads cannot be divided; use a divisor or a multiple of the KV heads that divides the query heads."
+            f"--tensor-parallel-size: found {size}, among which the retrieval head's "
+            f"{spec.num_kv_heads} KV heads and {spec.num_heads} query "
+            "heads cannot be divided; use a divisor or a multiple of the KV heads that divides "
+            "the query heads."
         )
     kv_heads = spec.num_kv_heads * replicas // size
     heads = spec.num_heads // size
@@ -33,4 +37,6 @@ def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> Hea
             key = f"{name}.{part}"
             if key in tensors:
                 tensors[key] = tensors[key][place * rows : (place + 1) * rows]
-    return replace(checkpoint, spec=replace(spec, num_heads=heads, num_kv_heads=kv_heads), tensors=tensors)
+    return replace(
+        checkpoint, spec=replace(spec, num_heads=heads, num_kv_heads=kv_heads), tensors=tensors
+    )

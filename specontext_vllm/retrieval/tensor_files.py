@@ -1,4 +1,6 @@
-"""Tensors of a checkpoint folder, listed by name and shape; a tensor's data is read only when it is asked for."""
+"""Tensors of a checkpoint folder, listed by name and shape; a tensor's data is read only when it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,25 @@ import torch
 from torch import Tensor
 
 _SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 class HeadError(ValueError):
-    """A checkpoint that cannot serve as retrieval head. The message is one sentence: what was found, what to do."""
+    """A checkpoint that cannot serve as retrieval head. The message is one sentence: what was
+    found, what to do.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,20 +73,25 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
-        raise HeadError(f"{file} is not valid JSON ({error}): download the checkpoint again.") from error
+        raise HeadError(
+            f"{file} is not valid JSON ({error}): download the checkpoint again."
+        ) from error
     if not isinstance(content, dict):
         raise HeadError(f"{file} is not a JSON object: download the checkpoint again.")
     return content
 
 
 def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
-    """All tensors of a folder by name, shapes only; safetensors are preferred where both kinds exist.
+    """All tensors of a folder by name, shapes only; safetensors are preferred where both kinds
+    exist.
 
     Args:
-        allow_pickle: whether pytorch_model.bin may be opened where there are no safetensors. torch then unpickles tensors only (weights_only).
+        allow_pickle: whether pytorch_model.bin may be opened where there are no safetensors. torch
+            then unpickles tensors only (weights_only).
 
     Raises:
-        HeadError: no weights, a pickle without consent, a missing shard, or a file that cannot be read.
+        HeadError: no weights, a pickle without consent, a missing shard, or a file that cannot be
+            read.
     """
     for index, suffix, opener in (
         ("model.safetensors.index.json", "*.safetensors", _open_safetensors),
@@ -88,51 +106,78 @@ def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
             continue
         if opener is _open_pickle and not allow_pickle:
             raise HeadError(
-                f"{path} holds its weights as a pickle ({files[0].name}) and no *.safetensors: convert them, or, if you trust where they come "
-                f"from, set additional_config.specontext.allow_pickle (specontext inspect: --allow-pickle)."
+                f"{path} holds its weights as a pickle ({files[0].name}) and no *.safetensors: "
+                "convert them, or, if you trust where they come "
+                "from, set additional_config.specontext.allow_pickle (specontext inspect: "
+                "--allow-pickle)."
             )
         entries: dict[str, TensorEntry] = {}
         for file in files:
             if not file.is_file():
-                raise HeadError(f"{path / index} names {file.name}, which is not there: download the checkpoint in full.")
+                raise HeadError(
+                    f"{path / index} names {file.name}, which is not there: download the "
+                    "checkpoint in full."
+                )
             try:
                 entries |= opener(file)
             except Exception as error:  # both readers raise their own kinds for a broken file
                 cut = _first_cut_tensor(file) if opener is _open_safetensors else None
                 reason = type(error).__name__ if cut is None else f"it ends within {cut}"
-                raise HeadError(f"{file} cannot be read ({reason}): download the checkpoint again.") from error
+                raise HeadError(
+                    f"{file} cannot be read ({reason}): download the checkpoint again."
+                ) from error
         return entries
-    raise HeadError(f"{path} holds neither *.safetensors nor pytorch_model.bin: download the checkpoint's weights.")
+    raise HeadError(
+        f"{path} holds neither *.safetensors nor pytorch_model.bin: download the checkpoint's "
+        "weights."
+    )
 
 
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index points to, all of them inside its folder.
 
-    The name decides and not what it leads to: the files of a hub cache's snapshot are links into a folder beside it.
+    The name decides and not what it leads to: the files of a hub cache's snapshot are links into a
+        folder beside it.
     """
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise HeadError(f"{index} has no weight_map of tensor names to file names: download the checkpoint again.")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise HeadError(
+            f"{index} has no weight_map of tensor names to file names: download the checkpoint "
+            "again."
+        )
     for name in weight_map.values():
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
-            raise HeadError(f"{index} names {name!r}, which is not inside its folder: use a checkpoint from a source you trust.")
+            raise HeadError(
+                f"{index} names {name!r}, which is not inside its folder: use a checkpoint from a "
+                "source you trust."
+            )
     return sorted(set(weight_map.values()))
 
 
 def _first_cut_tensor(file: Path) -> str | None:
-    """The first tensor whose bytes a truncated safetensors file does not hold; None if that is not what is wrong with it.
+    """The first tensor whose bytes a truncated safetensors file does not hold; None if that is not
+    what is wrong with it.
 
-    The format: eight bytes with the length of a JSON header, the header, and the tensors at ``data_offsets`` behind it.
+    The format: eight bytes with the length of a JSON header, the header, and the tensors at
+        ``data_offsets`` behind it.
     """
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(min(length, file.stat().st_size)))
-        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        ends = {
+            name: entry["data_offsets"][1]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (LookupError, OSError, TypeError, ValueError):
         return None
     held = file.stat().st_size - 8 - length
-    return next((name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > held), None)
+    return next(
+        (name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > held), None
+    )
 
 
 def _open_safetensors(file: Path) -> dict[str, TensorEntry]:

@@ -9,11 +9,25 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.retriever import Retriever
-from specontext_vllm.sidecar.messages import Allocate, Configure, Embeddings, Learn, Learned, Refill, Select, Selection, SidecarSpec, Wire, decode, encode
+from specontext_vllm.sidecar.messages import (
+    Allocate,
+    Configure,
+    Embeddings,
+    Learn,
+    Learned,
+    Refill,
+    Select,
+    Selection,
+    SidecarSpec,
+    Wire,
+    decode,
+    encode,
+)
 
 
 class Sidecar:
-    """Owns the retrieval head and its caches. An ordinary class: ``sidecar.link`` makes a Ray actor of it.
+    """Owns the retrieval head and its caches. An ordinary class: ``sidecar.link`` makes a Ray actor
+    of it.
 
     Args:
         spec: what to build.
@@ -22,22 +36,39 @@ class Sidecar:
 
     def __init__(self, spec: SidecarSpec, on_gpu: bool) -> None:
         self.spec, self.device = spec, torch.device("cuda" if on_gpu else "cpu")
-        head = RetrievalHead(spec.checkpoint, max_position=spec.max_model_len, dtype=spec.dtype, device=self.device)
-        self.embedding = torch.empty(spec.vocab_size, spec.embed_size, dtype=spec.dtype, device=self.device)
+        head = RetrievalHead(
+            spec.checkpoint, max_position=spec.max_model_len, dtype=spec.dtype, device=self.device
+        )
+        self.embedding = torch.empty(
+            spec.vocab_size, spec.embed_size, dtype=spec.dtype, device=self.device
+        )
         width = pages_for(spec.max_model_len)
         config = spec.config.model_copy(update={"head_key_dtype": spec.head_key_dtype})
         self.retriever = Retriever(
-            config, head, lambda ids: F.embedding(ids, self.embedding), num_kv_heads=spec.num_kv_heads,
-            max_model_len=spec.max_model_len, table_pages=width, device=self.device,
-        )  # fmt: skip
+            config,
+            head,
+            lambda ids: F.embedding(ids, self.embedding),
+            num_kv_heads=spec.num_kv_heads,
+            max_model_len=spec.max_model_len,
+            table_pages=width,
+            device=self.device,
+        )
         self.block_table = torch.zeros(spec.max_rows, width, dtype=torch.int32, device=self.device)
-        self.pages = torch.zeros(spec.max_rows * spec.num_kv_heads, width, dtype=torch.int32, device=self.device)
-        self.lengths = torch.zeros(spec.max_rows * spec.num_kv_heads, dtype=torch.int32, device=self.device)
+        self.pages = torch.zeros(
+            spec.max_rows * spec.num_kv_heads, width, dtype=torch.int32, device=self.device
+        )
+        self.lengths = torch.zeros(
+            spec.max_rows * spec.num_kv_heads, dtype=torch.int32, device=self.device
+        )
         self._batch: StepBatch | None = None
         self._handlers = {
-            Embeddings: self._embeddings, Allocate: self._allocate, Refill: self._refill, Configure: self._configure,
-            Select: self._select, Learn: self._learn,
-        }  # fmt: skip
+            Embeddings: self._embeddings,
+            Allocate: self._allocate,
+            Refill: self._refill,
+            Configure: self._configure,
+            Select: self._select,
+            Learn: self._learn,
+        }
 
     @torch.inference_mode()
     def handle(self, wire: Wire) -> Wire:
@@ -46,7 +77,9 @@ class Sidecar:
         return encode(self._handlers[type(message)](message))
 
     def _embeddings(self, message: Embeddings) -> None:
-        self.embedding[message.first : message.first + len(message.rows)] = message.rows.to(self.device)
+        self.embedding[message.first : message.first + len(message.rows)] = message.rows.to(
+            self.device
+        )
 
     def _allocate(self, message: Allocate) -> None:
         self.retriever.allocate_cache(message.num_blocks)
@@ -63,24 +96,35 @@ class Sidecar:
         self.block_table.view(-1)[message.changed.to(self.device)] = message.blocks.to(self.device)
         decodes = message.num_decodes
         self._batch = batch = StepBatch(
-            token_ids=message.token_ids.to(self.device), positions=message.positions.to(self.device), slots=message.slots.to(self.device),
-            query_starts=message.query_starts.to(self.device), seq_lens=message.seq_lens.to(self.device), block_table=self.block_table,
-            seq_lens_bound=message.seq_lens_bound, num_decodes=decodes, table_rows=decodes,
+            token_ids=message.token_ids.to(self.device),
+            positions=message.positions.to(self.device),
+            slots=message.slots.to(self.device),
+            query_starts=message.query_starts.to(self.device),
+            seq_lens=message.seq_lens.to(self.device),
+            block_table=self.block_table,
+            seq_lens_bound=message.seq_lens_bound,
+            num_decodes=decodes,
+            table_rows=decodes,
             num_tokens=len(message.token_ids),
-        )  # fmt: skip
+        )
         self.retriever.before_forward(batch, self.pages, self.lengths)
         rows = decodes * self.spec.num_kv_heads
         lengths = self.lengths[:rows].to("cpu", copy=True)
         width = pages_for(int(lengths.max())) if rows else 0
         return Selection(
-            pages=self.pages[:rows, :width].contiguous().cpu(), lengths=lengths, keys=self.retriever.cache.keys_at(batch.slots[:decodes]).cpu(),
+            pages=self.pages[:rows, :width].contiguous().cpu(),
+            lengths=lengths,
+            keys=self.retriever.cache.keys_at(batch.slots[:decodes]).cpu(),
             # The worker keeps the sums, so that they outlive this process.
             counters=torch.from_numpy(self.retriever.counters.since_reset(True)),
-        )  # fmt: skip
+        )
 
     def _learn(self, message: Learn) -> Learned:
         batch, self._batch = self._batch, None
         self.retriever.after_forward(batch, [state.to(self.device) for state in message.aux])
         touched = (batch.slots // PAGE_SIZE).unique()
         cache = self.retriever.cache
-        return Learned(keys=cache.keys_at(batch.slots[batch.num_decodes :]).cpu(), fused=cache.fused[touched].cpu())
+        return Learned(
+            keys=cache.keys_at(batch.slots[batch.num_decodes :]).cpu(),
+            fused=cache.fused[touched].cpu(),
+        )

@@ -10,9 +10,10 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 class LostPages:
     """Host books over the pages of KV, kept up to date only while some page is lost.
 
-    A page has two parts in the head's caches: the keys of its tokens, and the fused aux of its latest token, from which the
-    next token's key is made. A sidecar that comes back knows neither for the pages written without it. Each mends by itself:
-    the fused aux with the next token learned in the page, the keys when the page is begun anew.
+    A page has two parts in the head's caches: the keys of its tokens, and the fused aux of its
+    latest token, from which the next token's key is made. A sidecar that comes back knows neither
+    for the pages written without it. Each mends by itself: the fused aux with the next token
+    learned in the page, the keys when the page is begun anew.
 
     Args:
         num_blocks: pages.
@@ -41,16 +42,25 @@ class LostPages:
         """
         if not (self.keys.any() or self.fused.any()):
             return
-        for row, start, tokens in zip(block_table, starts.tolist(), seq_lens.tolist(), strict=False):
+        for row, start, tokens in zip(
+            block_table, starts.tolist(), seq_lens.tolist(), strict=False
+        ):
             first, *others = row[start // PAGE_SIZE : pages_for(tokens)]
-            # Only a row's first token is paired with an aux state that an earlier step computed; token 0 with none.
+            # Only a row's first token is paired with an aux state that an earlier step computed;
+            # token 0 with none.
             unsound = start > 0 and self.fused[row[(start - 1) // PAGE_SIZE]]
             self.keys[first] = unsound or (start % PAGE_SIZE != 0 and self.keys[first])
             self.keys[others] = False
             self.fused[first] = self.fused[others] = False
 
     def touched_rows(self, block_table: np.ndarray, seq_lens: np.ndarray) -> list[int]:
-        """Rows of ``block_table [>= R, W]`` with ``seq_lens [R]`` tokens that hold a page whose keys are lost."""
+        """Rows of ``block_table [>= R, W]`` with ``seq_lens [R]`` tokens that hold a page whose
+        keys are lost.
+        """
         if not self.keys.any():
             return []
-        return [row for row, tokens in enumerate(seq_lens.tolist()) if self.keys[block_table[row, : pages_for(tokens)]].any()]
+        return [
+            row
+            for row, tokens in enumerate(seq_lens.tolist())
+            if self.keys[block_table[row, : pages_for(tokens)]].any()
+        ]

@@ -1,6 +1,8 @@
-"""What travels between an engine's worker and its sidecar. All tensors are on the CPU; every message gets one reply.
+"""What travels between an engine's worker and its sidecar. All tensors are on the CPU; every
+message gets one reply.
 
-N tokens and R rows of a step, the first B of them decode rows; H KV heads of the target; nkv, D of the head; P tokens a page.
+N tokens and R rows of a step, the first B of them decode rows; H KV heads of the target; nkv, D of
+the head; P tokens a page.
 """
 
 from __future__ import annotations
@@ -17,14 +19,18 @@ from specontext_vllm.config import HeadKeyDtype, SpeContextConfig
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 
 APART = 1 << 18
-"""Bytes from which a tensor travels as an array of its own, which Ray copies straight into a channel's shared memory; strings of megabytes are slow."""
+"""Bytes from which a tensor travels as an array of its own, which Ray copies straight into a
+channel's shared memory; strings of megabytes are slow.
+"""
 
 Wire = bytes | tuple[bytes, list[np.ndarray]] | None
 """A message on its way: one string, with the large tensors beside it; None for the reply None."""
 
 
 def encode(message: Any) -> Wire:
-    """The message, one of the classes below, as Ray's channels take it with the least work: its own pickling of a step's small tensors takes three times as long."""
+    """The message, one of the classes below, as Ray's channels take it with the least work: its own
+    pickling of a step's small tensors takes three times as long.
+    """
     if message is None:
         return None
     large: list[np.ndarray] = []
@@ -42,7 +48,9 @@ def encode(message: Any) -> Wire:
 
 
 def decode(wire: Wire) -> Any:
-    """The message again. Its tensors are its own: what stayed in a channel would block the next message."""
+    """The message again. Its tensors are its own: what stayed in a channel would block the next
+    message.
+    """
     if wire is None:
         return None
     text, large = wire if isinstance(wire, tuple) else (wire, [])
@@ -55,8 +63,18 @@ def _pack(value: Any) -> Any:
         # NumPy has no bfloat16 and no 8-bit floats.
         plain = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8}.get(value.dtype)
         array = np.ascontiguousarray((value if plain is None else value.view(plain)).numpy())
-        return _Packed((str(value.dtype).removeprefix("torch."), tuple(value.shape), pickle.PickleBuffer(array)))
-    return [_pack(item) for item in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+        return _Packed(
+            (
+                str(value.dtype).removeprefix("torch."),
+                tuple(value.shape),
+                pickle.PickleBuffer(array),
+            )
+        )
+    return (
+        [_pack(item) for item in value]
+        if isinstance(value, list) and value and isinstance(value[0], Tensor)
+        else value
+    )
 
 
 def _unpack(value: Any) -> Any:
@@ -64,8 +82,16 @@ def _unpack(value: Any) -> Any:
         name, shape, content = value
         dtype = getattr(torch, name)
         # torch makes no tensor of an empty buffer.
-        return torch.frombuffer(content, dtype=dtype).view(shape) if len(content) else torch.empty(shape, dtype=dtype)
-    return [_unpack(item) for item in value] if isinstance(value, list) and value and isinstance(value[0], _Packed) else value
+        return (
+            torch.frombuffer(content, dtype=dtype).view(shape)
+            if len(content)
+            else torch.empty(shape, dtype=dtype)
+        )
+    return (
+        [_unpack(item) for item in value]
+        if isinstance(value, list) and value and isinstance(value[0], _Packed)
+        else value
+    )
 
 
 class _Packed(tuple):
@@ -82,11 +108,13 @@ class SidecarSpec:
         config: the settings in force.
         checkpoint: the retrieval head.
         dtype: of the head's weights and fused aux, a torch dtype.
-        head_key_dtype: what its keys are kept in, fp8 or model: the worker's mirror and every actor must agree.
+        head_key_dtype: what its keys are kept in, fp8 or model: the worker's mirror and every actor
+            must agree.
         num_kv_heads: H.
         max_model_len: longest context, in tokens.
         max_rows: most rows of a step.
-        vocab_size, embed_size: shape of the target's embedding, which follows in ``Embeddings``; 0 if the head brings its own.
+        vocab_size, embed_size: shape of the target's embedding, which follows in ``Embeddings``; 0
+            if the head brings its own.
     """
 
     config: SpeContextConfig
@@ -117,7 +145,9 @@ class Allocate:
 
 @dataclass(frozen=True)
 class Refill:
-    """Content of the pages ``blocks [n]``: ``keys [n, nkv, P, D]`` and ``fused [n, H]``, as the last actor wrote them. Reply: None."""
+    """Content of the pages ``blocks [n]``: ``keys [n, nkv, P, D]`` and ``fused [n, H]``, as the
+    last actor wrote them. Reply: None.
+    """
 
     blocks: Tensor
     keys: Tensor
@@ -136,8 +166,8 @@ class Select:
     """A step before its forward pass; see ``StepBatch``. Reply: ``Selection``.
 
     Attributes:
-        changed, blocks: entries ``[n]`` int32 of the flattened ``[max_rows, W]`` block table that differ from the last step's,
-            and what they are now.
+        changed, blocks: entries ``[n]`` int32 of the flattened ``[max_rows, W]`` block table that
+            differ from the last step's, and what they are now.
     """
 
     token_ids: Tensor
@@ -156,7 +186,8 @@ class Selection:
     """What the step's decode rows read.
 
     Attributes:
-        pages: ``[B * H, K]`` int32 ids ``block * H + head``; K as wide as the widest row of this step.
+        pages: ``[B * H, K]`` int32 ids ``block * H + head``; K as wide as the widest row of this
+            step.
         lengths: ``[B * H]`` int32 tokens in them.
         keys: ``[B, nkv, D]`` the keys that the decode rows' tokens got, for the mirror.
         counters: what the step adds to the retriever's ``Counters``, all places, float64.
@@ -170,7 +201,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class Learn:
-    """The auxiliary hidden states ``[N, H_target]`` of the step last selected for, one tensor per layer. Reply: ``Learned``."""
+    """The auxiliary hidden states ``[N, H_target]`` of the step last selected for, one tensor per
+    layer. Reply: ``Learned``.
+    """
 
     aux: list[Tensor]
 

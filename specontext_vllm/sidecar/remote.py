@@ -1,4 +1,6 @@
-"""The worker's end of the sidecar: what ``Retriever`` offers, answered by an actor, and densely while there is none."""
+"""The worker's end of the sidecar: what ``Retriever`` offers, answered by an actor, and densely
+while there is none.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,26 @@ from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.selection import Budget, select_rows
-from specontext_vllm.sidecar.link import CLOSE_SECONDS, IN_FLIGHT, START_SECONDS, Link, SidecarDown, join_ray
+from specontext_vllm.sidecar.link import (
+    CLOSE_SECONDS,
+    IN_FLIGHT,
+    START_SECONDS,
+    Link,
+    SidecarDown,
+    join_ray,
+)
 from specontext_vllm.sidecar.lost_pages import LostPages
-from specontext_vllm.sidecar.messages import Allocate, Configure, Embeddings, Learn, Learned, Refill, Select, Selection, SidecarSpec
+from specontext_vllm.sidecar.messages import (
+    Allocate,
+    Configure,
+    Embeddings,
+    Learn,
+    Learned,
+    Refill,
+    Select,
+    Selection,
+    SidecarSpec,
+)
 
 logger = logging.getLogger("vllm.specontext")
 
@@ -41,7 +60,8 @@ class _Step:
 
     Attributes:
         message: what the actor gets.
-        block_table: ``[R, W]`` int32. starts: ``[R]`` positions of the rows' first tokens. seq_lens: ``[R]``.
+        block_table: ``[R, W]`` int32. starts: ``[R]`` positions of the rows' first tokens.
+            seq_lens: ``[R]``.
         slots: ``[N]`` a copy of its own, for the mirror.
     """
 
@@ -65,17 +85,21 @@ class _Step:
 class RemoteRetriever:
     """``Retriever``'s interface over a sidecar.
 
-    ``before_forward`` sends the step and waits for its selection; ``after_forward`` sends the auxiliary hidden states and does
-    not wait: on a CPU at once, so that the actor works while the worker samples; on a GPU with the next step, since they
+    ``before_forward`` sends the step and waits for its selection; ``after_forward`` sends the
+    auxiliary hidden states and does
+    not wait: on a CPU at once, so that the actor works while the worker samples; on a GPU with the
+        next step, since they
     do not exist before the GPU has come so far, and waiting for it here would hold up the sampling.
 
-    When the actor dies, rows are read whole until a new one, started in the background, has been refilled from ``mirror``,
-    a host copy of what it had acknowledged. Rows that hold pages written in between stay dense; see ``LostPages``.
+    When the actor dies, rows are read whole until a new one, started in the background, has been
+    refilled from ``mirror``, a host copy of what it had acknowledged. Rows that hold pages written
+    in between stay dense; see ``LostPages``.
 
     Args:
         config: validated settings.
         checkpoint: the retrieval head.
-        embed: token ids ``[N]`` -> the target's embeddings ``[N, E]``; called once per token id for every actor.
+        embed: token ids ``[N]`` -> the target's embeddings ``[N, E]``; called once per token id for
+            every actor.
         vocab_size: token ids that exist.
         num_kv_heads, max_model_len, device: as for ``Retriever``.
         max_rows, max_tokens: most rows and tokens of a step.
@@ -87,28 +111,62 @@ class RemoteRetriever:
     """Of the worker's KV memory: the head's caches are the actor's."""
 
     def __init__(
-        self, config: SpeContextConfig, checkpoint: HeadCheckpoint, embed: Callable[[Tensor], Tensor], *, vocab_size: int,
-        num_kv_heads: int, max_model_len: int, max_rows: int, max_tokens: int, dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
-        self.config, self.num_kv_heads, self.device, self.embed = config, num_kv_heads, device, embed
+        self,
+        config: SpeContextConfig,
+        checkpoint: HeadCheckpoint,
+        embed: Callable[[Tensor], Tensor],
+        *,
+        vocab_size: int,
+        num_kv_heads: int,
+        max_model_len: int,
+        max_rows: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self.num_kv_heads, self.device, self.embed = (
+            config,
+            num_kv_heads,
+            device,
+            embed,
+        )
         self.max_pages = pages_for(max_model_len)
         head = checkpoint.spec
         shared = head.embed_vocab_size is None
-        # By the worker's own GPU: the actor's is not known before it is there, and that of the next one may be another.
-        self.key_dtype = head_key_dtype(config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu"))
+        # By the worker's own GPU: the actor's is not known before it is there, and that of the next
+        # one may be another.
+        self.key_dtype = head_key_dtype(
+            config.head_key_dtype, dtype, device if config.sidecar_gpus else torch.device("cpu")
+        )
         self.spec = SidecarSpec(
-            config, checkpoint, dtype, "model" if self.key_dtype == dtype else "fp8", num_kv_heads=num_kv_heads,
-            max_model_len=max_model_len, max_rows=max_rows,
-            vocab_size=vocab_size if shared else 0, embed_size=head.embed_size,
-        )  # fmt: skip
+            config,
+            checkpoint,
+            dtype,
+            "model" if self.key_dtype == dtype else "fp8",
+            num_kv_heads=num_kv_heads,
+            max_model_len=max_model_len,
+            max_rows=max_rows,
+            vocab_size=vocab_size if shared else 0,
+            embed_size=head.embed_size,
+        )
         learn = max_tokens * head.num_aux * head.target_hidden_size * dtype.itemsize
         select = max_tokens * 28 + max_rows * self.max_pages * 8
-        selection = max_rows * num_kv_heads * (4 * config.selection_pages(max_model_len) + head.head_dim * dtype.itemsize)
+        selection = (
+            max_rows
+            * num_kv_heads
+            * (4 * config.selection_pages(max_model_len) + head.head_dim * dtype.itemsize)
+        )
         self.buffer_bytes = MESSAGE_SLACK + max(learn, select, selection)
         # Reads rows whole while there is no actor, and keeps the counters.
         dense = config.model_copy(update={"retriever": "dense"})
         self.dense = Retriever(
-            dense, None, embed, num_kv_heads=num_kv_heads, max_model_len=max_model_len, table_pages=self.max_pages, device=device
+            dense,
+            None,
+            embed,
+            num_kv_heads=num_kv_heads,
+            max_model_len=max_model_len,
+            table_pages=self.max_pages,
+            device=device,
         )
         self._gpu = (device.index or 0) if device.type == "cuda" else None
         self.lost = LostPages(0)
@@ -122,7 +180,11 @@ class RemoteRetriever:
         self._step: _Step | None = None
         self._unsent: tuple[_Step, list[Tensor]] | None = None
         self._unread: tuple[_Step, Any] | None = None
-        self._figures = {"sidecar_restarts": 0, "sidecar_dense_rows": 0, "sidecar_wait_seconds": 0.0}
+        self._figures = {
+            "sidecar_restarts": 0,
+            "sidecar_dense_rows": 0,
+            "sidecar_wait_seconds": 0.0,
+        }
         self._figures_at_reset = dict(self._figures)
 
     @property
@@ -130,7 +192,8 @@ class RemoteRetriever:
         """What the decode steps come to, whoever selected for them."""
         return self.dense.counters
 
-    # -- start, death and restart ---------------------------------------------------------------------------------------
+    # -- start, death and restart
+    # ---------------------------------------------------------------------------------------
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Start the actor if there is none and make room for ``num_blocks`` pages, here and there.
@@ -139,20 +202,34 @@ class RemoteRetriever:
             ConfigError: it does not start.
         """
         head, host = self.spec.checkpoint.spec, torch.device("cpu")
-        self.mirror = HeadCache.allocate(num_blocks, head.num_kv_heads, head.head_dim, head.hidden_size, self.spec.dtype, self.key_dtype, host)
+        self.mirror = HeadCache.allocate(
+            num_blocks,
+            head.num_kv_heads,
+            head.head_dim,
+            head.hidden_size,
+            self.spec.dtype,
+            self.key_dtype,
+            host,
+        )
         self._mirrored = np.zeros(num_blocks, dtype=bool)
         self.lost = LostPages(num_blocks)
         try:
             if self._link is None:
                 weights = sum(tensor.nbytes for tensor in self.spec.checkpoint.tensors.values())
                 # Twice the buffers: a new actor's are there before those of the last are gone.
-                join_ray(self.config.sidecar_cpus, 2 * 2 * IN_FLIGHT * self.buffer_bytes + weights, self._gpu)
+                join_ray(
+                    self.config.sidecar_cpus,
+                    2 * 2 * IN_FLIGHT * self.buffer_bytes + weights,
+                    self._gpu,
+                )
                 self._link = self._connect()
             self._link.ask(Allocate(num_blocks), START_SECONDS)
         except SidecarDown as error:
             raise ConfigError(
-                f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but its actor (sidecar_cpus {self.config.sidecar_cpus}, "
-                f"sidecar_gpus {self.config.sidecar_gpus:g}) did not start: {error}; free them in Ray's cluster, ask for fewer or use sidecar "
+                f"additional_config.{CONFIG_KEY}.sidecar: found 'ray', but its actor (sidecar_cpus "
+                f"{self.config.sidecar_cpus}, "
+                f"sidecar_gpus {self.config.sidecar_gpus:g}) did not start: {error}; free them in "
+                "Ray's cluster, ask for fewer or use sidecar "
                 f"inline."
             ) from error
 
@@ -163,18 +240,26 @@ class RemoteRetriever:
             if self._closed.is_set():
                 raise SidecarDown("the engine ends")
             link.start()
-            rows = max(1, self.buffer_bytes // (2 * self.spec.embed_size * self.spec.dtype.itemsize))
+            rows = max(
+                1, self.buffer_bytes // (2 * self.spec.embed_size * self.spec.dtype.itemsize)
+            )
             with torch.inference_mode():
                 for first in range(0, self.spec.vocab_size, rows):
-                    ids = torch.arange(first, min(first + rows, self.spec.vocab_size), device=self.device)
-                    link.ask(Embeddings(first, self.embed(ids).to("cpu", self.spec.dtype)), START_SECONDS)
+                    ids = torch.arange(
+                        first, min(first + rows, self.spec.vocab_size), device=self.device
+                    )
+                    link.ask(
+                        Embeddings(first, self.embed(ids).to("cpu", self.spec.dtype)), START_SECONDS
+                    )
         except BaseException:
             self._discard(link)
             raise
         return link
 
     def _reconnect(self, dead: Link) -> Link:
-        """A new actor that knows what is mirrored; tried until it works or the engine ends. In the background thread."""
+        """A new actor that knows what is mirrored; tried until it works or the engine ends. In the
+        background thread.
+        """
         self._discard(dead)
         attempt = 0
         while True:
@@ -190,7 +275,12 @@ class RemoteRetriever:
                     self._discard(link)
                 wait = RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)]
                 attempt += 1
-                logger.warning("SpeContext sidecar: attempt %d to restart it failed (%s); the next in %d s.", attempt, error, wait)
+                logger.warning(
+                    "SpeContext sidecar: attempt %d to restart it failed (%s); the next in %d s.",
+                    attempt,
+                    error,
+                    wait,
+                )
                 if self._closed.wait(wait):
                     raise
 
@@ -205,18 +295,29 @@ class RemoteRetriever:
         try:
             link.close()
         except SidecarDown as error:
-            logger.warning("SpeContext sidecar: what was left of it could not be cleared away: %s", error)
+            logger.warning(
+                "SpeContext sidecar: what was left of it could not be cleared away: %s", error
+            )
 
     def _fail(self, error: SidecarDown, step: _Step | None = None) -> None:
-        """The actor is gone in ``step``, or between steps: note what it missed and have a new one started."""
-        logger.warning("SpeContext sidecar: %s; requests are read whole until it has been restarted.", error)
+        """The actor is gone in ``step``, or between steps: note what it missed and have a new one
+        started.
+        """
+        logger.warning(
+            "SpeContext sidecar: %s; requests are read whole until it has been restarted.", error
+        )
         unlearned = [waiting[0] for waiting in (self._unsent, self._unread) if waiting is not None]
         for missed in (*unlearned, *([] if step is None else [step])):
             self.lost.lose(missed.pages.numpy())
         self._step = self._unsent = self._unread = None
         dead, self._link, self._next_link = self._link, None, Future()
         # A daemon, so that a process may end although no actor can be had.
-        threading.Thread(target=self._restart, args=(dead, self._next_link), name="specontext-sidecar", daemon=True).start()
+        threading.Thread(
+            target=self._restart,
+            args=(dead, self._next_link),
+            name="specontext-sidecar",
+            daemon=True,
+        ).start()
 
     def _restart(self, dead: Link, future: Future[Link]) -> None:
         try:
@@ -239,10 +340,16 @@ class RemoteRetriever:
             except SidecarDown as error:
                 self._fail(error)
                 return
-        logger.info("SpeContext sidecar: restarted with %d pages; %d are lost.", self._mirrored.sum(), self.lost.count)
+        logger.info(
+            "SpeContext sidecar: restarted with %d pages; %d are lost.",
+            self._mirrored.sum(),
+            self.lost.count,
+        )
 
     def close(self) -> None:
-        """End the actor, also one that hangs or is being started, within twice CLOSE_SECONDS; Ray itself goes on until the process ends."""
+        """End the actor, also one that hangs or is being started, within twice CLOSE_SECONDS; Ray
+        itself goes on until the process ends.
+        """
         self._closed.set()
         if self._next_link is not None:
             # Being started, or there and not taken over yet.
@@ -269,12 +376,21 @@ class RemoteRetriever:
             except SidecarDown as error:
                 self._fail(error)
 
-    # -- a step ---------------------------------------------------------------------------------------------------------
+    # -- a step
+    # ---------------------------------------------------------------------------------------------------------
 
     def before_forward(
-        self, batch: StepBatch, pages: Tensor, lengths: Tensor, ids: None = None, held: None = None, behind: None = None
-    ) -> None:  # fmt: skip
-        """Fill the page table of the step's decode rows; see ``Retriever.before_forward``. ``ids``, ``held`` and ``behind`` stay None."""
+        self,
+        batch: StepBatch,
+        pages: Tensor,
+        lengths: Tensor,
+        ids: None = None,
+        held: None = None,
+        behind: None = None,
+    ) -> None:
+        """Fill the page table of the step's decode rows; see ``Retriever.before_forward``. ``ids``,
+        ``held`` and ``behind`` stay None.
+        """
         self._adopt()
         step, selection = self._on_host(batch), None
         if self._link is not None:
@@ -305,11 +421,19 @@ class RemoteRetriever:
         row, column = np.nonzero(table != block_table)
         changed, blocks = (row * self.max_pages + column).astype(np.int32), block_table[row, column]
         message = Select(
-            token_ids=batch.token_ids[: batch.num_tokens].cpu(), positions=positions, slots=slots, query_starts=starts, seq_lens=seq_lens,
-            changed=torch.from_numpy(changed), blocks=torch.from_numpy(blocks), seq_lens_bound=batch.seq_lens_bound,
+            token_ids=batch.token_ids[: batch.num_tokens].cpu(),
+            positions=positions,
+            slots=slots,
+            query_starts=starts,
+            seq_lens=seq_lens,
+            changed=torch.from_numpy(changed),
+            blocks=torch.from_numpy(blocks),
+            seq_lens_bound=batch.seq_lens_bound,
             num_decodes=batch.num_decodes,
-        )  # fmt: skip
-        return _Step(message, block_table, positions[starts[:-1].long()].numpy(), seq_lens.numpy(), slots)
+        )
+        return _Step(
+            message, block_table, positions[starts[:-1].long()].numpy(), seq_lens.numpy(), slots
+        )
 
     def _select(self, step: _Step) -> Selection:
         begin = time.perf_counter()
@@ -332,7 +456,9 @@ class RemoteRetriever:
         return selection
 
     def _read_learned(self, deadline: float) -> None:
-        """Bring the mirror up to what the actor learned from the last step, by ``deadline`` on ``time.perf_counter``."""
+        """Bring the mirror up to what the actor learned from the last step, by ``deadline`` on
+        ``time.perf_counter``.
+        """
         if self._unread is None:
             return
         step, sent = self._unread
@@ -342,7 +468,9 @@ class RemoteRetriever:
         self.mirror.fused[step.pages] = learned.fused
         self._mirrored[step.pages.numpy()] = True
 
-    def _fill(self, batch: StepBatch, step: _Step, selection: Selection, pages: Tensor, lengths: Tensor) -> None:
+    def _fill(
+        self, batch: StepBatch, step: _Step, selection: Selection, pages: Tensor, lengths: Tensor
+    ) -> None:
         decodes, heads = batch.num_decodes, self.num_kv_heads
         rows, width = selection.pages.shape
         pages[:rows, :width] = selection.pages.to(self.device)
@@ -358,14 +486,25 @@ class RemoteRetriever:
             self.counters.host[PAGES_READ] += heads * whole - int(selected.sum())
             self._figures["sidecar_dense_rows"] += len(dense)
 
-    def _read_whole(self, rows: list[int], batch: StepBatch, pages: Tensor, lengths: Tensor) -> None:
+    def _read_whole(
+        self, rows: list[int], batch: StepBatch, pages: Tensor, lengths: Tensor
+    ) -> None:
         """Let ``rows`` of the page table hold all their pages."""
-        mass = torch.empty(batch.num_decodes, self.num_kv_heads, dtype=torch.float32, device=self.device)
+        mass = torch.empty(
+            batch.num_decodes, self.num_kv_heads, dtype=torch.float32, device=self.device
+        )
         for row in rows:
             select_rows(
-                self.dense.scores, batch.seq_lens, batch.seq_lens, batch.block_table, pages, lengths, mass, Budget(self.max_pages, 1, 1),
+                self.dense.scores,
+                batch.seq_lens,
+                batch.seq_lens,
+                batch.block_table,
+                pages,
+                lengths,
+                mass,
+                Budget(self.max_pages, 1, 1),
                 rows=range(row, row + 1),
-            )  # fmt: skip
+            )
 
     def after_forward(self, batch: StepBatch, aux: list[Tensor]) -> None:
         """Hand the step's auxiliary hidden states on; see ``Retriever.after_forward``."""
@@ -374,15 +513,23 @@ class RemoteRetriever:
             return
         states = [state[: batch.num_tokens] for state in aux]
         if self.device.type != "cpu":
-            # Pinned, so that the copy does not hold up the host; it has arrived when the next step's inputs have.
-            self._unsent = (step, [torch.empty(s.shape, dtype=s.dtype, pin_memory=True).copy_(s, non_blocking=True) for s in states])
+            # Pinned, so that the copy does not hold up the host; it has arrived when the next
+            # step's inputs have.
+            self._unsent = (
+                step,
+                [
+                    torch.empty(s.shape, dtype=s.dtype, pin_memory=True).copy_(s, non_blocking=True)
+                    for s in states
+                ],
+            )
             return
         try:
             self._unread = (step, self._link.send(Learn(states)))
         except SidecarDown as error:
             self._fail(error, step)
 
-    # -- what else a Retriever offers -----------------------------------------------------------------------------------
+    # -- what else a Retriever offers
+    # -----------------------------------------------------------------------------------
 
     def profile(self, num_tokens: int) -> None:
         """Nothing to show vLLM's memory profile: the head's activations are the actor's."""
@@ -394,12 +541,23 @@ class RemoteRetriever:
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """``Retriever.stats``, and ``figures`` with its sums counted since the last reset."""
         self._adopt()
-        since = {name: value - self._figures_at_reset[name] for name, value in self._figures.items()}
+        since = {
+            name: value - self._figures_at_reset[name] for name, value in self._figures.items()
+        }
         if reset:
             self._figures_at_reset = dict(self._figures)
-        return {**self.dense.stats(reset), "retriever": self.config.retriever, **self.figures(), **since}
+        return {
+            **self.dense.stats(reset),
+            "retriever": self.config.retriever,
+            **self.figures(),
+            **since,
+        }
 
     def figures(self) -> dict[str, float]:
-        """Of the sidecar, since the start: restarts, rows read whole for want of it, seconds waited for selections; now: whether it is up, and
-        pages it does not know."""
-        return {**self._figures, "sidecar_up": int(self._link is not None), "sidecar_lost_pages": self.lost.count}
+        """Of the sidecar, since the start: restarts, rows read whole for want of it, seconds waited
+        for selections; now: whether it is up, and pages it does not know."""
+        return {
+            **self._figures,
+            "sidecar_up": int(self._link is not None),
+            "sidecar_lost_pages": self.lost.count,
+        }

@@ -1,4 +1,6 @@
-"""Every provider's decode against float32 gather + softmax: other pages for each head, ragged tails, NaN where nothing may be read."""
+"""Every provider's decode against float32 gather + softmax: other pages for each head, ragged
+tails, NaN where nothing may be read.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ def random_table(rows, heads, device, seed, drop_tail=False):
     """A table that keeps random pages of each head, and the set of (block, head) pairs it names."""
     generator = torch.Generator().manual_seed(seed)
     lengths = rows.seq_lens.tolist()
-    table = PageTable.allocate(len(lengths) + 1, heads, max(map(pages_for, lengths)), rows.cache.device)
+    table = PageTable.allocate(
+        len(lengths) + 1, heads, max(map(pages_for, lengths)), rows.cache.device
+    )
     table.pages.fill_(int(rows.block_table.max()) * heads)
     kept = {}
     for row, tokens in enumerate(lengths):
@@ -27,9 +31,16 @@ def random_table(rows, heads, device, seed, drop_tail=False):
                 pages[-1] = count - 1
             used = n * PAGE_SIZE - ((count * PAGE_SIZE - tokens) if pages[-1] == count - 1 else 0)
             sequence = row * heads + head
-            table.pages[sequence, :n] = (rows.block_table[row].cpu()[pages] * heads + head).to(rows.cache.device)
+            table.pages[sequence, :n] = (rows.block_table[row].cpu()[pages] * heads + head).to(
+                rows.cache.device
+            )
             table.lengths[sequence] = used
-            kept[row, head] = torch.cat([torch.arange(p * PAGE_SIZE, min((p + 1) * PAGE_SIZE, tokens)) for p in pages.tolist()])
+            kept[row, head] = torch.cat(
+                [
+                    torch.arange(p * PAGE_SIZE, min((p + 1) * PAGE_SIZE, tokens))
+                    for p in pages.tolist()
+                ]
+            )
     return table, kept
 
 
@@ -87,7 +98,9 @@ PROVIDERS += [
     ],
 )
 @pytest.mark.parametrize("drop_tail", [False, True], ids=["tail-kept", "tail-dropped"])
-def test_decode_reads_the_tables_pages_and_nothing_else(provider, dtype, lengths, heads, group, head_dim, drop_tail, device):
+def test_decode_reads_the_tables_pages_and_nothing_else(
+    provider, dtype, lengths, heads, group, head_dim, drop_tail, device
+):
     rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=len(lengths))
     table, kept = random_table(rows, heads, device, seed=11, drop_tail=drop_tail)
     # Whatever the table does not name is poisoned.
@@ -98,7 +111,9 @@ def test_decode_reads_the_tables_pages_and_nothing_else(provider, dtype, lengths
     rows.cache[~named.to(device)] = float("nan")
     scale = head_dim**-0.5
     query = torch.randn(len(lengths), heads * group, head_dim).to(dtype)
-    output = torch.full((len(lengths), heads * group, head_dim), float("nan"), dtype=dtype, device=device)
+    output = torch.full(
+        (len(lengths), heads * group, head_dim), float("nan"), dtype=dtype, device=device
+    )
     attention = provider(heads * group, heads, head_dim, scale, dtype)
     attention.plan(table, len(lengths))
     attention.decode(apart(query.to(device)), rows.cache, table, len(lengths), output)
@@ -115,9 +130,13 @@ def test_decode_reads_the_tables_pages_and_nothing_else(provider, dtype, lengths
         pytest.param([40000, 17, 5000], 8, torch.bfloat16, id="ragged", marks=pytest.mark.gpu),
     ],
 )
-def test_the_parts_of_a_sequence_are_combined_alike_in_whatever_order_they_end(lengths, heads, dtype, device):
+def test_the_parts_of_a_sequence_are_combined_alike_in_whatever_order_they_end(
+    lengths, heads, dtype, device
+):
     group, head_dim = 4, 64
-    rows = paged_rows([max(tokens, 1) for tokens in lengths], heads, 2 * head_dim, dtype, device, seed=2)
+    rows = paged_rows(
+        [max(tokens, 1) for tokens in lengths], heads, 2 * head_dim, dtype, device, seed=2
+    )
     table = PageTable.allocate(len(lengths), heads, max(map(pages_for, lengths)), device)
     kept = {}
     for row, tokens in enumerate(lengths):
@@ -135,15 +154,24 @@ def test_the_parts_of_a_sequence_are_combined_alike_in_whatever_order_they_end(l
         attention.decode(query.to(device), rows.cache, table, len(lengths), output)
         results.append(output)
     assert not attention.workspace.ended.any()
-    assert_close("output", reference(query, rows, kept, heads, head_dim, head_dim**-0.5), results[0], 1e-5 if dtype == torch.float32 else 1e-2)
+    assert_close(
+        "output",
+        reference(query, rows, kept, heads, head_dim, head_dim**-0.5),
+        results[0],
+        1e-5 if dtype == torch.float32 else 1e-2,
+    )
     assert all(torch.equal(results[0], again) for again in results)
     for row, tokens in enumerate(lengths):
         assert tokens or not results[0][row].any()
 
 
-@pytest.mark.parametrize(("provider", "dtype"), [p for p in PROVIDERS if "triton" not in p.id] + [
-    pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [p for p in PROVIDERS if "triton" not in p.id]
+    + [
+        pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
+    ],
+)
 def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, device):
     lengths, new, heads, group, head_dim = [40, 100, 17], [40, 33, 1], 2, 2, 64
     rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=5)
@@ -151,7 +179,9 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
     query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
     output = torch.full_like(query, float("nan")).to(device)
     attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
-    prefill = PrefillRows(starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist())
+    prefill = PrefillRows(
+        starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist()
+    )
     attention.prefill(query.to(device), rows.cache, prefill, output)
     at = 0
     for row, (tokens, count) in enumerate(zip(lengths, new)):
@@ -162,7 +192,9 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
         expected = scores.masked_fill(~causal, float("-inf")).softmax(-1) @ kv[..., head_dim:]
         # vLLM's Triton attention multiplies float32 on tf32 units.
         exact = dtype == torch.float32 and provider is TorchProvider
-        assert_close("output", expected.transpose(0, 1), output[at : at + count], 1e-5 if exact else 1e-2)
+        assert_close(
+            "output", expected.transpose(0, 1), output[at : at + count], 1e-5 if exact else 1e-2
+        )
         at += count
 
 
@@ -198,11 +230,19 @@ def test_a_captured_decode_follows_the_table(provider):
     table.lengths.copy_(other.lengths)
     output.fill_(float("nan"))
     graph.replay()
-    assert_close("output", reference(query.cpu(), rows, kept, heads, head_dim, head_dim**-0.5), output, 1e-2)
+    assert_close(
+        "output", reference(query.cpu(), rows, kept, heads, head_dim, head_dim**-0.5), output, 1e-2
+    )
 
 
-@pytest.mark.parametrize(("provider", "dtype"), [PROVIDERS[0], pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu),
-                                                 pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [
+        PROVIDERS[0],
+        pytest.param(flash_provider, torch.bfloat16, id="flash-bf16", marks=pytest.mark.gpu),
+        pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
+    ],
+)
 def test_write_stores_rows_and_skips_padding(provider, dtype, device):
     heads, head_dim = 2, 32
     cache = torch.zeros(5, heads, PAGE_SIZE, 2 * head_dim, dtype=dtype, device=device)
@@ -211,5 +251,7 @@ def test_write_stores_rows_and_skips_padding(provider, dtype, device):
     provider(heads, heads, head_dim, 1.0, dtype).write(key, value, cache, slots)
     for row in (0, 1, 3):
         slot = int(slots[row])
-        assert torch.equal(cache[slot // PAGE_SIZE, :, slot % PAGE_SIZE], torch.cat([key[row], value[row]], -1))
+        assert torch.equal(
+            cache[slot // PAGE_SIZE, :, slot % PAGE_SIZE], torch.cat([key[row], value[row]], -1)
+        )
     assert int((cache != 0).any(-1).any(1).sum()) == 3

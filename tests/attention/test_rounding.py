@@ -9,10 +9,14 @@ from specontext_vllm.attention.triton import TritonProvider
 SHAPES = [
     pytest.param(1000, 2, 64, id="small"),
     *(
-        pytest.param(tokens, group, head_dim, id=f"{tokens}-{group}-{head_dim}", marks=pytest.mark.gpu)
-        for tokens in (1024, 2048) for group in (1, 4, 8) for head_dim in (64, 128)
+        pytest.param(
+            tokens, group, head_dim, id=f"{tokens}-{group}-{head_dim}", marks=pytest.mark.gpu
+        )
+        for tokens in (1024, 2048)
+        for group in (1, 4, 8)
+        for head_dim in (64, 128)
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

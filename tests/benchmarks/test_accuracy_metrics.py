@@ -7,7 +7,13 @@ from benchmarks.accuracy import metrics
 
 @pytest.mark.parametrize(
     ("reply", "expected"),
-    [("The code is 482913.", 1.0), ("4829130", 0.0), ("x482913", 0.0), ("482913,111111", 1.0), ("", 0.0)],
+    [
+        ("The code is 482913.", 1.0),
+        ("4829130", 0.0),
+        ("x482913", 0.0),
+        ("482913,111111", 1.0),
+        ("", 0.0),
+    ],
     ids=["stated", "longer number", "part of a word", "among others", "empty"],
 )
 def test_any_stated(reply, expected):
@@ -35,7 +41,9 @@ def test_pairs_listed(reply, expected):
 
 
 def test_recited_counts_from_the_start_and_forgives_the_heading():
-    assert metrics.recited("Passage Adam: one two three nine", ["one two three four five six"]) == 0.5
+    assert (
+        metrics.recited("Passage Adam: one two three nine", ["one two three four five six"]) == 0.5
+    )
     assert metrics.recited("two three", ["one two three four"]) == 0.0
 
 
@@ -62,7 +70,8 @@ def test_qa_f1(reply, answers, expected):
         ("a b c d", "a b c d", 1.0),
         # Common subsequence a c of {a, c, x} and {a, b, c}: precision and recall 2/3.
         ("a x c", "a b c", 2 / 3),
-        # w1 w2 with the first and w1 w3 w5 with the second sentence (Lin 2004): the union has 4 of 5 wanted words and of 9 given ones.
+        # w1 w2 with the first and w1 w3 w5 with the second sentence (Lin 2004): the union has 4 of
+        # 5 wanted words and of 9 given ones.
         ("w1 w2 w6 w7 w8. w1 w3 w8 w9 w5", "w1 w2 w3 w4 w5", 2 * 4 / (8 + 5)),
         ("x", "a", 0.0),
         ("", "a", 0.0),
@@ -79,7 +88,9 @@ def test_rouge_l(reply, answer, expected):
     ids=["right", "two named", "wrong", "another holds the right one", "empty"],
 )
 def test_classification(reply, expected):
-    assert metrics.classification(reply, ["Food"], ["Food", "Sport", "Fast Food", "Foo"]) == expected
+    assert (
+        metrics.classification(reply, ["Food"], ["Food", "Sport", "Fast Food", "Foo"]) == expected
+    )
 
 
 def test_numbers_and_code():

@@ -1,4 +1,6 @@
-"""The prompts: their answers can be had from their text, their length is what was asked for, LongBench's records become prompts."""
+"""The prompts: their answers can be had from their text, their length is what was asked for,
+LongBench's records become prompts.
+"""
 
 import json
 import re
@@ -53,10 +55,15 @@ def test_another_tokenizer_without_a_chat_template(name):
 
 
 DRAFTS = {
-    "single": tasks.single, "multi_key": tasks.multi_key, "multi_query": tasks.multi_query,
-    "one_value": lambda seed, size: tasks.multi_value(seed, size, False), "recitation": tasks.recitation,
-    "long_recitation": tasks.long_recitation, "key_among_passages": tasks.key_among_passages, "demo_needle": tasks.demo_needle,
-}  # fmt: skip
+    "single": tasks.single,
+    "multi_key": tasks.multi_key,
+    "multi_query": tasks.multi_query,
+    "one_value": lambda seed, size: tasks.multi_value(seed, size, False),
+    "recitation": tasks.recitation,
+    "long_recitation": tasks.long_recitation,
+    "key_among_passages": tasks.key_among_passages,
+    "demo_needle": tasks.demo_needle,
+}
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -66,14 +73,21 @@ def test_the_answer_stands_once_in_the_text_and_the_right_reply_scores_full(name
         text = "\n".join(message["content"] for message in draft.messages)
         assert all(text.count(answer) == 1 for answer in draft.answers)
         asked = Example([], draft.answers, 0)
-        assert score(tasks.TASKS[name], asked, draft.reply) == 1.0 and score(tasks.TASKS[name], asked, "") == 0.0
+        assert (
+            score(tasks.TASKS[name], asked, draft.reply) == 1.0
+            and score(tasks.TASKS[name], asked, "") == 0.0
+        )
 
 
 @pytest.mark.parametrize("name", ["list_facts", "multi_value", "variables", "common_words"])
 def test_a_full_reply_fits_the_limit_and_scores_full(writer, name):
     task = tasks.TASKS[name]
-    draft = {"list_facts": tasks.list_facts, "variables": tasks.variables, "common_words": tasks.common_words,
-             "multi_value": lambda seed, size: tasks.multi_value(seed, size, True)}[name](3, 2000)  # fmt: skip
+    draft = {
+        "list_facts": tasks.list_facts,
+        "variables": tasks.variables,
+        "common_words": tasks.common_words,
+        "multi_value": lambda seed, size: tasks.multi_value(seed, size, True),
+    }[name](3, 2000)
     example = task.make(writer, 3, 2000)
     assert len(example.answers) >= 4
     assert task.metric(draft.reply, draft.answers) == 1.0
@@ -85,9 +99,16 @@ def test_the_asked_name_tells_the_value():
         draft = tasks.multi_key(seed, 4096)
         text, question = draft.messages[0]["content"].rsplit("\n", 1)
         names = [word for word in re.findall(r"\w+", question) if word in tasks._KEYS]
-        stated = [line for line in re.split(r"(?<=\.)\s", text) if re.search(rf"\b{names[0]}\b", line)]
+        stated = [
+            line for line in re.split(r"(?<=\.)\s", text) if re.search(rf"\b{names[0]}\b", line)
+        ]
         assert len(names) == 1 and len(stated) == 1 and draft.answers[0] in stated[0]
-        others = {word for line in re.split(r"(?<=\.)\s", text) for word in re.findall(r"\w+", line) if word in tasks._KEYS} - set(names)
+        others = {
+            word
+            for line in re.split(r"(?<=\.)\s", text)
+            for word in re.findall(r"\w+", line)
+            if word in tasks._KEYS
+        } - set(names)
         assert len(others) == 31
 
 
@@ -105,14 +126,18 @@ def test_a_key_among_passages_has_the_facts_and_passages_of_the_demos_own_proble
     problem = demo.make_problem("needle", seed=0, approx_tokens=4096, layout="question_last")
 
     def counted(text):
-        return len(re.findall(r"^Passage \w+:", text, re.MULTILINE)), len({w for w in re.findall(r"\w+", text) if w in tasks._KEYS})
+        return len(re.findall(r"^Passage \w+:", text, re.MULTILINE)), len(
+            {w for w in re.findall(r"\w+", text) if w in tasks._KEYS}
+        )
 
     assert counted(text) == counted(problem.messages[0]["content"]) == (8, 40)
 
 
 def test_the_demos_needles_come_in_all_of_its_layouts():
     questions = [tasks.demo_needle(seed, 2000).messages for seed in range(len(demo.LAYOUTS))]
-    assert [len(m) for m in questions] == [{"split": 3, "multi_turn": 3}.get(layout, 1) for layout in demo.LAYOUTS]
+    assert [len(m) for m in questions] == [
+        {"split": 3, "multi_turn": 3}.get(layout, 1) for layout in demo.LAYOUTS
+    ]
 
 
 def test_variables_lead_back_to_the_number():
@@ -141,7 +166,9 @@ def test_tasks_of_one_document_share_its_text(writer):
 
     assert shared("multi_key", "multi_query") > 3900 and shared("multi_key", "list_facts") > 3900
     assert shared("one_value", "multi_value") > 3900
-    recitation, perplexity = (tasks.TASKS[name].make(writer, 1, 4096) for name in ("recitation", "perplexity"))
+    recitation, perplexity = (
+        tasks.TASKS[name].make(writer, 1, 4096) for name in ("recitation", "perplexity")
+    )
     assert recitation.prompt == perplexity.prompt and recitation.forced is None
     assert perplexity.answers[0] in writer.tokenizer.decode(perplexity.forced)
 
@@ -154,21 +181,38 @@ def test_prompts_are_held_out_and_differ_by_seed(writer):
 
 
 def write_records(folder, name, **fields):
-    record = {"context": "Adam lives in Rome. " * 400, "input": "Where does Adam live?", "answers": ["Rome"], "all_classes": None, **fields}
+    record = {
+        "context": "Adam lives in Rome. " * 400,
+        "input": "Where does Adam live?",
+        "answers": ["Rome"],
+        "all_classes": None,
+        **fields,
+    }
     (folder / f"{name}.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def test_longbench_records_become_prompts_that_lose_their_middle(tmp_path, writer):
     write_records(tmp_path, "hotpotqa", context="START " + "Adam lives in Rome. " * 400 + " END")
-    write_records(tmp_path, "trec", input="Type of this:", answers=["Food"], all_classes=["Food", "Sport"])
+    write_records(
+        tmp_path, "trec", input="Type of this:", answers=["Food"], all_classes=["Food", "Sport"]
+    )
     write_records(tmp_path, "dureader")
     # JSON strings may hold Unicode's own line separators.
     write_records(tmp_path, "2wikimqa", context="one\u2028two\u0085three")
     found, left_out = longbench.read_folder(tmp_path)
-    assert list(found) == ["longbench/2wikimqa", "longbench/hotpotqa", "longbench/trec"] and left_out == ["dureader.jsonl"]
+    assert list(found) == [
+        "longbench/2wikimqa",
+        "longbench/hotpotqa",
+        "longbench/trec",
+    ] and left_out == ["dureader.jsonl"]
     example = found["longbench/hotpotqa"].make(writer, 0, 512)
     text = writer.tokenizer.decode(example.prompt)
-    assert 450 < len(example.prompt) <= 512 and "START" in text and "END" in text and "Where does Adam live?" in text
+    assert (
+        450 < len(example.prompt) <= 512
+        and "START" in text
+        and "END" in text
+        and "Where does Adam live?" in text
+    )
     assert found["longbench/hotpotqa"].count == 1
     assert score(found["longbench/hotpotqa"], example, "in Rome") == pytest.approx(2 / 3)
     few_shot = found["longbench/trec"].make(writer, 0, 512)

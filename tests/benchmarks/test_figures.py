@@ -1,4 +1,6 @@
-"""Figures in README.md and docs/ are those of the committed result files; and how markers are filled."""
+"""Figures in README.md and docs/ are those of the committed result files; and how markers are
+filled.
+"""
 
 import json
 import re
@@ -11,14 +13,22 @@ from benchmarks import figures, picture
 from benchmarks.__main__ import app
 
 RESULT = {
-    "case": "decode", "title": "T", "date": "2026-01-01",
+    "case": "decode",
+    "title": "T",
+    "date": "2026-01-01",
     "rows": [
         {"cell": "1 x 1k", "stock": 4.9, "sparse": 5.0, "ratio": 0.98},
         {"cell": "2 x 2k", "stock": 31.37, "sparse": 7.37, "ratio": 4.2598, "pages": None},
     ],
-    "details": {"bandwidth": 4.287e12, "steady": {"a, b": [0.5, 0.25]}, "timeline": {"e": [["_a_kernel", 7, 0.0, 1.5], ["_b", 7, 2.0, 4.0], ["_a_kernel", 8, 9.0, 2.0]]}},
+    "details": {
+        "bandwidth": 4.287e12,
+        "steady": {"a, b": [0.5, 0.25]},
+        "timeline": {
+            "e": [["_a_kernel", 7, 0.0, 1.5], ["_b", 7, 2.0, 4.0], ["_a_kernel", 8, 9.0, 2.0]]
+        },
+    },
     "machine": {"gpus": [{"name": "NVIDIA H200"}]},
-}  # fmt: skip
+}
 GRID = {
     "rows": [
         {"name": "dlm 64", "context": 4096, "budget": 64, "threshold": 0.0, "recited": 0.45},
@@ -26,7 +36,7 @@ GRID = {
         {"name": "dense", "context": 8192, "budget": None, "threshold": 0.0, "recited": 1.0},
         {"fallback_name": "dlm", "context": 8192, "budget": 64, "threshold": 0.3, "recited": 0.65},
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -60,9 +70,14 @@ def test_a_difference_planted_in_any_figure_is_found(path, tmp_path):
         kind, body = found[1], found[4]
         if kind == "picture":
             return found[0]
-        heading = 3 if kind == "table" else 0  # a line break and two lines, which are written by hand
+        heading = (
+            3 if kind == "table" else 0
+        )  # a line break and two lines, which are written by hand
         lines = body.split("\n")
-        rows = [re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), line) for line in lines[heading:]]
+        rows = [
+            re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), line)
+            for line in lines[heading:]
+        ]
         wrong = "\n".join([*lines[:heading], *rows])
         assert wrong != body, f"{body} has no digit"
         planted.append(body)
@@ -97,8 +112,21 @@ def test_an_expression(expression, value):
 
 @pytest.mark.parametrize(
     "expression",
-    ['row("3 x 3k").ratio', "rows[9].ratio", "rows[0].nothing", "open('/etc/passwd')", "rows.__class__", "1 +", "title", "-rows[0]",
-     "row().ratio", "row(ratio=5).stock", "row(nothing=5).stock", "open(rows, 3)", 'kernel("f", "_a_")'],
+    [
+        'row("3 x 3k").ratio',
+        "rows[9].ratio",
+        "rows[0].nothing",
+        "open('/etc/passwd')",
+        "rows.__class__",
+        "1 +",
+        "title",
+        "-rows[0]",
+        "row().ratio",
+        "row(ratio=5).stock",
+        "row(nothing=5).stock",
+        "open(rows, 3)",
+        'kernel("f", "_a_")',
+    ],
 )
 def test_any_other_expression_is_refused(expression):
     with pytest.raises(figures.FigureError):
@@ -118,10 +146,12 @@ def test_a_changed_figure_is_told_with_its_line_and_filled(tmp_path, results):
 @pytest.mark.parametrize(
     ("expression", "value"),
     [
-        ('row("dlm 64", context=8192).recited', 0.41), ('row("dlm 64", context=4096, budget=64).recited', 0.45),
-        ("row(budget=64, context=8192, threshold=0.3).recited", 0.65), ('row("dense").recited', 1.0),
+        ('row("dlm 64", context=8192).recited', 0.41),
+        ('row("dlm 64", context=4096, budget=64).recited', 0.45),
+        ("row(budget=64, context=8192, threshold=0.3).recited", 0.65),
+        ('row("dense").recited', 1.0),
     ],
-)  # fmt: skip
+)
 def test_a_row_by_name_context_and_budget(expression, value):
     assert figures.evaluate(expression, GRID) == value
 
@@ -129,10 +159,11 @@ def test_a_row_by_name_context_and_budget(expression, value):
 @pytest.mark.parametrize(
     ("expression", "told"),
     [
-        ('row("dlm 64").recited', "'dlm 64'.: 2 rows"), ("row(context=8192, budget=64).recited", "context=8192, budget=64.: 2 rows"),
+        ('row("dlm 64").recited', "'dlm 64'.: 2 rows"),
+        ("row(context=8192, budget=64).recited", "context=8192, budget=64.: 2 rows"),
         ('row("dlm 64", context=16384).recited', "0 rows"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_is_not_the_only_one_is_refused(expression, told):
     with pytest.raises(figures.FigureError, match=told):
         figures.evaluate(expression, GRID)
@@ -153,8 +184,12 @@ def test_a_table_is_filtered_by_name_and_context(tmp_path, results):
 
 
 def test_a_table_keeps_its_heading_and_gets_the_rows(tmp_path, results):
-    marker = "<!-- table decode-x cell stock:.1f pages:.1% -->\n| what | ms | pages |\n|---|---|---|\n"
-    filled, differences = fill(tmp_path, results, marker + "| 1 x 1k | 4.8 | – |\n<!-- /table -->\n")
+    marker = (
+        "<!-- table decode-x cell stock:.1f pages:.1% -->\n| what | ms | pages |\n|---|---|---|\n"
+    )
+    filled, differences = fill(
+        tmp_path, results, marker + "| 1 x 1k | 4.8 | – |\n<!-- /table -->\n"
+    )
     assert filled == marker + "| 1 x 1k | 4.9 | – |\n| 2 x 2k | 31.4 | – |\n<!-- /table -->\n"
     assert len(differences) == 1
     assert fill(tmp_path, results, filled) == (filled, [])
@@ -178,11 +213,19 @@ def test_a_picture_is_redrawn_when_its_result_has_changed(tmp_path, results):
         ("a <!-- fig decode-x rows[0].cell .2f -->1<!-- /fig -->", "format"),
         ("<!-- fig decode-x rows[0].ratio .2f -->1<!-- /fig -->", "begin with a marker"),
         ("<!-- table decode-x cell -->\n<!-- /table -->", "heading"),
-        ("<!-- table decode-x \"cell -->\n| a |\n|---|\n<!-- /table -->", "quotes"),
+        ('<!-- table decode-x "cell -->\n| a |\n|---|\n<!-- /table -->', "quotes"),
         ("a <!-- fig decode-x rows[0].ratio .2f -->1", "its own end"),
         ("a <!-- fig decode-x rows[0].ratio .2f -->1<!-- /table -->", "its own end"),
     ],
-    ids=["no result", "no number", "begins a line", "no heading", "open quotes", "no end", "another's end"],
+    ids=[
+        "no result",
+        "no number",
+        "begins a line",
+        "no heading",
+        "open quotes",
+        "no end",
+        "another's end",
+    ],
 )
 def test_a_marker_that_cannot_be_filled_is_named(tmp_path, results, text, told):
     with pytest.raises(figures.FigureError, match=told) as raised:
@@ -194,17 +237,35 @@ def test_panels_are_numbers_of_requests_with_several_contexts():
     def row(cell, **times):
         return {"cell": cell} | times
 
-    rows = [row("24 x 2k", sparse=2.0), row("24 x 1k", stock=1.0), row("6 x 1k", hf_eager=9.0), row("6 x 2k", hf_eager="out of memory")]
+    rows = [
+        row("24 x 2k", sparse=2.0),
+        row("24 x 1k", stock=1.0),
+        row("6 x 1k", hf_eager=9.0),
+        row("6 x 2k", hf_eager="out of memory"),
+    ]
     ((title, group),) = picture.panels_of(rows)
-    assert title == "24 requests" and [(r["requests"], r["context"]) for r in group] == [(24, 1024), (24, 2048)]
+    assert title == "24 requests" and [(r["requests"], r["context"]) for r in group] == [
+        (24, 1024),
+        (24, 2048),
+    ]
     ((title, group),) = picture.panels_of(rows[1:])
     assert title == "" and [r["cell"] for r in group] == ["24 x 1k", "6 x 1k"]
 
 
 def test_a_picture_shows_every_engine_that_was_timed(tmp_path):
     times = {key: 2.0 + place for place, key in enumerate(picture.STYLES)}
-    rows = [{"cell": f"2 x {n}k", "stock_limit": 1.5, "sparse_limit": 1.0, **times} for n in (1, 32)]
-    rows.append({"cell": "2 x 128k", "stock_limit": 1.6, "sparse_limit": 1.1, **times, "hf_eager": "out of memory"})
+    rows = [
+        {"cell": f"2 x {n}k", "stock_limit": 1.5, "sparse_limit": 1.0, **times} for n in (1, 32)
+    ]
+    rows.append(
+        {
+            "cell": "2 x 128k",
+            "stock_limit": 1.6,
+            "sparse_limit": 1.1,
+            **times,
+            "hf_eager": "out of memory",
+        }
+    )
     picture.draw_steps(rows, "T", tmp_path / "a.png", {"Source": "here"})
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.info["Source"] == "here" and drawn.width > drawn.height > 300

@@ -1,4 +1,6 @@
-"""The case `fuzz`: mixes hang on their seed alone, and whatever differs is found. Engines are not started."""
+"""The case `fuzz`: mixes hang on their seed alone, and whatever differs is found. Engines are not
+started.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +11,56 @@ import pytest
 from benchmarks.fuzz import MAX_MODEL_LEN, Answer, Ask, Mix, compare
 
 BASES = [list(range(100 + i, 700 + i)) for i in range(4)]
-GREEDY, SAMPLED = {"temperature": 0.0, "max_tokens": 3, "logprobs": 1}, {"temperature": 1.0, "seed": 1, "max_tokens": 3}
+GREEDY, SAMPLED = (
+    {"temperature": 0.0, "max_tokens": 3, "logprobs": 1},
+    {"temperature": 1.0, "seed": 1, "max_tokens": 3},
+)
 
 
 def answer(tokens=(7, 8, 9), gap=2.0, end=("length", None), prompt=()) -> Answer:
-    return Answer(list(tokens), [{token: -0.1, 99: -0.1 - gap} for token in tokens], list(prompt), end)
+    return Answer(
+        list(tokens), [{token: -0.1, 99: -0.1 - gap} for token in tokens], list(prompt), end
+    )
 
 
-def verdict(ours: Answer, theirs: Answer, params=GREEDY, leaves_after=None, near_tie: float | None = 1e-4):
+def verdict(
+    ours: Answer, theirs: Answer, params=GREEDY, leaves_after=None, near_tie: float | None = 1e-4
+):
     mix = Mix((Ask((1, 2), 0, leaves_after, params),), 64, True, True, 3)
     return compare("seed", mix, [{0: ours}], [{0: theirs}], near_tie).counts
 
 
 def test_a_seed_is_a_mix():
-    assert Mix.draw("1/0", BASES, False) == Mix.draw("1/0", BASES, False) != Mix.draw("1/1", BASES, False)
+    assert (
+        Mix.draw("1/0", BASES, False)
+        == Mix.draw("1/0", BASES, False)
+        != Mix.draw("1/1", BASES, False)
+    )
     mixes = [Mix.draw(f"1/{i}", BASES, False) for i in range(60)]
     asks = [ask for mix in mixes for ask in mix.asks]
-    assert all(1 <= len(ask.prompt) and len(ask.prompt) + ask.params["max_tokens"] <= MAX_MODEL_LEN for ask in asks)
+    assert all(
+        1 <= len(ask.prompt) and len(ask.prompt) + ask.params["max_tokens"] <= MAX_MODEL_LEN
+        for ask in asks
+    )
     for what in ("seed", "n", "logprobs", "prompt_logprobs", "stop_token_ids", "top_p"):
         assert any(what in ask.params for ask in asks), what
-    assert {mix.chunked for mix in mixes} == {mix.cold for mix in mixes} == {mix.storm == 3 for mix in mixes} == {True, False}
+    assert (
+        {mix.chunked for mix in mixes}
+        == {mix.cold for mix in mixes}
+        == {mix.storm == 3 for mix in mixes}
+        == {True, False}
+    )
     assert not any("seed" in ask.params for mix in mixes if mix.chunked for ask in mix.asks)
-    assert not any("seed" in ask.params for i in range(60) for ask in Mix.draw(f"1/{i}", BASES, True).asks)
+    assert not any(
+        "seed" in ask.params for i in range(60) for ask in Mix.draw(f"1/{i}", BASES, True).asks
+    )
 
 
 @pytest.mark.parametrize("near_tie", [1e-4, None], ids=["rounding", "bits"])
 def test_the_same_answers_are_right(near_tie):
-    assert verdict(answer(prompt=[None, {2: -1.0}]), answer(prompt=[None, {2: -1.0}]), near_tie=near_tie) == {"requests": 1, "tokens": 3}
+    assert verdict(
+        answer(prompt=[None, {2: -1.0}]), answer(prompt=[None, {2: -1.0}]), near_tie=near_tie
+    ) == {"requests": 1, "tokens": 3}
 
 
 @pytest.mark.parametrize(
@@ -64,11 +89,16 @@ def test_a_greedy_token_may_be_another_at_a_near_tie_only_and_a_sampled_one_neve
 def test_an_aborted_answer_is_compared_as_far_as_both_came():
     cut = answer((7, 8), end=None)
     assert "wrong" not in verdict(cut, answer((7,), end=None), leaves_after=1)
-    assert verdict(replace(cut, tokens=[6, 8]), answer((7,), end=None), leaves_after=1)["wrong"] == 1
+    assert (
+        verdict(replace(cut, tokens=[6, 8]), answer((7,), end=None), leaves_after=1)["wrong"] == 1
+    )
     # Two tiers go the way of one, step by step.
     assert verdict(cut, answer((7,), end=None), leaves_after=1, near_tie=None)["wrong"] == 1
 
 
 def test_a_completion_that_is_missing_is_wrong():
     mix = Mix((Ask((1, 2), 0, None, {**SAMPLED, "n": 2}),), 64, True, True, 3)
-    assert compare("seed", mix, [{0: answer()}], [{0: answer(), 1: answer()}], 1e-4).counts["wrong"] == 1
+    assert (
+        compare("seed", mix, [{0: answer()}], [{0: answer(), 1: answer()}], 1e-4).counts["wrong"]
+        == 1
+    )

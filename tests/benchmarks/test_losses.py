@@ -1,4 +1,6 @@
-"""Variants of the distillation loss: which layers a target is taken from, any model folder, what decodes the needles."""
+"""Variants of the distillation loss: which layers a target is taken from, any model folder, what
+decodes the needles.
+"""
 
 import json
 import shutil
@@ -20,18 +22,33 @@ LAYERS = 5
 
 
 def test_layers_by_name():
-    chosen = {name: list(Target.of(96, "max", name, LAYERS).layers) for name in ("all", "first half", "last half", "every second")}
-    assert chosen == {"all": [0, 1, 2, 3, 4], "first half": [0, 1], "last half": [2, 3, 4], "every second": [1, 3]}
+    chosen = {
+        name: list(Target.of(96, "max", name, LAYERS).layers)
+        for name in ("all", "first half", "last half", "every second")
+    }
+    assert chosen == {
+        "all": [0, 1, 2, 3, 4],
+        "first half": [0, 1],
+        "last half": [2, 3, 4],
+        "every second": [1, 3],
+    }
 
 
 @pytest.mark.parametrize("over", ["max", "mean"])
 def test_a_target_is_that_of_its_layers_alone(over):
     generator = torch.Generator().manual_seed(0)
     shown = [
-        (torch.randn(1, 4, 23, 8, generator=generator), torch.randn(1, 2, 23, 8, generator=generator), torch.tensor([[9, 22]]))
+        (
+            torch.randn(1, 4, 23, 8, generator=generator),
+            torch.randn(1, 2, 23, 8, generator=generator),
+            torch.tensor([[9, 22]]),
+        )
         for _ in range(LAYERS)
     ]
-    targets = [Target.of(5, over, name, LAYERS) for name in ("all", "first half", "last half", "every second")]
+    targets = [
+        Target.of(5, over, name, LAYERS)
+        for name in ("all", "first half", "last half", "every second")
+    ]
     collectors = Collectors(targets)
     for arguments in shown:
         collectors.watch(*arguments)
@@ -52,20 +69,26 @@ def teacher_of(folder):
 
 
 def test_the_model_that_decodes_is_the_teacher(tmp_path):
-    teacher = teacher_of(write_model(tmp_path, make_config("llama", num_key_value_heads=1, rope_theta=777.0)))
+    teacher = teacher_of(
+        write_model(tmp_path, make_config("llama", num_key_value_heads=1, rope_theta=777.0))
+    )
     ids = torch.randint(0, 97, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(plain_model(teacher)(ids), teacher.model(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            plain_model(teacher)(ids), teacher.model(ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("qwen2", {}), ("qwen3", {}), ("llama", {"attention_bias": True}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("llama", {"attention_bias": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
     ],
     ids=["qwen2", "qwen3", "bias", "stretched"],
-)  # fmt: skip
+)
 def test_other_models_decode_no_needles(tmp_path, family, changes):
     assert plain_model(teacher_of(write_model(tmp_path, make_config(family, **changes)))) is None
 
@@ -73,11 +96,25 @@ def test_other_models_decode_no_needles(tmp_path, family, changes):
 def test_another_model_has_a_result_of_its_own(tmp_path, monkeypatch):
     """A Qwen with a head that drafts a part of the vocabulary: every variant in one step."""
     vocabulary = read_config(DEMO_MODEL).vocab_size
-    model = write_model(tmp_path / "small", make_config("qwen2", vocab_size=vocabulary, max_position_embeddings=1024))
+    model = write_model(
+        tmp_path / "small",
+        make_config("qwen2", vocab_size=vocabulary, max_position_embeddings=1024),
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO_MODEL / name, model)
     monkeypatch.setattr(losses, "DRAFT_VOCABULARY", 500)
-    arguments = ["--model", str(model), "--steps", "1", "--context", "512", "--held-out", "2", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--model",
+        str(model),
+        "--steps",
+        "1",
+        "--context",
+        "512",
+        "--held-out",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(app, ["losses", *arguments])
     assert done.exit_code == 0, done.output
     (path,) = (tmp_path / "out").glob("*.json")
@@ -85,15 +122,27 @@ def test_another_model_has_a_result_of_its_own(tmp_path, monkeypatch):
     result = json.loads(path.read_text())
     assert result["title"].endswith("on small")
     assert [row["name"] for row in result["rows"]] == [*losses.VARIANTS, "the best choice there is"]
-    aligned = {name: result["details"]["last_losses"][name].get("align") for name in losses.VARIANTS}
-    layers = ["as `specontext distill` does", "first half of the layers", "last half of the layers", "every second layer"]
+    aligned = {
+        name: result["details"]["last_losses"][name].get("align") for name in losses.VARIANTS
+    }
+    layers = [
+        "as `specontext distill` does",
+        "first half of the layers",
+        "last half of the layers",
+        "every second layer",
+    ]
     assert len({aligned[name] for name in layers}) == 4
-    assert not any("needle" in row for row in result["rows"]) and "Needles: not decoded" in " ".join(result["notes"])
+    assert not any(
+        "needle" in row for row in result["rows"]
+    ) and "Needles: not decoded" in " ".join(result["notes"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--model", "/nowhere"], "--model: /nowhere has no config.json"), (["--context", "20000"], "--context: found 20000")],
+    [
+        (["--model", "/nowhere"], "--model: /nowhere has no config.json"),
+        (["--context", "20000"], "--context: found 20000"),
+    ],
     ids=["model", "context"],
 )
 def test_a_wrong_option_ends_with_its_name(arguments, told, tmp_path):

@@ -15,26 +15,54 @@ from benchmarks.machine import device_slug
 from benchmarks.shapes import Shape
 
 MACHINE = {
-    "gpus": [{"name": "NVIDIA H200", "driver": "580.1", "memory": "143771 MiB"}], "cpu": "some CPU", "cores": 16,
-    "packages": {"torch": "2.11", "triton": None}, "commit": None,
-}  # fmt: skip
+    "gpus": [{"name": "NVIDIA H200", "driver": "580.1", "memory": "143771 MiB"}],
+    "cpu": "some CPU",
+    "cores": 16,
+    "packages": {"torch": "2.11", "triton": None},
+    "commit": None,
+}
 
 
 def make_report(**fields):
-    tables = {"Times": (report.Column("cell", "cell"), report.Column("ms", "step, ms", ".2f"), report.Column("share", "share", ".1%"))}
-    return report.Report("decode", "A title", tables, machine=MACHINE, date="2026-01-01", command="python -m benchmarks decode", **fields)
+    tables = {
+        "Times": (
+            report.Column("cell", "cell"),
+            report.Column("ms", "step, ms", ".2f"),
+            report.Column("share", "share", ".1%"),
+        )
+    }
+    return report.Report(
+        "decode",
+        "A title",
+        tables,
+        machine=MACHINE,
+        date="2026-01-01",
+        command="python -m benchmarks decode",
+        **fields,
+    )
 
 
 def test_the_files_hold_the_figures_and_the_command(tmp_path):
-    made = make_report(rows=[{"cell": "a|b", "ms": 7.456, "share": 0.0625}, {"cell": "c"}], failures={"stock": "it died."})
+    made = make_report(
+        rows=[{"cell": "a|b", "ms": 7.456, "share": 0.0625}, {"cell": "c"}],
+        failures={"stock": "it died."},
+    )
     path = made.write(tmp_path)
     assert path.name == "decode-h200.md"
     text = path.read_text()
     assert "| a\\|b | 7.46 | 6.2% |" in text
     assert "| c | – | – |" in text
-    assert "failed: stock" in text and "`python -m benchmarks decode`" in text and "driver 580.1" in text
+    assert (
+        "failed: stock" in text
+        and "`python -m benchmarks decode`" in text
+        and "driver 580.1" in text
+    )
     stored = json.loads((tmp_path / "decode-h200.json").read_text())
-    assert stored["rows"][0]["ms"] == 7.456 and stored["machine"] == MACHINE and stored["failures"] == {"stock": "it died."}
+    assert (
+        stored["rows"][0]["ms"] == 7.456
+        and stored["machine"] == MACHINE
+        and stored["failures"] == {"stock": "it died."}
+    )
 
 
 def test_a_table_shows_the_rows_that_have_its_first_column(tmp_path):
@@ -45,23 +73,39 @@ def test_a_table_shows_the_rows_that_have_its_first_column(tmp_path):
 
 
 def test_parts_of_a_table_that_several_machines_made_are_told_apart():
-    monday, tuesday = (make_report().run() | {"date": date} for date in ("2026-01-05", "2026-01-06"))
+    monday, tuesday = (
+        make_report().run() | {"date": date} for date in ("2026-01-05", "2026-01-06")
+    )
     assert report.run_notes([(monday, "stock"), (monday, "quest")]) == []
     (note,) = report.run_notes([(tuesday, "quest"), (monday, "stock"), (monday, "specontext")])
-    assert "2026-01-05 (`python -m benchmarks decode`, commit unknown): stock, specontext; 2026-01-06 " in note and "H200" not in note
+    assert (
+        "2026-01-05 (`python -m benchmarks decode`, commit unknown): stock, specontext; 2026-01-06 "
+        in note
+        and "H200" not in note
+    )
     other = tuesday | {"machine": tuesday["machine"].replace("some CPU", "another CPU")}
-    (note,) = report.run_notes([(monday, "stock"), (other, "quest"), ({"date": "2025-12-31"}, "old")])
-    places = [note.index(word) for word in ("not recorded): old", "some CPU", "): stock", "another CPU", "): quest")]
+    (note,) = report.run_notes(
+        [(monday, "stock"), (other, "quest"), ({"date": "2025-12-31"}, "old")]
+    )
+    places = [
+        note.index(word)
+        for word in ("not recorded): old", "some CPU", "): stock", "another CPU", "): quest")
+    ]
     assert places == sorted(places)
 
 
 def test_machines_without_a_gpu_share_a_name():
     assert device_slug({"gpus": []}) == "cpu"
-    assert device_slug({"gpus": [{"name": "NVIDIA GeForce RTX 4060 Laptop GPU"}]}) == "rtx-4060-laptop-gpu"
+    assert (
+        device_slug({"gpus": [{"name": "NVIDIA GeForce RTX 4060 Laptop GPU"}]})
+        == "rtx-4060-laptop-gpu"
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "requests", "tokens"), [("24x32k", 24, 32768), ("2x256", 2, 256), ("fitx128k", None, 131072)], ids=lambda v: str(v)
+    ("text", "requests", "tokens"),
+    [("24x32k", 24, 32768), ("2x256", 2, 256), ("fitx128k", None, 131072)],
+    ids=lambda v: str(v),
 )
 def test_cells(text, requests, tokens):
     cell = Cell.parse(text)
@@ -111,12 +155,22 @@ def test_byte_limits_of_the_8b_shape():
     # The head's keys are 8-bit floats.
     assert extra == 24 * (2048 * 131072 + 32768 * 1024)
     # Within the budget nothing is scored.
-    assert shape.sparse_step_bytes(1, 1024, 2048) == shape.dense_step_bytes(1, 1024) + shape.head_weight_bytes
+    assert (
+        shape.sparse_step_bytes(1, 1024, 2048)
+        == shape.dense_step_bytes(1, 1024) + shape.head_weight_bytes
+    )
 
 
 def engine_cell(median, stats=None):
     step = {"median": median, "p10": median, "p90": median, "mean": median, "max": median}
-    return {"requests": 6, "prompt_tokens": 1000, "context_tokens": 1064, "prefill_s": 2.0, "step_ms": step, "stats": stats}
+    return {
+        "requests": 6,
+        "prompt_tokens": 1000,
+        "context_tokens": 1064,
+        "prefill_s": 2.0,
+        "step_ms": step,
+        "stats": stats,
+    }
 
 
 def test_rows_hold_ratio_limits_and_rest():
@@ -124,7 +178,9 @@ def test_rows_hold_ratio_limits_and_rest():
     details = {
         "engines": {
             "stock": {"cells": {"fitx1k": engine_cell(30.0)}},
-            "specontext": {"cells": {"fitx1k": engine_cell(7.5, {"pages_read": 1, "pages_total": 16})}},
+            "specontext": {
+                "cells": {"fitx1k": engine_cell(7.5, {"pages_read": 1, "pages_total": 16})}
+            },
         },
         "stages_ms": {"fitx1k": {"head": 0.5, "scoring": 1.0, "selection": 0.25, "attention": 2.0}},
         "copy_bandwidth_bytes_per_s": 4e12,
@@ -139,7 +195,12 @@ def test_rows_hold_ratio_limits_and_rest():
 
 def test_wilson():
     # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
-    for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for right, count, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert wilson(right, count) == pytest.approx((low, high), abs=6e-5)
     assert wilson(0, 0) == (0.0, 1.0)
 
@@ -153,16 +214,22 @@ def test_bootstrap_covers_the_mean():
 
 
 def test_paired_differences():
-    # Agresti and Min (2005): n = 100, 8 and 16 discordant pairs, each cell of the 2 x 2 table with a half more.
+    # Agresti and Min (2005): n = 100, 8 and 16 discordant pairs, each cell of the 2 x 2 table with
+    # a half more.
     centre, half = (16 - 8) / 102, 1.959964 * ((16 + 8 + 1) - (16 - 8) ** 2 / 102) ** 0.5 / 102
-    assert paired([1.0] * 16 + [-1.0] * 8 + [0.0] * 76) == pytest.approx((centre - half, centre + half))
+    assert paired([1.0] * 16 + [-1.0] * 8 + [0.0] * 76) == pytest.approx(
+        (centre - half, centre + half)
+    )
     assert paired([]) == (-1.0, 1.0) and paired([-1.0] * 12)[0] == -1.0
-    # How many prompts, all equal, show that no more than a point is lost: docs/accuracy.md says some 200.
+    # How many prompts, all equal, show that no more than a point is lost: docs/accuracy.md says
+    # some 200.
     assert paired([0.0] * 194)[0] >= -0.01 > paired([0.0] * 193)[0]
 
 
 def test_student():
-    assert [t_quantile(n) for n in (1, 2, 11, 23)] == pytest.approx([12.7062, 4.3027, 2.2010, 2.0687], abs=1e-4)
+    assert [t_quantile(n) for n in (1, 2, 11, 23)] == pytest.approx(
+        [12.7062, 4.3027, 2.2010, 2.0687], abs=1e-4
+    )
     # Mean 3, deviation 2 of 5.
     half = 2.7764 * 2.5**0.5 / 5**0.5
     assert student([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - half, 3 + half), abs=1e-4)
@@ -170,9 +237,13 @@ def test_student():
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["right or wrong", "shares"])
-@pytest.mark.parametrize(("better", "worse"), [(0, 0.02), (0, 0.2), (0.05, 0.05), (0, 0.5), (0.9, 0)])
+@pytest.mark.parametrize(
+    ("better", "worse"), [(0, 0.02), (0, 0.2), (0.05, 0.05), (0, 0.5), (0.9, 0)]
+)
 def test_a_dozen_pairs_hold_the_truth_by_the_interval_that_is_used(better, worse, shares):
-    """Coverage over 5,000 draws of 12 prompts; Student's t falls to a quarter where losses are rare."""
+    """Coverage over 5,000 draws of 12 prompts; Student's t falls to a quarter where losses are
+    rare.
+    """
     rng = np.random.default_rng(0)
     chance = rng.random((5000, 12))
     size = rng.beta(0.7, 0.7, chance.shape) if shares else np.ones(chance.shape)
@@ -180,7 +251,9 @@ def test_a_dozen_pairs_hold_the_truth_by_the_interval_that_is_used(better, worse
     truth = (better - worse) * (0.5 if shares else 1.0)
 
     def covered(interval):
-        return sum(low - 1e-9 <= truth <= high + 1e-9 for low, high in map(interval, draws.tolist())) / len(draws)
+        return sum(
+            low - 1e-9 <= truth <= high + 1e-9 for low, high in map(interval, draws.tolist())
+        ) / len(draws)
 
     assert covered(paired) > 0.91
     if (better, worse) == (0, 0.02):
@@ -204,7 +277,10 @@ def sleeper():
 
 
 def test_a_child_reports_its_events(tmp_path):
-    assert list(run_child(events, ("a", 1), ("b", 2), log=tmp_path / "log", seconds=60)) == [("a", 1), ("b", 2)]
+    assert list(run_child(events, ("a", 1), ("b", 2), log=tmp_path / "log", seconds=60)) == [
+        ("a", 1),
+        ("b", 2),
+    ]
 
 
 def test_a_failing_child_keeps_its_events_and_says_why(tmp_path, capsys):

@@ -24,10 +24,16 @@ def test_what_comes_behind_an_answers_end_does_not_count():
 
 def test_a_row_counts_answers_and_texts_apart():
     stock = [answer([5, 5, 2, 5]), answer([5, 2, 5, 5]), answer([5, 2, 5, 5])]
-    other = [answer([5, 6, 2, 5]), answer([5, 2, 6, 5]), answer([5, 2, 6, 5], prompt=(-1.5, -2.0), forced=(-3.3,))]
+    other = [
+        answer([5, 6, 2, 5]),
+        answer([5, 2, 6, 5]),
+        answer([5, 2, 6, 5], prompt=(-1.5, -2.0), forced=(-3.3,)),
+    ]
     exactly = [([-1.0, -2.0], [-3.0])] * 3
     row = engine_row("other", "bfloat16", other, stock, exactly, [2, 2, None])
     assert (row["answers"], row["texts"], row["prompts"]) == (1, 1, "2, 1")
-    assert row["prompt_rms"] == pytest.approx((0.25 / 6) ** 0.5) and row["decode_rms"] == pytest.approx(0.3 / 3**0.5)
+    assert row["prompt_rms"] == pytest.approx((0.25 / 6) ** 0.5) and row[
+        "decode_rms"
+    ] == pytest.approx(0.3 / 3**0.5)
     own = engine_row("stock", "bfloat16", stock, stock, exactly, [2, 2, None])
     assert own["answers"] is None and own["texts"] is None and own["prompt_rms"] == 0

@@ -1,4 +1,6 @@
-"""The case `speed`: tables from recorded figures, merging of runs, the tokenizer, and one tiny run of `steps`."""
+"""The case `speed`: tables from recorded figures, merging of runs, the tokenizer, and one tiny run
+of `steps`.
+"""
 
 import json
 
@@ -15,14 +17,28 @@ from benchmarks.shapes import Shape
 
 def timed(context, ms, requests=4, prefill=None, cached=0):
     step = dict.fromkeys(("median", "p10", "p90", "mean", "max"), ms)
-    figures = {"requests": requests, "context_tokens": context, "step_ms": step, "steps": 8, "cached_tokens": cached, "run": "monday"}
+    figures = {
+        "requests": requests,
+        "context_tokens": context,
+        "step_ms": step,
+        "steps": 8,
+        "cached_tokens": cached,
+        "run": "monday",
+    }
     return figures | ({} if prefill is None else {"prefill_s": prefill})
 
 
 def make_result(tmp_path, **details):
     details = {"shape": "s", "engines": {}, "stages_ms": {}} | details
     tables = {"Times": (steps.CELL,)}
-    return report.Report("speed-steps", "T", tables, details=details, date="tuesday", command="python -m benchmarks speed steps")
+    return report.Report(
+        "speed-steps",
+        "T",
+        tables,
+        details=details,
+        date="tuesday",
+        command="python -m benchmarks speed steps",
+    )
 
 
 def test_every_engine_has_its_columns_and_what_does_not_fit_is_told():
@@ -32,18 +48,36 @@ def test_every_engine_has_its_columns_and_what_does_not_fit_is_told():
             "specontext": {"cells": {"2x1k": timed(1024, 6.0, prefill=3.0)}},
             "quest": {"cells": {"2x1k": timed(1024, 10.0)}},
             "hf-sdpa": {"cells": {"2x1k": timed(1024, 45.0)}},
-            "hf-eager": {"cells": {"2x1k": {"requests": 2, "out_of_memory": "the prefill does not fit", "run": "monday"}}},
+            "hf-eager": {
+                "cells": {
+                    "2x1k": {
+                        "requests": 2,
+                        "out_of_memory": "the prefill does not fit",
+                        "run": "monday",
+                    }
+                }
+            },
         },
         "stages_ms": {},
     }
     (row,) = steps.make_rows(Shape.named("tiny"), [Cell.parse("2x1k")], details, 256)
-    assert (row["stock"], row["sparse"], row["quest"], row["hf_sdpa"], row["hf_eager"]) == (30.0, 6.0, 10.0, 45.0, "out of memory")
+    assert (row["stock"], row["sparse"], row["quest"], row["hf_sdpa"], row["hf_eager"]) == (
+        30.0,
+        6.0,
+        10.0,
+        45.0,
+        "out of memory",
+    )
     assert (row["ratio"], row["quest_ratio"]) == (5.0, 3.0) and "eager_ratio" not in row
-    assert "stock_prefill" not in row and row["sparse_prefill"] == 3.0  # stock's began in the prefix cache
+    assert (
+        "stock_prefill" not in row and row["sparse_prefill"] == 3.0
+    )  # stock's began in the prefix cache
 
 
 def test_a_run_replaces_its_own_cells_and_keeps_the_others(tmp_path):
-    earlier = make_result(tmp_path, engines={"stock": {"cells": {"1x1k": timed(1024, 5.0), "2x1k": timed(1024, 6.0)}}})
+    earlier = make_result(
+        tmp_path, engines={"stock": {"cells": {"1x1k": timed(1024, 5.0), "2x1k": timed(1024, 6.0)}}}
+    )
     earlier.failures = {"stock, 2x1k": "it broke.", "stock": "it died.", "quest": "it died."}
     earlier.write(tmp_path)
     result = make_result(tmp_path)
@@ -59,14 +93,21 @@ def test_a_run_replaces_its_own_cells_and_keeps_the_others(tmp_path):
         result.write(tmp_path)
     stored = json.loads(next(tmp_path.glob("speed-steps-*.json")).read_text())
     cells = stored["details"]["engines"]["stock"]["cells"]
-    assert {name: (figures["step_ms"]["median"], figures["run"]) for name, figures in cells.items()} == {
-        "1x1k": (5.0, "monday"), "2x1k": (7.0, "tuesday")
-    }  # fmt: skip
-    assert stored["failures"] == {"quest": "it died.", "stock, 4x1k": "too much.", "stock": "it was stopped."}
+    assert {
+        name: (figures["step_ms"]["median"], figures["run"]) for name, figures in cells.items()
+    } == {"1x1k": (5.0, "monday"), "2x1k": (7.0, "tuesday")}
+    assert stored["failures"] == {
+        "quest": "it died.",
+        "stock, 4x1k": "too much.",
+        "stock": "it was stopped.",
+    }
     result.details["runs"]["monday"] = {**result.run(), "date": "monday", "command": "first"}
     (note,) = steps.run_notes(result.details)
     commit = result.machine["commit"] or "unknown"
-    assert f"monday (`first`, commit {commit}): stock; tuesday (`python -m benchmarks speed steps`, commit {commit}): stock" in note
+    assert (
+        f"monday (`first`, commit {commit}): stock; tuesday (`python -m benchmarks speed steps`, "
+        f"commit {commit}): stock" in note
+    )
 
 
 def test_results_of_another_shape_are_not_added_to(tmp_path):
@@ -78,14 +119,31 @@ def test_results_of_another_shape_are_not_added_to(tmp_path):
 def test_fit_cells_have_the_same_requests_in_all_engines_but_rooms_have_not():
     cells = [Cell.parse("fitx1k"), Cell.parse("2x1k"), Cell(None, 1024, "1024 of 4096", room=4096)]
     measured = {cell.name: timed(1024, 5.0, requests=3) for cell in cells}
-    assert steps.fits_of({"engines": {"specontext": {"cells": measured}, "stock": {"cells": {}}}}, cells) == {"fitx1k": 3}
+    assert steps.fits_of(
+        {"engines": {"specontext": {"cells": measured}, "stock": {"cells": {}}}}, cells
+    ) == {"fitx1k": 3}
 
 
 def test_workload_cells_cover_the_way_of_each_workload():
     scenes = workloads.scaled(1)
     cells = workloads.make_cells(scenes, "stock", 4, 1)
-    assert [cell.tokens // 1024 for cell in cells if cell.room == 18 * 1024] == [2, 4, 8, 12, 16, 18]
-    assert [cell.tokens // 1024 for cell in cells if cell.room == 34 * 1024] == [2, 4, 8, 12, 24, 32, 34]
+    assert [cell.tokens // 1024 for cell in cells if cell.room == 18 * 1024] == [
+        2,
+        4,
+        8,
+        12,
+        16,
+        18,
+    ]
+    assert [cell.tokens // 1024 for cell in cells if cell.room == 34 * 1024] == [
+        2,
+        4,
+        8,
+        12,
+        24,
+        32,
+        34,
+    ]
     assert all(cell.requests is None for cell in cells)
     eager = workloads.make_cells(scenes, "hf-eager", 4, 1)
     assert [cell.name for cell in eager if cell.prefill] == [scene.prefill_cell for scene in scenes]
@@ -95,35 +153,62 @@ def test_workload_cells_cover_the_way_of_each_workload():
 def test_the_mean_step_is_that_of_a_loop():
     steps_by_length = {100: 1.0, 200: 3.0, 300: 3.5}
     by_hand = [np.interp(n, [100, 200, 300], [1.0, 3.0, 3.5]) for n in range(50, 321)]
-    assert workloads.mean_step(steps_by_length, 50, 320) == pytest.approx(sum(by_hand) / len(by_hand))
+    assert workloads.mean_step(steps_by_length, 50, 320) == pytest.approx(
+        sum(by_hand) / len(by_hand)
+    )
 
 
 def test_workload_rows_follow_from_the_sampled_steps():
     scenes = [workloads.Workload("[1k,3k]", 1000, 3000), workloads.Workload("[3k,1k]", 3000, 1000)]
     names = ("1000 of 4000", "3000 of 4000", "4000 of 4000")
     lengths = (1000, 3000, 4000)
-    sampled = [Cell(None, tokens, cell, 4000, prefill=False) for cell, tokens in zip(names, lengths, strict=True)]
+    sampled = [
+        Cell(None, tokens, cell, 4000, prefill=False)
+        for cell, tokens in zip(names, lengths, strict=True)
+    ]
     cells = {name: list(sampled) for name in workloads.ENGINES}
     prefills = [Cell(4, scene.prompt, scene.prefill_cell, 4000) for scene in scenes]
     cells["hf-eager"] += prefills
-    flat = {name: timed(tokens, ms=10.0, requests=20, prefill=1.0) for name, tokens in zip(names, lengths, strict=True)}
-    rising = {name: timed(tokens, ms=tokens / 100, requests=10, prefill=2.0) for name, tokens in zip(names, lengths, strict=True)}
-    eager = {name: timed(tokens, ms=100.0, requests=4) for name, tokens in zip(names, lengths, strict=True)}
+    flat = {
+        name: timed(tokens, ms=10.0, requests=20, prefill=1.0)
+        for name, tokens in zip(names, lengths, strict=True)
+    }
+    rising = {
+        name: timed(tokens, ms=tokens / 100, requests=10, prefill=2.0)
+        for name, tokens in zip(names, lengths, strict=True)
+    }
+    eager = {
+        name: timed(tokens, ms=100.0, requests=4)
+        for name, tokens in zip(names, lengths, strict=True)
+    }
     eager[prefills[0].name] = timed(1000, 100.0, prefill=5.0)
     eager[prefills[1].name] = {"requests": 4, "out_of_memory": "the prefill does not fit"}
-    details = {"engines": {"specontext": {"cells": flat}, "stock": {"cells": rising}, "hf-eager": {"cells": eager}}}
+    details = {
+        "engines": {
+            "specontext": {"cells": flat},
+            "stock": {"cells": rising},
+            "hf-eager": {"cells": eager},
+        }
+    }
     first, second = workloads.make_rows(scenes, cells, details)
     # 20 requests at 10 ms; 10 requests at 25 ms on average; 4 at 100 ms.
-    assert (first["sparse_rate"], first["stock_rate"], first["hf_eager_rate"]) == pytest.approx((2000, 400, 40))
+    assert (first["sparse_rate"], first["stock_rate"], first["hf_eager_rate"]) == pytest.approx(
+        (2000, 400, 40)
+    )
     assert (first["times_eager"], first["times_stock"]) == pytest.approx((50, 5))
     # 3000 tokens each: 1 s + 30 s; 2 s + 75 s.
-    assert first["sparse_whole"] == pytest.approx(20 * 3000 / 31) and first["stock_whole"] == pytest.approx(10 * 3000 / 77)
+    assert first["sparse_whole"] == pytest.approx(20 * 3000 / 31) and first[
+        "stock_whole"
+    ] == pytest.approx(10 * 3000 / 77)
     assert first["hf_eager_whole"] == pytest.approx(4 * 3000 / 305)
     # The second one's prompt is prefilled in two pieces.
     assert second["stock_prefill"] == 4.0 and second["stock_step"] == pytest.approx(35)
     # Its decode steps were timed on a filled cache; only what needs the prefill is missing.
     assert second["hf_eager_rate"] == pytest.approx(40) and "times_eager" in second
-    assert second["hf_eager_prefill"] == second["hf_eager_whole"] == "out of memory" and "times_eager_whole" not in second
+    assert (
+        second["hf_eager_prefill"] == second["hf_eager_whole"] == "out of memory"
+        and "times_eager_whole" not in second
+    )
     details["engines"]["stock"]["cells"] = {}
     assert "stock_rate" not in workloads.make_rows(scenes, cells, details)[0]
 
@@ -133,7 +218,12 @@ def test_served_rows_compare_throughput_and_tpot():
     assert (load.prompt, load.output, load.cell) == (8192, 1024, "8k/1k@24")
     figures = dict.fromkeys(serving.COLUMNS, 1.0)
     faster = figures | {"output_throughput": 3.0, "median_tpot_ms": 0.5}
-    details = {"engines": {"stock": {"cells": {load.cell: figures}}, "specontext": {"cells": {load.cell: faster}}}}
+    details = {
+        "engines": {
+            "stock": {"cells": {load.cell: figures}},
+            "specontext": {"cells": {load.cell: faster}},
+        }
+    }
     (row,) = serving.make_rows([load], details)
     assert (row["times_throughput"], row["times_tpot"]) == (3.0, 2.0)
     assert serving.make_rows([load], {"engines": {}}) == [{"lengths": "8k/1k", "concurrency": 24}]
@@ -153,21 +243,43 @@ def test_the_shapes_tokenizer_gives_back_every_token(tmp_path):
 
 def test_engines_differ_in_the_backend_alone():
     def arguments(name, **settings):
-        return EngineSpec(name, "/m", on_gpu=False, budget=256, max_num_seqs=4, steps=8, **settings).arguments()
+        return EngineSpec(
+            name, "/m", on_gpu=False, budget=256, max_num_seqs=4, steps=8, **settings
+        ).arguments()
 
     stock = arguments("stock")
-    for name, retriever in (("specontext", {"retrieval_head": "dummy"}), ("quest", {"retriever": "quest"})):
+    for name, retriever in (
+        ("specontext", {"retrieval_head": "dummy"}),
+        ("quest", {"retriever": "quest"}),
+    ):
         ours = arguments(name)
         assert ours.pop("additional_config") == {"specontext": retriever | {"budget": 256}}
         assert ours.pop("attention_backend") == "specontext"
         assert ours == stock
     tiered = arguments("specontext", gpu_gib=1.0, host_gib=2.0)["additional_config"]["specontext"]
-    assert tiered == {"retrieval_head": "dummy", "budget": 256, "host_kv_gib": 2.0, "stickiness": 0, "gpu_kv_gib": 1.0}
+    assert tiered == {
+        "retrieval_head": "dummy",
+        "budget": 256,
+        "host_kv_gib": 2.0,
+        "stickiness": 0,
+        "gpu_kv_gib": 1.0,
+    }
 
 
 @pytest.mark.slow
 def test_a_tiny_run_of_the_steps(tmp_path):
-    options = ["--cells", "2x160,2x64", "--model-shape", "tiny", "--budget", "128", "--timed", "2", "--engines", "specontext,hf-eager"]
+    options = [
+        "--cells",
+        "2x160,2x64",
+        "--model-shape",
+        "tiny",
+        "--budget",
+        "128",
+        "--timed",
+        "2",
+        "--engines",
+        "specontext,hf-eager",
+    ]
     done = CliRunner(env={"VLLM_CPU_KVCACHE_SPACE": "1"}).invoke(
         app, ["speed", "steps", *options, "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     )
@@ -178,8 +290,14 @@ def test_a_tiny_run_of_the_steps(tmp_path):
     short, long = result["rows"]
     assert (short["cell"], long["cell"]) == ("2 x 64", "2 x 160")
     for row in result["rows"]:
-        assert row["sparse"] > 0 and row["hf_eager"] > 0 and row["sparse_limit"] > 0 and row["attention"] > 0
-    # Within the budget all pages are read, beyond it the budget's share; the longer prompts began in the prefix cache.
+        assert (
+            row["sparse"] > 0
+            and row["hf_eager"] > 0
+            and row["sparse_limit"] > 0
+            and row["attention"] > 0
+        )
+    # Within the budget all pages are read, beyond it the budget's share; the longer prompts began
+    # in the prefix cache.
     assert short["pages_read"] == 1.0 and 0.5 < long["pages_read"] < 0.9
     cells = result["details"]["engines"]["specontext"]["cells"]
     assert (cells["2x64"]["cached_tokens"], cells["2x160"]["cached_tokens"]) == (0, 2 * 64)

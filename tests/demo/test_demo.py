@@ -50,4 +50,8 @@ def test_prompts_that_cannot_be_made_are_refused_in_one_sentence(tokens: int):
     app = typer.Typer()
     app.command()(demo.main)
     result = CliRunner().invoke(app, ["--tokens", str(tokens)])
-    assert result.exit_code == 1 and result.stderr == f"--tokens: found {tokens}; give 256 to 32768.\n" and result.stdout == ""
+    assert (
+        result.exit_code == 1
+        and result.stderr == f"--tokens: found {tokens}; give 256 to 32768.\n"
+        and result.stdout == ""
+    )

@@ -48,9 +48,19 @@ def test_same_seed_same_problem_and_splits_differ():
 
 
 def test_distractors_are_facts_under_other_names():
-    problem = tasks.make_problem("needle", seed=2, approx_tokens=8192, layout="question_last", distractors=128)
-    stated = [line for m in problem.messages for line in m["content"].replace(". ", ".\n").split("\n")]
-    names = [word for line in stated if not line.startswith("Passage") for word in W.KEYS if f" {word} " in f"{line} "]
+    problem = tasks.make_problem(
+        "needle", seed=2, approx_tokens=8192, layout="question_last", distractors=128
+    )
+    stated = [
+        line for m in problem.messages for line in m["content"].replace(". ", ".\n").split("\n")
+    ]
+    names = [
+        word
+        for line in stated
+        if not line.startswith("Passage")
+        for word in W.KEYS
+        if f" {word} " in f"{line} "
+    ]
     assert len(set(names)) >= 129
 
 
@@ -80,7 +90,9 @@ def test_needle_score(reply: str, expected: float):
     ],
 )
 def test_recitation_score_is_the_right_share_from_the_start(reply: str, expected: float):
-    problem = tasks.Problem("recitation", "plain", [{"role": "user", "content": "?"}], "Bakers sold seven apples.")
+    problem = tasks.Problem(
+        "recitation", "plain", [{"role": "user", "content": "?"}], "Bakers sold seven apples."
+    )
     assert tasks.score(problem, reply) == expected
 
 
@@ -98,7 +110,9 @@ def test_training_documents_fit_and_use_known_pieces(size: int):
 
 
 def test_training_format_ends_every_answer():
-    rendered = tasks.render([("user", "Who?"), ("assistant", "I."), ("user", "Why?"), ("assistant", "So.")])
+    rendered = tasks.render(
+        [("user", "Who?"), ("assistant", "I."), ("user", "Why?"), ("assistant", "So.")]
+    )
     assert "".join(text for text, _ in rendered) == (
         "<|bos|><|user|>Who?<|end|><|assistant|>I.<|end|><|user|>Why?<|end|><|assistant|>So.<|end|>"
     )
@@ -115,7 +129,11 @@ def test_names_in_a_document_are_distinct():
 
 @pytest.mark.parametrize(
     ("kwargs", "named"),
-    [({"kind": "riddle"}, "kind"), ({"kind": "needle", "layout": "sideways"}, "layout"), ({"kind": "needle", "distractors": 5000}, "distractors")],
+    [
+        ({"kind": "riddle"}, "kind"),
+        ({"kind": "needle", "layout": "sideways"}, "layout"),
+        ({"kind": "needle", "distractors": 5000}, "distractors"),
+    ],
 )
 def test_wrong_arguments_are_named(kwargs: dict, named: str):
     with pytest.raises(ValueError, match=named):
@@ -123,7 +141,9 @@ def test_wrong_arguments_are_named(kwargs: dict, named: str):
 
 
 def test_tokenizer_takes_one_token_a_piece_and_serves_the_training_format(tmp_path):
-    """Pieces joined by the chat template and encoded whole give the ids that training put together piece by piece."""
+    """Pieces joined by the chat template and encoded whole give the ids that training put together
+    piece by piece.
+    """
     pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
@@ -137,7 +157,9 @@ def test_tokenizer_takes_one_token_a_piece_and_serves_the_training_format(tmp_pa
         if layout == "plain":
             served = tokenizer(problem.messages[0]["content"]).input_ids
         else:
-            text = tokenizer.apply_chat_template(problem.messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                problem.messages, tokenize=False, add_generation_prompt=True
+            )
             served = tokenizer(text, add_special_tokens=False).input_ids
         assert served == wanted, layout
         assert served.count(ids[tasks.BOS]) == 1

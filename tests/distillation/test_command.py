@@ -1,4 +1,6 @@
-"""`specontext distill` as a command: defaults by the model, refusals in one sentence, folders that are taken."""
+"""`specontext distill` as a command: defaults by the model, refusals in one sentence, folders that
+are taken.
+"""
 
 import json
 import os
@@ -10,11 +12,25 @@ import pytest
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
-from specontext_vllm.distillation.command import MOST_LOADERS, OptionError, claim_folder, default_loaders, make_settings
+from specontext_vllm.distillation.command import (
+    MOST_LOADERS,
+    OptionError,
+    claim_folder,
+    default_loaders,
+    make_settings,
+)
 from tests.distillation.tiny_models import make_config, write_model
 from tests.engine.conftest import DEMO_MODEL
 
-OPTIONS = {"batch_tokens": None, "hours": 1.0, "steps": None, "loss": "both", "learning_rate": None, "budget": None, "seed": 0}
+OPTIONS = {
+    "batch_tokens": None,
+    "hours": 1.0,
+    "steps": None,
+    "loss": "both",
+    "learning_rate": None,
+    "budget": None,
+    "seed": 0,
+}
 
 
 def invoke(*arguments):
@@ -23,22 +39,39 @@ def invoke(*arguments):
 
 @pytest.mark.parametrize(
     ("longest", "context", "expected"),
-    [(131072, None, (32768, 2048)), (16384, None, (16384, 1024)), (16384, 512, (512, 112))], ids=["large", "model-limit", "short"],
-)  # fmt: skip
+    [(131072, None, (32768, 2048)), (16384, None, (16384, 1024)), (16384, 512, (512, 112))],
+    ids=["large", "model-limit", "short"],
+)
 def test_context_and_budget_follow_the_model(longest, context, expected):
-    settings = make_settings(make_config("llama", max_position_embeddings=longest), context=context, **OPTIONS)
-    assert (settings.context, settings.budget) == expected and settings.batch_tokens == settings.context
+    settings = make_settings(
+        make_config("llama", max_position_embeddings=longest), context=context, **OPTIONS
+    )
+    assert (
+        settings.context,
+        settings.budget,
+    ) == expected and settings.batch_tokens == settings.context
 
 
 def test_learning_rate_falls_with_the_width():
-    rates = [make_settings(make_config("llama", hidden_size=width), context=256, **OPTIONS).learning_rate for width in (128, 256, 4096)]
+    rates = [
+        make_settings(make_config("llama", hidden_size=width), context=256, **OPTIONS).learning_rate
+        for width in (128, 256, 4096)
+    ]
     assert rates == [1e-3, 1e-3, 1e-3 / 16]
 
 
 @pytest.mark.parametrize(
     ("cores", "processes", "on_gpu", "expected"),
-    [(1, 1, False, 0), (2, 1, False, 1), (16, 1, False, MOST_LOADERS), (1, 1, True, 0), (2, 1, True, 1), (16, 1, True, MOST_LOADERS), (16, 8, True, 1)],
-)  # fmt: skip
+    [
+        (1, 1, False, 0),
+        (2, 1, False, 1),
+        (16, 1, False, MOST_LOADERS),
+        (1, 1, True, 0),
+        (2, 1, True, 1),
+        (16, 1, True, MOST_LOADERS),
+        (16, 8, True, 1),
+    ],
+)
 def test_loaders_leave_cores_to_the_training(monkeypatch, cores, processes, on_gpu, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert default_loaders(processes, on_gpu) == expected
@@ -46,7 +79,9 @@ def test_loaders_leave_cores_to_the_training(monkeypatch, cores, processes, on_g
 
 def test_the_loaders_asked_for_are_the_runs():
     config = make_config("llama", max_position_embeddings=256)
-    assert [make_settings(config, context=256, loaders=count, **OPTIONS).loaders for count in (0, 3)] == [0, 3]
+    assert [
+        make_settings(config, context=256, loaders=count, **OPTIONS).loaders for count in (0, 3)
+    ] == [0, 3]
 
 
 REFUSED = {
@@ -61,21 +96,30 @@ REFUSED = {
     "vocabulary": (["--draft-vocabulary", 4000], "--draft-vocabulary: found 4000; give 1 to 3136"),
     "init-missing": (["--init", "/no/such/head"], "/no/such/head is no folder here"),
     "init-no-head": (["--init", DEMO_MODEL], "not an EAGLE-3 checkpoint"),
-    "init-and-vocabulary": (["--init", DEMO_MODEL, "--draft-vocabulary", 100], "--init brings its own"),
+    "init-and-vocabulary": (
+        ["--init", DEMO_MODEL, "--draft-vocabulary", 100],
+        "--init brings its own",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_option_is_one_sentence_and_leaves_no_folder(tmp_path, name):
     options, why = REFUSED[name]
-    result = invoke("--model", DEMO_MODEL, "--data", "synthetic", "--out", tmp_path / "out", *options)
+    result = invoke(
+        "--model", DEMO_MODEL, "--data", "synthetic", "--out", tmp_path / "out", *options
+    )
     assert result.exit_code == 2 and why in result.stderr and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_loss_names_those_there_are(tmp_path):
-    result = invoke("--model", DEMO_MODEL, "--data", "synthetic", "--out", tmp_path, "--loss", "all")
-    assert result.exit_code == 2 and all(word in result.stderr for word in ("--loss", "both", "draft", "align"))
+    result = invoke(
+        "--model", DEMO_MODEL, "--data", "synthetic", "--out", tmp_path, "--loss", "all"
+    )
+    assert result.exit_code == 2 and all(
+        word in result.stderr for word in ("--loss", "both", "draft", "align")
+    )
 
 
 def test_a_model_of_too_few_layers_is_refused(tmp_path):
@@ -83,7 +127,16 @@ def test_a_model_of_too_few_layers_is_refused(tmp_path):
 
     write_model(tmp_path / "model", make_config("llama", num_hidden_layers=4))
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "model")
-    result = invoke("--model", tmp_path / "model", "--data", "synthetic", "--out", tmp_path / "out", "--context", 256)
+    result = invoke(
+        "--model",
+        tmp_path / "model",
+        "--data",
+        "synthetic",
+        "--out",
+        tmp_path / "out",
+        "--context",
+        256,
+    )
     assert result.exit_code == 2 and "it has 4 layers" in result.stderr
 
 
@@ -91,7 +144,10 @@ def test_a_folder_belongs_to_the_run_that_began_there(tmp_path):
     out = tmp_path / "out"
     claim_folder(out, {"loss": "both", "seed": 0})
     claim_folder(out, {"loss": "both", "seed": 0})
-    with pytest.raises(OptionError, match=r"--out: .* holds a run with loss 'both' \(now 'align'\); give another folder"):
+    with pytest.raises(
+        OptionError,
+        match=r"--out: .* holds a run with loss 'both' \(now 'align'\); give another folder",
+    ):
         claim_folder(out, {"loss": "align", "seed": 0})
     assert json.loads((out / "training" / "run.json").read_text())["loss"] == "both"
 
@@ -106,12 +162,46 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_one_head_and_go_on(tmp_path):
-    """gloo on a CPU: together they take twice the tokens; alone each would train, and overwrite, a head of its own."""
+    """gloo on a CPU: together they take twice the tokens; alone each would train, and overwrite, a
+    head of its own.
+    """
     for steps in (2, 3):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "specontext_vllm.cli"]
-        options = ["distill", "--model", str(DEMO_MODEL), "--data", "synthetic", "--out", str(tmp_path), "--context", "256"]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "specontext_vllm.cli",
+        ]
+        options = [
+            "distill",
+            "--model",
+            str(DEMO_MODEL),
+            "--data",
+            "synthetic",
+            "--out",
+            str(tmp_path),
+            "--context",
+            "256",
+        ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([*launch, *options, "--steps", str(steps)], cwd=Path(__file__).parents[2], env=env, check=True, timeout=300)
-    curve = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["tokens"]) for line in curve] == [(0, 0), (2, 2 * 2 * 256), (3, 3 * 2 * 256)]
+        subprocess.run(
+            [*launch, *options, "--steps", str(steps)],
+            cwd=Path(__file__).parents[2],
+            env=env,
+            check=True,
+            timeout=300,
+        )
+    curve = [
+        json.loads(line)
+        for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
+    ]
+    assert [(line["step"], line["tokens"]) for line in curve] == [
+        (0, 0),
+        (2, 2 * 2 * 256),
+        (3, 3 * 2 * 256),
+    ]
     assert json.loads((tmp_path / "training" / "run.json").read_text())["processes"] == 2

@@ -1,4 +1,6 @@
-"""What is trained on: the same batches after a resume, documents held out, answers told apart, and what is refused."""
+"""What is trained on: the same batches after a resume, documents held out, answers told apart, and
+what is refused.
+"""
 
 import json
 import logging
@@ -35,16 +37,29 @@ WORDS = [f"w{i}" for i in range(3000)]
 
 
 def make_words(bos=True, eos="</s>", chat_template=None, longest=100_000):
-    """A tokenizer that makes one token of each of ``WORDS``, so that an id says which word of a document it was; ``bos``: it adds one to plain text."""
+    """A tokenizer that makes one token of each of ``WORDS``, so that an id says which word of a
+    document it was; ``bos``: it adds one to plain text.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, "<s>", "</s>", "<unk>"])}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate([*WORDS, "<s>", "</s>", "<unk>"])}, unk_token="<unk>"
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(WORDS))])
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", len(WORDS))]
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>", chat_template=chat_template, model_max_length=longest
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token=eos,
+        unk_token="<unk>",
+        chat_template=chat_template,
+        model_max_length=longest,
     )
 
 
@@ -67,7 +82,9 @@ def files(folder, tokenizer, *paths):
 
 
 def text_of(documents, tokenizer, seed, count=100_000, held_out=False):
-    return tokenizer.decode(documents.draw(Random(seed), count, held_out)[0], skip_special_tokens=True)
+    return tokenizer.decode(
+        documents.draw(Random(seed), count, held_out)[0], skip_special_tokens=True
+    )
 
 
 def write(folder, name, *records):
@@ -86,7 +103,9 @@ def test_batch_i_is_always_the_same_and_shards_differ(tokenizer):
     held = Sequences(**own, held_out=True)[0][0]
     assert not torch.equal(stream[0], other) and not torch.equal(stream[0], held)
     # Two shards see together what one would see alone.
-    assert torch.equal(Sequences(**own, shard=0, shards=2)[2][0].flatten()[:128], stream[4].flatten()[:128])
+    assert torch.equal(
+        Sequences(**own, shard=0, shards=2)[2][0].flatten()[:128], stream[4].flatten()[:128]
+    )
 
 
 def test_answers_are_the_assistants_words(tokenizer):
@@ -102,15 +121,26 @@ def test_chat_turns_are_rendered_once_and_answers_found(tokenizer):
     assert "".join(text for text, _ in stretches) == tokenizer.apply_chat_template(
         [{"role": r, "content": t} for r, t in turns], tokenize=False
     )
-    assert [text.removesuffix(tokenizer.eos_token).strip() for text, answer in stretches if answer] == ["Hello", "Bye"]
+    assert [
+        text.removesuffix(tokenizer.eos_token).strip() for text, answer in stretches if answer
+    ] == ["Hello", "Bye"]
 
 
 def test_one_document_in_fifty_is_held_out(tmp_path):
     words = make_words(bos=False, eos=None)
-    documents = files(tmp_path, words, write(tmp_path, "a.jsonl", *({"text": WORDS[i]} for i in range(100))))
+    documents = files(
+        tmp_path, words, write(tmp_path, "a.jsonl", *({"text": WORDS[i]} for i in range(100)))
+    )
     rng = Random(0)
-    seen = {held: {int(i) for _ in range(120) for i in documents.draw(rng, 10, held)[0]} for held in (True, False)}
-    assert seen[True] == {49, 99} and len(seen[False]) == 100 - 100 // HELD_OUT and not seen[True] & seen[False]
+    seen = {
+        held: {int(i) for _ in range(120) for i in documents.draw(rng, 10, held)[0]}
+        for held in (True, False)
+    }
+    assert (
+        seen[True] == {49, 99}
+        and len(seen[False]) == 100 - 100 // HELD_OUT
+        and not seen[True] & seen[False]
+    )
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -118,18 +148,23 @@ def test_every_token_of_a_long_document_is_trained_on_and_none_that_is_held_out(
     """Windows of two lengths, out of a document that no batch could hold."""
     words = make_words(bos)
     start = words.bos_token_id
-    path = write(tmp_path, "a.jsonl", {"text": " ".join(WORDS[:2000])}, {"text": " ".join(WORDS[2000:2600])})
+    path = write(
+        tmp_path, "a.jsonl", {"text": " ".join(WORDS[:2000])}, {"text": " ".join(WORDS[2000:2600])}
+    )
     sequences = Sequences(files(tmp_path, words, path), [128, 64], 128)
     seen = torch.zeros(len(WORDS), dtype=torch.int64)
     for index in range(200):
         ids, weights = sequences[index]
         assert ids.shape == weights.shape and weights.eq(TEXT).all()
         for row in ids.tolist():
-            # One stretch, behind the token that any prompt begins with; where the document ends another one follows.
+            # One stretch, behind the token that any prompt begins with; where the document ends
+            # another one follows.
             first = row.index(words.eos_token_id) if words.eos_token_id in row else len(row)
             assert (row[0] == start) == bos
             assert row[bos:first] == list(range(row[bos], row[bos] + first - bos))
-            seen += torch.bincount(torch.tensor([i for i in row if i < len(WORDS)]), minlength=len(WORDS))
+            seen += torch.bincount(
+                torch.tensor([i for i in row if i < len(WORDS)]), minlength=len(WORDS)
+            )
     assert seen[:2000].min() > 0 and seen[2000:].sum() == 0
     # 25,600 tokens over 2,000: no part is left for seldom.
     assert seen[:2000].min() >= 2 and seen[:2000].max() < 60
@@ -160,22 +195,44 @@ def test_batches_from_files_depend_on_their_number_alone(tmp_path):
     paths = write(tmp_path, "a.jsonl", *lines), tmp_path / "b.txt"
     paths[1].write_text(" ".join(WORDS * 10))
     own = dict(lengths=[256, 128], batch_tokens=256)
-    stream = [ids for ids, _ in islice(batches(Sequences(files(tmp_path / "one", words, *paths), **own), 0, loaders=0), 12)]
-    cold = [ids for ids, _ in islice(batches(Sequences(files(tmp_path / "two", words, *paths), **own), 8, loaders=2), 4)]
-    warm = [ids for ids, _ in islice(batches(Sequences(files(tmp_path / "one", words, *paths), **own), 8, loaders=2), 4)]
-    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(stream[8:], cold, warm, strict=True))
+    stream = [
+        ids
+        for ids, _ in islice(
+            batches(Sequences(files(tmp_path / "one", words, *paths), **own), 0, loaders=0), 12
+        )
+    ]
+    cold = [
+        ids
+        for ids, _ in islice(
+            batches(Sequences(files(tmp_path / "two", words, *paths), **own), 8, loaders=2), 4
+        )
+    ]
+    warm = [
+        ids
+        for ids, _ in islice(
+            batches(Sequences(files(tmp_path / "one", words, *paths), **own), 8, loaders=2), 4
+        )
+    ]
+    assert all(
+        torch.equal(a, b) and torch.equal(a, c)
+        for a, b, c in zip(stream[8:], cold, warm, strict=True)
+    )
     assert len({tuple(ids.flatten().tolist()) for ids in stream}) == len(stream)
 
 
 def test_a_text_becomes_tokens_once(tmp_path):
     words = Counting(make_words())
-    path = write(tmp_path, "a.jsonl", *({"text": " ".join(WORDS[i * 100 : i * 100 + 90])} for i in range(20)))
+    path = write(
+        tmp_path, "a.jsonl", *({"text": " ".join(WORDS[i * 100 : i * 100 + 90])} for i in range(20))
+    )
     sequences = Sequences(files(tmp_path, words, path), [256], 256)
     first = [sequences[i][0] for i in range(20)]
     assert len(words.texts) == len(set(words.texts)) == 20
     # A later run, or another process, finds them.
     later = Sequences(files(tmp_path, words, path), [256], 256)
-    assert all(torch.equal(later[i][0], ids) for i, ids in enumerate(first)) and len(words.texts) == 20
+    assert (
+        all(torch.equal(later[i][0], ids) for i, ids in enumerate(first)) and len(words.texts) == 20
+    )
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -185,17 +242,36 @@ def test_tokens_of_another_text_or_tokenizer_are_not_taken_for_these(tmp_path):
     with_none = files(tmp_path, make_words(bos=False, eos=None), path).draw(Random(0), 9, False)[0]
     assert with_none.tolist() == [0]
     write(tmp_path, "a.jsonl", {"text": WORDS[7]}, {"text": WORDS[1]}, {"text": WORDS[2]})
-    assert text_of(files(tmp_path, make_words(), path), make_words(), 0) in (WORDS[7], WORDS[1], f"{WORDS[7]} {WORDS[1]}")
+    assert text_of(files(tmp_path, make_words(), path), make_words(), 0) in (
+        WORDS[7],
+        WORDS[1],
+        f"{WORDS[7]} {WORDS[1]}",
+    )
 
 
 TEMPLATE = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
 STARTS = {
     "added to plain text": (make_words, {"bos": True}, {"text": "w1 w2"}, [3000, 1, 2, 3001]),
     "known but not added": (make_words, {"bos": False}, {"text": "w1 w2"}, [1, 2, 3001]),
-    "a template without one": (make_words, {"bos": True, "chat_template": TEMPLATE}, {"messages": [{"role": "user", "content": "w1 w2"}]}, [1, 2, 3001]),
-    "a template with one": (make_words, {"bos": False, "chat_template": "{{ bos_token + ' ' }}" + TEMPLATE}, {"messages": [{"role": "user", "content": "w1"}]}, [3000, 1, 3001]),
-    "turns without a template": (make_words, {"bos": True}, {"messages": [{"role": "user", "content": "w1"}]}, [3000, 1, 3001]),
-}  # fmt: skip
+    "a template without one": (
+        make_words,
+        {"bos": True, "chat_template": TEMPLATE},
+        {"messages": [{"role": "user", "content": "w1 w2"}]},
+        [1, 2, 3001],
+    ),
+    "a template with one": (
+        make_words,
+        {"bos": False, "chat_template": "{{ bos_token + ' ' }}" + TEMPLATE},
+        {"messages": [{"role": "user", "content": "w1"}]},
+        [3000, 1, 3001],
+    ),
+    "turns without a template": (
+        make_words,
+        {"bos": True},
+        {"messages": [{"role": "user", "content": "w1"}]},
+        [3000, 1, 3001],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -208,13 +284,27 @@ def test_a_bos_token_stands_where_the_tokenizer_or_the_template_puts_it(tmp_path
 def test_plain_text_is_encoded_as_the_tokenizer_does(tmp_path, tokenizer):
     """What a server makes of the same text as a prompt."""
     text = "Bakers sold seven apples. Queens sang."
-    documents = files(tmp_path, tokenizer, write(tmp_path, "a.jsonl", {"text": text}, {"text": text}))
-    assert documents.draw(Random(0), 100, False)[0].tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    documents = files(
+        tmp_path, tokenizer, write(tmp_path, "a.jsonl", {"text": text}, {"text": text})
+    )
+    assert documents.draw(Random(0), 100, False)[0].tolist() == [
+        *tokenizer(text)["input_ids"],
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_answers_of_plain_turns_are_the_assistants_words():
-    ids, answers = encode_turns([("user", "w1 w2"), ("assistant", "w3"), ("user", "w4")], make_words())
-    assert ids.tolist() == [3000, 1, 2, 3, 4, 3001] and answers.tolist() == [False, False, False, True, False, False]
+    ids, answers = encode_turns(
+        [("user", "w1 w2"), ("assistant", "w3"), ("user", "w4")], make_words()
+    )
+    assert ids.tolist() == [3000, 1, 2, 3, 4, 3001] and answers.tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_long_documents_are_no_matter_for_a_warning(tmp_path, caplog):
@@ -226,7 +316,11 @@ def test_long_documents_are_no_matter_for_a_warning(tmp_path, caplog):
         assert "longer than" in caplog.text, "transformers no longer warns; nothing is shown"
         caplog.clear()
         words.deprecation_warnings.clear()
-        documents = files(tmp_path, words, write(tmp_path, "a.jsonl", *({"text": " ".join(WORDS[:100])} for _ in range(2))))
+        documents = files(
+            tmp_path,
+            words,
+            write(tmp_path, "a.jsonl", *({"text": " ".join(WORDS[:100])} for _ in range(2))),
+        )
         assert len(documents.draw(Random(0), 100, False)[0]) == 100
     finally:
         log.removeHandler(caplog.handler)
@@ -235,9 +329,11 @@ def test_long_documents_are_no_matter_for_a_warning(tmp_path, caplog):
 
 def test_all_forms_of_files_are_read(tmp_path, tokenizer):
     chat = write(
-        tmp_path, "chat.jsonl", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+        tmp_path,
+        "chat.jsonl",
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
-    )  # fmt: skip
+    )
     text = tmp_path / "book.txt"
     # Pieces cut characters of three bytes apart.
     text.write_text("€" * 1000, encoding="utf-8")
@@ -252,9 +348,14 @@ def test_pieces_of_a_text_file_lose_no_whole_character(tmp_path, tokenizer):
     text = tmp_path / "book.txt"
     text.write_text("€" * (PIECE_BYTES // 2), encoding="utf-8")
     documents = files(tmp_path, tokenizer, text)
-    pieces = [text_of(documents, tokenizer, 0, count=1 << 20, held_out=held) for held in (False, True)]
+    pieces = [
+        text_of(documents, tokenizer, 0, count=1 << 20, held_out=held) for held in (False, True)
+    ]
     # One is cut apart by the border.
-    assert {len(piece) for piece in pieces} == {PIECE_BYTES // 3, PIECE_BYTES // 2 - PIECE_BYTES // 3 - 1} and set("".join(pieces)) == {"€"}
+    assert {len(piece) for piece in pieces} == {
+        PIECE_BYTES // 3,
+        PIECE_BYTES // 2 - PIECE_BYTES // 3 - 1,
+    } and set("".join(pieces)) == {"€"}
 
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -263,12 +364,28 @@ BAD = {
     "empty-text": ("a.txt", b"", "is empty"),
     "not-json": ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
     "array": ("a.json", b'["x"]', "line 1: found a list"),
-    "keys": ("a.jsonl", b'{"text": "x"}\n\n{"prompt": 1, "answer": 2}\n', "line 3: found the keys answer, prompt"),
+    "keys": (
+        "a.jsonl",
+        b'{"text": "x"}\n\n{"prompt": 1, "answer": 2}\n',
+        "line 3: found the keys answer, prompt",
+    ),
     "text-is-no-string": ("a.jsonl", b'{"text": ["x"]}\n', "line 1: `text`"),
     "no-turns": ("a.jsonl", b'{"messages": []}\n', "line 1: `messages`"),
-    "turn-without-role": ("a.jsonl", b'{"messages": [{"content": "x"}]}\n', "line 1: `messages` has a turn without 'role'"),
-    "unknown-role": ("a.jsonl", b'{"conversations": [{"from": "tool", "value": "x"}]}\n', "line 1: `conversations`"),
-    "content-parts": ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n', "turns that are no text"),
+    "turn-without-role": (
+        "a.jsonl",
+        b'{"messages": [{"content": "x"}]}\n',
+        "line 1: `messages` has a turn without 'role'",
+    ),
+    "unknown-role": (
+        "a.jsonl",
+        b'{"conversations": [{"from": "tool", "value": "x"}]}\n',
+        "line 1: `conversations`",
+    ),
+    "content-parts": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n',
+        "turns that are no text",
+    ),
     "binary": ("a.txt", bytes(range(256)), "not UTF-8 text"),
     "binary-lines": ("a.jsonl", b"\xff\xfe\x00\x01\n", "line 1: not JSON"),
     "one-document": ("a.txt", b"words", "found 1 document"),
@@ -291,10 +408,20 @@ def test_a_missing_file_is_refused(tmp_path, tokenizer):
 
 def test_turns_that_the_template_refuses_are_refused(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    refusal = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    )
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    path = write(tmp_path, "a.jsonl", CHAT, {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]})
-    with pytest.raises(DataError, match="line 2: the model's chat template refuses turns by system, user, assistant"):
+    path = write(
+        tmp_path,
+        "a.jsonl",
+        CHAT,
+        {"messages": [{"role": "system", "content": "Be kind."}, *CHAT["messages"]]},
+    )
+    with pytest.raises(
+        DataError,
+        match="line 2: the model's chat template refuses turns by system, user, assistant",
+    ):
         files(tmp_path, tokenizer, path)
 
 

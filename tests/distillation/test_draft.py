@@ -1,4 +1,6 @@
-"""Draft models as files: written whole, read again, extended by YaRN, and refused where they do not fit."""
+"""Draft models as files: written whole, read again, extended by YaRN, and refused where they do not
+fit.
+"""
 
 import json
 
@@ -15,7 +17,15 @@ from tests.distillation.tiny_models import FAMILIES, make_config
 from tests.paging import assert_close
 from tests.retrieval.eagle3_files import Layout, write_checkpoint
 
-OPTIONS = {"batch_tokens": None, "hours": 1.0, "steps": None, "loss": "both", "learning_rate": None, "budget": None, "seed": 0}
+OPTIONS = {
+    "batch_tokens": None,
+    "hours": 1.0,
+    "steps": None,
+    "loss": "both",
+    "learning_rate": None,
+    "budget": None,
+    "seed": 0,
+}
 
 
 def make(config, context=256, **changes):
@@ -37,10 +47,16 @@ def test_yarn_of_a_shorter_head_is_trained_as_it_is_served(tmp_path):
     short, long = tmp_path / "short", tmp_path / "long"
     make(make_config("llama"), context=64).save(short)
     draft = DraftModel.load(short, max_position=512, num_layers=5, vocabulary=97)
-    assert draft.shape.rope_scaling["rope_type"] == "yarn" and draft.shape.rope_scaling["factor"] == 8
+    assert (
+        draft.shape.rope_scaling["rope_type"] == "yarn" and draft.shape.rope_scaling["factor"] == 8
+    )
     draft.save(long)
     head = RetrievalHead(read_checkpoint(long), max_position=512, dtype=torch.float32, device="cpu")
-    aux, embeds, positions = [torch.randn(6, 32) for _ in range(3)], torch.randn(6, 32), torch.tensor([1, 60, 64, 65, 300, 511])
+    aux, embeds, positions = (
+        [torch.randn(6, 32) for _ in range(3)],
+        torch.randn(6, 32),
+        torch.tensor([1, 60, 64, 65, 300, 511]),
+    )
     _, q, k, _ = draft.queries_keys(embeds[None], torch.cat(aux, -1)[None], positions)
     got_q, got_k = head.project(embeds, head.fuse(aux), positions)
     assert_close("q", q[0].transpose(0, 1), got_q, 1e-5)
@@ -48,16 +64,22 @@ def test_yarn_of_a_shorter_head_is_trained_as_it_is_served(tmp_path):
     # Without YaRN the far positions would be others.
     plain = make(make_config("llama"), context=512)
     plain.load_state_dict(draft.state_dict())
-    assert not torch.allclose(plain.queries_keys(embeds[None], torch.cat(aux, -1)[None], positions)[2], k, atol=1e-3)
+    assert not torch.allclose(
+        plain.queries_keys(embeds[None], torch.cat(aux, -1)[None], positions)[2], k, atol=1e-3
+    )
 
 
 def test_a_reduced_vocabulary_is_written_as_offsets(tmp_path):
     config = make_config("llama")
     ids = most_frequent([(torch.tensor([[90, 90, 5, 7, 7]]), None)], 4)
     assert ids.tolist() == [0, 5, 7, 90]
-    DraftModel(DraftShape.for_target(config, max_position=64, draft_vocabulary=4), ids).save(tmp_path)
+    DraftModel(DraftShape.for_target(config, max_position=64, draft_vocabulary=4), ids).save(
+        tmp_path
+    )
     tensors = load_file(tmp_path / "model.safetensors")
-    assert (torch.arange(4) + tensors["d2t"]).tolist() == ids.tolist() and tensors["t2d"].nonzero().flatten().tolist() == ids.tolist()
+    assert (torch.arange(4) + tensors["d2t"]).tolist() == ids.tolist() and tensors[
+        "t2d"
+    ].nonzero().flatten().tolist() == ids.tolist()
     again = DraftModel.load(tmp_path, max_position=64, num_layers=5, vocabulary=97)
     assert again.draft_ids.tolist() == ids.tolist() and again.shape.draft_vocabulary == 4
     del tensors["d2t"]
@@ -71,7 +93,9 @@ def test_states_of_some_positions_are_those_of_all():
     parts = draft.queries_keys(torch.randn(2, 20, 32), torch.randn(2, 20, 96), torch.arange(1, 21))
     at = torch.tensor([[3, 19, 0], [7, 7, 12]])
     every = draft.states(*parts)
-    torch.testing.assert_close(draft.states(*parts, at), torch.stack([every[b, at[b]] for b in range(2)]))
+    torch.testing.assert_close(
+        draft.states(*parts, at), torch.stack([every[b, at[b]] for b in range(2)])
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +105,7 @@ def test_states_of_some_positions_are_those_of_all():
         ({"num_attention_heads": 4, "num_key_value_heads": 4}, "2 KV heads"),
     ],
     ids=["hidden", "kv-heads"],
-)  # fmt: skip
+)
 def test_an_init_of_another_model_is_refused(tmp_path, changes, why):
     make(make_config("llama")).save(tmp_path)
     config = make_config("llama", **changes)
@@ -92,7 +116,12 @@ def test_an_init_of_another_model_is_refused(tmp_path, changes, why):
 
 def test_an_init_with_parts_that_are_not_trained_is_refused(tmp_path):
     with pytest.raises(HeadError, match="cannot be trained further here .tensors unknown: .*norm"):
-        DraftModel.load(write_checkpoint(tmp_path, Layout(fc_norm=True)), max_position=64, num_layers=8, vocabulary=97)
+        DraftModel.load(
+            write_checkpoint(tmp_path, Layout(fc_norm=True)),
+            max_position=64,
+            num_layers=8,
+            vocabulary=97,
+        )
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
@@ -104,7 +133,9 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
     with whole_file(path) as part:
         part.write_text("new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
+        "model.safetensors"
+    ]
 
 
 def test_the_config_names_what_vllm_reads(tmp_path):
@@ -112,4 +143,7 @@ def test_the_config_names_what_vllm_reads(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
-    assert config["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [1, 2, 3], "use_aux_hidden_state": True}
+    assert config["eagle_config"] == {
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        "use_aux_hidden_state": True,
+    }

@@ -46,7 +46,9 @@ def test_alignment_is_least_when_the_head_looks_where_the_teacher_looks():
 
 
 def test_a_sharper_loss_would_rather_have_the_heaviest_token_than_the_crowd():
-    """One token with weight 0.3, fourteen that share the rest: of two heads the one that finds it must lose less, which takes sharpness."""
+    """One token with weight 0.3, fourteen that share the rest: of two heads the one that finds it
+    must lose less, which takes sharpness.
+    """
     length, heavy = 23, 4
     at, mass = torch.tensor([[22]]), torch.ones(1, 1, 1)
     target = torch.zeros(1, 1, 1, length)
@@ -68,7 +70,9 @@ def test_a_sharper_loss_would_rather_have_the_heaviest_token_than_the_crowd():
 
 
 def test_the_query_heads_of_a_group_may_share_the_tokens():
-    """Two tokens that weigh the same: one query head for each finds both, as selection would; one head for all can only divide itself."""
+    """Two tokens that weigh the same: one query head for each finds both, as selection would; one
+    head for all can only divide itself.
+    """
     length = 23
     at, mass = torch.tensor([[22]]), torch.ones(1, 1, 1)
     target = torch.zeros(1, 1, 1, length)
@@ -80,7 +84,9 @@ def test_the_query_heads_of_a_group_may_share_the_tokens():
     assert float(alignment_loss(shared, keys, at, target, mass, WINDOW)) < 0.01
     assert float(alignment_loss(divided, keys, at, target, mass, WINDOW)) > 0.6
     assert float(alignment_loss(shared, keys, at, target, mass, WINDOW, each_token=False)) > 5
-    assert 0.6 < float(alignment_loss(divided, keys, at, target, mass, WINDOW, each_token=False)) < 0.8
+    assert (
+        0.6 < float(alignment_loss(divided, keys, at, target, mass, WINDOW, each_token=False)) < 0.8
+    )
 
 
 def test_sharpness_takes_the_power_of_the_teachers_weights():
@@ -88,9 +94,23 @@ def test_sharpness_takes_the_power_of_the_teachers_weights():
     other, other_keys, _ = sample(seed=1)
     target, mass = attention_target(queries, keys, at, WINDOW)
     power = target**2
-    wanted = alignment_loss(other[0], other_keys[0], at, power / power.sum(-1, keepdim=True), mass, WINDOW, sharpness=1.0)
-    torch.testing.assert_close(alignment_loss(other[0], other_keys[0], at, target, mass, WINDOW, sharpness=2.0), wanted)
-    assert torch.isfinite(alignment_loss(other[0], other_keys[0], at, torch.zeros_like(target), torch.zeros_like(mass), WINDOW))
+    wanted = alignment_loss(
+        other[0],
+        other_keys[0],
+        at,
+        power / power.sum(-1, keepdim=True),
+        mass,
+        WINDOW,
+        sharpness=1.0,
+    )
+    torch.testing.assert_close(
+        alignment_loss(other[0], other_keys[0], at, target, mass, WINDOW, sharpness=2.0), wanted
+    )
+    assert torch.isfinite(
+        alignment_loss(
+            other[0], other_keys[0], at, torch.zeros_like(target), torch.zeros_like(mass), WINDOW
+        )
+    )
 
 
 def test_draft_loss_is_zero_only_for_equal_logits():
@@ -108,7 +128,9 @@ def test_the_saved_head_computes_what_was_trained(tmp_path):
     draft = DraftModel(draft_shape(SMOKE, 128))
     draft.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in draft.state_dict().items()})
     draft.save(tmp_path)
-    head = RetrievalHead(read_checkpoint(tmp_path), max_position=64, dtype=torch.float32, device="cpu")
+    head = RetrievalHead(
+        read_checkpoint(tmp_path), max_position=64, dtype=torch.float32, device="cpu"
+    )
     aux = [torch.randn(40, SMOKE.hidden) for _ in range(3)]
     embeds, positions = torch.randn(40, SMOKE.hidden), torch.arange(40)
     _, q, k, _ = draft.queries_keys(embeds[None], torch.cat(aux, -1)[None], positions)

@@ -6,14 +6,24 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
-from specontext_vllm.distillation.recall import Seen, choose, heaviest_pages, page_scores, page_sums, recall_of
+from specontext_vllm.distillation.recall import (
+    Seen,
+    choose,
+    heaviest_pages,
+    page_scores,
+    page_sums,
+    recall_of,
+)
 
 HEADS, KV_HEADS, D, LENGTH = 4, 2, 8, 300
 
 
 def sample(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(1, HEADS, LENGTH, D, generator=generator), torch.randn(1, KV_HEADS, LENGTH, D, generator=generator)
+    q, k = (
+        torch.randn(1, HEADS, LENGTH, D, generator=generator),
+        torch.randn(1, KV_HEADS, LENGTH, D, generator=generator),
+    )
     target = torch.rand(1, KV_HEADS, 2, LENGTH, generator=generator)
     return q, k, torch.tensor([[LENGTH - 1, 190]]), target / target.sum(-1, keepdim=True)
 
@@ -31,13 +41,23 @@ def test_chosen_pages_are_those_of_the_engine(pages):
         for h in range(KV_HEADS):
             scores = {}
             for page in range(last + 1):
-                tokens = [t for t in range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) if 1 <= t <= token]
-                weights = [(k[0, h, :token] @ q[0, h * 2 + g, p] * D**-0.5).softmax(0) for g in range(2)]
+                tokens = [
+                    t for t in range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) if 1 <= t <= token
+                ]
+                weights = [
+                    (k[0, h, :token] @ q[0, h * 2 + g, p] * D**-0.5).softmax(0) for g in range(2)
+                ]
                 scores[page] = max(float(w[t - 1]) for w in weights for t in tokens)
-                held = sum(float(target[0, h, s, t - 1]) for t in range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE) if 1 <= t <= LENGTH)
+                held = sum(
+                    float(target[0, h, s, t - 1])
+                    for t in range(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+                    if 1 <= t <= LENGTH
+                )
                 assert sums[0, h, s, page] == pytest.approx(held, abs=1e-5)
             always = {*range(config.sink_pages), *range(last - config.recent_pages + 1, last + 1)}
-            rest = sorted(set(scores) - always, key=lambda page: -scores[page])[: pages - len(always)]
+            rest = sorted(set(scores) - always, key=lambda page: -scores[page])[
+                : pages - len(always)
+            ]
             assert set(chosen[0, h, s].nonzero().flatten().tolist()) == always | set(rest)
 
 
@@ -51,18 +71,31 @@ def test_a_budget_of_everything_recalls_everything():
 def test_recall_is_the_loops():
     """Shares and the heaviest page, by hand, of a head whose queries and keys are given."""
     q, k, at, target = sample(2)
-    target = target.masked_fill(torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) < 0.9, 0.0)
+    target = target.masked_fill(
+        torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) < 0.9, 0.0
+    )
     mass = torch.rand(1, KV_HEADS, 2)
     draft = SimpleNamespace(queries_keys=lambda *_: (None, q, k, None))
-    seen = Seen(torch.zeros(1, LENGTH + 1, 1), torch.zeros(1, LENGTH + 1, 1), at, page_sums(target), heaviest_pages(target), mass)
+    seen = Seen(
+        torch.zeros(1, LENGTH + 1, 1),
+        torch.zeros(1, LENGTH + 1, 1),
+        at,
+        page_sums(target),
+        heaviest_pages(target),
+        mass,
+    )
     chosen = choose(page_scores(q, k, at), at, 8)
     found = heaviest = 0.0
     for h in range(KV_HEADS):
         for s in range(2):
             share = mass[0, h, s] / mass.sum()
             pages = chosen[0, h, s].nonzero().flatten().tolist()
-            found += share * sum(target[0, h, s, t] for t in range(LENGTH) if (t + 1) // PAGE_SIZE in pages)
+            found += share * sum(
+                target[0, h, s, t] for t in range(LENGTH) if (t + 1) // PAGE_SIZE in pages
+            )
             heaviest += share * ((int(target[0, h, s].argmax()) + 1) // PAGE_SIZE in pages)
     recall = recall_of(draft, seen, [8 * PAGE_SIZE])[8 * PAGE_SIZE]
-    assert recall.found == pytest.approx(float(found), abs=1e-5) and recall.heaviest == pytest.approx(float(heaviest), abs=1e-5)
+    assert recall.found == pytest.approx(
+        float(found), abs=1e-5
+    ) and recall.heaviest == pytest.approx(float(heaviest), abs=1e-5)
     assert recall.found < recall.best and 0 < recall.heaviest < 1

@@ -1,4 +1,6 @@
-"""Runs on the demo model: a kill in the middle changes nothing, gradients reach what each loss trains, and the head learns."""
+"""Runs on the demo model: a kill in the middle changes nothing, gradients reach what each loss
+trains, and the head learns.
+"""
 
 import json
 import os
@@ -17,13 +19,24 @@ from specontext_vllm.distillation.data import Sequences, Synthetic
 from specontext_vllm.distillation.draft import DraftModel, DraftShape
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
-from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES, Distiller, Progress, Settings, rate_at
+from specontext_vllm.distillation.trainer import (
+    HELD_OUT_SEQUENCES,
+    Distiller,
+    Progress,
+    Settings,
+    rate_at,
+)
 from tests.engine.conftest import DEMO_MODEL
 
 STEPS, CONTEXT = 10, 256
 SETTINGS = {
-    "context": CONTEXT, "batch_tokens": CONTEXT, "budget": 128, "steps": STEPS, "save_seconds": 0.0, "draft_positions": 32,
-}  # fmt: skip
+    "context": CONTEXT,
+    "batch_tokens": CONTEXT,
+    "budget": 128,
+    "steps": STEPS,
+    "save_seconds": 0.0,
+    "draft_positions": 32,
+}
 
 
 def make_run(out: Path, **changes) -> Distiller:
@@ -31,8 +44,13 @@ def make_run(out: Path, **changes) -> Distiller:
     tokenizer = read_tokenizer(DEMO_MODEL)
     torch.manual_seed(settings.seed)
     draft = DraftModel(DraftShape.for_target(read_config(DEMO_MODEL), max_position=CONTEXT))
-    teacher = Teacher(load_teacher(DEMO_MODEL, torch.device("cpu"), torch.float32), draft.shape.aux_layers)
-    data, held_out = (Sequences(Synthetic(tokenizer), settings.lengths, CONTEXT, held_out=held) for held in (False, True))
+    teacher = Teacher(
+        load_teacher(DEMO_MODEL, torch.device("cpu"), torch.float32), draft.shape.aux_layers
+    )
+    data, held_out = (
+        Sequences(Synthetic(tokenizer), settings.lengths, CONTEXT, held_out=held)
+        for held in (False, True)
+    )
     return Distiller(teacher, draft, data, held_out, settings, out, Accelerator(cpu=True))
 
 
@@ -44,11 +62,14 @@ def run_to_the_end(out: Path) -> None:
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:
-    """``run_to_the_end`` in a process of its own. In this one vLLM may have bound the threads (its CPU worker takes torch.set_num_threads
-    away), and sums differ in their last bits with the number of threads."""
+    """``run_to_the_end`` in a process of its own. In this one vLLM may have bound the threads (its
+    CPU worker takes torch.set_num_threads away), and sums differ in their last bits with the number
+    of threads."""
     program = "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(pathlib.Path(sys.argv[1]))"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", program, str(out)], cwd=Path(__file__).parents[2], env=env)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], cwd=Path(__file__).parents[2], env=env
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +80,10 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def steps_of(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out / "training" / "curve.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"]
+        for line in (out / "training" / "curve.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.slow
@@ -67,7 +91,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_pa
     process = start(tmp_path)
     state = tmp_path / "training" / "state.pt"
     try:
-        while process.poll() is None and not (state.is_file() and 3 <= torch.load(state, weights_only=True)["progress"]["step"]):
+        while process.poll() is None and not (
+            state.is_file() and 3 <= torch.load(state, weights_only=True)["progress"]["step"]
+        ):
             time.sleep(0.02)
         assert process.poll() is None, "the run was over before it could be killed"
         process.send_signal(signal.SIGKILL)
@@ -112,9 +138,22 @@ def test_a_resumed_curve_forgets_what_came_after_the_state(tmp_path):
 
 TRAINED = {
     "align": {"fc", "input_layernorm", "hidden_norm", "q_proj", "k_proj"},
-    "draft": {"fc", "input_layernorm", "hidden_norm", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-              "post_attention_layernorm", "norm", "lm_head"},
-}  # fmt: skip
+    "draft": {
+        "fc",
+        "input_layernorm",
+        "hidden_norm",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "post_attention_layernorm",
+        "norm",
+        "lm_head",
+    },
+}
 TRAINED["both"] = TRAINED["draft"]
 
 
@@ -124,13 +163,19 @@ def test_each_loss_trains_its_part(tmp_path, loss):
     before = {name: p.detach().clone() for name, p in run.draft.named_parameters()}
     found = run.step(*run.data[0])
     assert set(found) == {"draft", "align"} - {{"align": "draft", "draft": "align"}.get(loss)}
-    changed = {name.removesuffix(".weight") for name, p in run.draft.named_parameters() if not torch.equal(p, before[name])}
+    changed = {
+        name.removesuffix(".weight")
+        for name, p in run.draft.named_parameters()
+        if not torch.equal(p, before[name])
+    }
     assert changed == TRAINED[loss]
     assert all(p.grad is None for p in run.teacher.model.parameters())
 
 
 def test_no_tensor_is_sequence_by_sequence_or_sequence_by_vocabulary(tmp_path):
-    """Every result of every operation of a step, with a sequence so long that such a tensor would be the largest by far."""
+    """Every result of every operation of a step, with a sequence so long that such a tensor would
+    be the largest by far.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     length, vocabulary = CONTEXT * 4, 3136
@@ -159,7 +204,9 @@ def test_the_teacher_sees_held_out_sequences_once_and_the_figures_stay(tmp_path,
     held_out = list(make_run(tmp_path).held_out.batches)
     assert len(held_out) == HELD_OUT_SEQUENCES
     seen, ask = [], Teacher.__call__
-    monkeypatch.setattr(Teacher, "__call__", lambda self, ids, *rest: seen.append(ids) or ask(self, ids, *rest))
+    monkeypatch.setattr(
+        Teacher, "__call__", lambda self, ids, *rest: seen.append(ids) or ask(self, ids, *rest)
+    )
 
     def times():
         return [sum(torch.equal(ids, asked) for asked in seen) for ids, _ in held_out]
@@ -168,14 +215,20 @@ def test_the_teacher_sees_held_out_sequences_once_and_the_figures_stay(tmp_path,
     for figures in run.run():
         if figures.get("measured"):
             assert times() == [1] * HELD_OUT_SEQUENCES
-            fresh = HeldOut(run.teacher, held_out, run.settings.budget, run.settings.align_positions)
+            fresh = HeldOut(
+                run.teacher, held_out, run.settings.budget, run.settings.align_positions
+            )
             with monkeypatch.context() as unwatched:
                 unwatched.setattr(Teacher, "__call__", ask)
                 anew = fresh.recall(run.draft)
             found.append((figures["recall"], figures["recall_best"]))
             assert found[-1] == (round(anew.found, 4), round(anew.best, 4))
     assert steps_of(tmp_path) == [0, 1, 2, 3]
-    assert len(found) == 4 and len({recall for recall, _ in found}) > 1 and len({best for _, best in found}) == 1
+    assert (
+        len(found) == 4
+        and len({recall for recall, _ in found}) > 1
+        and len({best for _, best in found}) == 1
+    )
 
 
 class Slow(HeldOut):
@@ -195,7 +248,9 @@ class Slow(HeldOut):
 
 def slow_run(out: Path, **changes) -> Distiller:
     run = make_run(out, report_seconds=0.0, save_seconds=1e9, **changes)
-    run.held_out = Slow(run.teacher, list(run.held_out.batches), run.settings.budget, run.settings.align_positions)
+    run.held_out = Slow(
+        run.teacher, list(run.held_out.batches), run.settings.budget, run.settings.align_positions
+    )
     return run
 
 
@@ -215,9 +270,15 @@ def test_a_run_by_the_clock_trains_for_all_of_its_hours(tmp_path):
 
 def test_measuring_takes_a_tenth_of_the_time_at_most(tmp_path):
     list(slow_run(tmp_path).run())
-    lines = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
+    ]
     assert lines[0]["step"] == 0 and lines[-1]["step"] == STEPS
-    gaps = [after["seconds"] - before["seconds"] for before, after in zip(lines, lines[1:-1], strict=False)]
+    gaps = [
+        after["seconds"] - before["seconds"]
+        for before, after in zip(lines, lines[1:-1], strict=False)
+    ]
     # The curve has tenths of seconds.
     assert all(gap >= Slow.measured / 0.1 - 0.1 for gap in gaps) and len(lines) < STEPS
 
@@ -247,5 +308,7 @@ def test_learning_rate_rises_then_falls_by_steps_or_by_the_clock():
     rates = [rate_at(by_steps, Progress(step=step)) for step in (0, 49, 500, 999)]
     assert rates[0] < rates[1] > rates[2] > rates[3] >= 0.1 * by_steps.learning_rate
     by_clock = Settings(**{**SETTINGS, "steps": None, "hours": 1.0})
-    assert rate_at(by_clock, Progress(step=5000, seconds=3600)) == pytest.approx(0.1 * by_clock.learning_rate)
+    assert rate_at(by_clock, Progress(step=5000, seconds=3600)) == pytest.approx(
+        0.1 * by_clock.learning_rate
+    )
     assert Progress(seconds=1800).share(by_clock) == 0.5

@@ -16,15 +16,27 @@ from specontext_vllm.demo.server import VllmServer, device_arguments
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
 GPU_ROOM = 2 * 2**30
-"""Bytes for KV on a GPU. Named, not found out: vLLM measures the GPU's free memory for that, and other test runs may be using it at the same time."""
+"""Bytes for KV on a GPU. Named, not found out: vLLM measures the GPU's free memory for that, and
+other test runs may be using it at the same time.
+"""
 GPU_OPTIONS = ["--kv-cache-memory-bytes", str(GPU_ROOM)] if torch.cuda.is_available() else []
 """The same for `vllm serve`."""
 ENGINE = {
-    "model": str(DEMO_MODEL), "dtype": "float32", "max_model_len": 1536, "max_num_seqs": 4, "max_num_batched_tokens": 256,
-    "enforce_eager": not torch.cuda.is_available(), "gpu_memory_utilization": 0.08 if torch.cuda.is_available() else 0.3, "seed": 0, "disable_log_stats": False,
-    # 1,600 tokens: four of the requests below do not fit at once, so some are preempted and resumed.
-    "block_size": 16, "num_gpu_blocks_override": 101, "kv_cache_memory_bytes": GPU_ROOM if torch.cuda.is_available() else None,
-}  # fmt: skip
+    "model": str(DEMO_MODEL),
+    "dtype": "float32",
+    "max_model_len": 1536,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 256,
+    "enforce_eager": not torch.cuda.is_available(),
+    "gpu_memory_utilization": 0.08 if torch.cuda.is_available() else 0.3,
+    "seed": 0,
+    "disable_log_stats": False,
+    # 1,600 tokens: four of the requests below do not fit at once, so some are preempted and
+    # resumed.
+    "block_size": 16,
+    "num_gpu_blocks_override": 101,
+    "kv_cache_memory_bytes": GPU_ROOM if torch.cuda.is_available() else None,
+}
 
 
 # vLLM's own CPU attention takes blocks of 32 tokens; as many tokens in all.
@@ -60,15 +72,24 @@ def prompts() -> list[list[int]]:
     lengths = (200, 333, 450, 513, 600)
     made = []
     for seed, length in enumerate(lengths):
-        problem = make_problem("recitation" if seed % 2 else "needle", seed=seed, approx_tokens=length)
-        made.append(tokenizer.apply_chat_template(problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        problem = make_problem(
+            "recitation" if seed % 2 else "needle", seed=seed, approx_tokens=length
+        )
+        made.append(
+            tokenizer.apply_chat_template(
+                problem.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
     return [made[0][:1], made[0][:5], made[0][:16], made[0][:17], *made]
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[VllmServer]:
     """The demo's own server; one start serves all tests."""
-    with VllmServer(DEMO_MODEL, ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments(), *GPU_OPTIONS]) as running:
+    with VllmServer(
+        DEMO_MODEL,
+        ["--config", str(ROOT / "configs" / "demo.yaml"), *device_arguments(), *GPU_OPTIONS],
+    ) as running:
         yield running
 
 

@@ -1,4 +1,6 @@
-"""Models of the families that have EAGLE-3 heads, each through a real engine: what transformers computes with the same weights is the reference."""
+"""Models of the families that have EAGLE-3 heads, each through a real engine: what transformers
+computes with the same weights is the reference.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +14,45 @@ from specontext_vllm.engine.resolve import AUX_LAYERS_KEY
 from tests.distillation.tiny_models import FAMILIES, make_config, make_model
 from tests.engine.conftest import engine
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+}
 OWN = {"qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 99}}
 """A window that no layer has, which vLLM serves as full attention."""
 LENGTHS, TOKENS = (1, 130, 400), 12
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products on a GPU differ from transformers' in their last digits")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="float32 products on a GPU differ from transformers' in their last digits",
+)
 
 
 def make_mixture() -> object:
     """Qwen3's mixture of experts, two of four in each layer."""
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(vocab_size=97, num_hidden_layers=5, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True, **SHAPE)
+    return Qwen3MoeConfig(
+        vocab_size=97,
+        num_hidden_layers=5,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        **SHAPE,
+    )
 
 
 def write_with_head(folder: Path, family: str) -> torch.nn.Module:
     """The family's random model, in a folder with a random head of its own."""
-    config = make_mixture() if family == "qwen3_moe" else make_config(family, **SHAPE, **OWN.get(family, {}))
+    config = (
+        make_mixture()
+        if family == "qwen3_moe"
+        else make_config(family, **SHAPE, **OWN.get(family, {}))
+    )
     model = make_model(config)
     model.save_pretrained(folder)
     torch.manual_seed(1)
@@ -39,21 +63,36 @@ def write_with_head(folder: Path, family: str) -> torch.nn.Module:
 def continue_densely(model: torch.nn.Module, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
     return found[0, len(prompt) :].tolist()
 
 
-def keys_of(head: torch.nn.Module, aux_layers: list[int], model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
-    """The head's keys ``[T - 1, nkv, D]`` of the prompt from its second token on, from the states that transformers gives."""
+def keys_of(
+    head: torch.nn.Module, aux_layers: list[int], model: torch.nn.Module, prompt: list[int]
+) -> torch.Tensor:
+    """The head's keys ``[T - 1, nkv, D]`` of the prompt from its second token on, from the states
+    that transformers gives.
+    """
     ids = torch.tensor(prompt)
     with torch.no_grad():
         states = model(ids[None], output_hidden_states=True).hidden_states
         aux = [states[layer][0] for layer in aux_layers]
-        return head.keys(model.get_input_embeddings()(ids[1:]), head.fuse(aux)[:-1], torch.arange(1, len(prompt)))
+        return head.keys(
+            model.get_input_embeddings()(ids[1:]), head.fuse(aux)[:-1], torch.arange(1, len(prompt))
+        )
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
-def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_states(family, tmp_path):
+def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_states(
+    family, tmp_path
+):
     from vllm import SamplingParams, TokensPrompt
 
     model = write_with_head(tmp_path, family)
@@ -61,23 +100,36 @@ def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_sta
     prompts = [torch.randint(5, 97, (n,), generator=generator).tolist() for n in LENGTHS]
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     settings = {"budget": 1024, "sink_tokens": 16, "recent_tokens": 16}
-    arguments = {"model": str(tmp_path), "attention_backend": "specontext", "skip_tokenizer_init": True, "max_model_len": 1024}
+    arguments = {
+        "model": str(tmp_path),
+        "attention_backend": "specontext",
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+    }
     with engine(**arguments, additional_config={"specontext": settings}) as llm:
 
         def answer(asked: list[list[int]]) -> list[list[int]]:
-            replies = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in asked], params, use_tqdm=False)
+            replies = llm.generate(
+                [TokensPrompt(prompt_token_ids=prompt) for prompt in asked], params, use_tqdm=False
+            )
             return [list(reply.outputs[0].token_ids) for reply in replies]
 
         # Alone and first: its pages are the first that vLLM hands out, after the null block.
         assert answer(prompts[-1:]) == [continue_densely(model, prompts[-1])]
-        retriever = llm.llm_engine.model_executor.driver_worker.worker.model_runner.runtime.retriever
+        retriever = (
+            llm.llm_engine.model_executor.driver_worker.worker.model_runner.runtime.retriever
+        )
         stored = retriever.cache.keys_at(torch.arange(16 + 1, 16 + len(prompts[-1])))
         aux_layers = llm.llm_engine.vllm_config.additional_config[AUX_LAYERS_KEY]
-        torch.testing.assert_close(stored, keys_of(retriever.head, aux_layers, model, prompts[-1]), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            stored, keys_of(retriever.head, aux_layers, model, prompts[-1]), rtol=1e-3, atol=1e-3
+        )
         assert answer(prompts) == [continue_densely(model, prompt) for prompt in prompts]
         llm.collective_rpc("specontext_stats", args=(True,))
         llm.collective_rpc("specontext_set", kwargs={"budget": 64})
         sparse = answer(prompts)
         stats = llm.collective_rpc("specontext_stats")[0]
-    assert sparse[0] == continue_densely(model, prompts[0]) and sparse[-1] != continue_densely(model, prompts[-1])
+    assert sparse[0] == continue_densely(model, prompts[0]) and sparse[-1] != continue_densely(
+        model, prompts[-1]
+    )
     assert 0 < stats["pages_read"] < 0.4 * stats["pages_total"]

@@ -1,4 +1,6 @@
-"""The budget changes between two starts over one compile cache: what the first start compiled does not hold its budget."""
+"""The budget changes between two starts over one compile cache: what the first start compiled does
+not hold its budget.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,17 @@ def answer(budget: int) -> Iterator[tuple[str, Any]]:
     shape = {"max_model_len": 4096, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": None}
     llm = LLM(**{**ENGINE, **shape}, attention_backend="specontext", additional_config=settings)
     problems = [make_problem("recitation", seed=70 + i, approx_tokens=2000) for i in range(3)]
-    outputs = llm.chat([p.messages for p in problems], SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)
+    outputs = llm.chat(
+        [p.messages for p in problems], SamplingParams(temperature=0, max_tokens=48), use_tqdm=False
+    )
     stats = llm.collective_rpc("specontext_stats")[0]
-    yield "reply", ([list(o.outputs[0].token_ids) for o in outputs], stats["pages_read"] / stats["pages_total"])
+    yield (
+        "reply",
+        (
+            [list(o.outputs[0].token_ids) for o in outputs],
+            stats["pages_read"] / stats["pages_total"],
+        ),
+    )
 
 
 def test_a_warm_cache_does_not_keep_the_budget(tmp_path):

@@ -1,4 +1,6 @@
-"""With a budget that covers the context, the tokens are stock vLLM's: float32, real weights, every way a request can go."""
+"""With a budget that covers the context, the tokens are stock vLLM's: float32, real weights, every
+way a request can go.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ END_TOKEN = 2  # <|end|> of the demo model
 def sampling(**changes):
     from vllm import SamplingParams
 
-    return SamplingParams(**{"temperature": 0, "max_tokens": MAX_TOKENS, "ignore_eos": True, "detokenize": False, **changes})
+    return SamplingParams(
+        **{
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+            "ignore_eos": True,
+            "detokenize": False,
+            **changes,
+        }
+    )
 
 
 def preemptions(llm) -> int:
@@ -26,8 +36,9 @@ def ids(outputs) -> list[list[int]]:
 
 
 def until_sure(tokens: list[int]) -> list[int]:
-    """All tokens on a CPU. On a GPU those up to the end of the answer: float32 matrix products run on tf32 units there, in other
-    orders in other kernels, and what a model says after its answer hangs on near-ties."""
+    """All tokens on a CPU. On a GPU those up to the end of the answer: float32 matrix products run
+    on tf32 units there, in other orders in other kernels, and what a model says after its answer
+    hangs on near-ties."""
     if not torch.cuda.is_available():
         return tokens
     return tokens[: tokens.index(END_TOKEN) + 1] if END_TOKEN in tokens else tokens
@@ -37,13 +48,16 @@ def scenarios(llm, prompts) -> dict[str, object]:
     """Every scenario on one engine; the same calls for the stock engine and ours."""
 
     def generate(chosen, **changes):
-        return llm.generate([{"prompt_token_ids": p} for p in chosen], sampling(**changes), use_tqdm=False)
+        return llm.generate(
+            [{"prompt_token_ids": p} for p in chosen], sampling(**changes), use_tqdm=False
+        )
 
     out: dict[str, object] = {}
     # Each prompt alone; those over 256 tokens take several chunks.
     out["plain"] = [ids(generate([p]))[0] for p in prompts]
     before = preemptions(llm)
-    # All at once with long answers, the longest first: ragged batches, decode and prefill rows mixed, more pages than the engine has.
+    # All at once with long answers, the longest first: ragged batches, decode and prefill rows
+    # mixed, more pages than the engine has.
     crowd = generate(prompts[::-1], max_tokens=90)
     out["ragged"] = ids(crowd)
     out["preempted"] = preemptions(llm) - before
@@ -61,14 +75,16 @@ def scenarios(llm, prompts) -> dict[str, object]:
     llm.reset_prefix_cache()
     out["neighbour alone"] = ids(generate([prompts[-2][:255]]))[0]
     llm.reset_prefix_cache()
-    # Its neighbour leaves one token of the step to the second prompt: a chunk of one token with more to come, from the start and behind a hit.
+    # Its neighbour leaves one token of the step to the second prompt: a chunk of one token with
+    # more to come, from the start and behind a hit.
     out["chunk of one"] = ids(generate([prompts[-2][:255], prompts[-1]]))
     llm.reset_prefix_cache()
     generate([prompts[-1]], max_tokens=1)
     out["chunk of one behind a hit"] = ids(generate([prompts[-2][:255], prompts[-1]]))
     llm.reset_prefix_cache()
-    # The same prompt several times at once, and its beginning: its pages are in the prefix cache before they are computed. One token is left to
-    # do behind the hit, so that a twin that did not wait would be a decode row over pages that nobody has seen yet.
+    # The same prompt several times at once, and its beginning: its pages are in the prefix cache
+    # before they are computed. One token is left to do behind the hit, so that a twin that did not
+    # wait would be a decode row over pages that nobody has seen yet.
     twin = prompts[-1][: (len(prompts[-1]) - 1) // 16 * 16 + 1]
     out["twin alone"] = ids(generate([twin]))[0]
     llm.reset_prefix_cache()
@@ -83,7 +99,11 @@ def scenarios(llm, prompts) -> dict[str, object]:
 def abort_neighbour(llm, prompts) -> list[int]:
     """Tokens of a request whose neighbours are aborted in prefill and in decode."""
     core = llm.llm_engine
-    for name, prompt in (("kept", prompts[-2]), ("decoding", prompts[5]), ("prefilling", prompts[-1])):
+    for name, prompt in (
+        ("kept", prompts[-2]),
+        ("decoding", prompts[5]),
+        ("prefilling", prompts[-1]),
+    ):
         core.add_request(name, {"prompt_token_ids": prompt}, sampling())
     final, step = [], 0
     while core.has_unfinished_requests():
@@ -98,11 +118,19 @@ def abort_neighbour(llm, prompts) -> list[int]:
     return final
 
 
-OTHER_WAYS = ["ragged", "next turn", "chunk of one", "chunk of one behind a hit", "neighbour aborted"]
+OTHER_WAYS = [
+    "ragged",
+    "next turn",
+    "chunk of one",
+    "chunk of one behind a hit",
+    "neighbour aborted",
+]
 
 
 def by_another_way(out: dict, scenario: str) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of a scenario, and those of the same prompts gone another way: alone, or with a cold cache. They are the same under any budget."""
+    """Tokens of a scenario, and those of the same prompts gone another way: alone, or with a cold
+    cache. They are the same under any budget.
+    """
     if scenario == "ragged":
         # A preempted request's answer so far is prefilled when it comes back, which is dense.
         kept = [i for i, undisturbed in enumerate(out["undisturbed"]) if undisturbed]
@@ -123,11 +151,14 @@ def stock(prompts):
 
 @pytest.fixture(scope="module")
 def sparse(prompts):
-    settings = {"specontext": {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 2048}}
+    settings = {
+        "specontext": {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 2048}
+    }
     with engine(attention_backend="specontext", additional_config=settings) as llm:
         out = scenarios(llm, prompts)
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
-        # The same engine with a budget that does not cover the longer prompts: answers go on, but pages are left out.
+        # The same engine with a budget that does not cover the longer prompts: answers go on, but
+        # pages are left out.
         llm.collective_rpc("specontext_set", kwargs={"budget": 160})
         llm.collective_rpc("specontext_stats", args=(True,))
         out["small budget"] = scenarios(llm, prompts)
@@ -137,7 +168,17 @@ def sparse(prompts):
 
 @pytest.mark.parametrize(
     "scenario",
-    ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "chunk of one", "chunk of one behind a hit", "twins", "neighbour aborted"],
+    [
+        "plain",
+        "ragged",
+        "prefix hit",
+        "next turn",
+        "next turn, cold",
+        "chunk of one",
+        "chunk of one behind a hit",
+        "twins",
+        "neighbour aborted",
+    ],
 )
 def test_tokens_equal_stock(stock, sparse, scenario):
     assert sparse[scenario] == stock[scenario]

@@ -27,14 +27,24 @@ def make(tmp_path, monkeypatch, device):
 
     def made(folder=str(tmp_path), **settings):
         retriever = Retriever(
-            SpeContextConfig(retriever="recent", **settings), None, lambda ids: ids, num_kv_heads=2, max_model_len=4096, table_pages=128,
+            SpeContextConfig(retriever="recent", **settings),
+            None,
+            lambda ids: ids,
+            num_kv_heads=2,
+            max_model_len=4096,
+            table_pages=128,
             device=device,
-        )  # fmt: skip
+        )
         config = SimpleNamespace(
-            model_config=SimpleNamespace(served_model_name="m"), parallel_config=SimpleNamespace(data_parallel_index=3),
+            model_config=SimpleNamespace(served_model_name="m"),
+            parallel_config=SimpleNamespace(data_parallel_index=3),
             observability_config=SimpleNamespace(**{METRICS_FOLDER: folder}),
-        )  # fmt: skip
-        return metrics.Exporter(config, retriever, None, device), lambda: {s.name: s for m in registry.collect() for s in m.samples}, retriever
+        )
+        return (
+            metrics.Exporter(config, retriever, None, device),
+            lambda: {s.name: s for m in registry.collect() for s in m.samples},
+            retriever,
+        )
 
     return made
 
@@ -46,18 +56,26 @@ def test_counters_start_at_zero_and_an_engine_at_rest_is_exact(make):
     retriever.counters.count_rows(5, 0, 20, 70)
     exporter.step(idle=True)
     page = scrape()
-    assert (page[catalog.DECODE_ROWS.name].value, page[catalog.PAGES_READ.name].value, page[catalog.PAGES_HELD.name].value) == (5, 20, 70)
+    assert (
+        page[catalog.DECODE_ROWS.name].value,
+        page[catalog.PAGES_READ.name].value,
+        page[catalog.PAGES_HELD.name].value,
+    ) == (5, 20, 70)
     exporter.close()
     assert not scrape()
 
 
-def test_what_the_host_counts_is_there_at_once_and_what_the_device_counts_once_in_a_while(make, monkeypatch, device):
+def test_what_the_host_counts_is_there_at_once_and_what_the_device_counts_once_in_a_while(
+    make, monkeypatch, device
+):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     exporter, scrape, retriever = make()
 
     def step() -> tuple[float, float]:
-        """Ten head pages within the budget, known to the host, and a hundred beyond it, known to the device."""
+        """Ten head pages within the budget, known to the host, and a hundred beyond it, known to
+        the device.
+        """
         exporter.step(idle=False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -100,13 +118,17 @@ def test_a_copy_that_comes_late_lets_no_counter_fall(make):
 
 
 def test_a_scrape_in_the_engine_s_own_process_is_exact(make, tmp_path, device):
-    """Nobody tells such an engine that it rests. Only in its own thread, since the device's figures are read in the order of its work."""
+    """Nobody tells such an engine that it rests. Only in its own thread, since the device's figures
+    are read in the order of its work.
+    """
     exporter, _, retriever = make()
     registry = CollectorRegistry()
     registry.register(FolderCollector(str(tmp_path)))
 
     def pages_read() -> float:
-        return registry.get_sample_value(catalog.PAGES_READ.name, {"model_name": "m", "engine": "3", "tp_rank": "0"})
+        return registry.get_sample_value(
+            catalog.PAGES_READ.name, {"model_name": "m", "engine": "3", "tp_rank": "0"}
+        )
 
     def step() -> None:
         retriever.counters.count_rows(1, 0, 10, 10)
@@ -143,20 +165,39 @@ def test_a_sidecars_figures_are_published(make, device):
 
     exporter, scrape, _ = make()
     checkpoint = dummy_checkpoint(
-        hidden_size=16, num_layers=12, num_heads=2, num_kv_heads=2, head_dim=8, rope_theta=1e4, max_position=4096, dtype=torch.float32, seed=0,
-    )  # fmt: skip
+        hidden_size=16,
+        num_layers=12,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        rope_theta=1e4,
+        max_position=4096,
+        dtype=torch.float32,
+        seed=0,
+    )
     remote = RemoteRetriever(
-        SpeContextConfig(sidecar="ray"), checkpoint, lambda ids: ids, vocab_size=8, num_kv_heads=2, max_model_len=4096, max_rows=2, max_tokens=16,
-        dtype=torch.float32, device=device,
-    )  # fmt: skip
+        SpeContextConfig(sidecar="ray"),
+        checkpoint,
+        lambda ids: ids,
+        vocab_size=8,
+        num_kv_heads=2,
+        max_model_len=4096,
+        max_rows=2,
+        max_tokens=16,
+        dtype=torch.float32,
+        device=device,
+    )
     exporter._retriever, exporter._copy = remote, metrics.LateCopy(remote.counters.cells)
     remote._figures |= {"sidecar_restarts": 3, "sidecar_dense_rows": 7, "sidecar_wait_seconds": 1.5}
     exporter.step(idle=True)
     found = {name: sample.value for name, sample in scrape().items() if "sidecar" in name}
     assert found == {
-        catalog.SIDECAR_UP.name: 0, catalog.SIDECAR_RESTARTS.name: 3, catalog.SIDECAR_DENSE_ROWS.name: 7, catalog.SIDECAR_LOST_PAGES.name: 0,
+        catalog.SIDECAR_UP.name: 0,
+        catalog.SIDECAR_RESTARTS.name: 3,
+        catalog.SIDECAR_DENSE_ROWS.name: 7,
+        catalog.SIDECAR_LOST_PAGES.name: 0,
         catalog.SIDECAR_WAIT_SECONDS.name: 1.5,
-    }  # fmt: skip
+    }
 
 
 def test_a_stopwatch_times_one_lap_in_sixteen(device):

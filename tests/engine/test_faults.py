@@ -1,4 +1,5 @@
-"""What clients and the machine do to servers: a few hundred requests of the soak benchmark, odd prompts, crowds that hang up, and a worker or an engine that is killed.
+"""What clients and the machine do to servers: a few hundred requests of the soak benchmark, odd
+prompts, crowds that hang up, and a worker or an engine that is killed.
 
 Two servers go through it one after the other, each killed in the end.
 """
@@ -25,21 +26,36 @@ CLIENTS, REQUESTS = 200, 120
 
 
 def arguments(name: str, pages: int, max_num_seqs: int) -> list[str]:
-    """Of one of the benchmark's servers, with its worker in a process of its own, as with several of them."""
-    return [*soak.server_arguments(soak.ENGINES[name].settings, pages, max_num_seqs), "--distributed-executor-backend", "mp", *GPU_OPTIONS]
+    """Of one of the benchmark's servers, with its worker in a process of its own, as with several
+    of them.
+    """
+    return [
+        *soak.server_arguments(soak.ENGINES[name].settings, pages, max_num_seqs),
+        "--distributed-executor-backend",
+        "mp",
+        *GPU_OPTIONS,
+    ]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmServer]:
-    """Two tiers, and pages for a few long requests only. Hot buffers leave room for no more than 16."""
-    with VllmServer(DEMO_MODEL, arguments("two-tiers", soak.ENGINES["two-tiers"].pages, 16)) as running:
+    """Two tiers, and pages for a few long requests only. Hot buffers leave room for no more than
+    16.
+    """
+    with VllmServer(
+        DEMO_MODEL, arguments("two-tiers", soak.ENGINES["two-tiers"].pages, 16)
+    ) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def following() -> Iterator[VllmServer]:
-    """One tier, with half the benchmark's pages for twice its running requests: few requests preempt some too."""
-    with VllmServer(DEMO_MODEL, arguments("one-tier", soak.ENGINES["one-tier"].pages // 2, 32)) as running:
+    """One tier, with half the benchmark's pages for twice its running requests: few requests
+    preempt some too.
+    """
+    with VllmServer(
+        DEMO_MODEL, arguments("one-tier", soak.ENGINES["one-tier"].pages // 2, 32)
+    ) as running:
         yield running
 
 
@@ -52,8 +68,24 @@ def client(server) -> OpenAI:
 def load(tmp_path_factory) -> soak.Load:
     prompts = soak.make_prompts(DEMO_MODEL, 40)
     log = tmp_path_factory.mktemp("soak") / "references.log"
-    ((_, (references, gaps)),) = run_child(soak.answer_densely, str(DEMO_MODEL), CUDA, prompts, log=log, seconds=600, env=engine_env(CUDA))
-    return soak.Load(prompts, references, gaps, REQUESTS, None, 40, soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU)
+    ((_, (references, gaps)),) = run_child(
+        soak.answer_densely,
+        str(DEMO_MODEL),
+        CUDA,
+        prompts,
+        log=log,
+        seconds=600,
+        env=engine_env(CUDA),
+    )
+    return soak.Load(
+        prompts,
+        references,
+        gaps,
+        REQUESTS,
+        None,
+        40,
+        soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +94,20 @@ def prompts() -> list[list[int]]:
 
 
 def complete(client, prompt, **options):
-    return client.completions.create(model="demo", prompt=prompt, temperature=0, **{"max_tokens": 8, **options})
+    return client.completions.create(
+        model="demo", prompt=prompt, temperature=0, **{"max_tokens": 8, **options}
+    )
 
 
 def check_full(server, load, name: str) -> tuple[soak.Outcome, dict]:
     """The load's outcome, once it is seen that a full server answers all and forgets all."""
     outcome, left = soak.put_under(load, server, plugin=True)
     # These are too few to speak of memory.
-    assert {k: v for k, v in soak.complaints(outcome, left, soak.ENGINES[name].exact).items() if k != "memory"} == {}
+    assert {
+        k: v
+        for k, v in soak.complaints(outcome, left, soak.ENGINES[name].exact).items()
+        if k != "memory"
+    } == {}
     assert outcome.done == REQUESTS and outcome.counts["given up"] > 10
     assert left["prefix_hit_tokens"] > 0
     return outcome, left
@@ -78,22 +116,30 @@ def check_full(server, load, name: str) -> tuple[soak.Outcome, dict]:
 def test_a_full_server_with_two_tiers_answers_all_and_forgets_all(server, load):
     outcome, left = check_full(server, load, "two-tiers")
     assert left["stats"]["layer_moves"] > 0 and left["stats"]["fetched_bytes"] > 0
-    # Every answer that dense attention and few pages agree on is one that paging cannot have spoilt.
+    # Every answer that dense attention and few pages agree on is one that paging cannot have
+    # spoilt.
     assert outcome.counts["wrong"] < 0.2 * REQUESTS
 
 
 @pytest.mark.parametrize(
-    "length", [1, soak.MAX_MODEL_LEN - 8, soak.MAX_MODEL_LEN - 1], ids=["one-token", "decodes-to-the-end", "longest"]
+    "length",
+    [1, soak.MAX_MODEL_LEN - 8, soak.MAX_MODEL_LEN - 1],
+    ids=["one-token", "decodes-to-the-end", "longest"],
 )
 def test_prompts_of_extreme_lengths_are_answered(client, prompts, length):
     long = (prompts[0] * 8)[:length]
-    assert complete(client, long, extra_body={"ignore_eos": True}).usage.completion_tokens == min(8, soak.MAX_MODEL_LEN - length)
+    assert complete(client, long, extra_body={"ignore_eos": True}).usage.completion_tokens == min(
+        8, soak.MAX_MODEL_LEN - length
+    )
 
 
 def test_a_prompt_beyond_the_model_is_refused_and_harms_nobody(client, prompts):
     before = complete(client, prompts[0]).choices[0].text
     # With the longest context no token is left to make, which is vLLM's sentence then.
-    for length, sentence in ((soak.MAX_MODEL_LEN, "max_tokens must be at least 1"), (soak.MAX_MODEL_LEN + 1, str(soak.MAX_MODEL_LEN))):
+    for length, sentence in (
+        (soak.MAX_MODEL_LEN, "max_tokens must be at least 1"),
+        (soak.MAX_MODEL_LEN + 1, str(soak.MAX_MODEL_LEN)),
+    ):
         with pytest.raises(BadRequestError, match=sentence):
             complete(client, (prompts[0] * 8)[:length])
     assert complete(client, prompts[0]).choices[0].text == before
@@ -105,19 +151,32 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
 
     class LeavesAlways(Random):
         def choices(self, population, *args, **kwargs):
-            return ["given up"] if "given up" in population else super().choices(population, *args, **kwargs)
+            return (
+                ["given up"]
+                if "given up" in population
+                else super().choices(population, *args, **kwargs)
+            )
 
     async def crowd() -> soak.Outcome:
         outcome = soak.Outcome()
         load = soak.Load(prompts, [[]] * len(prompts), [[]] * len(prompts), CLIENTS, None, CLIENTS)
         async with soak.client_session() as session:
-            await asyncio.gather(*(soak.ask(session, server.url, load, LeavesAlways(i), outcome) for i in range(CLIENTS)))
+            await asyncio.gather(
+                *(
+                    soak.ask(session, server.url, load, LeavesAlways(i), outcome)
+                    for i in range(CLIENTS)
+                )
+            )
         return outcome
 
     outcome = asyncio.run(crowd())
     assert outcome.counts["given up"] == CLIENTS and not outcome.failed
     left = soak.settle(server, prompts[0], plugin=True)
-    assert left["running"] == left["waiting"] == 0 and left["kv_cache_usage"] == 0 and left["books"]["requests"] <= 1
+    assert (
+        left["running"] == left["waiting"] == 0
+        and left["kv_cache_usage"] == 0
+        and left["books"]["requests"] <= 1
+    )
     assert complete(client, prompts[1]).choices[0].text == before
 
 
@@ -125,17 +184,33 @@ def in_shared_places(processes: list[psutil.Process]) -> set[Path]:
     """Files that processes hold in the machine's shared memory and in the folder of our metrics."""
     maps = "".join(Path(f"/proc/{process.pid}/maps").read_text() for process in processes)
     paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if line.count("/")}
-    return {Path(path) for path in paths if path.startswith("/dev/shm/") or "/specontext-metrics-" in path if Path(path).exists()}
+    return {
+        Path(path)
+        for path in paths
+        if path.startswith("/dev/shm/") or "/specontext-metrics-" in path
+        if Path(path).exists()
+    }
 
 
 def end_by_killing(server, client, prompt: list[int], title: str) -> None:
-    """Kill the server's process of that title in the middle of a step; a client in the middle of a stream hears of it, and nothing stays behind."""
+    """Kill the server's process of that title in the middle of a step; a client in the middle of a
+    stream hears of it, and nothing stays behind.
+    """
     processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     (victim,) = (process for process in processes if title in "".join(process.cmdline()))
     held = in_shared_places(processes)
-    assert any("specontext-metrics" in str(path) for path in held) and any(str(path).startswith("/dev/shm") for path in held)
-    # As long an answer as can be, so that it is not over before this process, on a busy machine, comes to kill.
-    stream = complete(client, prompt, max_tokens=soak.MAX_MODEL_LEN - len(prompt), stream=True, extra_body={"ignore_eos": True})
+    assert any("specontext-metrics" in str(path) for path in held) and any(
+        str(path).startswith("/dev/shm") for path in held
+    )
+    # As long an answer as can be, so that it is not over before this process, on a busy machine,
+    # comes to kill.
+    stream = complete(
+        client,
+        prompt,
+        max_tokens=soak.MAX_MODEL_LEN - len(prompt),
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
     next(iter(stream))
     # Stopped first, and long enough for whoever waits for it to be waiting.
     victim.suspend()
@@ -156,13 +231,17 @@ def test_a_killed_worker_ends_the_server_at_once(server, client, prompts):
     end_by_killing(server, client, prompts[0], "Worker")
 
 
-def test_where_a_worker_was_killed_another_server_starts_and_when_full_answers_all_exactly(following, load):
+def test_where_a_worker_was_killed_another_server_starts_and_when_full_answers_all_exactly(
+    following, load
+):
     _, left = check_full(following, load, "one-tier")
     assert left["preemptions"] > 0
 
 
 def test_a_killed_engine_ends_the_server_at_once(following, prompts):
     """The last test of this server."""
-    with OpenAI(base_url=f"{following.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+    with OpenAI(
+        base_url=f"{following.url}/v1", api_key="none", timeout=120, max_retries=0
+    ) as client:
         assert complete(client, prompts[1]).usage.completion_tokens == 8
         end_by_killing(following, client, prompts[0], "EngineCore")

@@ -1,4 +1,6 @@
-"""A minute of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's, and none between two tiers and one."""
+"""A minute of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's, and
+none between two tiers and one.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,24 @@ def answers(seed) -> dict:
 
 def test_random_mixes_of_requests_give_the_same_tokens_everywhere(answers, seed):
     for name, verdict in fuzz.judge(seed, answers, CUDA).items():
-        assert not verdict.wrong, f"{name}: SPECONTEXT_FUZZ_SEED={seed}: " + "\n".join(verdict.wrong)
-        assert verdict.counts["requests"] >= 3 * ROUNDS and verdict.counts["tokens"] > verdict.counts["requests"]
-        # What the demo model says after its answer hangs on near-ties, which a GPU's tf32 products decide.
+        assert not verdict.wrong, f"{name}: SPECONTEXT_FUZZ_SEED={seed}: " + "\n".join(
+            verdict.wrong
+        )
+        assert (
+            verdict.counts["requests"] >= 3 * ROUNDS
+            and verdict.counts["tokens"] > verdict.counts["requests"]
+        )
+        # What the demo model says after its answer hangs on near-ties, which a GPU's tf32 products
+        # decide.
         assert CUDA or verdict.counts["near ties"] < 0.05 * verdict.counts["requests"]
 
 
 def test_the_mixes_preempt_and_show_pages_that_are_left_out(answers, seed):
     assert all(answers["preemptions"].values()), answers["preemptions"]
     # Or the tokens would be the same whatever is read.
-    assert fuzz.judge(seed, {**answers, "specontext": answers["one tier"]}, CUDA)["budget over the context, against stock vLLM"].counts["wrong"] > 0
+    assert (
+        fuzz.judge(seed, {**answers, "specontext": answers["one tier"]}, CUDA)[
+            "budget over the context, against stock vLLM"
+        ].counts["wrong"]
+        > 0
+    )

@@ -1,4 +1,6 @@
-"""More requests than the memory holds, with one tier and with two: vLLM preempts and queues, all are answered, and the books end empty."""
+"""More requests than the memory holds, with one tier and with two: vLLM preempts and queues, all
+are answered, and the books end empty.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,28 @@ from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import sampling
 from tests.poison import poisoned_tiers, times_poisoned
 
-# Two long requests take nearly all of the pages, so that whatever runs beside them is preempted, and a third waits.
+# Two long requests take nearly all of the pages, so that whatever runs beside them is preempted,
+# and a third waits.
 SHAPE = {
-    "attention_backend": "specontext", "max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": 76,
-    # A request is let in by its first chunk's pages, and not only when there are pages for all of it: it is thrown out again more often.
+    "attention_backend": "specontext",
+    "max_model_len": 704,
+    "max_num_seqs": 3,
+    "num_gpu_blocks_override": 76,
+    # A request is let in by its first chunk's pages, and not only when there are pages for all of
+    # it: it is thrown out again more often.
     "scheduler_reserve_full_isl": False,
-}  # fmt: skip
+}
 BUDGET = 128
-SETTINGS = {"one-tier": {"budget": 1024}, "two-tiers": {"budget": BUDGET, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0055, "stickiness": 0}}
+SETTINGS = {
+    "one-tier": {"budget": 1024},
+    "two-tiers": {"budget": BUDGET, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0055, "stickiness": 0},
+}
 LONG, SHORT = (80, 90, 100), 45
 """Answer tokens; prompt and answer of a short one fit the budget."""
 RESETS = (8, 16, 24)
-"""Tokens of its answer after which a short request is preempted, with all that run, as often as there are numbers."""
+"""Tokens of its answer after which a short request is preempted, with all that run, as often as
+there are numbers.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +46,9 @@ def prompts() -> dict[str, list[int]]:
 
     def ids(seed: int, tokens: int) -> list[int]:
         messages = make_problem("needle", seed=seed, approx_tokens=tokens).messages
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
 
     long = {f"long {i}": ids(70 + i, 500 + 20 * i) for i in range(3)}
     short = {f"short {i}": ids(80 + i, 200)[-(BUDGET - SHORT) + 7 * i :] for i in range(4)}
@@ -47,21 +61,31 @@ def answer_length(name: str) -> int:
 
 
 def crowd(llm, prompts: dict[str, list[int]]) -> dict[str, dict]:
-    """All at once; "short 0", and what runs beside it, is preempted at each of ``RESETS`` too. After each step the books hold the running requests only."""
+    """All at once; "short 0", and what runs beside it, is preempted at each of ``RESETS`` too.
+    After each step the books hold the running requests only.
+    """
     core, resets = llm.llm_engine, list(RESETS)
     scheduler = core.engine_core.engine_core.scheduler
     for name, prompt in prompts.items():
-        core.add_request(name, {"prompt_token_ids": prompt}, sampling(max_tokens=answer_length(name)))
+        core.add_request(
+            name, {"prompt_token_ids": prompt}, sampling(max_tokens=answer_length(name))
+        )
     answers = {}
     while core.has_unfinished_requests():
         outputs = core.step()
         # A step's last tokens are heard of in the next.
         ended = sum(output.finished for output in outputs)
-        assert llm.collective_rpc("specontext_audit")[0].get("requests", 0) <= len(scheduler.running) + ended
+        assert (
+            llm.collective_rpc("specontext_audit")[0].get("requests", 0)
+            <= len(scheduler.running) + ended
+        )
         for output in outputs:
             tokens = list(output.outputs[0].token_ids)
             if output.finished:
-                answers[output.request_id] = {"tokens": tokens, "preempted": output.metrics.num_preemptions}
+                answers[output.request_id] = {
+                    "tokens": tokens,
+                    "preempted": output.metrics.num_preemptions,
+                }
             if output.request_id == "short 0" and resets and len(tokens) >= resets[0]:
                 resets.pop(0)
                 assert core.reset_prefix_cache(reset_running_requests=True)
@@ -69,7 +93,9 @@ def crowd(llm, prompts: dict[str, list[int]]) -> dict[str, dict]:
 
 
 def empty_steps(llm, prompts: dict[str, list[int]]) -> list[tuple[int, int]]:
-    """Abort whatever there is: before its first step, in prefill, in decode; ``(tokens, requests gone)`` of the steps that follow."""
+    """Abort whatever there is: before its first step, in prefill, in decode;
+    ``(tokens, requests gone)`` of the steps that follow.
+    """
     core = llm.llm_engine
     scheduler, steps = core.engine_core.engine_core.scheduler, []
     schedule = scheduler.schedule
@@ -100,10 +126,14 @@ def run(prompts, settings: dict) -> dict:
         out = {"crowd": crowd(llm, prompts), "stats": llm.collective_rpc("specontext_stats")[0]}
         out["empty steps"] = empty_steps(llm, prompts)
         out["books"] = llm.collective_rpc("specontext_audit")[0]
-        out["pages in use"] = [m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
+        out["pages in use"] = [
+            m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"
+        ]
         out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
         llm.reset_prefix_cache()
-        alone = llm.generate([{"prompt_token_ids": prompts["short 0"]}], sampling(max_tokens=SHORT), use_tqdm=False)
+        alone = llm.generate(
+            [{"prompt_token_ids": prompts["short 0"]}], sampling(max_tokens=SHORT), use_tqdm=False
+        )
         out["alone"] = list(alone[0].outputs[0].token_ids)
         return out
 
@@ -111,12 +141,18 @@ def run(prompts, settings: dict) -> dict:
 @pytest.fixture(scope="module", params=SETTINGS)
 def outcome(request, prompts) -> dict:
     settings = SETTINGS[request.param]
-    return {**run(prompts, settings), "tiers": "host_kv_gib" in settings, "budget": settings["budget"]}
+    return {
+        **run(prompts, settings),
+        "tiers": "host_kv_gib" in settings,
+        "budget": settings["budget"],
+    }
 
 
 @pytest.fixture(scope="module")
 def dense():
-    """How far each token of an answer is behind dense attention's likeliest, in logits, by transformers."""
+    """How far each token of an answer is behind dense attention's likeliest, in logits, by
+    transformers.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(DEMO_MODEL), dtype=torch.float32)
@@ -129,7 +165,9 @@ def dense():
     return behind
 
 
-def test_all_are_answered_and_where_the_budget_covers_them_as_densely_as_alone(outcome, prompts, dense):
+def test_all_are_answered_and_where_the_budget_covers_them_as_densely_as_alone(
+    outcome, prompts, dense
+):
     exact = 0
     for name, prompt in prompts.items():
         got = outcome["crowd"][name]["tokens"]
@@ -147,7 +185,11 @@ def test_the_storm_happened(outcome):
     # Beside those that were asked for, vLLM ran out of pages in the middle of answers.
     assert preempted["short 0"] > len(RESETS) and preempted["long 2"] > 0
     if outcome["tiers"]:
-        assert outcome["stats"]["layer_moves"] > 0 and outcome["stats"]["fetched_bytes"] > 0 and outcome["poisoned"] > 100
+        assert (
+            outcome["stats"]["layer_moves"] > 0
+            and outcome["stats"]["fetched_bytes"] > 0
+            and outcome["poisoned"] > 100
+        )
 
 
 def test_a_step_with_nothing_in_it_only_lets_go(outcome):

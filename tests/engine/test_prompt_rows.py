@@ -1,4 +1,6 @@
-"""Prompts are dense whatever their chunks are, and a warm cache answers as a cold one: float32, real weights, a budget far below the context."""
+"""Prompts are dense whatever their chunks are, and a warm cache answers as a cold one: float32,
+real weights, a budget far below the context.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import sampling
 
 CLOSE = 2e-2 if torch.cuda.is_available() else 1e-3
-"""Of log-probabilities; on a GPU float32 products run on tf32 units, in other orders for other chunks."""
+"""Of log-probabilities; on a GPU float32 products run on tf32 units, in other orders for other
+chunks.
+"""
 
 
 def at_once(llm, tokens: int) -> None:
@@ -18,17 +22,23 @@ def at_once(llm, tokens: int) -> None:
 
 
 def generate(llm, prompts, **changes):
-    return llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(**changes), use_tqdm=False)
+    return llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], sampling(**changes), use_tqdm=False
+    )
 
 
 def beside_a_decode_row(llm, neighbour, prompt):
     """The prompt's output; its neighbour decodes all the while."""
     asked = [sampling(max_tokens=180), sampling(prompt_logprobs=0, logprobs=5)]
-    return llm.generate([{"prompt_token_ids": p} for p in (neighbour, prompt)], asked, use_tqdm=False)[1]
+    return llm.generate(
+        [{"prompt_token_ids": p} for p in (neighbour, prompt)], asked, use_tqdm=False
+    )[1]
 
 
 def prompt_logprobs(output) -> torch.Tensor:
-    return torch.tensor([next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]])
+    return torch.tensor(
+        [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]]
+    )
 
 
 def first_logprobs(output) -> dict[int, float]:
@@ -53,9 +63,18 @@ def next_turn(llm, prompt, more):
 
 @pytest.fixture(scope="module")
 def outputs(prompts):
-    settings = {"specontext": {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16}}
+    settings = {
+        "specontext": {
+            "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
+            "budget": 64,
+            "sink_tokens": 16,
+            "recent_tokens": 16,
+        }
+    }
     found = {}
-    with engine(max_model_len=896, attention_backend="specontext", additional_config=settings) as llm:
+    with engine(
+        max_model_len=896, attention_backend="specontext", additional_config=settings
+    ) as llm:
         prompt = prompts[-2][:160]
         for room in (255, 1):
             at_once(llm, room)

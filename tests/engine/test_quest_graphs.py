@@ -1,4 +1,6 @@
-"""Selections per layer inside captured decode graphs: the same tokens as without graphs, and those of quest's own selection."""
+"""Selections per layer inside captured decode graphs: the same tokens as without graphs, and those
+of quest's own selection.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,19 @@ def answers(retriever: str, **changes) -> tuple[list[str], list[str], dict]:
     """To six problems at once, to each of them alone, and the counts of the former."""
     from vllm import SamplingParams
 
-    problems = [make_problem("needle" if i % 2 else "recitation", seed=900 + i, approx_tokens=1200 + 80 * i) for i in range(6)]
+    problems = [
+        make_problem("needle" if i % 2 else "recitation", seed=900 + i, approx_tokens=1200 + 80 * i)
+        for i in range(6)
+    ]
     settings = {"specontext": {"retriever": retriever, "budget": BUDGET}}
     params = SamplingParams(temperature=0, max_tokens=60)
-    with engine(attention_backend="specontext", additional_config=settings, max_model_len=2048, num_gpu_blocks_override=None, **changes) as llm:
+    with engine(
+        attention_backend="specontext",
+        additional_config=settings,
+        max_model_len=2048,
+        num_gpu_blocks_override=None,
+        **changes,
+    ) as llm:
         together = llm.chat([p.messages for p in problems], params, use_tqdm=False)
         stats = llm.collective_rpc("specontext_stats")[0]
         alone = [llm.chat([p.messages], params, use_tqdm=False)[0] for p in problems]

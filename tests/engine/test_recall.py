@@ -1,4 +1,6 @@
-"""Does the demo model still answer when each step reads 512 of 8,000 tokens? With controls that show the test can fail."""
+"""Does the demo model still answer when each step reads 512 of 8,000 tokens? With controls that
+show the test can fail.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +22,48 @@ NEEDLES, RECITATIONS, TOKENS, BUDGET = 5, 2, 8000, 512
 def ask(llm, problems) -> list[float]:
     from vllm import SamplingParams
 
-    params = [SamplingParams(temperature=0, max_tokens=24 + 2 * len(p.answer.split())) for p in problems]
+    params = [
+        SamplingParams(temperature=0, max_tokens=24 + 2 * len(p.answer.split())) for p in problems
+    ]
     replies = llm.chat([p.messages for p in problems], params, use_tqdm=False)
     return [score(p, r.outputs[0].text) for p, r in zip(problems, replies)]
 
 
 @pytest.fixture(scope="module")
 def llm():
-    # Started as quest, which keeps bounds from the start (the head must then be named), and with a budget that makes a GPU's page table
-    # wide enough for every retriever. Selections per layer that change cannot be held by captured graphs.
-    settings = {"budget": 12288, "retriever": "quest", "retrieval_head": str(DEMO_MODEL / "retrieval_head")}
+    # Started as quest, which keeps bounds from the start (the head must then be named), and with a
+    # budget that makes a GPU's page table wide enough for every retriever. Selections per layer
+    # that change cannot be held by captured graphs.
+    settings = {
+        "budget": 12288,
+        "retriever": "quest",
+        "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
+    }
     with engine(
-        attention_backend="specontext", additional_config={"specontext": settings},
-        max_model_len=12288, max_num_batched_tokens=4096, num_gpu_blocks_override=None, enforce_eager=True,
-        dtype="bfloat16" if torch.cuda.is_available() else "float32", **forcing.engine_arguments(torch.cuda.is_available()),
-    ) as running:  # fmt: skip
+        attention_backend="specontext",
+        additional_config={"specontext": settings},
+        max_model_len=12288,
+        max_num_batched_tokens=4096,
+        num_gpu_blocks_override=None,
+        enforce_eager=True,
+        dtype="bfloat16" if torch.cuda.is_available() else "float32",
+        **forcing.engine_arguments(torch.cuda.is_available()),
+    ) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def results(llm):
-    """Scores by retriever. All ask the same prompts; the first fills the prefix cache, the others decode behind its pages."""
-    problems = [make_problem("needle", seed=500 + i, approx_tokens=TOKENS, layout=LAYOUTS[i % len(LAYOUTS)]) for i in range(NEEDLES)]
-    problems += [make_problem("recitation", seed=600 + i, approx_tokens=TOKENS) for i in range(RECITATIONS)]
+    """Scores by retriever. All ask the same prompts; the first fills the prefix cache, the others
+    decode behind its pages.
+    """
+    problems = [
+        make_problem("needle", seed=500 + i, approx_tokens=TOKENS, layout=LAYOUTS[i % len(LAYOUTS)])
+        for i in range(NEEDLES)
+    ]
+    problems += [
+        make_problem("recitation", seed=600 + i, approx_tokens=TOKENS) for i in range(RECITATIONS)
+    ]
     out = {}
     for retriever in get_args(Retriever):
         llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": BUDGET})
@@ -52,9 +73,12 @@ def results(llm):
         scores = ask(llm, asked)
         stats = llm.collective_rpc("specontext_stats")[0]
         out[retriever] = {
-            **{kind: [s for p, s in zip(asked, scores) if p.kind == kind] for kind in ("needle", "recitation")},
+            **{
+                kind: [s for p, s in zip(asked, scores) if p.kind == kind]
+                for kind in ("needle", "recitation")
+            },
             "read": stats["pages_read"] / stats["pages_total"],
-        }  # fmt: skip
+        }
     return out
 
 
@@ -76,7 +100,8 @@ def test_the_retrieval_head_keeps_the_answers(results, kind):
 @pytest.mark.parametrize("retriever", ["recent", "random"])
 def test_other_pages_do_not(results, retriever):
     assert mean(results[retriever]["needle"] + results[retriever]["recitation"]) <= 0.3
-    # As many pages; the shares differ a little, since longer answers are measured over longer contexts.
+    # As many pages; the shares differ a little, since longer answers are measured over longer
+    # contexts.
     assert results[retriever]["read"] == pytest.approx(results["dlm"]["read"], rel=0.05)
 
 
@@ -113,10 +138,17 @@ def test_a_second_turn_behind_a_prefix_hit_answers_as_without_it(llm):
 
 
 def test_the_fallback_reads_four_budgets_where_the_head_is_not_sure(llm):
-    problem = make_problem("needle", seed=500, approx_tokens=TOKENS, layout=LAYOUTS[0])  # its pages are in the prefix cache
+    problem = make_problem(
+        "needle", seed=500, approx_tokens=TOKENS, layout=LAYOUTS[0]
+    )  # its pages are in the prefix cache
     read = {}
     for threshold in (0.0, 1.0):
-        settings = {"retriever": "dlm", "budget": 128, "recent_tokens": 32, "confidence_threshold": threshold}
+        settings = {
+            "retriever": "dlm",
+            "budget": 128,
+            "recent_tokens": 32,
+            "confidence_threshold": threshold,
+        }
         assert settings.items() <= llm.collective_rpc("specontext_set", kwargs=settings)[0].items()
         llm.collective_rpc("specontext_stats", args=(True,))
         ask(llm, [problem])
@@ -128,22 +160,34 @@ def test_the_fallback_reads_four_budgets_where_the_head_is_not_sure(llm):
 
 
 def test_forced_tokens_have_the_probabilities_of_decode_steps(llm):
-    """Forcing what the model says anyway changes nothing; a retriever that misses the passage gives its tokens less."""
+    """Forcing what the model says anyway changes nothing; a retriever that misses the passage gives
+    its tokens less.
+    """
     from vllm import SamplingParams
 
     on_gpu = torch.cuda.is_available()
     messages = make_problem("recitation", seed=600, approx_tokens=TOKENS).messages
     means = {}
-    llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm", "budget": BUDGET, "recent_tokens": 64})
-    free = llm.chat(messages, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0), use_tqdm=False)[0].outputs[0]
+    llm.collective_rpc(
+        "specontext_set", kwargs={"retriever": "dlm", "budget": BUDGET, "recent_tokens": 64}
+    )
+    free = llm.chat(
+        messages,
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0),
+        use_tqdm=False,
+    )[0].outputs[0]
     tokens = list(free.token_ids)
     for retriever in ("dlm", "recent"):
         llm.collective_rpc("specontext_set", kwargs={"retriever": retriever})
-        output = llm.chat(messages, forcing.forced_params(tokens, on_gpu), use_tqdm=False)[0].outputs[0]
+        output = llm.chat(messages, forcing.forced_params(tokens, on_gpu), use_tqdm=False)[
+            0
+        ].outputs[0]
         found = forcing.log_probabilities(output, tokens)
         means[retriever] = sum(found) / len(found)
         if retriever == "dlm":
-            assert found == pytest.approx(forcing.log_probabilities(free, tokens), abs=1e-4 if not on_gpu else 0.05)
+            assert found == pytest.approx(
+                forcing.log_probabilities(free, tokens), abs=1e-4 if not on_gpu else 0.05
+            )
     assert means["recent"] < means["dlm"] - 1
     with pytest.raises(RuntimeError, match="number 3 on"):
         forcing.log_probabilities(free, [*tokens[:3], tokens[3] + 1, *tokens[4:]])

@@ -49,9 +49,15 @@ raise RuntimeError("Engine core initialization failed.")
     ],
 )
 def test_the_sentence_is_the_last_line_once_and_alone(tmp_path, case, last):
-    done = subprocess.run([sys.executable, "-c", CHILD, case, tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, case, tmp_path], capture_output=True, text=True, check=False
+    )
     lines = done.stderr.splitlines()[-len(last) :]
-    assert done.returncode == 1 and [line.partition("https://")[0].rstrip() if "visit" in line else line for line in lines] == last, done.stderr
+    assert (
+        done.returncode == 1
+        and [line.partition("https://")[0].rstrip() if "visit" in line else line for line in lines]
+        == last
+    ), done.stderr
 
 
 @pytest.mark.parametrize("method", STARTING)
@@ -63,8 +69,9 @@ def test_a_worker_s_refusal_at_its_start_is_left_for_the_front_end(tmp_path, met
     # A method of ours stands before the base's; what it does with the base's refusal is the same.
     worker = type("Worker", (SpeContextWorkerMixin, base), {})()
     for folder in (None, str(tmp_path / "of another machine"), str(tmp_path)):
-        worker.vllm_config = SimpleNamespace(observability_config=SimpleNamespace(**{METRICS_FOLDER: folder}))
+        worker.vllm_config = SimpleNamespace(
+            observability_config=SimpleNamespace(**{METRICS_FOLDER: folder})
+        )
         with pytest.raises(ConfigError):
             getattr(worker, method)()
     assert (tmp_path / FILE).read_text() == "budget: found 64."
-

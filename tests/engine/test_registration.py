@@ -1,4 +1,6 @@
-"""The plugin in a process: lazy, idempotent, picklable in spawned children, and nobody else's backend changes."""
+"""The plugin in a process: lazy, idempotent, picklable in spawned children, and nobody else's
+backend changes.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_registering_loads_neither_torch_nor_vllm():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_not_loaded_it_our_backend(member, tmp_path):
+def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_not_loaded_it_our_backend(
+    member, tmp_path
+):
     from vllm.config import VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -60,7 +64,11 @@ def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_no
     for path, kept in zip(pickles, (config, member)):
         path.write_bytes(pickle.dumps(kept))
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_CHILD, *pickles], capture_output=True, text=True, check=False, env=os.environ | {"VLLM_PLUGINS": ""}
+        [sys.executable, "-c", IN_A_CHILD, *pickles],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"VLLM_PLUGINS": ""},
     )
     assert done.returncode == 0, done.stderr
     printed = done.stdout.strip().splitlines()
@@ -69,7 +77,14 @@ def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_no
     assert "Registered new attention backend" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: cloudpickle.loads(cloudpickle.dumps(m))])
+@pytest.mark.parametrize(
+    "copier",
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: cloudpickle.loads(cloudpickle.dumps(m)),
+    ],
+)
 def test_copies_are_the_member_itself(member, copier):
     assert copier(member) is member
 
@@ -94,7 +109,10 @@ def test_the_platform_is_wrapped_once_and_asks_only_when_selected(member):
         selector = SimpleNamespace(use_mla=False, use_sparse=False, kv_cache_dtype="auto")
         assert "specontext" in current_platform.get_attn_backend_cls(member, selector)
         for other in (None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN):
-            assert current_platform.get_attn_backend_cls(other, selector) == AttentionBackendEnum.CPU_ATTN.get_path()
+            assert (
+                current_platform.get_attn_backend_cls(other, selector)
+                == AttentionBackendEnum.CPU_ATTN.get_path()
+            )
 
 
 def test_the_name_answers_to_the_enum(member):
@@ -104,7 +122,9 @@ def test_the_name_answers_to_the_enum(member):
 
 
 def test_our_kernels_folder_is_not_taken_for_the_package_vllm_probes_for(member):
-    """Named regression: run from the repository's root, vLLM logged that triton_kernels.matmul is missing."""
+    """Named regression: run from the repository's root, vLLM logged that triton_kernels.matmul is
+    missing.
+    """
     found = importlib.util.find_spec("triton_kernels")
     # vLLM's builds for GPUs bring that package from 0.33 on.
     assert found is None or found.name.startswith("vllm.")
@@ -116,13 +136,18 @@ def test_settings_that_another_backend_leaves_unread_are_named(monkeypatch):
     from specontext_vllm.engine.registration import warn_of_unread_settings
 
     said = []
-    monkeypatch.setattr(logger, "init_logger", lambda name: SimpleNamespace(warning_once=said.append))
+    monkeypatch.setattr(
+        logger, "init_logger", lambda name: SimpleNamespace(warning_once=said.append)
+    )
     for additional in (None, {}, {"other": 1}):
         warn_of_unread_settings(SimpleNamespace(additional_config=additional))
     assert said == []
     warn_of_unread_settings(SimpleNamespace(additional_config={"specontext": {"budget": 128}}))
     (sentence,) = said
-    assert sentence.startswith("additional_config.specontext: found settings, which nothing reads without --attention-backend specontext")
+    assert sentence.startswith(
+        "additional_config.specontext: found settings, which nothing reads without "
+        "--attention-backend specontext"
+    )
 
 
 def test_a_backend_for_each_kind_of_layer_is_refused_where_one_is_ours():
@@ -131,11 +156,22 @@ def test_a_backend_for_each_kind_of_layer_is_refused_where_one_is_ours():
 
     def config(backend, **kinds):
         named = {kind: SimpleNamespace(name=name) for kind, name in kinds.items()}
-        return SimpleNamespace(attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend), backend_per_kind=named))
+        return SimpleNamespace(
+            attention_config=SimpleNamespace(
+                backend=backend and SimpleNamespace(name=backend), backend_per_kind=named
+            )
+        )
 
     for backend in (None, "FLASH_ATTN", "SPECONTEXT"):
         refuse_backend_per_kind(config(backend))
     refuse_backend_per_kind(config("FLASH_ATTN", full_attention="TRITON_ATTN"))
-    for wrong in (config(None, full_attention="SPECONTEXT"), config("SPECONTEXT", full_attention="CPU_ATTN"), config("FLASH_ATTN", sliding="SPECONTEXT")):
-        with pytest.raises(ConfigError, match=r"^--attention-config.backend_per_kind: found \{.*; leave it out and use --attention-backend specontext\.$"):
+    for wrong in (
+        config(None, full_attention="SPECONTEXT"),
+        config("SPECONTEXT", full_attention="CPU_ATTN"),
+        config("FLASH_ATTN", sliding="SPECONTEXT"),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match=r"^--attention-config.backend_per_kind: found \{.*; leave it out and use --attention-backend specontext\.$",
+        ):
             refuse_backend_per_kind(wrong)

@@ -13,12 +13,24 @@ from specontext_vllm.retrieval.retriever import Retriever
 
 @pytest.fixture
 def runtime(device):
-    """One without a model, with a retriever that has no head and a page table of 512 tokens; nothing is captured."""
+    """One without a model, with a retriever that has no head and a page table of 512 tokens;
+    nothing is captured.
+    """
     config = SpeContextConfig(retriever="recent", budget=256)
-    retriever = Retriever(config, None, lambda ids: ids, num_kv_heads=2, max_model_len=1024, table_pages=32, device=device)
+    retriever = Retriever(
+        config,
+        None,
+        lambda ids: ids,
+        num_kv_heads=2,
+        max_model_len=1024,
+        table_pages=32,
+        device=device,
+    )
     bare = object.__new__(Runtime)
     bare.config, bare.retriever, bare.selector, bare._max_model_len = config, retriever, None, 1024
-    bare.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE))
+    bare.vllm_config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE)
+    )
     return bare
 
 
@@ -26,18 +38,30 @@ def test_what_is_not_named_stays(runtime):
     runtime.set(confidence_threshold=0.25, fallback_budget=512)
     found = runtime.set("random", 128, recent_tokens=32)
     assert (found["retriever"], found["budget"], found["recent_tokens"]) == ("random", 128, 32)
-    assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (0.25, 512, 1.0)
+    assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (
+        0.25,
+        512,
+        1.0,
+    )
     assert runtime.retriever.config.model_dump() == found
     assert runtime.set(confidence_threshold=0.0)["confidence_threshold"] == 0.0
 
 
-def test_a_budget_below_the_one_of_the_start_is_said_to_leave_the_prefix_cache_as_it_was(runtime, monkeypatch):
+def test_a_budget_below_the_one_of_the_start_is_said_to_leave_the_prefix_cache_as_it_was(
+    runtime, monkeypatch
+):
     told = []
-    monkeypatch.setattr(runtime_module.logger, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(
+        runtime_module.logger, "warning", lambda text, *values: told.append(text % values)
+    )
     runtime.set(budget=256)
     assert not told
     runtime.set(budget=128)
-    assert len(told) == 1 and "over 128 tokens are read in part now" in told[0] and "up to 256" in told[0]
+    assert (
+        len(told) == 1
+        and "over 128 tokens are read in part now" in told[0]
+        and "up to 256" in told[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,13 +96,21 @@ def test_auto_leaves_a_reserve_and_takes_no_more_than_requests_can_fill():
     assert recommended_host_bytes(20 * gib, 500 * gib) == 12 * gib
     assert recommended_host_bytes(500 * gib, 1000 * gib) == 450 * gib
     assert recommended_host_bytes(500 * gib, 80 * gib) == 80 * gib
-    with pytest.raises(ConfigError, match=r"host_kv_gib: found 'auto', but this machine has 7\.00 GiB of memory free, all within the 8\.00 GiB that auto leaves alone"):
+    with pytest.raises(
+        ConfigError,
+        match=r"host_kv_gib: found 'auto', but this machine has 7\.00 GiB of memory free, all within the 8\.00 GiB that auto leaves alone",
+    ):
         recommended_host_bytes(7 * gib, 80 * gib)
 
 
 def test_engines_on_one_machine_share_what_was_asked_for():
     assert asked_host_bytes(40, 41 << 30, 1) == asked_host_bytes(40, 20 << 30, 2) == 40 << 30
-    with pytest.raises(ConfigError, match=r"host_kv_gib: found 40, of which this engine takes 20\.00 GiB, but this machine has 19\.00 GiB of memory free; lower it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"host_kv_gib: found 40, of which this engine takes 20\.00 GiB, but this machine has 19\.00 GiB of memory free; lower it",
+    ):
         asked_host_bytes(40, 19 << 30, 2)
-    with pytest.raises(ConfigError, match=r"takes 20\.00000 GiB, but this machine has 19\.99999 GiB"):
+    with pytest.raises(
+        ConfigError, match=r"takes 20\.00000 GiB, but this machine has 19\.99999 GiB"
+    ):
         asked_host_bytes(40, (20 << 30) - 10_000, 2)

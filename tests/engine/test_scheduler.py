@@ -1,4 +1,6 @@
-"""What our schedulers ask of the prefix cache and of sessions; vLLM's own scheduler and pages, no model."""
+"""What our schedulers ask of the prefix cache and of sessions; vLLM's own scheduler and pages, no
+model.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,16 @@ init_none_hash(sha256)
 @pytest.fixture(scope="module")
 def vllm_config():
     args = EngineArgs(
-        model=str(DEMO_MODEL), dtype="float32", max_model_len=512, max_num_seqs=4, max_num_batched_tokens=512, enforce_eager=True, gpu_memory_utilization=0.1,
-        attention_backend="specontext", additional_config={"specontext": {"budget": 112}},
-    )  # fmt: skip
+        model=str(DEMO_MODEL),
+        dtype="float32",
+        max_model_len=512,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        enforce_eager=True,
+        gpu_memory_utilization=0.1,
+        attention_backend="specontext",
+        additional_config={"specontext": {"budget": 112}},
+    )
     return args.create_engine_config()
 
 
@@ -33,7 +42,9 @@ def make(vllm_config, cls, **settings):
     given = vllm_config.additional_config
     vllm_config.additional_config = {**given, "specontext": {**given["specontext"], **settings}}
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    kv = KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    kv = KVCacheConfig(
+        num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
     vllm_config.cache_config.num_gpu_blocks = kv.num_blocks
     try:
         return cls(vllm_config, kv, StructuredOutputManager(vllm_config), block_size=16)
@@ -44,7 +55,14 @@ def make(vllm_config, cls, **settings):
 def request(name: str, tokens: list[int], answer: int, *, resumable: bool = False) -> Request:
     sampling = SamplingParams(temperature=0, max_tokens=answer, stop_token_ids=[STOP])
     sampling.update_from_generation_config({}, None)
-    return Request(name, list(tokens), sampling, None, resumable=resumable, block_hasher=get_request_block_hasher(16, sha256))
+    return Request(
+        name,
+        list(tokens),
+        sampling,
+        None,
+        resumable=resumable,
+        block_hasher=get_request_block_hasher(16, sha256),
+    )
 
 
 def step(scheduler, token: int = 9):
@@ -56,7 +74,12 @@ def step(scheduler, token: int = 9):
 
 def finish(scheduler, out, token: int) -> None:
     names = list(out.num_scheduled_tokens)
-    scheduler.update_from_output(out, ModelRunnerOutput(names, {name: row for row, name in enumerate(names)}, [[token] for _ in names]))
+    scheduler.update_from_output(
+        out,
+        ModelRunnerOutput(
+            names, {name: row for row, name in enumerate(names)}, [[token] for _ in names]
+        ),
+    )
 
 
 def hit(scheduler, tokens: list[int]) -> int:
@@ -83,9 +106,17 @@ def run(scheduler, prompt: list[int], answer: int) -> list[int]:
         (200, {"budget": 512}, 288),
         (200, {"retriever": "dense"}, 288),
     ],
-    ids=["beyond the budget: the prompt", "within it: the budget", "cache_generated: all", "budget over the context: all", "dense: all"],
+    ids=[
+        "beyond the budget: the prompt",
+        "within it: the budget",
+        "cache_generated: all",
+        "budget over the context: all",
+        "dense: all",
+    ],
 )
-def test_pages_of_generated_tokens_are_cached_where_their_kv_is_exact(vllm_config, cls, length, settings, kept):
+def test_pages_of_generated_tokens_are_cached_where_their_kv_is_exact(
+    vllm_config, cls, length, settings, kept
+):
     scheduler = make(vllm_config, cls, **settings)
     tokens = run(scheduler, list(range(100, 100 + length)), 100)
     assert hit(scheduler, tokens) == min(kept, len(tokens) // 16 * 16)
@@ -120,7 +151,9 @@ def test_a_sessions_answers_stay_out_of_the_cache_though_they_become_its_prompt(
 
 @pytest.mark.parametrize(("length", "start"), [(20, 16), (31, 16), (32, 32), (33, 32), (9, 0)])
 def test_a_session_goes_on_from_a_page_whose_end_the_head_knows(vllm_config, length, start):
-    """Its last chunk's answer ended while the next step was under way, with a token that was then discarded."""
+    """Its last chunk's answer ended while the next step was under way, with a token that was then
+    discarded.
+    """
     scheduler = make(vllm_config, SpeContextAsyncScheduler)
     prompt, more = list(range(100, 100 + length)), list(range(400, 420))
     scheduler.add_request(request("session", prompt, 50, resumable=True))

@@ -1,4 +1,6 @@
-"""A real `vllm serve` process with the demo model, asked by the real OpenAI client; and starts that must fail."""
+"""A real `vllm serve` process with the demo model, asked by the real OpenAI client; and starts that
+must fail.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,21 @@ def needle(seed: int, tokens: int) -> Problem:
 
 
 def reply(client: OpenAI, problem: Problem) -> str:
-    answer = client.chat.completions.create(model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS)
+    answer = client.chat.completions.create(
+        model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS
+    )
     return answer.choices[0].message.content
 
 
 def test_a_chat_finds_the_needle_and_reads_few_pages(server, client):
     problem = needle(1, 3000)
     server.rpc("specontext_stats", reset=True)
-    answer = client.chat.completions.create(model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS)
-    assert score(problem, answer.choices[0].message.content) == 1.0, answer.choices[0].message.content
+    answer = client.chat.completions.create(
+        model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS
+    )
+    assert score(problem, answer.choices[0].message.content) == 1.0, answer.choices[
+        0
+    ].message.content
     assert answer.choices[0].finish_reason == "stop"
     assert 2000 < answer.usage.prompt_tokens < 4000
     stats = server.rpc("specontext_stats")
@@ -50,9 +58,13 @@ def test_streaming_gives_the_same_text_piece_by_piece(client):
     problem = needle(2, 2000)
     whole = reply(client, problem)
     stream = client.chat.completions.create(
-        model="demo", messages=problem.messages, temperature=0, max_tokens=REPLY_TOKENS, stream=True,
+        model="demo",
+        messages=problem.messages,
+        temperature=0,
+        max_tokens=REPLY_TOKENS,
+        stream=True,
         stream_options={"include_usage": True},
-    )  # fmt: skip
+    )
     parts, usage = [], None
     for chunk in stream:
         usage = chunk.usage or usage
@@ -69,13 +81,22 @@ def test_concurrent_requests_answer_as_alone(client):
         together = list(pool.map(lambda problem: reply(client, problem), problems))
     alone = [reply(client, problem) for problem in problems]
     assert together == alone
-    assert sum(score(problem, text) for problem, text in zip(problems, together, strict=True)) >= len(problems) - 1, together
+    assert (
+        sum(score(problem, text) for problem, text in zip(problems, together, strict=True))
+        >= len(problems) - 1
+    ), together
 
 
 def test_an_aborted_stream_leaves_the_server_well(client):
     problem = needle(3, 2000)
     expected = reply(client, problem)
-    with client.chat.completions.create(model="demo", messages=problem.messages, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}) as stream:  # fmt: skip
+    with client.chat.completions.create(
+        model="demo",
+        messages=problem.messages,
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
         next(iter(stream))
     assert reply(client, problem) == expected
 
@@ -89,7 +110,9 @@ REFUSALS = {
 
 @pytest.fixture(scope="session")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and stderr of the starts in ``REFUSALS``, all at once to save time: each mostly imports vLLM."""
+    """Exit code and stderr of the starts in ``REFUSALS``, all at once to save time: each mostly
+    imports vLLM.
+    """
     headless = tmp_path_factory.mktemp("headless")
     for file in DEMO_MODEL.iterdir():
         if file.is_file():
@@ -97,11 +120,22 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     processes = {}
     for name, (settings, _) in REFUSALS.items():
         command = serve_command(
-            headless if name == "no head" else DEMO_MODEL, "--attention-backend", "specontext", "--port", "0",
-            "--additional-config", json.dumps({"specontext": settings}), *device_arguments(),
-        )  # fmt: skip
+            headless if name == "no head" else DEMO_MODEL,
+            "--attention-backend",
+            "specontext",
+            "--port",
+            "0",
+            "--additional-config",
+            json.dumps({"specontext": settings}),
+            *device_arguments(),
+        )
         processes[name] = subprocess.Popen(
-            command, cwd=headless, env=server_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=headless,
+            env=server_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     results = {}
     for name, process in processes.items():

@@ -15,20 +15,33 @@ SIDECAR = {"specontext": {"sidecar": "ray"}}
 
 def test_ray_is_not_installed(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find_spec(name, *rest))
-    with pytest.raises(ConfigError, match=r"sidecar: found 'ray', but Ray is not installed; pip install 'specontext-vllm\[sidecar\]'"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "ray" else find_spec(name, *rest),
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"sidecar: found 'ray', but Ray is not installed; pip install 'specontext-vllm\[sidecar\]'",
+    ):
         prepare_vllm_config(vllm_config(SIDECAR))
 
 
 def test_several_workers():
     pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match="sidecar: found 'ray' with --tensor-parallel-size 2; .*use sidecar inline"):
+    with pytest.raises(
+        ConfigError,
+        match="sidecar: found 'ray' with --tensor-parallel-size 2; .*use sidecar inline",
+    ):
         prepare_vllm_config(vllm_config(SIDECAR, parallel={"tensor_parallel_size": 2}))
 
 
 def test_vllms_own_ray_executor():
     pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match="sidecar: found 'ray' with --distributed-executor-backend ray; .*use sidecar inline"):
+    with pytest.raises(
+        ConfigError,
+        match="sidecar: found 'ray' with --distributed-executor-backend ray; .*use sidecar inline",
+    ):
         prepare_vllm_config(vllm_config(SIDECAR, parallel={"use_ray": True}))
 
 

@@ -1,4 +1,6 @@
-"""What the checks of the soak benchmark find when something is wrong. Its load on real servers is in test_faults.py."""
+"""What the checks of the soak benchmark find when something is wrong. Its load on real servers is
+in test_faults.py.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_no_connection_serves_two_requests():
         app = web.Application()
         app.router.add_post("/v1/completions", answer)
         async with TestServer(app) as server:
-            target = SimpleNamespace(url=str(server.make_url("/")).rstrip("/"), resident_bytes=lambda: 1)
+            target = SimpleNamespace(
+                url=str(server.make_url("/")).rstrip("/"), resident_bytes=lambda: 1
+            )
             return await soak.apply_load(target, soak.Load([[1]], [[7]], [[1.0]], 12, None, 2))
 
     outcome = asyncio.run(run())
@@ -37,33 +41,83 @@ def test_no_connection_serves_two_requests():
 
 
 def test_complaints_name_what_is_wrong():
-    outcome = soak.Outcome(Counter(whole=100, wrong=1, failed=1), ["prompt 3"], ["prompt 4: TimeoutError"])
+    outcome = soak.Outcome(
+        Counter(whole=100, wrong=1, failed=1), ["prompt 3"], ["prompt 4: TimeoutError"]
+    )
     outcome.memory = [(float(i), i, 1000 + i * 10) for i in range(100)]
     left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.25, "books": {"requests": 2}}
-    assert set(soak.complaints(outcome, left, True)) == {"wrong tokens", "failed requests", "memory", "requests left", "lanes left"}
+    assert set(soak.complaints(outcome, left, True)) == {
+        "wrong tokens",
+        "failed requests",
+        "memory",
+        "requests left",
+        "lanes left",
+    }
     calm = soak.Outcome(Counter(whole=100), memory=[(float(i), i, 1000) for i in range(100)])
-    assert soak.complaints(calm, {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "books": {}}, True) == {}
+    assert (
+        soak.complaints(
+            calm, {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "books": {}}, True
+        )
+        == {}
+    )
 
 
 def test_an_earlier_run_is_judged_as_a_new_one():
-    left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "preemptions": 2, "prefix_hit_tokens": 64, "books": {}, "stats": {}}
+    left = {
+        "running": 0,
+        "waiting": 0,
+        "kv_cache_usage": 0.0,
+        "preemptions": 2,
+        "prefix_hit_tokens": 64,
+        "books": {},
+        "stats": {},
+    }
 
     def engine(date: str, growth: int, **more) -> dict:
         memory = [(float(i), i, 1000 + i * growth) for i in range(101)]
-        return {"date": date, "command": "c", "commit": "x", "counts": {"whole": 100}, "wrong": [], "failed": [], "memory": memory, "seconds": 50, "left": left, **more}
+        return {
+            "date": date,
+            "command": "c",
+            "commit": "x",
+            "counts": {"whole": 100},
+            "wrong": [],
+            "failed": [],
+            "memory": memory,
+            "seconds": 50,
+            "left": left,
+            **more,
+        }
 
-    result = Report("soak", "", soak.TABLES, details={"stock": engine("today", 20, partings=[0.01, 0.02]), "one-tier": engine("yesterday", 10)})
+    result = Report(
+        "soak",
+        "",
+        soak.TABLES,
+        details={
+            "stock": engine("today", 20, partings=[0.01, 0.02]),
+            "one-tier": engine("yesterday", 10),
+        },
+    )
     soak.tabulate(result)
     rows = [(row["name"], row["requests"], row["per_second"], row["widest"]) for row in result.rows]
-    assert rows == [(soak.ENGINES["one-tier"].title, 100, 2.0, None), (soak.ENGINES["stock"].title, 100, 2.0, 0.02)]
+    assert rows == [
+        (soak.ENGINES["one-tier"].title, 100, 2.0, None),
+        (soak.ENGINES["stock"].title, 100, 2.0, 0.02),
+    ]
     assert list(result.failures) == ["one tier, budget over the context: memory"]
     (note,) = soak.run_notes(result.details)
-    assert note.index("today") < note.index("stock vLLM") < note.index("yesterday") < note.index("one tier")
+    assert (
+        note.index("today")
+        < note.index("stock vLLM")
+        < note.index("yesterday")
+        < note.index("one tier")
+    )
     assert soak.run_notes({"stock": engine("today", 0)}) == []
 
 
 def test_an_unknown_engine_is_named():
-    with pytest.raises(BadParameter, match="--engines: found 'three-tiers'; use some of one-tier, two-tiers, stock"):
+    with pytest.raises(
+        BadParameter, match="--engines: found 'three-tiers'; use some of one-tier, two-tiers, stock"
+    ):
         soak.chosen_engines("one-tier,three-tiers")
 
 
@@ -91,4 +145,8 @@ def test_a_shape_gets_weights_that_attend(tmp_path):
         before, after = (model(x).logits[0, -1] for x in (ids, changed))
     assert (before - after).abs().max() > soak.NEAR_TIE_CPU
     prompts = soak.make_prompts(folder, 5)
-    assert 200 <= len(prompts[0]) <= 900 and len(prompts[4]) <= 100 and all(max(prompt) < 1024 for prompt in prompts)
+    assert (
+        200 <= len(prompts[0]) <= 900
+        and len(prompts[4]) <= 100
+        and all(max(prompt) < 1024 for prompt in prompts)
+    )

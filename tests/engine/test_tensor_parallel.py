@@ -1,6 +1,8 @@
-"""Two workers, each with one of the demo model's two KV heads: each scores and selects for its own, and the tokens are one worker's.
+"""Two workers, each with one of the demo model's two KV heads: each scores and selects for its own,
+and the tokens are one worker's.
 
-And two workers with one KV head between them: each has a copy, and the tokens are those of a model that has the KV head twice.
+And two workers with one KV head between them: each has a copy, and the tokens are those of a model
+    that has the KV head twice.
 """
 
 from __future__ import annotations
@@ -15,14 +17,20 @@ from specontext_vllm.distillation.draft import DraftModel, DraftShape
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import engine
 
-needs_two = pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs")
+needs_two = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
+)
 
 SHAPE = {"attention_backend": "specontext", "max_model_len": 4096, "max_num_batched_tokens": 2048}
 
 
 def parallel(workers: int) -> dict:
     """Arguments of ``LLM`` for so many workers."""
-    return {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"} if workers > 1 else {}
+    return (
+        {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
+        if workers > 1
+        else {}
+    )
 
 
 @needs_two
@@ -32,16 +40,23 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(monkeypat
     pages, pool = 520, 0.25
     problems = [make_problem("needle", seed=40 + i, approx_tokens=2500) for i in range(2)]
     problems.append(make_problem("recitation", seed=50, approx_tokens=2500))
-    params = [SamplingParams(temperature=0, max_tokens=24 + 2 * len(p.answer.split())) for p in problems]
+    params = [
+        SamplingParams(temperature=0, max_tokens=24 + 2 * len(p.answer.split())) for p in problems
+    ]
     tokens, texts = {}, {}
     for name, workers, tiers in (
-        ("alone", 1, {}), ("one", 2, {}), ("two", 2, {"host_kv_gib": pool, "gpu_kv_gib": 0.0115, "stickiness": 0})
-    ):  # fmt: skip
+        ("alone", 1, {}),
+        ("one", 2, {}),
+        ("two", 2, {"host_kv_gib": pool, "gpu_kv_gib": 0.0115, "stickiness": 0}),
+    ):
         settings = {"specontext": {"budget": 256, **tiers}}
         if workers > 1:
-            # vLLM's CPU workers want to be told their cores where the machine has no second NUMA node.
+            # vLLM's CPU workers want to be told their cores where the machine has no second NUMA
+            # node.
             monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with engine(**SHAPE, **parallel(workers), num_gpu_blocks_override=pages, additional_config=settings) as llm:
+        with engine(
+            **SHAPE, **parallel(workers), num_gpu_blocks_override=pages, additional_config=settings
+        ) as llm:
             replies = llm.chat([p.messages for p in problems], params, use_tqdm=False)
             stats = llm.collective_rpc("specontext_stats")
         tokens[name] = [list(r.outputs[0].token_ids) for r in replies]
@@ -58,13 +73,24 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(monkeypat
 
 
 def random_model(folder: Path, kv_heads: int) -> Path:
-    """A random Llama of five layers and its head. With two KV heads, both are the one of the model that has one: the same function of dense attention."""
+    """A random Llama of five layers and its head. With two KV heads, both are the one of the model
+    that has one: the same function of dense attention.
+    """
     from transformers import AutoModelForCausalLM
 
     def double(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: w.repeat(kv_heads, 1) if "k_proj" in name or "v_proj" in name else w for name, w in state.items()}
+        return {
+            name: w.repeat(kv_heads, 1) if "k_proj" in name or "v_proj" in name else w
+            for name, w in state.items()
+        }
 
-    shape = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 64, "max_position_embeddings": 2048}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 320,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+    }
     one, several = (make_config("llama", **shape, num_key_value_heads=n) for n in (1, kv_heads))
     wide = AutoModelForCausalLM.from_config(several, dtype=torch.float32)
     wide.load_state_dict(double(make_model(one).state_dict()))
@@ -82,20 +108,38 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
     from vllm import SamplingParams, TokensPrompt
 
     generator = torch.Generator().manual_seed(2)
-    prompts = [TokensPrompt(prompt_token_ids=torch.randint(5, 97, (n,), generator=generator).tolist()) for n in (900, 333, 610)]
+    prompts = [
+        TokensPrompt(prompt_token_ids=torch.randint(5, 97, (n,), generator=generator).tolist())
+        for n in (900, 333, 610)
+    ]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     tokens = {}
-    for name, workers, kv_heads, budget in (("dense", 1, 2, 2048), ("alone", 1, 2, 128), ("two", 2, 1, 128)):
+    for name, workers, kv_heads, budget in (
+        ("dense", 1, 2, 2048),
+        ("alone", 1, 2, 128),
+        ("two", 2, 1, 128),
+    ):
         model = random_model(tmp_path / name, kv_heads)
-        settings = {"specontext": {"budget": budget, "retrieval_head": str(model / "retrieval_head")}}
+        settings = {
+            "specontext": {"budget": budget, "retrieval_head": str(model / "retrieval_head")}
+        }
         if workers > 1:
             monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         shape = {**SHAPE, "max_model_len": 1024, "skip_tokenizer_init": True}
-        with engine(**{**shape, "model": str(model)}, **parallel(workers), num_gpu_blocks_override=260, additional_config=settings) as llm:
+        with engine(
+            **{**shape, "model": str(model)},
+            **parallel(workers),
+            num_gpu_blocks_override=260,
+            additional_config=settings,
+        ) as llm:
             replies = llm.generate(prompts, params, use_tqdm=False)
             stats = llm.collective_rpc("specontext_stats")
         tokens[name] = [list(reply.outputs[0].token_ids) for reply in replies]
         if budget < 1024:
-            assert len(stats) == workers and all(0 < worker["pages_read"] < 0.5 * worker["pages_total"] for worker in stats)
+            assert len(stats) == workers and all(
+                0 < worker["pages_read"] < 0.5 * worker["pages_total"] for worker in stats
+            )
     assert tokens["two"] == tokens["alone"]
-    assert all(a != b for a, b in zip(tokens["alone"], tokens["dense"], strict=True)), "the pages that were left out mattered"
+    assert all(a != b for a, b in zip(tokens["alone"], tokens["dense"], strict=True)), (
+        "the pages that were left out mattered"
+    )

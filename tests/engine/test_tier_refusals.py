@@ -1,4 +1,6 @@
-"""A host pool that cannot be had stops the engine at its start, with a sentence that has the numbers."""
+"""A host pool that cannot be had stops the engine at its start, with a sentence that has the
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,24 @@ HEAD = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 128}
 @pytest.mark.parametrize(
     ("shape", "settings", "sentence"),
     [
-        ({}, {"host_kv_gib": 1e6}, r"host_kv_gib: found 1000000.00, but this machine has [\d.]+ GiB of memory; lower it"),
-        ({"max_num_seqs": 256}, {"host_kv_gib": 0.1, "gpu_kv_gib": 0.05}, r"host_kv_gib: hot buffers for --max-num-seqs 256 may take .*--max-num-seqs \d+ is the largest"),
-        ({"num_gpu_blocks_override": 40000}, {"host_kv_gib": 0.1, "gpu_kv_gib": 0.01}, r"host_kv_gib: --num-gpu-blocks-override 40000 pages need"),
+        (
+            {},
+            {"host_kv_gib": 1e6},
+            r"host_kv_gib: found 1000000.00, but this machine has [\d.]+ GiB of memory; lower it",
+        ),
+        (
+            {"max_num_seqs": 256},
+            {"host_kv_gib": 0.1, "gpu_kv_gib": 0.05},
+            r"host_kv_gib: hot buffers for --max-num-seqs 256 may take .*--max-num-seqs \d+ is the largest",
+        ),
+        (
+            {"num_gpu_blocks_override": 40000},
+            {"host_kv_gib": 0.1, "gpu_kv_gib": 0.01},
+            r"host_kv_gib: --num-gpu-blocks-override 40000 pages need",
+        ),
     ],
     ids=["too large", "gains nothing", "too many blocks"],
-)  # fmt: skip
+)
 def test_refused_with_the_numbers(shape, settings, sentence):
     arguments = {"attention_backend": "specontext", "num_gpu_blocks_override": None, **shape}
     with pytest.raises(ValueError, match=sentence):
@@ -27,19 +41,34 @@ def test_refused_with_the_numbers(shape, settings, sentence):
             pass
 
 
-def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(prompts, caplog, monkeypatch):
-    """Named regression: with all pages in the engine's own memory no layer is mirrored, and the start ended in an IndexError."""
+def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(
+    prompts, caplog, monkeypatch
+):
+    """Named regression: with all pages in the engine's own memory no layer is mirrored, and the
+    start ended in an IndexError.
+    """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.WARNING, "vllm.specontext"):
-        with engine(attention_backend="specontext", additional_config={"specontext": {**HEAD, "host_kv_gib": 0.1, "gpu_kv_gib": 0.5}}) as llm:
+        with engine(
+            attention_backend="specontext",
+            additional_config={"specontext": {**HEAD, "host_kv_gib": 0.1, "gpu_kv_gib": 0.5}},
+        ) as llm:
             runtime = llm.llm_engine.model_executor.driver_worker.worker.model_runner.runtime
             assert runtime.tiers is None and llm.collective_rpc("specontext_audit") == [{}]
             assert "hot_tokens" not in llm.collective_rpc("specontext_stats")[0]
             blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-            assert blocks == 101 == runtime.retriever.cache.keys.shape[0] == runtime.plan_tiers(1 << 29)
+            assert (
+                blocks
+                == 101
+                == runtime.retriever.cache.keys.shape[0]
+                == runtime.plan_tiers(1 << 29)
+            )
             (output,) = llm.generate([{"prompt_token_ids": prompts[-1]}], sampling, use_tqdm=False)
             assert len(output.outputs[0].token_ids) == 8
-    assert "host_kv_gib 0.1, but no layer is mirrored: the 101 pages of --num-gpu-blocks-override take" in caplog.text
+    assert (
+        "host_kv_gib 0.1, but no layer is mirrored: the 101 pages of --num-gpu-blocks-override take"
+        in caplog.text
+    )

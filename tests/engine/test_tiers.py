@@ -1,4 +1,6 @@
-"""Two tiers give the tokens of one: float32, real weights, frames for a quarter of the tokens, given-up frames full of NaN."""
+"""Two tiers give the tokens of one: float32, real weights, frames for a quarter of the tokens,
+given-up frames full of NaN.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,30 @@ from tests.poison import poisoned_tiers, times_poisoned
 
 PAGES = 111
 SETTINGS = {
-    "retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 64, "sink_tokens": 16, "recent_tokens": 16, "stickiness": 0,
-}  # fmt: skip
+    "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
+    "budget": 64,
+    "sink_tokens": 16,
+    "recent_tokens": 16,
+    "stickiness": 0,
+}
 # Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
-SHAPE = {"max_model_len": 704, "max_num_seqs": 3, "num_gpu_blocks_override": PAGES, "attention_backend": "specontext"}
+SHAPE = {
+    "max_model_len": 704,
+    "max_num_seqs": 3,
+    "num_gpu_blocks_override": PAGES,
+    "attention_backend": "specontext",
+}
 
-# What 8-bit head keys save of the GPU's room, where they are the default: as many frames as with the model's dtype.
-SAVED_GIB = PAGES * 2 * 16 * 64 * (4 - head_key_dtype("auto", torch.float32, torch.device("cuda" if CUDA else "cpu")).itemsize) / 2**30
+# What 8-bit head keys save of the GPU's room, where they are the default: as many frames as with
+# the model's dtype.
+SAVED_GIB = (
+    PAGES
+    * 2
+    * 16
+    * 64
+    * (4 - head_key_dtype("auto", torch.float32, torch.device("cuda" if CUDA else "cpu")).itemsize)
+    / 2**30
+)
 
 
 def frames(worker) -> int | None:
@@ -31,14 +50,23 @@ def frames(worker) -> int | None:
 
 def after_pressure(llm, prompts) -> list[list[int]]:
     """Tokens of one request alone for a hundred steps: layers come back."""
-    return ids(llm.generate([{"prompt_token_ids": prompts[3]}], sampling(max_tokens=100), use_tqdm=False))
+    return ids(
+        llm.generate([{"prompt_token_ids": prompts[3]}], sampling(max_tokens=100), use_tqdm=False)
+    )
 
 
 def run(prompts, **settings):
     with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **settings}}) as llm:
         out = scenarios(llm, prompts)
-        out["frames"], out["poisoned"] = llm.collective_rpc(frames)[0], llm.collective_rpc(times_poisoned)[0]
-        out["metrics"] = [(metric.name, getattr(metric, "value", None)) for metric in llm.get_metrics() if "specontext" in metric.name]
+        out["frames"], out["poisoned"] = (
+            llm.collective_rpc(frames)[0],
+            llm.collective_rpc(times_poisoned)[0],
+        )
+        out["metrics"] = [
+            (metric.name, getattr(metric, "value", None))
+            for metric in llm.get_metrics()
+            if "specontext" in metric.name
+        ]
         out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
         out["after pressure"] = after_pressure(llm, prompts)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
@@ -58,7 +86,9 @@ def two_tiers(prompts):
 
 
 def unsettle(worker) -> None:
-    """Make the hot buffers of a worker change their size whenever the policy is asked, and let layers come back four pages a step."""
+    """Make the hot buffers of a worker change their size whenever the policy is asked, and let
+    layers come back four pages a step.
+    """
     tiers = worker.model_runner.runtime.tiers
     tiers.ledger.return_pages = 4
     worker.slow_steps = 0
@@ -95,16 +125,37 @@ def resizing(prompts):
         return out
 
 
-@pytest.mark.parametrize("scenario", ["plain", "ragged", "prefix hit", "next turn", "neighbour aborted", "after pressure"])
-def test_tokens_survive_hot_buffers_that_change_their_size_and_layers_that_come_back_slowly(one_tier, resizing, scenario):
-    assert resizing["resized"] > 10 and resizing["slow steps"] > 10 and resizing["resident"] == resizing["layers"] and resizing["poisoned"] > 100
+@pytest.mark.parametrize(
+    "scenario",
+    ["plain", "ragged", "prefix hit", "next turn", "neighbour aborted", "after pressure"],
+)
+def test_tokens_survive_hot_buffers_that_change_their_size_and_layers_that_come_back_slowly(
+    one_tier, resizing, scenario
+):
+    assert (
+        resizing["resized"] > 10
+        and resizing["slow steps"] > 10
+        and resizing["resident"] == resizing["layers"]
+        and resizing["poisoned"] > 100
+    )
     assert resizing[scenario] == one_tier[scenario]
 
 
 @pytest.mark.parametrize(
     "scenario",
-    ["plain", "ragged", "prefix hit", "next turn", "next turn, cold", "chunk of one", "chunk of one behind a hit", "twins", "neighbour aborted", "after pressure"],
-)  # fmt: skip
+    [
+        "plain",
+        "ragged",
+        "prefix hit",
+        "next turn",
+        "next turn, cold",
+        "chunk of one",
+        "chunk of one behind a hit",
+        "twins",
+        "neighbour aborted",
+        "after pressure",
+    ],
+)
 def test_tokens_are_those_of_one_tier(one_tier, two_tiers, scenario):
     assert two_tiers[scenario] == one_tier[scenario]
 
@@ -125,7 +176,9 @@ def test_the_scenarios_happened(one_tier, two_tiers):
     assert two_tiers["cached tokens"] == one_tier["cached tokens"] > 0
     assert two_tiers["frames"] <= 1.05 * PAGES * 6 / 4 and two_tiers["poisoned"] > 100
     stats, late = two_tiers["stats"], two_tiers["late stats"]
-    assert stats["layer_moves"] > 0 and stats["fetched_bytes"] > 0 and stats["missed_head_pages"] > 0
+    assert (
+        stats["layer_moves"] > 0 and stats["fetched_bytes"] > 0 and stats["missed_head_pages"] > 0
+    )
     assert stats["pages_read"] < 0.5 * stats["pages_total"]
     assert late["resident_layers"] == late["num_layers"], "layers did not come back"
     assert 0 < stats["hit_rate"] < 1
@@ -134,7 +187,14 @@ def test_the_scenarios_happened(one_tier, two_tiers):
 def test_an_engine_in_this_process_has_its_own_metrics_and_leaves_none(one_tier, two_tiers):
     for run, tiered in ((one_tier, False), (two_tiers, True)):
         names = [name for name, _ in run["metrics"]]
-        # Engines before this one, in the same process, would show as further series or as more rows.
+        # Engines before this one, in the same process, would show as further series or as more
+        # rows.
         assert len(names) == len(set(names))
-        assert 0 < dict(run["metrics"])["vllm:specontext_decode_rows"] <= run["stats"]["decode_rows"]
-        assert ("vllm:specontext_hot_buffer_misses" in names) == ("vllm:specontext_host_pool_bytes" in names) == tiered
+        assert (
+            0 < dict(run["metrics"])["vllm:specontext_decode_rows"] <= run["stats"]["decode_rows"]
+        )
+        assert (
+            ("vllm:specontext_hot_buffer_misses" in names)
+            == ("vllm:specontext_host_pool_bytes" in names)
+            == tiered
+        )

@@ -1,5 +1,6 @@
-"""One engine on two machines, as far as one machine can be two: the second is a network namespace at the end of a cable, with processes,
-temporary files and shared memory that the first cannot see. vLLM's own `--nnodes` carries us."""
+"""One engine on two machines, as far as one machine can be two: the second is a network namespace
+at the end of a cable, with processes, temporary files and shared memory that the first cannot see.
+vLLM's own `--nnodes` carries us."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ import pytest
 import torch
 from openai import OpenAI
 
-from specontext_vllm.demo.server import VllmServer, device_arguments, serve_command, server_environment
+from specontext_vllm.demo.server import (
+    VllmServer,
+    device_arguments,
+    serve_command,
+    server_environment,
+)
 from specontext_vllm.demo.tasks import make_problem, score
 from specontext_vllm.observability import catalog
 from tests.engine.conftest import DEMO_MODEL
@@ -42,15 +48,38 @@ class Second:
     """
 
     def __init__(self, name: str, interface: str, address: str, tmp: Path, log: Path) -> None:
-        self.name, self.interface, self.address, self.tmp, self.log = name, interface, address, tmp, log
+        self.name, self.interface, self.address, self.tmp, self.log = (
+            name,
+            interface,
+            address,
+            tmp,
+            log,
+        )
 
     def popen(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
         apart = 'mount -t tmpfs none /dev/shm && exec "$@"'
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, "unshare", "--mount", "--ipc", "bash", "-c", apart, "-", *command],
-                env={**environment, "TMPDIR": str(self.tmp)}, cwd=self.tmp, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    self.name,
+                    "unshare",
+                    "--mount",
+                    "--ipc",
+                    "bash",
+                    "-c",
+                    apart,
+                    "-",
+                    *command,
+                ],
+                env={**environment, "TMPDIR": str(self.tmp)},
+                cwd=self.tmp,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
 
 @contextmanager
@@ -63,9 +92,14 @@ def cable(tmp: Path) -> Iterator[tuple[str, str, Second]]:
     name, ours, theirs = f"specontext-{number}", f"sc-{number}-a", f"sc-{number}-b"
     first, second = f"10.201.{number}.1", f"10.201.{number}.2"
     begin = [
-        f"ip netns add {name}", f"ip link add {ours} type veth peer name {theirs} netns {name}", f"ip addr add {first}/24 dev {ours}",
-        f"ip link set {ours} up", f"ip -n {name} addr add {second}/24 dev {theirs}", f"ip -n {name} link set {theirs} up", f"ip -n {name} link set lo up",
-    ]  # fmt: skip
+        f"ip netns add {name}",
+        f"ip link add {ours} type veth peer name {theirs} netns {name}",
+        f"ip addr add {first}/24 dev {ours}",
+        f"ip link set {ours} up",
+        f"ip -n {name} addr add {second}/24 dev {theirs}",
+        f"ip -n {name} link set {theirs} up",
+        f"ip -n {name} link set lo up",
+    ]
     try:
         for line in begin:
             try:
@@ -73,11 +107,15 @@ def cable(tmp: Path) -> Iterator[tuple[str, str, Second]]:
             except FileNotFoundError:
                 pytest.skip("needs the `ip` command (iproute2)")
             if done.returncode:
-                pytest.skip(f"this process may not make network namespaces: {line}: {done.stderr.strip()}")
+                pytest.skip(
+                    f"this process may not make network namespaces: {line}: {done.stderr.strip()}"
+                )
         (tmp / "tmp").mkdir()
         yield ours, first, Second(name, theirs, second, tmp / "tmp", tmp / "second.log")
     finally:
-        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout.split()
+        left = subprocess.run(
+            ["ip", "netns", "pids", name], capture_output=True, text=True, check=False
+        ).stdout.split()
         for pid in left:
             os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "link", "del", ours], capture_output=True, check=False)
@@ -91,16 +129,58 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
     (folder / "first").mkdir()
     with cable(folder) as (interface, address, second), pytest.MonkeyPatch.context() as patch:
         nodes = [
-            "--attention-backend", "specontext", "--served-model-name", "demo", "--tensor-parallel-size", "2", "--nnodes", "2",
-            "--master-addr", address, "--master-port", "29517", "--max-model-len", "4096", "--max-num-seqs", "4", "--num-gpu-blocks-override", "520",
-            "--gpu-memory-utilization", "0.2", "--additional-config", json.dumps({"specontext": SETTINGS}), *device_arguments(),
-        ]  # fmt: skip
-        there = {**server_environment(), "GLOO_SOCKET_IFNAME": second.interface, "VLLM_HOST_IP": second.address, "VLLM_CPU_OMP_THREADS_BIND": "1"}
-        worker = second.popen(serve_command(DEMO_MODEL, *nodes, "--node-rank", "1", "--headless"), there)
-        metrics = second.popen([sys.executable, "-m", "specontext_vllm.cli", "metrics", "--host", second.address, "--port", str(METRICS_PORT)], there)
+            "--attention-backend",
+            "specontext",
+            "--served-model-name",
+            "demo",
+            "--tensor-parallel-size",
+            "2",
+            "--nnodes",
+            "2",
+            "--master-addr",
+            address,
+            "--master-port",
+            "29517",
+            "--max-model-len",
+            "4096",
+            "--max-num-seqs",
+            "4",
+            "--num-gpu-blocks-override",
+            "520",
+            "--gpu-memory-utilization",
+            "0.2",
+            "--additional-config",
+            json.dumps({"specontext": SETTINGS}),
+            *device_arguments(),
+        ]
+        there = {
+            **server_environment(),
+            "GLOO_SOCKET_IFNAME": second.interface,
+            "VLLM_HOST_IP": second.address,
+            "VLLM_CPU_OMP_THREADS_BIND": "1",
+        }
+        worker = second.popen(
+            serve_command(DEMO_MODEL, *nodes, "--node-rank", "1", "--headless"), there
+        )
+        metrics = second.popen(
+            [
+                sys.executable,
+                "-m",
+                "specontext_vllm.cli",
+                "metrics",
+                "--host",
+                second.address,
+                "--port",
+                str(METRICS_PORT),
+            ],
+            there,
+        )
         for key, value in {
-            "GLOO_SOCKET_IFNAME": interface, "VLLM_HOST_IP": address, "VLLM_CPU_OMP_THREADS_BIND": "0", "TMPDIR": str(folder / "first")
-        }.items():  # fmt: skip
+            "GLOO_SOCKET_IFNAME": interface,
+            "VLLM_HOST_IP": address,
+            "VLLM_CPU_OMP_THREADS_BIND": "0",
+            "TMPDIR": str(folder / "first"),
+        }.items():
             patch.setenv(key, value)
         with VllmServer(DEMO_MODEL, [*nodes, "--node-rank", "0"]) as server:
             yield server, f"http://{second.address}:{METRICS_PORT}"
@@ -111,28 +191,44 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
         assert not left, left
 
 
-def test_a_worker_on_each_machine_selects_for_its_heads_and_each_machine_has_its_figures(two_machines):
+def test_a_worker_on_each_machine_selects_for_its_heads_and_each_machine_has_its_figures(
+    two_machines,
+):
     server, elsewhere = two_machines
     worker_stats(server.url, reset=True)
     before, before_there = Page(server.url), Page(elsewhere)
-    assert {rank for _, rank, _ in before.samples} == {"0", None} and {rank for _, rank, _ in before_there.samples} == {"1"}
+    assert {rank for _, rank, _ in before.samples} == {"0", None} and {
+        rank for _, rank, _ in before_there.samples
+    } == {"1"}
     before.samples |= before_there.samples
     problems = [make_problem("needle", seed=40 + i, approx_tokens=2500) for i in range(3)]
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
         for problem in problems:
-            answer = client.chat.completions.create(model="demo", messages=problem.messages, temperature=0, max_tokens=32)
-            assert score(problem, answer.choices[0].message.content) == 1.0, answer.choices[0].message.content
+            answer = client.chat.completions.create(
+                model="demo", messages=problem.messages, temperature=0, max_tokens=32
+            )
+            assert score(problem, answer.choices[0].message.content) == 1.0, answer.choices[
+                0
+            ].message.content
     stats = worker_stats(server.url)
     assert len(stats) == 2
     page = page_at_rest(server.url, before, stats)
     deadline = time.monotonic() + REST_SECONDS
     there = Page(elsewhere)
-    while there.get(catalog.PAGES_READ, 1) - before.get(catalog.PAGES_READ, 1) < stats[1]["pages_read"] and time.monotonic() < deadline:
+    while (
+        there.get(catalog.PAGES_READ, 1) - before.get(catalog.PAGES_READ, 1)
+        < stats[1]["pages_read"]
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
         there = Page(elsewhere)
     page.samples |= there.samples
     check_decodes(before, page, stats)
     for rank, worker in enumerate(stats):
         assert worker["pages_read"] < 0.12 * worker["pages_total"]
-        assert page.get(catalog.FETCHED_BYTES, rank) - before.get(catalog.FETCHED_BYTES, rank) == worker["fetched_bytes"] > 0
+        assert (
+            page.get(catalog.FETCHED_BYTES, rank) - before.get(catalog.FETCHED_BYTES, rank)
+            == worker["fetched_bytes"]
+            > 0
+        )
         assert page.get(catalog.HOST_POOL_BYTES, rank) == worker["host_pool_bytes"] > 0

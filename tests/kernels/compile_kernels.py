@@ -1,8 +1,10 @@
-"""Compiles every kernel of the package for a GPU that need not be there, through the functions that launch them; prints what each takes.
+"""Compiles every kernel of the package for a GPU that need not be there, through the functions that
+launch them; prints what each takes.
 
     python -m tests.kernels.compile_kernels 90          # compute capability times ten
 
-A process of its own: Triton's interpreter must be off, and its compiled kernels are kept by device, not by target.
+A process of its own: Triton's interpreter must be off, and its compiled kernels are kept by device,
+    not by target.
 """
 
 from __future__ import annotations
@@ -73,28 +75,45 @@ class AbsentGPU:
 
 
 def compile_for(capability: int) -> list[dict[str, Any]]:
-    """One entry per kernel and shape: ``kernel``, ``shape``, ``shared`` (bytes of shared memory a program)."""
+    """One entry per kernel and shape: ``kernel``, ``shape``, ``shared`` (bytes of shared memory a
+    program).
+    """
     compiled: list[dict[str, Any]] = []
 
     def launcher(kernel: JITFunction, grid: Any) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
             made = kernel.run(*arguments, grid=grid, warmup=True, **options)
             assert made.metadata.target.arch == capability
-            compiled.append({"kernel": kernel.__name__, "shape": name, "shared": made.metadata.shared})
+            compiled.append(
+                {"kernel": kernel.__name__, "shape": name, "shared": made.metadata.shared}
+            )
 
         return launch
 
     driver.set_active(AbsentGPU(capability))
     JITFunction.__getitem__ = launcher
     for name, shape in SHAPES.items():
-        # What a choice adds to a kernel is the same for each shape and GPU; their code is long to compile.
-        launch_all(shape, eight_bits=capability >= 89, choices=(capability, shape) == (90, SHAPES["Llama-3.1-8B"]))
+        # What a choice adds to a kernel is the same for each shape and GPU; their code is long to
+        # compile.
+        launch_all(
+            shape,
+            eight_bits=capability >= 89,
+            choices=(capability, shape) == (90, SHAPES["Llama-3.1-8B"]),
+        )
     return compiled
 
 
 def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
-    """Every launching function with tensors of the shape; ``eight_bits``: 8-bit keys of the head, too; ``choices``: selections without held pages or fallback, too."""
-    h, g, d, e, dtype = shape.kv_heads, shape.queries // shape.kv_heads, shape.head_dim, shape.hidden, shape.dtype
+    """Every launching function with tensors of the shape; ``eight_bits``: 8-bit keys of the head,
+    too; ``choices``: selections without held pages or fallback, too.
+    """
+    h, g, d, e, dtype = (
+        shape.kv_heads,
+        shape.queries // shape.kv_heads,
+        shape.head_dim,
+        shape.hidden,
+        shape.dtype,
+    )
     rows, kept = 2, 128
     resident, count, step = cells(1), cells(1), cells(1)
     counts = torch.zeros(COUNTERS, dtype=torch.int64)
@@ -105,49 +124,148 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     pages, lengths = cells(rows * h, kept), cells(rows * h)
     some = {"first_row": 0, "num_rows": rows, "max_pages": WIDTH, "least_pages": kept}
 
-    head_input(torch.zeros(rows, e, dtype=dtype), torch.zeros(BLOCKS, e, dtype=dtype), block_table, positions, *torch.ones(2, e, dtype=dtype), 1e-5, PAGE)
+    head_input(
+        torch.zeros(rows, e, dtype=dtype),
+        torch.zeros(BLOCKS, e, dtype=dtype),
+        block_table,
+        positions,
+        *torch.ones(2, e, dtype=dtype),
+        1e-5,
+        PAGE,
+    )
     for key_dtype in (dtype, torch.float8_e4m3fn) if eight_bits else (dtype,):
         keys = torch.zeros(BLOCKS, h, PAGE, d).to(key_dtype)
         for norm in (None, torch.ones(h * g + h, d, dtype=dtype)):
-            rope_and_cache(torch.zeros(rows, (h * g + h) * d, dtype=dtype), torch.zeros(64, d), positions, slots, keys, h * g, norm, 1e-5)
+            rope_and_cache(
+                torch.zeros(rows, (h * g + h) * d, dtype=dtype),
+                torch.zeros(64, d),
+                positions,
+                slots,
+                keys,
+                h * g,
+                norm,
+                1e-5,
+            )
         score_pages(queries, keys, block_table, seq_lens, starts, page_max, page_lse, **some)
     for held in (None, (lanes, cells(rows, h, WIDTH), 0.5))[0 if choices else 1 :]:
         for threshold in (None, 0.5)[0 if choices else 1 :]:
             select_pages(
-                page_max, page_lse, cells(h, 64), seq_lens, starts, block_table, pages, lengths, torch.zeros(rows, h), page_size=PAGE, num_kv_heads=h,
-                first_row=0, num_rows=rows, widest=WIDTH, budget_pages=kept, sink_pages=1, recent_pages=5, fallback_threshold=threshold, held=held,
-            )  # fmt: skip
+                page_max,
+                page_lse,
+                cells(h, 64),
+                seq_lens,
+                starts,
+                block_table,
+                pages,
+                lengths,
+                torch.zeros(rows, h),
+                page_size=PAGE,
+                num_kv_heads=h,
+                first_row=0,
+                num_rows=rows,
+                widest=WIDTH,
+                budget_pages=kept,
+                sink_pages=1,
+                recent_pages=5,
+                fallback_threshold=threshold,
+                held=held,
+            )
 
     row_starts(seq_lens, 0, rows, PAGE)
-    add_kept_mass(torch.zeros(rows, h), seq_lens, torch.zeros(11), *torch.zeros(12, dtype=torch.float64).split([1, 11]))
+    add_kept_mass(
+        torch.zeros(rows, h),
+        seq_lens,
+        torch.zeros(11),
+        *torch.zeros(12, dtype=torch.float64).split([1, 11]),
+    )
 
-    kv_cache, bounds = torch.zeros(BLOCKS, h, PAGE, 2 * d, dtype=dtype), torch.zeros(BLOCKS, h, 2, d, dtype=dtype)
+    kv_cache, bounds = (
+        torch.zeros(BLOCKS, h, PAGE, 2 * d, dtype=dtype),
+        torch.zeros(BLOCKS, h, 2, d, dtype=dtype),
+    )
     update_bounds(kv_cache, slots, bounds)
     score_bounds(queries, bounds, block_table, seq_lens, starts, page_max, page_size=PAGE, **some)
     sparse_decode(
-        queries, kv_cache.view(BLOCKS * h, PAGE, 2 * d), pages, lengths, torch.zeros_like(queries), d**-0.5,
+        queries,
+        kv_cache.view(BLOCKS * h, PAGE, 2 * d),
+        pages,
+        lengths,
+        torch.zeros_like(queries),
+        d**-0.5,
         SplitWorkspace.allocate(96, g, d, torch.device("cpu")),
-    )  # fmt: skip
+    )
 
     hot, words = cells(LAYERS, rows, HOT), PAGE * 2 * d * dtype.itemsize // 4
     resolve_pages(
-        pages, lengths, seq_lens, lanes, block_table, cells(rows), cells(rows, h, WIDTH), cells(rows, h, HOT), cells(rows, h, HOT), cells(rows, h, HOT),
-        cells(rows * h, kept), cells(rows * h, HOT), cells(64), cells(64), count, resident, counts, step, num_layers=LAYERS, num_rows=rows, page_size=PAGE,
-    )  # fmt: skip
+        pages,
+        lengths,
+        seq_lens,
+        lanes,
+        block_table,
+        cells(rows),
+        cells(rows, h, WIDTH),
+        cells(rows, h, HOT),
+        cells(rows, h, HOT),
+        cells(rows, h, HOT),
+        cells(rows * h, kept),
+        cells(rows * h, HOT),
+        cells(64),
+        cells(64),
+        count,
+        resident,
+        counts,
+        step,
+        num_layers=LAYERS,
+        num_rows=rows,
+        page_size=PAGE,
+    )
     tables = cells(LAYERS, rows * h, kept)
     layer_tables(
-        pages, cells(rows * h, kept), lengths, lanes, block_table, cells(LAYERS, BLOCKS), hot, resident, tables, num_rows=rows, num_kv_heads=h, page_size=PAGE,
-    )  # fmt: skip
+        pages,
+        cells(rows * h, kept),
+        lengths,
+        lanes,
+        block_table,
+        cells(LAYERS, BLOCKS),
+        hot,
+        resident,
+        tables,
+        num_rows=rows,
+        num_kv_heads=h,
+        page_size=PAGE,
+    )
     new = torch.zeros(rows, h, d, dtype=dtype)
     for done in (None, cells(LAYERS)):
         fetch_pages(
-            cells(64, words), cells(64, words), cells(64), cells(64), count, cells(LAYERS, 64), resident,
-            layers=range(LAYERS), first_source=0, layer_sources=32, num_kv_heads=h, done=done,
-        )  # fmt: skip
+            cells(64, words),
+            cells(64, words),
+            cells(64),
+            cells(64),
+            count,
+            cells(LAYERS, 64),
+            resident,
+            layers=range(LAYERS),
+            first_source=0,
+            layer_sources=32,
+            num_kv_heads=h,
+            done=done,
+        )
     for counted in (None, counts):
         await_pages(cells(LAYERS), step, resident, cells(1), counted, layer=1, seconds=20)
     for host in (None, kv_cache):
-        write_tiered(new, new, slots, tables[0], lengths, cells(BLOCKS), resident, kv_cache, host, layer=0, num_decodes=1)
+        write_tiered(
+            new,
+            new,
+            slots,
+            tables[0],
+            lengths,
+            cells(BLOCKS),
+            resident,
+            kv_cache,
+            host,
+            layer=0,
+            num_decodes=1,
+        )
 
 
 def cells(*shape: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""The decode path of the head (fused input, RoPE and cache write) against the head's own torch methods."""
+"""The decode path of the head (fused input, RoPE and cache write) against the head's own torch
+methods.
+"""
 
 import pytest
 import torch
@@ -17,33 +19,49 @@ from tests.paging import assert_close
 
 def make_head(device, hidden=48, heads=4, kv_heads=2, head_dim=24, qk_norm=False):
     checkpoint = dummy_checkpoint(
-        hidden_size=hidden, num_layers=12, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, rope_theta=1e4,
-        max_position=512, dtype=torch.float32, seed=3,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_layers=12,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=1e4,
+        max_position=512,
+        dtype=torch.float32,
+        seed=3,
+    )
     head = RetrievalHead(checkpoint, max_position=512, dtype=torch.float32, device=device)
     head.embed_norm.data.uniform_(0.5, 1.5)
     head.feature_norm.data.uniform_(0.5, 1.5)
     if qk_norm:
-        head.qk_norm = torch.nn.Parameter(torch.rand(heads + kv_heads, head_dim, device=device) + 0.5, requires_grad=False)
+        head.qk_norm = torch.nn.Parameter(
+            torch.rand(heads + kv_heads, head_dim, device=device) + 0.5, requires_grad=False
+        )
     return head
 
 
 @triton.jit
 def convert_kernel(p_in, p_out, count, BLOCK: tl.constexpr):
     o_v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(p_out + o_v, tl.load(p_in + o_v, mask=o_v < count).to(p_out.dtype.element_ty), mask=o_v < count)
+    tl.store(
+        p_out + o_v,
+        tl.load(p_in + o_v, mask=o_v < count).to(p_out.dtype.element_ty),
+        mask=o_v < count,
+    )
 
 
 def in_eight_bits(values):
     """Float32 ``values`` as e4m3, in float32.
 
-    To the nearest, but in Triton's interpreter. It loses the carry where rounding up reaches the next power of two (3.9: the carry is or-ed to the
-    exponent), so that 1.97 becomes 1; the reference there is its own conversion.
+    To the nearest, but in Triton's interpreter. It loses the carry where rounding up reaches the
+    next power of two (3.9: the carry is or-ed to the exponent), so that 1.97 becomes 1; the
+    reference there is its own conversion.
     """
     if values.is_cuda:
         return values.to(torch.float8_e4m3fn).float()
     converted = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
-    convert_kernel[(triton.cdiv(values.numel(), 1024),)](values, converted, values.numel(), BLOCK=1024)
+    convert_kernel[(triton.cdiv(values.numel(), 1024),)](
+        values, converted, values.numel(), BLOCK=1024
+    )
     return converted.float()
 
 
@@ -53,7 +71,9 @@ def in_eight_bits(values):
 def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, device):
     head = make_head(device, qk_norm=qk_norm)
     spec = head.spec
-    cache = HeadCache.allocate(67, spec.num_kv_heads, spec.head_dim, spec.hidden_size, torch.float32, key_dtype, device)
+    cache = HeadCache.allocate(
+        67, spec.num_kv_heads, spec.head_dim, spec.hidden_size, torch.float32, key_dtype, device
+    )
     cache.fused.normal_()
     positions = torch.tensor([0, 1, 16, 17, 95, 160], device=device)
     table = torch.randperm(66).view(6, 11).to(torch.int32).to(device)
@@ -62,9 +82,22 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, de
     slots[2] = -1
     embeds = torch.randn(len(positions), spec.embed_size, device=device)
 
-    inputs = head_input(embeds, cache.fused, table, positions, head.embed_norm, head.feature_norm, spec.rms_norm_eps, PAGE_SIZE)
+    inputs = head_input(
+        embeds,
+        cache.fused,
+        table,
+        positions,
+        head.embed_norm,
+        head.feature_norm,
+        spec.rms_norm_eps,
+        PAGE_SIZE,
+    )
     fused = cache.previous(table, positions)
-    assert (fused[0] == 0).all() and torch.equal(fused[1], cache.fused[table[1, 0]]) and torch.equal(fused[2], cache.fused[table[2, 0]])
+    assert (
+        (fused[0] == 0).all()
+        and torch.equal(fused[1], cache.fused[table[1, 0]])
+        and torch.equal(fused[2], cache.fused[table[2, 0]])
+    )
     assert_close("inputs", head._inputs(embeds, fused), inputs, 1e-5)
 
     skipped = 0 if with_queries else spec.num_heads
@@ -74,7 +107,16 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, de
     def written(dtype):
         """Queries, and the keys as float32; NaN where none was written."""
         keys = torch.full(cache.keys.shape, float("nan"), device=device).to(dtype)
-        queries = rope_and_cache(qk, head.cos_sin, positions, slots, keys, spec.num_heads - skipped, norm, spec.rms_norm_eps)
+        queries = rope_and_cache(
+            qk,
+            head.cos_sin,
+            positions,
+            slots,
+            keys,
+            spec.num_heads - skipped,
+            norm,
+            spec.rms_norm_eps,
+        )
         return queries, keys.float()
 
     queries, keys = written(torch.float32)
@@ -83,8 +125,12 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, de
         assert_close("queries", reference_q, queries, 1e-5)
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            assert_close("keys", reference_k[row], keys[slot // PAGE_SIZE, :, slot % PAGE_SIZE], 1e-5)
-    assert int((~keys.isnan()).all(-1).all(1).sum()) == len(positions) - 1, "a padding slot was written"
+            assert_close(
+                "keys", reference_k[row], keys[slot // PAGE_SIZE, :, slot % PAGE_SIZE], 1e-5
+            )
+    assert int((~keys.isnan()).all(-1).all(1).sum()) == len(positions) - 1, (
+        "a padding slot was written"
+    )
     if key_dtype != torch.float32:
         assert keys.nan_to_num().abs().max() < torch.finfo(key_dtype).max
         # The same numbers, once more rounded and nothing else.

@@ -1,4 +1,6 @@
-"""NaN and infinity in what comes from the model, as of a request whose hidden states overflow: no kernel writes outside its buffers, and no other row changes."""
+"""NaN and infinity in what comes from the model, as of a request whose hidden states overflow: no
+kernel writes outside its buffers, and no other row changes.
+"""
 
 import pytest
 import torch
@@ -38,9 +40,15 @@ def spans(lengths=LENGTHS):
 
 
 def poisoned_rows(bits, where, device, dtype=torch.float32, key_dtype=None):
-    """Rows ``(cache, rows, query)`` of which one has a bad key, or a bad query; and the same without."""
+    """Rows ``(cache, rows, query)`` of which one has a bad key, or a bad query; and the same
+    without.
+    """
     rows = paged_rows(LENGTHS, HEADS, WIDTH, dtype, device, seed=3)
-    query = torch.randn(len(LENGTHS), HEADS * GROUP, WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype).to(device)
+    query = (
+        torch.randn(len(LENGTHS), HEADS * GROUP, WIDTH, generator=torch.Generator().manual_seed(4))
+        .to(dtype)
+        .to(device)
+    )
     value = as_float(bits).to(dtype).to(device)
     cache, bad_query = rows.cache.clone(), query.clone()
     if where == "one key":
@@ -62,15 +70,28 @@ def poisoned_rows(bits, where, device, dtype=torch.float32, key_dtype=None):
     ],
 )
 def test_scores_are_not_finite_where_the_reference_is_not(bits, where, dtype, key_dtype, device):
-    rows, cache, query, sound_cache, sound_query = poisoned_rows(bits, where, device, dtype, key_dtype)
+    rows, cache, query, sound_cache, sound_query = poisoned_rows(
+        bits, where, device, dtype, key_dtype
+    )
     starts, total = row_starts(rows.seq_lens, range(len(LENGTHS))), spans()[-1].stop
 
     def run(keys, queries):
-        found = [Guarded.make(HEADS * GROUP, total, dtype=torch.float32, device=device) for _ in range(2)]
+        found = [
+            Guarded.make(HEADS * GROUP, total, dtype=torch.float32, device=device) for _ in range(2)
+        ]
         score_pages(
-            queries, keys, rows.block_table, rows.seq_lens, starts, found[0].view, found[1].view, first_row=0, num_rows=len(LENGTHS),
-            max_pages=pages_for(max(LENGTHS)), least_pages=1,
-        )  # fmt: skip
+            queries,
+            keys,
+            rows.block_table,
+            rows.seq_lens,
+            starts,
+            found[0].view,
+            found[1].view,
+            first_row=0,
+            num_rows=len(LENGTHS),
+            max_pages=pages_for(max(LENGTHS)),
+            least_pages=1,
+        )
         for buffer in found:
             buffer.check()
         return [buffer.view.cpu() for buffer in found]
@@ -81,7 +102,9 @@ def test_scores_are_not_finite_where_the_reference_is_not(bits, where, dtype, ke
             assert row == BAD_ROW or same_bits(one[:, span], other[:, span])
     # An infinite query is cut off where the keys have 8 bits.
     if key_dtype == dtype or torch.isnan(as_float(bits)).item():
-        reference = score_row(query[BAD_ROW].cpu(), cache.cpu(), rows.block_table[BAD_ROW].cpu(), LENGTHS[BAD_ROW])
+        reference = score_row(
+            query[BAD_ROW].cpu(), cache.cpu(), rows.block_table[BAD_ROW].cpu(), LENGTHS[BAD_ROW]
+        )
         for one, wanted in zip(bad, reference, strict=True):
             assert torch.equal(one[:, spans()[BAD_ROW]].isfinite(), wanted.isfinite())
         assert not torch.stack(reference).isfinite().all()
@@ -92,8 +115,16 @@ def test_scores_are_not_finite_where_the_reference_is_not(bits, where, dtype, ke
 def test_page_bounds_are_not_finite_where_the_reference_is_not(bits, where, device):
     rows, cache, query, sound_cache, sound_query = poisoned_rows(bits, where, device)
     # The last token of each page.
-    last = [torch.tensor([*range(PAGE_SIZE - 1, n - 1, PAGE_SIZE), n - 1], device=device) for n in LENGTHS]
-    slots = torch.cat([rows.block_table[row].long()[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for row, at in enumerate(last)])
+    last = [
+        torch.tensor([*range(PAGE_SIZE - 1, n - 1, PAGE_SIZE), n - 1], device=device)
+        for n in LENGTHS
+    ]
+    slots = torch.cat(
+        [
+            rows.block_table[row].long()[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
+            for row, at in enumerate(last)
+        ]
+    )
     starts, total = row_starts(rows.seq_lens, range(len(LENGTHS))), spans()[-1].stop
 
     def run(keys, queries):
@@ -102,9 +133,18 @@ def test_page_bounds_are_not_finite_where_the_reference_is_not(bits, where, devi
         out = Guarded.make(HEADS * GROUP, total, dtype=torch.float32, device=device)
         update_bounds(kv, slots, bounds.view)
         score_bounds(
-            queries, bounds.view, rows.block_table, rows.seq_lens, starts, out.view, page_size=PAGE_SIZE, first_row=0, num_rows=len(LENGTHS),
-            max_pages=pages_for(max(LENGTHS)), least_pages=1,
-        )  # fmt: skip
+            queries,
+            bounds.view,
+            rows.block_table,
+            rows.seq_lens,
+            starts,
+            out.view,
+            page_size=PAGE_SIZE,
+            first_row=0,
+            num_rows=len(LENGTHS),
+            max_pages=pages_for(max(LENGTHS)),
+            least_pages=1,
+        )
         bounds.check()
         out.check()
         reference = torch.full_like(bounds.view.cpu(), SENTINEL)
@@ -117,24 +157,40 @@ def test_page_bounds_are_not_finite_where_the_reference_is_not(bits, where, devi
         assert row == BAD_ROW or same_bits(bad[:, span], sound[:, span])
     blocks = rows.block_table[BAD_ROW, : pages_for(LENGTHS[BAD_ROW])].long().cpu()
     wanted = score_bounds_row(query[BAD_ROW].cpu(), bounds[blocks])
-    assert torch.equal(bad[:, spans()[BAD_ROW]].isfinite(), wanted.isfinite()) and not wanted.isfinite().all()
+    assert (
+        torch.equal(bad[:, spans()[BAD_ROW]].isfinite(), wanted.isfinite())
+        and not wanted.isfinite().all()
+    )
 
 
 @bad_values
 @pytest.mark.parametrize("key_dtype", [torch.float32, torch.float8_e4m3fn], ids=["fp32", "fp8"])
-def test_the_heads_projections_of_other_rows_and_all_other_keys_are_left_alone(bits, key_dtype, device):
+def test_the_heads_projections_of_other_rows_and_all_other_keys_are_left_alone(
+    bits, key_dtype, device
+):
     hidden, positions = 48, torch.tensor([33, 40, 57], device=device)
     generator = torch.Generator().manual_seed(6)
     table = torch.randperm(12, generator=generator).view(3, 4).int().to(device)
-    slots = table.gather(1, (positions // PAGE_SIZE)[:, None]).squeeze(1).long() * PAGE_SIZE + positions % PAGE_SIZE
-    embeds, fused = torch.randn(3, hidden, generator=generator).to(device), torch.randn(13, hidden, generator=generator).to(device)
-    weight, cos_sin = torch.randn(3 * HEADS * WIDTH, 2 * hidden, generator=generator).to(device), torch.rand(64, WIDTH, generator=generator).to(device)
+    slots = (
+        table.gather(1, (positions // PAGE_SIZE)[:, None]).squeeze(1).long() * PAGE_SIZE
+        + positions % PAGE_SIZE
+    )
+    embeds, fused = (
+        torch.randn(3, hidden, generator=generator).to(device),
+        torch.randn(13, hidden, generator=generator).to(device),
+    )
+    weight, cos_sin = (
+        torch.randn(3 * HEADS * WIDTH, 2 * hidden, generator=generator).to(device),
+        torch.rand(64, WIDTH, generator=generator).to(device),
+    )
     ones, norm = torch.ones(hidden, device=device), torch.ones(3 * HEADS, WIDTH, device=device)
 
     def run(embeds, fused):
         inputs = head_input(embeds, fused, table, positions, ones, ones, 1e-5, PAGE_SIZE)
         keys = Guarded.make(12, HEADS, PAGE_SIZE, WIDTH, dtype=key_dtype, device=device)
-        queries = rope_and_cache(inputs @ weight.T, cos_sin, positions, slots, keys.view, 2 * HEADS, norm, 1e-5)
+        queries = rope_and_cache(
+            inputs @ weight.T, cos_sin, positions, slots, keys.view, 2 * HEADS, norm, 1e-5
+        )
         keys.check()
         return inputs, queries, keys.view
 
@@ -147,17 +203,24 @@ def test_the_heads_projections_of_other_rows_and_all_other_keys_are_left_alone(b
         else:
             bad_fused[table[BAD_ROW, (positions[BAD_ROW] - 1) // PAGE_SIZE].long()] = value
         inputs, queries, keys = run(bad_embeds, bad_fused)
-        assert same_bits(inputs[SOUND], sound[0][SOUND]) and same_bits(queries[SOUND], sound[1][SOUND])
+        assert same_bits(inputs[SOUND], sound[0][SOUND]) and same_bits(
+            queries[SOUND], sound[1][SOUND]
+        )
         assert not queries[BAD_ROW].isfinite().all()
         rest = torch.ones(12 * PAGE_SIZE, dtype=torch.bool, device=device)
         rest[slots[BAD_ROW]] = False
-        mine, theirs = (k.view(torch.uint8).transpose(1, 2).reshape(12 * PAGE_SIZE, -1) for k in (keys, sound[2]))
+        mine, theirs = (
+            k.view(torch.uint8).transpose(1, 2).reshape(12 * PAGE_SIZE, -1)
+            for k in (keys, sound[2])
+        )
         assert torch.equal(mine[rest], theirs[rest])
 
 
 @bad_values
 def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, device):
-    """Hot slots, misses, page tables, the new tokens and the copies of misses: the sound rows' are the same with a bad row between them and without."""
+    """Hot slots, misses, page tables, the new tokens and the copies of misses: the sound rows' are
+    the same with a bad row between them and without.
+    """
     slots, lanes, kept, layers, resident, pages = 8, 3, 6, 3, 1, 40
     widest, total = pages_for(max(LENGTHS)), spans()[-1].stop
     generator = torch.Generator().manual_seed(7)
@@ -168,7 +231,10 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
     new = torch.randn(2, 3, HEADS, WIDTH, generator=generator)
     pool = torch.randn(layers, pages, HEADS, PAGE_SIZE, 2 * WIDTH, generator=generator)
     frames = 1 + torch.randperm(layers * (pages + lanes * slots), generator=generator).int()
-    framed, hot_frames = frames[: layers * pages].view(layers, pages), frames[layers * pages :].view(layers, lanes, slots)
+    framed, hot_frames = (
+        frames[: layers * pages].view(layers, pages),
+        frames[layers * pages :].view(layers, lanes, slots),
+    )
 
     def cell(number):
         return torch.tensor([number], dtype=torch.int32, device=device)
@@ -185,45 +251,147 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             guards.append(Guarded.make(*shape, dtype=dtype, device=device))
             return guards[-1].view.fill_(fill)
 
-        scores, key, value_, lens, block_table = (t.to(device) for t in (scores, key, value_, seq_lens, table))
-        selection, lengths, mass = made(3 * HEADS, kept), made(3 * HEADS), made(3, HEADS, dtype=torch.float32)
+        scores, key, value_, lens, block_table = (
+            t.to(device) for t in (scores, key, value_, seq_lens, table)
+        )
+        selection, lengths, mass = (
+            made(3 * HEADS, kept),
+            made(3 * HEADS),
+            made(3, HEADS, dtype=torch.float32),
+        )
         select_pages(
-            scores, scores, made(HEADS, total), lens, row_starts(lens, range(3)), torch.arange(widest, dtype=torch.int32, device=device).expand(3, -1),
-            selection, lengths, mass, page_size=PAGE_SIZE, num_kv_heads=HEADS, first_row=0, num_rows=3, widest=widest, budget_pages=kept, sink_pages=1,
+            scores,
+            scores,
+            made(HEADS, total),
+            lens,
+            row_starts(lens, range(3)),
+            torch.arange(widest, dtype=torch.int32, device=device).expand(3, -1),
+            selection,
+            lengths,
+            mass,
+            page_size=PAGE_SIZE,
+            num_kv_heads=HEADS,
+            first_row=0,
+            num_rows=3,
+            widest=widest,
+            budget_pages=kept,
+            sink_pages=1,
             recent_pages=2,
-        )  # fmt: skip
+        )
         hot = HotBuffers(
-            lanes, HEADS, slots, widest, max_rows=3, table_pages=kept, num_layers=layers, resident=cell(resident),
-            counts=made(counters.COUNTERS, fill=0, dtype=torch.int64), device=device,
-        )  # fmt: skip
-        for name in ("slot_of", "page_of", "source_of", "stamp", "slots", "sources", "targets", "_order"):
+            lanes,
+            HEADS,
+            slots,
+            widest,
+            max_rows=3,
+            table_pages=kept,
+            num_layers=layers,
+            resident=cell(resident),
+            counts=made(counters.COUNTERS, fill=0, dtype=torch.int64),
+            device=device,
+        )
+        for name in (
+            "slot_of",
+            "page_of",
+            "source_of",
+            "stamp",
+            "slots",
+            "sources",
+            "targets",
+            "_order",
+        ):
             setattr(hot, name, made(*getattr(hot, name).shape, fill=-1))
         hot.capacity.fill_(slots)
         hot.step.fill_(1)
         lane = torch.arange(3, dtype=torch.int32, device=device)
         resolve_pages(
-            selection, lengths, lens, lane, block_table, hot.capacity, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots, hot._order,
-            hot.sources, hot.targets, hot.count, hot.resident, hot.counts, hot.step, num_layers=layers, num_rows=3, page_size=PAGE_SIZE,
-        )  # fmt: skip
+            selection,
+            lengths,
+            lens,
+            lane,
+            block_table,
+            hot.capacity,
+            hot.slot_of,
+            hot.page_of,
+            hot.source_of,
+            hot.stamp,
+            hot.slots,
+            hot._order,
+            hot.sources,
+            hot.targets,
+            hot.count,
+            hot.resident,
+            hot.counts,
+            hot.step,
+            num_layers=layers,
+            num_rows=3,
+            page_size=PAGE_SIZE,
+        )
         tables = made(layers, 3 * HEADS, kept)
         layer_tables(
-            selection, hot.slots, lengths, lane, block_table, framed.to(device), hot_frames.to(device), hot.resident, tables, num_rows=3,
-            num_kv_heads=HEADS, page_size=PAGE_SIZE,
-        )  # fmt: skip
+            selection,
+            hot.slots,
+            lengths,
+            lane,
+            block_table,
+            framed.to(device),
+            hot_frames.to(device),
+            hot.resident,
+            tables,
+            num_rows=3,
+            num_kv_heads=HEADS,
+            page_size=PAGE_SIZE,
+        )
         arena = made(1 + len(frames), HEADS, PAGE_SIZE, 2 * WIDTH, dtype=torch.float32)
         rows = host.to(device) if device.type == "cpu" else host.pin_memory()
         words = PAGE_SIZE * 2 * WIDTH
         fetch_pages(
-            rows.view(torch.int32).view(-1, words), arena.view(torch.int32).view(-1, words), hot.sources, hot.targets, hot.count,
-            hot_frames.flatten(1).to(device), hot.resident, layers=range(layers), first_source=0, layer_sources=pages * HEADS, num_kv_heads=HEADS,
-            done=made(layers, fill=0), programs=2, tile_bytes=8192,
-        )  # fmt: skip
-        last = block_table.gather(1, (lens.long() - 1)[:, None] // PAGE_SIZE).squeeze(1).long() * PAGE_SIZE + (lens.long() - 1) % PAGE_SIZE
+            rows.view(torch.int32).view(-1, words),
+            arena.view(torch.int32).view(-1, words),
+            hot.sources,
+            hot.targets,
+            hot.count,
+            hot_frames.flatten(1).to(device),
+            hot.resident,
+            layers=range(layers),
+            first_source=0,
+            layer_sources=pages * HEADS,
+            num_kv_heads=HEADS,
+            done=made(layers, fill=0),
+            programs=2,
+            tile_bytes=8192,
+        )
+        last = (
+            block_table.gather(1, (lens.long() - 1)[:, None] // PAGE_SIZE).squeeze(1).long()
+            * PAGE_SIZE
+            + (lens.long() - 1) % PAGE_SIZE
+        )
         mirror = made(pages, HEADS, PAGE_SIZE, 2 * WIDTH, dtype=torch.float32)
-        write_tiered(key, value_, last, tables[2], lengths, framed[2].to(device), hot.resident, arena, mirror, layer=2, num_decodes=3)
+        write_tiered(
+            key,
+            value_,
+            last,
+            tables[2],
+            lengths,
+            framed[2].to(device),
+            hot.resident,
+            arena,
+            mirror,
+            layer=2,
+            num_decodes=3,
+        )
         for guard in guards:
             guard.check()
-        return {name: t.cpu() for name, t in (("selection", selection), ("slots", hot.slots), ("tables", tables), ("arena", arena), ("mirror", mirror))}
+        return {
+            name: t.cpu()
+            for name, t in (
+                ("selection", selection),
+                ("slots", hot.slots),
+                ("tables", tables),
+                ("arena", arena),
+                ("mirror", mirror),
+            )
+        }
 
     bad, sound = run(True), run(False)
     rows = [row * HEADS + head for row in SOUND for head in range(HEADS)]
@@ -234,7 +402,8 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
         chosen = (bad["selection"][sequence] // HEADS).tolist()
         last = pages_for(LENGTHS[BAD_ROW]) - 1
         assert sorted(set(chosen)) == chosen and {0, last - 1, last} <= set(chosen)
-    # What the sound rows read is what it would be: their frames' bits, for copied pages and new tokens.
+    # What the sound rows read is what it would be: their frames' bits, for copied pages and new
+    # tokens.
     for layer in range(resident, layers):
         for sequence in rows:
             read = bad["tables"][layer, sequence].long()

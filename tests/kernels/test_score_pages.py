@@ -31,7 +31,10 @@ def test_reference_is_the_softmax_over_the_row(lengths, queries, heads, width):
 @pytest.mark.parametrize(
     "dtype",
     # Triton's interpreter has no bf16 dot.
-    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)],
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
+    ],
 )
 @pytest.mark.parametrize("eight_bits", [False, True], ids=["keys-like-queries", "8-bit-keys"])
 def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_bits, device):
@@ -42,10 +45,18 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_b
     scores.page_max.fill_(float("nan"))
     scores.page_lse.fill_(float("nan"))
     score_pages(
-        apart(query.to(device)), keys, rows.block_table, rows.seq_lens, row_starts(rows.seq_lens, range(len(lengths))),
-        scores.page_max, scores.page_lse,
-        first_row=0, num_rows=len(lengths), max_pages=pages_for(max(lengths)), least_pages=1,
-    )  # fmt: skip
+        apart(query.to(device)),
+        keys,
+        rows.block_table,
+        rows.seq_lens,
+        row_starts(rows.seq_lens, range(len(lengths))),
+        scores.page_max,
+        scores.page_lse,
+        first_row=0,
+        num_rows=len(lengths),
+        max_pages=pages_for(max(lengths)),
+        least_pages=1,
+    )
     start = 0
     for row, tokens in enumerate(lengths):
         count = pages_for(tokens)
@@ -68,8 +79,24 @@ def test_parts_of_a_batch_score_like_the_whole(device):
     part = PageScores.allocate(4, heads, 64, device)
     arguments = dict(max_pages=pages_for(260), least_pages=0)
     whole_args = (query, rows.cache, rows.block_table, rows.seq_lens)
-    score_pages(*whole_args, row_starts(rows.seq_lens, range(3)), whole.page_max, whole.page_lse, first_row=0, num_rows=3, **arguments)
-    score_pages(*whole_args, row_starts(rows.seq_lens, range(1, 3)), part.page_max, part.page_lse, first_row=1, num_rows=2, **arguments)
+    score_pages(
+        *whole_args,
+        row_starts(rows.seq_lens, range(3)),
+        whole.page_max,
+        whole.page_lse,
+        first_row=0,
+        num_rows=3,
+        **arguments,
+    )
+    score_pages(
+        *whole_args,
+        row_starts(rows.seq_lens, range(1, 3)),
+        part.page_max,
+        part.page_lse,
+        first_row=1,
+        num_rows=2,
+        **arguments,
+    )
     skipped = pages_for(lengths[0])
     count = pages_for(40) + pages_for(260)
     assert torch.equal(whole.page_max[:, skipped : skipped + count], part.page_max[:, :count])
@@ -82,11 +109,30 @@ def test_score_rows_dispatches(device):
     query = torch.randn(2, 4, 32, device=device)
     first, second = (PageScores.allocate(4, 2, 16, device) for _ in range(2))
     starts = row_starts(rows.seq_lens, range(2))
-    score_rows(query, rows.cache, rows.block_table, rows.seq_lens, starts, first, rows=range(2), max_pages=6, least_pages=0)
+    score_rows(
+        query,
+        rows.cache,
+        rows.block_table,
+        rows.seq_lens,
+        starts,
+        first,
+        rows=range(2),
+        max_pages=6,
+        least_pages=0,
+    )
     score_pages(
-        query, rows.cache, rows.block_table, rows.seq_lens, starts, second.page_max, second.page_lse,
-        first_row=0, num_rows=2, max_pages=6, least_pages=0,
-    )  # fmt: skip
+        query,
+        rows.cache,
+        rows.block_table,
+        rows.seq_lens,
+        starts,
+        second.page_max,
+        second.page_lse,
+        first_row=0,
+        num_rows=2,
+        max_pages=6,
+        least_pages=0,
+    )
     used = sum(map(pages_for, lengths))
     assert used * PAGE_SIZE >= sum(lengths)
     assert_close("lse", first.page_lse[:, :used], second.page_lse[:, :used], 1e-5)

@@ -33,14 +33,34 @@ def run_kernel(scores, lengths, heads, budget, device, width, **extra):
     out = torch.full((rows * heads,), -7, dtype=torch.int32, device=device)
     mass = torch.zeros(rows, heads, device=device)
     arguments = dict(
-        page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, widest=most, sink_pages=budget.sinks,
+        page_size=PAGE_SIZE,
+        num_kv_heads=heads,
+        first_row=0,
+        num_rows=rows,
+        widest=most,
+        sink_pages=budget.sinks,
         recent_pages=budget.recents,
-    )  # fmt: skip
+    )
     starts = row_starts(seq_lens, range(rows)).to(device)
-    buffers = (scores.page_max, scores.page_lse, scores.order, seq_lens.to(device), starts, table.to(device), pages, out, mass)
+    buffers = (
+        scores.page_max,
+        scores.page_lse,
+        scores.order,
+        seq_lens.to(device),
+        starts,
+        table.to(device),
+        pages,
+        out,
+        mass,
+    )
     select_pages(*buffers, budget_pages=budget.total, **arguments)
     if extra:
-        select_pages(*buffers, budget_pages=extra["fallback_pages"], fallback_threshold=extra["threshold"], **arguments)
+        select_pages(
+            *buffers,
+            budget_pages=extra["fallback_pages"],
+            fallback_threshold=extra["threshold"],
+            **arguments,
+        )
     return table, pages.cpu(), out.cpu(), mass.cpu()
 
 
@@ -56,12 +76,16 @@ def run_kernel(scores, lengths, heads, budget, device, width, **extra):
 def test_kernel_matches_reference(lengths, queries, heads, budget, ties, device):
     counts = [pages_for(n) for n in lengths]
     scores = random_scores(queries, heads, counts, device, seed=len(lengths), ties=ties)
-    table, pages, out, mass = run_kernel(scores, lengths, heads, budget, device, width=budget.total + 2)
+    table, pages, out, mass = run_kernel(
+        scores, lengths, heads, budget, device, width=budget.total + 2
+    )
     start = 0
     for row, (tokens, count) in enumerate(zip(lengths, counts)):
         span = slice(start, start + count)
         start += count
-        kept, reference_mass = select_row(scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), count, heads, budget)
+        kept, reference_mass = select_row(
+            scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), count, heads, budget
+        )
         for head in range(heads):
             n = kept.shape[1]
             expected = table[row, kept[head]] * heads + head
@@ -75,7 +99,9 @@ WHERE = ["one page", "one page's sum", "one query head", "the whole query"]
 
 
 def poison(scores, where, value, span):
-    """Put ``value`` into the scores of the pages of ``span``: of one of them, of all for one query head, or of all."""
+    """Put ``value`` into the scores of the pages of ``span``: of one of them, of all for one query
+    head, or of all.
+    """
     queries = slice(0, 1) if where == "one query head" else slice(None)
     pages = slice(span.start + 7, span.start + 8) if where.startswith("one page") else span
     if where != "one page's sum":
@@ -85,10 +111,17 @@ def poison(scores, where, value, span):
 
 @pytest.mark.parametrize("extra", ["nothing else", "fallback", "stickiness"])
 def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(extra, device):
-    """Every second request has such scores. It keeps sinks, recents and exactly its count; the others have what they would have alone."""
+    """Every second request has such scores. It keeps sinks, recents and exactly its count; the
+    others have what they would have alone.
+    """
     heads, budget, wider = 2, Budget(8, 1, 2), 12
     # No maximum lies above its sum.
-    kinds = [(where, bits) for where in WHERE for name, bits in NOT_FINITE.items() if (where, name) != ("one page's sum", "-inf")]
+    kinds = [
+        (where, bits)
+        for where in WHERE
+        for name, bits in NOT_FINITE.items()
+        if (where, name) != ("one page's sum", "-inf")
+    ]
     bad = [None] + [entry for kind in kinds for entry in (kind, None)]
     lengths = [1340 - 7 * row for row in range(len(bad))]
     counts = [pages_for(n) for n in lengths]
@@ -99,17 +132,46 @@ def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(e
             poison(scores, entry[0], as_float(entry[1]).to(device), span)
     rows = len(bad)
     table = torch.stack([torch.randperm(87) for _ in lengths]).int()
-    slot_of = torch.where(torch.rand(rows, heads, 87, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1).int()
-    lanes, seq_lens = torch.arange(rows - 1, -1, -1, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+    slot_of = torch.where(
+        torch.rand(rows, heads, 87, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1
+    ).int()
+    lanes, seq_lens = (
+        torch.arange(rows - 1, -1, -1, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32),
+    )
     before = [found.cpu().clone() for found in (scores.page_max, scores.page_lse)]
-    pages, out = Guarded.make(rows * heads, wider, device=device), Guarded.make(rows * heads, device=device)
-    mass, order = Guarded.make(rows, heads, dtype=torch.float32, device=device), Guarded.make(*scores.order.shape, device=device)
-    for threshold, total in ((None, budget.total), (1e-6, wider)) if extra == "fallback" else ((None, budget.total),):
+    pages, out = (
+        Guarded.make(rows * heads, wider, device=device),
+        Guarded.make(rows * heads, device=device),
+    )
+    mass, order = (
+        Guarded.make(rows, heads, dtype=torch.float32, device=device),
+        Guarded.make(*scores.order.shape, device=device),
+    )
+    for threshold, total in (
+        ((None, budget.total), (1e-6, wider)) if extra == "fallback" else ((None, budget.total),)
+    ):
         select_pages(
-            scores.page_max, scores.page_lse, order.view, seq_lens.to(device), row_starts(seq_lens, range(rows)).to(device), table.to(device), pages.view,
-            out.view, mass.view, page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=rows, widest=87, budget_pages=total, sink_pages=1,
-            recent_pages=2, fallback_threshold=threshold, held=(lanes.to(device), slot_of.to(device), 0.7) if extra == "stickiness" else None,
-        )  # fmt: skip
+            scores.page_max,
+            scores.page_lse,
+            order.view,
+            seq_lens.to(device),
+            row_starts(seq_lens, range(rows)).to(device),
+            table.to(device),
+            pages.view,
+            out.view,
+            mass.view,
+            page_size=PAGE_SIZE,
+            num_kv_heads=heads,
+            first_row=0,
+            num_rows=rows,
+            widest=87,
+            budget_pages=total,
+            sink_pages=1,
+            recent_pages=2,
+            fallback_threshold=threshold,
+            held=(lanes.to(device), slot_of.to(device), 0.7) if extra == "stickiness" else None,
+        )
     for buffer in (pages, out, mass, order):
         buffer.check()
     finite = before[0].isfinite() & before[1].isfinite()
@@ -121,15 +183,31 @@ def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(e
         # Such a row has no confidence at all.
         falls_back = extra == "fallback" and where == "the whole query"
         total = wider if falls_back else budget.total
-        kept, kept_mass = select_row(before[0][:, span], before[1][:, span], count, heads, Budget(total, budget.sinks, budget.recents), bonus)
+        kept, kept_mass = select_row(
+            before[0][:, span],
+            before[1][:, span],
+            count,
+            heads,
+            Budget(total, budget.sinks, budget.recents),
+            bonus,
+        )
         for head in range(heads):
             found, chosen = pages.view[row * heads + head].tolist(), kept[head].tolist()
-            assert found == (table[row, chosen] * heads + head).tolist() + [SENTINEL] * (wider - total), (row, entry)
+            assert found == (table[row, chosen] * heads + head).tolist() + [SENTINEL] * (
+                wider - total
+            ), (row, entry)
             assert len(set(chosen)) == total and {0, count - 2, count - 1} <= set(chosen)
             assert where not in ("one page", "one page's sum") or 7 not in chosen
-        assert out.view[row * heads : (row + 1) * heads].tolist() == [lengths[row] - (count - total) * PAGE_SIZE] * heads
+        assert (
+            out.view[row * heads : (row + 1) * heads].tolist()
+            == [lengths[row] - (count - total) * PAGE_SIZE] * heads
+        )
         torch.testing.assert_close(mass.view[row].cpu(), kept_mass, rtol=1e-4, atol=1e-6)
-        assert (kept_mass == 0).all() if where == "the whole query" else ((0 < kept_mass) & (kept_mass <= 1)).all()
+        assert (
+            (kept_mass == 0).all()
+            if where == "the whole query"
+            else ((0 < kept_mass) & (kept_mass <= 1)).all()
+        )
 
 
 def test_reference_keeps_sinks_recents_and_the_best():
@@ -167,7 +245,9 @@ def test_fallback_that_covers_the_context_reads_it_all(device):
     scores = random_scores(2, 2, [40], device, seed=6)
     scores.page_max[:, :40] = 0.0
     scores.page_lse[:, :40] = 0.0
-    table, pages, out, _ = run_kernel(scores, [635], 2, Budget(8, 1, 2), device, width=48, threshold=0.9, fallback_pages=48)
+    table, pages, out, _ = run_kernel(
+        scores, [635], 2, Budget(8, 1, 2), device, width=48, threshold=0.9, fallback_pages=48
+    )
     assert out.tolist() == [635, 635]
     assert pages[1, :40].tolist() == (table[0, :40] * 2 + 1).tolist()
 
@@ -177,21 +257,34 @@ def test_select_rows_agrees_with_the_kernel(device):
     heads, lengths, budget = 2, [300, 20, 500], Budget(6, 1, 2)
     counts = [pages_for(n) for n in lengths]
     scores = random_scores(4, heads, counts, device, seed=7)
-    table, pages, out, mass = run_kernel(scores, lengths, heads, budget, device, width=12, threshold=0.6, fallback_pages=12)
-    mine, mine_out, mine_mass = torch.full_like(pages, -7), torch.full_like(out, -7), torch.zeros_like(mass)
+    table, pages, out, mass = run_kernel(
+        scores, lengths, heads, budget, device, width=12, threshold=0.6, fallback_pages=12
+    )
+    mine, mine_out, mine_mass = (
+        torch.full_like(pages, -7),
+        torch.full_like(out, -7),
+        torch.zeros_like(mass),
+    )
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    arguments = [t.to(device) for t in (seq_lens, row_starts(seq_lens, range(3)), table, mine, mine_out, mine_mass)]
+    arguments = [
+        t.to(device)
+        for t in (seq_lens, row_starts(seq_lens, range(3)), table, mine, mine_out, mine_mass)
+    ]
     select_rows(scores, *arguments, budget, rows=range(3), fallback=(0.6, 12))
     assert torch.equal(arguments[4].cpu(), out)
     for sequence, tokens in enumerate(out.tolist()):
-        assert torch.equal(arguments[3].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)])
+        assert torch.equal(
+            arguments[3].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)]
+        )
 
 
 def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
     heads, lengths, budget = 2, [640, 640], Budget(8, 1, 2)
     scores = random_scores(4, heads, [40, 40], device, seed=8)
     lanes = torch.tensor([2, 0], dtype=torch.int32)
-    slot_of = torch.where(torch.rand(3, heads, 64, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1).int()
+    slot_of = torch.where(
+        torch.rand(3, heads, 64, generator=torch.Generator().manual_seed(9)) < 0.3, 5, -1
+    ).int()
     table = torch.arange(40, dtype=torch.int32).expand(2, 40).contiguous()
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     pages, out = torch.full((4, 8), -7, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
@@ -199,16 +292,38 @@ def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
         arguments = [t.to(device) for t in (seq_lens, table, pages, out, torch.zeros(2, heads))]
         held = (lanes.to(device), slot_of.to(device), margin)
         select_pages(
-            scores.page_max, scores.page_lse, scores.order, arguments[0], row_starts(seq_lens, range(2)).to(device), *arguments[1:],
-            page_size=PAGE_SIZE, num_kv_heads=heads, first_row=0, num_rows=2, widest=40, sink_pages=1, recent_pages=2, budget_pages=8,
+            scores.page_max,
+            scores.page_lse,
+            scores.order,
+            arguments[0],
+            row_starts(seq_lens, range(2)).to(device),
+            *arguments[1:],
+            page_size=PAGE_SIZE,
+            num_kv_heads=heads,
+            first_row=0,
+            num_rows=2,
+            widest=40,
+            sink_pages=1,
+            recent_pages=2,
+            budget_pages=8,
             held=held,
-        )  # fmt: skip
+        )
         for row in range(2):
             span = slice(40 * row, 40 * row + 40)
             is_held = slot_of[lanes[row], :, :40] >= 0
-            kept, _ = select_row(scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), 40, heads, budget, margin * is_held)
+            kept, _ = select_row(
+                scores.page_max[:, span].cpu(),
+                scores.page_lse[:, span].cpu(),
+                40,
+                heads,
+                budget,
+                margin * is_held,
+            )
             for head in range(heads):
-                assert arguments[2].cpu()[row * heads + head].tolist() == (kept[head] * heads + head).tolist()
+                assert (
+                    arguments[2].cpu()[row * heads + head].tolist()
+                    == (kept[head] * heads + head).tolist()
+                )
                 if margin == 100.0:
                     free = [p for p in kept[head].tolist() if p not in (0, 38, 39)]
                     assert all(is_held[head, p] for p in free)

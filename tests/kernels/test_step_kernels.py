@@ -16,7 +16,10 @@ def test_rows_start_behind_one_another(block, monkeypatch, device):
     seq_lens = torch.randint(0, 9000, (13,), dtype=torch.int32)
     for first, rows in ((0, 13), (3, 1), (4, 9)):
         pages = (seq_lens[first : first + rows] + PAGE_SIZE - 1) // PAGE_SIZE
-        assert row_starts(seq_lens.to(device), first, rows, PAGE_SIZE).tolist() == (pages.cumsum(0) - pages).tolist()
+        assert (
+            row_starts(seq_lens.to(device), first, rows, PAGE_SIZE).tolist()
+            == (pages.cumsum(0) - pages).tolist()
+        )
 
 
 @pytest.mark.parametrize("rows, heads", [(1, 1), (7, 3), (300, 8)])
@@ -29,4 +32,6 @@ def test_kept_mass_is_added_up_without_the_padding(rows, heads, device):
     edges = torch.tensor(KEPT_MASS_EDGES, device=device)
     cells = torch.full((1 + len(edges),), 5.0, dtype=torch.float64, device=device)
     add_kept_mass(mass.to(device), seq_lens.to(device), edges, cells[:1], cells[1:])
-    torch.testing.assert_close(cells.cpu() - 5, torch.cat([reference.cells[:1], reference.cells[3:]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        cells.cpu() - 5, torch.cat([reference.cells[:1], reference.cells[3:]]), rtol=1e-5, atol=1e-5
+    )

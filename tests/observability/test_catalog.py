@@ -15,11 +15,15 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_dashboard_shows_every_metric_and_no_other():
     dashboard = json.loads((ROOT / "configs" / "grafana.json").read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    expressions = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())
+    ]
     shown = {name for text in expressions for name in re.findall(rf"{PREFIX}\w+", text)}
     known = {sample: metric for metric in METRICS for sample in metric.samples}
     assert shown <= known.keys(), "the dashboard names metrics that do not exist"
-    assert {known[name].name for name in shown} == {metric.name for metric in METRICS}, "metrics that no panel shows"
+    assert {known[name].name for name in shown} == {metric.name for metric in METRICS}, (
+        "metrics that no panel shows"
+    )
     for variable in dashboard["templating"]["list"]:
         for name in re.findall(rf"{PREFIX}\w+", str(variable.get("query", ""))):
             assert name in known
@@ -28,15 +32,22 @@ def test_the_dashboard_shows_every_metric_and_no_other():
 def test_the_dashboard_asks_for_its_data_source():
     dashboard = json.loads((ROOT / "configs" / "grafana.json").read_text())
     assert dashboard["templating"]["list"][0]["type"] == "datasource"
-    sources = {json.dumps(panel["datasource"]) for panel in dashboard["panels"] if "datasource" in panel}
+    sources = {
+        json.dumps(panel["datasource"]) for panel in dashboard["panels"] if "datasource" in panel
+    }
     assert sources == {json.dumps({"type": "prometheus", "uid": "${datasource}"})}
 
 
 def test_the_documented_table_is_the_list():
     text = (ROOT / "docs" / "operations.md").read_text()
     table = re.search(r"<!-- metrics -->\n(.*)<!-- /metrics -->", text, re.S)[1].splitlines()[2:]
-    assert table == [f"| `{m.name}` | {m.kind} | {m.unit} | {'yes' if m.per_rank else ''} | {m.text} |" for m in METRICS]
-    elsewhere = set(re.findall(rf"{PREFIX}\w+", text)) - {sample for m in METRICS for sample in (*m.samples, m.name)}
+    assert table == [
+        f"| `{m.name}` | {m.kind} | {m.unit} | {'yes' if m.per_rank else ''} | {m.text} |"
+        for m in METRICS
+    ]
+    elsewhere = set(re.findall(rf"{PREFIX}\w+", text)) - {
+        sample for m in METRICS for sample in (*m.samples, m.name)
+    }
     assert not elsewhere
 
 
@@ -47,4 +58,6 @@ def test_names_follow_prometheus(metric):
     stem = metric.name.removesuffix("_total")
     for unit in ("bytes", "seconds", "ratio"):
         assert (metric.unit == unit) == stem.endswith(f"_{unit}")
-    assert list(metric.edges) == sorted(set(metric.edges)) and bool(metric.edges) == (metric.kind == "histogram")
+    assert list(metric.edges) == sorted(set(metric.edges)) and bool(metric.edges) == (
+        metric.kind == "histogram"
+    )

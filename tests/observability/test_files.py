@@ -29,7 +29,11 @@ LABELS = {"model_name": "m", "engine": "0"}
 def samples(registry: CollectorRegistry) -> dict[tuple, float]:
     """What a scrape of the registry says: (name, labels as sorted pairs) -> value."""
     families = text_string_to_metric_families(generate_latest(registry).decode())
-    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+    return {
+        (s.name, tuple(sorted(s.labels.items()))): s.value
+        for family in families
+        for s in family.samples
+    }
 
 
 def key(name: str, **labels: str) -> tuple:
@@ -51,10 +55,12 @@ def test_ranks_have_series_of_their_own_and_rank_0_speaks_for_all(tmp_path, regi
         worker.set(catalog.DECODE_ROWS, 7)
         worker.set(catalog.RESIDENT_LAYERS, 3 - rank)
     assert samples(registry) == {
-        key(catalog.HITS.name, tp_rank="0"): 20, key(catalog.HITS.name, tp_rank="1"): 21,
-        key(catalog.RESIDENT_LAYERS.name, tp_rank="0"): 3, key(catalog.RESIDENT_LAYERS.name, tp_rank="1"): 2,
+        key(catalog.HITS.name, tp_rank="0"): 20,
+        key(catalog.HITS.name, tp_rank="1"): 21,
+        key(catalog.RESIDENT_LAYERS.name, tp_rank="0"): 3,
+        key(catalog.RESIDENT_LAYERS.name, tp_rank="1"): 2,
         key(catalog.DECODE_ROWS.name): 7,
-    }  # fmt: skip
+    }
 
 
 def test_a_histogram_is_cumulative_in_the_scrape(tmp_path, registry):
@@ -62,8 +68,14 @@ def test_a_histogram_is_cumulative_in_the_scrape(tmp_path, registry):
     counts = [1, 0, 2, *[0] * (len(catalog.KEPT_MASS_RATIO.edges) - 4), 4, 5]
     worker.set_histogram(catalog.KEPT_MASS_RATIO, counts, 9.5)
     page, name = samples(registry), catalog.KEPT_MASS_RATIO.name
-    assert [page[key(f"{name}_bucket", tp_rank="0", le=le)] for le in ("0.1", "0.2", "0.3", "0.99", "+Inf")] == [1, 1, 3, 7, 12]
-    assert (page[key(f"{name}_count", tp_rank="0")], page[key(f"{name}_sum", tp_rank="0")]) == (12, 9.5)
+    assert [
+        page[key(f"{name}_bucket", tp_rank="0", le=le)]
+        for le in ("0.1", "0.2", "0.3", "0.99", "+Inf")
+    ] == [1, 1, 3, 7, 12]
+    assert (page[key(f"{name}_count", tp_rank="0")], page[key(f"{name}_sum", tp_rank="0")]) == (
+        12,
+        9.5,
+    )
 
 
 def test_help_and_type_are_the_catalog_s(tmp_path, registry):
@@ -106,8 +118,10 @@ def test_several_servers_share_the_folder_that_vllm_reads(monkeypatch, tmp_path)
 def test_one_server_shows_its_workers_and_forgets_the_killed(front_end):
     registry, folder = front_end
     killed = (
-        "import os; from specontext_vllm.observability import catalog; from specontext_vllm.observability.files import MetricFiles; "
-        f"worker = MetricFiles({folder!r}, {LABELS!r}, 0); worker.set(catalog.HITS, 5); os.kill(os.getpid(), 9)"
+        "import os; from specontext_vllm.observability import catalog; from "
+        "specontext_vllm.observability.files import MetricFiles; "
+        f"worker = MetricFiles({folder!r}, {LABELS!r}, 0); worker.set(catalog.HITS, 5); "
+        "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -9
     assert samples(registry) == {key(catalog.HITS.name, tp_rank="0"): 5}
@@ -158,13 +172,20 @@ def test_a_machine_shows_every_engine_s_workers_that_run(tmp_path, machine, monk
     source = next((tmp_path / "specontext-metrics-tmpabc").glob("counter_*"))
     (source.parent / f"counter_{files.OWNER}-{dead.pid}-0.db").write_bytes(source.read_bytes())
     assert not here.is_remote and there.is_remote
-    assert samples(machine) == {key(catalog.HITS.name, tp_rank="0"): 1, key(catalog.HITS.name, engine="1", tp_rank="0"): 2}
+    assert samples(machine) == {
+        key(catalog.HITS.name, tp_rank="0"): 1,
+        key(catalog.HITS.name, engine="1", tp_rank="0"): 2,
+    }
 
 
 @pytest.mark.parametrize("at", ["front end", "machine"])
 def test_a_worker_that_ends_during_a_scrape_is_left_out_of_it(tmp_path, monkeypatch, request, at):
     """Its files are listed, and gone when they are read."""
-    registry, folder = (request.getfixturevalue("machine"), "/elsewhere/x") if at == "machine" else request.getfixturevalue("front_end")
+    registry, folder = (
+        (request.getfixturevalue("machine"), "/elsewhere/x")
+        if at == "machine"
+        else request.getfixturevalue("front_end")
+    )
     gone, running = (MetricFiles(folder, {**LABELS, "engine": name}, 0) for name in "01")
     for worker in (gone, running):
         for metric in (catalog.HITS, catalog.RESIDENT_LAYERS):
@@ -178,7 +199,10 @@ def test_a_worker_that_ends_during_a_scrape_is_left_out_of_it(tmp_path, monkeypa
         return found
 
     monkeypatch.setattr(glob, "glob", list_and_end)
-    assert samples(registry) == {key(metric.name, engine="1", tp_rank="0"): 2 for metric in (catalog.HITS, catalog.RESIDENT_LAYERS)}
+    assert samples(registry) == {
+        key(metric.name, engine="1", tp_rank="0"): 2
+        for metric in (catalog.HITS, catalog.RESIDENT_LAYERS)
+    }
     assert not gone.close.alive
 
 
@@ -208,11 +232,16 @@ def test_scrapes_go_on_while_workers_and_their_folder_come_and_go(machine):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\0" * 3, struct.pack("ii", 400, 0), struct.pack("iii", 48, 0, 400) + b" " * 36, struct.pack("iii", 40, 0, 12) + b"not JSON    " + b"\0" * 16,
-        struct.pack("iii", 40, 0, 12) + b"3           " + b"\0" * 16, struct.pack("iii", 40, 0, 12) + b"\xff" * 12 + b"\0" * 16,
+        b"",
+        b"\0" * 3,
+        struct.pack("ii", 400, 0),
+        struct.pack("iii", 48, 0, 400) + b" " * 36,
+        struct.pack("iii", 40, 0, 12) + b"not JSON    " + b"\0" * 16,
+        struct.pack("iii", 40, 0, 12) + b"3           " + b"\0" * 16,
+        struct.pack("iii", 40, 0, 12) + b"\xff" * 12 + b"\0" * 16,
     ],
     ids=["empty", "half a head", "a head alone", "half an entry", "garbage", "a number", "no text"],
-)  # fmt: skip
+)
 def test_a_file_that_is_not_whole_does_not_spoil_the_others(front_end, content):
     registry, folder = front_end
     worker = MetricFiles(folder, LABELS, 0)
@@ -263,25 +292,42 @@ def test_the_command_serves_them_on_the_loopback_interface(tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "specontext_vllm.cli", "metrics", "--port", str(port)]
     writer = (
-        "import time; from specontext_vllm.observability import catalog; from specontext_vllm.observability.files import MetricFiles; "
-        f"worker = MetricFiles('/elsewhere/x', {LABELS!r}, 1); worker.set(catalog.HITS, 5); print('written', flush=True); time.sleep(60)"
+        "import time; from specontext_vllm.observability import catalog; from "
+        "specontext_vllm.observability.files import MetricFiles; "
+        f"worker = MetricFiles('/elsewhere/x', {LABELS!r}, 1); worker.set(catalog.HITS, 5); "
+        "print('written', flush=True); time.sleep(60)"
     )
     with (
-        subprocess.Popen([sys.executable, "-c", writer], env=environment, stdout=subprocess.PIPE, text=True) as worker,
+        subprocess.Popen(
+            [sys.executable, "-c", writer], env=environment, stdout=subprocess.PIPE, text=True
+        ) as worker,
         # A shell's background job, as a test run may be one, hands on that SIGINT is ignored.
         subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as served,
     ):
         try:
             assert served.stdout.readline().startswith(f"http://127.0.0.1:{port}/metrics ")
             assert worker.stdout.readline() == "written\n"
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-                assert f'{catalog.HITS.name}{{engine="0",model_name="m",tp_rank="1"}} 5.0' in answer.read().decode()
+                assert (
+                    f'{catalog.HITS.name}{{engine="0",model_name="m",tp_rank="1"}} 5.0'
+                    in answer.read().decode()
+                )
             with pytest.raises(urllib.error.URLError):
                 urllib.request.urlopen(f"http://127.0.0.2:{port}/metrics", timeout=10)
-            again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-            assert again.returncode == 2 and f"cannot listen on 127.0.0.1:{port}" in again.stderr and "name another" in again.stderr
+            again = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=60
+            )
+            assert (
+                again.returncode == 2
+                and f"cannot listen on 127.0.0.1:{port}" in again.stderr
+                and "name another" in again.stderr
+            )
         finally:
             served.send_signal(signal.SIGINT)
             worker.kill()

@@ -21,14 +21,25 @@ def page(scale: int, engine: str = "0") -> str:
     for metric in catalog.METRICS:
         lines.append(f"# TYPE {metric.name} {metric.kind}")
         for rank in range(2 if metric.per_rank else 1):
-            labels = f'model_name="m",engine="{engine}"' + (f',tp_rank="{rank}"' if metric.per_rank else "")
+            labels = f'model_name="m",engine="{engine}"' + (
+                f',tp_rank="{rank}"' if metric.per_rank else ""
+            )
             if metric.kind == "histogram":
                 lines.append(f'{metric.name}_bucket{{{labels},le="+Inf"}} {10 * scale}')
                 lines.append(f"{metric.name}_count{{{labels}}} {10 * scale}")
                 lines.append(f"{metric.name}_sum{{{labels}}} {5 * scale}")
             else:
-                value = {catalog.HITS: 90, catalog.MISSES: 10, catalog.RESIDENT_LAYERS: 4 - rank, catalog.OFFLOADED_LAYERS: 2 + rank, catalog.SIDECAR_UP: rank}.get(metric, 20)
-                lines.append(f"{metric.name}{{{labels}}} {value * (scale if metric.kind == 'counter' else 1)}")
+                value = {
+                    catalog.HITS: 90,
+                    catalog.MISSES: 10,
+                    catalog.RESIDENT_LAYERS: 4 - rank,
+                    catalog.OFFLOADED_LAYERS: 2 + rank,
+                    catalog.SIDECAR_UP: rank,
+                }.get(metric, 20)
+                lines.append(
+                    f"{metric.name}{{{labels}}} "
+                    f"{value * (scale if metric.kind == 'counter' else 1)}"
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -53,7 +64,10 @@ def test_rates_come_from_two_readings_and_totals_from_the_last():
     assert row(text, "layers moved") == ["20.0/s", "120"]  # both ranks
     assert row(text, "resident layers")[0] == "3 of 6"
     assert row(text, "sidecar")[0] == "away, does not know 20 pages"
-    assert row(text, "read whole for want of the sidecar") == ["200.0%", "200.0%"]  # 20 rows of each rank, of 20 in all
+    assert row(text, "read whole for want of the sidecar") == [
+        "200.0%",
+        "200.0%",
+    ]  # 20 rows of each rank, of 20 in all
 
 
 def test_one_reading_has_no_rates():
@@ -72,15 +86,26 @@ def test_a_metric_that_is_absent_has_no_row():
     gone = (catalog.FALLBACK_ROWS.name, catalog.RESIDENT_LAYERS.name, "sidecar")
     lines = [line for line in page(1).splitlines() if not any(name in line for name in gone)]
     text = text_of(parse("\n".join(lines) + "\n"), None, 0.0)
-    assert "fell back" not in text and "resident" not in text and "sidecar" not in text and "decode rows" in text
+    assert (
+        "fell back" not in text
+        and "resident" not in text
+        and "sidecar" not in text
+        and "decode rows" in text
+    )
 
 
 def test_counters_that_fell_have_begun_anew():
-    assert growth({"a": 5.0, "b": 9.0, "c": 1.0}, {"a": 7.0, "b": 4.0}) == {"a": 5.0, "b": 5.0, "c": 1.0}
+    assert growth({"a": 5.0, "b": 9.0, "c": 1.0}, {"a": 7.0, "b": 4.0}) == {
+        "a": 5.0,
+        "b": 5.0,
+        "c": 1.0,
+    }
 
 
 def test_a_server_that_goes_away_is_waited_for(monkeypatch):
-    readings = iter([parse(page(1)), top.TopError("h: no metrics there."), parse(page(1)), KeyboardInterrupt()])
+    readings = iter(
+        [parse(page(1)), top.TopError("h: no metrics there."), parse(page(1)), KeyboardInterrupt()]
+    )
     said = []
 
     def read(address: str) -> dict:
@@ -96,7 +121,9 @@ def test_a_server_that_goes_away_is_waited_for(monkeypatch):
     assert said[0] == "h: no metrics there. Trying again; Ctrl-C ends." and len(said) == 2
 
 
-@pytest.mark.parametrize("given", ["http://h:1", "h:1", "http://h:1/", "http://h:1/metrics", "http://h:1/v1"])
+@pytest.mark.parametrize(
+    "given", ["http://h:1", "h:1", "http://h:1/", "http://h:1/metrics", "http://h:1/v1"]
+)
 def test_any_address_of_a_server_will_do(given):
     assert metrics_url(given) == "http://h:1/metrics"
 
@@ -119,10 +146,15 @@ def refusal(url: str) -> str:
 
 
 def test_a_server_without_specontext_is_refused(other_server):
-    assert refusal(other_server).startswith(f"{other_server}/metrics: nothing of specontext there; start the server with --attention-backend")
+    assert refusal(other_server).startswith(
+        f"{other_server}/metrics: nothing of specontext there; start the server with "
+        "--attention-backend"
+    )
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "no such host", "ftp://127.0.0.1", "http://127.0.0.1:port"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9", "no such host", "ftp://127.0.0.1", "http://127.0.0.1:port"]
+)
 def test_no_server_is_refused(url):
     message = refusal(url)
     assert "no metrics there" in message and "\n" not in message

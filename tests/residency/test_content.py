@@ -1,4 +1,6 @@
-"""Whole steps of tiered KV under random schedules: every token that a layer reads is the one that was written there, whatever moved meanwhile."""
+"""Whole steps of tiered KV under random schedules: every token that a layer reads is the one that
+was written there, whatever moved meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ STEP_TOKENS = 40
 
 @dataclass
 class Request:
-    """``tokens``: what makes each token's KV, prompt first; ``computed`` of them have been written; ``answer`` more are wanted."""
+    """``tokens``: what makes each token's KV, prompt first; ``computed`` of them have been written;
+    ``answer`` more are wanted.
+    """
 
     name: str
     tokens: list[int]
@@ -32,16 +36,28 @@ class Request:
 
 
 class Schedule:
-    """vLLM's scheduler in small: chunks of any size, one token included, prefix hits on computed pages, preemptions, pages taken from the least recently freed."""
+    """vLLM's scheduler in small: chunks of any size, one token included, prefix hits on computed
+    pages, preemptions, pages taken from the least recently freed.
+    """
 
     def __init__(self, seed: int, slowly: bool, device: torch.device) -> None:
         self.random = Random(seed)
         plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
         self.device = device
         self.tiers = PoisonedTieredKV(
-            plan, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=DIM, dtype=torch.float32, max_requests=LANES, max_rows=LANES, table_pages=BUDGET,
-            max_pages=LONGEST, keep_unreferenced=True, timed=False, device=device,
-        )  # fmt: skip
+            plan,
+            num_layers=LAYERS,
+            num_kv_heads=HEADS,
+            head_dim=DIM,
+            dtype=torch.float32,
+            max_requests=LANES,
+            max_rows=LANES,
+            table_pages=BUDGET,
+            max_pages=LONGEST,
+            keep_unreferenced=True,
+            timed=False,
+            device=device,
+        )
         if slowly:
             self.tiers.ledger.return_pages = 1 + seed % 2
         self.tiers.arena.fill_(float("nan"))
@@ -56,9 +72,21 @@ class Schedule:
         self.waiting: list[Request] = []
         self.ended: list[Request] = []
         self.made = self.token = 0
-        self.seen = Counter({"offloaded": 0, "hits": 0, "preempted": 0, "chunks of one": 0, "staged": 0, "decoded": 0, "came back": 0, "came back slowly": 0})
+        self.seen = Counter(
+            {
+                "offloaded": 0,
+                "hits": 0,
+                "preempted": 0,
+                "chunks of one": 0,
+                "staged": 0,
+                "decoded": 0,
+                "came back": 0,
+                "came back slowly": 0,
+            }
+        )
 
-    # -- the scheduler ----------------------------------------------------------------------------------------------
+    # -- the scheduler
+    # ----------------------------------------------------------------------------------------------
 
     def new_tokens(self, count: int) -> list[int]:
         self.token += count
@@ -71,8 +99,17 @@ class Schedule:
         begin: list[int] = []
         if others and self.random.random() < 0.5:
             other = self.random.choice(others)
-            begin = other.tokens[: self.random.randint(1, max(1, (other.computed or len(other.tokens)) // PAGE_SIZE)) * PAGE_SIZE][: count - 1]
-        self.waiting.append(Request(f"r{self.made}", begin + self.new_tokens(count - len(begin)), self.random.choice((1, 9, 30))))
+            begin = other.tokens[
+                : self.random.randint(1, max(1, (other.computed or len(other.tokens)) // PAGE_SIZE))
+                * PAGE_SIZE
+            ][: count - 1]
+        self.waiting.append(
+            Request(
+                f"r{self.made}",
+                begin + self.new_tokens(count - len(begin)),
+                self.random.choice((1, 9, 30)),
+            )
+        )
         self.made += 1
 
     def hit(self, request: Request) -> list[int]:
@@ -118,7 +155,14 @@ class Schedule:
             chunk = min(room, self.random.choice((1, 2, 7, 16, left, left)), left)
             need = pages_for(request.computed + chunk) - len(request.pages)
             while (taken := self.take(need)) is None:
-                victim = next((r for r in reversed(self.running) if r is not request and r.name not in chunks), None)
+                victim = next(
+                    (
+                        r
+                        for r in reversed(self.running)
+                        if r is not request and r.name not in chunks
+                    ),
+                    None,
+                )
                 if victim is None:
                     break
                 self.running.remove(victim)
@@ -133,10 +177,19 @@ class Schedule:
                 grown.append((request.name, taken))
             chunks[request.name] = (request, chunk)
             room -= chunk
-        while self.waiting and room and len(self.running) < LANES and self.seen["preempted"] == preempted:
+        while (
+            self.waiting
+            and room
+            and len(self.running) < LANES
+            and self.seen["preempted"] == preempted
+        ):
             request = self.waiting[0]
             hit = self.hit(request)
-            chunk = min(room, len(request.tokens) - len(hit) * PAGE_SIZE, self.random.choice((1, 3, 16, 999)))
+            chunk = min(
+                room,
+                len(request.tokens) - len(hit) * PAGE_SIZE,
+                self.random.choice((1, 3, 16, 999)),
+            )
             self.free = [page for page in self.free if page not in hit]
             taken = self.take(pages_for(len(hit) * PAGE_SIZE + chunk) - len(hit))
             if taken is None:
@@ -152,7 +205,8 @@ class Schedule:
             room -= chunk
         self.run(released, started, grown, [chunks[name] for name in chunks])
 
-    # -- the model ----------------------------------------------------------------------------------------------------
+    # -- the model
+    # ----------------------------------------------------------------------------------------------------
 
     @staticmethod
     def kv(tokens: list[int], layer: int) -> torch.Tensor:
@@ -160,21 +214,40 @@ class Schedule:
         base = torch.tensor(tokens, dtype=torch.float32)[:, None, None] + 0.25 * layer
         return (base + 0.0625 * torch.arange(HEADS)[None, :, None]).expand(-1, -1, DIM).contiguous()
 
-    def expect(self, found: torch.Tensor, request: Request, first: int, last: int, layer: int, head: int) -> None:
+    def expect(
+        self, found: torch.Tensor, request: Request, first: int, last: int, layer: int, head: int
+    ) -> None:
         """``found [N, 2 * D]`` is the KV of the request's tokens from ``first`` to ``last``."""
         wanted = self.kv(request.tokens[first:last], layer)[:, head, :1].expand(-1, 2 * DIM)
-        assert torch.equal(found, wanted), (request.name, first, last, layer, head, found[:, 0].tolist(), wanted[:, 0].tolist())
+        assert torch.equal(found, wanted), (
+            request.name,
+            first,
+            last,
+            layer,
+            head,
+            found[:, 0].tolist(),
+            wanted[:, 0].tolist(),
+        )
 
     def run(self, released, started, grown, chunks) -> None:
         tiers = self.tiers
         chunks.sort(key=lambda entry: entry[1] != 1)
         decodes = [request for request, chunk in chunks if chunk == 1]
-        self.seen["chunks of one"] += sum(request.computed + 1 < len(request.tokens) for request in decodes)
+        self.seen["chunks of one"] += sum(
+            request.computed + 1 < len(request.tokens) for request in decodes
+        )
         self.seen["decoded"] += len(decodes)
         before, slowly = tiers.ledger.resident, tiers.ledger.framed > tiers.ledger.resident
         new = {request.name for request in started}
         written = [(r.name, r.computed // PAGE_SIZE) for r, _ in chunks if r.name not in new]
-        tiers.begin_step(released, started, grown, [r.name for r in decodes], [r.name for r, chunk in chunks if chunk > 1], written)
+        tiers.begin_step(
+            released,
+            started,
+            grown,
+            [r.name for r in decodes],
+            [r.name for r, chunk in chunks if chunk > 1],
+            written,
+        )
         self.seen["came back"] += tiers.ledger.resident > before
         self.seen["came back slowly"] += tiers.ledger.resident > before and slowly
         self.seen["offloaded"] += tiers.ledger.resident < LAYERS
@@ -185,18 +258,35 @@ class Schedule:
         for row, (request, _) in enumerate(chunks):
             table[row, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32)
         ends = [request.computed + chunk for request, chunk in chunks]
-        positions = [position for (request, chunk), end in zip(chunks, ends) for position in range(request.computed, end)]
+        positions = [
+            position
+            for (request, chunk), end in zip(chunks, ends)
+            for position in range(request.computed, end)
+        ]
         owners = [request for request, chunk in chunks for _ in range(chunk)]
-        slots = torch.tensor([r.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for r, p in zip(owners, positions)])
+        slots = torch.tensor(
+            [r.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for r, p in zip(owners, positions)]
+        )
         tiers.place_rows([r.name for r in decodes], len(decodes))
         selected = self.select(decodes)
         table, slots = table.to(self.device), slots.to(self.device)
         if decodes:
-            tiers.resolve(self.pages, self.lengths, torch.tensor(ends, dtype=torch.int32, device=self.device), table, len(decodes))
+            tiers.resolve(
+                self.pages,
+                self.lengths,
+                torch.tensor(ends, dtype=torch.int32, device=self.device),
+                table,
+                len(decodes),
+            )
         tiers.fetch_misses(len(decodes))
         tokens = len(decodes)
         prefills = chunks[tokens:]
-        tiers.begin_prefill(table[tokens:], torch.tensor(positions[tokens:], device=self.device), ends[tokens:], [chunk for _, chunk in prefills])
+        tiers.begin_prefill(
+            table[tokens:],
+            torch.tensor(positions[tokens:], device=self.device),
+            ends[tokens:],
+            [chunk for _, chunk in prefills],
+        )
         for layer in range(LAYERS):
             new = self.kv([r.tokens[p] for r, p in zip(owners, positions)], layer).to(self.device)
             tiers.write(layer, new, new, slots, tokens)
@@ -205,23 +295,33 @@ class Schedule:
         for request, chunk in chunks:
             request.computed += chunk
             for index in range(request.computed // PAGE_SIZE):
-                self.held[request.pages[index]] = request.tokens[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+                self.held[request.pages[index]] = request.tokens[
+                    index * PAGE_SIZE : (index + 1) * PAGE_SIZE
+                ]
 
     def select(self, decodes: list[Request]) -> list[list[int]]:
-        """The first, the last and some pages in between, for each row and head; fills the page table."""
+        """The first, the last and some pages in between, for each row and head; fills the page
+        table.
+        """
         chosen = []
         for sequence in range(len(decodes) * HEADS):
             length = decodes[sequence // HEADS].computed + 1
             count = pages_for(length)
             middle = self.random.sample(range(1, count - 1), min(BUDGET - 2, max(0, count - 2)))
             pages = sorted({0, count - 1, *middle})
-            self.pages[sequence, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device=self.device) * HEADS + sequence % HEADS
+            self.pages[sequence, : len(pages)] = (
+                torch.tensor(pages, dtype=torch.int32, device=self.device) * HEADS
+                + sequence % HEADS
+            )
             self.lengths[sequence] = (len(pages) - 1) * PAGE_SIZE + (length - 1) % PAGE_SIZE + 1
             chosen.append(pages)
         return chosen
 
     def read_decodes(self, layer: int, decodes: list[Request], selected: list[list[int]]) -> None:
-        head_pages, tables = self.tiers.arena.view(-1, PAGE_SIZE, 2 * DIM).cpu(), self.tiers.tables[layer].cpu()
+        head_pages, tables = (
+            self.tiers.arena.view(-1, PAGE_SIZE, 2 * DIM).cpu(),
+            self.tiers.tables[layer].cpu(),
+        )
         for sequence, pages in enumerate(selected):
             request, head = decodes[sequence // HEADS], sequence % HEADS
             for column, page in enumerate(pages):
@@ -266,7 +366,9 @@ def test_no_step_begins_after_one_whose_copies_did_not_come(device):
         schedule.step()
 
 
-@pytest.mark.parametrize("slowly", [False, True], ids=["layers return at once", "layers return a page or two a step"])
+@pytest.mark.parametrize(
+    "slowly", [False, True], ids=["layers return at once", "layers return a page or two a step"]
+)
 def test_every_token_that_is_read_is_the_one_that_was_written(slowly, device):
     seen: Counter[str] = Counter()
     for seed in range(5):

@@ -14,21 +14,33 @@ from specontext_vllm.residency.host_pool import HostPoolError, allocate_host_poo
 
 def test_a_pool_has_exactly_its_size(device):
     pool = allocate_host_pool((3, 5, 7), torch.bfloat16, device)
-    assert pool.device.type == "cpu" and pool.untyped_storage().nbytes() == 3 * 5 * 7 * 2 and not pool.any()
+    assert (
+        pool.device.type == "cpu"
+        and pool.untyped_storage().nbytes() == 3 * 5 * 7 * 2
+        and not pool.any()
+    )
 
 
 def test_more_than_is_free_is_refused(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-    with pytest.raises(HostPoolError, match=r"host_kv_gib: the pool needs 2\.00 GiB and this machine has 1\.00 GiB of memory free; lower it"):
+    with pytest.raises(
+        HostPoolError,
+        match=r"host_kv_gib: the pool needs 2\.00 GiB and this machine has 1\.00 GiB of memory free; lower it",
+    ):
         allocate_host_pool((2**31,), torch.uint8, torch.device("cpu"))
 
 
 def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
-    """Root is above the limit on locked memory, on the GPU machine too, so the driver's answer is made up here."""
+    """Root is above the limit on locked memory, on the GPU machine too, so the driver's answer is
+    made up here.
+    """
     asked = []
     runtime = SimpleNamespace(cudaHostRegister=lambda pointer, size, flags: asked.append(size) or 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    with pytest.raises(HostPoolError, match=r"host_kv_gib: the driver refused to lock 0\.000004 GiB of memory \(2\); raise .* \(ulimit -l\) or lower host_kv_gib"):
+    with pytest.raises(
+        HostPoolError,
+        match=r"host_kv_gib: the driver refused to lock 0\.000004 GiB of memory \(2\); raise .* \(ulimit -l\) or lower host_kv_gib",
+    ):
         allocate_host_pool((4096,), torch.uint8, torch.device("cuda"))
     assert asked == [4096]
 
@@ -38,18 +50,29 @@ def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
     [
         ({}, 100 << 30),
         ({"memory.max": "max", "memory.current": "5", "memory.stat": "anon 1"}, 100 << 30),
-        ({"memory.max": str(64 << 30), "memory.current": str(20 << 30), "memory.stat": f"anon 1\ninactive_file {4 << 30}"}, 48 << 30),
-        ({"memory.max": str(10 << 30), "memory.current": str(12 << 30), "memory.stat": "anon 1"}, 0),
         (
             {
-                "memory/memory.limit_in_bytes": str(32 << 30), "memory/memory.usage_in_bytes": str(2 << 30),
+                "memory.max": str(64 << 30),
+                "memory.current": str(20 << 30),
+                "memory.stat": f"anon 1\ninactive_file {4 << 30}",
+            },
+            48 << 30,
+        ),
+        (
+            {"memory.max": str(10 << 30), "memory.current": str(12 << 30), "memory.stat": "anon 1"},
+            0,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": str(32 << 30),
+                "memory/memory.usage_in_bytes": str(2 << 30),
                 "memory/memory.stat": f"total_inactive_file {1 << 30}",
             },
             31 << 30,
         ),
     ],
     ids=["no control group", "no limit", "a container's limit", "over its limit", "version 1"],
-)  # fmt: skip
+)
 def test_a_containers_limit_counts(tmp_path, monkeypatch, files, free):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
     monkeypatch.setattr(host_pool, "CGROUP", tmp_path)

@@ -1,4 +1,6 @@
-"""Hot buffers: the Triton kernels against the torch path over many steps, and both against what they promise."""
+"""Hot buffers: the Triton kernels against the torch path over many steps, and both against what
+they promise.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,16 @@ def make(device):
     resident = torch.tensor([RESIDENT], dtype=torch.int32, device=device)
     counts = torch.zeros(counters.COUNTERS, dtype=torch.int64, device=device)
     return HotBuffers(
-        LANES, HEADS, SLOTS, MAX_PAGES, max_rows=LANES, table_pages=TABLE, num_layers=LAYERS, resident=resident, counts=counts, device=device
+        LANES,
+        HEADS,
+        SLOTS,
+        MAX_PAGES,
+        max_rows=LANES,
+        table_pages=TABLE,
+        num_layers=LAYERS,
+        resident=resident,
+        counts=counts,
+        device=device,
     )
 
 
@@ -32,7 +43,12 @@ def random_step(generator, lanes, seq_lens, table):
         for head in range(HEADS if lanes[row] >= 0 else 0):
             kept = min(count, TABLE)
             middle = torch.randperm(max(count - 2, 0), generator=generator)[: kept - 2] + 1
-            pages = torch.cat([torch.tensor([0]), middle, torch.tensor([count - 1])])[-kept:].unique().sort().values
+            pages = (
+                torch.cat([torch.tensor([0]), middle, torch.tensor([count - 1])])[-kept:]
+                .unique()
+                .sort()
+                .values
+            )
             kept = len(pages)
             selection[row * HEADS + head, :kept] = pages.int() * HEADS + head
             lengths[row * HEADS + head] = tokens - (count - kept) * PAGE_SIZE
@@ -43,10 +59,28 @@ def run_kernel(hot, selection, lengths, seq_lens, lanes, table, rows, step):
     hot.step.fill_(step)
     hot.count.zero_()
     resolve_pages(
-        selection, lengths, seq_lens, lanes, table, hot.capacity, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots,
-        hot._order, hot.sources, hot.targets, hot.count, hot.resident, hot.counts, hot.step, num_layers=LAYERS, num_rows=rows,
+        selection,
+        lengths,
+        seq_lens,
+        lanes,
+        table,
+        hot.capacity,
+        hot.slot_of,
+        hot.page_of,
+        hot.source_of,
+        hot.stamp,
+        hot.slots,
+        hot._order,
+        hot.sources,
+        hot.targets,
+        hot.count,
+        hot.resident,
+        hot.counts,
+        hot.step,
+        num_layers=LAYERS,
+        num_rows=rows,
         page_size=PAGE_SIZE,
-    )  # fmt: skip
+    )
 
 
 def misses(hot):
@@ -58,14 +92,18 @@ def misses(hot):
 def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, device):
     generator = torch.Generator().manual_seed(capacity)
     reference, kernel = make(torch.device("cpu")), make(device)
-    table = torch.stack([torch.randperm(MAX_PAGES, generator=generator) for _ in range(LANES)]).int()
+    table = torch.stack(
+        [torch.randperm(MAX_PAGES, generator=generator) for _ in range(LANES)]
+    ).int()
     for hot in (reference, kernel):
         hot.capacity.fill_(capacity)
     held = [[{} for _ in range(HEADS)] for _ in range(LANES)]
     returned = selected = missed = 0
     for step in range(1, 25):
         lanes = torch.tensor([2, 0, -1] if step % 3 else [1, 2, 0], dtype=torch.int32)
-        seq_lens = torch.tensor([16 * 9 + step, 70 + 16 * step, 0 if lanes[2] < 0 else 33], dtype=torch.int32)
+        seq_lens = torch.tensor(
+            [16 * 9 + step, 70 + 16 * step, 0 if lanes[2] < 0 else 33], dtype=torch.int32
+        )
         selection, lengths = random_step(generator, lanes, seq_lens.tolist(), table)
         reference.resolve(selection, lengths, seq_lens, lanes, table, LANES)
         on_device = [t.to(device) for t in (selection, lengths, seq_lens, lanes, table)]
@@ -91,30 +129,44 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
                     target = (lane * SLOTS + slot) * HEADS + head
                     if page in mine:
                         assert mine[page][0] == slot and target not in new_misses
-                    elif page == (int(seq_lens[row]) - 1) // PAGE_SIZE and int(seq_lens[row]) % PAGE_SIZE == 1:
+                    elif (
+                        page == (int(seq_lens[row]) - 1) // PAGE_SIZE
+                        and int(seq_lens[row]) % PAGE_SIZE == 1
+                    ):
                         assert target not in new_misses
                     else:
                         assert new_misses[target] == source
                 evicted = [p for p, (slot, _) in mine.items() if p not in pages and slot in slots]
                 kept = [p for p in mine if p not in pages and p not in evicted]
                 if evicted and kept:
-                    assert max(mine[p][1] for p in evicted) <= min(mine[p][1] for p in kept), "not the least recently used"
+                    assert max(mine[p][1] for p in evicted) <= min(mine[p][1] for p in kept), (
+                        "not the least recently used"
+                    )
                 for page in evicted:
                     del mine[page]
                 mine.update({page: (slot, step) for page, slot in zip(pages, slots)})
-    assert reference.counts.tolist() == kernel.counts.tolist() == [selected, missed, returned, missed * (LAYERS - RESIDENT), 0, 0, 0, 0]
+    assert (
+        reference.counts.tolist()
+        == kernel.counts.tolist()
+        == [selected, missed, returned, missed * (LAYERS - RESIDENT), 0, 0, 0, 0]
+    )
     assert returned > 0
 
 
 def test_reset_and_contents():
     hot = make(torch.device("cpu"))
     hot.capacity.fill_(6)
-    selection, lengths = random_step(torch.Generator().manual_seed(1), [0, 1, 2], [90, 40, 16], None)
+    selection, lengths = random_step(
+        torch.Generator().manual_seed(1), [0, 1, 2], [90, 40, 16], None
+    )
     seq_lens, lanes = torch.tensor([90, 40, 16]).int(), torch.arange(3).int()
     table = torch.arange(LANES * MAX_PAGES).view(LANES, MAX_PAGES).int()
     hot.resolve(selection, lengths, seq_lens, lanes, table, 3)
     sources, targets, count = hot.contents()
-    assert int(count) == int((selection >= 0).sum()) and len(sources) == len(targets) == hot.page_of.numel()
+    assert (
+        int(count) == int((selection >= 0).sum())
+        and len(sources) == len(targets) == hot.page_of.numel()
+    )
     assert sorted(zip(sources[:count].tolist(), targets[:count].tolist())) == misses(hot)
     hot.reset(torch.tensor([0, 2]))
     hot.capacity[1] = 0
@@ -128,15 +180,25 @@ def test_trim_forgets_what_lies_beyond_the_capacity():
     lanes, generator = torch.arange(3).int(), torch.Generator().manual_seed(2)
     for tokens in (200, 201):
         seq_lens = torch.full((3,), tokens, dtype=torch.int32)
-        hot.resolve(*random_step(generator, [0, 1, 2], [tokens] * 3, table), seq_lens, lanes, table, 3)
+        hot.resolve(
+            *random_step(generator, [0, 1, 2], [tokens] * 3, table), seq_lens, lanes, table, 3
+        )
     assert (hot.page_of[1, 0] >= 0).all()
     hot.capacity[1] = 5
     hot.trim()
-    assert (hot.page_of[1, :, 5] < 0).all() and (hot.page_of[1, :, :5] >= 0).all() and (hot.page_of[0] >= 0).all()
+    assert (
+        (hot.page_of[1, :, 5] < 0).all()
+        and (hot.page_of[1, :, :5] >= 0).all()
+        and (hot.page_of[0] >= 0).all()
+    )
     for lane in range(LANES):
         for head in range(HEADS):
-            held = {int(page): slot for slot, page in enumerate(hot.page_of[lane, head]) if page >= 0}
-            assert held == {page: int(slot) for page, slot in enumerate(hot.slot_of[lane, head]) if slot >= 0}
+            held = {
+                int(page): slot for slot, page in enumerate(hot.page_of[lane, head]) if page >= 0
+            }
+            assert held == {
+                page: int(slot) for page, slot in enumerate(hot.slot_of[lane, head]) if slot >= 0
+            }
 
 
 def test_layer_tables_point_at_frames_or_hot_slots(device):
@@ -147,10 +209,23 @@ def test_layer_tables_point_at_frames_or_hot_slots(device):
     selection, lengths = random_step(generator, [2, 0], [90, 40], table)
     slots = torch.randint(0, SLOTS, (LANES * HEADS, TABLE), generator=generator).int()
     frames = torch.randperm(layers * MAX_PAGES, generator=generator).view(layers, MAX_PAGES).int()
-    hot = torch.randperm(layers * LANES * SLOTS, generator=generator).view(layers, LANES, SLOTS).int() + 1000
+    hot = (
+        torch.randperm(layers * LANES * SLOTS, generator=generator).view(layers, LANES, SLOTS).int()
+        + 1000
+    )
     out = torch.full((layers, LANES * HEADS, TABLE), -7, dtype=torch.int32, device=device)
     arguments = [
-        t.to(device) for t in (selection, slots, lengths, lanes, table, frames, hot, torch.tensor([resident], dtype=torch.int32))
+        t.to(device)
+        for t in (
+            selection,
+            slots,
+            lengths,
+            lanes,
+            table,
+            frames,
+            hot,
+            torch.tensor([resident], dtype=torch.int32),
+        )
     ]
     layer_tables(*arguments, out, num_rows=rows, num_kv_heads=HEADS, page_size=PAGE_SIZE)
     for layer in range(layers):
@@ -162,7 +237,11 @@ def test_layer_tables_point_at_frames_or_hot_slots(device):
                     if k >= pages_for(int(lengths[sequence])):
                         assert found == -7
                     elif layer < resident:
-                        assert found == frames[layer, table[row, selection[sequence, k] // HEADS]] * HEADS + head
+                        assert (
+                            found
+                            == frames[layer, table[row, selection[sequence, k] // HEADS]] * HEADS
+                            + head
+                        )
                     else:
                         assert found == hot[layer, lanes[row], slots[sequence, k]] * HEADS + head
 
@@ -172,21 +251,42 @@ def test_layer_tables_point_at_frames_or_hot_slots(device):
 def test_write_kernel_matches_reference(mirrored, resident, device):
     generator = torch.Generator().manual_seed(5)
     tokens, decodes, d = 7, 2, 4
-    key, value = torch.randn(tokens + 2, HEADS, d, generator=generator), torch.randn(tokens + 2, HEADS, d, generator=generator)
+    key, value = (
+        torch.randn(tokens + 2, HEADS, d, generator=generator),
+        torch.randn(tokens + 2, HEADS, d, generator=generator),
+    )
     slots = torch.tensor([40, 55, 16, 17, -1, 19, 100])
     lengths = torch.tensor([17, 17, 30, 30], dtype=torch.int32)
     table = torch.tensor([[2, 4, -9], [3, 5, -9], [6, 8, -9], [7, 9, -9]], dtype=torch.int32)
     frames = torch.randperm(9, generator=generator).int() + 8
-    arena, mirror = torch.full((20, HEADS, PAGE_SIZE, 2 * d), float("nan")), torch.full((9, HEADS, PAGE_SIZE, 2 * d), float("nan"))
+    arena, mirror = (
+        torch.full((20, HEADS, PAGE_SIZE, 2 * d), float("nan")),
+        torch.full((9, HEADS, PAGE_SIZE, 2 * d), float("nan")),
+    )
     mine, my_mirror = arena.clone().to(device), mirror.clone()
     if device.type == "cuda":
         my_mirror = my_mirror.pin_memory()
     flag = torch.tensor([resident], dtype=torch.int32)
-    write(key, value, slots, table, lengths, frames, flag, arena, mirror if mirrored else None, layer=0, decodes=decodes)
+    write(
+        key,
+        value,
+        slots,
+        table,
+        lengths,
+        frames,
+        flag,
+        arena,
+        mirror if mirrored else None,
+        layer=0,
+        decodes=decodes,
+    )
     write_tiered(
-        *(t.to(device) for t in (key, value, slots, table, lengths, frames, flag)), mine, my_mirror if mirrored else None,
-        layer=0, num_decodes=decodes,
-    )  # fmt: skip
+        *(t.to(device) for t in (key, value, slots, table, lengths, frames, flag)),
+        mine,
+        my_mirror if mirrored else None,
+        layer=0,
+        num_decodes=decodes,
+    )
     if device.type == "cuda":
         torch.cuda.synchronize()
     torch.testing.assert_close(mine.cpu(), arena, rtol=0, atol=0, equal_nan=True)

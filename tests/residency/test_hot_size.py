@@ -1,4 +1,6 @@
-"""The size of the hot buffers follows the time law, and the figures it rests on are those of the counters."""
+"""The size of the hot buffers follows the time law, and the figures it rests on are those of the
+counters.
+"""
 
 import numpy as np
 import pytest
@@ -11,10 +13,18 @@ from specontext_vllm.residency.meter import POLL_STEPS, Meter, miss_rates, ratio
 def loaded(pages, requests=4, frames=2000):
     """Books of a load of equal requests: 10 layers, all of them mirrored."""
     books = Ledger(
-        num_layers=10, num_pages=requests * pages, frames=np.arange(frames), host_layers=10, hot_pages=40, max_requests=requests,
-        keep_unreferenced=False, return_pages=10**6,
-    )  # fmt: skip
-    started = [StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0) for i in range(requests)]
+        num_layers=10,
+        num_pages=requests * pages,
+        frames=np.arange(frames),
+        host_layers=10,
+        hot_pages=40,
+        max_requests=requests,
+        keep_unreferenced=False,
+        return_pages=10**6,
+    )
+    started = [
+        StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0) for i in range(requests)
+    ]
     books.begin_step([], started, [], [request.name for request in started])
     return books
 
@@ -27,7 +37,8 @@ def settled(policy, books):
 
 def test_long_contexts_keep_large_buffers_and_short_ones_get_small_ones():
     long, short = loaded(300), loaded(60)
-    # 60 pages a request: 4 x 60 x 10 = 2400 pages for 2000 frames; large buffers (40) free 80 a layer, small ones (20) 160.
+    # 60 pages a request: 4 x 60 x 10 = 2400 pages for 2000 frames; large buffers (40) free 80 a
+    # layer, small ones (20) 160.
     assert (short.layers_to_offload(40), short.layers_to_offload(20)) == (5, 3)
     policy = HotSizePolicy(20, 40)
     for _ in range(20):
@@ -47,7 +58,9 @@ def test_it_comes_back_when_misses_rise_together_and_does_not_flutter():
     before = policy.rates[40] / policy.rates[20]
     for _ in range(50):
         policy.observe(0.3, 0.3, None)
-    assert policy.rates[40] / policy.rates[20] == pytest.approx(before), "what larger buffers would save is not seen in small ones"
+    assert policy.rates[40] / policy.rates[20] == pytest.approx(before), (
+        "what larger buffers would save is not seen in small ones"
+    )
     assert settled(policy, long) == 40
 
 
@@ -75,12 +88,29 @@ def test_meter_shows_the_counters_late_and_exactly(device):
     meter.counts[1] += 2
     news = [meter.poll() for _ in range(POLL_STEPS + 20)]
     seen = [n for n in news if n is not None]
-    assert news[: POLL_STEPS - 1] == [None] * (POLL_STEPS - 1) and seen[0].tolist() == [1, 3, 1, 1, 1, 1, 1, 1]
+    assert news[: POLL_STEPS - 1] == [None] * (POLL_STEPS - 1) and seen[0].tolist() == [
+        1,
+        3,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
     assert meter.seen.tolist() == seen[0].tolist()
-    assert meter.read(reset=True).tolist() == [1, 3, 1, 1, 1, 1, 1, 1] and not meter.read(reset=False).any()
+    assert (
+        meter.read(reset=True).tolist() == [1, 3, 1, 1, 1, 1, 1, 1]
+        and not meter.read(reset=False).any()
+    )
 
 
 def test_ratios_of_counters():
     counted = np.array([200, 20, 30, 80, 10, 2, 5000, 7])
     assert miss_rates(counted) == (0.1, 0.25) and miss_rates(0 * counted) is None
-    assert ratios(counted, 8192) == {"hit_rate": 0.9, "fetched_bytes": 80 * 8192, "late_share": 0.2, "late_us": 2.5}
+    assert ratios(counted, 8192) == {
+        "hit_rate": 0.9,
+        "fetched_bytes": 80 * 8192,
+        "late_share": 0.2,
+        "late_us": 2.5,
+    }

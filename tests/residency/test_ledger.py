@@ -1,4 +1,6 @@
-"""The ledger under random schedules: no frame owned twice, none lost, and every page that is needed can be found."""
+"""The ledger under random schedules: no frame owned twice, none lost, and every page that is needed
+can be found.
+"""
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * HOT * LANES
 
 
 class Schedule(RuleBasedStateMachine):
-    """A scheduler with prefix caching drives the ledger; a model of what every place holds follows its changes.
+    """A scheduler with prefix caching drives the ledger; a model of what every place holds follows
+    its changes.
 
-    ``content[place]`` is the (layer, page, version) whose KV a frame or a host place holds. A page gets a new version when it
-    is handed out anew, and when a token is added to it.
+    ``content[place]`` is the (layer, page, version) whose KV a frame or a host place holds. A page
+    gets a new version when it is handed out anew, and when a token is added to it.
     """
 
     return_pages = PAGES
@@ -26,9 +29,15 @@ class Schedule(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.ledger = Ledger(
-            num_layers=LAYERS, num_pages=PAGES, frames=np.arange(10, 10 + FRAMES), host_layers=MIRRORED, hot_pages=HOT,
-            max_requests=LANES, keep_unreferenced=self.prefix_caching, return_pages=self.return_pages,
-        )  # fmt: skip
+            num_layers=LAYERS,
+            num_pages=PAGES,
+            frames=np.arange(10, 10 + FRAMES),
+            host_layers=MIRRORED,
+            hot_pages=HOT,
+            max_requests=LANES,
+            keep_unreferenced=self.prefix_caching,
+            return_pages=self.return_pages,
+        )
         self.version = np.zeros(PAGES, int)
         self.host = {}
         self.frame = {}
@@ -37,27 +46,50 @@ class Schedule(RuleBasedStateMachine):
         self.free = list(range(PAGES))
         self.counter = self.wrote = 0
 
-    def step(self, released=(), started=(), grown=(), decode_all=True, hot_limit=None, resumed_in=()):
+    def step(
+        self, released=(), started=(), grown=(), decode_all=True, hot_limit=None, resumed_in=()
+    ):
         before = self.ledger.resident
-        decoding = [name for name in self.ledger.lanes if name not in released] + [r.name for r in started] if decode_all else []
+        decoding = (
+            [name for name in self.ledger.lanes if name not in released] + [r.name for r in started]
+            if decode_all
+            else []
+        )
         # Each decode row adds a token to its last page.
         tails = {name: len(pages) - 1 for name, pages in self.running.items() if name in decoding}
         tails |= {name: len(self.running[name]) - len(pages) for name, pages in grown}
-        written = [(name, first) for name, first in tails.items() if name not in [r.name for r in started]] + list(resumed_in)
-        changes = self.ledger.begin_step(released, started, grown, decoding, hot_limit, written=written)
+        written = [
+            (name, first) for name, first in tails.items() if name not in [r.name for r in started]
+        ] + list(resumed_in)
+        changes = self.ledger.begin_step(
+            released, started, grown, decoding, hot_limit, written=written
+        )
         for frames in changes.given_up:
             for frame in frames:
                 self.frame.pop(int(frame), None)
         for layer, pages in changes.loads:
             for page in pages:
-                self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.host.get((layer, page)))
-        fresh = {page for r in started for page in r.pages[r.computed :]} | {page for name, first in written for page in self.running[name][first:]}
+                self.frame[int(self.ledger.frame_table[layer, page])] = (
+                    layer,
+                    page,
+                    self.host.get((layer, page)),
+                )
+        fresh = {page for r in started for page in r.pages[r.computed :]} | {
+            page for name, first in written for page in self.running[name][first:]
+        }
         if changes.returning is not None:
             layer, pages = changes.returning
-            assert layer == self.ledger.resident < LAYERS and 0 < len(pages) <= self.return_pages + self.wrote
+            assert (
+                layer == self.ledger.resident < LAYERS
+                and 0 < len(pages) <= self.return_pages + self.wrote
+            )
             assert not fresh & set(pages.tolist()), "a page is copied while it is written"
             for page in pages:
-                self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.host.get((layer, page)))
+                self.frame[int(self.ledger.frame_table[layer, page])] = (
+                    layer,
+                    page,
+                    self.host.get((layer, page)),
+                )
         self.wrote = len(fresh)
         assert all(before > layer >= self.ledger.resident for layer in changes.offloaded)
         # The forward pass writes every new page, and mirrors it.
@@ -67,7 +99,11 @@ class Schedule(RuleBasedStateMachine):
                 if layer >= LAYERS - MIRRORED:
                     self.host[(layer, page)] = self.version[page]
                 if layer < self.ledger.resident:
-                    self.frame[int(self.ledger.frame_table[layer, page])] = (layer, page, self.version[page])
+                    self.frame[int(self.ledger.frame_table[layer, page])] = (
+                        layer,
+                        page,
+                        self.version[page],
+                    )
 
     @precondition(lambda self: len(self.running) < LANES and len(self.free) >= 1)
     @rule(count=st.integers(1, 20), reuse=st.booleans())
@@ -108,13 +144,18 @@ class Schedule(RuleBasedStateMachine):
     @precondition(lambda self: self.running and self.free)
     @rule(pick=st.integers(0, 99), count=st.integers(0, 3))
     def go_on(self, pick, count):
-        """A session's next chunk of input: the request starts anew within its last page, and may get more."""
+        """A session's next chunk of input: the request starts anew within its last page, and may
+        get more.
+        """
         name = sorted(self.running)[pick % len(self.running)]
         computed = len(self.running[name])
         fresh, self.free = self.free[:count], self.free[count:]
         self.cached = [c for c in self.cached if not set(c) & set(fresh)]
         self.running[name] += fresh
-        self.step(started=[StartedRequest(name, list(self.running[name]), computed)], resumed_in=[(name, computed - 1)])
+        self.step(
+            started=[StartedRequest(name, list(self.running[name]), computed)],
+            resumed_in=[(name, computed - 1)],
+        )
 
     @rule(slots=st.integers(1, HOT))
     def resize(self, slots):
@@ -128,7 +169,9 @@ class Schedule(RuleBasedStateMachine):
     @invariant()
     def no_frame_twice_and_none_lost(self):
         ledger = self.ledger
-        held = np.concatenate([ledger.frame_table[ledger.frame_table >= 0], ledger.hot_table[ledger.hot_table >= 0]])
+        held = np.concatenate(
+            [ledger.frame_table[ledger.frame_table >= 0], ledger.hot_table[ledger.hot_table >= 0]]
+        )
         everything = np.concatenate([held, ledger._free[: ledger.free_frames]])
         assert sorted(everything) == list(range(10, 10 + FRAMES))
         assert ledger.audit()["requests"] == len(ledger.lanes)
@@ -136,12 +179,18 @@ class Schedule(RuleBasedStateMachine):
     @invariant()
     def pages_are_where_the_tables_say(self):
         ledger = self.ledger
-        assert (ledger.frame_table[ledger.framed :] < 0).all() and ledger.resident <= ledger.framed <= ledger.resident + 1
+        assert (
+            ledger.frame_table[ledger.framed :] < 0
+        ).all() and ledger.resident <= ledger.framed <= ledger.resident + 1
         assert (ledger.hot_table[: ledger.resident] < 0).all()
         for pages in self.running.values():
             for page in pages:
                 for layer in range(ledger.resident):
-                    assert self.frame[int(ledger.frame_table[layer, page])] == (layer, page, self.version[page])
+                    assert self.frame[int(ledger.frame_table[layer, page])] == (
+                        layer,
+                        page,
+                        self.version[page],
+                    )
                 for layer in range(ledger.resident, LAYERS):
                     assert self.host[(layer, page)] == self.version[page]
         for name, lane in ledger.lanes.items():
@@ -157,11 +206,19 @@ class Schedule(RuleBasedStateMachine):
         for pages in self.cached:
             for page in set(pages) - held:
                 for layer in range(LAYERS - MIRRORED):
-                    assert self.frame[int(self.ledger.frame_table[layer, page])] == (layer, page, self.version[page])
+                    assert self.frame[int(self.ledger.frame_table[layer, page])] == (
+                        layer,
+                        page,
+                        self.version[page],
+                    )
 
 
 Schedule.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=40,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 test_schedule = Schedule.TestCase
 
@@ -188,9 +245,15 @@ test_schedule_without_prefix_caching = UncachedSchedule.TestCase
 
 def ledger(**changes):
     arguments = dict(
-        num_layers=4, num_pages=40, frames=np.arange(96), host_layers=3, hot_pages=4, max_requests=2, keep_unreferenced=True,
+        num_layers=4,
+        num_pages=40,
+        frames=np.arange(96),
+        host_layers=3,
+        hot_pages=4,
+        max_requests=2,
+        keep_unreferenced=True,
         return_pages=40,
-    )  # fmt: skip
+    )
     return Ledger(**{**arguments, **changes})
 
 
@@ -208,7 +271,9 @@ def test_offloads_last_layer_first_and_returns_it_when_pressure_falls():
 
 
 def returning():
-    """Books of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9) and "c" (10 to 19); pages 20 to 29 are cached."""
+    """Books of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9) and
+    "c" (10 to 19); pages 20 to 29 are cached.
+    """
     books = ledger(return_pages=3, num_pages=60, frames=np.arange(170), max_requests=3)
     books.begin_step([], [StartedRequest("c", list(range(10, 20)), 0)], [], [])
     books.begin_step([], [StartedRequest("b", list(range(20, 56)), 0)], [], [])
@@ -222,7 +287,9 @@ def returning():
 
 
 def copied(books, steps, **arguments):
-    """Pages of layer 3 that the next steps copy, beside the layers and before the one in which it is resident again."""
+    """Pages of layer 3 that the next steps copy, beside the layers and before the one in which it
+    is resident again.
+    """
     beside, last = [], []
     for _ in range(steps):
         changes = books.begin_step([], [], [], [], **arguments)
@@ -237,7 +304,9 @@ def test_a_large_layer_comes_back_a_share_a_step_and_what_is_written_meanwhile_o
     beside, last = copied(books, 8, written=[("a", 9)])
     assert books.resident == books.framed == 4
     assert sorted({*beside, *last}) == list(range(20)) and len(beside) >= 15 and len(last) <= 5
-    assert 9 in last and 9 not in beside, "the page that every step writes is copied when no step writes past its frame any more"
+    assert 9 in last and 9 not in beside, (
+        "the page that every step writes is copied when no step writes past its frame any more"
+    )
 
 
 def test_a_page_that_is_written_after_it_was_copied_is_copied_again():
@@ -265,9 +334,15 @@ def test_a_layer_comes_back_however_much_each_step_writes(rows, chunk):
     held = dict.fromkeys(names, 4)
     changes = books.begin_step(["large"], [], [], [])
     for _ in range(COOLDOWN_STEPS + 20):
-        grown = [(name, take(chunk)) for name in names] if chunk > 1 and sum(held.values()) < 180 else []
+        grown = (
+            [(name, take(chunk)) for name in names]
+            if chunk > 1 and sum(held.values()) < 180
+            else []
+        )
         held |= {name: held[name] + len(new) for name, new in grown}
-        changes = books.begin_step([], [], grown, [], written=[(name, held[name] - chunk) for name in names])
+        changes = books.begin_step(
+            [], [], grown, [], written=[(name, held[name] - chunk) for name in names]
+        )
         if books.resident == 4:
             break
     assert books.resident == 4, changes
@@ -289,7 +364,9 @@ def test_pages_that_nobody_holds_when_a_layer_is_back_are_loaded_for_the_next_th
 
 def test_a_prefix_hit_on_a_layers_way_back_is_copied_with_it():
     books = returning()
-    changes = books.begin_step([], [StartedRequest("d", [*range(20, 30), 58], 10)], [], [], written=[("a", 9)])
+    changes = books.begin_step(
+        [], [StartedRequest("d", [*range(20, 30), 58], 10)], [], [], written=[("a", 9)]
+    )
     assert all(layer < 3 for layer, _ in changes.loads)
     beside, last = copied(books, 16, written=[("a", 9)])
     assert books.resident == 4 and {*range(20, 30)} <= {*beside, *last}
@@ -305,7 +382,13 @@ def test_pressure_ends_a_layers_way_back():
 def test_layers_to_offload_is_what_the_load_forces():
     for limit in (1, 2, 4):
         books = ledger(frames=np.arange(120), hot_pages=4)
-        books.begin_step([], [StartedRequest("a", list(range(20)), 0), StartedRequest("b", list(range(20, 36)), 0)], [], ["a", "b"], limit)
+        books.begin_step(
+            [],
+            [StartedRequest("a", list(range(20)), 0), StartedRequest("b", list(range(20, 36)), 0)],
+            [],
+            ["a", "b"],
+            limit,
+        )
         for _ in range(200):
             books.begin_step([], [], [], ["a", "b"])
         assert 0 < books.layers_to_offload(limit) == 4 - books.resident

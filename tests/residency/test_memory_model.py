@@ -24,7 +24,13 @@ from specontext_vllm.residency.memory_model import (
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.sizes import in_gib
 
-SHAPE_8B = KVShape(num_layers=32, num_kv_heads=8, head_dim=128, itemsize=2, head_page_bytes=8 * 16 * 128 * 2 + 4096 * 2)
+SHAPE_8B = KVShape(
+    num_layers=32,
+    num_kv_heads=8,
+    head_dim=128,
+    itemsize=2,
+    head_page_bytes=8 * 16 * 128 * 2 + 4096 * 2,
+)
 GIB = 1 << 30
 
 
@@ -32,7 +38,11 @@ def small(seed):
     r = random.Random(seed)
     shape = KVShape(r.randint(1, 6), r.choice([1, 2]), r.choice([4, 8]), 2, r.choice([0, 100]))
     model = MemoryModel(
-        shape, budget_pages=2, table_pages=r.randint(2, 4), max_num_seqs=r.randint(1, 4), max_model_len=r.randint(100, 400)
+        shape,
+        budget_pages=2,
+        table_pages=r.randint(2, 4),
+        max_num_seqs=r.randint(1, 4),
+        max_model_len=r.randint(100, 400),
     )
     return shape, model, r.randint(20, 300) * shape.page_bytes, r.randint(0, 500) * shape.page_bytes
 
@@ -43,14 +53,24 @@ def test_plan_is_the_largest_that_fits(seed):
     widths = [min(model.max_pages, int(f * model.table_pages)) for f in (1, 1.5, 2)]
     most = {
         w: max(
-            (t for m in range(shape.num_layers + 1) for t in range(1, 800)
-             if model.size(t, m, w).gpu_bytes <= gpu and model.size(t, m, w).host_bytes <= host),
+            (
+                t
+                for m in range(shape.num_layers + 1)
+                for t in range(1, 800)
+                if model.size(t, m, w).gpu_bytes <= gpu and model.size(t, m, w).host_bytes <= host
+            ),
             default=0,
         )
         for w in widths
-    }  # fmt: skip
-    alone = max((t for t in range(1, 800) if model.size(t, 0, widths[0]).gpu_bytes <= gpu), default=0)
-    least = max(HOT_SHARE * max(most.values()), LEAST_GAIN * alone, min(max(most.values()), 1 + model.max_pages))
+    }
+    alone = max(
+        (t for t in range(1, 800) if model.size(t, 0, widths[0]).gpu_bytes <= gpu), default=0
+    )
+    least = max(
+        HOT_SHARE * max(most.values()),
+        LEAST_GAIN * alone,
+        min(max(most.values()), 1 + model.max_pages),
+    )
     try:
         plan = model.plan(gpu, host)
     except MemoryModelError as error:
@@ -63,22 +83,36 @@ def test_plan_is_the_largest_that_fits(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_thresholds_are_what_the_ledger_offloads(seed):
-    """Equal requests just as long as S_T[i] need i layers offloaded, and a page more of each needs more than i."""
+    """Equal requests just as long as S_T[i] need i layers offloaded, and a page more of each needs
+    more than i.
+    """
     r = random.Random(seed)
     shape = KVShape(r.randint(3, 7), 2, 4, 2, 100)
     requests = r.randint(1, 3)
-    model = MemoryModel(shape, budget_pages=2, table_pages=2, max_num_seqs=requests, max_model_len=640)
-    plan = model.plan(r.randint(200, 500) * shape.page_bytes, r.randint(300, 900) * shape.page_bytes)
+    model = MemoryModel(
+        shape, budget_pages=2, table_pages=2, max_num_seqs=requests, max_model_len=640
+    )
+    plan = model.plan(
+        r.randint(200, 500) * shape.page_bytes, r.randint(300, 900) * shape.page_bytes
+    )
     thresholds = model.thresholds(plan, requests)
     assert len(thresholds) == plan.host_layers + 1 and thresholds == sorted(thresholds)
 
     def needed(pages):
         books = Ledger(
-            num_layers=shape.num_layers, num_pages=plan.num_pages, frames=np.arange(2 * plan.staging_pages, plan.frames),
-            host_layers=plan.host_layers, hot_pages=plan.hot_pages, max_requests=requests, keep_unreferenced=False,
+            num_layers=shape.num_layers,
+            num_pages=plan.num_pages,
+            frames=np.arange(2 * plan.staging_pages, plan.frames),
+            host_layers=plan.host_layers,
+            hot_pages=plan.hot_pages,
+            max_requests=requests,
+            keep_unreferenced=False,
             return_pages=plan.num_pages,
-        )  # fmt: skip
-        started = [StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0) for i in range(requests)]
+        )
+        started = [
+            StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0)
+            for i in range(requests)
+        ]
         books.begin_step([], started, [], [request.name for request in started])
         return shape.num_layers - books.resident
 
@@ -87,14 +121,22 @@ def test_thresholds_are_what_the_ledger_offloads(seed):
         if pages > plan.hot_pages:
             assert needed(pages) <= offloaded
             assert model.offloaded_layers(plan, tokens, requests) <= offloaded
-        if pages > plan.hot_pages and pages < min(plan.num_pages // requests, model.max_pages) and offloaded < plan.host_layers:
+        if (
+            pages > plan.hot_pages
+            and pages < min(plan.num_pages // requests, model.max_pages)
+            and offloaded < plan.host_layers
+        ):
             assert needed(pages + 1) > offloaded
     assert model.offloaded_layers(plan, thresholds[-1] + 1, requests) is None
 
 
 def test_capacity_of_the_paper_shape():
-    """16 GiB on the GPU and 80 on the host hold about 20 requests of 32k, four times what the GPU alone holds."""
-    model = MemoryModel(SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=33300)
+    """16 GiB on the GPU and 80 on the host hold about 20 requests of 32k, four times what the GPU
+    alone holds.
+    """
+    model = MemoryModel(
+        SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=20, max_model_len=33300
+    )
     both, alone = model.plan(16 * GIB, 80 * GIB), model.plan(16 * GIB, 0)
     assert 20 <= both.num_pages / pages_for(33280) < 22 and both.host_layers >= 29
     assert both.num_pages > 4 * alone.num_pages and alone.host_layers == 0
@@ -103,18 +145,44 @@ def test_capacity_of_the_paper_shape():
 
 
 def test_all_layers_offloaded_need_no_more_than_their_hot_buffers():
-    model = MemoryModel(KVShape(6, 2, 64, 4, 9216), budget_pages=16, table_pages=16, max_num_seqs=2, max_model_len=16384)
-    exact = TierPlan(num_pages=2100, host_layers=6, hot_pages=32, frames=2 * 6 * 32 + 2 * 8, staging_pages=8, host_bytes=0, gpu_bytes=0, parts={})
-    assert model.thresholds(exact, 2) == [512] * 6 + [16384] and model.offloaded_layers(exact, 16384, 2) == 6
+    model = MemoryModel(
+        KVShape(6, 2, 64, 4, 9216),
+        budget_pages=16,
+        table_pages=16,
+        max_num_seqs=2,
+        max_model_len=16384,
+    )
+    exact = TierPlan(
+        num_pages=2100,
+        host_layers=6,
+        hot_pages=32,
+        frames=2 * 6 * 32 + 2 * 8,
+        staging_pages=8,
+        host_bytes=0,
+        gpu_bytes=0,
+        parts={},
+    )
+    assert (
+        model.thresholds(exact, 2) == [512] * 6 + [16384]
+        and model.offloaded_layers(exact, 16384, 2) == 6
+    )
     short = replace(exact, frames=exact.frames - 2)
     assert model.offloaded_layers(short, 16384, 2) is None
 
 
 def test_refusals_name_the_setting_and_the_numbers():
-    crowded = MemoryModel(SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=1024, max_model_len=131072)
-    with pytest.raises(MemoryModelError, match=r"--max-num-seqs 1024 .* 16.00 GiB .*; --max-num-seqs \d+ is the largest that pays"):
+    crowded = MemoryModel(
+        SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=1024, max_model_len=131072
+    )
+    with pytest.raises(
+        MemoryModelError,
+        match=r"--max-num-seqs 1024 .* 16.00 GiB .*; --max-num-seqs \d+ is the largest that pays",
+    ):
         crowded.plan(16 * GIB, 80 * GIB)
-    with pytest.raises(MemoryModelError, match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV hold, however small the hot buffers"):
+    with pytest.raises(
+        MemoryModelError,
+        match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV hold, however small the hot buffers",
+    ):
         crowded.plan(16 * GIB, GIB >> 10)
     with pytest.raises(MemoryModelError, match="hold not one page"):
         crowded.plan(1000, 0)
@@ -123,54 +191,116 @@ def test_refusals_name_the_setting_and_the_numbers():
 
 
 def test_sizes_that_are_too_small_by_little_are_told_apart():
-    model = MemoryModel(KVShape(6, 2, 64, 4, 9216), budget_pages=16, table_pages=16, max_num_seqs=2, max_model_len=1024)
+    model = MemoryModel(
+        KVShape(6, 2, 64, 4, 9216),
+        budget_pages=16,
+        table_pages=16,
+        max_num_seqs=2,
+        max_model_len=1024,
+    )
     least = model.size(100, 6, 16)
     assert model.plan(least.gpu_bytes, least.host_bytes, 100).num_pages == 100
     with pytest.raises(MemoryModelError) as error:
         model.plan(least.gpu_bytes - 1, least.host_bytes, 100)
-    needed, there = re.search(r"need ([\d.]+) GiB .* there are ([\d.]+) and", str(error.value)).groups()
+    needed, there = re.search(
+        r"need ([\d.]+) GiB .* there are ([\d.]+) and", str(error.value)
+    ).groups()
     assert float(needed) > float(there)
     assert in_gib(2**30, 2**30 + 1, 0) == ["1.000000000", "1.000000001", "0.000000000"]
-    assert in_gib(1) == ["0.000000001"] and in_gib(5 * 2**30, 5 * 2**30, 0) == ["5.00", "5.00", "0.00"]
+    assert in_gib(1) == ["0.000000001"] and in_gib(5 * 2**30, 5 * 2**30, 0) == [
+        "5.00",
+        "5.00",
+        "0.00",
+    ]
 
 
 @pytest.mark.parametrize("host", [0, 40 << 20, 4 << 30])
 def test_the_least_memory_holds_one_request_of_the_longest_context(host):
-    model = MemoryModel(KVShape(6, 2, 64, 4, 9216), budget_pages=16, table_pages=16, max_num_seqs=2, max_model_len=8192)
+    model = MemoryModel(
+        KVShape(6, 2, 64, 4, 9216),
+        budget_pages=16,
+        table_pages=16,
+        max_num_seqs=2,
+        max_model_len=8192,
+    )
     least = model.least_gpu_bytes(host, 8192)
-    assert model._largest(least, host, 16).num_pages >= 1 + 512 > model._largest(least - 1, host, 16).num_pages
+    assert (
+        model._largest(least, host, 16).num_pages
+        >= 1 + 512
+        > model._largest(least - 1, host, 16).num_pages
+    )
     assert model.least_gpu_bytes(host, 16) < least
 
 
-@pytest.mark.parametrize("requests", [1, 2, 3, 5, 7, 20, 37, 127, 128, 130, 200, 256, 400, 513, 1024])
+@pytest.mark.parametrize(
+    "requests", [1, 2, 3, 5, 7, 20, 37, 127, 128, 130, 200, 256, 400, 513, 1024]
+)
 def test_the_default_of_captured_rows_is_vllm_s(requests):
     from vllm.config import CUDAGraphMode, VllmConfig
 
     compilation = SimpleNamespace(
-        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, max_cudagraph_capture_size=None, cudagraph_capture_sizes=None, post_init_cudagraph_sizes=lambda: None
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+        max_cudagraph_capture_size=None,
+        cudagraph_capture_sizes=None,
+        post_init_cudagraph_sizes=lambda: None,
     )
     config = SimpleNamespace(
-        model_config=SimpleNamespace(enforce_eager=False), compilation_config=compilation, uniform_decode_query_len=1, performance_mode=None,
-        scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=8192), speculative_config=None,
-    )  # fmt: skip
+        model_config=SimpleNamespace(enforce_eager=False),
+        compilation_config=compilation,
+        uniform_decode_query_len=1,
+        performance_mode=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=8192),
+        speculative_config=None,
+    )
     VllmConfig._set_cudagraph_sizes(config)
     assert default_captured_rows(requests) == compilation.max_cudagraph_capture_size
 
 
 @pytest.mark.parametrize("name", ["8B", "1B", "demo"])
 def test_plan_against_what_is_allocated(name):
-    """Bytes of the tensors of a worker with a captured graph of more rows than requests, scaled-down tiers of three real layer shapes, within 1 %."""
-    shape = {"8B": SHAPE_8B, "1B": KVShape(16, 8, 64, 2, 8 * 16 * 64 * 2 + 2048 * 2), "demo": KVShape(6, 2, 64, 4, 9216)}[name]
-    model = MemoryModel(shape, budget_pages=4, table_pages=4, max_num_seqs=3, max_model_len=256, captured_rows=512)
+    """Bytes of the tensors of a worker with a captured graph of more rows than requests,
+    scaled-down tiers of three real layer shapes, within 1 %.
+    """
+    shape = {
+        "8B": SHAPE_8B,
+        "1B": KVShape(16, 8, 64, 2, 8 * 16 * 64 * 2 + 2048 * 2),
+        "demo": KVShape(6, 2, 64, 4, 9216),
+    }[name]
+    model = MemoryModel(
+        shape, budget_pages=4, table_pages=4, max_num_seqs=3, max_model_len=256, captured_rows=512
+    )
     plan = model.plan(96 << 20, 64 << 20)
     tiers = TieredKV(
-        plan, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        dtype={2: torch.bfloat16, 4: torch.float32}[shape.itemsize], max_requests=3, max_rows=512, table_pages=4, max_pages=16,
-        keep_unreferenced=True, timed=True, device=torch.device("cpu"),
-    )  # fmt: skip
+        plan,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype={2: torch.bfloat16, 4: torch.float32}[shape.itemsize],
+        max_requests=3,
+        max_rows=512,
+        table_pages=4,
+        max_pages=16,
+        keep_unreferenced=True,
+        timed=True,
+        device=torch.device("cpu"),
+    )
     hot = tiers.hot
-    tables = [tiers.frames, tiers.hot_frames, tiers.tables, hot.slot_of, hot.page_of, hot.source_of, hot.stamp, hot.slots, hot.sources, hot.targets, hot._order]
-    allocated = tiers.arena.nbytes + sum(t.nbytes for t in tables) + plan.num_pages * shape.head_page_bytes
+    tables = [
+        tiers.frames,
+        tiers.hot_frames,
+        tiers.tables,
+        hot.slot_of,
+        hot.page_of,
+        hot.source_of,
+        hot.stamp,
+        hot.slots,
+        hot.sources,
+        hot.targets,
+        hot._order,
+    ]
+    allocated = (
+        tiers.arena.nbytes + sum(t.nbytes for t in tables) + plan.num_pages * shape.head_page_bytes
+    )
     assert sum(t.nbytes for t in tables) == plan.parts["tables"]
     assert allocated == pytest.approx(plan.gpu_bytes, rel=0.01)
     assert tiers.host.nbytes == plan.host_bytes > 0
@@ -178,18 +308,24 @@ def test_plan_against_what_is_allocated(name):
 
 def test_step_time_is_bytes_over_bandwidth():
     law = StepTime(weight_bytes=16_000_000_000)
-    compute, transfer, moved = law.step(SHAPE_8B, requests=20, length=32768, budget_pages=128, offloaded=29, miss_rate=0.05)
+    compute, transfer, moved = law.step(
+        SHAPE_8B, requests=20, length=32768, budget_pages=128, offloaded=29, miss_rate=0.05
+    )
     assert moved == pytest.approx(20 * 29 * 128 * 0.05 * 65536, rel=1e-6)
     assert transfer == pytest.approx(moved / 50e9) and 0.005 < compute < 0.008
 
 
 def test_the_number_of_requests_that_pays_is_the_largest():
-    """Llama-3.1-8B's KV, 16 GiB on the GPU and 80 on the host, budget 2048: found by trying them one by one."""
+    """Llama-3.1-8B's KV, 16 GiB on the GPU and 80 on the host, budget 2048: found by trying them
+    one by one.
+    """
     shape = KVShape(32, 8, 128, 2, 8 * 16 * 128 * 2 + 4096 * 2)
 
     def plans(lanes: int) -> bool:
         try:
-            MemoryModel(shape, budget_pages=128, table_pages=128, max_num_seqs=lanes, max_model_len=33280).plan(16 << 30, 80 << 30)
+            MemoryModel(
+                shape, budget_pages=128, table_pages=128, max_num_seqs=lanes, max_model_len=33280
+            ).plan(16 << 30, 80 << 30)
         except MemoryModelError as error:
             named.append(int(str(error).split("--max-num-seqs ")[2].split()[0]))
             return False

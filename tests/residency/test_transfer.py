@@ -25,23 +25,41 @@ def test_fetch_copies_what_is_listed_and_nothing_else(resident, device):
     places = torch.randperm(31, generator=generator).int()[:22].view(2, 11)
     listed = 9 * HEADS - 2
     # Behind the listed ones lie indices that must not be read.
-    sources = torch.cat([torch.randperm(9 * HEADS, generator=generator)[:listed], torch.tensor([9999])]).int()
-    targets = torch.cat([torch.randperm(11 * HEADS, generator=generator)[:listed], torch.tensor([-9999])]).int()
+    sources = torch.cat(
+        [torch.randperm(9 * HEADS, generator=generator)[:listed], torch.tensor([9999])]
+    ).int()
+    targets = torch.cat(
+        [torch.randperm(11 * HEADS, generator=generator)[:listed], torch.tensor([-9999])]
+    ).int()
     reference = torch.full((31, HEADS, PAGE_SIZE, 8), float("nan"))
     arena, done = reference.clone().to(device), torch.zeros(7, dtype=torch.int32, device=device)
-    numbers = [torch.tensor([listed], dtype=torch.int32), places, torch.tensor([resident], dtype=torch.int32)]
+    numbers = [
+        torch.tensor([listed], dtype=torch.int32),
+        places,
+        torch.tensor([resident], dtype=torch.int32),
+    ]
     fetch(host, reference, sources, targets, *numbers, layers=range(5, 7), first_mirrored=4)
     on_device = [t.to(device) for t in (sources, targets, *numbers)]
     rows = host.pin_memory() if device.type == "cuda" else host
     fetch_pages(
-        rows.view(torch.int32).view(-1, PAGE_SIZE * 8), arena.view(torch.int32).view(-1, PAGE_SIZE * 8), *on_device,
-        layers=range(5, 7), first_source=9 * HEADS, layer_sources=9 * HEADS, num_kv_heads=HEADS, done=done, programs=2, tile_bytes=1024,
-    )  # fmt: skip
+        rows.view(torch.int32).view(-1, PAGE_SIZE * 8),
+        arena.view(torch.int32).view(-1, PAGE_SIZE * 8),
+        *on_device,
+        layers=range(5, 7),
+        first_source=9 * HEADS,
+        layer_sources=9 * HEADS,
+        num_kv_heads=HEADS,
+        done=done,
+        programs=2,
+        tile_bytes=1024,
+    )
     torch.testing.assert_close(arena.cpu(), reference, rtol=0, atol=0, equal_nan=True)
     expected = torch.full_like(reference, float("nan"))
     for layer in range(max(5, resident), 7):
         for source, target in zip(sources[:listed].tolist(), targets[:listed].tolist()):
-            expected[places[layer - 5, target // HEADS], target % HEADS] = host[layer - 4, source // HEADS, source % HEADS]
+            expected[places[layer - 5, target // HEADS], target % HEADS] = host[
+                layer - 4, source // HEADS, source % HEADS
+            ]
     torch.testing.assert_close(reference, expected, rtol=0, atol=0, equal_nan=True)
     # Resident or not, each program tells that it is through with a layer.
     assert done.tolist() == [0] * 5 + [2, 2]
@@ -53,33 +71,72 @@ def test_waiting_ends_at_once_when_the_copies_are_there(done, device):
     epoch = 3 if done > 0 else 2**30
     told = torch.zeros(3, dtype=torch.int32, device=device)
     told[1] = done
-    resident, overdue = torch.ones(1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    resident, overdue = (
+        torch.ones(1, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
     # In the interpreter a look at the GPU's clock, as by one who waits, is an error.
-    await_pages(told, torch.tensor([epoch], dtype=torch.int32, device=device), resident, overdue, None, layer=1, programs=2, seconds=20)
+    await_pages(
+        told,
+        torch.tensor([epoch], dtype=torch.int32, device=device),
+        resident,
+        overdue,
+        None,
+        layer=1,
+        programs=2,
+        seconds=20,
+    )
     # A resident layer does not wait, whatever was copied.
-    await_pages(told - 100, torch.tensor([epoch], dtype=torch.int32, device=device), resident, overdue, None, layer=0, programs=2, seconds=20)
+    await_pages(
+        told - 100,
+        torch.tensor([epoch], dtype=torch.int32, device=device),
+        resident,
+        overdue,
+        None,
+        layer=0,
+        programs=2,
+        seconds=20,
+    )
     assert overdue.item() == 0
 
 
 @pytest.mark.parametrize("timed", [True, False])
-def test_a_copy_that_never_comes_is_told_of_and_holds_the_stream_up_but_once(timed, monkeypatch, device):
+def test_a_copy_that_never_comes_is_told_of_and_holds_the_stream_up_but_once(
+    timed, monkeypatch, device
+):
     ticks = itertools.count()
     if device.type == "cpu":
-        # The interpreter has no such clock: each look at it is a quarter of a second after the last.
-        monkeypatch.setattr(module, "clock", lambda: tl.full((), next(ticks) * 25 * 10**7, tl.int64))
+        # The interpreter has no such clock: each look at it is a quarter of a second after the
+        # last.
+        monkeypatch.setattr(
+            module, "clock", lambda: tl.full((), next(ticks) * 25 * 10**7, tl.int64)
+        )
     told = torch.tensor([0, 0, 5, 6, 5], dtype=torch.int32, device=device)
-    resident, epoch = torch.ones(1, dtype=torch.int32, device=device), torch.full((1,), 3, dtype=torch.int32, device=device)
+    resident, epoch = (
+        torch.ones(1, dtype=torch.int32, device=device),
+        torch.full((1,), 3, dtype=torch.int32, device=device),
+    )
     overdue = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
     counts = torch.zeros(counters.COUNTERS, dtype=torch.int64, device=device)
     looks, begin = [], time.monotonic()
     for layer in range(5):
-        await_pages(told, epoch, resident, overdue, counts if timed else None, layer=layer, programs=2, seconds=1)
+        await_pages(
+            told,
+            epoch,
+            resident,
+            overdue,
+            counts if timed else None,
+            layer=layer,
+            programs=2,
+            seconds=1,
+        )
         looks.append(next(ticks))
     if device.type == "cuda":
         torch.cuda.synchronize()
         assert 1 <= time.monotonic() - begin < 2
     else:
-        # Of layer 0, resident, and 3, whose copies are there, none; of the first in vain all that a second takes; of those behind it one.
+        # Of layer 0, resident, and 3, whose copies are there, none; of the first in vain all that a
+        # second takes; of those behind it one.
         spent = [after - before - 1 - timed for before, after in itertools.pairwise([-1, *looks])]
         assert spent == [0 - timed, 5, 2, 0 - timed, 2]
     assert overdue.item() == 1 + 1
@@ -90,7 +147,9 @@ def test_the_host_ends_the_engine_when_copies_did_not_come():
     copier = Copier(torch.device("cpu"), num_layers=7, seconds=3)
     copier.check()
     copier._overdue.fill_(5 + 1)
-    with pytest.raises(RuntimeError, match="layer 5 did not come from the host pool within 3 s.*Xid"):
+    with pytest.raises(
+        RuntimeError, match="layer 5 did not come from the host pool within 3 s.*Xid"
+    ):
         copier.check()
 
 
@@ -98,7 +157,10 @@ def test_the_host_ends_the_engine_when_copies_did_not_come():
 @pytest.mark.parametrize("captured", [True, False])
 def test_copies_that_were_never_started_are_noticed_at_the_next_look(captured):
     device, layers = torch.device("cuda"), 6
-    resident, copier = torch.full((1,), 2, dtype=torch.int32, device=device), Copier(device, layers, seconds=0.5)
+    resident, copier = (
+        torch.full((1,), 2, dtype=torch.int32, device=device),
+        Copier(device, layers, seconds=0.5),
+    )
     end = torch.cuda.Event()
 
     def read() -> None:
@@ -125,16 +187,22 @@ def test_copies_that_were_never_started_are_noticed_at_the_next_look(captured):
 
 @pytest.mark.gpu
 def test_no_layer_goes_on_before_its_pages_are_there():
-    """Rounds of copies against a stream that reads each layer as soon as it may, in a captured graph and outside one."""
+    """Rounds of copies against a stream that reads each layer as soon as it may, in a captured
+    graph and outside one.
+    """
     device, layers, heads, places = torch.device("cuda"), 6, 4, 64
     generator = torch.Generator().manual_seed(0)
     host = allocate_host_pool((layers - 2, places, heads, PAGE_SIZE, 64), torch.float32, device)
     arena = torch.zeros(layers * places, heads, PAGE_SIZE, 64, device=device)
     seen = torch.zeros(layers, places, heads, PAGE_SIZE, 64, device=device)
-    frames = torch.randperm(layers * places, generator=generator).int().view(layers, places).to(device)
+    frames = (
+        torch.randperm(layers * places, generator=generator).int().view(layers, places).to(device)
+    )
     sources = torch.randperm(places * heads, generator=generator).int().to(device)
     targets = torch.randperm(places * heads, generator=generator).int().to(device)
-    count, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (places * heads, 2))
+    count, resident = (
+        torch.tensor([n], dtype=torch.int32, device=device) for n in (places * heads, 2)
+    )
     counts = torch.zeros(counters.COUNTERS, dtype=torch.int64, device=device)
     copier = Copier(device, layers)
 
@@ -154,7 +222,18 @@ def test_no_layer_goes_on_before_its_pages_are_there():
         host.copy_(fresh)
         copier.expect()
         copier.start(
-            lambda done: fetch(host, arena, sources, targets, count, frames[2:], resident, layers=range(2, layers), first_mirrored=2, done=done)
+            lambda done: fetch(
+                host,
+                arena,
+                sources,
+                targets,
+                count,
+                frames[2:],
+                resident,
+                layers=range(2, layers),
+                first_mirrored=2,
+                done=done,
+            )
         )
         graph.replay() if step % 2 else read()
         got = seen[2:].flatten(1, 2)[:, targets.long()].cpu()

@@ -16,9 +16,11 @@ SEED = 20251
 
 @dataclass
 class Layout:
-    """Shape and oddities of a synthetic checkpoint. Odd sizes on purpose: head_dim * num_heads is not hidden_size.
+    """Shape and oddities of a synthetic checkpoint. Odd sizes on purpose: head_dim * num_heads is
+    not hidden_size.
 
-    `config` changes the flat config, or speculators' nested one; `own_level` the latter's top level.
+    `config` changes the flat config, or speculators' nested one; `own_level` the latter's top
+    level.
     """
 
     format: str = "safeailab"
@@ -75,7 +77,9 @@ def make_tensors(layout: Layout) -> dict[str, Tensor]:
         "mlp.down_proj.weight": random(h, i),
     }
     if layout.bias:
-        layer |= {f"self_attn.{n}_proj.bias": random(s) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        layer |= {
+            f"self_attn.{n}_proj.bias": random(s) for n, s in (("q", q), ("k", kv), ("v", kv))
+        }
     if layout.qk_norm:
         layer |= {"self_attn.q_norm.weight": norm(d), "self_attn.k_norm.weight": norm(d)}
     block = "layers.0." if layout.format == "speculators" else "midlayer."
@@ -108,7 +112,10 @@ def make_config(layout: Layout) -> dict[str, Any]:
         "vocab_size": layout.vocab_size,
         "max_position_embeddings": 64,
     }
-    own = {"draft_vocab_size": layout.draft_vocab_size, "target_hidden_size": layout.target_hidden_size}
+    own = {
+        "draft_vocab_size": layout.draft_vocab_size,
+        "target_hidden_size": layout.target_hidden_size,
+    }
     if layout.norm_before_fc:
         own["norm_before_fc"] = True
     if layout.fc_norm:
@@ -120,7 +127,10 @@ def make_config(layout: Layout) -> dict[str, Any]:
         own |= {
             "architectures": ["Eagle3Speculator"],
             "speculators_model_type": "eagle3",
-            "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "some/target"}},
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "verifier": {"name_or_path": "some/target"},
+            },
             "eagle_aux_hidden_state_layer_ids": None,
             "transformer_layer_config": flat | layout.config,
         }
@@ -129,7 +139,9 @@ def make_config(layout: Layout) -> dict[str, Any]:
     return flat | own | {"architectures": [names[layout.format]]} | layout.config
 
 
-def write_checkpoint(folder: Path, layout: Layout, tensors: dict[str, Tensor] | None = None) -> Path:
+def write_checkpoint(
+    folder: Path, layout: Layout, tensors: dict[str, Tensor] | None = None
+) -> Path:
     """Writes config.json and the weights; `tensors` replaces what `make_tensors` gives."""
     tensors = make_tensors(layout) if tensors is None else tensors
     (folder / "config.json").write_text(json.dumps(make_config(layout)))
@@ -139,17 +151,31 @@ def write_checkpoint(folder: Path, layout: Layout, tensors: dict[str, Tensor] | 
         case "safetensors":
             save_file(tensors, folder / "model.safetensors")
         case "safetensors_sharded":
-            _write_shards(folder, shards, "model-{:05d}-of-00002.safetensors", "model.safetensors.index.json", save_file)
+            _write_shards(
+                folder,
+                shards,
+                "model-{:05d}-of-00002.safetensors",
+                "model.safetensors.index.json",
+                save_file,
+            )
         case "bin":
             torch.save(tensors, folder / "pytorch_model.bin")
         case "bin_legacy":
             torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
         case "bin_sharded":
-            _write_shards(folder, shards, "pytorch_model-{:05d}-of-00002.bin", "pytorch_model.bin.index.json", torch.save)
+            _write_shards(
+                folder,
+                shards,
+                "pytorch_model-{:05d}-of-00002.bin",
+                "pytorch_model.bin.index.json",
+                torch.save,
+            )
     return folder
 
 
-def _write_shards(folder: Path, shards: list[dict[str, Tensor]], pattern: str, index: str, save: Any) -> None:
+def _write_shards(
+    folder: Path, shards: list[dict[str, Tensor]], pattern: str, index: str, save: Any
+) -> None:
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         save(shard, folder / pattern.format(number))

@@ -30,12 +30,18 @@ LAYOUTS = {
     "safeailab_sharded": (Layout(storage="safetensors_sharded"), BASE),
     "specforge": (Layout(format="specforge"), BASE),
     "specforge_full_vocabulary": (Layout(format="specforge", vocabulary_maps=False), BASE),
-    "specforge_model_prefix": (Layout(format="specforge", prefix="model.", own_embedding=True), BASE | {"embed_tokens.weight"}),
+    "specforge_model_prefix": (
+        Layout(format="specforge", prefix="model.", own_embedding=True),
+        BASE | {"embed_tokens.weight"},
+    ),
     "specforge_other_target_width": (Layout(format="specforge", target_hidden_size=56), BASE),
     "speculators": (Layout(format="speculators"), BASE),
     "speculators_qwen3": (Layout(format="speculators", qk_norm=True), BASE | QK_NORMS),
     "speculators_bias": (Layout(format="speculators", bias=True), BASE | BIASES),
-    "speculators_norm_before_fc": (Layout(format="speculators", norm_before_fc=True), BASE | {"input_norm.weight"}),
+    "speculators_norm_before_fc": (
+        Layout(format="speculators", norm_before_fc=True),
+        BASE | {"input_norm.weight"},
+    ),
     "speculators_fc_norm": (Layout(format="speculators", fc_norm=True), BASE | FC_NORMS),
     "speculators_sharded": (Layout(format="speculators", storage="safetensors_sharded"), BASE),
     "bfloat16": (Layout(dtype=torch.bfloat16), BASE),
@@ -43,7 +49,9 @@ LAYOUTS = {
 
 
 def _canonical(layout: Layout) -> dict[str, str]:
-    """Canonical name -> name in the file, spelled out for the test rather than taken from the reader."""
+    """Canonical name -> name in the file, spelled out for the test rather than taken from the
+    reader.
+    """
     block = layout.prefix + ("layers.0." if layout.format == "speculators" else "midlayer.")
     names = {
         "embed_norm.weight": block + "input_layernorm.weight",
@@ -55,7 +63,10 @@ def _canonical(layout: Layout) -> dict[str, str]:
         "q_norm.weight": block + "self_attn.q_norm.weight",
         "k_norm.weight": block + "self_attn.k_norm.weight",
     }
-    return names | {n: layout.prefix + n for n in ("fc.weight", "input_norm.weight", "embed_tokens.weight", *FC_NORMS)}
+    return names | {
+        n: layout.prefix + n
+        for n in ("fc.weight", "input_norm.weight", "embed_tokens.weight", *FC_NORMS)
+    }
 
 
 @pytest.mark.parametrize("layout, expected", LAYOUTS.values(), ids=LAYOUTS)
@@ -68,18 +79,30 @@ def test_reads_every_layout(tmp_path, layout, expected):
     kept, pruned = {info.name for info in head.kept}, {info.name for info in head.pruned}
     assert kept == {_canonical(layout)[name] for name in expected}
     assert kept | pruned == set(original) and not kept & pruned
-    assert {info.name: info.shape for info in head.kept + head.pruned} == {n: tuple(t.shape) for n, t in original.items()}
+    assert {info.name: info.shape for info in head.kept + head.pruned} == {
+        n: tuple(t.shape) for n, t in original.items()
+    }
 
 
 @pytest.mark.parametrize("layout, expected", LAYOUTS.values(), ids=LAYOUTS)
 def test_spec_of_every_layout(tmp_path, layout, expected):
-    spec = read_checkpoint(write_checkpoint(tmp_path, layout), allow_pickle="bin" in layout.storage).spec
+    spec = read_checkpoint(
+        write_checkpoint(tmp_path, layout), allow_pickle="bin" in layout.storage
+    ).spec
     assert spec.format == layout.format
-    assert (spec.hidden_size, spec.target_hidden_size, spec.embed_size) == (40, layout.target_width, 40)
+    assert (spec.hidden_size, spec.target_hidden_size, spec.embed_size) == (
+        40,
+        layout.target_width,
+        40,
+    )
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (6, 3, 10)
     assert (spec.rope_theta, spec.rope_scaling, spec.trained_length) == (10_000.0, None, 64)
     assert (spec.num_aux, spec.aux_layer_ids) == (3, None)
-    assert (spec.norm_before_fc, spec.fc_norm, spec.qk_norm) == (layout.norm_before_fc, layout.fc_norm, layout.qk_norm)
+    assert (spec.norm_before_fc, spec.fc_norm, spec.qk_norm) == (
+        layout.norm_before_fc,
+        layout.fc_norm,
+        layout.qk_norm,
+    )
     assert (spec.rms_norm_eps, spec.dtype) == (1e-5, layout.dtype)
     assert spec.embed_vocab_size == (77 if layout.own_embedding else None)
 
@@ -87,7 +110,10 @@ def test_spec_of_every_layout(tmp_path, layout, expected):
 CONFIG_CASES = {
     "head_dim_absent": (Layout(drop_config=("head_dim",)), {"head_dim": 10}),
     "head_dim_edited_for_another_engine": (Layout(config={"head_dim": 7}), {"head_dim": 10}),
-    "no_kv_heads_means_mha": (Layout(num_kv_heads=6, drop_config=("num_key_value_heads",)), {"num_kv_heads": 6}),
+    "no_kv_heads_means_mha": (
+        Layout(num_kv_heads=6, drop_config=("num_key_value_heads",)),
+        {"num_kv_heads": 6},
+    ),
     "rope_theta": (Layout(config={"rope_theta": 500000}), {"rope_theta": 500_000.0}),
     "rope_parameters_default": (
         Layout(config={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -101,8 +127,14 @@ CONFIG_CASES = {
         Layout(config={"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5}),
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
-    "rope_scaling_null": (Layout(config={"rope_scaling": None, "rope_theta": None}), {"rope_scaling": None}),
-    "trained_length_absent": (Layout(drop_config=("max_position_embeddings",)), {"trained_length": 2048}),
+    "rope_scaling_null": (
+        Layout(config={"rope_scaling": None, "rope_theta": None}),
+        {"rope_scaling": None},
+    ),
+    "trained_length_absent": (
+        Layout(drop_config=("max_position_embeddings",)),
+        {"trained_length": 2048},
+    ),
     "aux_ids_in_eagle_config": (
         Layout(config={"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4, 9]}}),
         {"aux_layer_ids": (1, 4, 9)},
@@ -112,7 +144,11 @@ CONFIG_CASES = {
         {"aux_layer_ids": (0, 2, 5, 8), "num_aux": 4},
     ),
     "norm_before_fc_in_eagle_config": (
-        Layout(norm_before_fc=True, drop_config=("norm_before_fc",), config={"eagle_config": {"norm_before_fc": True}}),
+        Layout(
+            norm_before_fc=True,
+            drop_config=("norm_before_fc",),
+            config={"eagle_config": {"norm_before_fc": True}},
+        ),
         {"norm_before_fc": True},
     ),
     "unasked_input_norm_is_pruned_as_in_vllm": (
@@ -133,28 +169,60 @@ def test_settings(tmp_path, layout, expected):
 KEY = "eagle_aux_hidden_state_layer_ids"
 TOP, NESTED = {KEY: [1, 4, 9]}, {"eagle_config": {KEY: [0, 5, 8]}}
 BOTH = ("v1", "v2")
-# The config, the layers it names and where, and which of vLLM's model runners read the same (they differ over eagle_config's key).
+# The config, the layers it names and where, and which of vLLM's model runners read the same (they
+# differ over eagle_config's key).
 AUX_LAYERS = {
     "none": (Layout(), None, None, BOTH),
     "top_level": (Layout(config=TOP), (1, 4, 9), KEY, BOTH),
     "top_level_before_nested": (Layout(config=TOP | NESTED), (1, 4, 9), KEY, BOTH),
     "nested": (Layout(config=NESTED), (0, 5, 8), f"eagle_config.{KEY}", ("v1",)),
-    "nested_of_v2": (Layout(config={"eagle_config": {"layer_ids": [0, 5, 8]}}), (0, 5, 8), "eagle_config.layer_ids", ("v2",)),
-    "empty_top_level": (Layout(config=NESTED | {KEY: []}), (0, 5, 8), f"eagle_config.{KEY}", ("v1",)),
+    "nested_of_v2": (
+        Layout(config={"eagle_config": {"layer_ids": [0, 5, 8]}}),
+        (0, 5, 8),
+        "eagle_config.layer_ids",
+        ("v2",),
+    ),
+    "empty_top_level": (
+        Layout(config=NESTED | {KEY: []}),
+        (0, 5, 8),
+        f"eagle_config.{KEY}",
+        ("v1",),
+    ),
     "empty_nested": (Layout(config=TOP | {"eagle_config": {KEY: []}}), (1, 4, 9), KEY, BOTH),
     "both_empty": (Layout(config={KEY: [], "eagle_config": {KEY: []}}), None, None, BOTH),
     "speculators_none": (Layout(format="speculators"), None, None, BOTH),
     "speculators": (Layout(format="speculators", own_level=TOP), (1, 4, 9), KEY, BOTH),
-    "speculators_layer": (Layout(format="speculators", config=TOP), (1, 4, 9), f"transformer_layer_config.{KEY}", BOTH),
-    "speculators_own_before_layer": (Layout(format="speculators", own_level={KEY: [2, 3, 4]}, config=TOP), (2, 3, 4), KEY, BOTH),
+    "speculators_layer": (
+        Layout(format="speculators", config=TOP),
+        (1, 4, 9),
+        f"transformer_layer_config.{KEY}",
+        BOTH,
+    ),
+    "speculators_own_before_layer": (
+        Layout(format="speculators", own_level={KEY: [2, 3, 4]}, config=TOP),
+        (2, 3, 4),
+        KEY,
+        BOTH,
+    ),
     "speculators_empty": (
-        Layout(format="speculators", own_level={KEY: []}, config=TOP), (1, 4, 9), f"transformer_layer_config.{KEY}", BOTH,
+        Layout(format="speculators", own_level={KEY: []}, config=TOP),
+        (1, 4, 9),
+        f"transformer_layer_config.{KEY}",
+        BOTH,
     ),
-    "speculators_own_eagle_config_is_not_read": (Layout(format="speculators", own_level=NESTED), None, None, BOTH),
+    "speculators_own_eagle_config_is_not_read": (
+        Layout(format="speculators", own_level=NESTED),
+        None,
+        None,
+        BOTH,
+    ),
     "speculators_layer_nested": (
-        Layout(format="speculators", config=NESTED), (0, 5, 8), f"transformer_layer_config.eagle_config.{KEY}", ("v1",),
+        Layout(format="speculators", config=NESTED),
+        (0, 5, 8),
+        f"transformer_layer_config.eagle_config.{KEY}",
+        ("v1",),
     ),
-}  # fmt: skip
+}
 
 
 def _vllm_reads(folder, runner):
@@ -167,37 +235,55 @@ def _vllm_reads(folder, runner):
     config = json.loads((folder / "config.json").read_text())
     if "speculators_model_type" in config:
         config = SpeculatorsConfig.extract_transformers_pre_trained_config(config)
-    speculative = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**config)))
+    speculative = SimpleNamespace(
+        draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**config))
+    )
     if runner == "v2":
         return get_eagle3_aux_layers_from_config(speculative)
-    return GPUModelRunner._get_eagle3_aux_layers_from_config(SimpleNamespace(speculative_config=speculative))
+    return GPUModelRunner._get_eagle3_aux_layers_from_config(
+        SimpleNamespace(speculative_config=speculative)
+    )
 
 
 @pytest.mark.parametrize("layout, layers, place, runners", AUX_LAYERS.values(), ids=AUX_LAYERS)
-def test_the_layers_are_those_that_vllm_reads_from_the_same_file(tmp_path, layout, layers, place, runners):
+def test_the_layers_are_those_that_vllm_reads_from_the_same_file(
+    tmp_path, layout, layers, place, runners
+):
     write_checkpoint(tmp_path, layout)
     assert {_vllm_reads(tmp_path, runner) for runner in runners} == {layers}
     spec = read_checkpoint(tmp_path).spec
     assert (spec.aux_layer_ids, spec.aux_layers_from) == (layers, place)
     if layers is None:
-        assert describe_aux_layers(spec, resolve_aux_layers(spec, 12)) == "2, 6, 9 (default, its config.json names none)"
+        assert (
+            describe_aux_layers(spec, resolve_aux_layers(spec, 12))
+            == "2, 6, 9 (default, its config.json names none)"
+        )
     else:
         assert describe_aux_layers(spec) == f"{', '.join(map(str, layers))} ({place})"
 
 
 OTHER_LEVELS = {
     "norm_before_fc_of_speculators_own_level": (
-        Layout(format="speculators", norm_before_fc=True, config={"norm_before_fc": False}), {"norm_before_fc": True},
+        Layout(format="speculators", norm_before_fc=True, config={"norm_before_fc": False}),
+        {"norm_before_fc": True},
     ),
     "norm_before_fc_of_the_layers_level_is_not_read": (
-        Layout(format="speculators", config={"norm_before_fc": True}), {"norm_before_fc": False},
+        Layout(format="speculators", config={"norm_before_fc": True}),
+        {"norm_before_fc": False},
     ),
     "eagle_configs_norm_before_fc_goes_first": (
-        Layout(config={"norm_before_fc": True, "eagle_config": {"norm_before_fc": False}}), {"norm_before_fc": False},
+        Layout(config={"norm_before_fc": True, "eagle_config": {"norm_before_fc": False}}),
+        {"norm_before_fc": False},
     ),
-    "eagle_config_holds_no_widths": (Layout(config={"eagle_config": {"target_hidden_size": 60}}), {"target_hidden_size": 40}),
-    "speculators_own_level_holds_no_rope": (Layout(format="speculators", own_level={"rope_theta": 5.0}), {"rope_theta": 10_000.0}),
-}  # fmt: skip
+    "eagle_config_holds_no_widths": (
+        Layout(config={"eagle_config": {"target_hidden_size": 60}}),
+        {"target_hidden_size": 40},
+    ),
+    "speculators_own_level_holds_no_rope": (
+        Layout(format="speculators", own_level={"rope_theta": 5.0}),
+        {"rope_theta": 10_000.0},
+    ),
+}
 
 
 @pytest.mark.parametrize("layout, expected", OTHER_LEVELS.values(), ids=OTHER_LEVELS)
@@ -214,13 +300,17 @@ def test_mask_hidden_and_second_layer_are_pruned(tmp_path):
         "layers.1.self_attn.q_proj.weight": torch.ones(60, 40),
     }
     head = read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
-    assert {"mask_hidden", "layers.1.self_attn.q_proj.weight"} <= {info.name for info in head.pruned}
+    assert {"mask_hidden", "layers.1.self_attn.q_proj.weight"} <= {
+        info.name for info in head.pruned
+    }
 
 
 def test_only_kept_tensors_are_loaded(tmp_path, monkeypatch):
     loaded = []
     load = tensor_files._load_safetensor
-    monkeypatch.setattr(tensor_files, "_load_safetensor", lambda file, name: loaded.append(name) or load(file, name))
+    monkeypatch.setattr(
+        tensor_files, "_load_safetensor", lambda file, name: loaded.append(name) or load(file, name)
+    )
     head = read_checkpoint(write_checkpoint(tmp_path, Layout()))
     assert sorted(loaded) == sorted(info.name for info in head.kept)
 
@@ -237,7 +327,10 @@ def test_parameter_counts_leave_the_vocabulary_maps_out(tmp_path):
     counts = {info.name: info.parameters for info in head.kept + head.pruned}
     assert (counts["d2t"], counts["t2d"]) == (0, 0)
     assert counts["embed_tokens.weight"] == 77 * 40
-    assert {info.name for info in head.kept + head.pruned if info.is_vocabulary} == {"embed_tokens.weight", "lm_head.weight"}
+    assert {info.name for info in head.kept + head.pruned if info.is_vocabulary} == {
+        "embed_tokens.weight",
+        "lm_head.weight",
+    }
 
 
 def _without(name):
@@ -250,7 +343,9 @@ def _without(name):
 
 def _with(**changes):
     def build(layout):
-        return make_tensors(layout) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+        return make_tensors(layout) | {
+            name.replace("__", "."): tensor for name, tensor in changes.items()
+        }
 
     return build
 
@@ -260,43 +355,163 @@ ERRORS = {
     "not_a_head": (Layout(), _without("midlayer"), "is not an EAGLE-3 checkpoint"),
     "no_q_proj": (Layout(), _without("q_proj"), "holds no midlayer.self_attn.q_proj.weight"),
     "no_fc": (Layout(), _without("fc."), "holds no fc.weight"),
-    "no_embed_norm": (Layout(), _without("input_layernorm"), "holds no midlayer.input_layernorm.weight"),
-    "last_layer_only": (Layout(config={"eagle_config": {"use_aux_hidden_state": False}}), None, "use_aux_hidden_state"),
-    "fc_not_a_multiple": (Layout(config={"target_hidden_size": 50}), None, "not a multiple of the target's hidden size 50"),
-    "aux_count_without_ids": (Layout(config={"target_hidden_size": 60}), None, "set eagle_aux_hidden_state_layer_ids"),
-    "aux_count": (Layout(config={"eagle_aux_hidden_state_layer_ids": [1, 2]}), None, "are 2 layers but fc.weight reads 3"),
-    "aux_order": (Layout(config={"eagle_aux_hidden_state_layer_ids": [4, 2, 8]}), None, "not distinct and ascending"),
-    "aux_in_words": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, "4", 8]}), None, "not distinct and ascending"),
-    "aux_fraction": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 4.5, 8]}), None, "not distinct and ascending"),
-    "aux_double": (Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 2, 8]}), None, "not distinct and ascending"),
-    "hidden_size": (Layout(config={"hidden_size": 48}), None, "hidden_size is 48 in config.json but fc.weight has 40 rows"),
-    "head_count": (Layout(config={"num_attention_heads": 7}), None, "do not divide into num_attention_heads 7"),
-    "no_head_count": (Layout(drop_config=("num_attention_heads",)), None, "has no num_attention_heads"),
-    "q_columns": (Layout(), _with(midlayer__self_attn__q_proj__weight=torch.ones(60, 79)), r"\[60, 79\] where \[60, 80\]"),
-    "norm_length": (Layout(), _with(midlayer__hidden_norm__weight=torch.ones(39)), r"\[39\] where \[40\]"),
-    "norm_dimensions": (Layout(), _with(midlayer__hidden_norm__weight=torch.ones(40, 1)), "not 1-dimensional"),
-    "no_input_norm": (Layout(norm_before_fc=True), _without("input_norm"), "holds no input_norm.weight"),
+    "no_embed_norm": (
+        Layout(),
+        _without("input_layernorm"),
+        "holds no midlayer.input_layernorm.weight",
+    ),
+    "last_layer_only": (
+        Layout(config={"eagle_config": {"use_aux_hidden_state": False}}),
+        None,
+        "use_aux_hidden_state",
+    ),
+    "fc_not_a_multiple": (
+        Layout(config={"target_hidden_size": 50}),
+        None,
+        "not a multiple of the target's hidden size 50",
+    ),
+    "aux_count_without_ids": (
+        Layout(config={"target_hidden_size": 60}),
+        None,
+        "set eagle_aux_hidden_state_layer_ids",
+    ),
+    "aux_count": (
+        Layout(config={"eagle_aux_hidden_state_layer_ids": [1, 2]}),
+        None,
+        "are 2 layers but fc.weight reads 3",
+    ),
+    "aux_order": (
+        Layout(config={"eagle_aux_hidden_state_layer_ids": [4, 2, 8]}),
+        None,
+        "not distinct and ascending",
+    ),
+    "aux_in_words": (
+        Layout(config={"eagle_aux_hidden_state_layer_ids": [2, "4", 8]}),
+        None,
+        "not distinct and ascending",
+    ),
+    "aux_fraction": (
+        Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 4.5, 8]}),
+        None,
+        "not distinct and ascending",
+    ),
+    "aux_double": (
+        Layout(config={"eagle_aux_hidden_state_layer_ids": [2, 2, 8]}),
+        None,
+        "not distinct and ascending",
+    ),
+    "hidden_size": (
+        Layout(config={"hidden_size": 48}),
+        None,
+        "hidden_size is 48 in config.json but fc.weight has 40 rows",
+    ),
+    "head_count": (
+        Layout(config={"num_attention_heads": 7}),
+        None,
+        "do not divide into num_attention_heads 7",
+    ),
+    "no_head_count": (
+        Layout(drop_config=("num_attention_heads",)),
+        None,
+        "has no num_attention_heads",
+    ),
+    "q_columns": (
+        Layout(),
+        _with(midlayer__self_attn__q_proj__weight=torch.ones(60, 79)),
+        r"\[60, 79\] where \[60, 80\]",
+    ),
+    "norm_length": (
+        Layout(),
+        _with(midlayer__hidden_norm__weight=torch.ones(39)),
+        r"\[39\] where \[40\]",
+    ),
+    "norm_dimensions": (
+        Layout(),
+        _with(midlayer__hidden_norm__weight=torch.ones(40, 1)),
+        "not 1-dimensional",
+    ),
+    "no_input_norm": (
+        Layout(norm_before_fc=True),
+        _without("input_norm"),
+        "holds no input_norm.weight",
+    ),
     "no_k_norm": (Layout(qk_norm=True), _without("k_norm"), "holds no k_norm.weight"),
-    "fc_norm_too_many": (Layout(fc_norm=True), _with(fc_norm__3__weight=torch.ones(40)), "one input norm too many"),
+    "fc_norm_too_many": (
+        Layout(fc_norm=True),
+        _with(fc_norm__3__weight=torch.ones(40)),
+        "one input norm too many",
+    ),
     "quantized": (
         Layout(),
         _with(midlayer__self_attn__q_proj__weight=torch.ones(60, 80).to(torch.float8_e4m3fn)),
         "stored as torch.float8_e4m3fn",
     ),
     "name_twice": (Layout(), _with(model__fc__weight=torch.ones(40, 120)), "holds both"),
-    "nested_rope": (Layout(config={"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}), None, "differ by layer type"),
-    "partial_rotary": (Layout(config={"partial_rotary_factor": 0.5}), None, "partial_rotary_factor"),
-    "no_heads": (Layout(config={"num_attention_heads": 0}), None, "config.json holds a value that cannot be used"),
-    "heads_in_words": (Layout(config={"num_attention_heads": "six"}), None, "config.json holds a value that cannot be used"),
-    "target_of_no_width": (Layout(config={"target_hidden_size": 0}), None, "config.json holds a value that cannot be used"),
-    "rope_scaling_is_a_word": (Layout(config={"rope_scaling": "yarn"}), None, "config.json holds a value that cannot be used"),
-    "eagle_config_is_a_list": (Layout(config={"eagle_config": [1]}), None, "config.json holds a value that cannot be used"),
-    "architectures_hold_null": (Layout(config={"architectures": [None]}), None, "config.json holds a value that cannot be used"),
-    "aux_ids_are_a_number": (Layout(config={"eagle_aux_hidden_state_layer_ids": 5}), None, "config.json holds a value that cannot be used"),
-    "rope_theta_nan": (Layout(config={"rope_theta": float("nan")}), None, "rope_theta is nan in config.json, where a positive number is needed"),
-    "eps_negative": (Layout(config={"rms_norm_eps": -1e-5}), None, "rms_norm_eps is -1e-05 in config.json"),
-    "eps_nan_in_words": (Layout(config={"rms_norm_eps": "nan"}), None, "rms_norm_eps is nan in config.json"),
-    "knows_no_position": (Layout(config={"max_position_embeddings": 0}), None, "max_position_embeddings is 0 in config.json"),
+    "nested_rope": (
+        Layout(config={"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}),
+        None,
+        "differ by layer type",
+    ),
+    "partial_rotary": (
+        Layout(config={"partial_rotary_factor": 0.5}),
+        None,
+        "partial_rotary_factor",
+    ),
+    "no_heads": (
+        Layout(config={"num_attention_heads": 0}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "heads_in_words": (
+        Layout(config={"num_attention_heads": "six"}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "target_of_no_width": (
+        Layout(config={"target_hidden_size": 0}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "rope_scaling_is_a_word": (
+        Layout(config={"rope_scaling": "yarn"}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "eagle_config_is_a_list": (
+        Layout(config={"eagle_config": [1]}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "architectures_hold_null": (
+        Layout(config={"architectures": [None]}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "aux_ids_are_a_number": (
+        Layout(config={"eagle_aux_hidden_state_layer_ids": 5}),
+        None,
+        "config.json holds a value that cannot be used",
+    ),
+    "rope_theta_nan": (
+        Layout(config={"rope_theta": float("nan")}),
+        None,
+        "rope_theta is nan in config.json, where a positive number is needed",
+    ),
+    "eps_negative": (
+        Layout(config={"rms_norm_eps": -1e-5}),
+        None,
+        "rms_norm_eps is -1e-05 in config.json",
+    ),
+    "eps_nan_in_words": (
+        Layout(config={"rms_norm_eps": "nan"}),
+        None,
+        "rms_norm_eps is nan in config.json",
+    ),
+    "knows_no_position": (
+        Layout(config={"max_position_embeddings": 0}),
+        None,
+        "max_position_embeddings is 0 in config.json",
+    ),
 }
 
 
@@ -322,7 +537,6 @@ def _overwrite(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-
 def _cut(name):
     """A download that broke off: the header is whole, the data is not."""
 
@@ -337,9 +551,21 @@ FOLDERS = {
     "no_config": (Layout(), _remove("config.json"), "holds no config.json"),
     "broken_config": (Layout(), _overwrite("config.json", "{"), "not valid JSON"),
     "config_is_a_list": (Layout(), _overwrite("config.json", "[]"), "not a JSON object"),
-    "no_weights": (Layout(), _remove("model.safetensors"), "neither \\*.safetensors nor pytorch_model.bin"),
-    "pickle_without_consent": (Layout(storage="bin"), lambda folder: None, "as a pickle \\(pytorch_model.bin\\).*set additional_config.specontext.allow_pickle"),
-    "cut_safetensors": (Layout(), _cut("model.safetensors"), r"model.safetensors cannot be read \(it ends within midlayer\.[\w.]+\.weight\)"),
+    "no_weights": (
+        Layout(),
+        _remove("model.safetensors"),
+        "neither \\*.safetensors nor pytorch_model.bin",
+    ),
+    "pickle_without_consent": (
+        Layout(storage="bin"),
+        lambda folder: None,
+        "as a pickle \\(pytorch_model.bin\\).*set additional_config.specontext.allow_pickle",
+    ),
+    "cut_safetensors": (
+        Layout(),
+        _cut("model.safetensors"),
+        r"model.safetensors cannot be read \(it ends within midlayer\.[\w.]+\.weight\)",
+    ),
     "index_without_a_map": (
         Layout(storage="safetensors_sharded"),
         _overwrite("model.safetensors.index.json", json.dumps({"weight_map": None})),
@@ -347,7 +573,9 @@ FOLDERS = {
     ),
     "index_with_a_list": (
         Layout(storage="safetensors_sharded"),
-        _overwrite("model.safetensors.index.json", json.dumps({"weight_map": ["model.safetensors"]})),
+        _overwrite(
+            "model.safetensors.index.json", json.dumps({"weight_map": ["model.safetensors"]})
+        ),
         "has no weight_map",
     ),
     "truncated_safetensors": (Layout(), _overwrite("model.safetensors", "junk"), "cannot be read"),
@@ -376,8 +604,16 @@ def test_bad_folders_give_one_sentence(tmp_path, layout, damage, sentence):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("storage, index", [("safetensors_sharded", "model.safetensors.index.json"), ("bin_sharded", "pytorch_model.bin.index.json")])
-@pytest.mark.parametrize("name", ["../secret/{}", "{folder}/secret/{}", "part/../../secret/{}", "secret/..", "a\0{}"])
+@pytest.mark.parametrize(
+    "storage, index",
+    [
+        ("safetensors_sharded", "model.safetensors.index.json"),
+        ("bin_sharded", "pytorch_model.bin.index.json"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", ["../secret/{}", "{folder}/secret/{}", "part/../../secret/{}", "secret/..", "a\0{}"]
+)
 def test_an_index_opens_no_file_outside_its_folder(tmp_path, storage, index, name):
     for folder in ("head", "secret"):
         (tmp_path / folder).mkdir()
@@ -385,13 +621,17 @@ def test_an_index_opens_no_file_outside_its_folder(tmp_path, storage, index, nam
     weight_map = json.loads((tmp_path / "head" / index).read_text())["weight_map"]
     outside = {tensor: name.format(file, folder=tmp_path) for tensor, file in weight_map.items()}
     (tmp_path / "head" / index).write_text(json.dumps({"weight_map": outside}))
-    with pytest.raises(HeadError, match=f"{index} names '.*', which is not inside its folder") as error:
+    with pytest.raises(
+        HeadError, match=f"{index} names '.*', which is not inside its folder"
+    ) as error:
         read_checkpoint(tmp_path / "head", allow_pickle=True)
     _assert_one_sentence(error)
 
 
 def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(tmp_path):
-    """Its files are links to ../../blobs, by design of huggingface_hub; shards may also lie in a folder of their own."""
+    """Its files are links to ../../blobs, by design of huggingface_hub; shards may also lie in a
+    folder of their own.
+    """
     snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -405,7 +645,9 @@ def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(tmp_path):
     for name in moved:
         (snapshot / name).rename(blobs / name)
         (snapshot / "parts" / name).symlink_to(f"../../../blobs/{name}")
-    index.write_text(json.dumps({"weight_map": {tensor: f"parts/{name}" for tensor, name in weight_map.items()}}))
+    index.write_text(
+        json.dumps({"weight_map": {tensor: f"parts/{name}" for tensor, name in weight_map.items()}})
+    )
     (snapshot / "config.json").rename(blobs / "config")
     (snapshot / "config.json").symlink_to("../../blobs/config")
     linked = read_checkpoint(snapshot)
@@ -440,13 +682,18 @@ class _Touches:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["fc.weight", "midlayer.self_attn.k_proj.weight", "midlayer.hidden_norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["fc.weight", "midlayer.self_attn.k_proj.weight", "midlayer.hidden_norm.weight"]
+)
 def test_a_tensor_that_is_not_finite_is_named(tmp_path, name, value):
     layout = Layout(dtype=torch.bfloat16)
     tensors = make_tensors(layout)
     tensors[name].view(-1)[3] = value
     write_checkpoint(tmp_path, layout, tensors)
-    with pytest.raises(HeadError, match=rf"{name} holds 1 of {tensors[name].numel()} values that are NaN or infinite") as error:
+    with pytest.raises(
+        HeadError,
+        match=rf"{name} holds 1 of {tensors[name].numel()} values that are NaN or infinite",
+    ) as error:
         read_checkpoint(tmp_path)
     _assert_one_sentence(error)
 
@@ -458,7 +705,9 @@ def test_a_pruned_tensor_may_hold_anything(tmp_path):
     read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
 
 
-@pytest.mark.parametrize("num_layers, ids", [(7, (2, 3, 4)), (8, (2, 4, 5)), (36, (2, 18, 33)), (80, (2, 40, 77))])
+@pytest.mark.parametrize(
+    "num_layers, ids", [(7, (2, 3, 4)), (8, (2, 4, 5)), (36, (2, 18, 33)), (80, (2, 40, 77))]
+)
 def test_default_aux_layers(num_layers, ids):
     assert default_aux_layers(num_layers) == ids
 
@@ -480,7 +729,12 @@ FITS = {
 }
 MISFITS = {
     "hidden_size": ({}, {"target_hidden_size": 48}, "target's hidden_size is 48"),
-    "other_vocabulary": ({}, {"vocab_size": 80}, "for a vocabulary of 77 tokens \\(its t2d map, LM head or config.json\\), but the target's vocab_size is 80"),
+    "other_vocabulary": (
+        {},
+        {"vocab_size": 80},
+        "for a vocabulary of 77 tokens \\(its t2d map, LM head or config.json\\), but the target's "
+        "vocab_size is 80",
+    ),
     "embed_size": ({"embed_size": 24}, {}, "token embeddings of width 24"),
     "vocabulary": ({"embed_vocab_size": 70}, {}, "has 70 rows"),
     "fewer_kv_heads": ({"num_kv_heads": 2}, {"num_kv_heads": 4}, "head has 2 KV heads"),
@@ -510,7 +764,9 @@ def test_at_full_vocabulary_the_lm_head_tells_the_target(tmp_path):
 
 @pytest.mark.parametrize("format", ["safeailab", "specforge", "speculators"])
 def test_a_reduced_lm_head_without_maps_fits_any_target_as_in_vllm(tmp_path, format):
-    spec = read_checkpoint(write_checkpoint(tmp_path, Layout(format=format, vocabulary_maps=False))).spec
+    spec = read_checkpoint(
+        write_checkpoint(tmp_path, Layout(format=format, vocabulary_maps=False))
+    ).spec
     assert spec.target_vocab_size is None
     check_fits(spec, **TARGET)
 
@@ -522,7 +778,10 @@ def test_a_weight_beyond_the_served_dtype_is_named(tmp_path):
     checkpoint = read_checkpoint(write_checkpoint(tmp_path, layout, tensors))
     for dtype in (torch.bfloat16, torch.float32):
         check_dtype(checkpoint, dtype)
-    with pytest.raises(HeadError, match="fc.weight holds values up to 99840, which float16 cannot: serve with --dtype bfloat16 or float32") as error:
+    with pytest.raises(
+        HeadError,
+        match="fc.weight holds values up to 99840, which float16 cannot: serve with --dtype bfloat16 or float32",
+    ) as error:
         check_dtype(checkpoint, torch.float16)
     _assert_one_sentence(error)
 
@@ -536,9 +795,18 @@ def test_does_not_fit(spec, head, target, sentence):
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 6, 7, 8, 32])
 def test_dummy_fits_its_target(num_layers):
-    shape = {"hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 10, "rope_theta": 5e5, "max_position": 99}
+    shape = {
+        "hidden_size": 24,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 10,
+        "rope_theta": 5e5,
+        "max_position": 99,
+    }
     head = dummy_checkpoint(**shape, num_layers=num_layers, dtype=torch.bfloat16, seed=3)
-    check_fits(head.spec, target_hidden_size=24, num_layers=num_layers, num_kv_heads=2, vocab_size=7)
+    check_fits(
+        head.spec, target_hidden_size=24, num_layers=num_layers, num_kv_heads=2, vocab_size=7
+    )
     assert len(resolve_aux_layers(head.spec, num_layers)) == head.spec.num_aux
     assert head.tensors["fc.weight"].shape == (24, head.spec.num_aux * 24)
     assert all(tensor.dtype == torch.bfloat16 for tensor in head.tensors.values())
@@ -548,6 +816,9 @@ def test_dummy_fits_its_target(num_layers):
 
 def test_peagle_is_read_as_eagle3(tmp_path):
     write_checkpoint(tmp_path, Layout(format="speculators"))
-    config = json.loads((tmp_path / "config.json").read_text()) | {"speculators_model_type": "peagle", "mask_token_id": 5}
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "speculators_model_type": "peagle",
+        "mask_token_id": 5,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_checkpoint(tmp_path).spec.format == "speculators"

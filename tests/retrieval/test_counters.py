@@ -33,7 +33,9 @@ def test_kept_mass_lands_in_the_buckets_of_a_loop(device):
         means += kept[real].mean(-1).tolist()
     counted = counters.since_reset(False)
     assert counted[CHOOSING_ROWS] == len(means) > 20
-    assert counted[KEPT_MASS_BUCKETS].tolist() == [sum(mean <= edge for mean in means) for edge in KEPT_MASS_EDGES]
+    assert counted[KEPT_MASS_BUCKETS].tolist() == [
+        sum(mean <= edge for mean in means) for edge in KEPT_MASS_EDGES
+    ]
     np.testing.assert_allclose(counted[KEPT_MASS], sum(means), rtol=1e-5)
 
 
@@ -46,4 +48,6 @@ def test_a_reset_leaves_the_sums_alone(device):
     assert counters.since_reset(True)[places].tolist() == [2, 6, 20, 100, 4, 16]
     counters.count_rows(1, 0, 1, 1)
     assert counters.since_reset(False)[places].tolist() == [1, 1, 1, 1, 0, 0]
-    assert counters.host[[STEPS, DECODE_ROWS]].tolist() == [3, 7] and counters.cells[1:3].tolist() == [4, 16]
+    assert counters.host[[STEPS, DECODE_ROWS]].tolist() == [3, 7] and counters.cells[
+        1:3
+    ].tolist() == [4, 16]

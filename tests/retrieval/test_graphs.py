@@ -1,4 +1,6 @@
-"""Replayed steps do what eager ones do, whatever has changed in the tensors since; padding rows leave no trace."""
+"""Replayed steps do what eager ones do, whatever has changed in the tensors since; padding rows
+leave no trace.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ from tests.retrieval.test_retriever import HIDDEN, KV_HEADS, World
 
 MOST_ROWS = 8
 SPARE_BLOCK = 200
-"""A page that nobody owns, behind those of ``World``: torch's path on a CPU writes what has the slot -1 into the last one."""
+"""A page that nobody owns, behind those of ``World``: torch's path on a CPU writes what has the
+slot -1 into the last one.
+"""
 
 
 class FirstWork:
-    """Does again and again the work that a name and its addresses came with first: whoever reads something newer from the host is found out."""
+    """Does again and again the work that a name and its addresses came with first: whoever reads
+    something newer from the host is found out.
+    """
 
     def __init__(self):
         self.works, self.runs, self.cleared = {}, 0, 0
@@ -44,9 +50,16 @@ class Replayed(World):
     def __init__(self, device, graphs, embeds_apart, **settings):
         super().__init__(device, **settings)
         self.retriever = Retriever(
-            self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=512, table_pages=pages_for(512),
-            device=device, graphs=graphs, embeds_apart=embeds_apart,
-        )  # fmt: skip
+            self.config,
+            self.head,
+            lambda ids: F.embedding(ids, self.table),
+            num_kv_heads=KV_HEADS,
+            max_model_len=512,
+            table_pages=pages_for(512),
+            device=device,
+            graphs=graphs,
+            embeds_apart=embeds_apart,
+        )
         self.retriever.allocate_cache(SPARE_BLOCK + 1)
         self.retriever.cache.keys.fill_(float("nan"))
         self.retriever.cache.fused.fill_(float("nan"))
@@ -74,11 +87,18 @@ class Replayed(World):
             for state, aux in zip(self.states, self.aux[name]):
                 state[row] = aux[at]
         batch = StepBatch(
-            token_ids=self.token_ids[:padded], positions=self.positions[:padded], slots=self.slots[:padded],
-            query_starts=torch.arange(padded + 1, dtype=torch.int32, device=self.device), seq_lens=self.seq_lens[:padded],
-            block_table=self.block_table[:padded], seq_lens_bound=[at + 1 for at in places.values()], num_decodes=rows, table_rows=padded,
-            num_tokens=rows, replayable=True,
-        )  # fmt: skip
+            token_ids=self.token_ids[:padded],
+            positions=self.positions[:padded],
+            slots=self.slots[:padded],
+            query_starts=torch.arange(padded + 1, dtype=torch.int32, device=self.device),
+            seq_lens=self.seq_lens[:padded],
+            block_table=self.block_table[:padded],
+            seq_lens_bound=[at + 1 for at in places.values()],
+            num_decodes=rows,
+            table_rows=padded,
+            num_tokens=rows,
+            replayable=True,
+        )
         self.lengths.fill_(-1)
         self.retriever.before_forward(batch, self.pages, self.lengths)
         assert (self.lengths[: padded * KV_HEADS].view(-1, KV_HEADS)[rows:] == 0).all()
@@ -92,14 +112,23 @@ def graphs(request, device):
 
 @pytest.mark.parametrize("embeds_apart", [False, True], ids=["embeds", "embeds-apart"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}], ids=["plain", "fallback", "8-bit-keys"]
+    "settings",
+    [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}],
+    ids=["plain", "fallback", "8-bit-keys"],
 )
 @torch.inference_mode()
 def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device):
     torch.manual_seed(0)
     eager, replayed = World(device, **settings), Replayed(device, graphs, embeds_apart, **settings)
     reached = {}
-    for name, length, prompt in (("a", 420, 20), ("b", 420, 150), ("c", 300, 61), ("d", 200, 3), ("e", 420, 300), ("f", 130, 5)):
+    for name, length, prompt in (
+        ("a", 420, 20),
+        ("b", 420, 150),
+        ("c", 300, 61),
+        ("d", 200, 3),
+        ("e", 420, 300),
+        ("f", 130, 5),
+    ):
         eager.add(name, length)
         for field in ("tokens", "aux", "rows"):
             getattr(replayed, field)[name] = getattr(eager, field)[name]
@@ -110,7 +139,11 @@ def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device)
     for step in range(160):
         able = [name for name, at in reached.items() if at < len(eager.tokens[name])]
         # Often the same rows, so that what is captured is used.
-        names = able[: 1 + step // 40] if step % 4 else chance.sample(able, chance.randint(1, len(able)))
+        names = (
+            able[: 1 + step // 40]
+            if step % 4
+            else chance.sample(able, chance.randint(1, len(able)))
+        )
         eager.step(*((name, reached[name], reached[name] + 1) for name in names))
         replayed.decode({name: reached[name] for name in names})
         for row in range(len(names) * KV_HEADS):
@@ -120,9 +153,21 @@ def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device)
         for name in names:
             reached[name] += 1
     # One row or several: the sums of a matrix product may come in another order.
-    assert_close("keys", eager.retriever.cache.keys[:200].float().nan_to_num(0), replayed.retriever.cache.keys[:200].float().nan_to_num(0), 1e-5)
-    assert torch.equal(eager.retriever.cache.keys[:200].isnan(), replayed.retriever.cache.keys[:200].isnan())
-    assert_close("fused", eager.retriever.cache.fused[:200].nan_to_num(0), replayed.retriever.cache.fused[:200].nan_to_num(0), 1e-5)
+    assert_close(
+        "keys",
+        eager.retriever.cache.keys[:200].float().nan_to_num(0),
+        replayed.retriever.cache.keys[:200].float().nan_to_num(0),
+        1e-5,
+    )
+    assert torch.equal(
+        eager.retriever.cache.keys[:200].isnan(), replayed.retriever.cache.keys[:200].isnan()
+    )
+    assert_close(
+        "fused",
+        eager.retriever.cache.fused[:200].nan_to_num(0),
+        replayed.retriever.cache.fused[:200].nan_to_num(0),
+        1e-5,
+    )
     assert replayed.retriever.stats() == pytest.approx(eager.retriever.stats())
     if isinstance(graphs, FirstWork):
         assert graphs.runs == 320 and len(graphs.works) < 40
@@ -158,9 +203,13 @@ class Remembering(StepGraphs):
 
 @pytest.fixture
 def told(monkeypatch) -> list[str]:
-    """Warnings; vLLM's loggers, where it is loaded, pass none on to the root logger, where caplog listens."""
+    """Warnings; vLLM's loggers, where it is loaded, pass none on to the root logger, where caplog
+    listens.
+    """
     told = []
-    monkeypatch.setattr(graphs_module.logger, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(
+        graphs_module.logger, "warning", lambda text, *values: told.append(text % values)
+    )
     return told
 
 
@@ -178,7 +227,9 @@ def learned_world(device, graphs: StepGraphs) -> Replayed:
 def run_again(graphs: Remembering, index: int) -> None:
     """A captured step under another name, twice, since the first time is eager."""
     for _ in range(2):
-        StepGraphs.run(graphs, ("again", index), (), graphs.works["select" if index % 2 else "learn"])
+        StepGraphs.run(
+            graphs, ("again", index), (), graphs.works["select" if index % 2 else "learn"]
+        )
 
 
 @pytest.mark.gpu
@@ -192,7 +243,9 @@ def test_a_graph_takes_little_memory_and_what_it_takes_is_measured(device, recor
     torch.cuda.synchronize()
     after, _ = torch.cuda.mem_get_info()
     record_property("MiB a graph", (before - after) / 128 / 2**20)
-    print(f"{(before - after) / 128 / 2**20:.3f} MiB a graph, {graphs.taken / 2**20:.1f} MiB in all")
+    print(
+        f"{(before - after) / 128 / 2**20:.3f} MiB a graph, {graphs.taken / 2**20:.1f} MiB in all"
+    )
     assert len(graphs) >= 130 and before - after < 128 << 20
     # Other processes may have taken or given back memory meanwhile, but hardly so much.
     assert graphs.taken - start == pytest.approx(before - after, abs=8 << 20)
@@ -226,10 +279,16 @@ def test_vllm_s_memory_profile_counts_what_graphs_may_take(device, monkeypatch):
     from specontext_vllm.engine.runner_v2 import SpeContextModelRunnerV2
 
     activations = 64 << 20
-    monkeypatch.setattr(GPUModelRunner, "profile_run", lambda self: torch.empty(activations, dtype=torch.uint8, device=device))
+    monkeypatch.setattr(
+        GPUModelRunner,
+        "profile_run",
+        lambda self: torch.empty(activations, dtype=torch.uint8, device=device),
+    )
     runner = object.__new__(SpeContextModelRunnerV2)
     runner.device, runner.max_num_tokens = device, 1
-    runner.runtime = SimpleNamespace(graph_bytes=GRAPH_BYTES, retriever=SimpleNamespace(profile=lambda tokens: None))
+    runner.runtime = SimpleNamespace(
+        graph_bytes=GRAPH_BYTES, retriever=SimpleNamespace(profile=lambda tokens: None)
+    )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     runner.profile_run()
@@ -256,7 +315,9 @@ def test_a_capture_goes_on_while_graphs_of_an_engine_that_is_gone_are_collected(
 
 
 class Played(StepGraphs):
-    """Without a GPU: each capture leaves as much less free (MiB) as ``sizes`` says, None: there is no memory for it."""
+    """Without a GPU: each capture leaves as much less free (MiB) as ``sizes`` says, None: there is
+    no memory for it.
+    """
 
     def __init__(self, most, sizes, monkeypatch):
         for name in ("graph_pool_handle", "Stream", "synchronize", "empty_cache"):
@@ -301,7 +362,10 @@ def test_graphs_are_bounded_by_what_they_take(monkeypatch, told):
     # 75 are taken, and another of 30 would be too much.
     assert (len(graphs), graphs.mib) == (5, 75) and graphs.sizes == [5]
     (sentence,) = told
-    assert "5 graphs of decode steps in 75 MiB" in sentence and "the 100 MiB that are set aside" in sentence
+    assert (
+        "5 graphs of decode steps in 75 MiB" in sentence
+        and "the 100 MiB that are set aside" in sentence
+    )
 
 
 def test_memory_that_others_give_back_is_not_the_graphs(monkeypatch):

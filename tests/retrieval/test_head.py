@@ -21,7 +21,9 @@ LAYOUTS = {
     "bias": Layout(format="speculators", bias=True),
     "norm_before_fc": Layout(format="speculators", norm_before_fc=True),
     "fc_norm": Layout(format="speculators", fc_norm=True),
-    "all_of_it": Layout(format="speculators", qk_norm=True, bias=True, fc_norm=True, own_embedding=True),
+    "all_of_it": Layout(
+        format="speculators", qk_norm=True, bias=True, fc_norm=True, own_embedding=True
+    ),
 }
 EPS = 1e-5
 
@@ -29,7 +31,10 @@ EPS = 1e-5
 def naive_norm(row, weight):
     """RMSNorm of one vector in plain Python, double precision."""
     mean = sum(value * value for value in row.tolist()) / len(row)
-    return torch.tensor([value / math.sqrt(mean + EPS) for value in row.tolist()], dtype=torch.float64) * weight.double()
+    return (
+        torch.tensor([value / math.sqrt(mean + EPS) for value in row.tolist()], dtype=torch.float64)
+        * weight.double()
+    )
 
 
 def naive_rope(vector, position, theta=10_000.0):
@@ -73,12 +78,19 @@ def naive_head(layout, aux, embeds, positions):
                     head = naive_norm(head, t[f"{block}self_attn.{kind}_norm.weight"])
                 rows[-1].append(naive_rope(head, position))
         assert len(q[-1]) == layout.num_heads
-    return torch.stack(fused), torch.stack([torch.stack(r) for r in q]), torch.stack([torch.stack(r) for r in k])
+    return (
+        torch.stack(fused),
+        torch.stack([torch.stack(r) for r in q]),
+        torch.stack([torch.stack(r) for r in k]),
+    )
 
 
 def make_inputs(layout, tokens, seed=5):
     generator = torch.Generator().manual_seed(seed)
-    aux = [3 * torch.randn(tokens, layout.target_width, generator=generator) for _ in range(layout.num_aux)]
+    aux = [
+        3 * torch.randn(tokens, layout.target_width, generator=generator)
+        for _ in range(layout.num_aux)
+    ]
     embeds = 0.02 * torch.randn(tokens, layout.hidden_size, generator=generator)
     positions = torch.randint(0, 64, (tokens,), generator=generator)
     return aux, embeds, positions
@@ -108,7 +120,9 @@ def test_keys_are_projects_keys(tmp_path, layout):
     head = make_head(tmp_path, layout)
     aux, embeds, positions = make_inputs(layout, 13)
     fused = head.fuse(aux)
-    torch.testing.assert_close(head.keys(embeds, fused, positions), head.project(embeds, fused, positions)[1])
+    torch.testing.assert_close(
+        head.keys(embeds, fused, positions), head.project(embeds, fused, positions)[1]
+    )
 
 
 def test_bfloat16_stays_near_float32(tmp_path):
@@ -163,9 +177,16 @@ def test_weights_are_frozen_fused_and_counted(tmp_path):
 
 def test_dummy_head_is_of_order_one():
     checkpoint = dummy_checkpoint(
-        hidden_size=128, num_layers=6, num_heads=8, num_kv_heads=2, head_dim=16, rope_theta=1e4, max_position=50,
-        dtype=torch.float32, seed=0,
-    )  # fmt: skip
+        hidden_size=128,
+        num_layers=6,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        max_position=50,
+        dtype=torch.float32,
+        seed=0,
+    )
     head = RetrievalHead(checkpoint, max_position=50, dtype=torch.float32, device="cpu")
     aux = [torch.randn(31, 128) for _ in range(3)]
     q, k = head.project(torch.randn(31, 128), head.fuse(aux), torch.arange(31))
@@ -177,28 +198,50 @@ def test_dummy_head_is_of_order_one():
 
 def llama_rotary(spec, parameters, q, k, positions):
     config = LlamaConfig(
-        hidden_size=spec.num_heads * spec.head_dim, num_attention_heads=spec.num_heads, head_dim=spec.head_dim,
-        max_position_embeddings=spec.trained_length, rope_parameters=dict(parameters),
-    )  # fmt: skip
+        hidden_size=spec.num_heads * spec.head_dim,
+        num_attention_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.trained_length,
+        rope_parameters=dict(parameters),
+    )
     cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
     rotated = apply_rotary_pos_emb(q[None].transpose(1, 2), k[None].transpose(1, 2), cos, sin)
     return [x.transpose(1, 2)[0] for x in rotated]
 
 
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
-}  # fmt: skip
+}
 OWN_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 SCALINGS = {
     "within_training": (None, 63, {"rope_type": "default"}),
     "at_the_trained_length": (None, 64, {"rope_type": "default"}),
-    "yarn_just_beyond": (None, 65, {"rope_type": "yarn", "factor": 65 / 64, "original_max_position_embeddings": 64}),
-    "yarn_far_beyond": (None, 1999, {"rope_type": "yarn", "factor": 1999 / 64, "original_max_position_embeddings": 64}),
-    "own_linear": ({"rope_type": "linear", "factor": 4.0}, 500, {"rope_type": "linear", "factor": 4.0}),
+    "yarn_just_beyond": (
+        None,
+        65,
+        {"rope_type": "yarn", "factor": 65 / 64, "original_max_position_embeddings": 64},
+    ),
+    "yarn_far_beyond": (
+        None,
+        1999,
+        {"rope_type": "yarn", "factor": 1999 / 64, "original_max_position_embeddings": 64},
+    ),
+    "own_linear": (
+        {"rope_type": "linear", "factor": 4.0},
+        500,
+        {"rope_type": "linear", "factor": 4.0},
+    ),
     "own_llama3": (LLAMA3, 500, LLAMA3),
     "own_yarn": (OWN_YARN, 500, OWN_YARN),
-    "own_yarn_attention_factor": (OWN_YARN | {"attention_factor": 1.25}, 500, OWN_YARN | {"attention_factor": 1.25}),
+    "own_yarn_attention_factor": (
+        OWN_YARN | {"attention_factor": 1.25},
+        500,
+        OWN_YARN | {"attention_factor": 1.25},
+    ),
 }
 
 
@@ -207,7 +250,9 @@ def test_rotary_matches_transformers(tmp_path, scaling, max_position, expected):
     layout = Layout(config={"rope_theta": 50_000.0})
     checkpoint = read_checkpoint(write_checkpoint(tmp_path, layout))
     spec = replace(checkpoint.spec, rope_scaling=scaling)
-    head = RetrievalHead(replace(checkpoint, spec=spec), max_position=max_position, dtype=torch.float32, device="cpu")
+    head = RetrievalHead(
+        replace(checkpoint, spec=spec), max_position=max_position, dtype=torch.float32, device="cpu"
+    )
     expected = expected | {"rope_theta": 50_000.0}
     assert rope_parameters(spec, max_position) == expected
     positions = torch.tensor([0, 1, 17, max_position // 2, max_position - 1])
@@ -227,7 +272,9 @@ def test_yarn_attention_factor_is_in_the_table(tmp_path):
 
 
 def test_yarn_extrapolates_fast_pairs_and_interpolates_slow_ones(tmp_path):
-    spec = replace(read_checkpoint(write_checkpoint(tmp_path, Layout())).spec, head_dim=64, trained_length=2048)
+    spec = replace(
+        read_checkpoint(write_checkpoint(tmp_path, Layout())).spec, head_dim=64, trained_length=2048
+    )
     plain = 10_000.0 ** (-torch.arange(0, 64, 2) / 64)
     table = rope_table(spec, 8 * 2048, "cpu")
     angles = torch.atan2(table[1, 32:], table[1, :32])
@@ -235,10 +282,17 @@ def test_yarn_extrapolates_fast_pairs_and_interpolates_slow_ones(tmp_path):
     torch.testing.assert_close(angles[-4:], plain[-4:] / 8)
 
 
-LONGROPE = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4], "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0], "factor": 8.0}
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
+    "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0],
+    "factor": 8.0,
+}
 OLDER_NAMES = {
     "mrope": ({"type": "mrope", "mrope_section": [2, 2, 1]}, {}),
-    "su": ({"type": "su", "original_max_position_embeddings": 16} | LONGROPE, {"rope_type": "longrope", "original_max_position_embeddings": 16} | LONGROPE),
+    "su": (
+        {"type": "su", "original_max_position_embeddings": 16} | LONGROPE,
+        {"rope_type": "longrope", "original_max_position_embeddings": 16} | LONGROPE,
+    ),
 }
 
 
@@ -246,7 +300,11 @@ OLDER_NAMES = {
 def test_a_type_under_its_older_name_gives_the_table_of_todays(tmp_path, older, today):
     tables = []
     for settings in (older, today):
-        spec = read_checkpoint(write_checkpoint(tmp_path, Layout(config={"rope_scaling": settings, "max_position_embeddings": 128}))).spec
+        spec = read_checkpoint(
+            write_checkpoint(
+                tmp_path, Layout(config={"rope_scaling": settings, "max_position_embeddings": 128})
+            )
+        ).spec
         tables.append(rope_table(spec, 128, "cpu"))
     assert torch.equal(*tables)
 
@@ -255,15 +313,32 @@ def test_the_original_length_may_stand_beside_the_scaling(tmp_path):
     """As in Phi-3's configs; transformers puts it before what stands within."""
     within = {"rope_type": "longrope", "original_max_position_embeddings": 16} | LONGROPE
     tables = []
-    for config in ({"rope_scaling": within}, {"rope_scaling": within | {"original_max_position_embeddings": 999}, "original_max_position_embeddings": 16}):
-        tables.append(rope_table(read_checkpoint(write_checkpoint(tmp_path, Layout(config=config))).spec, 128, "cpu"))
+    for config in (
+        {"rope_scaling": within},
+        {
+            "rope_scaling": within | {"original_max_position_embeddings": 999},
+            "original_max_position_embeddings": 16,
+        },
+    ):
+        tables.append(
+            rope_table(
+                read_checkpoint(write_checkpoint(tmp_path, Layout(config=config))).spec, 128, "cpu"
+            )
+        )
     assert torch.equal(*tables)
 
 
-@pytest.mark.parametrize("scaling, sentence", [
-    pytest.param({"rope_type": "spiral"}, "knows only dynamic, linear", id="unknown"),
-    pytest.param({"rope_type": "linear"}, "No rotary angles come of .*Missing required keys.*factor", id="incomplete"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling, sentence",
+    [
+        pytest.param({"rope_type": "spiral"}, "knows only dynamic, linear", id="unknown"),
+        pytest.param(
+            {"rope_type": "linear"},
+            "No rotary angles come of .*Missing required keys.*factor",
+            id="incomplete",
+        ),
+    ],
+)
 def test_unusable_scaling_is_refused(tmp_path, scaling, sentence):
     spec = replace(read_checkpoint(write_checkpoint(tmp_path, Layout())).spec, rope_scaling=scaling)
     with pytest.raises(HeadError, match=sentence):

@@ -1,4 +1,6 @@
-"""Selection per layer: page bounds and their scores against loops, whatever way the tokens came in, and pages that must not be read."""
+"""Selection per layer: page bounds and their scores against loops, whatever way the tokens came in,
+and pages that must not be read.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.layer_selection import LayerSelector, score_bounds_row, update_bounds_reference
+from specontext_vllm.retrieval.layer_selection import (
+    LayerSelector,
+    score_bounds_row,
+    update_bounds_reference,
+)
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
 from tests.paging import apart, assert_close, paged_rows
 
@@ -18,30 +24,46 @@ SHAPES = [
 
 
 def kv_rows(lengths, heads, width, device, seed, dtype=torch.float32):
-    """Rows whose keys and values stand side by side, as the engine's KV cache has them; ``dense`` has keys, then values."""
+    """Rows whose keys and values stand side by side, as the engine's KV cache has them; ``dense``
+    has keys, then values.
+    """
     return paged_rows(lengths, heads, 2 * width, dtype, device, seed)
 
 
 def slots_of(rows, row, positions):
-    return rows.block_table[row].cpu().long()[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    return (
+        rows.block_table[row].cpu().long()[positions // PAGE_SIZE] * PAGE_SIZE
+        + positions % PAGE_SIZE
+    )
 
 
 def dense_bounds(keys, tokens):
     """``[pages, H, 2, D]`` by a loop over pages."""
-    pages = [keys[:, first : min(first + PAGE_SIZE, tokens)] for first in range(0, tokens, PAGE_SIZE)]
+    pages = [
+        keys[:, first : min(first + PAGE_SIZE, tokens)] for first in range(0, tokens, PAGE_SIZE)
+    ]
     return torch.stack([torch.stack([page.amin(1), page.amax(1)], 1) for page in pages])
 
 
-@pytest.mark.parametrize("update", [update_bounds, update_bounds_reference], ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "update", [update_bounds, update_bounds_reference], ids=["kernel", "reference"]
+)
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000], ids="chunk-{}".format)
-@pytest.mark.parametrize(("lengths", "heads", "width"), [pytest.param([2, 17, 35], 2, 40, id="ragged"), pytest.param([33], 1, 32, id="one")])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "width"),
+    [pytest.param([2, 17, 35], 2, 40, id="ragged"), pytest.param([33], 1, 32, id="one")],
+)
 def test_bounds_hold_every_written_token_and_no_other(lengths, heads, width, chunk, update, device):
-    """Chunks that end inside pages, rows side by side, padding at the end; the unwritten places of the cache are NaN."""
+    """Chunks that end inside pages, rows side by side, padding at the end; the unwritten places of
+    the cache are NaN.
+    """
     rows = kv_rows(lengths, heads, width, device, seed=chunk)
     bounds = torch.full((rows.cache.shape[0], heads, 2, width), 7.0, device=device)
     for first in range(0, max(lengths), chunk):
         positions = [torch.arange(tokens)[first : first + chunk] for tokens in lengths]
-        slots = torch.cat([slots_of(rows, row, p) for row, p in enumerate(positions)] + [torch.full((3,), -1)])
+        slots = torch.cat(
+            [slots_of(rows, row, p) for row, p in enumerate(positions)] + [torch.full((3,), -1)]
+        )
         cache = rows.cache.clone()
         for row, tokens in enumerate(lengths):
             # What comes later has not been written yet.
@@ -60,22 +82,38 @@ def test_bounds_hold_every_written_token_and_no_other(lengths, heads, width, chu
 @pytest.mark.parametrize(
     "dtype",
     # Triton's interpreter has no bf16 dot.
-    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)],
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
+    ],
 )
 @pytest.mark.parametrize(("lengths", "queries", "heads", "width"), SHAPES)
-def test_bound_kernel_matches_reference_and_is_an_upper_bound(lengths, queries, heads, width, dtype, device):
+def test_bound_kernel_matches_reference_and_is_an_upper_bound(
+    lengths, queries, heads, width, dtype, device
+):
     rows = kv_rows(lengths, heads, width, device, seed=3, dtype=dtype)
     query = torch.randn(len(lengths), queries, width).to(dtype)
     bounds = torch.full((rows.cache.shape[0], heads, 2, width), float("nan"), dtype=dtype)
     for row, tokens in enumerate(lengths):
-        bounds[rows.block_table[row, : pages_for(tokens)].long().cpu()] = dense_bounds(rows.dense[row][..., :width], tokens).to(dtype)
+        bounds[rows.block_table[row, : pages_for(tokens)].long().cpu()] = dense_bounds(
+            rows.dense[row][..., :width], tokens
+        ).to(dtype)
     most = pages_for(max(lengths))
     starts = torch.arange(len(lengths), dtype=torch.int32) * most
     out = torch.full((queries, most * len(lengths)), float("nan"), device=device)
     score_bounds(
-        apart(query.to(device)), bounds.to(device), rows.block_table, rows.seq_lens, starts.to(device), out, page_size=PAGE_SIZE, first_row=0,
-        num_rows=len(lengths), max_pages=most, least_pages=1,
-    )  # fmt: skip
+        apart(query.to(device)),
+        bounds.to(device),
+        rows.block_table,
+        rows.seq_lens,
+        starts.to(device),
+        out,
+        page_size=PAGE_SIZE,
+        first_row=0,
+        num_rows=len(lengths),
+        max_pages=most,
+        least_pages=1,
+    )
     for row, tokens in enumerate(lengths):
         count = pages_for(tokens)
         got = out[:, row * most : row * most + count].cpu()
@@ -94,7 +132,13 @@ def test_bound_kernel_matches_reference_and_is_an_upper_bound(lengths, queries, 
 def make_selector(retriever, queries, heads, width, longest, rows, device, budget):
     config = SpeContextConfig(retriever=retriever, budget=budget, recent_tokens=17)
     selector = LayerSelector(
-        config, num_heads=queries, num_kv_heads=heads, head_dim=width, max_pages=pages_for(longest), max_rows=rows, device=device
+        config,
+        num_heads=queries,
+        num_kv_heads=heads,
+        head_dim=width,
+        max_pages=pages_for(longest),
+        max_rows=rows,
+        device=device,
     )
     return selector, config
 
@@ -103,10 +147,14 @@ def make_selector(retriever, queries, heads, width, longest, rows, device, budge
 @pytest.mark.parametrize("retriever", ["oracle", "quest"])
 @pytest.mark.parametrize(("lengths", "queries", "heads", "width"), SHAPES)
 def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_once, device):
-    """Sinks, recents and the pages of the largest share of a softmax, by a loop over rows and heads; padding rows get nothing."""
+    """Sinks, recents and the pages of the largest share of a softmax, by a loop over rows and
+    heads; padding rows get nothing.
+    """
     budget = 5 * PAGE_SIZE
     rows = kv_rows(lengths, heads, width, device, seed=5)
-    selector, config = make_selector(retriever, queries, heads, width, max(lengths), len(lengths) + 1, device, budget)
+    selector, config = make_selector(
+        retriever, queries, heads, width, max(lengths), len(lengths) + 1, device, budget
+    )
     selector.rows_at_once = min(at_once, selector.rows_at_once)
     selector.allocate(2, rows.cache.shape[0], torch.float32)
     if retriever == "quest":
@@ -133,11 +181,20 @@ def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_onc
             group = query[row].view(heads, -1, width)[head]
             if retriever == "oracle":
                 logits = group @ keys[head].T / width**0.5
-                share = torch.stack([page.amax(-1) for page in logits.softmax(-1).split(PAGE_SIZE, -1)], -1)
+                share = torch.stack(
+                    [page.amax(-1) for page in logits.softmax(-1).split(PAGE_SIZE, -1)], -1
+                )
             else:
                 bound = dense_bounds(keys, tokens)[:, head]
-                share = (torch.maximum(group[:, None] * bound[:, 0], group[:, None] * bound[:, 1]).sum(-1) / width**0.5).softmax(-1)
+                share = (
+                    torch.maximum(group[:, None] * bound[:, 0], group[:, None] * bound[:, 1]).sum(
+                        -1
+                    )
+                    / width**0.5
+                ).softmax(-1)
             value = share.amax(0)
             value[: config.sink_pages] = value[count - config.recent_pages :] = 2.0
-            assert got.tolist() == (ids[value.topk(5).indices.sort().values] * heads + head).tolist()
+            assert (
+                got.tolist() == (ids[value.topk(5).indices.sort().values] * heads + head).tolist()
+            )
             assert lengths_out[row * heads + head] == 4 * PAGE_SIZE + (tokens - 1) % PAGE_SIZE + 1

@@ -13,7 +13,13 @@ from tests.retrieval.test_head import LAYOUTS, LLAMA3, make_inputs
 
 HEADS = LAYOUTS | {
     "bfloat16": Layout(dtype=torch.bfloat16),
-    "scaled_and_named_layers": Layout(config={"rope_scaling": LLAMA3, "rope_theta": 5e5, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4, 9]}}),
+    "scaled_and_named_layers": Layout(
+        config={
+            "rope_scaling": LLAMA3,
+            "rope_theta": 5e5,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4, 9]},
+        }
+    ),
     "full_vocabulary": Layout(format="specforge", vocabulary_maps=False, draft_vocab_size=77),
     "reduced_without_maps": Layout(format="specforge", vocabulary_maps=False),
     "model_prefix": Layout(format="specforge", prefix="model.", own_embedding=True),
@@ -32,19 +38,33 @@ def pair(tmp_path, request):
 @pytest.mark.parametrize("pair", HEADS.values(), ids=HEADS, indirect=True)
 def test_a_pruned_head_has_the_same_queries_and_keys(pair):
     layout, whole, pruned = pair
-    assert pruned.spec == replace(whole.spec, format="pruned", aux_layers_from=pruned.spec.aux_layers_from)
-    assert not pruned.pruned and sum(info.num_bytes for info in pruned.kept) == sum(info.num_bytes for info in whole.kept)
+    assert pruned.spec == replace(
+        whole.spec, format="pruned", aux_layers_from=pruned.spec.aux_layers_from
+    )
+    assert not pruned.pruned and sum(info.num_bytes for info in pruned.kept) == sum(
+        info.num_bytes for info in whole.kept
+    )
     aux, embeds, positions = make_inputs(layout, 7)
     found = []
     for checkpoint in (whole, pruned):
         head = RetrievalHead(checkpoint, max_position=99, dtype=torch.float32, device="cpu")
-        found.append((*head.project(embeds, head.fuse(aux), positions), head.keys(embeds, head.fuse(aux), positions)))
+        found.append(
+            (
+                *head.project(embeds, head.fuse(aux), positions),
+                head.keys(embeds, head.fuse(aux), positions),
+            )
+        )
         if layout.own_embedding:
             found[-1] += (head.embed(torch.arange(77)),)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("pair", [LAYOUTS["safeailab"], HEADS["full_vocabulary"]], ids=["t2d", "full_vocabulary"], indirect=True)
+@pytest.mark.parametrize(
+    "pair",
+    [LAYOUTS["safeailab"], HEADS["full_vocabulary"]],
+    ids=["t2d", "full_vocabulary"],
+    indirect=True,
+)
 def test_a_pruned_head_still_knows_its_targets_vocabulary(pair):
     target = {"target_hidden_size": 40, "num_layers": 12, "num_kv_heads": 3}
     check_fits(pair[2].spec, **target, vocab_size=77)
@@ -52,7 +72,9 @@ def test_a_pruned_head_still_knows_its_targets_vocabulary(pair):
         check_fits(pair[2].spec, **target, vocab_size=80)
 
 
-@pytest.mark.parametrize("pair", [LAYOUTS["safeailab"], LAYOUTS["qk_norm"]], ids=["flat", "speculators"], indirect=True)
+@pytest.mark.parametrize(
+    "pair", [LAYOUTS["safeailab"], LAYOUTS["qk_norm"]], ids=["flat", "speculators"], indirect=True
+)
 def test_no_engine_takes_a_pruned_head_for_a_model(pair, tmp_path):
     from transformers import AutoConfig
 

@@ -1,4 +1,6 @@
-"""The head's memory: whatever way a sequence is cut into steps, its keys are those of one pass over the whole."""
+"""The head's memory: whatever way a sequence is cut into steps, its keys are those of one pass over
+the whole.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +24,61 @@ MAX_LEN = 512
 
 
 class World:
-    """Made-up sequences whose aux states are a function of (sequence, position), and a retriever that sees them in steps."""
+    """Made-up sequences whose aux states are a function of (sequence, position), and a retriever
+    that sees them in steps.
+    """
 
     def __init__(self, device, seed=0, max_len=MAX_LEN, **settings):
         generator = torch.Generator().manual_seed(seed)
         self.device = device
         checkpoint = dummy_checkpoint(
-            hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4,
-            max_position=max_len, dtype=torch.float32, seed=seed,
-        )  # fmt: skip
-        self.head = RetrievalHead(checkpoint, max_position=max_len, dtype=torch.float32, device=device)
+            hidden_size=HIDDEN,
+            num_layers=12,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            rope_theta=1e4,
+            max_position=max_len,
+            dtype=torch.float32,
+            seed=seed,
+        )
+        self.head = RetrievalHead(
+            checkpoint, max_position=max_len, dtype=torch.float32, device=device
+        )
         self.table = torch.randn(VOCAB, HIDDEN, generator=generator).to(device)
-        self.config = SpeContextConfig(**{"budget": 64, "sink_tokens": 16, "recent_tokens": 17, "head_key_dtype": "model", **settings})
+        self.config = SpeContextConfig(
+            **{
+                "budget": 64,
+                "sink_tokens": 16,
+                "recent_tokens": 17,
+                "head_key_dtype": "model",
+                **settings,
+            }
+        )
         self.retriever = Retriever(
-            self.config, self.head, lambda ids: F.embedding(ids, self.table), num_kv_heads=KV_HEADS, max_model_len=max_len,
-            table_pages=pages_for(max_len), device=device,
-        )  # fmt: skip
+            self.config,
+            self.head,
+            lambda ids: F.embedding(ids, self.table),
+            num_kv_heads=KV_HEADS,
+            max_model_len=max_len,
+            table_pages=pages_for(max_len),
+            device=device,
+        )
         # Block 0 is vLLM's null block: no sequence lies in it.
         self.blocks = (torch.randperm(199, generator=generator) + 1).tolist()
         self.retriever.allocate_cache(200)
         self.retriever.cache.keys.fill_(float("nan"))
         self.retriever.cache.fused.fill_(float("nan"))
         self.tokens, self.aux, self.rows = {}, {}, {}
-        self.pages = torch.zeros(8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device)
+        self.pages = torch.zeros(
+            8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device
+        )
         self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
 
     def add(self, name, length, prefix_of=None, shared=0):
-        """A sequence of ``length`` tokens; its first ``shared`` tokens, and their blocks, are another one's."""
+        """A sequence of ``length`` tokens; its first ``shared`` tokens, and their blocks, are
+        another one's.
+        """
         self.tokens[name] = torch.randint(0, VOCAB, (length,), device=self.device)
         self.aux[name] = [torch.randn(length, HIDDEN, device=self.device) for _ in range(3)]
         row = [self.blocks.pop() for _ in range(pages_for(length))]
@@ -70,25 +100,41 @@ class World:
             at = torch.arange(first, last)
             ids.append(self.tokens[name][first:last])
             positions.append(at)
-            slots.append(torch.tensor(self.rows[name])[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE)
+            slots.append(
+                torch.tensor(self.rows[name])[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
+            )
             starts.append(starts[-1] + last - first)
             lens.append(last)
         decodes = sum(last - first == 1 for _, first, last in spans)
         batch = StepBatch(
-            token_ids=torch.cat(ids), positions=torch.cat(positions).to(self.device), slots=torch.cat(slots).to(self.device),
+            token_ids=torch.cat(ids),
+            positions=torch.cat(positions).to(self.device),
+            slots=torch.cat(slots).to(self.device),
             query_starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
-            seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device), block_table=table.to(self.device),
-            seq_lens_bound=lens, num_decodes=decodes, table_rows=decodes, num_tokens=starts[-1],
-        )  # fmt: skip
+            seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device),
+            block_table=table.to(self.device),
+            seq_lens_bound=lens,
+            num_decodes=decodes,
+            table_rows=decodes,
+            num_tokens=starts[-1],
+        )
         self.retriever.before_forward(batch, self.pages, self.lengths)
-        self.retriever.after_forward(batch, [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)])
+        self.retriever.after_forward(
+            batch, [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)]
+        )
         return batch
 
     def expected_keys(self, name):
-        """Keys of the whole sequence by the definition: the pair (token p+1, aux p) at p+1; zeros for aux before token 0."""
+        """Keys of the whole sequence by the definition: the pair (token p+1, aux p) at p+1; zeros
+        for aux before token 0.
+        """
         fused = self.head.fuse(self.aux[name])
         previous = torch.cat([torch.zeros_like(fused[:1]), fused[:-1]])
-        return self.head.keys(F.embedding(self.tokens[name], self.table), previous, torch.arange(len(fused), device=self.device))
+        return self.head.keys(
+            F.embedding(self.tokens[name], self.table),
+            previous,
+            torch.arange(len(fused), device=self.device),
+        )
 
     def stored_keys(self, name, length):
         at = torch.arange(length)
@@ -124,7 +170,9 @@ def test_keys_do_not_depend_on_the_steps(cut, key_dtype, device):
 
 @pytest.mark.parametrize("end", [20, 31, 32, 33])
 def test_a_token_that_was_taken_back_leaves_no_trace_behind_the_start_of_its_page(end, device):
-    """As a session goes on (engine/scheduler.py): the step behind the answer's end ran with a token that was discarded."""
+    """As a session goes on (engine/scheduler.py): the step behind the answer's end ran with a token
+    that was discarded.
+    """
     world = World(device)
     world.add("a", 80)
     world.step(("a", 0, end))
@@ -141,7 +189,9 @@ def test_a_token_that_was_taken_back_leaves_no_trace_behind_the_start_of_its_pag
 
 
 def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
-    """The head makes long prompts' keys a chunk at a time; seams inside rows and between rows must not show."""
+    """The head makes long prompts' keys a chunk at a time; seams inside rows and between rows must
+    not show.
+    """
     monkeypatch.setattr(retriever_module, "PREFILL_CHUNK", 29)
     world = World(device)
     world.add("a", 150)
@@ -150,14 +200,17 @@ def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
     world.step(("c", 0, 39))
     world.step(("a", 0, 150), ("b", 0, 61), ("c", 39, 40))
     for name in "abc":
-        assert_close(name, world.expected_keys(name), world.stored_keys(name, len(world.tokens[name])), 1e-5)
+        assert_close(
+            name, world.expected_keys(name), world.stored_keys(name, len(world.tokens[name])), 1e-5
+        )
 
 
 def test_ragged_batches_mixed_steps_and_a_shared_prefix(device):
     world = World(device)
     world.add("a", 120)
     world.step(("a", 0, 100))
-    # b hits a's first 80 tokens and starts behind them; c is shorter than a page; a decodes meanwhile.
+    # b hits a's first 80 tokens and starts behind them; c is shorter than a page; a decodes
+    # meanwhile.
     world.add("b", 130, prefix_of="a", shared=80)
     world.add("c", 7)
     world.step(("a", 100, 101), ("b", 80, 111), ("c", 0, 7))
@@ -166,11 +219,15 @@ def test_ragged_batches_mixed_steps_and_a_shared_prefix(device):
     world.add("d", 81, prefix_of="a", shared=80)
     world.step(("d", 80, 81), ("a", 102, 103))
     for name, length in (("a", 103), ("b", 130), ("c", 7), ("d", 81)):
-        assert_close(name, world.expected_keys(name)[:length], world.stored_keys(name, length), 1e-5)
+        assert_close(
+            name, world.expected_keys(name)[:length], world.stored_keys(name, length), 1e-5
+        )
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}], ids=["plain", "fallback", "8-bit-keys"]
+    "settings",
+    [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}],
+    ids=["plain", "fallback", "8-bit-keys"],
 )
 def test_the_page_table_is_the_naive_selection(settings, device):
     world = World(device, **settings)
@@ -183,13 +240,23 @@ def test_the_page_table_is_the_naive_selection(settings, device):
     for row, (name, length) in enumerate(lengths.items()):
         fused = world.head.fuse(world.aux[name])
         embeds = F.embedding(world.tokens[name][-1:], world.table)
-        query, _ = world.head.project(embeds, fused[-2:-1], torch.tensor([length - 1], device=device))
-        page_max, page_lse = score_row(query[0], world.retriever.cache.keys, batch.block_table[row], length)
+        query, _ = world.head.project(
+            embeds, fused[-2:-1], torch.tensor([length - 1], device=device)
+        )
+        page_max, page_lse = score_row(
+            query[0], world.retriever.cache.keys, batch.block_table[row], length
+        )
         count = pages_for(length)
         budget = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
         kept, mass = select_row(page_max.cpu(), page_lse.cpu(), count, KV_HEADS, budget)
         if config.confidence_threshold and mass.mean() < config.confidence_threshold:
-            kept, _ = select_row(page_max.cpu(), page_lse.cpu(), count, KV_HEADS, Budget(6, budget.sinks, budget.recents))
+            kept, _ = select_row(
+                page_max.cpu(),
+                page_lse.cpu(),
+                count,
+                KV_HEADS,
+                Budget(6, budget.sinks, budget.recents),
+            )
         for head in range(KV_HEADS):
             expected = torch.tensor(world.rows[name])[kept[head]] * KV_HEADS + head
             sequence = row * KV_HEADS + head
@@ -220,7 +287,11 @@ def test_baselines(retriever, device):
     world.add("a", 210)
     world.step(("a", 0, 209))
     world.step(("a", 209, 210))
-    pages = [world.rows["a"].index(p // KV_HEADS) for p in world.pages[0, :14].tolist() if p // KV_HEADS in world.rows["a"]]
+    pages = [
+        world.rows["a"].index(p // KV_HEADS)
+        for p in world.pages[0, :14].tolist()
+        if p // KV_HEADS in world.rows["a"]
+    ]
     if retriever == "dense":
         assert int(world.lengths[0]) == 210 and pages == list(range(14))
     elif retriever == "recent":
@@ -245,27 +316,43 @@ def test_stats_count_pages(device):
 def test_settings_beyond_the_table_are_refused(device):
     world = World(device)
     world.retriever.table_pages = 8
-    with pytest.raises(ConfigError, match="holds 128 tokens a head and these settings read up to 256"):
+    with pytest.raises(
+        ConfigError, match="holds 128 tokens a head and these settings read up to 256"
+    ):
         world.retriever.configure(world.config.model_copy(update={"budget": 256}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_8_bit_keys_are_cut_off_at_what_they_hold_and_nan_stays(dtype, device):
     cache = HeadCache.allocate(2, 1, 4, 8, dtype, torch.float8_e4m3fn, device)
-    cache.write_keys(torch.tensor([[[1e6, -1e6, 448.0, float("nan")]]], dtype=dtype, device=device), torch.tensor([17], device=device))
+    cache.write_keys(
+        torch.tensor([[[1e6, -1e6, 448.0, float("nan")]]], dtype=dtype, device=device),
+        torch.tensor([17], device=device),
+    )
     stored = cache.keys[1, 0, 1].float().tolist()
     assert stored[:3] == [448, -448, 448] and stored[3] != stored[3]
-    assert HeadCache.bytes_per_block(1, 4, 8, dtype, torch.float8_e4m3fn) == 64 + 8 * dtype.itemsize == 64 + cache.fused[0].nbytes
+    assert (
+        HeadCache.bytes_per_block(1, 4, 8, dtype, torch.float8_e4m3fn)
+        == 64 + 8 * dtype.itemsize
+        == 64 + cache.fused[0].nbytes
+    )
 
 
 def test_the_keys_dtype_is_the_models_where_there_are_no_8_bit_floats(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert head_key_dtype("auto", torch.bfloat16, cpu) == head_key_dtype("model", torch.bfloat16, gpu) == torch.bfloat16
+    assert (
+        head_key_dtype("auto", torch.bfloat16, cpu)
+        == head_key_dtype("model", torch.bfloat16, gpu)
+        == torch.bfloat16
+    )
     assert head_key_dtype("fp8", torch.bfloat16, cpu) == torch.float8_e4m3fn
     assert head_key_dtype("auto", torch.float16, gpu) == torch.float16
-    with pytest.raises(ConfigError, match="head_key_dtype: found 'fp8', but A100 cannot multiply .* .compute capability 8.0, needed 9.0.; use model"):
+    with pytest.raises(
+        ConfigError,
+        match="head_key_dtype: found 'fp8', but A100 cannot multiply .* .compute capability 8.0, needed 9.0.; use model",
+    ):
         head_key_dtype("fp8", torch.float16, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert head_key_dtype("auto", torch.float16, gpu) == torch.float8_e4m3fn
@@ -286,14 +373,18 @@ def test_warming_up_leaves_no_trace_but_in_block_0(device):
 
 @pytest.mark.parametrize("max_len", [9, 77])
 def test_warming_up_stays_within_a_context_that_ends_inside_a_page(device, max_len):
-    """Named regression: the head was asked about the last page's end, and an engine with an odd --max-model-len within the budget did not start."""
+    """Named regression: the head was asked about the last page's end, and an engine with an odd
+    --max-model-len within the budget did not start.
+    """
     world = World(device, max_len=max_len, budget=128)
     world.retriever.warm_up(world.pages, world.lengths)
     assert int(world.lengths[0]) == max_len
 
 
 def test_an_engine_may_bind_twice_the_first_time_in_inference_mode(device):
-    """Named regression: vLLM's graph profiling binds inside inference mode, the engine proper outside, and the CUDA engine did not start."""
+    """Named regression: vLLM's graph profiling binds inside inference mode, the engine proper
+    outside, and the CUDA engine did not start.
+    """
     world = World(device)
     with torch.inference_mode():
         world.retriever.allocate_cache(50)

@@ -1,4 +1,6 @@
-"""A worker's part of a head computes the queries and keys that the whole head has for the worker's heads."""
+"""A worker's part of a head computes the queries and keys that the whole head has for the worker's
+heads.
+"""
 
 import pytest
 import torch
@@ -12,15 +14,25 @@ from tests.retrieval.eagle3_files import Layout, write_checkpoint
 def project(checkpoint):
     spec = checkpoint.spec
     generator = torch.Generator().manual_seed(1)
-    aux = [torch.randn(9, spec.target_hidden_size, generator=generator) for _ in range(spec.num_aux)]
+    aux = [
+        torch.randn(9, spec.target_hidden_size, generator=generator) for _ in range(spec.num_aux)
+    ]
     head = RetrievalHead(checkpoint, max_position=64, dtype=torch.float32, device="cpu")
-    return head.project(torch.randn(9, spec.embed_size, generator=generator), head.fuse(aux), torch.arange(9))
+    return head.project(
+        torch.randn(9, spec.embed_size, generator=generator), head.fuse(aux), torch.arange(9)
+    )
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "size"), [(2, 2), (6, 3), (2, 6), (1, 3), (1, 2)], ids=["one-each", "mha", "replicated", "mqa", "mqa-pairs"]
+    ("kv_heads", "size"),
+    [(2, 2), (6, 3), (2, 6), (1, 3), (1, 2)],
+    ids=["one-each", "mha", "replicated", "mqa", "mqa-pairs"],
 )
-@pytest.mark.parametrize("extras", [{}, {"format": "speculators", "bias": True, "qk_norm": True}], ids=["plain", "bias-and-norms"])
+@pytest.mark.parametrize(
+    "extras",
+    [{}, {"format": "speculators", "bias": True, "qk_norm": True}],
+    ids=["plain", "bias-and-norms"],
+)
 def test_workers_have_the_heads_that_vllm_gives_them(tmp_path, kv_heads, size, extras):
     write_checkpoint(tmp_path, Layout(num_kv_heads=kv_heads, **extras))
     whole = read_checkpoint(tmp_path)
@@ -34,7 +46,9 @@ def test_workers_have_the_heads_that_vllm_gives_them(tmp_path, kv_heads, size, e
         torch.testing.assert_close(own_k, k[:, mine.start // group : (mine.stop - 1) // group + 1])
 
 
-@pytest.mark.parametrize(("kv_heads", "size"), [(2, 4), (6, 4), (3, 2)], ids=["query-heads", "both", "kv-heads"])
+@pytest.mark.parametrize(
+    ("kv_heads", "size"), [(2, 4), (6, 4), (3, 2)], ids=["query-heads", "both", "kv-heads"]
+)
 def test_heads_that_cannot_be_divided_are_refused(tmp_path, kv_heads, size):
     write_checkpoint(tmp_path, Layout(num_kv_heads=kv_heads))
     with pytest.raises(HeadError, match=f"--tensor-parallel-size: found {size}"):

@@ -13,7 +13,9 @@ BLOCKS, ROWS, WIDTH = 12, 3, 3
 
 
 class Oracle:
-    """What an actor knows, token by token: whether a slot's key is right, and which token a page's fused aux is of."""
+    """What an actor knows, token by token: whether a slot's key is right, and which token a page's
+    fused aux is of.
+    """
 
     def __init__(self):
         self.key = np.ones(BLOCKS * PAGE_SIZE, dtype=bool)
@@ -34,7 +36,9 @@ class Oracle:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_rows_with_an_unknown_key_are_found(data):
-    """Requests grow, end, and begin anew in any free blocks, perhaps behind a page of another's, with the actor there or away."""
+    """Requests grow, end, and begin anew in any free blocks, perhaps behind a page of another's,
+    with the actor there or away.
+    """
     lost, oracle = LostPages(BLOCKS), Oracle()
     table = 1 + np.arange(ROWS * WIDTH).reshape(ROWS, WIDTH)
     lengths = np.zeros(ROWS, dtype=int)
@@ -56,7 +60,9 @@ def test_rows_with_an_unknown_key_are_found(data):
         else:
             lost.lose(table[row, start // PAGE_SIZE : pages_for(end)])
         oracle.step(table[row], start, end, present)
-        assert bool(lost.touched_rows(table[row : row + 1], np.array([end]))) == (not oracle.knows(table[row], end))
+        assert bool(lost.touched_rows(table[row : row + 1], np.array([end]))) == (
+            not oracle.knows(table[row], end)
+        )
 
 
 def test_a_mended_page_is_forgotten():

@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from specontext_vllm.config import SpeContextConfig
-from specontext_vllm.sidecar.messages import APART, Allocate, Configure, Embeddings, Learn, Learned, Refill, Select, Selection, decode, encode
+from specontext_vllm.sidecar.messages import (
+    APART,
+    Allocate,
+    Configure,
+    Embeddings,
+    Learn,
+    Learned,
+    Refill,
+    Select,
+    Selection,
+    decode,
+    encode,
+)
 
 
 def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -22,9 +34,16 @@ def keys(*shape: int) -> torch.Tensor:
 
 def select(tokens: int, changed: int) -> Select:
     return Select(
-        token_ids=ints(tokens), positions=ints(tokens, dtype=torch.int64), slots=ints(tokens, dtype=torch.int64), query_starts=ints(4), seq_lens=ints(3),
-        changed=ints(changed), blocks=ints(changed), seq_lens_bound=[7, 2**40, 0], num_decodes=2,
-    )  # fmt: skip
+        token_ids=ints(tokens),
+        positions=ints(tokens, dtype=torch.int64),
+        slots=ints(tokens, dtype=torch.int64),
+        query_starts=ints(4),
+        seq_lens=ints(3),
+        changed=ints(changed),
+        blocks=ints(changed),
+        seq_lens_bound=[7, 2**40, 0],
+        num_decodes=2,
+    )
 
 
 SMALL = [
@@ -39,7 +58,10 @@ SMALL = [
     Learn([torch.randn(2, 5, dtype=torch.bfloat16) for _ in range(3)]),
     Learned(keys(0, 2, 8), torch.randn(1, 6)),
 ]
-LARGE = [Learn([torch.randn(APART // 8 + rest, 2, dtype=torch.float32) for rest in (-1, 0, 1)]), select(APART // 8, 2)]
+LARGE = [
+    Learn([torch.randn(APART // 8 + rest, 2, dtype=torch.float32) for rest in (-1, 0, 1)]),
+    select(APART // 8, 2),
+]
 
 
 @pytest.mark.parametrize("message", SMALL + LARGE, ids=lambda message: type(message).__name__)
@@ -58,7 +80,11 @@ def test_what_arrives_is_what_was_sent_and_the_receivers_own(message):
             if not isinstance(a, torch.Tensor):
                 assert a == b and type(a) is type(b)
                 continue
-            assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            assert (
+                a.dtype == b.dtype
+                and a.shape == b.shape
+                and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+            )
             # Writable, and nobody else's.
             b.view(torch.uint8).fill_(1)
 
@@ -66,8 +92,15 @@ def test_what_arrives_is_what_was_sent_and_the_receivers_own(message):
 @pytest.mark.parametrize("message", LARGE, ids=lambda message: type(message).__name__)
 def test_large_tensors_travel_apart_and_small_ones_in_one_string(message):
     text, large = encode(message)
-    sizes = [tensor.nbytes for value in vars(message).values() for tensor in (value if isinstance(value, list) else [value]) if isinstance(tensor, torch.Tensor)]
-    assert [array.nbytes for array in large] == [size for size in sizes if size >= APART] and len(text) < sum(sizes) - sum(array.nbytes for array in large) + 2000
+    sizes = [
+        tensor.nbytes
+        for value in vars(message).values()
+        for tensor in (value if isinstance(value, list) else [value])
+        if isinstance(tensor, torch.Tensor)
+    ]
+    assert [array.nbytes for array in large] == [size for size in sizes if size >= APART] and len(
+        text
+    ) < sum(sizes) - sum(array.nbytes for array in large) + 2000
     assert isinstance(encode(SMALL[4]), bytes) and encode(None) is None and decode(None) is None
 
 
@@ -75,4 +108,8 @@ def test_a_tensor_that_is_a_part_of_another_arrives_alone():
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
     parts = [whole[1:3, ::2], whole.t(), whole[0, :1].as_strided((1,), (0,)), whole.bfloat16().t()]
     for sent, arrived in zip(parts, decode(encode(Learn(parts))).aux, strict=True):
-        assert torch.equal(arrived, sent) and arrived.dtype == sent.dtype and len(arrived.untyped_storage()) == sent.numel() * sent.itemsize
+        assert (
+            torch.equal(arrived, sent)
+            and arrived.dtype == sent.dtype
+            and len(arrived.untyped_storage()) == sent.numel() * sent.itemsize
+        )

@@ -1,4 +1,6 @@
-"""A sidecar in a real Ray process selects what the head in the worker does, step for step, and densely while it is dead."""
+"""A sidecar in a real Ray process selects what the head in the worker does, step for step, and
+densely while it is dead.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +26,29 @@ from tests.retrieval.test_retriever import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MA
 
 BLOCKS = 200
 SIDECAR = {"sidecar": "ray", **({"sidecar_gpus": 0.25} if CUDA else {})}
-"""On the device of the inline head that it is compared with: on a machine with one GPU, the same GPU."""
+"""On the device of the inline head that it is compared with: on a machine with one GPU, the same
+GPU.
+"""
 
 
 class Twins:
-    """An inline retriever and a remote one that see the same steps; stands in for ``World.retriever``."""
+    """An inline retriever and a remote one that see the same steps; stands in for
+    ``World.retriever``.
+    """
 
     def __init__(self, inline, remote, device):
         self.inline, self.remote, self.config, self.pages_read = inline, remote, inline.config, 0
-        self.pages = torch.zeros(8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device)
+        self.pages = torch.zeros(
+            8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device
+        )
         self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
 
     def before_forward(self, batch, pages, lengths):
         self.inline.before_forward(batch, pages, lengths)
         self.remote.before_forward(batch, self.pages, self.lengths)
-        self.pages_read += sum(pages_for(n) for n in self.lengths[: batch.num_decodes * KV_HEADS].tolist())
+        self.pages_read += sum(
+            pages_for(n) for n in self.lengths[: batch.num_decodes * KV_HEADS].tolist()
+        )
 
     def after_forward(self, batch, aux):
         self.inline.after_forward(batch, aux)
@@ -53,19 +63,35 @@ class Twins:
 def world():
     device = torch.device("cuda" if CUDA else "cpu")
     torch.manual_seed(0)
-    # 8-bit keys also travel, and are mirrored; tests/engine/test_sidecar.py has what the machine's default is.
+    # 8-bit keys also travel, and are mirrored; tests/engine/test_sidecar.py has what the machine's
+    # default is.
     world = World(device, head_key_dtype="fp8")
     checkpoint = dummy_checkpoint(
-        hidden_size=HIDDEN, num_layers=12, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, rope_theta=1e4, max_position=MAX_LEN,
-        dtype=torch.float32, seed=0,
-    )  # fmt: skip
+        hidden_size=HIDDEN,
+        num_layers=12,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rope_theta=1e4,
+        max_position=MAX_LEN,
+        dtype=torch.float32,
+        seed=0,
+    )
     config = replace_config(world.config, **SIDECAR)
 
     def make(config):
         return RemoteRetriever(
-            config, checkpoint, lambda ids: F.embedding(ids, world.table), vocab_size=VOCAB, num_kv_heads=KV_HEADS, max_model_len=MAX_LEN,
-            max_rows=8, max_tokens=256, dtype=torch.float32, device=device,
-        )  # fmt: skip
+            config,
+            checkpoint,
+            lambda ids: F.embedding(ids, world.table),
+            vocab_size=VOCAB,
+            num_kv_heads=KV_HEADS,
+            max_model_len=MAX_LEN,
+            max_rows=8,
+            max_tokens=256,
+            dtype=torch.float32,
+            device=device,
+        )
 
     before = signal.getsignal(signal.SIGTERM)
     world.make_remote, remote = make, make(config)
@@ -82,13 +108,17 @@ def replace_config(config, **changes):
 
 def actor_pid() -> int:
     """The actor's process, a grandchild of this one."""
-    actors = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Sidecar")]
+    actors = [
+        p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Sidecar")
+    ]
     assert len(actors) == 1, [p.name() for p in psutil.Process().children(recursive=True)]
     return actors[0].pid
 
 
 def next_actor_pid(dead: int) -> int:
-    """That of the actor which takes the place of ``dead``, as soon as it is there; it is still being filled then."""
+    """That of the actor which takes the place of ``dead``, as soon as it is there; it is still
+    being filled then.
+    """
     deadline = time.monotonic() + 120
     while True:
         with contextlib.suppress(AssertionError, psutil.NoSuchProcess):
@@ -105,14 +135,22 @@ def row_of(lengths, pages, row):
 
 
 def whole(world, name, length):
-    return [(length, [block * KV_HEADS + head for block in world.rows[name][: pages_for(length)]]) for head in range(KV_HEADS)]
+    return [
+        (length, [block * KV_HEADS + head for block in world.rows[name][: pages_for(length)]])
+        for head in range(KV_HEADS)
+    ]
 
 
 def step(world, *spans):
-    """One step; per decode row, in the order of ``spans``: what the inline head selects, and what the remote's page table holds."""
+    """One step; per decode row, in the order of ``spans``: what the inline head selects, and what
+    the remote's page table holds.
+    """
     world.step(*spans)
     twins, decodes = world.retriever, [s for s in spans if s[2] - s[1] == 1]
-    return [(row_of(world.lengths, world.pages, i), row_of(twins.lengths, twins.pages, i)) for i in range(len(decodes))]
+    return [
+        (row_of(world.lengths, world.pages, i), row_of(twins.lengths, twins.pages, i))
+        for i in range(len(decodes))
+    ]
 
 
 def wait_until_up(remote):
@@ -123,8 +161,18 @@ def wait_until_up(remote):
 
 
 def test_it_has_the_interface_of_a_retriever():
-    for name in ("before_forward", "after_forward", "warm_up", "profile", "allocate_cache", "configure", "stats"):
-        mine, theirs = (inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, Retriever))
+    for name in (
+        "before_forward",
+        "after_forward",
+        "warm_up",
+        "profile",
+        "allocate_cache",
+        "configure",
+        "stats",
+    ):
+        mine, theirs = (
+            inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, Retriever)
+        )
         assert list(mine.parameters) == list(theirs.parameters), name
 
 
@@ -148,7 +196,9 @@ def test_first_replies_may_take_longer_than_later_ones(world, monkeypatch):
 
 
 def test_the_page_table_is_the_inline_heads(world):
-    """Chunked prompts, a prefix hit, mixed and ragged steps, contexts within the budget and beyond it."""
+    """Chunked prompts, a prefix hit, mixed and ragged steps, contexts within the budget and beyond
+    it.
+    """
     world.add("a", 300)
     world.add("short", 60)
     world.step(("a", 0, 130))
@@ -173,15 +223,19 @@ def test_settings_change_between_steps(world):
         for retriever in (twins.inline, twins.remote):
             retriever.configure(replace_config(retriever.config, budget=budget))
         at = 217 + (budget == 64)
-        (inline, remote), = step(world, ("a", at, at + 1))  # fmt: skip
+        ((inline, remote),) = step(world, ("a", at, at + 1))
         assert remote == inline and len(remote[0][1]) == budget // PAGE_SIZE
 
 
 @pytest.mark.parametrize("death", ["killed", "hung"])
 def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, monkeypatch):
-    """A request that lived through the outage stays dense; one that paused, a prefix hit on its pages, and a new one do not."""
+    """A request that lived through the outage stays dense; one that paused, a prefix hit on its
+    pages, and a new one do not.
+    """
     remote = world.retriever.remote
-    lived, paused, hit, new, cut = (f"{name} {death}" for name in ("lived", "paused", "hit", "new", "cut"))
+    lived, paused, hit, new, cut = (
+        f"{name} {death}" for name in ("lived", "paused", "hit", "new", "cut")
+    )
     world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
     assert remote.stats(reset=True)["sidecar_up"]
     world.retriever.pages_read = 0
@@ -191,31 +245,48 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
         step(world, (name, 150, 151))
     world.add(cut, 200)
     # What this chunk teaches is sent but never acknowledged: it is lost.
-    monkeypatch.setattr(world.retriever, "before_learning", lambda: os.kill(actor_pid(), signal.SIGSTOP))
+    monkeypatch.setattr(
+        world.retriever, "before_learning", lambda: os.kill(actor_pid(), signal.SIGSTOP)
+    )
     step(world, (cut, 0, 150))
     if death == "killed":
         os.kill(actor_pid(), signal.SIGKILL)
     monkeypatch.undo()
     begin = time.monotonic()
     for i in (151, 152):
-        assert [remote for _, remote in step(world, (lived, i, i + 1))] == [whole(world, lived, i + 1)]
+        assert [remote for _, remote in step(world, (lived, i, i + 1))] == [
+            whole(world, lived, i + 1)
+        ]
     assert time.monotonic() - begin < link.FIRST_SECONDS / 2, "a step waits for seconds only"
     assert remote.stats()["sidecar_up"] == 0
     wait_until_up(remote)
     world.add(hit, 200, prefix_of=paused, shared=144)
     world.add(new, 200)
     step(world, (hit, 144, 170), (new, 0, 170))
-    rows = step(world, (hit, 170, 171), (lived, 153, 154), (new, 170, 171), (paused, 151, 152), (cut, 150, 151))
+    rows = step(
+        world,
+        (hit, 170, 171),
+        (lived, 153, 154),
+        (new, 170, 171),
+        (paused, 151, 152),
+        (cut, 150, 151),
+    )
     for row, (inline, found) in enumerate(rows):
         name, length = ((hit, 171), (lived, 154), (new, 171), (paused, 152), (cut, 151))[row]
         assert found == (whole(world, name, length) if name in (lived, cut) else inline), name
         assert inline != whole(world, name, length)
     after = remote.stats()
     assert after["pages_read"] == world.retriever.pages_read
-    assert after["sidecar_restarts"] == 1 and after["sidecar_dense_rows"] == 4 and after["sidecar_lost_pages"] > 0
+    assert (
+        after["sidecar_restarts"] == 1
+        and after["sidecar_dense_rows"] == 4
+        and after["sidecar_lost_pages"] > 0
+    )
 
 
-def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_cleared_away(world, monkeypatch):
+def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_cleared_away(
+    world, monkeypatch
+):
     remote, inline = world.retriever.remote, world.retriever.inline
     world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
     world.add("changed", 200)
@@ -229,7 +300,9 @@ def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_clea
     monkeypatch.setattr(remote._link._graph, "teardown", teardown)
     dead = actor_pid()
     os.kill(dead, signal.SIGKILL)
-    assert [found for _, found in step(world, ("changed", 150, 151))] == [whole(world, "changed", 151)]
+    assert [found for _, found in step(world, ("changed", 150, 151))] == [
+        whole(world, "changed", 151)
+    ]
     next_actor_pid(dead)
     budget = 96 if inline.config.budget != 96 else 64
     for retriever in (inline, remote):
@@ -246,7 +319,10 @@ def test_an_actor_that_finds_no_room_is_told_in_one_sentence(world, monkeypatch)
     monkeypatch.setattr(link, "START_SECONDS", 1)
     second = world.make_remote(world.retriever.remote.config)
     asked = f"sidecar_cpus 1, sidecar_gpus {second.config.sidecar_gpus:g}"
-    with pytest.raises(ConfigError, match=re.escape(f"sidecar: found 'ray', but its actor ({asked}) did not start: GetTimeout")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape(f"sidecar: found 'ray', but its actor ({asked}) did not start: GetTimeout"),
+    ):
         second.allocate_cache(BLOCKS)
     second.close()
 
@@ -259,7 +335,7 @@ def test_ray_listens_on_the_loopback_interface_alone(world):
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]
         for connection in process.net_connections(kind="tcp")
         if connection.status == psutil.CONN_LISTEN
-    ]  # fmt: skip
+    ]
     assert len(listening) > 3
     assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
 
@@ -284,7 +360,9 @@ def test_an_engine_ends_within_seconds_though_its_new_actor_hangs(world):
     remote.close()
     assert time.monotonic() - begin < 2 * link.CLOSE_SECONDS + 1
     # Ray's own patience with it.
-    _, alive = psutil.wait_procs([psutil.Process(following)] if psutil.pid_exists(following) else [], timeout=30)
+    _, alive = psutil.wait_procs(
+        [psutil.Process(following)] if psutil.pid_exists(following) else [], timeout=30
+    )
     assert not alive
 
 
@@ -294,7 +372,9 @@ def test_an_actor_on_a_cpu_selects_for_a_worker_on_a_gpu(world):
     world.retriever.remote.close()
     beside = World(world.device)
     remote = world.make_remote(replace_config(beside.config, sidecar="ray", head_key_dtype="auto"))
-    assert remote.key_dtype == torch.float32, "8-bit keys are a GPU's default, and the actor has none"
+    assert remote.key_dtype == torch.float32, (
+        "8-bit keys are a GPU's default, and the actor has none"
+    )
     remote.allocate_cache(BLOCKS)
     try:
         beside.retriever = Twins(beside.retriever, remote, world.device)
