@@ -77,7 +77,7 @@ class Difference:
 
 def documents(root: Path) -> list[Path]:
     """The Markdown files that are filled in."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def evaluate(expression: str, result: dict[str, Any]) -> Any:

@@ -120,7 +120,7 @@ def main(
         ),
     ],
     engine: Annotated[str, typer.Option(help="Engine in it; the last one if not given.")] = "",
-    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/timeline.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("docs/images/timeline.png"),
 ) -> None:
     """Draw one recorded decode step: what ran on the GPU beside the copies."""
     import matplotlib

@@ -39,7 +39,7 @@ def test_the_dashboard_asks_for_its_data_source():
 
 
 def test_the_documented_table_is_the_list():
-    text = (ROOT / "docs" / "operations.md").read_text()
+    text = (ROOT / "docs" / "guides" / "operations.md").read_text()
     table = re.search(r"<!-- metrics -->\n(.*)<!-- /metrics -->", text, re.S)[1].splitlines()[2:]
     assert table == [
         f"| `{m.name}` | {m.kind} | {m.unit} | {'yes' if m.per_rank else ''} | {m.text} |"

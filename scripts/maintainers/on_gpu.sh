@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One call on a lent GPU machine that starts bare and lives for minutes: unpack what came along, install this tree, run steps.
 #
-#     OUT=FOLDER bash scripts/on_gpu.sh STEP...      # steps: the functions below; none: only unpack
+#     OUT=FOLDER bash scripts/maintainers/on_gpu.sh STEP...      # steps: the functions below; none: only unpack
 #
 # One after the other; a,b+c runs step a beside step b and then c, which is for steps that time nothing.
 # Archives (.gpu_env/*.tar.xz by ../shared/gpu_env/pack.py) and wheels (.whl/*.whl) are unpacked once a machine. Benchmarks go on from the results
