@@ -105,9 +105,9 @@ def measure(shape: Shape, cells: list[tuple[int, int]]) -> Iterator[tuple[str, A
     """Event ``("row", figures)`` per ``(requests, tokens)``; runs in a child."""
     import torch
 
-    from specontext_vllm.attention.page_table import PageTable
     from specontext_vllm.attention.triton import TritonProvider
     from specontext_vllm.config import PAGE_SIZE, pages_for
+    from specontext_vllm.step_data import PageTable
 
     device, dtype = torch.device("cuda"), torch.bfloat16
     heads, kv_heads, d = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim

@@ -90,15 +90,14 @@ def measure_stages(
     ``selection``: choice of the pages, page table and attention schedule; ``attention``: all
     layers. Each is the plugin's own function, at this shape.
     """
-    from specontext_vllm.attention.page_table import PageTable
     from specontext_vllm.attention.provider import choose_provider
     from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
-    from specontext_vllm.retrieval.batch import StepBatch
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.retrieval.head import RetrievalHead
     from specontext_vllm.retrieval.retriever import Retriever
-    from specontext_vllm.retrieval.scoring import PageScores, row_starts, score_rows
+    from specontext_vllm.retrieval.scoring import row_starts, score_rows
     from specontext_vllm.retrieval.selection import Budget, select_rows
+    from specontext_vllm.step_data import PageScores, PageTable, StepBatch
 
     dtype, heads, kv_heads, d = (
         torch.bfloat16,

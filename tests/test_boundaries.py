@@ -15,6 +15,7 @@ ROOMS = {
     "retrieval": {
         "specontext_vllm.config",
         "specontext_vllm.retrieval",
+        "specontext_vllm.step_data",
         "specontext_vllm.triton_kernels",
     },
     "residency": {
@@ -22,11 +23,13 @@ ROOMS = {
         "specontext_vllm.late_copy",
         "specontext_vllm.residency",
         "specontext_vllm.sizes",
+        "specontext_vllm.step_data",
         "specontext_vllm.triton_kernels",
     },
     "attention": {
         "specontext_vllm.config",
         "specontext_vllm.attention",
+        "specontext_vllm.step_data",
         "specontext_vllm.triton_kernels",
     },
     "observability": {"specontext_vllm.observability", "specontext_vllm.retrieval.counters"},
@@ -36,8 +39,13 @@ ROOMS = {
         "specontext_vllm.distillation",
         "specontext_vllm.retrieval",
     },
-    "sidecar": {"specontext_vllm.config", "specontext_vllm.retrieval", "specontext_vllm.sidecar"},
-    "triton_kernels": {"specontext_vllm.triton_kernels"},
+    "sidecar": {
+        "specontext_vllm.config",
+        "specontext_vllm.retrieval",
+        "specontext_vllm.sidecar",
+        "specontext_vllm.step_data",
+    },
+    "triton_kernels": {"specontext_vllm.step_data", "specontext_vllm.triton_kernels"},
 }
 
 

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.config import CONFIG_KEY, ConfigError
+from specontext_vllm.step_data import PageTable
 
 SETTING = f"additional_config.{CONFIG_KEY}.attention_provider"
 

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.step_data import PageTable
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
 
 PARTS_PER_PROCESSOR = 3

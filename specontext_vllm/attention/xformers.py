@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import SETTING, PrefillRows, head_pages
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
+from specontext_vllm.step_data import PageTable
 
 
 @cache

@@ -9,7 +9,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from specontext_vllm.engine.backend import SpeContextMetadata
 from specontext_vllm.engine.runtime import Runtime
-from specontext_vllm.retrieval.batch import StepBatch
+from specontext_vllm.step_data import StepBatch
 
 
 class SpeContextCPUModelRunner(CPUModelRunner):

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from specontext_vllm.engine.runtime import Runtime
-from specontext_vllm.retrieval.batch import StepBatch
+from specontext_vllm.step_data import StepBatch
 
 
 class SpeContextModelRunnerV2(GPUModelRunner):

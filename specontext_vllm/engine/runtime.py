@@ -42,16 +42,15 @@ from specontext_vllm.residency.host_pool import HostPoolError, free_host_memory
 from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
-from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_layers
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.retriever import Retriever
-from specontext_vllm.retrieval.selection import Held
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sidecar.remote import RemoteRetriever
 from specontext_vllm.sizes import in_gib
+from specontext_vllm.step_data import StepBatch, Stickiness
 
 logger = init_logger("vllm.specontext")
 
@@ -482,7 +481,7 @@ class Runtime:
         if self.tiers is not None:
             self.tiers.bind(table.pages, table.lengths)
         self.builder.provider.warm_up(table)
-        self.retriever.warm_up(table.pages, table.lengths, self._ids(1), self._held())
+        self.retriever.warm_up(table.pages, table.lengths, self._ids(1), self._stickiness())
         if self.selector is not None:
             self.selector.allocate(
                 self._num_layers, num_blocks, self.vllm_config.model_config.dtype
@@ -517,12 +516,12 @@ class Runtime:
         """
         return None if self.tiers is None else self._page_ids.expand(rows, -1)
 
-    def _held(self) -> Held | None:
+    def _stickiness(self) -> Stickiness | None:
         tiers, stickiness = self.tiers, self.retriever.config.stickiness
         return (
             None
             if tiers is None or not stickiness
-            else Held(tiers.lanes, tiers.hot.slot_of, math.log1p(stickiness))
+            else Stickiness(tiers.lanes, tiers.hot.slot_of, math.log1p(stickiness))
         )
 
     def before_forward(self, batch: StepBatch) -> None:
@@ -539,7 +538,12 @@ class Runtime:
 
         with self._timed(batch, self._exporter.select):
             self.retriever.before_forward(
-                batch, table.pages, table.lengths, self._ids(batch.table_rows), self._held(), behind
+                batch,
+                table.pages,
+                table.lengths,
+                self._ids(batch.table_rows),
+                self._stickiness(),
+                behind,
             )
             if tiers is not None:
                 tiers.fetch_misses(batch.table_rows)

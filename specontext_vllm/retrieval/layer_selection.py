@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, PER_LAYER, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, PageScores, score_rows
+from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, score_rows
 from specontext_vllm.retrieval.selection import Budget, select_rows
+from specontext_vllm.step_data import PageScores
 
 
 class LayerSelector:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, PER_LAYER, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.counters import (
     CHOOSING_ROWS,
@@ -28,12 +27,12 @@ from specontext_vllm.retrieval.graphs import StepGraphs, bucket
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.scoring import (
     WORKSPACE_BYTES,
-    PageScores,
     fill_baseline,
     row_starts,
     score_rows,
 )
-from specontext_vllm.retrieval.selection import Budget, Held, fill_lengths, select_rows
+from specontext_vllm.retrieval.selection import Budget, fill_lengths, select_rows
+from specontext_vllm.step_data import PageScores, StepBatch, Stickiness
 
 PREFILL_CHUNK = 2048
 """Prompt tokens whose keys are made at a time, which bounds the head's activations."""
@@ -166,7 +165,7 @@ class Retriever:
         pages: Tensor,
         lengths: Tensor,
         ids: Tensor | None = None,
-        held: Held | None = None,
+        stickiness: Stickiness | None = None,
         behind: Callable[[], None] | None = None,
     ) -> None:
         """Fill the page table of the step's decode rows; for a retriever that selects per layer
@@ -176,7 +175,7 @@ class Retriever:
             batch: the step.
             pages: ``[>= table_rows * H, K]`` int32, written.
             lengths: ``[>= table_rows * H]`` int32, written; 0 for padding rows.
-            held: pages that selection sticks to.
+            stickiness: pages that selection sticks to.
             ids: ``[>= table_rows, W]`` int32 what a page is called in ``pages``; default the block
                 table's ids.
             behind: enqueues what follows the selection, and is captured with it; left out of a step
@@ -218,7 +217,7 @@ class Retriever:
             embeds = (
                 self.embed(batch.token_ids[:decodes]) if self.head is not None and decodes else None
             )
-            self._select(batch, decodes, embeds, choosing, parts, pages, lengths, ids, held)
+            self._select(batch, decodes, embeds, choosing, parts, pages, lengths, ids, stickiness)
             if behind is not None:
                 behind()
             return
@@ -235,7 +234,7 @@ class Retriever:
                 if embeds is None and self.head is not None
                 else embeds
             )
-            self._select(batch, rows, found, choosing, parts, pages, lengths, ids, held)
+            self._select(batch, rows, found, choosing, parts, pages, lengths, ids, stickiness)
             if behind is not None:
                 behind()
 
@@ -286,7 +285,7 @@ class Retriever:
         pages: Tensor,
         lengths: Tensor,
         ids: Tensor | None,
-        held: Held | None,
+        stickiness: Stickiness | None,
     ) -> None:
         """The device's part of ``before_forward``.
 
@@ -335,7 +334,7 @@ class Retriever:
                 budget,
                 rows=rows,
                 fallback=fallback,
-                held=held,
+                stickiness=stickiness,
             )
         if config.stats and choosing:
             kept = self._kept_mass[:decodes]
@@ -478,7 +477,11 @@ class Retriever:
 
     @torch.inference_mode()
     def warm_up(
-        self, pages: Tensor, lengths: Tensor, ids: Tensor | None = None, held: Held | None = None
+        self,
+        pages: Tensor,
+        lengths: Tensor,
+        ids: Tensor | None = None,
+        stickiness: Stickiness | None = None,
     ) -> None:
         """Run a step that reads all and one that chooses, so that Triton compiles its kernels
         before a request waits for them.
@@ -487,7 +490,7 @@ class Retriever:
         out.
 
         Args:
-            pages, lengths, ids, held: as in ``before_forward``; ids for one row.
+            pages, lengths, ids, stickiness: as in ``before_forward``; ids for one row.
         """
         # The head knows no position beyond the model's longest context, which may end within a
         # page.
@@ -509,7 +512,7 @@ class Retriever:
                 table_rows=1,
                 num_tokens=1,
             )
-            self.before_forward(batch, pages, lengths, ids, held)
+            self.before_forward(batch, pages, lengths, ids, stickiness)
         self.counters = Counters(self.device)
 
     # -- figures

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.step_data import PageScores
 
 WORKSPACE_BYTES = 64 << 20
 """Bytes of a scoring workspace; a batch with more pages is scored in several parts. One row always
 fits.
 """
-
-
-@dataclass(frozen=True)
-class PageScores:
-    """Workspace of one scoring call: rows lie behind one another, each with its own number of
-    pages.
-
-    Attributes:
-        page_max: ``[NQ, C]`` float32, largest ``q . k / sqrt(D)`` of a page's tokens, per query
-            head of the head.
-        page_lse: ``[NQ, C]`` float32, log-sum-exp of the same.
-        order: ``[H, C]`` int32 scratch of the selection.
-    """
-
-    page_max: Tensor
-    page_lse: Tensor
-    order: Tensor
-
-    @classmethod
-    def allocate(
-        cls, num_queries: int, num_kv_heads: int, capacity: int, device: torch.device
-    ) -> PageScores:
-        """Workspace for ``capacity`` pages."""
-        return cls(
-            torch.empty(num_queries, capacity, dtype=torch.float32, device=device),
-            torch.empty(num_queries, capacity, dtype=torch.float32, device=device),
-            torch.empty(num_kv_heads, capacity, dtype=torch.int32, device=device),
-        )
-
-    @property
-    def capacity(self) -> int:
-        """Pages the workspace holds."""
-        return self.page_max.shape[1]
 
 
 def score_rows(

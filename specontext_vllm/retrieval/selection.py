@@ -10,22 +10,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores
-
-
-@dataclass(frozen=True)
-class Held:
-    """Pages that need not be fetched, and how much a page that must be has to beat them by.
-
-    Attributes:
-        lanes: ``[>= B]`` int32, negative for padding rows.
-        slot_of: ``[lanes, H, W]`` int32, negative for pages that are not held.
-        margin: added to the logarithm of a held page's score.
-    """
-
-    lanes: Tensor
-    slot_of: Tensor
-    margin: float
+from specontext_vllm.step_data import PageScores, Stickiness
 
 
 @dataclass(frozen=True)
@@ -51,7 +36,7 @@ def select_rows(
     *,
     rows: range,
     fallback: tuple[float, int] | None = None,
-    held: Held | None = None,
+    stickiness: Stickiness | None = None,
 ) -> None:
     """Fill the page table of ``rows`` from the workspace, on the device of ``pages``.
 
@@ -74,7 +59,7 @@ def select_rows(
             over the group.
         fallback: ``(threshold, pages)``: rows whose mean kept mass lies under the threshold read
             that many pages instead.
-        held: sticky selection: what is held scores more by a margin.
+        stickiness: pages that need no fetch score more by a margin.
     """
     num_kv_heads = kept_mass.shape[1]
     if pages.is_cuda:
@@ -88,7 +73,11 @@ def select_rows(
             widest=block_table.shape[1],
             sink_pages=budget.sinks,
             recent_pages=budget.recents,
-            held=None if held is None else (held.lanes, held.slot_of, held.margin),
+            held=(
+                None
+                if stickiness is None
+                else (stickiness.lanes, stickiness.slot_of, stickiness.margin)
+            ),
         )
         buffers = (
             scores.page_max,
@@ -115,7 +104,9 @@ def select_rows(
         table_row = block_table[row, :count]
         page_max, page_lse = scores.page_max[:, span], scores.page_lse[:, span]
         bonus = (
-            None if held is None else held.margin * (held.slot_of[held.lanes[row], :, :count] >= 0)
+            None
+            if stickiness is None
+            else stickiness.margin * (stickiness.slot_of[stickiness.lanes[row], :, :count] >= 0)
         )
         kept, mass = select_row(page_max, page_lse, count, num_kv_heads, budget, bonus)
         if fallback is not None and mass.mean() < fallback[0]:

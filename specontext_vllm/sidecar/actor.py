@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.sidecar.messages import (
@@ -23,6 +22,7 @@ from specontext_vllm.sidecar.messages import (
     decode,
     encode,
 )
+from specontext_vllm.step_data import StepBatch
 
 
 class Sidecar:

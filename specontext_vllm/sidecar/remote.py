@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
@@ -44,6 +43,7 @@ from specontext_vllm.sidecar.messages import (
     Selection,
     SidecarSpec,
 )
+from specontext_vllm.step_data import StepBatch
 
 logger = logging.getLogger("vllm.specontext")
 
@@ -385,11 +385,11 @@ class RemoteRetriever:
         pages: Tensor,
         lengths: Tensor,
         ids: None = None,
-        held: None = None,
+        stickiness: None = None,
         behind: None = None,
     ) -> None:
         """Fill the page table of the step's decode rows; see ``Retriever.before_forward``. ``ids``,
-        ``held`` and ``behind`` stay None.
+        ``stickiness`` and ``behind`` stay None.
         """
         self._adopt()
         step, selection = self._on_host(batch), None
@@ -534,7 +534,9 @@ class RemoteRetriever:
     def profile(self, num_tokens: int) -> None:
         """Nothing to show vLLM's memory profile: the head's activations are the actor's."""
 
-    def warm_up(self, pages: Tensor, lengths: Tensor, ids: None = None, held: None = None) -> None:
+    def warm_up(
+        self, pages: Tensor, lengths: Tensor, ids: None = None, stickiness: None = None
+    ) -> None:
         """Compile what a dense row needs; the actor has warmed up by itself."""
         self.dense.warm_up(pages, lengths)
 

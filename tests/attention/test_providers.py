@@ -5,11 +5,11 @@ tails, NaN where nothing may be read.
 import pytest
 import torch
 
-from specontext_vllm.attention.page_table import PageTable
 from specontext_vllm.attention.provider import PrefillRows, choose_provider
 from specontext_vllm.attention.reference import TorchProvider
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
+from specontext_vllm.step_data import PageTable
 from tests.paging import apart, assert_close, paged_rows
 
 

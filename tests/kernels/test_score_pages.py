@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores, row_starts, score_row, score_rows
+from specontext_vllm.retrieval.scoring import row_starts, score_row, score_rows
+from specontext_vllm.step_data import PageScores
 from specontext_vllm.triton_kernels.score_pages import score_pages
 from tests.paging import apart, assert_close, paged_rows
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import PageScores, row_starts
+from specontext_vllm.retrieval.scoring import row_starts
 from specontext_vllm.retrieval.selection import Budget, select_row, select_rows
+from specontext_vllm.step_data import PageScores
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval import graphs as graphs_module
-from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.graphs import GRAPH_BYTES, StepGraphs, bucket
 from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.step_data import StepBatch
 from tests.paging import assert_close
 from tests.retrieval.test_retriever import HIDDEN, KV_HEADS, World
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval import retriever as retriever_module
-from specontext_vllm.retrieval.batch import StepBatch
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.retriever import Retriever
 from specontext_vllm.retrieval.scoring import score_row
 from specontext_vllm.retrieval.selection import Budget, select_row
+from specontext_vllm.step_data import StepBatch
 from tests.paging import assert_close
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 16

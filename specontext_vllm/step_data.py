@@ -1,0 +1,193 @@
+"""What passes from one stage of a decode step to the next (``engine/step.py``): plain dataclasses
+around tensors, for every package from the engine down to the kernels.
+
+H: KV heads of the target; P: tokens of a page; K: columns of the page table. A **head page** is one
+page of one KV head; its id is ``page * H + head``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The rows of a step, decode rows first: those whose one query token was generated. The other
+    rows hold prompt tokens, even if only one.
+
+    Attributes:
+        token_ids: ``[>= N]`` ids of the step's tokens.
+        positions: ``[>= N]`` int64.
+        slots: ``[>= N]`` int64 slots in the paged caches, none negative; -1 for padding.
+        query_starts: ``[R + 1]`` int32 offsets of the rows' tokens.
+        seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a
+            graph.
+        block_table: ``[>= R, W]`` int32; tails beyond a row's pages may be stale.
+        seq_lens_bound: R host integers, each at least the row's context length.
+        num_decodes: leading decode rows.
+        table_rows: rows of the page table to fill, padding included.
+        num_tokens: N.
+        names: R request ids.
+        query_lens: R host integers, the rows' query tokens.
+        replayable: every row is a decode row, the tensors of tokens hold ``table_rows`` of them,
+            and all tensors lie where those of every such step with as many rows do.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_starts: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    seq_lens_bound: list[int]
+    num_decodes: int
+    table_rows: int
+    num_tokens: int
+    names: Sequence[str] = ()
+    query_lens: Sequence[int] = ()
+    replayable: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.seq_lens_bound)
+
+
+@dataclass(frozen=True)
+class PageScores:
+    """What scoring tells selection: a workspace in which the pages of the rows lie one row after
+    the other, each row with its own number of pages (C pages in all).
+
+    Attributes:
+        page_max: ``[NQ, C]`` float32, largest ``q . k / sqrt(D)`` of a page's tokens, per query
+            head of the scoring model.
+        page_lse: ``[NQ, C]`` float32, log-sum-exp of the same.
+        order: ``[H, C]`` int32 scratch of the selection.
+    """
+
+    page_max: Tensor
+    page_lse: Tensor
+    order: Tensor
+
+    @classmethod
+    def allocate(
+        cls, num_queries: int, num_kv_heads: int, capacity: int, device: torch.device
+    ) -> PageScores:
+        """A workspace for ``capacity`` pages."""
+        return cls(
+            torch.empty(num_queries, capacity, dtype=torch.float32, device=device),
+            torch.empty(num_queries, capacity, dtype=torch.float32, device=device),
+            torch.empty(num_kv_heads, capacity, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """C: pages the workspace holds."""
+        return self.page_max.shape[1]
+
+
+@dataclass(frozen=True)
+class Stickiness:
+    """Pages that need no fetch, and by how much a page that needs one must beat them.
+
+    Attributes:
+        lanes: ``[>= B]`` int32 rows of ``slot_of``; negative for padding rows.
+        slot_of: ``[lanes, H, W]`` int32; negative for pages that need a fetch.
+        margin: added to the logarithm of the score of a page that needs none.
+    """
+
+    lanes: Tensor
+    slot_of: Tensor
+    margin: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The head pages that the decode rows read, one sequence of them per (row, KV head).
+
+    Persistent buffers, which captured CUDA graphs point at. With one tier they are those of the
+    page table; with two, ``resolve`` makes a page table of each layer from them.
+
+    Attributes:
+        pages: ``[rows * H, K]`` int32 ids ``page * H + head`` in ascending order of position. A
+            page is a block of vLLM's with one tier, and counted from the request's start with two.
+        lengths: ``[rows * H]`` int32 tokens in them; 0 for padding rows.
+        kept_mass: ``[rows, H]`` float32, share of the scoring model's attention on these pages.
+    """
+
+    pages: Tensor
+    lengths: Tensor
+    kept_mass: Tensor
+
+    @classmethod
+    def into(cls, table: PageTable) -> Selection:
+        """A selection that is written into ``table``."""
+        kept_mass = torch.ones(
+            table.rows, table.num_kv_heads, dtype=torch.float32, device=table.pages.device
+        )
+        return cls(table.pages, table.lengths, kept_mass)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H."""
+        return self.kept_mass.shape[1]
+
+
+@dataclass(frozen=True)
+class Misses:
+    """The selected head pages that are in no hot buffer: what ``fetch`` copies from the host pool.
+
+    Attributes:
+        sources: ``[C]`` int32 head pages of the host pool, ``page * H + head``.
+        targets: ``[C]`` int32 places in the hot buffers, ``(lane * S + slot) * H + head``.
+        count: ``[1]`` int32, how many entries are valid; the host does not know.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """What decode attention of a layer reads: one sequence of head pages per (row, KV head).
+
+    Persistent buffers, which captured CUDA graphs point at.
+
+    Attributes:
+        pages: ``[rows * H, K]`` int32 head pages (``block * H + head``) in ascending order of
+            position.
+        lengths: ``[rows * H]`` int32 tokens in them; only the last page may be partly filled; 0 for
+            padding rows.
+        num_kv_heads: H.
+    """
+
+    pages: Tensor
+    lengths: Tensor
+    num_kv_heads: int
+
+    @classmethod
+    def allocate(
+        cls, rows: int, num_kv_heads: int, max_pages: int, device: torch.device
+    ) -> PageTable:
+        """An empty table for ``rows`` requests of up to ``max_pages`` pages a head."""
+        sequences = rows * num_kv_heads
+        return cls(
+            torch.zeros(sequences, max_pages, dtype=torch.int32, device=device),
+            torch.zeros(sequences, dtype=torch.int32, device=device),
+            num_kv_heads,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Requests the buffers hold."""
+        return self.lengths.shape[0] // self.num_kv_heads
+
+    @property
+    def max_pages(self) -> int:
+        """K: most pages one sequence may read."""
+        return self.pages.shape[1]
