@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from specontext_vllm.demo.tasks import LAYOUTS, Problem, make_problem, score
 from specontext_vllm.demo.train import Decoder
+from specontext_vllm.synthetic.tasks import LAYOUTS, Problem, make_problem, score
 
 FIRST_SEED = 9000
 REPLY_TOKENS = {"needle": 14, "recitation": 80}

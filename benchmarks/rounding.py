@@ -20,7 +20,7 @@ from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.demo.tasks import make_problem, random_for, sentence
+from specontext_vllm.synthetic.tasks import make_problem, random_for, sentence
 
 DTYPES = ("bfloat16", "float16")
 KV_HEADS = 2

@@ -158,7 +158,7 @@ def make_prompts(model: Path, count: int = PROMPTS) -> list[list[int]]:
     """
     from transformers import AutoTokenizer
 
-    from specontext_vllm.demo.tasks import make_problem
+    from specontext_vllm.synthetic.tasks import make_problem
 
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     rng = Random(0)

@@ -52,7 +52,7 @@ SETTINGS = (
 
 def make_problems(needles: int, recitations: int, tokens: int) -> list[Any]:
     """Held-out problems of the demo model; every layout in turn, seeds fixed."""
-    from specontext_vllm.demo.tasks import LAYOUTS, make_problem
+    from specontext_vllm.synthetic.tasks import LAYOUTS, make_problem
 
     kinds = [("needle", i) for i in range(needles)] + [
         ("recitation", i) for i in range(recitations)
@@ -71,7 +71,7 @@ def make_problems(needles: int, recitations: int, tokens: int) -> list[Any]:
 
 def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
     """Needle accuracy and recitation with their 95 % intervals."""
-    from specontext_vllm.demo.tasks import score
+    from specontext_vllm.synthetic.tasks import score
 
     scores: dict[str, list[float]] = {"needle": [], "recitation": []}
     for problem, reply in zip(problems, replies, strict=True):

@@ -35,9 +35,15 @@ ROOMS = {
     "observability": {"specontext_vllm.observability", "specontext_vllm.retrieval.counters"},
     "distillation": {
         "specontext_vllm.config",
-        "specontext_vllm.demo",
         "specontext_vllm.distillation",
         "specontext_vllm.retrieval",
+        "specontext_vllm.synthetic",
+    },
+    "synthetic": {"specontext_vllm.synthetic"},
+    "demo": {
+        "specontext_vllm.demo",
+        "specontext_vllm.distillation",
+        "specontext_vllm.synthetic",
     },
     "sidecar": {
         "specontext_vllm.config",

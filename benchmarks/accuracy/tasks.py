@@ -1,7 +1,7 @@
 """Long-context tasks in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654), recitation and
 lists, for any tokenizer.
 
-Text, facts and questions are those of the bundled demo model (specontext_vllm/demo/tasks.py): plain
+Text, facts and questions are those of the bundled demo model (specontext_vllm/synthetic/tasks.py): plain
 English that any chat model reads. Every example is drawn from (document, seed) under a split of its
 own, so the demo model never saw one. Tasks of the same document share its text up to the question,
 and so its pages in the prefix cache.
@@ -15,8 +15,8 @@ from random import Random
 from typing import Any, Literal
 
 from benchmarks.accuracy import metrics
-from specontext_vllm.demo import tasks as demo
-from specontext_vllm.demo import words as W
+from specontext_vllm.synthetic import tasks as demo
+from specontext_vllm.synthetic import words as W
 
 Kind = Literal["right", "score", "perplexity"]
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specontext_vllm.demo.server import ServerError, VllmServer, device_arguments, has_gpu
-from specontext_vllm.demo.tasks import Problem, make_problem, score
+from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 
 ASKED = (
     ("needle", "question_last"),

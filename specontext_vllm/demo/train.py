@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from specontext_vllm.demo import tasks
 from specontext_vllm.distillation.draft import DraftModel, DraftShape
 from specontext_vllm.distillation.losses import WINDOW, alignment_loss, attention_target, draft_loss
+from specontext_vllm.synthetic import tasks
 
 CHAT_TEMPLATE = (
     "{{ '"

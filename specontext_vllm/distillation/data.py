@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from specontext_vllm.demo import tasks
 from specontext_vllm.distillation.files import whole_file
+from specontext_vllm.synthetic import tasks
 
 ANSWER, TEXT = 1.0, 0.1
 """Weight of a token that answers something asked before, and of any other."""

@@ -13,7 +13,7 @@ from benchmarks.accuracy import longbench, tasks
 from benchmarks.accuracy.summary import score
 from benchmarks.accuracy.tasks import Example
 from benchmarks.shapes import DEMO_MODEL
-from specontext_vllm.demo import tasks as demo
+from specontext_vllm.synthetic import tasks as demo
 
 
 class Words:

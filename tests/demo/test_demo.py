@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from specontext_vllm.demo import __main__ as demo
-from specontext_vllm.demo.tasks import FACT_ANSWER
+from specontext_vllm.synthetic.tasks import FACT_ANSWER
 
 
 @pytest.mark.parametrize("seed", range(4))

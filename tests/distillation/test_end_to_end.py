@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
-from specontext_vllm.demo.tasks import make_problem
+from specontext_vllm.synthetic.tasks import make_problem
 from tests.engine.conftest import DEMO_MODEL, engine
 
 TOKENS = 40

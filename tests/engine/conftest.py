@@ -66,7 +66,7 @@ def prompts() -> list[list[int]]:
     """Token ids of demo prompts: shorter than a page, ragged, and long enough for several chunks."""
     from transformers import AutoTokenizer
 
-    from specontext_vllm.demo.tasks import make_problem
+    from specontext_vllm.synthetic.tasks import make_problem
 
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO_MODEL))
     lengths = (200, 333, 450, 513, 600)

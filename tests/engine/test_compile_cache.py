@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.children import engine_env, run_child
-from specontext_vllm.demo.tasks import make_problem
+from specontext_vllm.synthetic.tasks import make_problem
 from tests.engine.conftest import ENGINE
 
 # On a CPU nothing is compiled.

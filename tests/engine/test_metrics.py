@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
 from specontext_vllm.demo.server import VllmServer, device_arguments
-from specontext_vllm.demo.tasks import make_problem
 from specontext_vllm.observability import catalog
 from specontext_vllm.observability.catalog import PREFIX, Metric
+from specontext_vllm.synthetic.tasks import make_problem
 from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS
 
 pytestmark = pytest.mark.skipif(

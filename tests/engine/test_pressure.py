@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.soak import NEAR_TIE_CPU, NEAR_TIE_GPU
-from specontext_vllm.demo.tasks import make_problem
+from specontext_vllm.synthetic.tasks import make_problem
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.test_exactness import sampling

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from specontext_vllm.demo.tasks import make_problem
+from specontext_vllm.synthetic.tasks import make_problem
 from tests.engine.conftest import engine
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from specontext_vllm.demo.tasks import make_problem, score
+from specontext_vllm.synthetic.tasks import make_problem, score
 from tests.engine.conftest import engine
 
 # vLLM 0.32 refuses Ray on a CPU.

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.accuracy import forcing
 from specontext_vllm.config import PER_LAYER, Retriever
-from specontext_vllm.demo.tasks import LAYOUTS, make_problem, score
+from specontext_vllm.synthetic.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.overflow import beside_an_overflow, check
 

@@ -13,7 +13,7 @@ import pytest
 from openai import OpenAI
 
 from specontext_vllm.demo.server import device_arguments, serve_command, server_environment
-from specontext_vllm.demo.tasks import Problem, make_problem, score
+from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"

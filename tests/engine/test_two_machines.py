@@ -24,8 +24,8 @@ from specontext_vllm.demo.server import (
     serve_command,
     server_environment,
 )
-from specontext_vllm.demo.tasks import make_problem, score
 from specontext_vllm.observability import catalog
+from specontext_vllm.synthetic.tasks import make_problem, score
 from tests.engine.conftest import DEMO_MODEL
 from tests.engine.test_metrics import REST_SECONDS, Page, check_decodes, page_at_rest, worker_stats
 

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from specontext_vllm.demo import words as W
+from specontext_vllm.synthetic import words as W
 
 BOS, USER, ASSISTANT, END, PAD = "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 SPECIALS = [PAD, BOS, END, USER, ASSISTANT]

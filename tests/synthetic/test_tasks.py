@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from specontext_vllm.demo import tasks
-from specontext_vllm.demo import words as W
+from specontext_vllm.synthetic import tasks
+from specontext_vllm.synthetic import words as W
 
 KINDS = ("needle", "recitation")
 
