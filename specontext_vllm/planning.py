@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.engine.resolve import has_windowed_layers
+from specontext_vllm.model_config import has_windowed_layers
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import (
     KVShape,

@@ -21,3 +21,10 @@ def complaint(version: str) -> str | None:
         "install such a vLLM, or a release of specontext "
         f"made for yours."
     )
+
+
+def unsupported_vllm() -> str | None:
+    """One sentence if the installed vLLM is not supported."""
+    import vllm
+
+    return complaint(vllm.__version__)

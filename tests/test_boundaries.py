@@ -36,6 +36,7 @@ ROOMS = {
     "distillation": {
         "specontext_vllm.config",
         "specontext_vllm.distillation",
+        "specontext_vllm.model_config",
         "specontext_vllm.retrieval",
         "specontext_vllm.synthetic",
     },

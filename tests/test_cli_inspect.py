@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
 from specontext_vllm.config import ConfigError
-from specontext_vllm.engine.resolve import load_head
+from specontext_vllm.engine.find_head import load_head
 from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint

@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.engine import compat, registration, resolve
-from specontext_vllm.versions import SUPPORTED_VLLM, complaint
+from specontext_vllm.engine import compat, prepare, registration
+from specontext_vllm.versions import SUPPORTED_VLLM, complaint, unsupported_vllm
 
 ROOT = Path(__file__).parents[1]
 RANGE = SpecifierSet(SUPPORTED_VLLM)
@@ -35,13 +35,13 @@ def test_what_they_have_not_gets_a_sentence(version):
 
 
 def test_the_installed_vllm_is_supported():
-    assert registration.unsupported_vllm() is None
+    assert unsupported_vllm() is None
 
 
 def test_an_engine_of_another_vllm_is_refused(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.40.0")
     with pytest.raises(ConfigError, match="vLLM: found 0.40.0"):
-        resolve.prepare_vllm_config(types.SimpleNamespace(model_config=object()))
+        prepare.prepare_vllm_config(types.SimpleNamespace(model_config=object()))
 
 
 def test_a_vllm_without_our_hooks_keeps_its_own_backends(monkeypatch, caplog_vllm):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.model_config import has_windowed_layers
 
 ATTENTION = "specontext_teacher"
 """Name under which transformers knows the attention function that lets us look on."""
@@ -133,12 +134,6 @@ def check_teacher(config: Any) -> None:
         "intermediate_size",
     )
     missing = [key for key in needed if not hasattr(config, key)]
-    # A window that no layer uses is none.
-    window = (
-        None
-        if getattr(config, "layer_types", None) and not kinds
-        else getattr(config, "sliding_window", None)
-    )
     refusals = [
         (config.is_encoder_decoder, "is an encoder-decoder", "a decoder-only model"),
         (
@@ -147,8 +142,8 @@ def check_teacher(config: Any) -> None:
             "a model with ordinary attention",
         ),
         (
-            window,
-            f"has layers that look back {window} tokens only",
+            has_windowed_layers(config),
+            f"has layers that look back {getattr(config, 'sliding_window', None)} tokens only",
             "a model without sliding windows",
         ),
         (

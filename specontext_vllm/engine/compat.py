@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
-GPU_WORKER = "specontext_vllm.engine.worker_gpu.SpeContextGPUWorker"
-SCHEDULERS = {
-    False: "specontext_vllm.engine.scheduler.SpeContextScheduler",
-    True: "specontext_vllm.engine.scheduler.SpeContextAsyncScheduler",
-}
-"""By whether scheduling is asynchronous."""
+from specontext_vllm.engine.backend_choice import (
+    is_named,
+    is_selected,
+    refuse_backend_per_kind,
+    warn_of_unread_settings,
+)
+from specontext_vllm.engine.names import BACKEND_NAME, CPU_WORKER, GPU_WORKER, SCHEDULERS
 
 
 def choose_worker() -> None:
@@ -40,24 +40,16 @@ def choose_worker() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: Any, vllm_config: Any) -> None:
-        from specontext_vllm.engine.refusals import say_last
-        from specontext_vllm.engine.registration import (
-            is_named,
-            is_selected,
-            refuse_backend_per_kind,
-            warn_of_unread_settings,
-        )
-
+        # Imported where they are needed: other backends' engines load no part of them.
         if is_named(vllm_config):
+            from specontext_vllm.engine.last_word import say_last
+
             say_last()
         refuse_backend_per_kind(vllm_config)
         if is_selected(vllm_config):
-            from specontext_vllm.engine.resolve import (
-                name_metrics_folder,
-                prepare_vllm_config,
-                refuse_runner,
-                refuse_small_room,
-            )
+            from specontext_vllm.engine.memory import refuse_small_room
+            from specontext_vllm.engine.prepare import name_metrics_folder, prepare_vllm_config
+            from specontext_vllm.engine.refusals import refuse_runner
 
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
@@ -98,8 +90,6 @@ def let_cpu_platform_choose_backend() -> None:
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        from specontext_vllm.engine.registration import BACKEND_NAME
-
         if selected_backend is not None and selected_backend.name == BACKEND_NAME:
             return selected_backend.get_path()
         return original(cls, selected_backend, attn_selector_config, num_heads)

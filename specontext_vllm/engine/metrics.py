@@ -13,7 +13,7 @@ import torch
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from specontext_vllm.engine.resolve import METRICS_FOLDER
+from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.late_copy import LateCopy
 from specontext_vllm.observability import catalog

@@ -1,86 +1,241 @@
-"""What the user reads last when an engine is refused: the sentence, once more and alone."""
+"""Engines that the backend cannot serve: one sentence each, from vLLM's configuration alone."""
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
-from types import TracebackType
+import importlib.util
+from typing import Any
 
-from pydantic import ValidationError
+from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.names import CPU_WORKER, GPU_WORKER, SCHEDULERS
+from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.residency.host_pool import free_host_memory, machine_memory
+from specontext_vllm.sizes import in_gib
 
-from specontext_vllm.config import ConfigError
-
-FILE = "specontext-refusal.txt"
-"""In the folder that carries a worker's figures to the front end."""
-
-_folders: set[str] = set()
+KV_UPDATE = "vllm::unified_kv_cache_update"
+"""The op in which a layer's keys and values are stored."""
 
 
-def say_last(folder: str | None = None) -> None:
-    """Print the sentence of a refusal that ends this process below everything else.
+def refuse_platform(platform: Any) -> None:
+    """Raise a ConfigError where the kernels have never run."""
+    if platform._enum.name not in ("CUDA", "CPU"):
+        raise ConfigError(
+            f"--attention-backend: found specontext on vLLM's platform {platform._enum.name}, but "
+            "its kernels are for NVIDIA GPUs and CPUs; "
+            f"use another backend."
+        )
 
-    Symptom: a refusal stands above 60 to 230 lines of tracebacks, or in the middle of pydantic's
-        frame.
-    Reason: vLLM starts workers in processes of their own and tells their parents only that they
-        died, and checks its configuration in a
-    pydantic dataclass, which wraps every ValueError.
-    Remove when: vLLM ends with the error of the worker, and without a frame around it.
+
+def refuse_runner(vllm_config: Any, is_cpu: bool) -> None:
+    """Raise a ConfigError where vLLM chose the model runner that this platform's worker does not
+    drive: V2 on a CPU, V1 on a GPU.
+    """
+    if vllm_config.use_v2_model_runner and is_cpu:
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V2 model runner, which --attention-backend "
+            "specontext does not drive on a CPU; set it to 0, "
+            "or drop the option that forces V2 (vLLM's log names it)."
+        )
+    if not vllm_config.use_v2_model_runner and not is_cpu:
+        raise ConfigError(
+            "VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V1 model runner, which --attention-backend "
+            "specontext does not drive on a GPU; unset it, or "
+            "drop the option that forces V1 (vLLM's log names it)."
+        )
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Raise a ConfigError for an engine that the backend cannot serve yet."""
+    model, cache, parallel = (
+        vllm_config.model_config,
+        vllm_config.cache_config,
+        vllm_config.parallel_config,
+    )
+    text = model.hf_text_config
+    refusals = [
+        (
+            model.runner_type != "generate",
+            f"--runner: found {model.runner_type!r}",
+            "it serves text generation only",
+        ),
+        (
+            model.use_mla,
+            f"model: {model.model} uses multi-head latent attention (MLA)",
+            "its latent pages are not served yet",
+        ),
+        (
+            model.is_hybrid or model.is_attention_free,
+            f"model: {model.model} has layers that keep no KV pages (Mamba or linear)",
+            "every layer must be full attention",
+        ),
+        (
+            model.is_encoder_decoder,
+            f"model: {model.model} is an encoder-decoder",
+            "it serves decoder-only models",
+        ),
+        (
+            model.is_multimodal_model,
+            f"model: {model.model} takes images or audio",
+            "the retrieval head reads token ids; serve a text model",
+        ),
+        (
+            model.enable_prompt_embeds,
+            "--enable-prompt-embeds: on",
+            "the retrieval head reads token ids; leave it off",
+        ),
+        (
+            has_windowed_layers(text),
+            f"model: {model.model} has sliding-window layers",
+            "every layer must be full attention",
+        ),
+        (
+            bool(getattr(text, "dual_chunk_attention_config", None)),
+            f"model: {model.model} has dual chunk attention",
+            "every layer must be full attention",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "--speculative-config: found one",
+            "speculative decoding is not served yet; leave it out",
+        ),
+        (
+            vllm_config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
+            f"--scheduler-cls: found {vllm_config.scheduler_config.scheduler_cls}",
+            "it brings a scheduler of its own; leave it out",
+        ),
+        (
+            parallel.worker_cls not in ("auto", CPU_WORKER, GPU_WORKER),
+            f"--worker-cls: found {parallel.worker_cls}",
+            "it brings a worker of its own, which selects no pages; leave it out, or use "
+            "--worker-extension-cls",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"--pipeline-parallel-size: found {parallel.pipeline_parallel_size}",
+            "use --tensor-parallel-size instead",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            f"--decode-context-parallel-size: found {parallel.decode_context_parallel_size}",
+            "use 1",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            f"--prefill-context-parallel-size: found {parallel.prefill_context_parallel_size}",
+            "use 1",
+        ),
+        (
+            parallel.enable_dbo,
+            "--enable-dbo: on",
+            "dual-batch overlap splits the batch the head scores; leave it off",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "--kv-transfer-config: found one",
+            "KV connectors do not know the head's K cache; leave it out",
+        ),
+        (
+            cache.kv_offloading_size is not None,
+            f"--kv-offloading-size: found {cache.kv_offloading_size}",
+            "it is a KV connector, and those do not know the head's K cache; leave it out, or use "
+            f"additional_config.{CONFIG_KEY}.host_kv_gib",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "--enable-lora: on",
+            "the head embeds tokens before vLLM sets the step's adapters; leave it out",
+        ),
+        (
+            model.enable_sleep_mode,
+            "--enable-sleep-mode: on",
+            "the head's K cache would be lost; leave it off",
+        ),
+        (
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+            f"--kv-cache-dtype: found {cache.cache_dtype!r}",
+            "keys and values are kept in the model's own dtype; use auto",
+        ),
+        (
+            cache.user_specified_block_size and cache.block_size != PAGE_SIZE,
+            f"--block-size: found {cache.block_size}",
+            f"a page is one block of {PAGE_SIZE} tokens; leave it out or use {PAGE_SIZE}",
+        ),
+    ]
+    for refused, found, remedy in refusals:
+        if refused:
+            raise ConfigError(
+                f"{found}, which --attention-backend specontext does not support: {remedy}."
+            )
+
+
+def refuse_sidecar(parallel: Any) -> None:
+    """Raise a ConfigError where the head cannot run in a Ray actor."""
+    setting = f"additional_config.{CONFIG_KEY}.sidecar: found 'ray'"
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            f"{setting}, but Ray is not installed; pip install 'specontext-vllm[sidecar]' or use "
+            "sidecar inline."
+        )
+    if parallel.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"{setting} with --tensor-parallel-size {parallel.tensor_parallel_size}; a restarted "
+            "actor asks its worker for the embedding, "
+            f"which several workers only hold together: use sidecar inline."
+        )
+    if parallel.use_ray:
+        raise ConfigError(
+            f"{setting} with --distributed-executor-backend ray; the head's actor would inherit "
+            "the devices and the placement of vLLM's own "
+            f"actors: use sidecar inline, or the executor uni or mp."
+        )
+
+
+def refuse_impossible_pool(config: SpeContextConfig, parallel: Any, *, free: bool) -> None:
+    """Raise a ConfigError, before anything is loaded, for a host pool that this machine cannot
+    hold; workers ask again.
 
     Args:
-        folder: where this engine's workers leave their sentence; None: not known yet. Idempotent.
+        free: whether it must be free, and not only there.
     """
-    if folder is not None:
-        Path(folder, FILE).unlink(missing_ok=True)  # of an engine before
-        _folders.add(folder)
-    if getattr(sys.excepthook, "_specontext", False):
+    gib = config.host_kv_gib
+    # Ray's workers may all be on other machines.
+    if gib == "auto" or parallel.use_ray:
         return
-    original = sys.excepthook
-
-    @functools.wraps(original)
-    def excepthook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        original(kind, error, trace)
-        if (sentence := _sentence(error)) is not None:
-            print(f"\n{sentence}", file=sys.stderr, flush=True)
-
-    excepthook._specontext = True
-    sys.excepthook = excepthook
+    for is_asked, memory, what in (
+        (True, machine_memory, "memory"),
+        (free, free_host_memory, "memory free"),
+    ):
+        if is_asked and gib * 2**30 > (there := memory()):
+            asked, has = in_gib(gib * 2**30, there)
+            raise ConfigError(
+                f"additional_config.{CONFIG_KEY}.host_kv_gib: found {asked}, but this machine has "
+                f"{has} GiB of {what}; lower it."
+            )
 
 
-def leave_for_the_front_end(folder: str | None, error: Exception) -> None:
-    """In a worker: put its sentence where ``say_last`` finds it. On another machine than the front
-    end's only the log has it.
+def refuse_captured_writes(config: SpeContextConfig, compilation: Any) -> None:
+    """Raise a ConfigError where vLLM's piecewise graphs would hold the two tiers' writes.
+
+    Where a prompt's keys and values go is decided on the host in each step, so the op that stores
+    them must lie between the captured pieces.
     """
-    if folder is not None:
-        with suppress(OSError):
-            Path(folder, FILE).write_text(str(error))
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    from vllm.config import CompilationMode
 
-
-def _sentence(error: BaseException) -> str | None:
-    """What the last line of ``error``'s own traceback does not say."""
-    if isinstance(error, ConfigError):
-        return None
-    for link in _chain(error):
-        if isinstance(link, ConfigError):
-            return str(link)
-        for detail in (
-            link.errors(include_url=False, include_input=False)
-            if isinstance(link, ValidationError)
-            else ()
-        ):
-            if isinstance(wrapped := detail.get("ctx", {}).get("error"), ConfigError):
-                return str(wrapped)
-    for folder in _folders:
-        with suppress(OSError):
-            return Path(folder, FILE).read_text()
-    return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    mode = compilation.cudagraph_mode
+    if not config.host_kv_gib or mode is None or not mode.has_piecewise_cudagraphs():
+        return
+    ops, found = compilation.splitting_ops, None
+    if is_breakable_cudagraph_enabled():
+        found = "VLLM_USE_BREAKABLE_CUDAGRAPH: found 1"
+    elif compilation.mode == CompilationMode.VLLM_COMPILE:
+        if compilation.use_inductor_graph_partition and ops is None:
+            found = "--compilation-config.use_inductor_graph_partition: on"
+        elif ops and KV_UPDATE not in ops:  # with none at all vLLM captures no pieces
+            found = f"--compilation-config.splitting_ops: found a list without {KV_UPDATE}"
+    if found is not None:
+        raise ConfigError(
+            f"{found}, with which the writes of additional_config.{CONFIG_KEY}.host_kv_gib "
+            f"({config.host_kv_gib}) would be captured in vLLM's "
+            "piecewise graphs; leave it out, use --compilation-config.cudagraph_mode "
+            "FULL_DECODE_ONLY, or set host_kv_gib to 0."
+        )

@@ -26,17 +26,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 from specontext_vllm.config import CONFIG_KEY, PER_LAYER, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder, max_table_rows
 from specontext_vllm.engine.compat import allocate_kv_cache_as
+from specontext_vllm.engine.find_head import load_head, num_hidden_layers
+from specontext_vllm.engine.memory import memory_model, refuse_less_than_one_request
 from specontext_vllm.engine.metrics import Exporter
-from specontext_vllm.engine.resolve import (
-    AUX_LAYERS_KEY,
-    ENGINES_KEY,
-    describe,
-    load_head,
-    memory_model,
-    num_hidden_layers,
-    refuse_captured_writes,
-    refuse_less_than_one_request,
-)
+from specontext_vllm.engine.names import AUX_LAYERS_KEY, ENGINES_KEY
+from specontext_vllm.engine.refusals import refuse_captured_writes
 from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.residency.host_pool import HostPoolError, free_host_memory
 from specontext_vllm.residency.ledger import StartedRequest
@@ -170,7 +164,7 @@ class Runtime:
                 weights / 1e6,
                 str(self.retriever.key_dtype).removeprefix("torch."),
                 describe_aux_layers(checkpoint.spec, vllm_config.additional_config[AUX_LAYERS_KEY]),
-                describe(self.config),
+                self.config.model_dump_json(exclude_none=True),
             )
         self.selector = (
             self._make_selector(self.config) if self.config.retriever in PER_LAYER else None

@@ -6,8 +6,9 @@ import functools
 from typing import Any
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.engine.refusals import leave_for_the_front_end
-from specontext_vllm.engine.resolve import METRICS_FOLDER, cap_bytes
+from specontext_vllm.engine.last_word import pass_to_front_end
+from specontext_vllm.engine.memory import cap_bytes
+from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.retrieval.checkpoint import HeadError
 
 STARTING = (
@@ -72,7 +73,7 @@ def _heard(method: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except (ConfigError, HeadError) as error:
-            leave_for_the_front_end(
+            pass_to_front_end(
                 getattr(self.vllm_config.observability_config, METRICS_FOLDER, None), error
             )
             raise

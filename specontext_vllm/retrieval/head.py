@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import HeadCheckpoint, check_dtype, check_fits
 from .rope import apply_rope, rope_frequencies, rope_table
-from .shard import shard_checkpoint
+from .shard import shard_spec
 
 
 def check_head(
@@ -40,7 +40,7 @@ def check_head(
     """
     check_fits(checkpoint.spec, **target)
     check_dtype(checkpoint, dtype)
-    shard_checkpoint(checkpoint, rank=0, size=workers)
+    shard_spec(checkpoint.spec, workers)
     rope_frequencies(checkpoint.spec, max_position)
 
 

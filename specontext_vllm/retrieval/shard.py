@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, HeadError
+from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, HeadError, HeadSpec
+
+
+def shard_spec(spec: HeadSpec, size: int) -> HeadSpec:
+    """What the head of one of ``size`` tensor-parallel workers is like.
+
+    Raises:
+        HeadError: the head's heads do not divide among the workers.
+    """
+    replicas = max(1, size // spec.num_kv_heads)
+    if (spec.num_kv_heads * replicas) % size or spec.num_heads % size:
+        raise HeadError(
+            f"--tensor-parallel-size: found {size}, among which the retrieval head's "
+            f"{spec.num_kv_heads} KV heads and {spec.num_heads} query "
+            "heads cannot be divided; use a divisor or a multiple of the KV heads that divides "
+            "the query heads."
+        )
+    return replace(
+        spec,
+        num_heads=spec.num_heads // size,
+        num_kv_heads=spec.num_kv_heads * replicas // size,
+    )
 
 
 def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> HeadCheckpoint:
@@ -19,24 +40,16 @@ def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> Hea
     Raises:
         HeadError: the head's heads do not divide among the workers.
     """
-    spec = checkpoint.spec
-    replicas = max(1, size // spec.num_kv_heads)
-    if (spec.num_kv_heads * replicas) % size or spec.num_heads % size:
-        raise HeadError(
-            f"--tensor-parallel-size: found {size}, among which the retrieval head's "
-            f"{spec.num_kv_heads} KV heads and {spec.num_heads} query "
-            "heads cannot be divided; use a divisor or a multiple of the KV heads that divides "
-            "the query heads."
-        )
-    kv_heads = spec.num_kv_heads * replicas // size
-    heads = spec.num_heads // size
+    spec = shard_spec(checkpoint.spec, size)
+    replicas = max(1, size // checkpoint.spec.num_kv_heads)
     tensors = dict(checkpoint.tensors)
-    for name, count, place in (("q_proj", heads, rank), ("k_proj", kv_heads, rank // replicas)):
+    for name, count, place in (
+        ("q_proj", spec.num_heads, rank),
+        ("k_proj", spec.num_kv_heads, rank // replicas),
+    ):
         rows = count * spec.head_dim
         for part in ("weight", "bias"):
             key = f"{name}.{part}"
             if key in tensors:
                 tensors[key] = tensors[key][place * rows : (place + 1) * rows]
-    return replace(
-        checkpoint, spec=replace(spec, num_heads=heads, num_kv_heads=kv_heads), tensors=tensors
-    )
+    return replace(checkpoint, spec=spec, tensors=tensors)

@@ -12,7 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.engine import metrics, stopwatch
-from specontext_vllm.engine.resolve import METRICS_FOLDER
+from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.observability import catalog
 from specontext_vllm.observability.files import FolderCollector
 from specontext_vllm.retrieval.retriever import Retriever

@@ -1,77 +1,213 @@
-"""The sentence of a refusal is the last thing a user reads, wherever it came up."""
+"""Engines that are refused before they start."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm.config import CompilationMode, CUDAGraphMode
 
-from specontext_vllm.config import ConfigError
-from specontext_vllm.engine.refusals import FILE
-from specontext_vllm.engine.resolve import METRICS_FOLDER
-from specontext_vllm.engine.worker import STARTING, SpeContextWorkerMixin
-
-CHILD = """
-import sys
-from pathlib import Path
-from pydantic.dataclasses import dataclass
-from specontext_vllm.config import ConfigError
-from specontext_vllm.engine.refusals import leave_for_the_front_end, say_last
-
-@dataclass
-class Config:
-    def __post_init__(self):
-        raise ConfigError("budget: found 64.")
-
-case, folder = sys.argv[1:]
-Path(folder, "specontext-refusal.txt").write_text("of an engine before")
-say_last()
-say_last(folder)
-if case == "late":
-    leave_for_the_front_end(folder, ConfigError("budget: found 64."))
-if case == "plain":
-    raise ConfigError("budget: found 64.")
-if case == "early":
-    Config()
-raise RuntimeError("Engine core initialization failed.")
-"""
+from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine import refusals
+from specontext_vllm.engine.prepare import prepare_vllm_config
+from specontext_vllm.engine.refusals import (
+    KV_UPDATE,
+    refuse_captured_writes,
+    refuse_platform,
+    refuse_runner,
+    refuse_unsupported,
+)
+from tests.engine.configs import vllm_config
 
 
 @pytest.mark.parametrize(
-    ("case", "last"),
+    ("changes", "sentence"),
     [
-        ("early", ["    For further information visit", "", "budget: found 64."]),
-        ("late", ["RuntimeError: Engine core initialization failed.", "", "budget: found 64."]),
-        ("plain", ["specontext_vllm.config.ConfigError: budget: found 64."]),
-        ("another's", ["RuntimeError: Engine core initialization failed."]),
+        ({"model": {"use_mla": True}}, "latent attention (MLA)"),
+        (
+            {"model": {"hf_text_config": SimpleNamespace(sliding_window=4096)}},
+            "sliding-window layers",
+        ),
+        (
+            {
+                "model": {
+                    "hf_text_config": SimpleNamespace(
+                        layer_types=["sliding_attention", "full_attention"], sliding_window=4096
+                    )
+                }
+            },
+            "sliding-window layers",
+        ),
+        (
+            {
+                "model": {
+                    "hf_text_config": SimpleNamespace(
+                        dual_chunk_attention_config={"chunk_size": 256}
+                    )
+                }
+            },
+            "has dual chunk attention",
+        ),
+        ({"model": {"is_hybrid": True}}, "keep no KV pages"),
+        ({"model": {"is_multimodal_model": True}}, "takes images or audio"),
+        ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
+        ({"model": {"runner_type": "pooling"}}, "--runner: found 'pooling'"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),
+        ({"parallel": {"worker_cls": "my.Worker"}}, "--worker-cls: found my.Worker"),
+        ({"lora_config": object()}, "--enable-lora: on"),
+        ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
+        (
+            {"cache": {"block_size": 32, "user_specified_block_size": True}},
+            "--block-size: found 32",
+        ),
+        ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype: found 'fp8'"),
+        ({"cache": {"cache_dtype": "float16"}}, "--kv-cache-dtype: found 'float16'"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_sentence_is_the_last_line_once_and_alone(tmp_path, case, last):
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, case, tmp_path], capture_output=True, text=True, check=False
-    )
-    lines = done.stderr.splitlines()[-len(last) :]
+def test_refusals_are_one_sentence(changes, sentence):
+    with pytest.raises(ConfigError) as error:
+        refuse_unsupported(vllm_config(**changes))
+    text = str(error.value)
     assert (
-        done.returncode == 1
-        and [line.partition("https://")[0].rstrip() if "visit" in line else line for line in lines]
-        == last
-    ), done.stderr
+        sentence in text
+        and "--attention-backend specontext does not support" in text
+        and "\n" not in text
+    )
 
 
-@pytest.mark.parametrize("method", STARTING)
-def test_a_worker_s_refusal_at_its_start_is_left_for_the_front_end(tmp_path, method):
-    def refuse(self):
-        raise ConfigError("budget: found 64.")
+def test_a_pool_that_this_machine_cannot_hold_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(refusals, "machine_memory", lambda: 64 << 30)
+    monkeypatch.setattr(refusals, "free_host_memory", lambda: 40 << 30)
+    with pytest.raises(
+        ConfigError,
+        match=r"host_kv_gib: found 65\.00, but this machine has 64\.00 GiB of memory; lower it\.",
+    ):
+        prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 65}}))
+    with pytest.raises(
+        ConfigError,
+        match=r"host_kv_gib: found 41\.00, but this machine has 40\.00 GiB of memory free; lower it\.",
+    ):
+        prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 41}}))
+    config = vllm_config({"specontext": {"host_kv_gib": 40}})
+    prepare_vllm_config(config)
+    prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": "auto"}}))
+    # Checked anew in an engine core: another engine has its share by now.
+    monkeypatch.setattr(refusals, "free_host_memory", lambda: 20 << 30)
+    prepare_vllm_config(config)
+    # Ray's workers may be on larger machines.
+    prepare_vllm_config(
+        vllm_config({"specontext": {"host_kv_gib": 65}}, parallel={"use_ray": True})
+    )
 
-    base = type("Base", (), {name: refuse for name in STARTING})
-    # A method of ours stands before the base's; what it does with the base's refusal is the same.
-    worker = type("Worker", (SpeContextWorkerMixin, base), {})()
-    for folder in (None, str(tmp_path / "of another machine"), str(tmp_path)):
-        worker.vllm_config = SimpleNamespace(
-            observability_config=SimpleNamespace(**{METRICS_FOLDER: folder})
-        )
-        with pytest.raises(ConfigError):
-            getattr(worker, method)()
-    assert (tmp_path / FILE).read_text() == "budget: found 64."
+
+@pytest.mark.parametrize(
+    ("compilation", "found"),
+    [
+        ({}, None),
+        (
+            {"use_inductor_graph_partition": True},
+            "--compilation-config.use_inductor_graph_partition: on",
+        ),
+        (
+            {"splitting_ops": ["vllm::unified_attention_with_output"]},
+            "--compilation-config.splitting_ops: found a list without "
+            "vllm::unified_kv_cache_update",
+        ),
+        (
+            {
+                "splitting_ops": [
+                    "vllm::unified_attention_with_output",
+                    "vllm::unified_kv_cache_update",
+                ]
+            },
+            None,
+        ),
+        ({"splitting_ops": []}, None),
+        (
+            {
+                "use_inductor_graph_partition": True,
+                "cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY,
+            },
+            None,
+        ),
+        ({"use_inductor_graph_partition": True, "mode": CompilationMode.NONE}, None),
+    ],
+    ids=["default", "partition", "without", "with", "none", "no pieces", "not compiled"],
+)
+def test_the_two_tiers_writes_are_never_captured_in_piecewise_graphs(compilation, found):
+    config = vllm_config({"specontext": {"host_kv_gib": 1}})
+    given = {
+        "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
+        "mode": CompilationMode.VLLM_COMPILE,
+        **compilation,
+    }
+    for key, value in given.items():
+        setattr(config.compilation_config, key, value)
+    settings = SpeContextConfig(host_kv_gib=1)
+    refuse_captured_writes(SpeContextConfig(), config.compilation_config)
+    if found is None:
+        refuse_captured_writes(settings, config.compilation_config)
+        return
+    with pytest.raises(
+        ConfigError,
+        match=f"^{found}, with which the writes of additional_config.specontext.host_kv_gib",
+    ):
+        refuse_captured_writes(settings, config.compilation_config)
+
+
+def test_the_op_that_stores_is_the_one_vllm_takes_out_of_its_pieces():
+    from vllm.config import CompilationConfig
+
+    compilation = CompilationConfig(mode=CompilationMode.VLLM_COMPILE)
+    compilation.set_splitting_ops_for_v1(all2all_backend="naive")
+    assert KV_UPDATE in compilation.splitting_ops
+
+
+@pytest.mark.parametrize("name", ["ROCM", "XPU", "TPU", "OOT"])
+def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
+    with pytest.raises(
+        ConfigError,
+        match=f"--attention-backend: found specontext on vLLM's platform {name}, but its kernels are for NVIDIA GPUs and CPUs",
+    ):
+        refuse_platform(SimpleNamespace(_enum=SimpleNamespace(name=name)))
+    for supported in ("CUDA", "CPU"):
+        refuse_platform(SimpleNamespace(_enum=SimpleNamespace(name=supported)))
+
+
+def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():
+    for v2, is_cpu in ((True, False), (False, True)):
+        refuse_runner(SimpleNamespace(use_v2_model_runner=v2), is_cpu)
+    with pytest.raises(
+        ConfigError,
+        match="^VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V2 model runner, .* on a CPU; set it to 0",
+    ):
+        refuse_runner(SimpleNamespace(use_v2_model_runner=True), is_cpu=True)
+    with pytest.raises(
+        ConfigError,
+        match="^VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V1 model runner, .* on a GPU; unset it",
+    ):
+        refuse_runner(SimpleNamespace(use_v2_model_runner=False), is_cpu=False)
+
+
+def test_a_layer_has_the_last_word_on_what_its_model_asks_for():
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from specontext_vllm.engine.backend import SpeContextImpl
+
+    with set_current_vllm_config(VllmConfig()):
+        harmless = SpeContextImpl(4, 64, 0.125, 2, use_alibi_sqrt=False, sinks=None)
+        assert harmless.num_kv_heads == 2
+        for asked, named in (
+            ({"sinks": torch.zeros(4), "use_alibi_sqrt": False}, "sinks"),
+            ({"sliding_window": 64}, "a sliding window"),
+        ):
+            with pytest.raises(
+                ConfigError,
+                match=f"^--attention-backend specontext: this model's attention uses {named}, which is not supported",
+            ):
+                SpeContextImpl(4, 64, 0.125, 2, **asked)

@@ -133,7 +133,7 @@ def test_our_kernels_folder_is_not_taken_for_the_package_vllm_probes_for(member)
 def test_settings_that_another_backend_leaves_unread_are_named(monkeypatch):
     from vllm import logger
 
-    from specontext_vllm.engine.registration import warn_of_unread_settings
+    from specontext_vllm.engine.backend_choice import warn_of_unread_settings
 
     said = []
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_settings_that_another_backend_leaves_unread_are_named(monkeypatch):
 
 def test_a_backend_for_each_kind_of_layer_is_refused_where_one_is_ours():
     from specontext_vllm.config import ConfigError
-    from specontext_vllm.engine.registration import refuse_backend_per_kind
+    from specontext_vllm.engine.backend_choice import refuse_backend_per_kind
 
     def config(backend, **kinds):
         named = {kind: SimpleNamespace(name=name) for kind, name in kinds.items()}

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.engine.resolve import prepare_vllm_config
-from tests.engine.test_resolve import vllm_config
+from specontext_vllm.engine.prepare import prepare_vllm_config
+from tests.engine.configs import vllm_config
 
 SIDECAR = {"specontext": {"sidecar": "ray"}}
 

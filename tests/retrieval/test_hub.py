@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
-from specontext_vllm.engine.resolve import find_head, prepare_vllm_config
+from specontext_vllm.engine.find_head import find_head
+from specontext_vllm.engine.prepare import prepare_vllm_config
 from specontext_vllm.retrieval import known_heads
 from specontext_vllm.retrieval.checkpoint import HeadError, resolve_checkpoint
 from specontext_vllm.retrieval.known_heads import KnownHead, known_head
+from tests.engine.configs import vllm_config
 from tests.engine.conftest import DEMO_MODEL
-from tests.engine.test_resolve import vllm_config
 
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 HEAD = "some/head"

@@ -1,0 +1,20 @@
+"""Names by which vLLM finds our classes, and the keys that we add to its configuration."""
+
+from __future__ import annotations
+
+BACKEND_NAME = "SPECONTEXT"
+BACKEND_PATH = "specontext_vllm.engine.backend.SpeContextBackend"
+CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
+GPU_WORKER = "specontext_vllm.engine.worker_gpu.SpeContextGPUWorker"
+SCHEDULERS = {
+    False: "specontext_vllm.engine.scheduler.SpeContextScheduler",
+    True: "specontext_vllm.engine.scheduler.SpeContextAsyncScheduler",
+}
+"""By whether scheduling is asynchronous."""
+
+AUX_LAYERS_KEY = "specontext_aux_layers"
+"""In ``additional_config``: target layers whose inputs the head reads."""
+ENGINES_KEY = "specontext_engines_per_machine"
+"""In ``additional_config``: data-parallel engines that share this machine's memory."""
+METRICS_FOLDER = "specontext_metrics_folder"
+"""In ``observability_config``: the folder that /metrics is read from."""

@@ -1,0 +1,99 @@
+"""Settle vLLM's configuration before an engine starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specontext_vllm.attention.provider import refuse_provider
+from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
+from specontext_vllm.engine.names import AUX_LAYERS_KEY, ENGINES_KEY, METRICS_FOLDER
+from specontext_vllm.engine.refusals import (
+    refuse_captured_writes,
+    refuse_impossible_pool,
+    refuse_platform,
+    refuse_sidecar,
+    refuse_unsupported,
+)
+from specontext_vllm.observability.files import front_end_folder
+from specontext_vllm.retrieval.checkpoint import HeadSpec, resolve_aux_layers
+from specontext_vllm.retrieval.shard import shard_spec
+from specontext_vllm.versions import unsupported_vllm
+
+
+def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
+    """Validate the settings, refuse unsupported engines and pin down the head, in place.
+
+    The folder of the head that was found replaces ``additional_config["specontext"]["retrieval_head"]``, so
+    that workers on this and other machines read the same one. The aux layers are written beside it
+    because ``additional_config`` is part of vLLM's compile-cache key and they change what the
+    compiled model returns. So is the number of data-parallel engines on this machine, which
+    share its memory: an engine's own configuration no longer has it. Idempotent.
+
+    Returns:
+        What the head of one worker is like; None without a head.
+    Raises:
+        ConfigError: one sentence naming the setting, what was found and what to do.
+    """
+    from vllm.platforms import current_platform
+
+    if vllm_config.model_config is None:
+        return None
+    if (sentence := unsupported_vllm()) is not None:
+        raise ConfigError(sentence)
+    refuse_platform(current_platform)
+    config, model = (
+        SpeContextConfig.from_additional_config(vllm_config.additional_config),
+        vllm_config.model_config,
+    )
+    # Engine cores check the configuration anew, when this process, or another engine, may hold what
+    # was free at first.
+    is_first = ENGINES_KEY not in (vllm_config.additional_config or {})
+    refuse_unsupported(vllm_config)
+    if config.attention_provider != "auto":
+        refuse_provider(
+            config.attention_provider,
+            model.get_head_size(),
+            model.dtype,
+            current_platform.device_type,
+        )
+    if config.sidecar == "ray":
+        refuse_sidecar(vllm_config.parallel_config)
+    refuse_impossible_pool(config, vllm_config.parallel_config, free=is_first)
+    refuse_captured_writes(config, vllm_config.compilation_config)
+    if is_first and (sentence := config.reads_everything(model.max_model_len)) is not None:
+        from vllm.logger import init_logger
+
+        init_logger("vllm.specontext").warning(sentence)
+    vllm_config.cache_config.block_size = PAGE_SIZE
+    vllm_config.cache_config.user_specified_block_size = True
+    additional = dict(vllm_config.additional_config or {})
+    additional.setdefault(ENGINES_KEY, max(1, vllm_config.parallel_config.data_parallel_size_local))
+    spec = None
+    if config.retriever == "dlm" or config.retrieval_head is not None:
+        head = find_head(config, vllm_config.model_config)
+        checkpoint = load_head(head, vllm_config)
+        spec = shard_spec(checkpoint.spec, vllm_config.parallel_config.tensor_parallel_size)
+        aux_layers = resolve_aux_layers(checkpoint.spec, num_hidden_layers(vllm_config))
+        additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), "retrieval_head": head}
+        additional[CONFIG_KEY].pop("retrieval_head_revision", None)  # the folder is that revision's
+        additional[AUX_LAYERS_KEY] = list(aux_layers)
+    vllm_config.additional_config = additional
+    return spec
+
+
+def name_metrics_folder(vllm_config: Any) -> str | None:
+    """In the front end: tell the workers which folder /metrics is read from.
+
+    Engine cores check the same configuration again and find it named. Returned is the folder where
+    it was named here, else None.
+
+    It travels in the observability settings, because workers get them with the config, wherever
+    they run, and vLLM's compile-cache key leaves them out; an environment variable would reach
+    every child of this process, other servers included.
+    """
+    if getattr(vllm_config.observability_config, METRICS_FOLDER, None) is not None:
+        return None
+    folder = front_end_folder()
+    setattr(vllm_config.observability_config, METRICS_FOLDER, folder)
+    return folder

@@ -1,0 +1,52 @@
+"""Where the retrieval head comes from, and whether it fits the model."""
+
+from __future__ import annotations
+
+import pytest
+
+from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine.find_head import find_head
+from specontext_vllm.engine.names import AUX_LAYERS_KEY
+from specontext_vllm.engine.prepare import prepare_vllm_config
+from tests.engine.configs import vllm_config
+from tests.engine.conftest import DEMO_MODEL
+
+
+def test_the_head_beside_the_model_is_found_and_a_given_one_wins():
+    model = vllm_config().model_config
+    assert find_head(SpeContextConfig(), model) == str(DEMO_MODEL / "retrieval_head")
+    assert find_head(SpeContextConfig(retrieval_head="dummy"), model) == "dummy"
+
+
+def test_no_head_anywhere(tmp_path):
+    sentence = r"no retrieval_head/ folder in .* and no known EAGLE-3 head .* `specontext distill`, .* needs none: quest, recent, random, oracle, dense\."
+    with pytest.raises(ConfigError, match=sentence):
+        find_head(SpeContextConfig(), vllm_config(model={"model": str(tmp_path)}).model_config)
+
+
+def test_a_known_model_asks_the_hub(monkeypatch):
+    """The table of known heads is used; here there is no hub, and the sentence says so."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        ConfigError, match="retrieval_head: RedHatAI/Qwen3-8B-speculator.eagle3 is no folder here"
+    ):
+        find_head(SpeContextConfig(), vllm_config(model={"model": "Qwen/Qwen3-8B"}).model_config)
+
+
+def test_a_head_for_another_model_does_not_fit():
+    with pytest.raises(
+        ConfigError, match="retrieval_head: .*width 256, but the target's hidden_size is 512"
+    ):
+        prepare_vllm_config(vllm_config(model={"get_hidden_size": lambda: 512}))
+
+
+def test_heads_that_workers_cannot_divide_are_refused():
+    with pytest.raises(ConfigError, match="--tensor-parallel-size: found 3"):
+        prepare_vllm_config(vllm_config(parallel={"tensor_parallel_size": 3}))
+
+
+@pytest.mark.parametrize("retriever", ["recent", "quest"])
+def test_a_retriever_without_a_head_needs_none(tmp_path, retriever):
+    config = vllm_config({"specontext": {"retriever": retriever}}, model={"model": str(tmp_path)})
+    prepare_vllm_config(config)
+    assert AUX_LAYERS_KEY not in config.additional_config
