@@ -81,7 +81,7 @@ def drive_selection(worker: Any, shares: Sequence[float]) -> None:
     """
     import torch
 
-    from specontext_vllm.retrieval import retriever as module
+    from specontext_vllm.retrieval import local as module
 
     runtime = worker.model_runner.runtime
     retriever, heads, max_requests = (

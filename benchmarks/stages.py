@@ -94,7 +94,7 @@ def measure_stages(
     from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.retrieval.head import RetrievalHead
-    from specontext_vllm.retrieval.retriever import Retriever
+    from specontext_vllm.retrieval.local import LocalRetriever
     from specontext_vllm.retrieval.scoring import row_starts, score_rows
     from specontext_vllm.retrieval.selection import Budget, select_rows
     from specontext_vllm.step_data import PageScores, PageTable, StepBatch
@@ -122,7 +122,7 @@ def measure_stages(
     )
     embedding = torch.randn(shape.vocab_size, shape.hidden_size, dtype=dtype, device=device)
     width = config.table_pages(shape.max_position_embeddings)
-    retriever = Retriever(
+    retriever = LocalRetriever(
         config,
         head,
         lambda ids: torch.nn.functional.embedding(ids, embedding),

@@ -20,7 +20,7 @@ from specontext_vllm.observability import catalog
 from specontext_vllm.observability.files import PUBLISHERS, MetricFiles
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval import counters as decode
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.sidecar.remote import RemoteRetriever
 from specontext_vllm.triton_kernels import counters as tier
 
@@ -51,7 +51,7 @@ class Exporter:
     def __init__(
         self,
         vllm_config: Any,
-        retriever: Retriever | RemoteRetriever,
+        retriever: LocalRetriever | RemoteRetriever,
         tiers: TieredKV | None,
         device: torch.device,
     ) -> None:

@@ -40,7 +40,7 @@ from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_la
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.layer_selection import LayerSelector
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sidecar.remote import RemoteRetriever
 from specontext_vllm.sizes import in_gib
@@ -182,7 +182,9 @@ class Runtime:
             pages_for(self._max_model_len), dtype=torch.int32, device=device
         )
 
-    def _make_retriever(self, checkpoint: HeadCheckpoint | None) -> Retriever | RemoteRetriever:
+    def _make_retriever(
+        self, checkpoint: HeadCheckpoint | None
+    ) -> LocalRetriever | RemoteRetriever:
         model, config = self.vllm_config.model_config, self.config
         shape = {
             "num_kv_heads": self.num_kv_heads,
@@ -216,7 +218,7 @@ class Runtime:
         # Captured, vLLM's exchange between workers would want its own context.
         apart = self.vllm_config.parallel_config.tensor_parallel_size > 1
         self._graphs = self._step_graphs()
-        return Retriever(
+        return LocalRetriever(
             config, head, embed, table_pages=width, graphs=self._graphs, embeds_apart=apart, **shape
         )
 
@@ -563,7 +565,7 @@ class Runtime:
         return watch.lap() if self.config.stats and batch.num_decodes else nullcontext()
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
-        """Figures since the last reset; see ``Retriever.stats`` and ``TieredKV.stats``."""
+        """Figures since the last reset; see ``LocalRetriever.stats`` and ``TieredKV.stats``."""
         return {
             **self.retriever.stats(reset),
             **({} if self.tiers is None else self.tiers.stats(reset)),
@@ -589,7 +591,7 @@ class Runtime:
         fallback_budget: int | None = None,
     ) -> dict[str, Any]:
         """Change settings of the selection between steps, None: leave as it is; see
-        ``Retriever.configure``.
+        ``LocalRetriever.configure``.
 
         Raises:
             ConfigError: one sentence when the settings cannot be, or this engine cannot follow; the

@@ -52,7 +52,7 @@ class SpeContextWorkerMixin:
         super().shutdown()
 
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Figures of this worker's decode steps since the last reset; see ``Retriever.stats``."""
+        """Figures of this worker's decode steps since the last reset; see ``LocalRetriever.stats``."""
         return self.model_runner.runtime.stats(reset)
 
     def specontext_audit(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The sidecar itself: a ``Retriever`` on its own device that answers messages, one after the other."""
+"""The sidecar itself: a ``LocalRetriever`` on its own device that answers messages, one after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.sidecar.messages import (
     Allocate,
     Configure,
@@ -44,7 +44,7 @@ class Sidecar:
         )
         width = pages_for(spec.max_model_len)
         config = spec.config.model_copy(update={"head_key_dtype": spec.head_key_dtype})
-        self.retriever = Retriever(
+        self.retriever = LocalRetriever(
             config,
             head,
             lambda ids: F.embedding(ids, self.embedding),

@@ -1,4 +1,4 @@
-"""The worker's end of the sidecar: what ``Retriever`` offers, answered by an actor, and densely
+"""The worker's end of the sidecar: what ``LocalRetriever`` offers, answered by an actor, and densely
 while there is none.
 """
 
@@ -21,7 +21,7 @@ from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContex
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.selection import Budget, select_rows
 from specontext_vllm.sidecar.link import (
     CLOSE_SECONDS,
@@ -83,7 +83,7 @@ class _Step:
 
 
 class RemoteRetriever:
-    """``Retriever``'s interface over a sidecar.
+    """``LocalRetriever``'s interface over a sidecar.
 
     ``before_forward`` sends the step and waits for its selection; ``after_forward`` sends the
     auxiliary hidden states and does
@@ -101,7 +101,7 @@ class RemoteRetriever:
         embed: token ids ``[N]`` -> the target's embeddings ``[N, E]``; called once per token id for
             every actor.
         vocab_size: token ids that exist.
-        num_kv_heads, max_model_len, device: as for ``Retriever``.
+        num_kv_heads, max_model_len, device: as for ``LocalRetriever``.
         max_rows, max_tokens: most rows and tokens of a step.
         dtype: the model's.
     """
@@ -159,7 +159,7 @@ class RemoteRetriever:
         self.buffer_bytes = MESSAGE_SLACK + max(learn, select, selection)
         # Reads rows whole while there is no actor, and keeps the counters.
         dense = config.model_copy(update={"retriever": "dense"})
-        self.dense = Retriever(
+        self.dense = LocalRetriever(
             dense,
             None,
             embed,
@@ -361,11 +361,11 @@ class RemoteRetriever:
         self._link = self._next_link = None
 
     def shrink(self, max_model_len: int, table_pages: int) -> None:
-        """See ``Retriever.shrink``; the actor's own table may stay wider than its rows."""
+        """See ``LocalRetriever.shrink``; the actor's own table may stay wider than its rows."""
         self.dense.shrink(max_model_len, table_pages)
 
     def configure(self, config: SpeContextConfig) -> None:
-        """Change the settings between steps; see ``Retriever.configure``."""
+        """Change the settings between steps; see ``LocalRetriever.configure``."""
         self.config = config
         self.dense.config = config.model_copy(update={"retriever": "dense"})
         if self._link is not None:
@@ -388,7 +388,7 @@ class RemoteRetriever:
         stickiness: None = None,
         behind: None = None,
     ) -> None:
-        """Fill the page table of the step's decode rows; see ``Retriever.before_forward``. ``ids``,
+        """Fill the page table of the step's decode rows; see ``LocalRetriever.before_forward``. ``ids``,
         ``stickiness`` and ``behind`` stay None.
         """
         self._adopt()
@@ -507,7 +507,7 @@ class RemoteRetriever:
             )
 
     def after_forward(self, batch: StepBatch, aux: list[Tensor]) -> None:
-        """Hand the step's auxiliary hidden states on; see ``Retriever.after_forward``."""
+        """Hand the step's auxiliary hidden states on; see ``LocalRetriever.after_forward``."""
         step, self._step = self._step, None
         if step is None:
             return
@@ -528,7 +528,7 @@ class RemoteRetriever:
         except SidecarDown as error:
             self._fail(error, step)
 
-    # -- what else a Retriever offers
+    # -- what else a LocalRetriever offers
     # -----------------------------------------------------------------------------------
 
     def profile(self, num_tokens: int) -> None:
@@ -541,7 +541,7 @@ class RemoteRetriever:
         self.dense.warm_up(pages, lengths)
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
-        """``Retriever.stats``, and ``figures`` with its sums counted since the last reset."""
+        """``LocalRetriever.stats``, and ``figures`` with its sums counted since the last reset."""
         self._adopt()
         since = {
             name: value - self._figures_at_reset[name] for name, value in self._figures.items()

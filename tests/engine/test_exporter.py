@@ -15,7 +15,7 @@ from specontext_vllm.engine import metrics, stopwatch
 from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.observability import catalog
 from specontext_vllm.observability.files import FolderCollector
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make(tmp_path, monkeypatch, device):
     MultiProcessCollector(registry, str(tmp_path))
 
     def made(folder=str(tmp_path), **settings):
-        retriever = Retriever(
+        retriever = LocalRetriever(
             SpeContextConfig(retriever="recent", **settings),
             None,
             lambda ids: ids,

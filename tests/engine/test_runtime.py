@@ -8,7 +8,7 @@ from vllm.config import CUDAGraphMode
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import runtime as runtime_module
 from specontext_vllm.engine.runtime import Runtime, asked_host_bytes, recommended_host_bytes
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def runtime(device):
     nothing is captured.
     """
     config = SpeContextConfig(retriever="recent", budget=256)
-    retriever = Retriever(
+    retriever = LocalRetriever(
         config,
         None,
         lambda ids: ids,

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval import graphs as graphs_module
 from specontext_vllm.retrieval.graphs import GRAPH_BYTES, StepGraphs, bucket
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.step_data import StepBatch
 from tests.paging import assert_close
-from tests.retrieval.test_retriever import HIDDEN, KV_HEADS, World
+from tests.retrieval.test_local import HIDDEN, KV_HEADS, World
 
 MOST_ROWS = 8
 SPARE_BLOCK = 200
@@ -49,7 +49,7 @@ class Replayed(World):
 
     def __init__(self, device, graphs, embeds_apart, **settings):
         super().__init__(device, **settings)
-        self.retriever = Retriever(
+        self.retriever = LocalRetriever(
             self.config,
             self.head,
             lambda ids: F.embedding(ids, self.table),

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.sidecar import link
 from specontext_vllm.sidecar.remote import RemoteRetriever
 from tests.conftest import CUDA
-from tests.retrieval.test_retriever import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MAX_LEN, VOCAB, World
+from tests.retrieval.test_local import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MAX_LEN, VOCAB, World
 
 BLOCKS = 200
 SIDECAR = {"sidecar": "ray", **({"sidecar_gpus": 0.25} if CUDA else {})}
@@ -171,7 +171,7 @@ def test_it_has_the_interface_of_a_retriever():
         "stats",
     ):
         mine, theirs = (
-            inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, Retriever)
+            inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, LocalRetriever)
         )
         assert list(mine.parameters) == list(theirs.parameters), name
 

@@ -38,7 +38,7 @@ PREFILL_CHUNK = 2048
 """Prompt tokens whose keys are made at a time, which bounds the head's activations."""
 
 
-class Retriever:
+class LocalRetriever:
     """Owns the head, its caches and the scoring workspace of one worker.
 
     ``before_forward`` fills the page table that all layers of the step read; ``after_forward``

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.retrieval import retriever as retriever_module
+from specontext_vllm.retrieval import local as retriever_module
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.retriever import Retriever
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.scoring import score_row
 from specontext_vllm.retrieval.selection import Budget, select_row
 from specontext_vllm.step_data import StepBatch
@@ -55,7 +55,7 @@ class World:
                 **settings,
             }
         )
-        self.retriever = Retriever(
+        self.retriever = LocalRetriever(
             self.config,
             self.head,
             lambda ids: F.embedding(ids, self.table),
