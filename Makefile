@@ -12,13 +12,15 @@ endif
 # Several processes share the tests where there is pytest-xdist and no GPU (tests/conftest.py says how many).
 SPREAD = $$($(RUN) -c 'import importlib.util as u; print("-n auto --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")')
 
-.PHONY: help venv demo test test-fast test-gpu clean
+.PHONY: help venv demo check test test-fast test-gpu test-next clean
 
 help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
+	@echo "make check     ruff and mypy, as CI runs them"
 	@echo "make test      run all tests; those marked gpu where there is a GPU"
 	@echo "make test-fast only what starts no engine and takes no long time otherwise (under three minutes)"
 	@echo "make test-gpu  only the tests marked gpu"
+	@echo "make test-next tests/engine on a CPU against the next release of vLLM, which is not supported yet"
 	@echo "make venv      only make $(VENV)"
 	@echo "PYTHON=...     use this interpreter instead of $(VENV)"
 	@echo "PYTEST=...     options of pytest instead of those with which it runs by default"
@@ -29,6 +31,11 @@ venv:
 demo: $(READY)
 	$(RUN) -m specontext_vllm.demo
 
+check: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
 # exec: a signal to make reaches pytest itself, which then ends what its tests have started.
 test: $(READY)
 	exec $(RUN) -m pytest $(or $(PYTEST),$(SPREAD))
@@ -38,6 +45,9 @@ test-fast: $(READY)
 
 test-gpu: $(READY)
 	exec $(RUN) -m pytest -m gpu $(PYTEST)
+
+test-next: $(READY)
+	$(RUN) scripts/next_vllm.py $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache

@@ -36,7 +36,7 @@ def has_gpu() -> bool:
 
 def lock_hash(lock: Path) -> str:
     """Of all that decides what the environment holds."""
-    parts = (lock, ROOT / "setup.py", Path(__file__))
+    parts = (lock, ROOT / "setup.py", ROOT / "pyproject.toml", Path(__file__))
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 

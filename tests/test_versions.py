@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 import types
 from pathlib import Path
 
@@ -85,9 +86,19 @@ def test_the_locks_install_a_supported_vllm(lock):
     assert RANGE.contains(next(iter(pins[0].specifier)).version)
 
 
-def test_nox_tries_a_release_beyond_the_range():
-    """When the range has caught up, the session's part is done: it moves on, or goes."""
-    (following,) = re.findall(r'^NEXT = "(.+)"', (ROOT / "noxfile.py").read_text(), re.M)
+@pytest.mark.parametrize("extra", ["gpu", "cpu"])
+def test_the_extras_ask_for_a_supported_vllm(extra):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (wanted,) = map(Requirement, extras[extra])
+    assert wanted.specifier == RANGE
+
+
+def test_make_test_next_tries_a_release_beyond_the_range():
+    """When the range has caught up, it moves on to the release after."""
+    script = (ROOT / "scripts" / "next_vllm.py").read_text()
+    (following,) = re.findall(r'^NEXT = "(.+)"', script, re.M)
     assert not RANGE.contains(following)
 
 
