@@ -12,7 +12,7 @@ endif
 # Several processes share the tests where there is pytest-xdist and no GPU (tests/conftest.py says how many).
 SPREAD = $$($(RUN) -c 'import importlib.util as u; print("-n auto --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")')
 
-.PHONY: help venv demo check test test-fast test-gpu test-next clean
+.PHONY: help venv demo docs check test test-fast test-gpu test-next clean
 
 help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-fast only what starts no engine and takes no long time otherwise (under three minutes)"
 	@echo "make test-gpu  only the tests marked gpu"
 	@echo "make test-next tests/engine on a CPU against the next release of vLLM, which is not supported yet"
+	@echo "make docs      write the parts of docs/ that come from the code"
 	@echo "make venv      only make $(VENV)"
 	@echo "PYTHON=...     use this interpreter instead of $(VENV)"
 	@echo "PYTEST=...     options of pytest instead of those with which it runs by default"
@@ -35,6 +36,9 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(READY)
+	$(RUN) scripts/make_docs.py
 
 # exec: a signal to make reaches pytest itself, which then ends what its tests have started.
 test: $(READY)

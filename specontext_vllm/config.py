@@ -39,72 +39,148 @@ class SpeContextConfig(BaseModel):
 
     retrieval_head: str | None = Field(
         default=None,
-        description='Folder or hub id of an EAGLE-3 checkpoint, or "dummy" for random weights.',
+        description=(
+            "Folder or hub id of an EAGLE-3 checkpoint (SafeAILab, SpecForge or speculators "
+            "format), or `dummy`: random weights, for benchmarks. Default: `retrieval_head/` in "
+            "the model's folder, else the published head that configs/known_heads.yaml names for "
+            "the model."
+        ),
     )
     budget: int = Field(
-        default=2048, gt=0, description="Tokens a decode step may read, sinks and recents included."
+        default=2048,
+        gt=0,
+        description=(
+            "Tokens per KV head that a decode step reads, sink and recent tokens included. A "
+            "context within the budget is read whole. At least the sink pages, the recent pages "
+            "and one page more: 112 with the defaults and blocks of 16."
+        ),
     )
     sink_tokens: int = Field(
-        default=16, ge=1, description="Tokens from the start that are always read."
+        default=16,
+        ge=1,
+        description="Tokens from the start of the context that are always read.",
     )
-    recent_tokens: int = Field(default=64, ge=1, description="Newest tokens that are always read.")
-    retriever: Retriever = "dlm"
+    recent_tokens: int = Field(
+        default=64,
+        ge=1,
+        description="Newest tokens, which are always read.",
+    )
+    retriever: Retriever = Field(
+        default="dlm",
+        description=(
+            "How pages get their scores. `dlm`: the retrieval head. `quest`: minima and maxima "
+            "of each page's keys, every layer for itself; needs no head and no training, and "
+            "works without a host pool only. The others are for comparison: `oracle` (each "
+            "layer's own attention; no host pool either), `recent`, `random`, `dense`."
+        ),
+    )
     head_key_dtype: HeadKeyDtype = Field(
         default="auto",
-        description="What the head's keys are kept in; auto: 8-bit floats from compute capability 9.0 on, else the model's dtype.",
+        description=(
+            "What the head's keys are kept in: `fp8` (8-bit floats, e4m3), or `model` (the "
+            "model's dtype). `auto`: fp8 from compute capability 9.0 on (H100), else the model's "
+            "dtype."
+        ),
     )
     confidence_threshold: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="Kept attention mass of the head under which a request reads more; 0 = off.",
+        description=(
+            "Share of the head's attention that must lie on the selected pages; a request under "
+            "it reads `fallback_budget` tokens in that step. 0: off."
+        ),
     )
     fallback_budget: int | None = Field(
-        default=None, gt=0, description="Tokens such a request reads instead; default 4 x budget."
+        default=None,
+        gt=0,
+        description=(
+            "Tokens that a request under `confidence_threshold` reads, no fewer than `budget`. "
+            "Default: four times `budget`."
+        ),
     )
     host_kv_gib: float | Literal["auto"] = Field(
         default=0.0,
-        description='Host memory in GiB that backs the KV cache; 0 = off, "auto" = the free memory less a reserve.',
+        description=(
+            "GiB of this machine's memory that hold KV beyond the GPU's, shared by its workers. "
+            "`auto`: what is free (in the container), less a tenth and at least 8 GiB, and no "
+            "more than `--max-num-seqs` requests of full length fill. 0: off."
+        ),
     )
     gpu_kv_gib: float | None = Field(
         default=None,
         gt=0,
-        description="Cap in GiB on the GPU memory for KV, the head's caches included; default what vLLM grants.",
+        description=(
+            "Cap in GiB on the GPU memory for KV, the head's caches included. Default: all that "
+            "vLLM grants."
+        ),
     )
     stickiness: float = Field(
         default=1.0,
         ge=0.0,
-        description="With a host pool: a page that must be fetched has to score 1 + stickiness times a held one; 0 = off.",
+        description=(
+            "With a host pool: a page that must be fetched has to score 1 + stickiness times a "
+            "page that is on the GPU. 1: twice as much. 0: off."
+        ),
     )
     cache_generated: bool = Field(
         default=False,
-        description="Whether pages of generated tokens beyond the budget enter the prefix cache; their KV was made under sparse attention.",
+        description=(
+            "Keep pages of generated tokens beyond the budget in the prefix cache. The next turn "
+            "of a conversation starts sooner, but may be answered otherwise than with a cold "
+            "cache, since their KV was made under sparse attention."
+        ),
     )
     allow_pickle: bool = Field(
         default=False,
-        description="Whether a head's weights may be read from pytorch_model.bin where it has no safetensors.",
+        description=(
+            "Read a head's `pytorch_model.bin` (tensors only) where it has no safetensors."
+        ),
     )
     retrieval_head_revision: str | None = Field(
         default=None,
         min_length=1,
-        description="Commit, tag or branch of a head on the hub; default what the table of known heads pins, else main.",
+        description=(
+            "Commit, tag or branch of a head on the hub. Default: what configs/known_heads.yaml "
+            "pins, else `main`."
+        ),
     )
     sidecar: Literal["inline", "ray"] = Field(
         default="inline",
-        description="Where the retrieval head runs: in vLLM's worker, or in a Ray actor on another device.",
+        description=(
+            "Where the head runs: `inline`, in vLLM's worker; `ray`, in a Ray actor on another "
+            "device (extra `sidecar`)."
+        ),
     )
     sidecar_gpus: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="GPUs, or the fraction of one, that the actor asks Ray for; 0 = it runs on a CPU.",
+        description=(
+            "GPUs, or the fraction of one, that the actor asks Ray for. 0: it runs on a CPU."
+        ),
     )
-    sidecar_cpus: int = Field(default=1, ge=1, description="CPU cores that the actor asks Ray for.")
+    sidecar_cpus: int = Field(
+        default=1,
+        ge=1,
+        description="CPU cores that the actor asks Ray for.",
+    )
     attention_provider: AttentionProviderName = Field(
         default="auto",
-        description="Whose attention kernels run; auto: FlashAttention where vLLM has it, else Triton, on a CPU torch.",
+        description=(
+            "Whose attention kernels run the prefill. Decode over page tables is our own kernel "
+            "with `flash` and `triton`; `xformers` (extra of that name) brings its own. `auto`: "
+            "FlashAttention where vLLM has it for the GPU, dtype and head size, else Triton; "
+            "torch on a CPU."
+        ),
     )
-    stats: bool = True
+    stats: bool = Field(
+        default=True,
+        description=(
+            "Count the pages that decode steps read, for `/metrics` and "
+            '`collective_rpc("specontext_stats")`.'
+        ),
+    )
 
     @field_validator("host_kv_gib", mode="before")
     @classmethod

@@ -1,5 +1,5 @@
 """Every metric that specontext adds to vLLM's /metrics; dashboard, `specontext top` and
-docs/operations.md are tested against this list.
+docs/metrics.md are tested against this list.
 """
 
 from __future__ import annotations
