@@ -166,7 +166,8 @@ def ours(layer: Layer, provider: Callable[..., Any] | None = None) -> Tensor:
     """What the provider chosen for this device makes of it, or the given one (the arguments of
     ``AttentionProvider``).
     """
-    from specontext_vllm.attention.provider import PrefillRows, choose_provider
+    from specontext_vllm.attention.provider import PrefillRows
+    from specontext_vllm.attention.registry import choose_provider
     from specontext_vllm.step_data import PageTable
 
     heads, kv_heads, d = layer.query.shape[1], layer.key.shape[1], layer.query.shape[2]

@@ -90,7 +90,7 @@ def measure_stages(
     ``selection``: choice of the pages, page table and attention schedule; ``attention``: all
     layers. Each is the plugin's own function, at this shape.
     """
-    from specontext_vllm.attention.provider import choose_provider
+    from specontext_vllm.attention.registry import choose_provider
     from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.retrieval.head import RetrievalHead

@@ -1,19 +1,19 @@
-"""The interface every attention implementation offers, and the choice among them."""
+"""The interface of every attention implementation."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from specontext_vllm.config import CONFIG_KEY, ConfigError
+from specontext_vllm.config import CONFIG_KEY
 from specontext_vllm.step_data import PageTable
 
 SETTING = f"additional_config.{CONFIG_KEY}.attention_provider"
+"""The setting that names a provider, as messages spell it."""
 
 
 @dataclass(frozen=True)
@@ -92,64 +92,3 @@ class AttentionProvider(ABC):
 def head_pages(kv_cache: Tensor) -> Tensor:
     """The cache as ``[num_blocks * H, P, 2 * D]``: one row per head page."""
     return kv_cache.view(-1, *kv_cache.shape[2:])
-
-
-def refuse_provider(name: str, head_dim: int, dtype: torch.dtype, device_type: str) -> None:
-    """Raise a ConfigError for a provider that cannot run, as far as no GPU need be asked."""
-    if name == "auto":
-        return
-    if device_type == "cpu":
-        raise ConfigError(f"{SETTING}: found {name!r}, which needs a GPU; use auto on a CPU.")
-    if name == "xformers" and find_spec("xformers") is None:
-        raise ConfigError(
-            f"{SETTING}: found 'xformers', which is not installed; pip install "
-            "'specontext-vllm[xformers]' or use auto."
-        )
-    if name == "flash":
-        from specontext_vllm.attention.flash import flash_attention_takes
-
-        if not flash_attention_takes(head_dim, dtype):
-            raise ConfigError(
-                f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with "
-                f"heads of {head_dim}; use auto."
-            )
-
-
-def choose_provider(
-    name: str,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    dtype: torch.dtype,
-    device_type: str,
-) -> AttentionProvider:
-    """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head
-    size, Triton on other GPUs, torch on a CPU.
-
-    Raises:
-        ConfigError: when the named provider cannot run here.
-    """
-    arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
-    refuse_provider(name, head_dim, dtype, device_type)
-    if device_type == "cpu":
-        from specontext_vllm.attention.reference import TorchProvider
-
-        return TorchProvider(*arguments)
-    if name == "xformers":
-        from specontext_vllm.attention.xformers import XformersProvider
-
-        return XformersProvider(*arguments)
-    from specontext_vllm.attention.flash import FlashAttentionProvider, flash_attention_version
-
-    has_flash = flash_attention_version(head_dim, dtype) is not None
-    if name == "flash" and not has_flash:
-        raise ConfigError(
-            f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads "
-            f"of {head_dim} on this GPU; use auto."
-        )
-    if has_flash and name != "triton":
-        return FlashAttentionProvider(*arguments)
-    from specontext_vllm.attention.triton import TritonProvider
-
-    return TritonProvider(*arguments)

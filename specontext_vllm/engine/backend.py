@@ -18,7 +18,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, choose_provider
+from specontext_vllm.attention.provider import AttentionProvider, PrefillRows
+from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.names import BACKEND_NAME
 from specontext_vllm.residency.memory_model import table_rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specontext_vllm.attention.provider import refuse_provider
+from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
 from specontext_vllm.engine.names import AUX_LAYERS_KEY, ENGINES_KEY, METRICS_FOLDER

@@ -5,8 +5,9 @@ tails, NaN where nothing may be read.
 import pytest
 import torch
 
-from specontext_vllm.attention.provider import PrefillRows, choose_provider
+from specontext_vllm.attention.provider import PrefillRows
 from specontext_vllm.attention.reference import TorchProvider
+from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.step_data import PageTable

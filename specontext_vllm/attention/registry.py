@@ -1,0 +1,74 @@
+"""The choice among the attention providers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from specontext_vllm.attention.flash import (
+    FlashAttentionProvider,
+    flash_attention_takes,
+    flash_attention_version,
+)
+from specontext_vllm.attention.provider import SETTING, AttentionProvider
+from specontext_vllm.attention.reference import TorchProvider
+from specontext_vllm.attention.triton import TritonProvider
+from specontext_vllm.config import ConfigError
+
+
+def refuse_provider(name: str, head_dim: int, dtype: torch.dtype, device_type: str) -> None:
+    """Check what can be checked before there is a GPU to ask.
+
+    Raises:
+        ConfigError: when the named provider cannot run.
+    """
+    if name == "auto":
+        return
+    if device_type == "cpu":
+        raise ConfigError(f"{SETTING}: found {name!r}, which needs a GPU; use auto on a CPU.")
+    if name == "xformers" and find_spec("xformers") is None:
+        raise ConfigError(
+            f"{SETTING}: found 'xformers', which is not installed; pip install "
+            "'specontext-vllm[xformers]' or use auto."
+        )
+    if name == "flash":
+        if not flash_attention_takes(head_dim, dtype):
+            raise ConfigError(
+                f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with "
+                f"heads of {head_dim}; use auto."
+            )
+
+
+def choose_provider(
+    name: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    dtype: torch.dtype,
+    device_type: str,
+) -> AttentionProvider:
+    """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head
+    size, Triton on other GPUs, torch on a CPU.
+
+    Raises:
+        ConfigError: when the named provider cannot run here.
+    """
+    arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
+    refuse_provider(name, head_dim, dtype, device_type)
+    if device_type == "cpu":
+        return TorchProvider(*arguments)
+    if name == "xformers":
+        from specontext_vllm.attention.xformers import XformersProvider
+
+        return XformersProvider(*arguments)
+    has_flash = flash_attention_version(head_dim, dtype) is not None
+    if name == "flash" and not has_flash:
+        raise ConfigError(
+            f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads "
+            f"of {head_dim} on this GPU; use auto."
+        )
+    if has_flash and name != "triton":
+        return FlashAttentionProvider(*arguments)
+    return TritonProvider(*arguments)
