@@ -194,7 +194,7 @@ def plan(
 
     Exit code 2: it does not fit, or an option cannot be used, with a sentence that says why.
     """
-    from specontext_vllm import planning
+    from specontext_vllm import plan_report, planning
 
     with _refusals(ConfigError, MemoryModelError):
         _check_range("--gpu-gib", gpu_gib, 0, MOST_GIB)
@@ -214,11 +214,11 @@ def plan(
             link_bytes_per_s=1e9 * link_gbps,
         )
         if out is not None:
-            planning.draw(made, out)
+            plan_report.draw(made, out)
     tables = [
-        planning.memory_table(made),
-        planning.thresholds_table(made),
-        planning.lengths_table(made),
+        plan_report.memory_table(made),
+        plan_report.thresholds_table(made),
+        plan_report.lengths_table(made),
     ]
     console = Console()
     # On a terminal that is still too narrow lines run on.

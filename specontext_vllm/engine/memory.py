@@ -123,7 +123,7 @@ def refuse_less_than_one_request(
         return
     # With --max-model-len auto vLLM fits the length to the room.
     tokens = 1 if model.original_max_model_len == -1 else model.max_model_len
-    least = memory.least_gpu_bytes(host_bytes, tokens)
+    least = memory.min_gpu_bytes(host_bytes, tokens)
     capped = gpu_bytes == cap_bytes(config)
     if gpu_bytes >= least or not (capped or config.host_kv_gib):
         return

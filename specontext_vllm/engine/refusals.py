@@ -8,7 +8,7 @@ from typing import Any
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.names import CPU_WORKER, GPU_WORKER, SCHEDULERS
 from specontext_vllm.model_config import has_windowed_layers
-from specontext_vllm.residency.host_pool import free_host_memory, machine_memory
+from specontext_vllm.residency.host_memory import free_host_memory, machine_memory
 from specontext_vllm.sizes import in_gib
 
 KV_UPDATE = "vllm::unified_kv_cache_update"

@@ -32,7 +32,8 @@ from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.names import AUX_LAYERS_KEY, ENGINES_KEY
 from specontext_vllm.engine.refusals import refuse_captured_writes
 from specontext_vllm.engine.stopwatch import Stopwatch
-from specontext_vllm.residency.host_pool import HostPoolError, free_host_memory
+from specontext_vllm.residency.host_memory import free_host_memory
+from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.ledger import StartedRequest
 from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.tiers import TieredKV

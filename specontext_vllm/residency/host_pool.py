@@ -3,62 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from specontext_vllm.residency.host_memory import free_host_memory
 from specontext_vllm.sizes import in_gib
-
-CGROUP = Path("/sys/fs/cgroup")
-"""Where a container sees its own limits."""
-CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
-"""Of both versions: the limit, what is used of it, statistics, and their entry that can be had
-back. One is missing, or its limit is "max", where there is none.
-"""
 
 
 class HostPoolError(RuntimeError):
-    """The pool cannot be had; its message is one sentence with the numbers."""
-
-
-def free_host_memory() -> int:
-    """Bytes that this process may still take: the machine's available memory, or less where a
-    control group (a container's limit) allows less.
-
-    Page cache that the kernel would give back counts as free, as in the machine's own figure.
-    """
-    import psutil
-
-    free = psutil.virtual_memory().available
-    for limit, usage, stat, cached in CGROUP_FILES:
-        try:
-            allowed, used = int((CGROUP / limit).read_text()), int((CGROUP / usage).read_text())
-            reclaimable = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        free = min(free, max(0, allowed - used + int(reclaimable.get(cached, 0))))
-    return free
-
-
-def machine_memory() -> int:
-    """Bytes of memory that the machine has, or that a control group grants of them."""
-    import psutil
-
-    total = psutil.virtual_memory().total
-    for limit, *_ in CGROUP_FILES:
-        with suppress(OSError, ValueError):
-            total = min(total, int((CGROUP / limit).read_text()))
-    return total
+    """The pool cannot be allocated; the message is one sentence with the numbers."""
 
 
 def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -66,12 +20,11 @@ def allocate_host_pool(shape: tuple[int, ...], dtype: torch.dtype, device: torch
     write it.
 
     Pinned through ``cudaHostRegister``: torch's own pinned allocator rounds up to a power of two,
-        which at 80 GiB would
-    take 128.
+    so that 80 GiB would take 128.
 
     Raises:
-        HostPoolError: the machine or its container has less free memory, or refuses to give or to
-            lock so much.
+        HostPoolError: the machine or its container has too little free memory, or refuses to
+            allocate or to lock it.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     free = free_host_memory()

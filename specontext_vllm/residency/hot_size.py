@@ -14,8 +14,8 @@ PRIOR_RATES = 0.134, 0.056
 SMOOTHING = 0.25
 """Weight of the newest measurement."""
 
-LEAST_CUT = 0.8
-"""Another size must cut the predicted transfers to this share of the present ones."""
+MAX_RATIO = 0.8
+"""A change of size must cut the predicted transfers at least to this share of the present ones."""
 
 HIDDEN_SHARE = 0.05
 """Share of late prefetches up to which the copies count as hidden behind the compute."""
@@ -79,7 +79,7 @@ class HotSizePolicy:
         if (
             not self.hidden
             and self._looks >= SETTLE_LOOKS
-            and self._transfers(ledger, other) < LEAST_CUT * self._transfers(ledger, self.size)
+            and self._transfers(ledger, other) < MAX_RATIO * self._transfers(ledger, self.size)
         ):
             self.size, self._looks = other, 0
         return self.size

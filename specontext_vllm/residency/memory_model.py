@@ -1,5 +1,5 @@
-"""What fits where, and how long a step takes: the memory model of tiered KV (paper C3, with its
-errata mended).
+"""What fits where: the memory model of tiered KV (paper, section C3; see docs/memory-model.md for
+its errata).
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.sizes import in_gib
 
 HOT_FACTORS = (2.0, 1.5, 1.0)
-"""Sizes of the hot buffers that are tried, in units of the page table's width: twice it halves the
-misses (benchmarks, transfer).
+"""Sizes of the hot buffers to try, in units of the page table's width. Twice the width halves the
+misses (`python -m benchmarks transfer`).
 """
 
 HOT_SHARE = 0.8
-"""Share of the logical pages that larger hot buffers must leave."""
+"""Larger hot buffers may cost at most the rest of the logical pages."""
 
-LEAST_GAIN = 1.02
-"""Host memory must gain at least so much capacity, or the engine is refused."""
+MIN_GAIN = 1.02
+"""A host pool must raise the number of pages by at least this factor, or it is refused."""
 
 
 class MemoryModelError(ValueError):
-    """What was asked for does not fit; the message is one sentence with the numbers."""
+    """The sizes do not fit; the message is one sentence with the numbers."""
 
 
 def table_rows(max_num_seqs: int, captured_rows: int) -> int:
-    """Rows of the page tables: most decode rows of a step, padding to the ``captured_rows`` of the
-    largest graph included (0: nothing is captured).
+    """Rows of the page tables: the largest number of decode rows in a step.
+
+    Args:
+        captured_rows: decode rows of the largest captured graph, to which smaller steps are padded;
+            0 where nothing is captured.
     """
     return max(max_num_seqs, captured_rows)
 
@@ -36,16 +39,16 @@ def default_captured_rows(max_num_seqs: int) -> int:
     """Rows of the largest decode step that vLLM captures as a graph by default
     (vllm/config/vllm.py, ``_set_cudagraph_sizes``).
 
-    Where one token of each request fits ``--max-num-batched-tokens``; on Blackwell data-centre GPUs
-    the limit is 1024, not 512.
+    It assumes that one token of each request fits ``--max-num-batched-tokens``. On Blackwell
+    data-centre GPUs vLLM's limit is 1024 rows, not 512.
     """
-    most = min(2 * max_num_seqs, 512)
-    if most >= 8:
-        step = 8 if most < 256 else 16
-        largest = most // step * step
+    limit = min(2 * max_num_seqs, 512)
+    if limit >= 8:
+        step = 8 if limit < 256 else 16
+        largest = limit // step * step
     else:
-        largest = max(rows for rows in (1, 2, 4) if rows <= most)
-    return max(largest, max_num_seqs) if max_num_seqs <= most else largest
+        largest = max(rows for rows in (1, 2, 4) if rows <= limit)
+    return max(largest, max_num_seqs) if max_num_seqs <= limit else largest
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class KVShape:
     """KV of one worker.
 
     Attributes:
-        num_layers, num_kv_heads, head_dim: of the target, heads on this worker.
+        num_layers: layers that SpeContext serves.
+        num_kv_heads, head_dim: KV heads on this worker, and their width.
         itemsize: bytes of one element.
         head_page_bytes: bytes that the retrieval head's caches take for one page; 0 without a head.
     """
@@ -76,12 +80,12 @@ class TierPlan:
 
     Attributes:
         num_pages: T, logical pages that the scheduler hands out.
-        host_layers: M, layers (the last ones) that the host pool mirrors and that may be offloaded.
-        hot_pages: S, most frames of one request's hot buffer in one layer.
+        host_layers: M, the last layers, which the host pool mirrors and which may be offloaded.
+        hot_pages: S, frames of one request's hot buffer in one layer, at the most.
         frames: F, page-sized places on the GPU, staging areas included.
         staging_pages: pages of each of the two staging areas.
-        host_bytes, gpu_bytes: what both tiers take.
-        parts: bytes on the GPU by what they are for.
+        host_bytes, gpu_bytes: size of the two tiers.
+        parts: bytes on the GPU by purpose.
     """
 
     num_pages: int
@@ -98,13 +102,13 @@ class MemoryModel:
     """The paper's M_part for a paged engine.
 
     M_part charges ``(L_GPU + 1 + alpha) S + L_CPU B`` tokens a request. Here the 1 is the head's
-    own page (K only), alpha is 0 (nothing repeats K and V), B is the hot buffer, and weights and
-    activations are no part of it: vLLM measures them.
+    own page (K only), alpha is 0 (K and V are not repeated for query heads), B is the hot buffer,
+    and weights and activations are left out: vLLM measures them.
 
     Args:
         shape: the KV.
-        budget_pages, table_pages: pages a KV head reads in a step, and the most it may.
-        max_num_seqs: n, requests in flight, each of which may hold a hot buffer.
+        budget_pages, table_pages: pages a KV head reads in a step; width of the page table.
+        max_num_seqs: n, requests in flight, each of which may have a hot buffer.
         max_model_len: longest context, in tokens; the staging areas hold it twice.
         captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing
             is captured.
@@ -129,7 +133,7 @@ class MemoryModel:
 
     @property
     def in_flight_bytes(self) -> int:
-        """KV of all layers of as many and as long requests as may run at once."""
+        """KV bytes of all layers of ``max_num_seqs`` requests of ``max_model_len`` tokens."""
         return self.shape.num_layers * self.max_num_seqs * self.max_pages * self.shape.page_bytes
 
     def size(self, num_pages: int, host_layers: int, hot_pages: int) -> TierPlan:
@@ -160,8 +164,8 @@ class MemoryModel:
         )
 
     def _table_bytes(self, num_pages: int, hot_pages: int) -> int:
-        """int32 tables: frames, hot frames, page tables of all layers, slot maps and their state,
-        the step's slots, misses and sorting.
+        """int32 tables: frames, hot frames, page tables of all layers, slot maps with their state,
+        and the step's slots, misses and sorting.
         """
         layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.max_num_seqs
         return 4 * (
@@ -175,14 +179,14 @@ class MemoryModel:
 
     @property
     def _widths(self) -> list[int]:
-        """Sizes of the hot buffers that are tried, in pages, the largest first."""
+        """Sizes of the hot buffers to try, in pages, largest first."""
         return sorted(
             {min(self.max_pages, int(factor * self.table_pages)) for factor in HOT_FACTORS},
             reverse=True,
         )
 
-    def least_gpu_bytes(self, host_bytes: int, tokens: int) -> int:
-        """The least GPU memory for KV that holds one request of ``tokens`` tokens beside vLLM's
+    def min_gpu_bytes(self, host_bytes: int, tokens: int) -> int:
+        """The smallest GPU memory for KV that holds one request of ``tokens`` tokens and vLLM's
         null block, with up to ``host_bytes`` in a host pool.
         """
         pages, width = 1 + pages_for(tokens), self._widths[-1]
@@ -190,22 +194,22 @@ class MemoryModel:
         return min(plan.gpu_bytes for plan in plans if plan.host_bytes <= host_bytes)
 
     def plan(self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None) -> TierPlan:
-        """The plan with the most logical pages, and the largest hot buffers that leave 80 % of
-        them, and with a host pool 2 % more than without.
+        """The plan with the largest hot buffers that keep ``HOT_SHARE`` of the largest possible
+        number of logical pages, and with a host pool ``MIN_GAIN`` times the number without one.
 
         Args:
-            gpu_bytes, host_bytes: room for KV, the head's caches and tables; for the host pool.
-            num_pages: the user's own number of pages; then the plan with the fewest mirrored layers
-                is taken.
+            gpu_bytes: room for KV, the head's caches and tables.
+            host_bytes: room for the host pool.
+            num_pages: a fixed number of pages; the plan then mirrors as few layers as it can.
         Raises:
-            MemoryModelError: nothing fits, or host memory would gain less than 2 %.
+            MemoryModelError: nothing fits, or the host pool would gain less than ``MIN_GAIN``.
         """
         widths = self._widths
         if num_pages is not None:
             return self._fixed(gpu_bytes, host_bytes, num_pages, widths)
         best = {width: self._largest(gpu_bytes, host_bytes, width) for width in widths}
-        most = max(plan.num_pages for plan in best.values())
-        if most == 0:
+        max_pages = max(plan.num_pages for plan in best.values())
+        if max_pages == 0:
             gpu, host = in_gib(gpu_bytes, host_bytes)
             raise MemoryModelError(
                 f"{gpu} GiB of memory for KV and {host} GiB of host memory hold not one page; "
@@ -213,18 +217,20 @@ class MemoryModel:
                 f"({self.max_pages * PAGE_SIZE})."
             )
         alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
-        # Larger hot buffers must not cost the longest request its room, beside vLLM's null block.
-        least = max(
-            HOT_SHARE * most, LEAST_GAIN * alone if host_bytes else 0, min(most, 1 + self.max_pages)
+        # The longest request and vLLM's null block must fit beside larger hot buffers too.
+        min_pages = max(
+            HOT_SHARE * max_pages,
+            MIN_GAIN * alone if host_bytes else 0,
+            min(max_pages, 1 + self.max_pages),
         )
-        if most < least:
+        if max_pages < min_pages:
             raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
         return self._with_spare_frames(
-            next(best[width] for width in widths if best[width].num_pages >= least), gpu_bytes
+            next(best[width] for width in widths if best[width].num_pages >= min_pages), gpu_bytes
         )
 
     def _with_spare_frames(self, plan: TierPlan, gpu_bytes: int) -> TierPlan:
-        """What the worst case leaves of the GPU memory becomes frames too: lighter loads then keep
+        """Turn the GPU memory that the worst case leaves into frames, with which lighter loads keep
         more layers resident.
         """
         shape = self.shape
@@ -261,30 +267,24 @@ class MemoryModel:
                 plan = self.size(num_pages, host_layers, width)
                 if plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes:
                     return self._with_spare_frames(plan, gpu_bytes)
-        least = self.size(num_pages, self.shape.num_layers, widths[-1])
-        gpu, least_gpu, host, least_host = in_gib(
-            gpu_bytes, least.gpu_bytes, host_bytes, least.host_bytes
+        smallest = self.size(num_pages, self.shape.num_layers, widths[-1])
+        gpu, min_gpu, host, min_host = in_gib(
+            gpu_bytes, smallest.gpu_bytes, host_bytes, smallest.host_bytes
         )
         raise MemoryModelError(
-            f"--num-gpu-blocks-override {num_pages} pages need {least_gpu} GiB of memory for KV "
-            f"and {least_host} GiB of host memory with every "
+            f"--num-gpu-blocks-override {num_pages} pages need {min_gpu} GiB of memory for KV "
+            f"and {min_host} GiB of host memory with every "
             f"layer offloaded, but there are {gpu} and {host}; lower it."
         )
 
     def _no_gain(self, gpu_bytes: int, host_bytes: int, alone: int, width: int) -> str:
-        # More hot buffers never leave more pages.
+        """Why a host pool is refused, and the number of requests with which it would pay."""
+        # A binary search, since more hot buffers never leave more pages.
         pays, fails = 0, self.max_num_seqs
         while fails - pays > 1:
             lanes = (pays + fails) // 2
-            model = MemoryModel(
-                self.shape,
-                budget_pages=self.budget_pages,
-                table_pages=self.table_pages,
-                max_num_seqs=lanes,
-                max_model_len=self.max_pages * PAGE_SIZE,
-                captured_rows=self.captured_rows,
-            )
-            if model._largest(gpu_bytes, host_bytes, width).num_pages >= LEAST_GAIN * alone:
+            model = self._resized(lanes, self.budget_pages, self.table_pages)
+            if model._largest(gpu_bytes, host_bytes, width).num_pages >= MIN_GAIN * alone:
                 pays = lanes
             else:
                 fails = lanes
@@ -293,17 +293,10 @@ class MemoryModel:
             gpu_bytes,
             host_bytes,
         )
-        least = MemoryModel(
-            self.shape,
-            budget_pages=1,
-            table_pages=1,
-            max_num_seqs=1,
-            max_model_len=self.max_pages * PAGE_SIZE,
-            captured_rows=self.captured_rows,
-        )
-        if not pays and least._largest(gpu_bytes, host_bytes, 1).num_pages < LEAST_GAIN * alone:
+        smallest = self._resized(1, 1, 1)
+        if not pays and smallest._largest(gpu_bytes, host_bytes, 1).num_pages < MIN_GAIN * alone:
             return (
-                f"{host} GiB of host memory add less than {LEAST_GAIN - 1:.0%} to what {gpu} GiB "
+                f"{host} GiB of host memory add less than {MIN_GAIN - 1:.0%} to what {gpu} GiB "
                 "of memory for KV hold, however small the hot buffers; give "
                 f"more, or set host_kv_gib to 0."
             )
@@ -319,19 +312,28 @@ class MemoryModel:
             f"{width * PAGE_SIZE} tokens), or set host_kv_gib to 0."
         )
 
-    def thresholds(self, plan: TierPlan, requests: int) -> list[int]:
-        """S_T[i]: the longest context, in tokens, of ``requests`` equal requests that fits with
-        ``i`` layers offloaded, i = 0..M.
+    def _resized(self, max_num_seqs: int, budget_pages: int, table_pages: int) -> MemoryModel:
+        return MemoryModel(
+            self.shape,
+            budget_pages=budget_pages,
+            table_pages=table_pages,
+            max_num_seqs=max_num_seqs,
+            max_model_len=self.max_pages * PAGE_SIZE,
+            captured_rows=self.captured_rows,
+        )
 
-        It is what the ledger does: frames hold whole contexts of L - i layers and hot buffers of i.
-            Derived from M_part itself
-        (paper C3): the paper's threshold formula drops a factor, and its "place on GPU" means the
-        CPU. 0 where not even one page fits.
+    def thresholds(self, plan: TierPlan, requests: int) -> list[int]:
+        """S_T[i]: the longest context, in tokens, that ``requests`` equal requests can have with
+        ``i`` layers offloaded, i = 0..M; 0 where not even one page fits.
+
+        The frames hold whole contexts in L - i layers and hot buffers in i, as in ``Ledger``. The
+        formula follows from M_part (paper, section C3); the paper's own threshold formula drops a
+        factor.
         """
         layers, found = self.shape.num_layers, []
         room = (plan.frames - 2 * plan.staging_pages) // requests
         for offloaded in range(plan.host_layers + 1):
-            # Contexts shorter than a hot buffer take as much room offloaded as resident.
+            # A context shorter than its hot buffer takes the same room offloaded as resident.
             pages = room // layers
             if pages >= plan.hot_pages and offloaded:
                 pages = (
@@ -343,58 +345,10 @@ class MemoryModel:
         return found
 
     def offloaded_layers(self, plan: TierPlan, length: int, requests: int) -> int | None:
-        """Fewest layers to offload for ``requests`` requests of ``length`` tokens; None when even
-        all M do not suffice.
+        """The smallest number of layers to offload for ``requests`` requests of ``length`` tokens;
+        None when M are too few.
         """
         return next(
             (i for i, longest in enumerate(self.thresholds(plan, requests)) if longest >= length),
             None,
         )
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """The time law: a step takes the longer of its compute and its transfers.
-
-    Attributes:
-        weight_bytes: read once a step, the head's included.
-        gpu_bytes_per_s: memory bandwidth of the GPU. link_bytes_per_s: of the PCIe link at 8 KiB
-            rows.
-        overhead_s: what a step costs beyond the bytes it reads; 1.5 to 2.0 ms measured (benchmarks,
-            decode).
-    """
-
-    weight_bytes: int
-    gpu_bytes_per_s: float = 4.3e12
-    link_bytes_per_s: float = 50e9
-    overhead_s: float = 1.7e-3
-
-    def step(
-        self,
-        shape: KVShape,
-        *,
-        requests: int,
-        length: int,
-        budget_pages: int,
-        offloaded: int,
-        miss_rate: float,
-    ) -> tuple[float, float, int]:
-        """Seconds of compute, seconds of transfer, and bytes over PCIe of one decode step.
-
-        Args:
-            length: context, in tokens. miss_rate: share of the budget's pages that must be fetched.
-        """
-        pages = pages_for(length)
-        read = self.weight_bytes + requests * (
-            shape.num_layers * min(pages, budget_pages) * shape.page_bytes
-            + (pages > budget_pages) * pages * shape.head_page_bytes
-        )
-        moved = int(offloaded * requests * min(pages, budget_pages) * miss_rate * shape.page_bytes)
-        return self.overhead_s + read / self.gpu_bytes_per_s, moved / self.link_bytes_per_s, moved
-
-    def dense_step(self, shape: KVShape, *, requests: int, length: int) -> float:
-        """Seconds of a decode step that reads every page of every layer from GPU memory."""
-        read = (
-            self.weight_bytes + requests * shape.num_layers * pages_for(length) * shape.page_bytes
-        )
-        return self.overhead_s + read / self.gpu_bytes_per_s

@@ -8,8 +8,9 @@ import psutil
 import pytest
 import torch
 
-from specontext_vllm.residency import host_pool
-from specontext_vllm.residency.host_pool import HostPoolError, allocate_host_pool, free_host_memory
+from specontext_vllm.residency import host_memory
+from specontext_vllm.residency.host_memory import free_host_memory
+from specontext_vllm.residency.host_pool import HostPoolError, allocate_host_pool
 
 
 def test_a_pool_has_exactly_its_size(device):
@@ -75,7 +76,7 @@ def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
 )
 def test_a_containers_limit_counts(tmp_path, monkeypatch, files, free):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
-    monkeypatch.setattr(host_pool, "CGROUP", tmp_path)
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")

@@ -13,14 +13,14 @@ from specontext_vllm.config import pages_for
 from specontext_vllm.residency.ledger import Ledger, StartedRequest
 from specontext_vllm.residency.memory_model import (
     HOT_SHARE,
-    LEAST_GAIN,
+    MIN_GAIN,
     KVShape,
     MemoryModel,
     MemoryModelError,
-    StepTime,
     TierPlan,
     default_captured_rows,
 )
+from specontext_vllm.residency.step_time import StepTime
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.sizes import in_gib
 
@@ -68,7 +68,7 @@ def test_plan_is_the_largest_that_fits(seed):
     )
     least = max(
         HOT_SHARE * max(most.values()),
-        LEAST_GAIN * alone,
+        MIN_GAIN * alone,
         min(max(most.values()), 1 + model.max_pages),
     )
     try:
@@ -223,13 +223,13 @@ def test_the_least_memory_holds_one_request_of_the_longest_context(host):
         max_num_seqs=2,
         max_model_len=8192,
     )
-    least = model.least_gpu_bytes(host, 8192)
+    least = model.min_gpu_bytes(host, 8192)
     assert (
         model._largest(least, host, 16).num_pages
         >= 1 + 512
         > model._largest(least - 1, host, 16).num_pages
     )
-    assert model.least_gpu_bytes(host, 16) < least
+    assert model.min_gpu_bytes(host, 16) < least
 
 
 @pytest.mark.parametrize(
