@@ -27,8 +27,8 @@ from specontext_vllm.retrieval.checkpoint import (
     resolve_aux_layers,
     resolve_checkpoint,
 )
+from specontext_vllm.retrieval.checkpoint.pruned import write_pruned
 from specontext_vllm.retrieval.head import check_head
-from specontext_vllm.retrieval.pruned import write_pruned
 from specontext_vllm.retrieval.rope import rope_frequencies
 from specontext_vllm.versions import SUPPORTED_VLLM
 

@@ -19,8 +19,8 @@ from specontext_vllm.retrieval.checkpoint import (
     read_checkpoint,
     resolve_aux_layers,
 )
+from specontext_vllm.retrieval.checkpoint.tensor_files import list_tensors
 from specontext_vllm.retrieval.rope import rope_parameters, rope_table
-from specontext_vllm.retrieval.tensor_files import list_tensors
 
 _TOP = ("fc.weight", "norm.weight", "lm_head.weight")
 _NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")

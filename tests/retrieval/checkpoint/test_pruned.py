@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from specontext_vllm.retrieval.checkpoint import HeadError, check_fits, read_checkpoint
+from specontext_vllm.retrieval.checkpoint.pruned import write_pruned
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.pruned import write_pruned
 from tests.retrieval.eagle3_files import Layout, write_checkpoint
 from tests.retrieval.test_head import LAYOUTS, LLAMA3, make_inputs
 

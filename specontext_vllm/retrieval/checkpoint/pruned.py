@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .checkpoint import PRUNED_ARCHITECTURE, HeadCheckpoint, file_name
-from .tensor_files import HeadError
+from specontext_vllm.retrieval.checkpoint.config import PRUNED_ARCHITECTURE
+from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint
+from specontext_vllm.retrieval.checkpoint.tensor_names import file_name
 
 
 def write_pruned(checkpoint: HeadCheckpoint, folder: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specontext_vllm.retrieval.checkpoint.errors import HeadError
+
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,12 +31,6 @@ _SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-
-
-class HeadError(ValueError):
-    """A checkpoint that cannot serve as retrieval head. The message is one sentence: what was
-    found, what to do.
-    """
 
 
 @dataclass(frozen=True)
@@ -189,11 +185,11 @@ def _open_safetensors(file: Path) -> dict[str, TensorEntry]:
             view = handle.get_slice(name)
             dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), torch.uint8)
             info = TensorInfo(name, tuple(view.get_shape()), dtype)
-            entries[name] = TensorEntry(info, partial(_load_safetensor, file, name))
+            entries[name] = TensorEntry(info, partial(load_safetensor, file, name))
     return entries
 
 
-def _load_safetensor(file: Path, name: str) -> Tensor:
+def load_safetensor(file: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as handle:

@@ -1,0 +1,31 @@
+"""EAGLE-3 checkpoints: where they are, what a retrieval head takes of them, and what it serves."""
+
+from specontext_vllm.retrieval.checkpoint.aux_layers import (
+    default_aux_layers,
+    describe_aux_layers,
+    resolve_aux_layers,
+)
+from specontext_vllm.retrieval.checkpoint.config import read_config
+from specontext_vllm.retrieval.checkpoint.dummy import dummy_checkpoint
+from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.fit import check_dtype, check_fits
+from specontext_vllm.retrieval.checkpoint.hub import resolve_checkpoint
+from specontext_vllm.retrieval.checkpoint.reading import read_checkpoint
+from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
+from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
+
+__all__ = [
+    "HeadCheckpoint",
+    "HeadError",
+    "HeadSpec",
+    "TensorInfo",
+    "check_dtype",
+    "check_fits",
+    "default_aux_layers",
+    "describe_aux_layers",
+    "dummy_checkpoint",
+    "read_checkpoint",
+    "read_config",
+    "resolve_aux_layers",
+    "resolve_checkpoint",
+]

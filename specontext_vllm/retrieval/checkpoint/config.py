@@ -1,0 +1,202 @@
+"""Reads a draft model's config.json, in any of the published layouts, as vLLM reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.tensor_files import read_json
+
+PRUNED_ARCHITECTURE = "SpeContextRetrievalHead"
+"""What `specontext inspect --write-pruned` writes: the flat layout, with `vocab_size` for the
+target's tokens in place of t2d and LM head.
+"""
+
+
+# Defaults of transformers' LlamaConfig, which every published head leans on when its config is
+# silent. The RoPE base is
+# the trap: silence means 10,000, not the target's own base.
+DEFAULT_ROPE_THETA = 10_000.0
+
+
+DEFAULT_TRAINED_LENGTH = 2048
+
+
+DEFAULT_RMS_NORM_EPS = 1e-6
+
+
+_AUX_KEY = "eagle_aux_hidden_state_layer_ids"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises HeadError when it is missing or not a JSON object."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise HeadError(f"{path} holds no config.json: give the folder of a downloaded checkpoint.")
+    return read_json(file)
+
+
+@contextmanager
+def usable_values(path: Path) -> Iterator[None]:
+    """Within the block, a value of config.json that is of another type or out of all range becomes
+    a HeadError.
+    """
+    try:
+        yield
+    except HeadError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise HeadError(
+            f"{path}/config.json holds a value that cannot be used ({type(error).__name__}: "
+            f"{error}): correct it, or download the checkpoint again."
+        ) from error
+
+
+def layout_of(config: Mapping[str, Any], path: Path) -> str:
+    kind = config.get("speculators_model_type")
+    if kind is not None:
+        # P-EAGLE is EAGLE-3 with a mask vector for drafting in parallel, and drafting is what is
+        # pruned here.
+        if kind not in ("eagle3", "peagle"):
+            raise HeadError(
+                f"{path} has speculators_model_type {kind!r}: a retrieval head needs an eagle3 "
+                "checkpoint."
+            )
+        if not isinstance(config.get("transformer_layer_config"), dict):
+            raise HeadError(
+                f"{path}/config.json has no transformer_layer_config: convert it with speculators "
+                "again."
+            )
+        return "speculators"
+    names = config.get("architectures") or ()
+    if PRUNED_ARCHITECTURE in names:
+        return "pruned"
+    return "specforge" if any("Eagle3" in name for name in names) else "safeailab"
+
+
+def flatten(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
+    """One level of settings, as vLLM reads them; null counts as absent, as published configs use it
+    that way.
+
+    Of `eagle_config` vLLM's draft models take these two, before what stands beside it
+    (models/llama_eagle3.py); of a speculators config's own level it takes these three
+    (configs/speculators/algos.py), and the rest from the layer's.
+    """
+    settings = _given(config)
+    if layout == "speculators":
+        own, settings = settings, _given(config["transformer_layer_config"])
+        for key in ("norm_before_fc", "fc_norm"):
+            settings.pop(key, None)
+        settings |= {
+            key: own[key]
+            for key in ("target_hidden_size", "norm_before_fc", "fc_norm")
+            if key in own
+        }
+    settings.pop("use_aux_hidden_state", None)
+    nested = _given(settings.get("eagle_config", {}))
+    return settings | {
+        key: nested[key] for key in ("norm_before_fc", "use_aux_hidden_state") if key in nested
+    }
+
+
+def _given(level: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in level.items() if value is not None}
+
+
+def rope_settings(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
+    """(base, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and
+    `rope_scaling`.
+    """
+    scaling = dict(flat.get("rope_scaling") or flat.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise HeadError(
+            f"{path}: rope_parameters differ by layer type, which is not supported: give one flat "
+            "set."
+        )
+    theta = scaling.pop("rope_theta", None) or flat.get("rope_theta", DEFAULT_ROPE_THETA)
+    if scaling.get("partial_rotary_factor", flat.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise HeadError(
+            f"{path}: partial_rotary_factor is not 1, which is not supported: use another head."
+        )
+    rope_type = _rope_type(scaling, path)
+    if rope_type in ("llama3", "longrope", "yarn") and "original_max_position_embeddings" in flat:
+        scaling["original_max_position_embeddings"] = flat[
+            "original_max_position_embeddings"
+        ]  # as transformers has it, before what stands within
+    return float(theta), None if rope_type == "default" else {**scaling, "rope_type": rope_type}
+
+
+def _rope_type(scaling: dict[str, Any], path: Path) -> str:
+    """The type, its older names in today's terms, as in vLLM (transformers_utils/config.py,
+    patch_legacy_rope_type); drops what only those need.
+
+    In a text all sections of mrope have the same position, which is ordinary RoPE.
+    """
+    legacy, rope_type = scaling.pop("type", None), scaling.pop("rope_type", None)
+    if (
+        None not in (legacy, rope_type)
+        and legacy != rope_type
+        and (legacy, rope_type) not in (("su", "longrope"), ("mrope", "default"))
+    ):
+        raise HeadError(
+            f"{path}: the RoPE settings have type {legacy!r} and rope_type {rope_type!r}: leave "
+            "the wrong one out of config.json."
+        )
+    rope_type = rope_type or legacy or "default"
+    sections = scaling.pop("mrope_section", None)
+    scaling.pop("mrope_interleaved", None)
+    if rope_type == "mrope" and sections is None:
+        raise HeadError(
+            f"{path}: the RoPE settings have type 'mrope' and no mrope_section: complete them in "
+            "config.json."
+        )
+    return {"mrope": "default", "su": "longrope"}.get(rope_type, rope_type)
+
+
+def named_aux_layers(
+    config: Mapping[str, Any], layout: str, num_aux: int, path: Path
+) -> tuple[tuple[int, ...] | None, str | None]:
+    """The layers that the config names and where, or None twice; an empty list names none.
+
+    The order is vLLM's: the top level, for speculators' configs the layer's level after it
+    (configs/speculators/algos.py), then `eagle_config`, of which its V1 runner reads the one key
+    and V2 the other (v1/worker/gpu_model_runner.py,
+    v1/worker/gpu/spec_decode/eagle/eagle3_utils.py).
+    """
+    levels = [("", config)]
+    if layout == "speculators":
+        levels.append(("transformer_layer_config.", config["transformer_layer_config"]))
+    prefix, last = levels[-1]
+    nested = last.get("eagle_config") or {}
+    places = [(f"{level}{_AUX_KEY}", settings.get(_AUX_KEY)) for level, settings in levels]
+    places += [(f"{prefix}eagle_config.{key}", nested.get(key)) for key in (_AUX_KEY, "layer_ids")]
+    place, ids = next(((place, ids) for place, ids in places if ids), (None, None))
+    if ids is None:
+        if num_aux != 3:
+            raise HeadError(
+                f"{path}: fc.weight reads {num_aux} hidden states and the default rule names 3 "
+                "layers: set "
+                f"{_AUX_KEY}, or target_hidden_size, in config.json."
+            )
+        return None, None
+    ids = tuple(ids)
+    if len(ids) != num_aux:
+        raise HeadError(
+            f"{path}: {place} {list(ids)} are {len(ids)} layers but fc.weight reads {num_aux} "
+            "hidden states: correct the ids, or target_hidden_size, in config.json."
+        )
+    # vLLM hands the states over in ascending order, each once, so any other order would feed fc the
+    # wrong columns.
+    if (
+        any(type(i) is not int for i in ids)
+        or ids[0] < 0
+        or any(a >= b for a, b in zip(ids, ids[1:]))
+    ):
+        raise HeadError(
+            f"{path}: {place} {list(ids)} are not distinct and ascending layer ids from 0 up: "
+            "correct them in config.json."
+        )
+    return ids, place

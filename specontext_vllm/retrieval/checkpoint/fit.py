@@ -1,0 +1,81 @@
+"""Whether a head can serve a target model."""
+
+from __future__ import annotations
+
+import torch
+
+from specontext_vllm.retrieval.checkpoint.aux_layers import resolve_aux_layers
+from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
+
+
+def check_fits(
+    spec: HeadSpec, *, target_hidden_size: int, num_layers: int, num_kv_heads: int, vocab_size: int
+) -> None:
+    """Checks that a head can choose KV pages for a target model.
+
+    The head's KV heads must be the target's, or a multiple of them: nkv_head = g * nkv_target. Then
+    target KV head j is scored by the element-wise maximum over the head's KV heads j*g .. j*g+g-1
+    (and over their query heads), the rule the paper gives for GQA. Fewer heads than the target's
+    are refused, since they would make several target heads share one selection. The head dimension
+    is free: it only enters the head's own scores.
+
+    Args:
+        target_hidden_size, num_layers, num_kv_heads, vocab_size: of the target, before any
+            tensor-parallel split.
+
+    Raises:
+        HeadError: the head does not fit; the sentence says which width differs.
+    """
+    if spec.target_hidden_size != target_hidden_size:
+        raise HeadError(
+            f"The head's fc.weight reads {spec.num_aux} hidden states of width "
+            f"{spec.target_hidden_size}, but the target's "
+            f"hidden_size is {target_hidden_size}: use a head that was trained for this target."
+        )
+    if spec.embed_vocab_size is None and spec.embed_size != target_hidden_size:
+        raise HeadError(
+            f"The head takes token embeddings of width {spec.embed_size} and brings no "
+            "embed_tokens.weight, but the "
+            f"target's embeddings are {target_hidden_size} wide: use a head that brings its own "
+            "embedding."
+        )
+    if spec.embed_vocab_size is not None and spec.embed_vocab_size < vocab_size:
+        raise HeadError(
+            f"The head's embed_tokens.weight has {spec.embed_vocab_size} rows, but the target's "
+            f"vocab_size is {vocab_size}: "
+            "use a head that was trained for this target."
+        )
+    if spec.target_vocab_size is not None and spec.target_vocab_size != vocab_size:
+        raise HeadError(
+            f"The head is for a vocabulary of {spec.target_vocab_size} tokens (its t2d map, LM "
+            "head or config.json), but the target's "
+            f"vocab_size is {vocab_size}: use a head that was trained for this target."
+        )
+    if spec.num_kv_heads % num_kv_heads:
+        raise HeadError(
+            f"The head has {spec.num_kv_heads} KV heads, which is neither the target's "
+            f"{num_kv_heads} nor a multiple of it: "
+            "use a head that was trained for this target."
+        )
+    resolve_aux_layers(spec, num_layers)
+
+
+def check_dtype(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> None:
+    """Checks that a head's weights stay finite in the dtype they are served in; float16 ends at
+    65504.
+
+    Raises:
+        HeadError: one does not.
+    """
+    largest = torch.finfo(dtype).max
+    for name, tensor in checkpoint.tensors.items():
+        if (
+            torch.finfo(tensor.dtype).max > largest
+            and (found := float(tensor.abs().max())) > largest
+        ):
+            raise HeadError(
+                f"The head's {name} holds values up to {found:g}, which "
+                f"{str(dtype).removeprefix('torch.')} cannot: serve with --dtype bfloat16 or "
+                "float32."
+            )
