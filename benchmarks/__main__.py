@@ -9,24 +9,24 @@ import typer
 from benchmarks import (
     ablation,
     attention,
-    capacity,
     choices,
     decode,
     distill,
     figures,
-    fuzz,
-    host,
     link,
-    losses,
     memory,
-    rounding,
     sidecar,
-    soak,
-    speed,
     timeline,
     transfer,
 )
 from benchmarks.accuracy import command as accuracy
+from benchmarks.capacity import command as capacity
+from benchmarks.fuzz import command as fuzz
+from benchmarks.host import command as host
+from benchmarks.losses import command as losses
+from benchmarks.rounding import command as rounding
+from benchmarks.soak import command as soak
+from benchmarks.speed import command as speed
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__

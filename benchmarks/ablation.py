@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.capacity import DRIVEN, Load, drive_selection, serve
+from benchmarks.capacity.engine import Load, serve
 from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.driven import DRIVEN, drive_selection
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.workloads import mean_step, scaled

@@ -12,7 +12,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.intervals import of_scores, paired
-from benchmarks.losses import plain_model
+from benchmarks.plain_model import plain_model
 from benchmarks.questions import answer, questions
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.demo.train import Decoder

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.driven import drive_selection
+
 SETTLE = 8
 """Steps between the last prefill and the first timed step."""
 
@@ -73,7 +75,7 @@ class EngineSpec:
         gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on our backend's KV cache
             alone. None: 90 % of the GPU.
         host_gib: host pool behind the engines of our backend; their selections are then driven, see
-            ``capacity.drive_selection``.
+            ``driven.drive_selection``.
         turnover: share of the pages that a driven selection scores anew in a step.
     """
 
@@ -171,8 +173,6 @@ def run_engine(
         },
     )
     if spec.is_ours and spec.host_gib:
-        from benchmarks.capacity import drive_selection
-
         llm.collective_rpc(drive_selection, args=([spec.turnover],))
     for index, cell in enumerate(cells):
         try:

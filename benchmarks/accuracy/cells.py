@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.tasks import Example
+from benchmarks.accuracy.writer import Example
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 
 DENSE = "dense"

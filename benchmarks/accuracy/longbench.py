@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import metrics
-from benchmarks.accuracy.tasks import TASKS, Example, Task, Writer
+from benchmarks.accuracy.tasks import TASKS, Task
+from benchmarks.accuracy.writer import Example, Writer
 
 Metric = Callable[[str, Sequence[str]], float]
 

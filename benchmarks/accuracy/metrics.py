@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 # -- made-up tasks
-# ------------------------------------------------------------------------------------------------------
 
 
 def states(reply: str, answer: str) -> bool:
@@ -60,7 +59,6 @@ def recited(reply: str, answers: Sequence[str]) -> float:
 
 
 # -- LongBench
-# ----------------------------------------------------------------------------------------------------------
 
 
 def qa_f1(reply: str, answers: Sequence[str]) -> float:

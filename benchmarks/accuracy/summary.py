@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.accuracy.cells import DENSE, Cell, Setting
-from benchmarks.accuracy.tasks import Example, Task
+from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.writer import Example
 from benchmarks.intervals import of_scores
 
 Cells = Mapping[Cell, dict[str, Any]]

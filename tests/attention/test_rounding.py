@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.rounding import compare, exact, ours, random_layer, relative
+from benchmarks.rounding.errors import compare
+from benchmarks.rounding.kernels import ours
+from benchmarks.rounding.layers import exact, random_layer, relative
 from specontext_vllm.attention.triton import TritonProvider
 
 SHAPES = [

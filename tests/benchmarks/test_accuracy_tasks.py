@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy import longbench, tasks
+from benchmarks.accuracy import drafts, longbench, tasks
 from benchmarks.accuracy.summary import score
-from benchmarks.accuracy.tasks import Example
+from benchmarks.accuracy.writer import Example, Writer
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.synthetic import tasks as demo
 
@@ -35,7 +35,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def writer():
-    return tasks.Writer(AutoTokenizer.from_pretrained(str(DEMO_MODEL)))
+    return Writer(AutoTokenizer.from_pretrained(str(DEMO_MODEL)))
 
 
 @pytest.mark.parametrize("context", [1024, 4096])
@@ -48,21 +48,21 @@ def test_the_prompt_has_the_length_asked_for(writer, name, context):
 
 @pytest.mark.parametrize("name", ["single", "multi_key", "recitation"])
 def test_another_tokenizer_without_a_chat_template(name):
-    writer = tasks.Writer(Words())
+    writer = Writer(Words())
     example = tasks.TASKS[name].make(writer, 0, 2000)
     assert 0.96 * 2000 <= len(example.prompt) <= 2000
     assert writer.tokenizer.decode(example.prompt).endswith("\nAnswer:")
 
 
 DRAFTS = {
-    "single": tasks.single,
-    "multi_key": tasks.multi_key,
-    "multi_query": tasks.multi_query,
-    "one_value": lambda seed, size: tasks.multi_value(seed, size, False),
-    "recitation": tasks.recitation,
-    "long_recitation": tasks.long_recitation,
-    "key_among_passages": tasks.key_among_passages,
-    "demo_needle": tasks.demo_needle,
+    "single": drafts.single,
+    "multi_key": drafts.multi_key,
+    "multi_query": drafts.multi_query,
+    "one_value": lambda seed, size: drafts.multi_value(seed, size, False),
+    "recitation": drafts.recitation,
+    "long_recitation": drafts.long_recitation,
+    "key_among_passages": drafts.key_among_passages,
+    "demo_needle": drafts.demo_needle,
 }
 
 
@@ -83,10 +83,10 @@ def test_the_answer_stands_once_in_the_text_and_the_right_reply_scores_full(name
 def test_a_full_reply_fits_the_limit_and_scores_full(writer, name):
     task = tasks.TASKS[name]
     draft = {
-        "list_facts": tasks.list_facts,
-        "variables": tasks.variables,
-        "common_words": tasks.common_words,
-        "multi_value": lambda seed, size: tasks.multi_value(seed, size, True),
+        "list_facts": drafts.list_facts,
+        "variables": drafts.variables,
+        "common_words": drafts.common_words,
+        "multi_value": lambda seed, size: drafts.multi_value(seed, size, True),
     }[name](3, 2000)
     example = task.make(writer, 3, 2000)
     assert len(example.answers) >= 4
@@ -96,9 +96,9 @@ def test_a_full_reply_fits_the_limit_and_scores_full(writer, name):
 
 def test_the_asked_name_tells_the_value():
     for seed in range(5):
-        draft = tasks.multi_key(seed, 4096)
+        draft = drafts.multi_key(seed, 4096)
         text, question = draft.messages[0]["content"].rsplit("\n", 1)
-        names = [word for word in re.findall(r"\w+", question) if word in tasks._KEYS]
+        names = [word for word in re.findall(r"\w+", question) if word in drafts.KEYS]
         stated = [
             line for line in re.split(r"(?<=\.)\s", text) if re.search(rf"\b{names[0]}\b", line)
         ]
@@ -107,13 +107,13 @@ def test_the_asked_name_tells_the_value():
             word
             for line in re.split(r"(?<=\.)\s", text)
             for word in re.findall(r"\w+", line)
-            if word in tasks._KEYS
+            if word in drafts.KEYS
         } - set(names)
         assert len(others) == 31
 
 
 def test_a_conversation_answers_the_earlier_questions_from_the_text():
-    draft = tasks.multi_query(0, 4096)
+    draft = drafts.multi_query(0, 4096)
     roles = [message["role"] for message in draft.messages]
     assert roles == ["user", "assistant"] * 3 + ["user"]
     for message in draft.messages[1::2]:
@@ -122,38 +122,38 @@ def test_a_conversation_answers_the_earlier_questions_from_the_text():
 
 
 def test_a_key_among_passages_has_the_facts_and_passages_of_the_demos_own_problem():
-    text = tasks.key_among_passages(0, 4096).messages[0]["content"]
+    text = drafts.key_among_passages(0, 4096).messages[0]["content"]
     problem = demo.make_problem("needle", seed=0, approx_tokens=4096, layout="question_last")
 
     def counted(text):
         return len(re.findall(r"^Passage \w+:", text, re.MULTILINE)), len(
-            {w for w in re.findall(r"\w+", text) if w in tasks._KEYS}
+            {w for w in re.findall(r"\w+", text) if w in drafts.KEYS}
         )
 
     assert counted(text) == counted(problem.messages[0]["content"]) == (8, 40)
 
 
 def test_the_demos_needles_come_in_all_of_its_layouts():
-    questions = [tasks.demo_needle(seed, 2000).messages for seed in range(len(demo.LAYOUTS))]
+    questions = [drafts.demo_needle(seed, 2000).messages for seed in range(len(demo.LAYOUTS))]
     assert [len(m) for m in questions] == [
         {"split": 3, "multi_turn": 3}.get(layout, 1) for layout in demo.LAYOUTS
     ]
 
 
 def test_variables_lead_back_to_the_number():
-    draft = tasks.variables(1, 2000)
+    draft = drafts.variables(1, 2000)
     text, question = draft.messages[0]["content"].rsplit("\n", 1)
     stands_for = {}
     for name, value, source in re.findall(r"Let (\w+) be (?:(\d+)|the same as (\w+))\.", text):
         stands_for[name] = value or stands_for[source]
     number = re.search(r"number (\d+)", question)[1]
     assert {name for name, value in stands_for.items() if value == number} == set(draft.answers)
-    assert len(stands_for) == tasks.CHAINS * tasks.HOPS
+    assert len(stands_for) == drafts.CHAINS * drafts.HOPS
 
 
 @pytest.mark.parametrize("size", [1000, 4096, 32768])
 def test_common_words_are_ten_times_as_common(size):
-    draft = tasks.common_words(2, size)
+    draft = drafts.common_words(2, size)
     counts = Counter(draft.messages[0]["content"].split(".\n")[0].split(", "))
     common = [counts.pop(word) for word in draft.answers]
     assert len(common) == 10 and set(common) == {10 * n for n in set(counts.values())}
@@ -177,7 +177,7 @@ def test_prompts_are_held_out_and_differ_by_seed(writer):
     made = {tuple(tasks.TASKS["multi_key"].make(writer, seed, 1024).prompt) for seed in range(8)}
     assert len(made) == 8
     # The trainer draws from the split "train" only.
-    assert tasks._random("facts/8", 0).random() != demo.random_for(0, "train").random()
+    assert drafts.document_random("facts/8", 0).random() != demo.random_for(0, "train").random()
 
 
 def write_records(folder, name, **fields):

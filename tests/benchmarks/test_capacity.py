@@ -2,7 +2,7 @@
 
 from itertools import accumulate
 
-from benchmarks.capacity import SETTLE, steady_decode
+from benchmarks.capacity.engine import SETTLE, steady_decode
 
 
 def timed(*waves):

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.losses import plain_model
+from benchmarks.plain_model import plain_model
 from benchmarks.questions import answer, questions
 from specontext_vllm.demo.train import Decoder
 from specontext_vllm.distillation.draft import DraftShape

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.fuzz import MAX_MODEL_LEN, Answer, Ask, Mix, compare
+from benchmarks.fuzz.engines import Answer
+from benchmarks.fuzz.mixes import MAX_MODEL_LEN, Ask, Mix
+from benchmarks.fuzz.verdicts import compare
 
 BASES = [list(range(100 + i, 700 + i)) for i in range(4)]
 GREEDY, SAMPLED = (

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
-from benchmarks import host
 from benchmarks.engines import Cell
-from benchmarks.host import Turns, make_rows
+from benchmarks.host import engine
+from benchmarks.host.command import make_rows
+from benchmarks.host.engine import Turns
 
 
 def test_turns_go_round(monkeypatch):
@@ -26,7 +27,7 @@ def test_turns_go_round(monkeypatch):
     for thread in threads:
         thread.join(20)
     assert seen == [(turn, own) for turn in range(4) for own in range(3)]
-    monkeypatch.setattr(host, "TURN_SECONDS", 0.01)
+    monkeypatch.setattr(engine, "TURN_SECONDS", 0.01)
     with (
         pytest.raises(RuntimeError, match="waited 0.01 s for the turn of another engine"),
         Turns(places, 1).turn(),

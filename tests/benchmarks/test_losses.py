@@ -9,9 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import losses
 from benchmarks.__main__ import app
-from benchmarks.losses import Collectors, Target, plain_model
+from benchmarks.losses import command
+from benchmarks.losses.variants import VARIANTS, Collectors, Target
+from benchmarks.plain_model import plain_model
 from specontext_vllm.distillation.draft import DraftShape
 from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config
@@ -102,7 +103,7 @@ def test_another_model_has_a_result_of_its_own(tmp_path, monkeypatch):
     )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(DEMO_MODEL / name, model)
-    monkeypatch.setattr(losses, "DRAFT_VOCABULARY", 500)
+    monkeypatch.setattr(command, "DRAFT_VOCABULARY", 500)
     arguments = [
         "--model",
         str(model),
@@ -121,10 +122,8 @@ def test_another_model_has_a_result_of_its_own(tmp_path, monkeypatch):
     assert path.name.startswith("losses-small-")
     result = json.loads(path.read_text())
     assert result["title"].endswith("on small")
-    assert [row["name"] for row in result["rows"]] == [*losses.VARIANTS, "the best choice there is"]
-    aligned = {
-        name: result["details"]["last_losses"][name].get("align") for name in losses.VARIANTS
-    }
+    assert [row["name"] for row in result["rows"]] == [*VARIANTS, "the best choice there is"]
+    aligned = {name: result["details"]["last_losses"][name].get("align") for name in VARIANTS}
     layers = [
         "as `specontext distill` does",
         "first half of the layers",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.rounding import Answer, engine_row, parting
+from benchmarks.rounding.answers import Answer, engine_row, parting
 
 
 def answer(tokens, prompt=(-1.0, -2.0), forced=(-3.0,)):

@@ -16,8 +16,13 @@ import psutil
 import pytest
 from openai import BadRequestError, OpenAI, OpenAIError
 
-from benchmarks import soak
 from benchmarks.children import engine_env, run_child
+from benchmarks.near_tie import NEAR_TIE_CPU, NEAR_TIE_GPU
+from benchmarks.prompts import make_prompts
+from benchmarks.soak.client import Load, ask, client_session
+from benchmarks.soak.outcome import Outcome, complaints
+from benchmarks.soak.references import answer_densely
+from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, put_under, server_arguments, settle
 from specontext_vllm.demo.server import VllmServer
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS
@@ -30,7 +35,7 @@ def arguments(name: str, pages: int, max_num_seqs: int) -> list[str]:
     of them.
     """
     return [
-        *soak.server_arguments(soak.ENGINES[name].settings, pages, max_num_seqs),
+        *server_arguments(ENGINES[name].settings, pages, max_num_seqs),
         "--distributed-executor-backend",
         "mp",
         *GPU_OPTIONS,
@@ -42,9 +47,7 @@ def server() -> Iterator[VllmServer]:
     """Two tiers, and pages for a few long requests only. Hot buffers leave room for no more than
     16.
     """
-    with VllmServer(
-        DEMO_MODEL, arguments("two-tiers", soak.ENGINES["two-tiers"].pages, 16)
-    ) as running:
+    with VllmServer(DEMO_MODEL, arguments("two-tiers", ENGINES["two-tiers"].pages, 16)) as running:
         yield running
 
 
@@ -54,7 +57,7 @@ def following() -> Iterator[VllmServer]:
     preempt some too.
     """
     with VllmServer(
-        DEMO_MODEL, arguments("one-tier", soak.ENGINES["one-tier"].pages // 2, 32)
+        DEMO_MODEL, arguments("one-tier", ENGINES["one-tier"].pages // 2, 32)
     ) as running:
         yield running
 
@@ -65,11 +68,11 @@ def client(server) -> OpenAI:
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory) -> soak.Load:
-    prompts = soak.make_prompts(DEMO_MODEL, 40)
+def load(tmp_path_factory) -> Load:
+    prompts = make_prompts(DEMO_MODEL, 40)
     log = tmp_path_factory.mktemp("soak") / "references.log"
     ((_, (references, gaps)),) = run_child(
-        soak.answer_densely,
+        answer_densely,
         str(DEMO_MODEL),
         CUDA,
         prompts,
@@ -77,20 +80,20 @@ def load(tmp_path_factory) -> soak.Load:
         seconds=600,
         env=engine_env(CUDA),
     )
-    return soak.Load(
+    return Load(
         prompts,
         references,
         gaps,
         REQUESTS,
         None,
         40,
-        soak.NEAR_TIE_GPU if CUDA else soak.NEAR_TIE_CPU,
+        NEAR_TIE_GPU if CUDA else NEAR_TIE_CPU,
     )
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    return soak.make_prompts(DEMO_MODEL, 20)
+    return make_prompts(DEMO_MODEL, 20)
 
 
 def complete(client, prompt, **options):
@@ -99,14 +102,12 @@ def complete(client, prompt, **options):
     )
 
 
-def check_full(server, load, name: str) -> tuple[soak.Outcome, dict]:
+def check_full(server, load, name: str) -> tuple[Outcome, dict]:
     """The load's outcome, once it is seen that a full server answers all and forgets all."""
-    outcome, left = soak.put_under(load, server, plugin=True)
+    outcome, left = put_under(load, server, plugin=True)
     # These are too few to speak of memory.
     assert {
-        k: v
-        for k, v in soak.complaints(outcome, left, soak.ENGINES[name].exact).items()
-        if k != "memory"
+        k: v for k, v in complaints(outcome, left, ENGINES[name].exact).items() if k != "memory"
     } == {}
     assert outcome.done == REQUESTS and outcome.counts["given up"] > 10
     assert left["prefix_hit_tokens"] > 0
@@ -123,13 +124,13 @@ def test_a_full_server_with_two_tiers_answers_all_and_forgets_all(server, load):
 
 @pytest.mark.parametrize(
     "length",
-    [1, soak.MAX_MODEL_LEN - 8, soak.MAX_MODEL_LEN - 1],
+    [1, MAX_MODEL_LEN - 8, MAX_MODEL_LEN - 1],
     ids=["one-token", "decodes-to-the-end", "longest"],
 )
 def test_prompts_of_extreme_lengths_are_answered(client, prompts, length):
     long = (prompts[0] * 8)[:length]
     assert complete(client, long, extra_body={"ignore_eos": True}).usage.completion_tokens == min(
-        8, soak.MAX_MODEL_LEN - length
+        8, MAX_MODEL_LEN - length
     )
 
 
@@ -137,8 +138,8 @@ def test_a_prompt_beyond_the_model_is_refused_and_harms_nobody(client, prompts):
     before = complete(client, prompts[0]).choices[0].text
     # With the longest context no token is left to make, which is vLLM's sentence then.
     for length, sentence in (
-        (soak.MAX_MODEL_LEN, "max_tokens must be at least 1"),
-        (soak.MAX_MODEL_LEN + 1, str(soak.MAX_MODEL_LEN)),
+        (MAX_MODEL_LEN, "max_tokens must be at least 1"),
+        (MAX_MODEL_LEN + 1, str(MAX_MODEL_LEN)),
     ):
         with pytest.raises(BadRequestError, match=sentence):
             complete(client, (prompts[0] * 8)[:length])
@@ -157,21 +158,18 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
                 else super().choices(population, *args, **kwargs)
             )
 
-    async def crowd() -> soak.Outcome:
-        outcome = soak.Outcome()
-        load = soak.Load(prompts, [[]] * len(prompts), [[]] * len(prompts), CLIENTS, None, CLIENTS)
-        async with soak.client_session() as session:
+    async def crowd() -> Outcome:
+        outcome = Outcome()
+        load = Load(prompts, [[]] * len(prompts), [[]] * len(prompts), CLIENTS, None, CLIENTS)
+        async with client_session() as session:
             await asyncio.gather(
-                *(
-                    soak.ask(session, server.url, load, LeavesAlways(i), outcome)
-                    for i in range(CLIENTS)
-                )
+                *(ask(session, server.url, load, LeavesAlways(i), outcome) for i in range(CLIENTS))
             )
         return outcome
 
     outcome = asyncio.run(crowd())
     assert outcome.counts["given up"] == CLIENTS and not outcome.failed
-    left = soak.settle(server, prompts[0], plugin=True)
+    left = settle(server, prompts[0], plugin=True)
     assert (
         left["running"] == left["waiting"] == 0
         and left["kv_cache_usage"] == 0
@@ -207,7 +205,7 @@ def end_by_killing(server, client, prompt: list[int], title: str) -> None:
     stream = complete(
         client,
         prompt,
-        max_tokens=soak.MAX_MODEL_LEN - len(prompt),
+        max_tokens=MAX_MODEL_LEN - len(prompt),
         stream=True,
         extra_body={"ignore_eos": True},
     )

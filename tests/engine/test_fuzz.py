@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks.fuzz.engines import engine_arguments, play_all, preemptions
+from benchmarks.fuzz.verdicts import judge
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
 
@@ -27,14 +28,14 @@ def seed() -> str:
 def answers(seed) -> dict:
     found: dict = {"preemptions": {}}
     for name in ("stock", "specontext", "two tiers"):
-        with engine(**fuzz.engine_arguments(name, CUDA)) as llm:
-            found |= fuzz.play_all(llm, name, seed, ROUNDS, CUDA)
-            found["preemptions"][name] = fuzz.preemptions(llm)
+        with engine(**engine_arguments(name, CUDA)) as llm:
+            found |= play_all(llm, name, seed, ROUNDS, CUDA)
+            found["preemptions"][name] = preemptions(llm)
     return found
 
 
 def test_random_mixes_of_requests_give_the_same_tokens_everywhere(answers, seed):
-    for name, verdict in fuzz.judge(seed, answers, CUDA).items():
+    for name, verdict in judge(seed, answers, CUDA).items():
         assert not verdict.wrong, f"{name}: SPECONTEXT_FUZZ_SEED={seed}: " + "\n".join(
             verdict.wrong
         )
@@ -51,7 +52,7 @@ def test_the_mixes_preempt_and_show_pages_that_are_left_out(answers, seed):
     assert all(answers["preemptions"].values()), answers["preemptions"]
     # Or the tokens would be the same whatever is read.
     assert (
-        fuzz.judge(seed, {**answers, "specontext": answers["one tier"]}, CUDA)[
+        judge(seed, {**answers, "specontext": answers["one tier"]}, CUDA)[
             "budget over the context, against stock vLLM"
         ].counts["wrong"]
         > 0

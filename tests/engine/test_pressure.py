@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.soak import NEAR_TIE_CPU, NEAR_TIE_GPU
+from benchmarks.near_tie import NEAR_TIE_CPU, NEAR_TIE_GPU
 from specontext_vllm.synthetic.tasks import make_problem
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine

@@ -1,0 +1,97 @@
+"""Part `serve`: `vllm bench serve` against a real server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import report, serving
+from benchmarks import steps as stepping
+from benchmarks.machine import gpus
+from benchmarks.shapes import Shape
+from benchmarks.speed.options import (
+    MOST_REQUESTS,
+    Budget,
+    Engines,
+    EngineSeconds,
+    ModelShape,
+    Out,
+    Work,
+    end,
+    refusing,
+    work_folder,
+)
+
+
+def serve(
+    lengths: Annotated[
+        str, typer.Option(help="Comma-separated IN/OUT in tokens.")
+    ] = "8k/1k,32k/4k,1k/16k",
+    concurrency: Annotated[
+        str, typer.Option(help="Comma-separated numbers of requests at once.")
+    ] = "1,8,24",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Requests of a cell for each one at once.")
+    ] = 1,
+    model_shape: ModelShape = "8b",
+    budget: Budget = 2048,
+    engines: Engines = "specontext,stock",
+    max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = MOST_REQUESTS,
+    engine_seconds: EngineSeconds = 1200,
+    out: Out = report.RESULTS,
+    work: Work = None,
+) -> None:
+    """`vllm bench serve` against a real `vllm serve`: throughput, TTFT and TPOT of stock and
+    specontext.
+    """
+
+    def prepare() -> tuple[Any, ...]:
+        shape = Shape.named(model_shape)
+        loads = serving.parse_loads(lengths, concurrency, shape, max_num_seqs)
+        details = {
+            "shape": {"name": shape.name, **shape.config},
+            "budget": budget,
+            "engines": {},
+            "loads": [],
+        }
+        title = f"vllm bench serve, {model_shape} shape, random weights, budget {budget} tokens"
+        result = report.Report("speed-serve", title, serving.TABLES, details=details)
+        result.take_over(out, ("shape", "budget"))
+        return (
+            shape,
+            loads,
+            stepping.chosen_engines("--engines", engines, ("specontext", "stock")),
+            result,
+        )
+
+    shape, loads, chosen, result = refusing(prepare)
+    folder = work_folder(work)
+    model = shape.write(folder / "model")
+    serving.write_tokenizer(shape, model)
+    details = result.details
+    known = {tuple(load) for load in details["loads"]} | {
+        (load.name, load.prompt, load.output, load.concurrency) for load in loads
+    }
+    details["loads"] = sorted(known, key=lambda load: load[1:])
+    notes = [
+        f"The client sends {rounds} round(s) of as many random requests as run at once, all as "
+        "soon as one is free; temperature 0. "
+        "Medians over the requests. One server per engine for all rows, with the same options but "
+        "for the backend.",
+        "The tokenizer has one word per id; the weights are random, so the words mean nothing.",
+    ]
+
+    def save() -> None:
+        result.rows = serving.make_rows([serving.Load(*load) for load in details["loads"]], details)
+        result.notes = [*notes, *stepping.run_notes(details)]
+        result.write(out)
+
+    for name in chosen:
+        arguments = serving.server_arguments(name, loads, budget, max_num_seqs, bool(gpus()))
+        events = serving.run_server(
+            model, arguments, loads, rounds=rounds, seconds=engine_seconds, folder=folder
+        )
+        for _ in stepping.collect(result, name, [load.cell for load in loads], events):
+            save()
+    end(result, out)
