@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import (
-    get_tensor_model_parallel_rank,
-    get_tp_group,
-    in_the_same_node_as,
-)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.utils import extract_layer_index
@@ -27,15 +23,16 @@ from specontext_vllm.config import CONFIG_KEY, PER_LAYER, ConfigError, SpeContex
 from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder, max_table_rows
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.find_head import load_head, num_hidden_layers
-from specontext_vllm.engine.memory import memory_model, refuse_less_than_one_request
+from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
+from specontext_vllm.engine.memory import memory_model
 from specontext_vllm.engine.metrics import Exporter
-from specontext_vllm.engine.names import AUX_LAYERS_KEY, ENGINES_KEY
+from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from specontext_vllm.engine.refusals import refuse_captured_writes
+from specontext_vllm.engine.scheduled import ScheduleReader
+from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.stopwatch import Stopwatch
-from specontext_vllm.residency.host_memory import free_host_memory
 from specontext_vllm.residency.host_pool import HostPoolError
-from specontext_vllm.residency.ledger import StartedRequest
-from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
+from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_layers
 from specontext_vllm.retrieval.graphs import StepGraphs
@@ -44,77 +41,12 @@ from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sidecar.remote import RemoteRetriever
-from specontext_vllm.sizes import in_gib
 from specontext_vllm.step_data import StepBatch, Stickiness
 
 logger = init_logger("vllm.specontext")
 
-HOST_RESERVE_SHARE = 0.1
-"""Share of the machine's free memory that host_kv_gib "auto" leaves alone; and never less than
-HOST_RESERVE_BYTES.
-"""
-HOST_RESERVE_BYTES = 8 << 30
-
 REPORT_SECONDS = 10
 """Time between two lines about the tiers in the log, as between vLLM's own."""
-
-
-def host_reserve(free: int) -> int:
-    """Bytes of ``free`` host memory that host_kv_gib "auto" leaves alone."""
-    return max(HOST_RESERVE_BYTES, int(HOST_RESERVE_SHARE * free))
-
-
-def recommended_host_bytes(free: int, in_flight: int) -> int:
-    """The pool of host_kv_gib "auto" on this machine, in bytes.
-
-    Args:
-        free: memory that may be taken. in_flight: KV of as many and as long requests as may run at
-            once. More would hold only pages without a request, and every page costs GPU memory for
-            the head's caches.
-    Raises:
-        ConfigError: nothing is left beside the reserve.
-    """
-    if free <= host_reserve(free):
-        there, reserve = in_gib(free, host_reserve(free))
-        raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.host_kv_gib: found 'auto', but this machine has "
-            f"{there} GiB of memory free, all within the "
-            f"{reserve} GiB that auto leaves alone; give a number, or 0."
-        )
-    return min(free - host_reserve(free), in_flight)
-
-
-def asked_host_bytes(gib: float, free: int, engines: int) -> int:
-    """The pool of a host_kv_gib in numbers on this machine, in bytes.
-
-    Args:
-        free: memory that may be taken now. The machine's other engines may have taken their shares
-            already, or not yet: then the last one to allocate is refused.
-        engines: data-parallel engines on this machine, which share the pool.
-    Raises:
-        ConfigError: this engine's share is not free.
-    """
-    if (share := gib * 2**30 / engines) > free:
-        taken, there = in_gib(share, free)
-        raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {gib}, of which this engine takes "
-            f"{taken} GiB, but this machine has "
-            f"{there} GiB of memory free; lower it."
-        )
-    return int(gib * 2**30)
-
-
-def workers_on_this_machine() -> int:
-    """Tensor-parallel workers of this engine that share this machine's memory; all workers must
-    call it together.
-    """
-    group = get_tp_group()
-    neighbours = 1
-    for source in range(group.world_size if group.world_size > 1 else 0):
-        same = in_the_same_node_as(group.cpu_group, source)
-        if source == group.rank_in_group:
-            neighbours = sum(same)
-    return neighbours
 
 
 class Runtime:
@@ -174,8 +106,7 @@ class Runtime:
         self.plan: TierPlan | None = None
         self._two_tiers = bool(self.config.host_kv_gib)
         self.tiers: TieredKV | None = None
-        self._prefill_ends: dict[str, int] = {}
-        """Of the requests in flight: tokens that are computed as a prompt."""
+        self._schedule = ScheduleReader()
         self._exporter: Exporter | None = None
         self._next_report = 0.0
         self._max_model_len = model_config.max_model_len
@@ -246,95 +177,20 @@ class Runtime:
         """Whether the model must return auxiliary hidden states."""
         return self.retriever.reads_aux
 
-    def plan_one_tier(self, gpu_bytes: int) -> int:
-        """Pages that ``gpu_bytes`` of GPU memory hold beside what the retriever keeps of them.
+    def plan_pages(self, gpu_bytes: int) -> int:
+        """Logical pages that vLLM's scheduler may hand out when there are ``gpu_bytes`` of GPU
+        memory for KV: what they hold beside the head's caches, together with the host pool. All
+        workers must call it together.
 
         Raises:
-            ConfigError: a sentence with the numbers when gpu_kv_gib is too small.
+            ConfigError: a sentence with the numbers when that is too little.
         """
         memory = self._memory_model()
-        refuse_less_than_one_request(self.vllm_config, memory, gpu_bytes, 0)
-        kv, beside = self._num_layers * memory.shape.page_bytes, memory.shape.head_page_bytes
-        logger.info(
-            "SpeContext: the head's caches take %.1f %% of the KV memory.",
-            100 * beside / (kv + beside),
-        )
-        return gpu_bytes // (kv + beside)
-
-    # -- two tiers
-    # ----------------------------------------------------------------------------------------------------
-
-    def plan_tiers(self, gpu_bytes: int) -> int:
-        """Logical pages that ``gpu_bytes`` of GPU memory and the host pool hold together.
-
-        Raises:
-            ConfigError: a sentence with the numbers when they hold too little.
-        """
-        model = self._memory_model()
-        asked = self.config.host_kv_gib
-        free = free_host_memory()
-        # The setting is the machine's; the workers on it share it.
-        engines = self.vllm_config.additional_config[ENGINES_KEY]
-        sharers = workers_on_this_machine() * engines
-        if asked == "auto":
-            host_bytes = recommended_host_bytes(free, sharers * model.in_flight_bytes)
-            logger.info(
-                "SpeContext tiers: host_kv_gib auto takes %.1f of %.1f GiB of free memory; at "
-                "least %.1f are left alone, and no more is taken than "
-                "--max-num-seqs requests of --max-model-len tokens fill.",
-                host_bytes / 2**30,
-                free / 2**30,
-                host_reserve(free) / 2**30,
-            )
-        else:
-            host_bytes = asked_host_bytes(asked, free, engines)
-        host_bytes //= sharers
-        refuse_less_than_one_request(self.vllm_config, model, gpu_bytes, host_bytes)
-        try:
-            self.plan = model.plan(
-                gpu_bytes, host_bytes, self.vllm_config.cache_config.num_gpu_blocks_override
-            )
-        except MemoryModelError as error:
-            raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
-        plan, layers = self.plan, self._num_layers
-        if not plan.host_layers:
-            self._two_tiers = False
-            logger.warning(
-                "SpeContext tiers: host_kv_gib %s, but no layer is mirrored: the %d pages of "
-                "--num-gpu-blocks-override take %s GiB, and the engine "
-                "has %s GiB for KV without it. It runs with one tier; leave host_kv_gib out, or "
-                "ask for more blocks.",
-                asked,
-                plan.num_pages,
-                *in_gib(plan.gpu_bytes, gpu_bytes),
-            )
-            return plan.num_pages
-        where = "on the GPU" if self.device.type == "cuda" else "in the engine's own memory for KV"
-        logger.info(
-            "SpeContext tiers: %d tokens fit, of which %d in all layers %s; %d of %d layers are "
-            "mirrored in %.2f GiB of host "
-            "memory; hot buffers of %d tokens a request; %.2f GiB %s.",
-            plan.num_pages * 16,
-            model.plan(gpu_bytes, 0).num_pages * 16,
-            where,
-            plan.host_layers,
-            layers,
-            plan.host_bytes / 2**30,
-            plan.hot_pages * 16,
-            plan.gpu_bytes / 2**30,
-            where,
-        )
-        requests = self.vllm_config.scheduler_config.max_num_seqs
-        longest = model.thresholds(plan, requests)
-        logger.info(
-            "SpeContext tiers: %d requests keep every layer %s up to %d tokens each, and fit up to "
-            "%d with all mirrored layers offloaded.",
-            requests,
-            where,
-            longest[0],
-            longest[-1],
-        )
-        return plan.num_pages
+        if not self.config.host_kv_gib:
+            return plan_one_tier(self.vllm_config, memory, gpu_bytes)
+        self.plan = plan_two_tiers(self.vllm_config, memory, gpu_bytes)
+        self._two_tiers = self.plan.host_layers > 0
+        return self.plan.num_pages
 
     @property
     def _num_layers(self) -> int:
@@ -393,44 +249,10 @@ class Runtime:
         self._exporter.step(idle=not scheduler_output.total_num_scheduled_tokens)
 
     def _follow(self, tiers: TieredKV, out: Any) -> None:
-        """Pages handed out, requests gone, rows that decode, pages that are written."""
-        cached = out.scheduled_cached_reqs
-        released = [*out.finished_req_ids, *(out.preempted_req_ids or ())]
-        for name in out.finished_req_ids:
-            self._prefill_ends.pop(name, None)
-        started, grown, written, computed_tokens = [], [], [], {}
-        for request in out.scheduled_new_reqs:
-            # The V2 runner is told of a resumed request's own tokens as well, which it computes
-            # like a prompt.
-            self._prefill_ends[request.req_id] = len(
-                request.prefill_token_ids or request.prompt_token_ids
-            )
-            computed_tokens[request.req_id] = request.num_computed_tokens
-            started.append(
-                StartedRequest(
-                    request.req_id,
-                    list(request.block_ids[0]),
-                    pages_for(request.num_computed_tokens),
-                )
-            )
-            # A session goes on within a page.
-            written.append((request.req_id, request.num_computed_tokens // 16))
-        for name, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            computed_tokens[name] = computed
-            if name in cached.resumed_req_ids:
-                released.append(name)
-                started.append(StartedRequest(name, list(blocks[0]), pages_for(computed)))
-                continue
-            written.append((name, computed // 16))
-            if blocks is not None and blocks[0]:
-                grown.append((name, list(blocks[0])))
-        decoding, prefilling = [], []
-        for name, tokens in out.num_scheduled_tokens.items():
-            is_prefill = tokens > 1 or computed_tokens[name] < self._prefill_ends[name]
-            (prefilling if is_prefill else decoding).append(name)
-        tiers.begin_step(released, started, grown, decoding, prefilling, written)
+        step = self._schedule.read(out)
+        tiers.begin_step(
+            step.released, step.started, step.grown, step.decoding, step.prefilling, step.written
+        )
         now = time.monotonic()
         if self.config.stats and now >= self._next_report:
             self._next_report = now + REPORT_SECONDS
@@ -485,6 +307,14 @@ class Runtime:
             )
         for layer, impl in enumerate(self._attention_layers()):
             impl.tiers, impl.selector, impl.layer = self.tiers, self.selector, layer
+        self.settings = LiveSettings(
+            self.config,
+            self._max_model_len,
+            captured=self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
+            retriever=self.retriever,
+            selector=self.selector,
+            install_selector=self._install_selector,
+        )
         if self._exporter is not None:
             self._exporter.close()
         self._exporter = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
@@ -494,6 +324,12 @@ class Runtime:
         return [
             layers[name].impl for name in sorted(self.builder.layer_names, key=extract_layer_index)
         ]
+
+    def _install_selector(self, config: SpeContextConfig) -> LayerSelector:
+        self.selector = self._make_selector(config)
+        for impl in self._attention_layers():
+            impl.selector = self.selector
+        return self.selector
 
     def _make_selector(self, config: SpeContextConfig) -> LayerSelector:
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
@@ -581,68 +417,6 @@ class Runtime:
         if isinstance(self.retriever, RemoteRetriever):
             self.retriever.close()
 
-    def set(
-        self,
-        retriever: str | None = None,
-        budget: int | None = None,
-        *,
-        recent_tokens: int | None = None,
-        stickiness: float | None = None,
-        confidence_threshold: float | None = None,
-        fallback_budget: int | None = None,
-    ) -> dict[str, Any]:
-        """Change settings of the selection between steps, None: leave as it is; see
-        ``LocalRetriever.configure``.
-
-        Raises:
-            ConfigError: one sentence when the settings cannot be, or this engine cannot follow; the
-                ones before stay in force.
-        """
-        asked = {
-            "retriever": retriever,
-            "budget": budget,
-            "recent_tokens": recent_tokens,
-            "stickiness": stickiness,
-            "confidence_threshold": confidence_threshold,
-            "fallback_budget": fallback_budget,
-        }
-        changes = {key: value for key, value in asked.items() if value is not None}
-        config = SpeContextConfig.from_settings(
-            {**self.retriever.config.model_dump(exclude_unset=True), **changes}
-        )
-        self._check_per_layer(config)
-        self.retriever.configure(config)
-        exact, at_start = (
-            settings.exact_tokens(self._max_model_len) for settings in (config, self.config)
-        )
-        if exact < at_start and not self.config.cache_generated:
-            logger.warning(
-                "SpeContext: contexts over %d tokens are read in part now, but generated pages "
-                "still enter the prefix cache up to %d, as the engine was "
-                "started; what hits them may answer otherwise than with a cold cache.",
-                exact,
-                at_start,
-            )
-        if self.selector is None and config.retriever in PER_LAYER:
-            self.selector = self._make_selector(config)
-            for impl in self._attention_layers():
-                impl.selector = self.selector
-        if self.selector is not None:
-            self.selector.config = config
-        return config.model_dump()
-
-    def _check_per_layer(self, config: SpeContextConfig) -> None:
-        """Refuse what a retriever that selects per layer cannot change any more."""
-        before = self.retriever.config
-        if config.retriever == "quest" and (self.selector is None or self.selector.bounds is None):
-            raise ConfigError(
-                "specontext: retriever quest keeps bounds of every page from the start; start the "
-                "engine with it to switch to it."
-            )
-        captured = self.vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
-        if captured and {before.retriever, config.retriever} & set(PER_LAYER) and before != config:
-            raise ConfigError(
-                "specontext: this engine's CUDA graphs hold the selection (retriever "
-                f"{before.retriever}, budget {before.budget}); start it "
-                f"with enforce_eager to change them, or with the settings wanted."
-            )
+    def set(self, *args: Any, **changes: Any) -> dict[str, Any]:
+        """Change settings between steps; see ``LiveSettings.change``."""
+        return self.settings.change(*args, **changes)

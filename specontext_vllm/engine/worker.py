@@ -40,8 +40,7 @@ class SpeContextWorkerMixin:
         per_block = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
         if (cap := cap_bytes(runtime.config)) is not None:
             available = min(available, cap)
-        plan = runtime.plan_tiers if runtime.config.host_kv_gib else runtime.plan_one_tier
-        return plan(available) * per_block
+        return runtime.plan_pages(available) * per_block
 
     def shutdown(self) -> None:
         """Take the figures out of /metrics and end the sidecar's actor, if there is one, before
@@ -61,7 +60,7 @@ class SpeContextWorkerMixin:
         return {} if tiers is None else tiers.ledger.audit()
 
     def specontext_set(self, **changes: Any) -> dict[str, Any]:
-        """Change settings between steps; see ``Runtime.set``. The settings in force are returned."""
+        """Change settings between steps; see ``LiveSettings.change``. The settings in force are returned."""
         return self.model_runner.runtime.set(**changes)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from specontext_vllm.step_data import StartedRequest
+
 NO_FRAME = -1
 COOLDOWN_STEPS = 32
 """Steps after a layer was offloaded before one may come back."""
@@ -20,22 +22,6 @@ RESERVE_SHARE = 1 / 16
 """Share of the frames that must stay free after a layer has come back: the hysteresis between the
 two moves.
 """
-
-
-@dataclass(frozen=True)
-class StartedRequest:
-    """A request that enters the batch: new, or resumed after a preemption.
-
-    Attributes:
-        name: vLLM's request id.
-        pages: logical pages it holds.
-        computed: leading pages whose content exists already: of a prefix hit, or the session's own,
-            a partly filled one included.
-    """
-
-    name: str
-    pages: list[int]
-    computed: int
 
 
 @dataclass

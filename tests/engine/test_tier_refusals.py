@@ -64,7 +64,7 @@ def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(
                 blocks
                 == 101
                 == runtime.retriever.cache.keys.shape[0]
-                == runtime.plan_tiers(1 << 29)
+                == runtime.plan_pages(1 << 29)
             )
             (output,) = llm.generate([{"prompt_token_ids": prompts[-1]}], sampling, use_tqdm=False)
             assert len(output.outputs[0].token_ids) == 8

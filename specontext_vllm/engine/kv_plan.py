@@ -1,0 +1,111 @@
+"""How many pages a worker's memory for KV holds, with one tier and with two, and what the log says
+of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.parallel_state import get_tp_group, in_the_same_node_as
+from vllm.logger import init_logger
+
+from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.memory import refuse_less_than_one_request
+from specontext_vllm.engine.names import ENGINES_KEY
+from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
+from specontext_vllm.residency.pool_size import worker_host_bytes
+from specontext_vllm.sizes import in_gib
+
+logger = init_logger("vllm.specontext")
+
+
+def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> int:
+    """Pages that ``gpu_bytes`` of GPU memory hold beside what the retriever keeps of them.
+
+    Raises:
+        ConfigError: a sentence with the numbers when gpu_kv_gib is too small.
+    """
+    refuse_less_than_one_request(vllm_config, memory, gpu_bytes, 0)
+    kv = memory.shape.num_layers * memory.shape.page_bytes
+    beside = memory.shape.head_page_bytes
+    logger.info(
+        "SpeContext: the head's caches take %.1f %% of the KV memory.",
+        100 * beside / (kv + beside),
+    )
+    return gpu_bytes // (kv + beside)
+
+
+def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> TierPlan:
+    """What ``gpu_bytes`` of GPU memory and the host pool hold together; without a mirrored layer
+    one tier is enough. All workers must call it together.
+
+    Raises:
+        ConfigError: a sentence with the numbers when they hold too little.
+    """
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    host_bytes = worker_host_bytes(
+        config.host_kv_gib,
+        memory.in_flight_bytes,
+        workers=workers_on_this_machine(),
+        engines=vllm_config.additional_config[ENGINES_KEY],
+    )
+    refuse_less_than_one_request(vllm_config, memory, gpu_bytes, host_bytes)
+    try:
+        plan = memory.plan(gpu_bytes, host_bytes, vllm_config.cache_config.num_gpu_blocks_override)
+    except MemoryModelError as error:
+        raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
+    if plan.host_layers:
+        _log_two_tiers(vllm_config, memory, plan, gpu_bytes)
+    else:
+        logger.warning(
+            "SpeContext tiers: host_kv_gib %s, but no layer is mirrored: the %d pages of "
+            "--num-gpu-blocks-override take %s GiB, and the engine "
+            "has %s GiB for KV without it. It runs with one tier; leave host_kv_gib out, or "
+            "ask for more blocks.",
+            config.host_kv_gib,
+            plan.num_pages,
+            *in_gib(plan.gpu_bytes, gpu_bytes),
+        )
+    return plan
+
+
+def _log_two_tiers(vllm_config: Any, memory: MemoryModel, plan: TierPlan, gpu_bytes: int) -> None:
+    on_gpu = vllm_config.device_config.device_type == "cuda"
+    where = "on the GPU" if on_gpu else "in the engine's own memory for KV"
+    logger.info(
+        "SpeContext tiers: %d tokens fit, of which %d in all layers %s; %d of %d layers are "
+        "mirrored in %.2f GiB of host "
+        "memory; hot buffers of %d tokens a request; %.2f GiB %s.",
+        plan.num_pages * PAGE_SIZE,
+        memory.plan(gpu_bytes, 0).num_pages * PAGE_SIZE,
+        where,
+        plan.host_layers,
+        memory.shape.num_layers,
+        plan.host_bytes / 2**30,
+        plan.hot_pages * PAGE_SIZE,
+        plan.gpu_bytes / 2**30,
+        where,
+    )
+    requests = vllm_config.scheduler_config.max_num_seqs
+    longest = memory.thresholds(plan, requests)
+    logger.info(
+        "SpeContext tiers: %d requests keep every layer %s up to %d tokens each, and fit up to "
+        "%d with all mirrored layers offloaded.",
+        requests,
+        where,
+        longest[0],
+        longest[-1],
+    )
+
+
+def workers_on_this_machine() -> int:
+    """Tensor-parallel workers of this engine that share this machine's memory; all workers must
+    call it together.
+    """
+    group = get_tp_group()
+    neighbours = 1
+    for source in range(group.world_size if group.world_size > 1 else 0):
+        same = in_the_same_node_as(group.cpu_group, source)
+        if source == group.rank_in_group:
+            neighbours = sum(same)
+    return neighbours

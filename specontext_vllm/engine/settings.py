@@ -1,0 +1,109 @@
+"""Settings of the selection that change while an engine runs (``specontext_set``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+
+from specontext_vllm.config import PER_LAYER, ConfigError, SpeContextConfig
+from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.retrieval.local import LocalRetriever
+from specontext_vllm.sidecar.remote import RemoteRetriever
+
+logger = init_logger("vllm.specontext")
+
+
+class LiveSettings:
+    """The settings of one worker, and how they change between steps.
+
+    Args:
+        at_start: those that the engine was started with.
+        max_model_len: longest context that the engine was started with, in tokens.
+        captured: vLLM's graphs hold decode steps, and with them a selection that is made per layer.
+        retriever: has the settings in force.
+        selector: what selects per layer, if anything does so far.
+        install_selector: makes such a selector and hands it to the layers.
+    """
+
+    def __init__(
+        self,
+        at_start: SpeContextConfig,
+        max_model_len: int,
+        *,
+        captured: bool,
+        retriever: LocalRetriever | RemoteRetriever,
+        selector: LayerSelector | None,
+        install_selector: Callable[[SpeContextConfig], LayerSelector],
+    ) -> None:
+        self._at_start, self._max_model_len = at_start, max_model_len
+        self._captured, self._retriever = captured, retriever
+        self._selector, self._install_selector = selector, install_selector
+
+    def change(
+        self,
+        retriever: str | None = None,
+        budget: int | None = None,
+        *,
+        recent_tokens: int | None = None,
+        stickiness: float | None = None,
+        confidence_threshold: float | None = None,
+        fallback_budget: int | None = None,
+    ) -> dict[str, Any]:
+        """Change settings between steps, None: leave as it is. The settings in force are returned.
+
+        Raises:
+            ConfigError: one sentence when the settings cannot be, or this engine cannot follow; the
+                ones before stay in force.
+        """
+        asked = {
+            "retriever": retriever,
+            "budget": budget,
+            "recent_tokens": recent_tokens,
+            "stickiness": stickiness,
+            "confidence_threshold": confidence_threshold,
+            "fallback_budget": fallback_budget,
+        }
+        changes = {key: value for key, value in asked.items() if value is not None}
+        config = SpeContextConfig.from_settings(
+            {**self._retriever.config.model_dump(exclude_unset=True), **changes}
+        )
+        self._refuse_per_layer(config)
+        self._retriever.configure(config)
+        self._warn_of_prefix_cache(config)
+        if self._selector is None and config.retriever in PER_LAYER:
+            self._selector = self._install_selector(config)
+        if self._selector is not None:
+            self._selector.config = config
+        return config.model_dump()
+
+    def _refuse_per_layer(self, config: SpeContextConfig) -> None:
+        """Refuse what a rule that selects per layer cannot change any more."""
+        before = self._retriever.config
+        bounds = None if self._selector is None else self._selector.bounds
+        if config.retriever == "quest" and bounds is None:
+            raise ConfigError(
+                "specontext: retriever quest keeps bounds of every page from the start; start the "
+                "engine with it to switch to it."
+            )
+        per_layer = {before.retriever, config.retriever} & set(PER_LAYER)
+        if self._captured and per_layer and before != config:
+            raise ConfigError(
+                "specontext: this engine's CUDA graphs hold the selection (retriever "
+                f"{before.retriever}, budget {before.budget}); start it "
+                f"with enforce_eager to change them, or with the settings wanted."
+            )
+
+    def _warn_of_prefix_cache(self, config: SpeContextConfig) -> None:
+        exact, at_start = (
+            settings.exact_tokens(self._max_model_len) for settings in (config, self._at_start)
+        )
+        if exact < at_start and not self._at_start.cache_generated:
+            logger.warning(
+                "SpeContext: contexts over %d tokens are read in part now, but generated pages "
+                "still enter the prefix cache up to %d, as the engine was "
+                "started; what hits them may answer otherwise than with a cold cache.",
+                exact,
+                at_start,
+            )

@@ -1,0 +1,97 @@
+"""Changing settings between steps, without an engine."""
+
+import pytest
+
+from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine import settings as settings_module
+from specontext_vllm.engine.settings import LiveSettings
+from specontext_vllm.retrieval.local import LocalRetriever
+
+
+def no_selector(config):
+    raise AssertionError("these tests have no layers that could take a selector")
+
+
+@pytest.fixture
+def retriever(device):
+    """One without a head, with a page table of 512 tokens."""
+    return LocalRetriever(
+        SpeContextConfig(retriever="recent", budget=256),
+        None,
+        lambda ids: ids,
+        num_kv_heads=2,
+        max_model_len=1024,
+        table_pages=32,
+        device=device,
+    )
+
+
+def live(retriever, *, captured=False):
+    """The settings of an engine without a model."""
+    return LiveSettings(
+        retriever.config,
+        1024,
+        captured=captured,
+        retriever=retriever,
+        selector=None,
+        install_selector=no_selector,
+    )
+
+
+def test_what_is_not_named_stays(retriever):
+    settings = live(retriever)
+    settings.change(confidence_threshold=0.25, fallback_budget=512)
+    found = settings.change("random", 128, recent_tokens=32)
+    assert (found["retriever"], found["budget"], found["recent_tokens"]) == ("random", 128, 32)
+    assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (
+        0.25,
+        512,
+        1.0,
+    )
+    assert retriever.config.model_dump() == found
+    assert settings.change(confidence_threshold=0.0)["confidence_threshold"] == 0.0
+
+
+def test_a_budget_below_the_one_of_the_start_is_said_to_leave_the_prefix_cache_as_it_was(
+    retriever, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(
+        settings_module.logger, "warning", lambda text, *values: told.append(text % values)
+    )
+    settings = live(retriever)
+    settings.change(budget=256)
+    assert not told
+    settings.change(budget=128)
+    assert (
+        len(told) == 1
+        and "over 128 tokens are read in part now" in told[0]
+        and "up to 256" in told[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"confidence_threshold": 1.5}, "confidence_threshold: found 1.5"),
+        ({"fallback_budget": 128}, "fallback_budget: found 128"),
+        # Four budgets of 256 tokens do not fit the table.
+        ({"confidence_threshold": 0.5}, "page table holds 512 tokens"),
+        ({"recent_tokens": 256}, "budget: found 256"),
+        ({"retriever": "dlm"}, "needs a retrieval head"),
+        ({"retriever": "quest"}, "start the engine with it"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be_leave_the_old_ones_in_force(retriever, changes, named):
+    before = retriever.config
+    with pytest.raises(ConfigError, match=named):
+        live(retriever).change(**changes)
+    assert retriever.config is before
+
+
+def test_graphs_that_hold_a_selection_hold_on_to_its_settings(retriever):
+    settings = live(retriever, captured=True)
+    with pytest.raises(ConfigError, match="CUDA graphs hold the selection"):
+        settings.change("oracle")
+    assert settings.change("random")["retriever"] == "random"
