@@ -15,10 +15,11 @@ from benchmarks.intervals import of_scores, paired
 from benchmarks.plain_model import plain_model
 from benchmarks.questions import answer, questions
 from benchmarks.shapes import DEMO_MODEL
-from specontext_vllm.demo.train import Decoder
+from specontext_vllm.demo.decoder import Decoder
 from specontext_vllm.distillation.command import DistillError
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.recall import LEAST_BUDGET
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
 
 TABLES = {

@@ -45,8 +45,9 @@ def measure(
     from accelerate import Accelerator
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from specontext_vllm.distillation.command import make_draft, make_settings
+    from specontext_vllm.distillation.command import make_draft
     from specontext_vllm.distillation.data import ANSWER, TEXT
+    from specontext_vllm.distillation.options import make_settings
     from specontext_vllm.distillation.recall import HeldOut
     from specontext_vllm.distillation.teacher import (
         ATTENTION,

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from specontext_vllm.demo.train import Model, Size
-from specontext_vllm.distillation.draft import DraftShape
+from specontext_vllm.demo.model import Model
+from specontext_vllm.demo.sizes import Size
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import (
     Teacher,
 )
 
 
 def plain_model(teacher: Teacher) -> Any | None:
-    """The teacher as the plain-torch model of demo/train.py, which decodes with a head; None where
+    """The teacher as the plain-torch model of demo/model.py, which decodes with a head; None where
     that cannot compute it.
     """
     config, state = teacher.model.config, teacher.model.state_dict()

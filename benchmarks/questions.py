@@ -1,5 +1,5 @@
 """Held-out questions of the demo's tasks, answered by a plain-torch model with a choice of pages
-(``demo.train.Decoder``).
+(``demo.decoder.Decoder``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from specontext_vllm.demo.train import Decoder
+from specontext_vllm.demo.decoder import Decoder
 from specontext_vllm.synthetic.tasks import LAYOUTS, Problem, make_problem, score
 
 FIRST_SEED = 9000

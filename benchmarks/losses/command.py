@@ -26,12 +26,12 @@ from specontext_vllm.distillation.command import (
     COUNTED,
     DRAFT_VOCABULARY,
     DistillError,
-    make_settings,
     most_frequent,
 )
 from specontext_vllm.distillation.data import Sequences, Synthetic
-from specontext_vllm.distillation.draft import DraftShape
+from specontext_vllm.distillation.options import make_settings
 from specontext_vllm.distillation.recall import Recall, Seen, recall_of
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import (
     Teacher,
     load_teacher,

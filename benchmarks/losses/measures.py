@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.intervals import bootstrap
 from benchmarks.losses.variants import BUDGETS, Collectors, Target
 from benchmarks.questions import answer, questions
-from specontext_vllm.demo.train import Decoder
+from specontext_vllm.demo.decoder import Decoder
 from specontext_vllm.distillation.data import sample_positions
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall

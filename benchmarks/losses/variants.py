@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.distillation.data import Sequences, sample_positions
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.settings import Settings
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import (
     Lesson,
     Teacher,
 )
-from specontext_vllm.distillation.trainer import Distiller, Settings
+from specontext_vllm.distillation.trainer import Distiller
 
 BUDGETS = (128, 256)
 DRAFT_POSITIONS = 128

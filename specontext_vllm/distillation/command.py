@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -15,10 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from specontext_vllm.config import CONFIG_KEY
-from specontext_vllm.distillation.data import DataError, Documents, Files, Sequences, Synthetic
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
-from specontext_vllm.distillation.files import whole_file
-from specontext_vllm.distillation.recall import LEAST_BUDGET
+from specontext_vllm.distillation.data import Documents, Sequences, Synthetic
+from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.options import OptionError, default_loaders, make_settings
+from specontext_vllm.distillation.run_folder import check_folder, claim_folder, resume
+from specontext_vllm.distillation.settings import Settings
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import (
     Teacher,
     TeacherError,
@@ -26,108 +27,19 @@ from specontext_vllm.distillation.teacher import (
     read_config,
     read_tokenizer,
 )
-from specontext_vllm.distillation.trainer import Distiller, Loss, Settings
+from specontext_vllm.distillation.text_files import DataError, Files
+from specontext_vllm.distillation.trainer import Distiller
 from specontext_vllm.retrieval.checkpoint import HeadError, check_fits, resolve_checkpoint
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
-CONTEXT, LEAST_CONTEXT = 32768, 256
 DRAFT_VOCABULARY = 32000
 """Of a new head, at most: the LM head would else be larger than all the rest of it. Published
 EAGLE-3 heads have as many.
 """
 COUNTED = 64
 """Batches in which its tokens are counted."""
-MOST_LOADERS = 4
-"""Loader processes by default, where there are cores for so many; they keep up with half a million
-tokens a second.
-"""
-MOST_SEED = 2**32
-DEMO_WIDTH, DEMO_RATE = 256, 1e-3
-"""Hidden size and peak learning rate of the demo's head."""
-
-
-class OptionError(ValueError):
-    """An option that cannot be used; the message is one sentence."""
-
-
 DistillError = (DataError, HeadError, OptionError, TeacherError)
 """What a run may refuse with: one sentence each."""
-
-
-def default_loaders(processes: int, on_gpu: bool) -> int:
-    """Loader processes of each training process: a core of those that this one may run on for each,
-    up to ``MOST_LOADERS``; without a GPU half of the cores are left to the training.
-
-    Args:
-        processes: that train on this machine.
-    """
-    cores = len(os.sched_getaffinity(0)) // processes
-    return min(MOST_LOADERS, cores - 1 if on_gpu else cores // 2)
-
-
-def make_settings(
-    config: Any,
-    *,
-    context: int | None,
-    batch_tokens: int | None,
-    hours: float,
-    steps: int | None,
-    loss: Loss,
-    learning_rate: float | None,
-    budget: int | None,
-    seed: int,
-    loaders: int = 0,
-) -> Settings:
-    """Settings for a target, with defaults for what was not given: the longest context up to 32768,
-    a budget of a sixteenth of it (2048 of 32768), a learning rate that falls with the width from
-    the demo's (muP's rule for Adam).
-
-    Args:
-        config: the target's transformers config. The others: the command's options.
-    Raises:
-        OptionError: a value out of range.
-    """
-    longest = config.max_position_embeddings
-    context = min(CONTEXT, longest) if context is None else context
-    if not LEAST_CONTEXT <= context <= longest:
-        raise OptionError(
-            f"--context: found {context}; give {LEAST_CONTEXT} to {longest} tokens, the model's "
-            "own max_position_embeddings."
-        )
-    if batch_tokens is not None and batch_tokens < context:
-        raise OptionError(
-            f"--batch-tokens: found {batch_tokens}, less than one sequence of {context} tokens; "
-            "raise it, or leave it out."
-        )
-    if not 0 < hours < math.inf:
-        raise OptionError(f"--hours: found {hours:g}; give more than 0.")
-    if steps is not None and steps < 1:
-        raise OptionError(f"--steps: found {steps}; give 1 or more, or leave it out.")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise OptionError(
-            f"--learning-rate: found {learning_rate:g}; give more than 0, or leave it out."
-        )
-    if budget is not None and not LEAST_BUDGET <= budget < context:
-        raise OptionError(
-            f"--budget: found {budget}; give {LEAST_BUDGET} tokens, which sinks, recents and one "
-            "page to choose need, or more, and less than the "
-            f"context ({context})."
-        )
-    if loaders < 0:
-        raise OptionError(f"--loaders: found {loaders}; give 0 or more processes, or leave it out.")
-    if not 0 <= seed < MOST_SEED:
-        raise OptionError(f"--seed: found {seed}; give 0 to {MOST_SEED - 1}.")
-    return Settings(
-        context=context,
-        batch_tokens=batch_tokens or context,
-        budget=budget or max(LEAST_BUDGET, context // 16),
-        hours=hours,
-        steps=steps,
-        loss=loss,
-        learning_rate=learning_rate or DEMO_RATE * min(1.0, DEMO_WIDTH / config.hidden_size),
-        seed=seed,
-        loaders=loaders,
-    )
 
 
 def most_frequent(batches: Batches, count: int) -> torch.Tensor:
@@ -191,74 +103,6 @@ def make_draft(
     )
     reduced = shape.draft_vocabulary < shape.vocabulary
     return DraftModel(shape, most_frequent(batches, shape.draft_vocabulary) if reduced else None)
-
-
-def check_folder(out: Path, facts: dict[str, Any] | None = None) -> None:
-    """See, before anything is made, that ``out`` can be written to, and is free or holds the run
-    that these options began.
-
-    Args:
-        facts: what makes it another run: model, data, loss, shape; not how long it goes. None: not
-            known yet.
-    Raises:
-        OptionError: it cannot, or something else lies there.
-    """
-    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise OptionError(f"--out: {there} is a file; give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OptionError(f"--out: {there} cannot be written to; give a folder that can.")
-    note = out / "training" / "run.json"
-    if not note.is_file():
-        if (out / "config.json").exists():
-            raise OptionError(
-                f"--out: {out} holds a model or a head that `specontext distill` did not make; "
-                "give another folder."
-            )
-        return
-    try:
-        found = dict(json.loads(note.read_text()))
-    except (ValueError, TypeError) as error:
-        raise OptionError(
-            f"--out: {note} cannot be read ({error}); give another folder, or remove that file to "
-            "begin anew."
-        ) from None
-    if differ := [
-        f"{key} {found.get(key)!r} (now {value!r})"
-        for key, value in (facts or {}).items()
-        if found.get(key) != value
-    ]:
-        raise OptionError(
-            f"--out: {out} holds a run with {', '.join(differ)}; give another folder, or the same "
-            "options to go on."
-        )
-
-
-def claim_folder(out: Path, facts: dict[str, Any]) -> None:
-    """``check_folder``, and note there whose it is."""
-    check_folder(out, facts)
-    note = out / "training" / "run.json"
-    if not note.is_file():
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(note) as part:
-            part.write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def resume(run: Distiller) -> bool:
-    """``Distiller.resume``.
-
-    Raises:
-        OptionError: the state cannot be read, or is another head's.
-    """
-    try:
-        return run.resume()
-    except Exception as error:  # whatever torch.load and pickle raise on a damaged file
-        reason = str(error).strip().split("\n")[0]
-        raise OptionError(
-            f"--out: {run.state_file} cannot be gone on from ({type(error).__name__}: {reason}); "
-            f"give another folder, or remove {run.state_file.parent} "
-            "to begin anew."
-        ) from None
 
 
 def distill(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,103 +16,16 @@ from specontext_vllm.distillation.data import Sequences, batches, sample_positio
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.losses import (
-    SHARPNESS,
-    WINDOW,
     AttentionTarget,
     alignment_loss,
     draft_loss,
 )
 from specontext_vllm.distillation.recall import HeldOut
+from specontext_vllm.distillation.settings import Progress, Settings, rate_at
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
-Loss = Literal["both", "draft", "align"]
 Data = Sequences | list[tuple[Tensor, Tensor]]
-WARMUP_STEPS, WARMUP_SHARE = 100, 0.05
-"""The learning rate has its peak after so many steps, or so much of the run where that is sooner.
-"""
 HELD_OUT_SEQUENCES = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a head is trained.
-
-    Attributes:
-        context: longest sequence, tokens; a half and a quarter of it are trained on as well.
-        batch_tokens: tokens of a step on each process.
-        hours: of training in all, over resumed runs too; measuring does not count.
-        steps: of training in all; where given, it and not the clock decides the learning rate and
-            the end.
-        loss: what is minimised.
-        learning_rate: peak; a cosine to a tenth follows, over the hours or steps.
-        draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
-        window: newest tokens that alignment leaves out.
-        align_weight: factor of the alignment loss (docs/distill.md, what we learned about the
-            loss).
-        align_sharpness, align_each_token: how heavy tokens and the query heads of a group count in
-            it (losses.py).
-        over_layers: "max" or "mean" over the teacher's layers.
-        budget: tokens of the recall figure.
-        report_seconds, save_seconds: how often to measure and to save.
-        measuring_share: a measurement waits until the one before took no more than so much of the
-            training in between. The teacher's look at the held-out sequences, once a run, is left
-            out: waiting would not make it shorter.
-        loaders: processes that make batches; 0: the training process does.
-        seed: of weights, data and sampling.
-    """
-
-    context: int
-    batch_tokens: int
-    budget: int
-    hours: float = 1.0
-    steps: int | None = None
-    loss: Loss = "both"
-    learning_rate: float = 1e-3
-    draft_positions: int = 512
-    align_positions: int = 64
-    window: int = WINDOW
-    align_weight: float = 3.0
-    align_sharpness: float = SHARPNESS
-    align_each_token: bool = True
-    over_layers: str = "max"
-    report_seconds: float = 30.0
-    save_seconds: float = 300.0
-    measuring_share: float = 0.1
-    loaders: int = 0
-    seed: int = 0
-
-    @property
-    def lengths(self) -> list[int]:
-        """Sequence lengths, taken in turn."""
-        return [n for n in (self.context, self.context // 2, self.context // 4) if n >= 256] or [
-            self.context
-        ]
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with its state. ``seconds`` are the clock's, saving included and
-    measuring left out.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def share(self, settings: Settings) -> float:
-        """How much of the run is over; 1 and more at its end."""
-        return (
-            self.seconds / (3600 * settings.hours)
-            if settings.steps is None
-            else self.step / settings.steps
-        )
-
-
-def rate_at(settings: Settings, progress: Progress) -> float:
-    """Learning rate of the next step: warm-up, then a cosine to a tenth."""
-    share = min(1.0, progress.share(settings))
-    warm = min(1.0, max((progress.step + 1) / WARMUP_STEPS, share / WARMUP_SHARE))
-    return settings.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
 class Distiller:

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.plain_model import plain_model
 from benchmarks.questions import answer, questions
-from specontext_vllm.demo.train import Decoder
-from specontext_vllm.distillation.draft import DraftShape
+from specontext_vllm.demo.decoder import Decoder
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
 from tests.engine.conftest import DEMO_MODEL
 

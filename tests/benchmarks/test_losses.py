@@ -13,8 +13,8 @@ from benchmarks.__main__ import app
 from benchmarks.losses import command
 from benchmarks.losses.variants import VARIANTS, Collectors, Target
 from benchmarks.plain_model import plain_model
-from specontext_vllm.distillation.draft import DraftShape
 from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config
 from tests.distillation.tiny_models import make_config, write_model
 from tests.engine.conftest import DEMO_MODEL

@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
-from specontext_vllm.distillation.command import (
+from specontext_vllm.distillation.options import (
     MOST_LOADERS,
     OptionError,
-    claim_folder,
     default_loaders,
     make_settings,
 )
+from specontext_vllm.distillation.run_folder import claim_folder
 from tests.distillation.tiny_models import make_config, write_model
 from tests.engine.conftest import DEMO_MODEL
 

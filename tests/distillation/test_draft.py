@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from specontext_vllm.distillation.command import make_draft, make_settings, most_frequent
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.command import make_draft, most_frequent
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.files import whole_file
+from specontext_vllm.distillation.options import make_settings
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from tests.distillation.tiny_models import FAMILIES, make_config

@@ -122,7 +122,8 @@ def test_draft_loss_is_zero_only_for_equal_logits():
 
 def test_the_saved_head_computes_what_was_trained(tmp_path):
     """DraftModel -> EAGLE-3 file -> RetrievalHead: the same queries and keys."""
-    from specontext_vllm.demo.train import SMOKE, draft_shape
+    from specontext_vllm.demo.sizes import SMOKE
+    from specontext_vllm.demo.train import draft_shape
 
     torch.manual_seed(0)
     draft = DraftModel(draft_shape(SMOKE, 128))

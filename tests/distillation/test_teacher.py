@@ -5,8 +5,8 @@ every family; and what is refused.
 import pytest
 import torch
 
-from specontext_vllm.distillation.draft import DraftShape, aux_layers_for
 from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.shape import DraftShape, aux_layers_for
 from specontext_vllm.distillation.teacher import (
     Teacher,
     TeacherError,

@@ -16,16 +16,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from specontext_vllm.distillation.data import Sequences, Synthetic
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.recall import HeldOut
+from specontext_vllm.distillation.settings import Progress, Settings, rate_at
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
-from specontext_vllm.distillation.trainer import (
-    HELD_OUT_SEQUENCES,
-    Distiller,
-    Progress,
-    Settings,
-    rate_at,
-)
+from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES, Distiller
 from tests.engine.conftest import DEMO_MODEL
 
 STEPS, CONTEXT = 10, 256

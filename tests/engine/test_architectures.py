@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from tests.distillation.tiny_models import FAMILIES, make_config, make_model
 from tests.engine.conftest import engine

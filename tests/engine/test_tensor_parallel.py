@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specontext_vllm.distillation.draft import DraftModel, DraftShape
+from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.synthetic.tasks import make_problem, score
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import engine

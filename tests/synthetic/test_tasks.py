@@ -147,7 +147,7 @@ def test_tokenizer_takes_one_token_a_piece_and_serves_the_training_format(tmp_pa
     pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    from specontext_vllm.demo.train import train_tokenizer
+    from specontext_vllm.demo.tokenizer import train_tokenizer
 
     ids, _ = train_tokenizer(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path))

@@ -14,20 +14,12 @@ PRUNED_ARCHITECTURE = "SpeContextRetrievalHead"
 """What `specontext inspect --write-pruned` writes: the flat layout, with `vocab_size` for the
 target's tokens in place of t2d and LM head.
 """
-
-
 # Defaults of transformers' LlamaConfig, which every published head leans on when its config is
 # silent. The RoPE base is
 # the trap: silence means 10,000, not the target's own base.
 DEFAULT_ROPE_THETA = 10_000.0
-
-
 DEFAULT_TRAINED_LENGTH = 2048
-
-
 DEFAULT_RMS_NORM_EPS = 1e-6
-
-
 _AUX_KEY = "eagle_aux_hidden_state_layer_ids"
 
 

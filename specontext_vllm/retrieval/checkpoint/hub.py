@@ -11,7 +11,6 @@ from specontext_vllm.retrieval.checkpoint.errors import HeadError
 
 logger = logging.getLogger("vllm.specontext")
 
-
 HUB_PATTERNS = [
     "config.json",
     "*.safetensors",

@@ -13,10 +13,7 @@ LAYER_NAMES = {
     "self_attn.k_norm.weight": "k_norm.weight",
 }
 
-
 _TOP_NAMES = ("fc.weight", "fc.bias", "input_norm.weight", "embed_tokens.weight")
-
-
 REQUIRED = ("fc.weight", "embed_norm.weight", "q_proj.weight", "k_proj.weight")
 
 

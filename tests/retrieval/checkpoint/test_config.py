@@ -71,13 +71,8 @@ def test_settings(tmp_path, layout, expected):
 
 
 KEY = "eagle_aux_hidden_state_layer_ids"
-
-
 TOP, NESTED = {KEY: [1, 4, 9]}, {"eagle_config": {KEY: [0, 5, 8]}}
-
-
 BOTH = ("v1", "v2")
-
 
 # The config, the layers it names and where, and which of vLLM's model runners read the same (they
 # differ over eagle_config's key).

@@ -33,7 +33,6 @@ def test_default_aux_layers_of_small_targets_are_refused(num_layers):
 
 TARGET = {"target_hidden_size": 40, "num_layers": 12, "num_kv_heads": 3, "vocab_size": 77}
 
-
 FITS = {
     "same": ({}, {}),
     "one_target_head_takes_three": ({}, {"num_kv_heads": 1}),
@@ -41,7 +40,6 @@ FITS = {
     "no_vocabulary_map": ({"target_vocab_size": None}, {"vocab_size": 80}),
     "own_embedding_of_other_width": ({"embed_size": 24, "embed_vocab_size": 80}, {}),
 }
-
 
 MISFITS = {
     "hidden_size": ({}, {"target_hidden_size": 48}, "target's hidden_size is 48"),

@@ -10,16 +10,9 @@ from specontext_vllm.retrieval.checkpoint import (
 from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
 
 BASE = {"fc.weight", "embed_norm.weight", "feature_norm.weight", "q_proj.weight", "k_proj.weight"}
-
-
 BIASES = {"q_proj.bias", "k_proj.bias"}
-
-
 QK_NORMS = {"q_norm.weight", "k_norm.weight"}
-
-
 FC_NORMS = {f"fc_norm.{i}.weight" for i in range(3)}
-
 
 LAYOUTS = {
     "safeailab": (Layout(), BASE),

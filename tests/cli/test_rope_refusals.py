@@ -1,186 +1,17 @@
-import json
+"""Which RoPE settings of a head are refused, and that everybody refuses the same."""
+
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants
-from typer.testing import CliRunner
 
-from specontext_vllm.cli import app
 from specontext_vllm.config import ConfigError
 from specontext_vllm.engine.find_head import load_head
 from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
-from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
-
-TARGET = {
-    "hidden_size": 40,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "vocab_size": 77,
-}
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["inspect", *map(str, arguments)], env={"COLUMNS": "200"})
-
-
-@pytest.fixture
-def head(tmp_path):
-    folder = tmp_path / "head"
-    folder.mkdir()
-    return write_checkpoint(folder, Layout(own_embedding=True))
-
-
-def write_target(tmp_path, **changes):
-    folder = tmp_path / "target"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(TARGET | changes))
-    return folder
-
-
-def test_report(head):
-    result = run(head)
-    assert result.exit_code == 0, result.output
-    kept = 40 * 120 + 2 * 40 + (60 + 30) * 80
-    pruned = 30 * 80 + 40 * 60 + 3 * 56 * 40 + 2 * 40
-    embedding, lm_head = 77 * 40, 33 * 40
-    total = kept + pruned + embedding + lm_head
-    for text in (
-        "safeailab",
-        "midlayer.self_attn.q_proj.weight",
-        "60 x 80",
-        f"{kept + embedding:,} of {total:,}: {100 * (pruned + lm_head) / total:.1f} % pruned",
-        f"{kept:,} of {kept + pruned:,}: {100 * pruned / (kept + pruned):.1f} % pruned",
-        f"{4 * kept:,}",
-        "2, L//2, L-3",
-        "6, 3, 10",
-        "theta 10000, scaling none (YaRN beyond the trained length), trained length 64",
-    ):
-        assert text in result.output
-
-
-def test_target_that_fits(head, tmp_path):
-    result = run(head, "--target", write_target(tmp_path))
-    assert result.exit_code == 0, result.output
-    assert (
-        result.output.endswith(
-            "target: reads its layers 2, 6, 9 (default, its config.json names none).\n"
-        )
-        and "Fits " in result.output
-    )
-
-
-def test_target_with_nested_text_config(head, tmp_path):
-    folder = write_target(tmp_path)
-    (folder / "config.json").write_text(json.dumps({"text_config": TARGET}))
-    assert run(head, "--target", folder).exit_code == 0
-
-
-def test_target_that_does_not_fit(head, tmp_path):
-    result = run(head, "--target", write_target(tmp_path, num_key_value_heads=2))
-    assert result.exit_code == 1
-    assert "Does not fit" in result.output and "The head has 3 KV heads" in result.output
-
-
-@pytest.mark.parametrize("missing", ["hidden_size", "vocab_size"])
-def test_target_without_shape(head, tmp_path, missing):
-    folder = write_target(tmp_path)
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in TARGET.items() if k != missing})
-    )
-    result = run(head, "--target", folder)
-    assert result.exit_code == 2 and missing in result.stderr
-
-
-def test_unusable_checkpoint_is_one_line_on_stderr(tmp_path):
-    result = run(tmp_path)
-    assert result.exit_code == 2
-    assert (
-        result.stdout == ""
-        and result.stderr.count("\n") == 1
-        and "holds no config.json" in result.stderr
-    )
-
-
-def test_unknown_hub_id():
-    result = run("some/head")
-    assert (
-        result.exit_code == 2
-        and "some/head is no folder here, its revision main is not in the Hugging Face cache"
-        in result.stderr
-    )
-
-
-def test_a_revision_is_asked_of_the_hub_and_no_folder_has_one(head, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda name, **asked: head if asked["revision"] == "v2" else None,
-    )
-    result = run("some/head", "--revision", "v2")
-    assert (
-        result.exit_code == 0
-        and f"taking some/head from {constants.ENDPOINT} at revision v2, which is not pinned"
-        in result.stderr
-    )
-    result = run(head, "--revision", "v2")
-    assert (
-        result.exit_code == 2 and "is a folder, which has no revision 'v2': leave" in result.stderr
-    )
-
-
-def test_the_pruned_head_is_offered_written_and_fits(head, tmp_path):
-    target = write_target(tmp_path)
-    kept = 4 * (40 * 120 + 2 * 40 + (60 + 30) * 80 + 77 * 40)
-    whole = (
-        kept + 4 * (30 * 80 + 40 * 60 + 3 * 56 * 40 + 2 * 40 + 33 * 40) + 8 * 33 + 77
-    )  # d2t and t2d come last
-    offer = f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads."
-    assert run(head).stdout.endswith(f"{offer}\n")
-    pruned = tmp_path / "pruned"
-    result = run(head, "--target", target, "--write-pruned", pruned)
-    assert result.exit_code == 0, result.output
-    assert (
-        f"Wrote {pruned}: {kept:,} of {whole:,} bytes. It selects as the whole head does; as a "
-        "draft model it no longer serves." in result.stdout
-    )
-    result = run(pruned, "--target", target)
-    assert (
-        result.exit_code == 0
-        and f"Fits {target}: reads its layers 2, 6, 9" in result.stdout
-        and "--write-pruned" not in result.stdout
-    )
-
-
-def test_a_head_that_does_not_fit_is_not_written(head, tmp_path):
-    result = run(
-        head,
-        "--target",
-        write_target(tmp_path, num_key_value_heads=2),
-        "--write-pruned",
-        tmp_path / "pruned",
-    )
-    assert result.exit_code == 1 and not (tmp_path / "pruned").exists()
-
-
-@pytest.mark.parametrize(
-    "place, sentence",
-    [
-        ("head", "holds something already"),
-        ("head/config.json/new", "cannot be written (NotADirectoryError"),
-    ],
-)
-def test_a_place_that_cannot_take_the_pruned_head_is_one_line_on_stderr(
-    head, tmp_path, place, sentence
-):
-    before = (head / "config.json").read_bytes()
-    result = run(head, "--write-pruned", tmp_path / place)
-    assert result.exit_code == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
-    assert (head / "config.json").read_bytes() == before
-
+from tests.cli.inspecting import run, write_target
+from tests.retrieval.eagle3_files import Layout, write_checkpoint
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -189,15 +20,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
 }
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
     "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0],
     "original_max_position_embeddings": 16,
 }
+
 SECTIONS = {"mrope_section": [2, 2, 1]}
 NAN, INF = float("nan"), float("inf")
 
@@ -352,18 +186,3 @@ def test_inspect_the_config_check_and_a_worker_come_to_the_same(tmp_path, settin
     else:
         assert found[0].endswith(".") and ". " not in found[0] and "\n" not in found[0]
         assert re.search(sentence, found[0])
-
-
-@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_a_weight_beyond_the_targets_float16_does_not_fit(tmp_path, key):
-    (tmp_path / "head").mkdir()
-    tensors = make_tensors(Layout(dtype=torch.bfloat16))
-    tensors["fc.weight"].view(-1)[5] = -1e5
-    head = write_checkpoint(tmp_path / "head", Layout(dtype=torch.bfloat16), tensors)
-    assert run(head, "--target", write_target(tmp_path)).exit_code == 0
-    (tmp_path / "target" / "config.json").write_text(json.dumps(TARGET | {key: "float16"}))
-    result = run(head, "--target", tmp_path / "target")
-    assert (
-        result.exit_code == 1
-        and "fc.weight holds values up to 99840, which float16 cannot" in result.stdout
-    )

@@ -1,0 +1,90 @@
+"""`specontext distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from specontext_vllm.cli.refusals import refusals
+
+
+def distill(
+    model: Annotated[
+        Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Files of text or JSON lines, see docs/distill.md; repeatable; or `synthetic`."
+        ),
+    ],
+    init: Annotated[
+        str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Longest sequence, tokens; default 32768, or the model's limit if less."),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step and process; default the context.")
+    ] = None,
+    hours: Annotated[
+        float,
+        typer.Option(help="Training time in all, resumed runs included; measuring comes on top."),
+    ] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
+    loss: Annotated[
+        Literal["both", "draft", "align"],
+        typer.Option(help="What is minimised; see docs/distill.md."),
+    ] = "both",
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; default by the model's width.")
+    ] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(help="Tokens the draft part can propose; default the 32000 commonest."),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the recall figure; default a sixteenth of the context."),
+    ] = None,
+    loaders: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that make batches; default by the cores; 0: none beside the training's."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
+) -> None:
+    """Train a retrieval head for a model; see docs/distill.md. Run it again after a kill: it goes
+    on from its last state.
+
+    Exit code 0: written; 2: the model, the data, the checkpoint or an option cannot be used.
+
+    Several GPUs: `accelerate launch -m specontext_vllm.cli distill ...`.
+    """
+    from specontext_vllm.distillation.command import DistillError
+    from specontext_vllm.distillation.command import distill as run
+
+    with refusals(*DistillError):
+        run(
+            model,
+            data,
+            out,
+            init=init,
+            draft_vocabulary=draft_vocabulary,
+            context=context,
+            batch_tokens=batch_tokens,
+            hours=hours,
+            steps=steps,
+            loss=loss,
+            learning_rate=learning_rate,
+            budget=budget,
+            loaders=loaders,
+            seed=seed,
+        )

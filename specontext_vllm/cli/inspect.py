@@ -1,0 +1,213 @@
+"""`specontext inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from specontext_vllm.cli.refusals import refusals
+from specontext_vllm.retrieval.checkpoint import (
+    HeadCheckpoint,
+    HeadError,
+    HeadSpec,
+    TensorInfo,
+    describe_aux_layers,
+    read_checkpoint,
+    read_config,
+    resolve_aux_layers,
+    resolve_checkpoint,
+)
+from specontext_vllm.retrieval.checkpoint.pruned import write_pruned
+from specontext_vllm.retrieval.head import check_head
+from specontext_vllm.retrieval.rope import rope_frequencies
+
+
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")
+    ],
+    target: Annotated[
+        Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Open pytorch_model.bin where there are no safetensors."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-pruned", help="New folder for a checkpoint of what the retrieval head keeps."
+        ),
+    ] = None,
+) -> None:
+    """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target
+    model.
+
+    Exit code 0: readable, and it fits the target if one was given; 1: it does not fit; 2: not a
+    usable checkpoint, or no folder to write to.
+    """
+    with refusals(HeadError):
+        folder = resolve_checkpoint(
+            checkpoint, revision, say=lambda text: typer.echo(text, err=True)
+        )
+        head = read_checkpoint(folder, allow_pickle=allow_pickle)
+        served = None if target is None else _target(target, head.spec)
+        rope_frequencies(head.spec, head.spec.trained_length)
+    console = Console(soft_wrap=True)
+    console.print(_tensor_table(head))
+    console.print(_facts_table(head))
+    kept = sum(info.num_bytes for info in head.kept)
+    whole = kept + sum(info.num_bytes for info in head.pruned)
+    if out is None and kept < whole:
+        _print(
+            console,
+            f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads.",
+        )
+    if served is not None:
+        try:
+            check_head(head, **served)
+            layers = describe_aux_layers(
+                head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"])
+            )
+        except HeadError as error:
+            _print(console, f"Does not fit {target}: {error}")
+            raise typer.Exit(1) from None
+        _print(console, f"Fits {target}: reads its layers {layers}.")
+    if out is not None:
+        with refusals(HeadError):
+            write_pruned(head, out)
+        _print(
+            console,
+            f"Wrote {out}: {kept:,} of {whole:,} bytes. It selects as the whole head does; it can "
+            "no longer serve as a draft model.",
+        )
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
+    """What `check_head` needs to know of the target, from its config.json."""
+    config = read_config(path)
+    # Multimodal models nest the language model's settings.
+    config = config.get("text_config", config)
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in needed if not isinstance(config.get(key), int)]
+    if missing:
+        raise HeadError(
+            f"{path}/config.json has no {missing[0]}: --target must be the folder of a language "
+            "model."
+        )
+    widths = {
+        "target_hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "vocab_size": config["vocab_size"],
+    }
+    # Only float16 can be too narrow for a weight: bfloat16 ends where float32 does.
+    dtype = (
+        torch.float16
+        if "float16" in (config.get("dtype"), config.get("torch_dtype"))
+        else torch.bfloat16
+    )
+    return {
+        "target": widths,
+        "max_position": config.get("max_position_embeddings") or spec.trained_length,
+        "dtype": dtype,
+    }
+
+
+def _tensor_table(head: HeadCheckpoint) -> Table:
+    table = Table(title="Tensors", title_justify="left")
+    table.add_column("")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape")
+    table.add_column("dtype")
+    table.add_column("parameters", justify="right")
+    for verb, infos in (("kept", head.kept), ("pruned", head.pruned)):
+        for info in infos:
+            dtype = str(info.dtype).removeprefix("torch.")
+            table.add_row(
+                verb, info.name, " x ".join(map(str, info.shape)), dtype, f"{info.parameters:,}"
+            )
+        table.add_section()
+    return table
+
+
+def _facts_table(head: HeadCheckpoint) -> Table:
+    spec = head.spec
+    table = Table(title="Retrieval head", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    rows: list[tuple[str, Any]] = [
+        ("format", spec.format),
+        ("kept of all parameters", _share(head.kept, head.pruned)),
+        (
+            "the same without embedding and LM head",
+            _share(*map(_without_vocabulary, (head.kept, head.pruned))),
+        ),
+        ("kept bytes", f"{sum(info.num_bytes for info in head.kept):,}"),
+        (
+            "kept bytes without embedding",
+            f"{sum(info.num_bytes for info in _without_vocabulary(head.kept)):,}",
+        ),
+        (
+            "embedding",
+            "the target's"
+            if spec.embed_vocab_size is None
+            else f"its own, {spec.embed_vocab_size} tokens",
+        ),
+        ("auxiliary layers", describe_aux_layers(spec)),
+        (
+            "query heads, KV heads, head_dim",
+            f"{spec.num_heads}, {spec.num_kv_heads}, {spec.head_dim}",
+        ),
+        (
+            "RoPE",
+            f"theta {spec.rope_theta:g}, scaling {_scaling(spec)}, trained length "
+            f"{spec.trained_length}",
+        ),
+        ("norms", _norms(spec)),
+    ]
+    for name, value in rows:
+        table.add_row(name, str(value))
+    return table
+
+
+def _without_vocabulary(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+    return [info for info in infos if not info.is_vocabulary]
+
+
+def _share(kept: Sequence[TensorInfo], pruned: Sequence[TensorInfo]) -> str:
+    kept_count = sum(info.parameters for info in kept)
+    total = kept_count + sum(info.parameters for info in pruned)
+    return f"{kept_count:,} of {total:,}: {100 * (total - kept_count) / total:.1f} % pruned"
+
+
+def _scaling(spec: HeadSpec) -> str:
+    if spec.rope_scaling is None:
+        return "none (YaRN beyond the trained length)"
+    return ", ".join(f"{key}={value}" for key, value in spec.rope_scaling.items())
+
+
+def _norms(spec: HeadSpec) -> str:
+    extra = {
+        "norm before fc": spec.norm_before_fc,
+        "a norm for each layer before fc": spec.fc_norm,
+        "q and k norm": spec.qk_norm,
+    }
+    return ", ".join(
+        ["embedding", "feature", *(name for name, present in extra.items() if present)]
+    )

@@ -1,0 +1,85 @@
+"""`specontext plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from specontext_vllm.cli.refusals import check_range, refusals
+from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.residency.memory_model import MemoryModelError
+
+MAX_GIB, MAX_REQUESTS, MAX_GBPS = 1e6, 10**6, 1e6
+"""More than anybody has: figures beyond are typing errors, and would overflow."""
+
+
+def plan(
+    model: Annotated[Path, typer.Option(help="Folder of the model, or its config.json.")],
+    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.")],
+    host_gib: Annotated[float, typer.Option(help="Host memory to give to KV (host_kv_gib).")] = 0,
+    budget: Annotated[int, typer.Option(help="Tokens a KV head reads in a step.")] = 2048,
+    requests: Annotated[
+        int,
+        typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables."),
+    ] = 16,
+    length: Annotated[
+        int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.")
+    ] = None,
+    miss_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the budget's pages fetched a step, 0 to 1; default as measured on the demo model."
+        ),
+    ] = None,
+    link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.")] = 49,
+    out: Annotated[
+        Path | None, typer.Option(help="Draw a picture as well: a file that ends in .png.")
+    ] = None,
+) -> None:
+    """Show what fits where with two tiers, when layers are offloaded, and the step time that
+    follows; see docs/memory-model.md.
+
+    Exit code 2: it does not fit, or an option cannot be used, with a sentence that says why.
+    """
+    from specontext_vllm import plan_report, planning
+
+    with refusals(ConfigError, MemoryModelError):
+        check_range("--gpu-gib", gpu_gib, 0, MAX_GIB)
+        check_range("--host-gib", host_gib, 0, MAX_GIB)
+        check_range("--requests", requests, 1, MAX_REQUESTS)
+        check_range("--miss-rate", miss_rate, 0, 1)
+        check_range("--link-gbps", link_gbps, 0.1, MAX_GBPS)
+        shape = planning.read_model(model)
+        made = planning.make_plan(
+            shape,
+            SpeContextConfig.from_settings({"budget": budget}),
+            gpu_bytes=int(gpu_gib * 2**30),
+            host_bytes=int(host_gib * 2**30),
+            requests=requests,
+            max_model_len=shape.max_model_len if length is None else length,
+            miss_rate=miss_rate,
+            link_bytes_per_s=1e9 * link_gbps,
+        )
+        if out is not None:
+            plan_report.draw(made, out)
+    tables = [
+        plan_report.memory_table(made),
+        plan_report.thresholds_table(made),
+        plan_report.lengths_table(made),
+    ]
+    console = Console()
+    # On a terminal that is still too narrow lines run on.
+    console.width = max(
+        console.width,
+        *(
+            console.measure(table, options=console.options.update_width(1000)).maximum
+            for table in tables
+        ),
+    )
+    for table in tables:
+        console.print(table)
+    if out is not None:
+        console.print(f"Picture: {out}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,195 @@
+"""The demo model: a small Llama in plain torch, and its Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specontext_vllm.demo.log import Log
+from specontext_vllm.demo.sizes import Size
+from specontext_vllm.synthetic import tasks
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """RoPE in rotate-half form on ``x [..., T, D]`` at ``positions [T]``."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, None].float() * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Block(nn.Module):
+    """A Llama decoder layer."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        h, q, kv = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.Parameter(torch.ones(h)),
+            nn.Parameter(torch.ones(h)),
+        )
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(h, q, False),
+            nn.Linear(h, kv, False),
+            nn.Linear(h, kv, False),
+        )
+        self.o_proj = nn.Linear(q, h, False)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(h, size.ffn, False),
+            nn.Linear(h, size.ffn, False),
+            nn.Linear(size.ffn, h, False),
+        )
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, self.size.eps)
+
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.norm(x, self.input_layernorm)
+        q, k, v = (
+            p(y).unflatten(-1, (-1, self.size.head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, positions, self.size.theta), rotate(k, positions, self.size.theta), v
+
+    def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        y = self.norm(x, self.post_attention_layernorm)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = self.qkv(x, positions)
+        return self.rest(
+            x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        )
+
+
+class Model(nn.Module):
+    """A Llama; tensors are named so that ``checkpoint`` is a renaming."""
+
+    def __init__(self, size: Size, vocabulary: int) -> None:
+        super().__init__()
+        self.size = size
+        self.embed_tokens = nn.Embedding(vocabulary, size.hidden)
+        self.layers = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.norm = nn.Parameter(torch.ones(size.hidden))
+        self.lm_head = nn.Linear(size.hidden, vocabulary, False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, 0.0, 0.02)
+        for block in self.layers:
+            block.o_proj.weight.data /= math.sqrt(2 * size.layers)
+            block.down_proj.weight.data /= math.sqrt(2 * size.layers)
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.lm_head(F.rms_norm(x, (x.shape[-1],), self.norm, self.size.eps))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            x = block(x, positions)
+        return self.head(x)
+
+    @torch.no_grad()
+    def teach(self, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        """``(aux [B, T, 3H], queries, keys per layer, logits)`` of a frozen forward pass."""
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x, aux, queries, keys = self.embed_tokens(ids), [], [], []
+        for i, block in enumerate(self.layers):
+            if i in self.size.aux_layers:
+                aux.append(x)
+            q, k, v = block.qkv(x, positions)
+            queries.append(q)
+            keys.append(k)
+            x = block.rest(
+                x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            )
+        return torch.cat(aux, -1), queries, keys, self.head(x)
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """Tensors under Hugging Face's Llama names."""
+        out = {
+            "lm_head.weight": self.lm_head.weight,
+            "model.embed_tokens.weight": self.embed_tokens.weight,
+            "model.norm.weight": self.norm,
+        }
+        for i, block in enumerate(self.layers):
+            for name, value in block.named_parameters():
+                stem = name.removesuffix(".weight")
+                part = (
+                    "self_attn."
+                    if stem in ("q_proj", "k_proj", "v_proj", "o_proj")
+                    else "mlp."
+                    if "proj" in stem
+                    else ""
+                )
+                out[f"model.layers.{i}.{part}{stem}.weight"] = value
+        return out
+
+
+def save_model(model: Model, vocabulary: int, ids: dict[str, int], out: Path) -> None:
+    """Write the model as a Hugging Face folder in bfloat16."""
+    from safetensors.torch import save_file
+
+    size = model.size
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.ffn,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": size.max_position,
+        "rms_norm_eps": size.eps,
+        "rope_theta": size.theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": ids[tasks.BOS],
+        "eos_token_id": ids[tasks.END],
+        "pad_token_id": ids[tasks.PAD],
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    tensors = {
+        k: v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in model.checkpoint().items()
+    }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def check_equals_transformers(model: Model, folder: Path, log: Log) -> None:
+    """Compare logits with transformers' Llama loaded from the folder, both in float32 on the CPU.
+
+    Raises:
+        RuntimeError: they differ, so that the folder would serve another model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    mine = Model(model.size, model.embed_tokens.num_embeddings)
+    mine.load_state_dict(
+        {k: v.detach().to(torch.bfloat16).float().cpu() for k, v in model.state_dict().items()}
+    )
+    torch.set_float32_matmul_precision("highest")
+    sample = torch.randint(0, model.embed_tokens.num_embeddings, (1, 300))
+    with torch.no_grad():
+        difference = (mine(sample) - reference(sample).logits).abs().max().item()
+    log(f"largest difference of logits to transformers' Llama: {difference:.2e}")
+    if not difference < 1e-3:
+        raise RuntimeError(
+            f"{folder}: transformers computes other logits (difference {difference:.2e})."
+        )

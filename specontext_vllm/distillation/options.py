@@ -1,0 +1,99 @@
+"""Options of `specontext distill`: defaults and ranges."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from specontext_vllm.distillation.recall import LEAST_BUDGET
+from specontext_vllm.distillation.settings import Loss, Settings
+
+CONTEXT, LEAST_CONTEXT = 32768, 256
+MOST_LOADERS = 4
+"""Loader processes by default, where there are cores for so many; they keep up with half a million
+tokens a second.
+"""
+MOST_SEED = 2**32
+DEMO_WIDTH, DEMO_RATE = 256, 1e-3
+"""Hidden size and peak learning rate of the demo's head."""
+
+
+class OptionError(ValueError):
+    """An option that cannot be used; the message is one sentence."""
+
+
+def default_loaders(processes: int, on_gpu: bool) -> int:
+    """Loader processes of each training process: a core of those that this one may run on for each,
+    up to ``MOST_LOADERS``; without a GPU half of the cores are left to the training.
+
+    Args:
+        processes: that train on this machine.
+    """
+    cores = len(os.sched_getaffinity(0)) // processes
+    return min(MOST_LOADERS, cores - 1 if on_gpu else cores // 2)
+
+
+def make_settings(
+    config: Any,
+    *,
+    context: int | None,
+    batch_tokens: int | None,
+    hours: float,
+    steps: int | None,
+    loss: Loss,
+    learning_rate: float | None,
+    budget: int | None,
+    seed: int,
+    loaders: int = 0,
+) -> Settings:
+    """Settings for a target, with defaults for what was not given: the longest context up to 32768,
+    a budget of a sixteenth of it (2048 of 32768), a learning rate that falls with the width from
+    the demo's (muP's rule for Adam).
+
+    Args:
+        config: the target's transformers config. The others: the command's options.
+    Raises:
+        OptionError: a value out of range.
+    """
+    longest = config.max_position_embeddings
+    context = min(CONTEXT, longest) if context is None else context
+    if not LEAST_CONTEXT <= context <= longest:
+        raise OptionError(
+            f"--context: found {context}; give {LEAST_CONTEXT} to {longest} tokens, the model's "
+            "own max_position_embeddings."
+        )
+    if batch_tokens is not None and batch_tokens < context:
+        raise OptionError(
+            f"--batch-tokens: found {batch_tokens}, less than one sequence of {context} tokens; "
+            "raise it, or leave it out."
+        )
+    if not 0 < hours < math.inf:
+        raise OptionError(f"--hours: found {hours:g}; give more than 0.")
+    if steps is not None and steps < 1:
+        raise OptionError(f"--steps: found {steps}; give 1 or more, or leave it out.")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise OptionError(
+            f"--learning-rate: found {learning_rate:g}; give more than 0, or leave it out."
+        )
+    if budget is not None and not LEAST_BUDGET <= budget < context:
+        raise OptionError(
+            f"--budget: found {budget}; give {LEAST_BUDGET} tokens, which sinks, recents and one "
+            "page to choose need, or more, and less than the "
+            f"context ({context})."
+        )
+    if loaders < 0:
+        raise OptionError(f"--loaders: found {loaders}; give 0 or more processes, or leave it out.")
+    if not 0 <= seed < MOST_SEED:
+        raise OptionError(f"--seed: found {seed}; give 0 to {MOST_SEED - 1}.")
+    return Settings(
+        context=context,
+        batch_tokens=batch_tokens or context,
+        budget=budget or max(LEAST_BUDGET, context // 16),
+        hours=hours,
+        steps=steps,
+        loss=loss,
+        learning_rate=learning_rate or DEMO_RATE * min(1.0, DEMO_WIDTH / config.hidden_size),
+        seed=seed,
+        loaders=loaders,
+    )

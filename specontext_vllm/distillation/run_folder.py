@@ -1,0 +1,80 @@
+"""The folder of a run: whose it is, and going on from what lies there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from specontext_vllm.distillation.files import whole_file
+from specontext_vllm.distillation.options import OptionError
+from specontext_vllm.distillation.trainer import Distiller
+
+
+def check_folder(out: Path, facts: dict[str, Any] | None = None) -> None:
+    """See, before anything is made, that ``out`` can be written to, and is free or holds the run
+    that these options began.
+
+    Args:
+        facts: what makes it another run: model, data, loss, shape; not how long it goes. None: not
+            known yet.
+    Raises:
+        OptionError: it cannot, or something else lies there.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise OptionError(f"--out: {there} is a file; give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OptionError(f"--out: {there} cannot be written to; give a folder that can.")
+    note = out / "training" / "run.json"
+    if not note.is_file():
+        if (out / "config.json").exists():
+            raise OptionError(
+                f"--out: {out} holds a model or a head that `specontext distill` did not make; "
+                "give another folder."
+            )
+        return
+    try:
+        found = dict(json.loads(note.read_text()))
+    except (ValueError, TypeError) as error:
+        raise OptionError(
+            f"--out: {note} cannot be read ({error}); give another folder, or remove that file to "
+            "begin anew."
+        ) from None
+    if differ := [
+        f"{key} {found.get(key)!r} (now {value!r})"
+        for key, value in (facts or {}).items()
+        if found.get(key) != value
+    ]:
+        raise OptionError(
+            f"--out: {out} holds a run with {', '.join(differ)}; give another folder, or the same "
+            "options to go on."
+        )
+
+
+def claim_folder(out: Path, facts: dict[str, Any]) -> None:
+    """``check_folder``, and note there whose it is."""
+    check_folder(out, facts)
+    note = out / "training" / "run.json"
+    if not note.is_file():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(note) as part:
+            part.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def resume(run: Distiller) -> bool:
+    """``Distiller.resume``.
+
+    Raises:
+        OptionError: the state cannot be read, or is another head's.
+    """
+    try:
+        return run.resume()
+    except Exception as error:  # whatever torch.load and pickle raise on a damaged file
+        reason = str(error).strip().split("\n")[0]
+        raise OptionError(
+            f"--out: {run.state_file} cannot be gone on from ({type(error).__name__}: {reason}); "
+            f"give another folder, or remove {run.state_file.parent} "
+            "to begin anew."
+        ) from None
