@@ -12,7 +12,6 @@ from benchmarks import (
     choices,
     decode,
     distill,
-    figures,
     link,
     memory,
     sidecar,
@@ -21,6 +20,7 @@ from benchmarks import (
 )
 from benchmarks.accuracy import command as accuracy
 from benchmarks.capacity import command as capacity
+from benchmarks.figures import command as figures
 from benchmarks.fuzz import command as fuzz
 from benchmarks.host import command as host
 from benchmarks.losses import command as losses
