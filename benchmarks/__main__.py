@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 import typer
 
@@ -31,7 +32,7 @@ from benchmarks.speed import command as speed
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
-CASES = {
+CASES: dict[str, Callable[..., None]] = {
     "ablation": ablation.main,
     "accuracy": accuracy.main,
     "attention": attention.main,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,12 @@ MODES = {
 }
 
 
+def replace_method(owner: type, name: str, method: Callable[..., Any]) -> None:
+    """Give a class of this process another method of that name, which it must have."""
+    getattr(owner, name)
+    setattr(owner, name, method)
+
+
 def prepare(mode: str, pages: int) -> None:
     """Change this process's residency code to the mode; the modes differ in nothing else."""
     from specontext_vllm.residency.hot_buffers import HotBuffers
@@ -48,17 +54,20 @@ def prepare(mode: str, pages: int) -> None:
         begin(self, **arguments)
         self.resident = self.first_mirrored
 
-    Ledger.__init__ = begin_offloaded
-    Ledger._maybe_return_layer = lambda self, changes: None
-    HotSizePolicy.choose = lambda self, ledger: self.largest
-    MemoryModel.plan = lambda self, gpu, host, num_pages=None: self.size(
-        pages, self.shape.num_layers, 2 * self.table_pages if host else 0
-    )
+    def plan(self: Any, gpu: int, host: int, num_pages: int | None = None) -> Any:
+        return self.size(pages, self.shape.num_layers, 2 * self.table_pages if host else 0)
+
+    replace_method(Ledger, "__init__", begin_offloaded)
+    replace_method(Ledger, "_maybe_return_layer", lambda self, changes: None)
+    replace_method(HotSizePolicy, "choose", lambda self, ledger: self.largest)
+    replace_method(MemoryModel, "plan", plan)
     if mode == "sparse only":
         # Each layer fetches for itself, on the stream that computes.
-        TieredKV._start_copies = lambda self: None
-        TieredKV._await_copies = lambda self, layer: self._fetch_misses(
-            range(layer, layer + 1), None
+        replace_method(TieredKV, "_start_copies", lambda self: None)
+        replace_method(
+            TieredKV,
+            "_await_copies",
+            lambda self, layer: self._fetch_misses(range(layer, layer + 1), None),
         )
         resolve = HotBuffers.resolve
 
@@ -68,7 +77,7 @@ def prepare(mode: str, pages: int) -> None:
             self.reset(torch.arange(self.capacity.shape[0], device=self.capacity.device))
             resolve(self, *arguments)
 
-        HotBuffers.resolve = forget_and_resolve
+        replace_method(HotBuffers, "resolve", forget_and_resolve)
 
 
 def run_mode(

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def run_child(
     log: Path,
     seconds: float,
     env: dict[str, str] | None = None,
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """Run the generator function ``work(*arguments)`` in a spawned process and yield its (name,
     value) events as they come.
 

@@ -5,7 +5,7 @@ common, and what those lose against dense attention.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -102,7 +102,7 @@ def main(
         *(["head", head.resolve().name] if head else []),
     ]
     title = f"{name}{f' with the head {head.resolve().name}' if head else ''}: {count} {TASKS[task]} in about {context:,} tokens, by who chooses the pages"
-    details = {"context": context, "task": task, "questions": count, "scores": {}}
+    details: dict[str, Any] = {"context": context, "task": task, "questions": count, "scores": {}}
     result = report.Report("-".join(["choices", *words]), title, TABLES, details=details)
     for number, (problem, prompt) in enumerate(questions(tokenizer, context, count, task), 1):
         state = decoder.prefill(prompt)

@@ -16,6 +16,7 @@ from benchmarks import report
 from benchmarks.children import ChildError, run_child
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
+from specontext_vllm.distillation.settings import Loss
 
 LEAST_LAYERS = 5
 """A head reads three different layers in the middle; the tiny shape gets one more than it has."""
@@ -36,7 +37,7 @@ TABLES = {
 
 
 def measure(
-    shape: Shape, context: int, loss: str, steps: int, budget: int, on_gpu: bool
+    shape: Shape, context: int, loss: Loss, steps: int, budget: int, on_gpu: bool
 ) -> Iterator[tuple[str, Any]]:
     """Event ``("row", figures)``: some steps on random tokens, and one measurement of recall; runs
     in a child.

@@ -56,6 +56,17 @@ class Cell:
             text.strip(),
         )
 
+    @property
+    def named_requests(self) -> int:
+        """The number of requests of a cell that names one.
+
+        Raises:
+            ValueError: it says "fit".
+        """
+        if self.requests is None:
+            raise ValueError("--cells: found fit; name the number of requests.")
+        return self.requests
+
     def label(self, requests: int) -> str:
         """The cell with its number of requests."""
         return f"{requests} x {self.name.split('x')[1]}"
@@ -252,6 +263,7 @@ def measure_cell(
             llm.collective_rpc("specontext_stats", args=(True,))
         if len(ends) == SETTLE + 1:
             first_timed = sum(generated.values())
+    assert prefilled is not None  # a step is timed after it only
     last_timed = sum(generated.values())
     stats = llm.collective_rpc("specontext_stats")[0] if spec.is_ours else None
     engine.abort_request(ids)

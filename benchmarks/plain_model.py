@@ -20,6 +20,7 @@ def plain_model(teacher: Teacher) -> Any | None:
     """
     config, state = teacher.model.config, teacher.model.state_dict()
     shape = DraftShape.for_target(config, max_position=0)
+    first, middle, last = teacher.aux_layers
     size = Size(
         hidden=shape.hidden,
         ffn=shape.ffn,
@@ -27,7 +28,7 @@ def plain_model(teacher: Teacher) -> Any | None:
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
-        aux_layers=teacher.aux_layers,
+        aux_layers=(first, middle, last),
         theta=shape.rope_theta,
         eps=shape.eps,
     )

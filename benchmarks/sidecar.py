@@ -134,13 +134,13 @@ def main(
         "lies in the inline step.",
     ]
     if not on_gpu:
-        load = os.getloadavg()[0]
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
         result.notes.append(
-            f"Model, actor and Ray share the {os.cpu_count()} cores of this machine (load before "
+            f"Model, actor and Ray share the {cores} cores of this machine (load before "
             f"the run: {load:.1f}): `added` is what "
             f"the exchange costs where nothing is gained by moving the head."
         )
-        if load > os.cpu_count():
+        if load > cores:
             result.notes.append(
                 "**The machine was busy with other work throughout**: the figures show that it "
                 "runs, and bound the cost from above."

@@ -134,11 +134,13 @@ def measure_stages(
     pages = pages_for(context)
     blocks = requests * pages
     retriever.allocate_cache(blocks)
+    cache = retriever.cache
+    assert cache is not None
     # A block at a time: the normal distribution is not made in 8 bits, and all of it in 32 would
     # not fit beside the rest.
-    for part in retriever.cache.keys.split(4096):
+    for part in cache.keys.split(4096):
         part.copy_(torch.randn(part.shape, device=device))
-    retriever.cache.fused.normal_()
+    cache.fused.normal_()
 
     rows = range(requests)
     block_table = torch.randperm(blocks, device=device).view(requests, pages).int()
@@ -200,10 +202,11 @@ def measure_stages(
     scoring = 0.0
     if choosing:
         queries = project_rows(True)
+        assert queries is not None
         scoring = timed(
             lambda _: score_rows(
                 queries,
-                retriever.cache.keys,
+                cache.keys,
                 block_table,
                 batch.seq_lens,
                 starts,

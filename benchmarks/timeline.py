@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,12 +136,13 @@ def main(
             "run the case on a GPU."
         )
     for name, kernels in timelines.items():
-        by_kind: Counter[str] = Counter()
+        by_kind: dict[str, float] = defaultdict(float)
         for kind, begin, end in spans(kernels):
             by_kind[kind] += end - begin
+        longest_first = sorted(by_kind.items(), key=lambda item: -item[1])
         print(
             f"{name}: {overlap(spans(kernels))}; us by kind: "
-            f"{ {kind: round(us) for kind, us in by_kind.most_common()} }"
+            f"{ {kind: round(us) for kind, us in longest_first} }"
         )
     engine = engine or list(timelines)[-1]
     step = spans(timelines[engine])

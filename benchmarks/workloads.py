@@ -121,13 +121,13 @@ def _engine_columns(
     sampled = [cell for cell in cells if not cell.prefill]
     # Without a prefill of its own, an engine prefills from one sampled context to the next.
     own = [cell for cell in cells if cell.name == workload.prefill_cell]
-    prefills = [
-        measured.get(cell.name)
+    prefills: list[dict[str, Any]] = [
+        measured.get(cell.name) or {}
         for cell in own or [cell for cell in sampled if cell.tokens <= workload.prompt]
     ]
-    figures = [measured.get(cell.name) for cell in sampled]
-    if not all(figures):
+    if not all(measured.get(cell.name) for cell in sampled):
         return {}
+    figures = [measured[cell.name] for cell in sampled]
     if any("out_of_memory" in each for each in figures):
         return {f"{key}_rate": OUT_OF_MEMORY}
     requests = figures[0]["requests"]
@@ -141,7 +141,7 @@ def _engine_columns(
         f"{key}_step": step,
         f"{key}_rate": 1e3 * requests / step,
     }
-    if any(each and "out_of_memory" in each for each in prefills):
+    if any("out_of_memory" in each for each in prefills):
         columns |= {f"{key}_prefill": OUT_OF_MEMORY, f"{key}_whole": OUT_OF_MEMORY}
     elif all(prefills):
         prefill = sum(each["prefill_s"] for each in prefills)

@@ -67,7 +67,7 @@ def main(
     prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task and context.")] = 50,
     thresholds: Annotated[
         str, typer.Option(help="Confidence thresholds of dlm's fallback; 0: none.")
-    ] = ",".join(f"{threshold:g}" for threshold in THRESHOLDS),
+    ] = ",".join(map(str, THRESHOLDS)),
     threshold_budget: Annotated[
         int | None, typer.Option(help="Budget they are tried with. Default: the smallest.")
     ] = None,

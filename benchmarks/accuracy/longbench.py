@@ -37,7 +37,7 @@ class Dataset:
             with.
     """
 
-    metric: Metric
+    metric: Callable[..., float]
     reply_tokens: int
     before: str
     after: str

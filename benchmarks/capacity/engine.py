@@ -190,7 +190,10 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
     engine = llm.llm_engine
     begin = time.perf_counter()
     send(llm, load, requests, load.output_tokens, f"{begin}")
-    ends, counts, first, stats = [], [], {}, None
+    ends: list[float] = []
+    counts: list[int] = []
+    first: dict[str, float] = {}
+    stats: dict[str, Any] | None = None
     while engine.has_unfinished_requests():
         outputs = engine.step()
         now = time.perf_counter()
@@ -224,7 +227,7 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
         "step_mean_ms": mean,
         "step_p90_ms": p90,
         "steady_steps": len(steady),
-        "decode_tokens_per_s": most / mean * 1e3 if steady else None,
+        "decode_tokens_per_s": most / mean * 1e3 if mean else None,
         "first_token_s": {
             "first": min(first.values()),
             "median": float(np.median(list(first.values()))),

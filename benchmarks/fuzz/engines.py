@@ -104,14 +104,14 @@ def play(llm: Any, mix: Mix, gaps: bool = False) -> Answers:
 
 
 def _answer(output: Any, completion: Any) -> Answer:
-    def plain(entry: dict[int, Any] | None) -> dict[int, float] | None:
-        return None if entry is None else {token: found.logprob for token, found in entry.items()}
+    def plain(entry: dict[int, Any]) -> dict[int, float]:
+        return {token: found.logprob for token, found in entry.items()}
 
     end = (completion.finish_reason, completion.stop_reason) if completion.finish_reason else None
     return Answer(
         list(completion.token_ids),
         [plain(entry) for entry in completion.logprobs or ()],
-        [plain(entry) for entry in output.prompt_logprobs or ()],
+        [None if entry is None else plain(entry) for entry in output.prompt_logprobs or ()],
         end,
     )
 

@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +68,7 @@ def make_rows(
         for name, figures in measured.items():
             calls, rounds = figures["calls_ms"], figures["rounds_ms"]
             row = {
-                "cell": cell.label(cell.requests),
+                "cell": cell.label(cell.named_requests),
                 "engine": name,
                 "step": statistics.median(itertools.chain(*rounds)),
                 "gpu": figures.get("gpu_ms"),
@@ -137,8 +137,7 @@ def main(
     try:
         shape = Shape.named(model_shape)
         parsed = stepping.parse_cells(cells, shape, 32)
-        if any(cell.requests is None for cell in parsed):
-            raise ValueError("--cells: found fit; name the number of requests.")
+        most = max(cell.named_requests for cell in parsed)
         chosen = [name.strip() for name in engines.split(",")]
         if unknown := [name for name in chosen if name not in ENGINES]:
             raise ValueError(f"--engines: found {unknown[0]!r}; use {', '.join(ENGINES)}.")
@@ -168,15 +167,14 @@ def main(
     context = multiprocessing.get_context("spawn")
     places = [context.Semaphore(0) for _ in chosen]
     longest = min(max(cell.tokens for cell in parsed) + 4096, shape.max_position_embeddings)
-    running: dict[str, Iterator[tuple[str, Any]]] = {}
+    running: dict[str, Generator[tuple[str, Any], None, None]] = {}
     try:
         for own, name in enumerate(chosen):
-            tiers = (
+            memory: dict[str, float] = (
                 {"host_gib": host_gib, "gpu_gib": tiers_gpu_gib}
                 if name == "two-tiers"
                 else {"gpu_gib": gpu_gib}
             )
-            most = max(cell.requests for cell in parsed)
             spec = EngineSpec(
                 ENGINES[name],
                 model,
@@ -186,7 +184,8 @@ def main(
                 timed,
                 max_model_len=longest,
                 batched_tokens=8192,
-                **tiers,
+                gpu_gib=memory["gpu_gib"],
+                host_gib=memory.get("host_gib", 0.0),
             )
             print(f"{name}: starting", flush=True)
             running[name] = run_child(

@@ -10,9 +10,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.driven import drive_selection
 from benchmarks.engines import SETTLE, Cell, EngineSpec, drain, send
@@ -77,21 +78,22 @@ def measure_cell(
     """Steps of one cell with the runner's calls timed, then traced on a GPU, and with Python's
     profiler.
     """
-    engine = llm.llm_engine
+    engine, requests = llm.llm_engine, cell.named_requests
     a_round = -(-spec.steps // ROUNDS)
     tokens = (
-        -(-cell.requests * cell.tokens // spec.batched_tokens)
-        + cell.requests
+        -(-requests * cell.tokens // spec.batched_tokens)
+        + requests
         + (2 + ROUNDS) * SETTLE
         + (ROUNDS + 2) * a_round
         + TRACED_STEPS
         + 16
     )
+    assert spec.max_model_len is not None
     prompt = min(cell.tokens, spec.max_model_len - tokens)
     calls: dict[str, list[float]] = defaultdict(list)
     rounds, busy = [], 0.0
     with turns.turn():
-        ids = send(engine, cell, cell.requests, prompt, tokens, index)
+        ids = send(engine, cell, requests, prompt, tokens, index)
         waiting = set(ids)
         while waiting:
             waiting -= {
@@ -149,16 +151,11 @@ def watched(runner: Any, calls: dict[str, list[float]]) -> Iterator[None]:
 
         return timed
 
-    result = Future.result
-    Future.result = timing("wait", result)
-    for owner, name in places:
-        setattr(owner, name, timing(name, getattr(owner, name)))
-    try:
-        yield
-    finally:
-        Future.result = result
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Future, "result", timing("wait", Future.result)))
         for owner, name in places:
-            delattr(owner, name)
+            stack.enter_context(patch.object(owner, name, timing(name, getattr(owner, name))))
+        yield
 
 
 def traced(llm: Any, engine: Any) -> dict[str, float]:
@@ -183,7 +180,7 @@ def profiled(engine: Any, count: int) -> list[dict[str, Any]]:
     profiler.enable()
     steps(engine, count)
     profiler.disable()
-    found = pstats.Stats(profiler).stats
+    found = vars(pstats.Stats(profiler))["stats"]
     functions = [
         {
             "function": f"{Path(file).name}:{line}({name})",

@@ -89,11 +89,11 @@ class Collectors:
             target: AttentionTarget(target.window, target.over_layers) for target in self.targets
         }
 
-    def watch(self, *arguments: Any) -> None:
+    def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
         """The next layer's; see ``AttentionTarget.watch``."""
         for target, collector in self.each.items():
             if self.layer in target.layers:
-                collector.watch(*arguments)
+                collector.watch(query, key, at, scale)
         self.layer += 1
 
     def result(self) -> tuple[Tensor, Tensor]:

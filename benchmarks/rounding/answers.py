@@ -197,7 +197,7 @@ def engine_row(
     ]
     gaps = [gap for _, gap in found if gap is not None]
     texts = sum(end is None for end in ends)
-    row = {
+    row: dict[str, Any] = {
         "engine": engine,
         "engine_dtype": dtype,
         "prompt_rms": _rms(prompt),

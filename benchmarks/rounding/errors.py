@@ -41,7 +41,7 @@ def model_layers(
     """
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-    seen = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def attend(
         _: Any,
@@ -52,7 +52,13 @@ def model_layers(
         scaling: float | None = None,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        seen.append(tuple(part[0].transpose(0, 1).contiguous() for part in (query, key, value)))
+        seen.append(
+            (
+                query[0].transpose(0, 1).contiguous(),
+                key[0].transpose(0, 1).contiguous(),
+                value[0].transpose(0, 1).contiguous(),
+            )
+        )
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )

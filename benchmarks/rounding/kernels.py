@@ -44,10 +44,10 @@ def ours(layer: Layer, provider: Callable[..., Any] | None = None) -> Tensor:
         attention.decode(layer.query, cache, table, rows, output)
     else:
         starts = layer.starts()
-        rows = PrefillRows(
+        prefill = PrefillRows(
             starts, lengths, block_table, len(layer.query), len(layer.key), starts.tolist()
         )
-        attention.prefill(layer.query, cache, rows, output)
+        attention.prefill(layer.query, cache, prefill, output)
     return output
 
 

@@ -76,7 +76,8 @@ def random_layer(
         * SHARPNESS
     )
     key, value = torch.randn(2, tokens, KV_HEADS, head_dim, generator=generator)
-    return Layer(*(part.to(device, dtype) for part in (query, key, value)), decode)
+    query, key, value = (part.to(device, dtype) for part in (query, key, value))
+    return Layer(query, key, value, decode)
 
 
 def exact(layer: Layer, weights: torch.dtype | None = None) -> Tensor:

@@ -54,6 +54,8 @@ class DraftModel(nn.Module):
             where it drafts all.
     """
 
+    draft_ids: Tensor | None
+
     def __init__(self, shape: DraftShape, draft_ids: Tensor | None = None) -> None:
         super().__init__()
         self.shape = shape

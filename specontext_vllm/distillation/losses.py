@@ -7,6 +7,8 @@ loss does: where the teacher's layers look when they process a token is where th
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,16 @@ def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) ->
     teacher = teacher_logits.float().log_softmax(-1)
     kl = (teacher.exp() * (teacher - draft_logits.float().log_softmax(-1))).sum(-1)
     return (kl * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+class AttentionCollector(Protocol):
+    """Gathers where the teacher looks, a layer at a time."""
+
+    def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """See ``AttentionTarget.watch``."""
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """See ``AttentionTarget.result``."""
 
 
 class AttentionTarget:

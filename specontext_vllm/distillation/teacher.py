@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.losses import AttentionCollector
 from specontext_vllm.model_config import has_windowed_layers
 
 ATTENTION = "specontext_teacher"
@@ -30,7 +30,7 @@ class Lesson:
         embeds: ``[B, T, H]`` of the tokens.
         aux: ``[B, T, num_aux * H]`` states that enter the auxiliary layers.
         hidden: ``[B, T, H]`` that the LM head reads.
-        target, mass: from ``AttentionTarget``, without token 0: ``[B, nkv, S, T - 1]``,
+        target, mass: from ``AttentionCollector``, without token 0: ``[B, nkv, S, T - 1]``,
             ``[B, nkv, S]``.
     """
 
@@ -219,7 +219,7 @@ class Teacher:
         return F.linear(hidden, weight if ids is None else weight[ids])
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, at: Tensor, collector: AttentionTarget) -> Lesson:
+    def __call__(self, ids: Tensor, at: Tensor, collector: AttentionCollector) -> Lesson:
         """Run ``ids [B, T]`` and watch where positions ``at [B, S]`` (counted without token 0)
         look.
         """
