@@ -1,5 +1,5 @@
-"""Which vLLM the plugin drives: stated here once; setup.py reads it, and the locks and the README
-are tested against it.
+"""Which vLLM the plugin drives: stated here once; tests hold pyproject.toml, the locks and the
+README to it.
 """
 
 from __future__ import annotations

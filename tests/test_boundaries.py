@@ -1,5 +1,5 @@
 """Imports point one way: engine -> {sidecar -> retrieval, residency, attention} -> triton_kernels
-(docs/architecture.md), and never in a circle.
+(docs/how-it-works/architecture.md), and never in a circle.
 """
 
 import ast

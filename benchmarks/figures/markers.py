@@ -12,7 +12,7 @@ one holds a space. Rows without a value in the first column are left out:
 A picture of the result's decode steps. Its file says which result it was drawn from:
 
     <!-- picture decode-h200 -->
-    ![Decode steps](docs/decode-step.png)
+    ![Decode steps](docs/images/decode-step.png)
     <!-- /picture -->
 """
 

@@ -20,7 +20,7 @@ def distill(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Files of text or JSON lines, see docs/distill.md; repeatable; or `synthetic`."
+            help="Text or JSON lines, repeatable, or `synthetic`; see docs/guides/distill.md."
         ),
     ],
     init: Annotated[
@@ -40,7 +40,7 @@ def distill(
     steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
     loss: Annotated[
         Literal["both", "draft", "align"],
-        typer.Option(help="What is minimised; see docs/distill.md."),
+        typer.Option(help="What is minimised; see docs/guides/distill.md."),
     ] = "both",
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak; default by the model's width.")
@@ -61,8 +61,8 @@ def distill(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
 ) -> None:
-    """Train a retrieval head for a model; see docs/distill.md. Run it again after a kill: it goes
-    on from its last state.
+    """Train a retrieval head for a model; see docs/guides/distill.md. Run it again after a
+    kill: it goes on from its last state.
 
     Exit code 0: written; 2: the model, the data, the checkpoint or an option cannot be used.
 

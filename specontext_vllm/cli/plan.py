@@ -40,7 +40,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show what fits where with two tiers, when layers are offloaded, and the step time that
-    follows; see docs/memory-model.md.
+    follows; see docs/how-it-works/memory-model.md.
 
     Exit code 2: it does not fit, or an option cannot be used, with a sentence that says why.
     """

@@ -69,8 +69,8 @@ LARGER = Size(
     align_weight=3.0,
 )
 """Seven times the demo's parameters; half its batch, so that it takes as many steps in the same
-time. Its head is further from trained out when the time is over (docs/accuracy.md), so it gets more
-of it, and the weight that docs/distill.md found."""
+time. Its head is further from trained out when the time is over (docs/results/accuracy.md), so it
+gets more of it, and the weight that docs/results/distillation.md found."""
 
 SMOKE = Size(
     layers=5,

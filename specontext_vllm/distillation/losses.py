@@ -1,8 +1,8 @@
 """What a retrieval head learns from: the draft loss and the alignment loss.
 
-The draft loss alone does not teach a small head to retrieve (shared/spike/README.md); the alignment
-loss does: where the teacher's layers look when they process a token is where the head's attention
-    for that token must lie.
+The draft loss alone does not teach a head to retrieve; the alignment loss does: where the teacher's
+layers look when they process a token is where the head's attention for that token must lie
+(docs/results/distillation.md).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 WINDOW = 32
-"""Newest tokens that alignment leaves out (docs/distill.md, what we learned about the loss)."""
+"""Newest tokens that alignment leaves out (docs/results/distillation.md, losses)."""
 SHARPNESS = 2.0
 """Power that the teacher's weights are raised to before a head is aligned to them (the same page).
 """
@@ -132,7 +132,7 @@ def alignment_loss(
         the query head that gives it most, and heavy
     tokens more than their weight. A dozen layers that each look a little at hundreds of tokens
     outweigh, in sum, the one that looks at the token it must copy; a head that is aligned to the
-    sum learns the crowd (docs/distill.md).
+    sum learns the crowd (docs/results/distillation.md).
 
     Args:
         q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head. at, target, mass: from

@@ -28,8 +28,7 @@ class Settings:
         learning_rate: peak; a cosine to a tenth follows, over the hours or steps.
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
         window: newest tokens that alignment leaves out.
-        align_weight: factor of the alignment loss (docs/distill.md, what we learned about the
-            loss).
+        align_weight: factor of the alignment loss (docs/results/distillation.md, losses).
         align_sharpness, align_each_token: how heavy tokens and the query heads of a group count in
             it (losses.py).
         over_layers: "max" or "mean" over the teacher's layers.

@@ -121,8 +121,8 @@ class Distiller:
 
         Nothing here or in the teacher is ``T x T`` or ``T x vocabulary``: attention weights are
             formed for ``align_positions``, logits and
-        the draft layer's MLP for ``draft_positions``; the rest is flash attention. docs/distill.md
-        adds up the bytes.
+        the draft layer's MLP for ``draft_positions``; the rest is flash attention.
+        docs/results/distillation.md adds up the bytes.
         """
         settings, draft = self.settings, self.draft
         with self.accelerator.autocast():

@@ -1,5 +1,5 @@
-"""What fits where: the memory model of tiered KV (paper, section C3; see docs/memory-model.md for
-its errata).
+"""What fits where: the memory model of tiered KV (paper, section C3; see
+docs/how-it-works/memory-model.md for its errata).
 """
 
 from __future__ import annotations

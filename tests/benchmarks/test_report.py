@@ -221,8 +221,8 @@ def test_paired_differences():
         (centre - half, centre + half)
     )
     assert paired([]) == (-1.0, 1.0) and paired([-1.0] * 12)[0] == -1.0
-    # How many prompts, all equal, show that no more than a point is lost: docs/accuracy.md says
-    # some 200.
+    # How many prompts, all equal, show that no more than a point is lost: some 200
+    # (docs/results/accuracy.md).
     assert paired([0.0] * 194)[0] >= -0.01 > paired([0.0] * 193)[0]
 
 

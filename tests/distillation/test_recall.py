@@ -30,7 +30,7 @@ def sample(seed=0):
 
 @pytest.mark.parametrize("pages", [8, 11])
 def test_chosen_pages_are_those_of_the_engine(pages):
-    """One row of the served selection, as docs/architecture.md has it, in a loop."""
+    """One row of the served selection, as docs/how-it-works/decode-step.md has it, in a loop."""
     q, k, at, target = sample()
     chosen = choose(page_scores(q, k, at), at, pages)
     sums = page_sums(target)

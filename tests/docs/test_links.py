@@ -57,6 +57,19 @@ def test_paths_exist(page):
     assert not list(missing_paths(page.read_text()))
 
 
+def test_pages_that_the_code_names_exist():
+    folders = ("specontext_vllm", "triton_kernels", "benchmarks", "configs", "tests", "scripts")
+    named = {
+        (str(path.relative_to(ROOT)), page)
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".yaml", ".json", ".sh") and "results" not in path.parts
+        for page in re.findall(r"(?<![\w/])docs/[\w/-]+\.md", path.read_text())
+    }
+    missing = {(path, page) for path, page in named if not (ROOT / page).exists()}
+    assert named and {path for path, _ in missing} <= {"tests/docs/test_links.py"}
+
+
 def test_what_leads_nowhere_is_found():
     page = ROOT / "README.md"
     text = (
