@@ -40,6 +40,8 @@ def replace_method(owner: type, name: str, method: Callable[..., Any]) -> None:
 
 def prepare(mode: str, pages: int) -> None:
     """Change this process's residency code to the mode; the modes differ in nothing else."""
+    from specontext_vllm.residency import ledger
+    from specontext_vllm.residency.copy_stream import CopyStream
     from specontext_vllm.residency.hot_buffers import HotBuffers
     from specontext_vllm.residency.hot_size import HotSizePolicy
     from specontext_vllm.residency.ledger import Ledger
@@ -58,23 +60,25 @@ def prepare(mode: str, pages: int) -> None:
         return self.size(pages, self.shape.num_layers, 2 * self.table_pages if host else 0)
 
     replace_method(Ledger, "__init__", begin_offloaded)
-    replace_method(Ledger, "_maybe_return_layer", lambda self, changes: None)
+    # No layer ever comes back.
+    ledger.COOLDOWN_STEPS = 10**9
     replace_method(HotSizePolicy, "choose", lambda self, ledger: self.largest)
     replace_method(MemoryModel, "plan", plan)
     if mode == "sparse only":
         # Each layer fetches for itself, on the stream that computes.
-        replace_method(TieredKV, "_start_copies", lambda self: None)
+        replace_method(CopyStream, "start", lambda self, copy: None)
         replace_method(
             TieredKV,
-            "_await_copies",
-            lambda self, layer: self._fetch_misses(range(layer, layer + 1), None),
+            "await_misses",
+            lambda self, layer: self.fetch_misses(range(layer, layer + 1)),
         )
         resolve = HotBuffers.resolve
 
         def forget_and_resolve(self: Any, *arguments: Any) -> None:
             import torch
 
-            self.reset(torch.arange(self.capacity.shape[0], device=self.capacity.device))
+            capacity = self.state.capacity
+            self.reset(torch.arange(len(capacity), device=capacity.device))
             resolve(self, *arguments)
 
         replace_method(HotBuffers, "resolve", forget_and_resolve)

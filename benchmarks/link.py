@@ -39,6 +39,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     from benchmarks.gpu_clock import stamp
     from benchmarks.stages import timed
     from specontext_vllm.residency.host_pool import allocate_host_pool
+    from specontext_vllm.step_data import Misses
     from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 
     device = torch.device("cuda")
@@ -55,7 +56,8 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     sources = torch.randint(0, pages, (PAGES,), dtype=torch.int32, device=device)
     targets = torch.randperm(PAGES, device=device).int()
     places = torch.randperm(PAGES // heads, device=device).int()[None]
-    number, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (PAGES, 0))
+    count, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (PAGES, 0))
+    misses = Misses(sources, targets, count)
     widths = (
         (hidden, qkv),
         (shape.head_dim * shape.num_attention_heads, hidden),
@@ -106,9 +108,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
             fetch_pages(
                 host,
                 arena,
-                sources,
-                targets,
-                number,
+                misses,
                 places,
                 resident,
                 layers=range(1),

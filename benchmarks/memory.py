@@ -82,12 +82,8 @@ def measure(
     if on_gpu:
         allocated = torch.cuda.memory_allocated() - before
     else:
-        held = [*vars(tiers).values(), *vars(tiers.hot).values(), *vars(cache).values()]
-        tensors = {
-            t.data_ptr(): t
-            for t in held
-            if isinstance(t, torch.Tensor) and t is not tiers.host and t is not tiers.hot.counts
-        }
+        held = [*tiers.device_tensors().values(), *vars(cache).values()]
+        tensors = {t.data_ptr(): t for t in held if isinstance(t, torch.Tensor)}
         allocated = sum(t.nbytes for t in tensors.values())
     yield (
         "row",
@@ -98,7 +94,7 @@ def measure(
             "allocated": allocated / 2**20,
             "ratio": allocated / plan.gpu_bytes,
             "host_predicted": plan.host_bytes / 2**20,
-            "host_allocated": tiers.host.nbytes / 2**20,
+            "host_allocated": tiers.pools.host.nbytes / 2**20,
             "parts": plan.parts,
         },
     )

@@ -18,6 +18,7 @@ from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.intervals import of_scores
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
+from specontext_vllm.config import PAGE_SIZE
 
 REQUESTS = 16
 """vLLM's max_num_seqs."""
@@ -90,26 +91,22 @@ def apply(worker: Any, setting: Setting) -> None:
     """Use a setting in a worker from the next step on, and note the misses of each step."""
     import torch
 
-    from specontext_vllm.residency.ledger import Changes
-
     runtime = worker.model_runner.runtime
     tiers = runtime.tiers
     runtime.set(stickiness=setting.stickiness)
     slots = int(setting.slots * runtime.config.budget_pages)
-    # Instead of the time law's choice, which hangs on the load.
+    # Not the time law's choice, which depends on the load.
     tiers.hot_size.choose = lambda ledger: slots
-    changes = Changes()
-    tiers.ledger.limit_hot(slots, changes)
     with torch.inference_mode():
-        tiers.follow(changes)
+        tiers.resize_hot_buffers(slots)
     if not hasattr(tiers, "noted"):
         original = tiers.resolve
 
-        def resolve(selection: Any, lengths: Any, *args: Any) -> None:
-            original(selection, lengths, *args)
-            selected = int(((lengths + 15) // 16).sum()) if args[-1] else 0
+        def resolve(selection: Any, batch: Any) -> None:
+            original(selection, batch)
+            selected = int(((selection.lengths + PAGE_SIZE - 1) // PAGE_SIZE).sum())
             if selected:
-                tiers.noted.append((int(tiers.hot.count), selected))
+                tiers.noted.append((int(tiers.misses.count), selected))
 
         tiers.resolve = resolve
     tiers.noted = []
@@ -122,10 +119,9 @@ def noted(worker: Any, setting: Setting) -> list[tuple[int, int]]:
         RuntimeError: the hot buffers had another size than the setting's.
     """
     runtime = worker.model_runner.runtime
-    if runtime.tiers.ledger.hot_limit != int(setting.slots * runtime.config.budget_pages):
-        raise RuntimeError(
-            f"{setting.name}: the hot buffers had {runtime.tiers.ledger.hot_limit} slots"
-        )
+    slots = runtime.tiers.status().hot_tokens // PAGE_SIZE
+    if slots != int(setting.slots * runtime.config.budget_pages):
+        raise RuntimeError(f"{setting.name}: the hot buffers had {slots} slots")
     return runtime.tiers.noted
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from specontext_vllm.residency.ledger import Changes
+from specontext_vllm.residency.frames import Changes
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.step_data import ScheduledStep
 
 
 class PoisonedTieredKV(TieredKV):
@@ -25,25 +26,24 @@ class PoisonedTieredKV(TieredKV):
 
     poisoned = 0
 
-    def begin_step(self, released: Any, started: Any, grown: Any, *rest: Any, **named: Any) -> None:
-        started, grown = list(started), list(grown)
-        fresh = [page for request in started for page in request.pages[request.computed :]] + [
-            page for _, pages in grown for page in pages
+    def follow(self, step: ScheduledStep) -> None:
+        fresh = [page for request in step.started for page in request.pages[request.computed :]] + [
+            page for _, pages in step.grown for page in pages
         ]
         if self.device.type == "cuda":
             # The host writes at once; what the steps before this one read must be through.
             torch.cuda.synchronize(self.device)
-        self.host[:, fresh] = float("nan")
+        self.pools.host[:, fresh] = float("nan")
         self.poisoned += len(fresh)
-        super().begin_step(released, started, grown, *rest, **named)
+        super().follow(step)
 
-    def follow(self, changes: Changes) -> None:
+    def apply(self, changes: Changes) -> None:
         # The copies of the step before may still write to them.
-        self._copier.join()
+        self.copies.join()
         for frames in changes.given_up:
             self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
             self.poisoned += len(frames)
-        super().follow(changes)
+        super().apply(changes)
 
 
 @contextmanager

@@ -19,14 +19,22 @@ WRAPPERS = {
 }
 MAY_IMPORT = {
     "retrieval": {"config", "retrieval", "step_data", "triton_kernels"},
-    "residency": {"config", "late_copy", "residency", "sizes", "step_data", "triton_kernels"},
+    "residency": {
+        "config",
+        "late_copy",
+        "residency",
+        "sizes",
+        "step_data",
+        "tier_data",
+        "triton_kernels",
+    },
     "attention": {"config", "attention", "step_data", "triton_kernels"},
     "observability": {"observability", "retrieval.counters"},
     "synthetic": {"synthetic"},
     "distillation": {"config", "distillation", "model_config", "retrieval", "synthetic"},
     "demo": {"demo", "distillation", "synthetic"},
     "sidecar": {"config", "retrieval", "sidecar", "step_data"},
-    "triton_kernels": {"step_data", "triton_kernels"},
+    "triton_kernels": {"step_data", "tier_data", "triton_kernels"},
 }
 """For each package, what of specontext_vllm it may import."""
 

@@ -1,16 +1,17 @@
-"""Places of the figures that the kernels of the two tiers count, in one int64 tensor on the device."""
+"""Indices of the counters that the two tiers' kernels add to, in one int64 tensor on the device."""
 
 SELECTED, MISSED, RETURNED, FETCHED = range(4)
-"""Head pages: selected; to be fetched; held without having been read in the step before; copied,
-all layers together.
+"""Head pages: selected; missing from their hot buffer; in their hot buffer though the step before
+did not read them; copied for misses, summed over layers.
 """
 
 AWAITED, LATE, LATE_NS = range(4, 7)
-"""Layers whose prefetch a decode step waited for; those where it arrived after the layer was ready;
-nanoseconds of it.
+"""Layers whose misses a decode step waited for; layers whose misses came after the layer was ready;
+nanoseconds of that lateness.
 """
 
 FILLED = 7
-"""Head pages copied into the hot buffers of layers that were offloaded, all layers together."""
+"""Head pages copied into the hot buffers of newly offloaded layers, summed over layers."""
 
 COUNTERS = 8
+"""Number of counters."""

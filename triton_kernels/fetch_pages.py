@@ -1,11 +1,13 @@
-"""Head pages from the pinned host pool into frames, read by the GPU straight over PCIe; and waiting
-for them on the device.
+"""Copy head pages from the pinned host pool into frames, directly over PCIe; and wait for them on
+the device.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from specontext_vllm.step_data import Misses
+from specontext_vllm.tier_data import CopyProgress
 from specontext_vllm.triton_kernels import counters
 
 _AWAITED, _LATE, _LATE_NS = (
@@ -15,12 +17,10 @@ _AWAITED, _LATE, _LATE_NS = (
 )
 
 PROGRAMS = 6
-"""Programs that copy. Each keeps an SM to itself, which costs the matrix products beside it about 1
-% of their time.
-"""
+"""Programs that copy. Each occupies an SM, which slows concurrent matrix products by about 1 %."""
 TILE_BYTES = 65536
-"""What each program has in flight; ``PROGRAMS`` of them fill a PCIe 5 x16 link (case `link` of the
-benchmarks).
+"""Bytes that each program has in flight; ``PROGRAMS`` tiles fill a PCIe 5 x16 link
+(`python -m benchmarks link`).
 """
 
 _BRIEF_NS = tl.constexpr(10**6)
@@ -28,8 +28,8 @@ _BRIEF_NS = tl.constexpr(10**6)
 
 @triton.jit
 def clock():
-    """Nanoseconds of the GPU's global timer, as a warp's first thread reads it: what hangs on them
-    does not part the threads.
+    """Nanoseconds of the GPU's global timer. The warp's first thread reads it for all, so that a
+    branch on it does not diverge.
     """
     return tl.inline_asm_elementwise(
         """{
@@ -98,8 +98,8 @@ def _fetch_pages_kernel(
                 # [PAGES, BLOCK]
                 m_words = m_i[:, None] & m_w[None, :]
                 b_words = tl.load(p_from[:, None] + o_w[None, :], mask=m_words, other=0)
-                # The next tile's indices come while this one's pages are on the link; the store
-                # waits for those.
+                # Load the next tile's indices while this tile's pages are on the link: the store
+                # below waits for the pages.
                 o_i = done + N * PAGES + tl.arange(0, PAGES)
                 m_i = o_i < count
                 b_source = tl.load(p_sources + o_i, mask=m_i, other=0)
@@ -107,7 +107,7 @@ def _fetch_pages_kernel(
                 b_frame = tl.load(p_layer_frames + b_target // H, mask=m_i, other=0)
                 tl.store(p_to[:, None] + o_w[None, :], b_words, mask=m_words)
         if SIGNALS:
-            # All threads' stores come before the one thread that tells of them.
+            # All threads have stored before one thread signals.
             tl.debug_barrier()
             tl.atomic_add(p_done + layer, 1, sem="release")
 
@@ -115,9 +115,7 @@ def _fetch_pages_kernel(
 def fetch_pages(
     host: torch.Tensor,
     arena: torch.Tensor,
-    sources: torch.Tensor,
-    targets: torch.Tensor,
-    count: torch.Tensor,
+    misses: Misses,
     frames: torch.Tensor,
     resident: torch.Tensor,
     *,
@@ -129,36 +127,33 @@ def fetch_pages(
     programs: int = PROGRAMS,
     tile_bytes: int = TILE_BYTES,
 ) -> None:
-    """Copy the same ``count`` head pages of several layers, layer by layer, but for those that are
-    resident; both numbers are read on the device.
+    """Copy the same head pages of consecutive layers, layer by layer; skip resident layers.
 
     Args:
         host: ``[N, words]`` int32 view of the pinned pool, one row a head page.
-        arena: ``[frames * H, words]`` int32 view of the frames.
-        sources: ``[C]`` int32 rows of ``host``, counted from the layer's first.
-        targets: ``[C]`` int32 ``place * H + head``, places being entries of a layer's row of
-            ``frames``.
-        count: ``[1]`` int32.
-        frames: ``[len(layers), K]`` int32 frame of each place.
-        resident: ``[1]`` int32; layers below it are resident.
-        layers: consecutive layers. first_source: first row of their first in ``host``;
-            layer_sources: rows from one to the next.
-        done: ``[L]`` int32; each program adds one to a layer's entry when its share of the layer
-            has been copied.
-        programs, tile_bytes: how many programs copy, and how much each has in flight (at least one
-            page).
+        arena: ``[F * H, words]`` int32 view of the frames.
+        misses: the head pages; ``sources`` are rows of ``host`` counted from the layer's first row,
+            ``targets`` are ``place * H + head``, where a place is a column of ``frames``.
+        frames: ``[len(layers), places]`` int32 frame of each place.
+        resident: ``[1]`` int32 number of resident layers.
+        layers: the layers.
+        first_source: first row of the first layer in ``host``.
+        layer_sources: rows of a layer in ``host``.
+        done: ``[L]`` int32 as in ``CopyProgress``, or None.
+        programs: programs that copy.
+        tile_bytes: bytes that each has in flight, at least one page.
     """
     words = host.shape[1]
     block = triton.next_power_of_2(words)
     _fetch_pages_kernel[(programs,)](
         host,
         arena,
-        sources,
-        targets,
-        count,
+        misses.sources,
+        misses.targets,
+        misses.count,
         frames,
         resident,
-        count if done is None else done,
+        misses.count if done is None else done,
         layers.start,
         layers.stop,
         first_source,
@@ -187,7 +182,7 @@ def _await_pages_kernel(
     TIMED: tl.constexpr,
 ):
     if layer >= tl.load(p_resident):
-        # Both sides wrap around alike.
+        # Both counters wrap around in the same way.
         wanted = tl.load(p_epoch) * N
         done = tl.atomic_add(p_done + layer, 0, sem="acquire")
         if TIMED:
@@ -199,8 +194,7 @@ def _await_pages_kernel(
                 done = tl.atomic_add(p_done + layer, 0, sem="acquire")
                 waited = clock() - begin
                 if waited > _BRIEF_NS:
-                    # Once one wait was in vain the engine ends, and those behind it need not take
-                    # as long.
+                    # After one timeout the engine ends; later waits give up at once.
                     waited = tl.where(tl.load(p_overdue, volatile=True) > 0, LIMIT, waited)
             if done - wanted < 0:
                 tl.store(p_overdue, layer + 1, mask=tl.load(p_overdue, volatile=True) == 0)
@@ -210,40 +204,36 @@ def _await_pages_kernel(
 
 
 def await_pages(
-    done: torch.Tensor,
-    epoch: torch.Tensor,
+    progress: CopyProgress,
     resident: torch.Tensor,
-    overdue: torch.Tensor,
     counts: torch.Tensor | None,
     *,
     layer: int,
     seconds: float,
     programs: int = PROGRAMS,
 ) -> None:
-    """Hold the current stream until ``fetch_pages`` number ``epoch`` has copied a layer; at once
-    for a resident layer.
+    """Hold the current stream until the latest fetch has copied a layer; return at once for a
+    resident layer.
 
-    One thread looks at a counter in device memory: an event that a captured graph waits for costs
-        20 us a layer (H200, 2026-11-24), and the
-    copies may begin before the graph does. The copies never wait for this stream, so the one
-    waiting warp cannot keep them off the GPU.
+    One thread polls a counter in device memory. That is cheaper than an external event in a
+    captured graph, and lets the copies begin before the graph does. The copies never wait for this
+    stream, so the polling warp cannot block them.
 
     Args:
-        done: ``[L]`` int32 of ``fetch_pages``. epoch: ``[1]`` int32, how many calls there were.
-        resident: ``[1]`` int32.
-        overdue: ``[1]`` int32 that the host may read at any time, pinned or on the device. 0;
-            written where the copies have not come in ``seconds``, and the stream goes on without
-                them: the layer plus 1.
-        counts: int64 counters (module ``counters``) of waits, late layers and their nanoseconds;
-            None: not counted.
-        seconds: by the GPU's clock. Once ``overdue`` is written, waits last a millisecond.
+        progress: ``overdue`` must be readable by the host (pinned) or lie on the device. It is set
+            when the copies have not come in ``seconds``; the stream then goes on without them.
+        resident: ``[1]`` int32 number of resident layers.
+        counts: ``[COUNTERS]`` int64 counters (module ``counters``) of waits, late layers and their
+            nanoseconds; None to count nothing.
+        seconds: timeout by the GPU's clock. Once ``overdue`` is set, waits last a millisecond.
+        programs: as in the call of ``fetch_pages``.
     """
     _await_pages_kernel[(1,)](
-        done,
-        epoch,
+        progress.done,
+        progress.epoch,
         resident,
-        overdue,
-        done if counts is None else counts,
+        progress.overdue,
+        progress.done if counts is None else counts,
         layer,
         N=programs,
         LIMIT=int(seconds * 1e9),

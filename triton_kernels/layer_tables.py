@@ -1,10 +1,13 @@
-"""The page tables of all layers from one selection: frames of resident layers, hot slots of
+"""The page tables of all layers from one selection: frames in resident layers, hot slots in
 offloaded ones.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from specontext_vllm.step_data import Selection
+from specontext_vllm.tier_data import DecodeRows, TierTables
 
 
 @triton.jit
@@ -51,15 +54,10 @@ def _layer_tables_kernel(
 
 
 def layer_tables(
-    selection: torch.Tensor,
+    selection: Selection,
     slots: torch.Tensor,
-    lengths: torch.Tensor,
-    lanes: torch.Tensor,
-    block_table: torch.Tensor,
-    frames: torch.Tensor,
-    hot: torch.Tensor,
-    resident: torch.Tensor,
-    tables: torch.Tensor,
+    rows: DecodeRows,
+    tables: TierTables,
     *,
     num_rows: int,
     num_kv_heads: int,
@@ -68,33 +66,31 @@ def layer_tables(
     """Write where each layer reads the selected head pages.
 
     Args:
-        selection: ``[B * H, K]`` int32 ``page * H + head`` with the page's position in its request.
-        slots: ``[B * H, K]`` int32 hot slots of the same pages.
-        lengths: ``[B * H]`` int32 tokens; 0 for padding rows.
-        lanes: ``[B]`` int32, -1 for padding rows.
-        block_table: ``[>= B, W]`` int32 logical pages.
-        frames: ``[L, T]`` int32. hot: ``[L, lanes, S]`` int32. resident: ``[1]`` int32.
-        tables: ``[L, B * H, K]`` int32 head pages of the arena (``frame * H + head``), written.
+        selection: pages counted from the start of their request.
+        slots: ``[rows * H, K]`` int32 hot slots of the same pages.
+        rows: the step's decode rows.
+        tables: ``tables.pages`` is written.
+        num_rows: rows to write, padding included.
     """
-    layers, _, width = tables.shape
+    layers, _, width = tables.pages.shape
     _layer_tables_kernel[(num_rows, num_kv_heads, layers)](
-        selection,
+        selection.pages,
         slots,
-        lengths,
-        lanes,
-        block_table,
-        frames,
-        hot,
-        resident,
-        tables,
-        selection.stride(0),
-        block_table.stride(0),
-        tables.stride(0),
-        frames.shape[1],
-        hot.stride(0),
+        selection.lengths,
+        rows.lanes,
+        rows.block_table,
+        tables.frames,
+        tables.hot_frames,
+        tables.resident,
+        tables.pages,
+        selection.pages.stride(0),
+        rows.block_table.stride(0),
+        tables.pages.stride(0),
+        tables.frames.shape[1],
+        tables.hot_frames.stride(0),
         H=num_kv_heads,
         P=page_size,
-        S=hot.shape[2],
+        S=tables.hot_frames.shape[2],
         K_PAD=triton.next_power_of_2(width),
         num_warps=1,
     )

@@ -1,17 +1,19 @@
-"""The selection against the hot buffers: hits keep their slot, misses take the least recently used
-ones.
+"""Match the selection against the hot buffers: hits keep their slots, misses take the least
+recently used ones.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from specontext_vllm.step_data import Misses, Selection
+from specontext_vllm.tier_data import DecodeRows, HotState
 from specontext_vllm.triton_kernels import counters
 
 _SELECTED, _MISSED = tl.constexpr(counters.SELECTED), tl.constexpr(counters.MISSED)
 _RETURNED, _FETCHED = tl.constexpr(counters.RETURNED), tl.constexpr(counters.FETCHED)
 
-# Sorts behind every slot that may be given up.
+# Sorts after every slot that may be reused.
 _KEPT = 0x7FFFFFFFFFFFFFFF
 
 
@@ -65,7 +67,7 @@ def _resolve_pages_kernel(
         b_last = tl.load(p_stamp + buffer + b_slot, mask=m_hit, other=step - 1)
         tl.store(p_stamp + buffer + b_slot, step, mask=m_hit)
         tl.debug_barrier()
-        # [S_PAD] slots in the order in which they may be given up
+        # [S_PAD] slots in the order in which they may be reused
         o_s = tl.arange(0, S_PAD)
         b_stamp = tl.load(p_stamp + buffer + o_s, mask=o_s < S, other=0).to(tl.int64)
         m_free = (o_s < tl.load(p_capacity + lane)) & (b_stamp != step)
@@ -85,7 +87,7 @@ def _resolve_pages_kernel(
         tl.store(p_stamp + buffer + b_new, step, mask=m_miss)
         tl.store(p_of + b_page, b_new, mask=m_miss)
         tl.store(p_slots + i_seq * s_selection + o_k, tl.where(m_miss, b_new, b_slot), mask=m_k)
-        # A page whose first token this step writes has nothing to fetch.
+        # The page that this step begins holds nothing to fetch yet.
         begun = tl.where((seq_len - 1) % P == 0, (seq_len - 1) // P, -1)
         m_fetch = m_miss & (b_page != begun)
         b_fetch = m_fetch.to(tl.int32)
@@ -101,68 +103,60 @@ def _resolve_pages_kernel(
 
 
 def resolve_pages(
-    selection: torch.Tensor,
-    lengths: torch.Tensor,
-    seq_lens: torch.Tensor,
-    lanes: torch.Tensor,
-    block_table: torch.Tensor,
-    capacity: torch.Tensor,
-    slot_of: torch.Tensor,
-    page_of: torch.Tensor,
-    source_of: torch.Tensor,
-    stamp: torch.Tensor,
-    slots: torch.Tensor,
-    order: torch.Tensor,
-    sources: torch.Tensor,
-    targets: torch.Tensor,
-    count: torch.Tensor,
+    selection: Selection,
+    rows: DecodeRows,
+    hot: HotState,
+    misses: Misses,
+    *,
     resident: torch.Tensor,
     counts: torch.Tensor,
-    step: torch.Tensor,
-    *,
     num_layers: int,
     num_rows: int,
     page_size: int,
 ) -> None:
-    """See ``specontext_vllm.residency.hot_buffers.HotBuffers.resolve``, whose torch path is the
-    reference.
+    """Give every selected page a slot and list the misses.
+
+    The reference is ``specontext_vllm.residency.hot_buffers.HotBuffers.resolve`` on a CPU.
 
     Args:
-        order: ``[rows * H, next_power_of_2(S)]`` int32 scratch.
-        count: ``[1]`` int32, zero on entry.
-        resident: ``[1]`` int32 layers whose pages are all on the GPU; the others fetch the misses.
-        counts: int64 counters (module ``counters``), added to.
-        step: ``[1]`` int32, the number of this step.
+        selection: pages counted from the start of their request.
+        rows: the step's decode rows.
+        hot: read and written; ``hot.step`` is already the present step's.
+        misses: written; ``misses.count`` must be 0 on entry.
+        resident: ``[1]`` int32 number of resident layers, which fetch nothing.
+        counts: ``[COUNTERS]`` int64 counters (module ``counters``), added to.
+        num_layers: L.
+        num_rows: rows to resolve, padding included.
     """
-    _, heads, hot = page_of.shape
+    _, heads, num_slots = hot.page_of.shape
     _resolve_pages_kernel[(num_rows, heads)](
-        selection,
-        lengths,
-        seq_lens,
-        lanes,
-        block_table,
-        capacity,
-        slot_of,
-        page_of,
-        source_of,
-        stamp,
-        slots,
-        order,
-        sources,
-        targets,
-        count,
+        selection.pages,
+        selection.lengths,
+        rows.seq_lens,
+        rows.lanes,
+        rows.block_table,
+        hot.capacity,
+        hot.slot_of,
+        hot.page_of,
+        hot.source_of,
+        hot.stamp,
+        hot.slots,
+        hot.order,
+        misses.sources,
+        misses.targets,
+        misses.count,
         resident,
         counts,
-        step,
-        selection.stride(0),
-        block_table.stride(0),
-        slot_of.shape[2],
+        hot.step,
+        selection.pages.stride(0),
+        rows.block_table.stride(0),
+        hot.slot_of.shape[2],
         L=num_layers,
         H=heads,
         P=page_size,
-        S=hot,
-        S_PAD=order.shape[1],
-        K_PAD=triton.next_power_of_2(selection.shape[1]),
+        S=num_slots,
+        S_PAD=hot.order.shape[1],
+        K_PAD=triton.next_power_of_2(selection.pages.shape[1]),
         KEPT=_KEPT,
         num_warps=4,
     )

@@ -1,8 +1,10 @@
-"""New keys and values into their frames and, for mirrored layers, into the host pool."""
+"""Write new keys and values into frames and, in mirrored layers, into the host pool."""
 
 import torch
 import triton
 import triton.language as tl
+
+from specontext_vllm.tier_data import LayerMemory
 
 
 @triton.jit(
@@ -42,7 +44,7 @@ def _write_tiered_kernel(
         place = (slot // P * H + i_head) * P + slot % P
         target = tl.full((), -1, tl.int64)
         if i_token < num_decodes:
-            # The newest page is the last of the row's own page table.
+            # The newest page is the last one in the row's page table.
             i_seq = i_token * H + i_head
             length = tl.load(p_lengths + i_seq)
             head_page = tl.load(p_tables + i_seq * s_table + (length - 1) // P).to(tl.int64)
@@ -62,49 +64,39 @@ def write_tiered(
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    frames: torch.Tensor,
-    resident: torch.Tensor,
-    arena: torch.Tensor,
-    host: torch.Tensor | None,
+    memory: LayerMemory,
     *,
-    layer: int,
     num_decodes: int,
 ) -> None:
-    """Store one layer's new tokens.
+    """Write one layer's new tokens.
 
     Args:
         key, value: ``[>= N, H, D]``, the last two axes contiguous.
-        slots: ``[N]`` int64 logical slots; negative ones are padding.
-        table, lengths: the layer's page table ``[>= num_decodes * H, K]`` and its lengths: decode
-            rows write behind their last token.
-        frames: ``[T]`` int32 the layer's row of the frame table, read for prefill tokens of a
-            resident layer. Prefill tokens of an offloaded layer go to the host pool alone.
-        arena: ``[frames, H, P, 2 * D]``.
-        host: ``[T, H, P, 2 * D]`` the layer's pages in the pinned pool, or None when it has no
-            mirror.
+        slots: ``[N]`` int64 logical slots, ``page * P + offset``; negative ones are padding.
+        memory: where the layer writes.
+        num_decodes: leading tokens that belong to decode rows.
     """
+    arena, mirror = memory.arena, memory.mirror
     _, heads, page_size, width = arena.shape
     _write_tiered_kernel[(slots.shape[0], heads)](
         key,
         value,
         slots,
-        table,
-        lengths,
-        frames,
-        resident,
+        memory.table.pages,
+        memory.table.lengths,
+        memory.frames,
+        memory.resident,
         arena,
-        arena if host is None else host,
+        arena if mirror is None else mirror,
         num_decodes,
         key.stride(0),
         value.stride(0),
-        table.stride(0),
-        layer,
+        memory.table.pages.stride(0),
+        memory.layer,
         H=heads,
         P=page_size,
         D=width // 2,
         D_PAD=triton.next_power_of_2(width // 2),
-        MIRRORED=host is not None,
+        MIRRORED=mirror is not None,
         num_warps=1,
     )

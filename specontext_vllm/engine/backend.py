@@ -252,7 +252,7 @@ class SpeContextImpl(AttentionImpl):
             attn_metadata.prefill,
         )
         if self.tiers is not None:
-            table = replace(table, pages=self.tiers.tables[self.layer])
+            table = self.tiers.page_table(self.layer)
         if decodes and self.selector is not None and self.selector.active:
             common = attn_metadata.common
             self.selector.select(
@@ -268,14 +268,15 @@ class SpeContextImpl(AttentionImpl):
             self.provider.decode(query[:decodes], kv_cache, table, decodes, output[:decodes])
         if prefill is not None:
             span = slice(decodes, attn_metadata.num_tokens)
-            if self.tiers is not None and self.tiers.attends_staged(self.layer):
+            if self.tiers is not None and self.tiers.is_staged(self.layer):
                 self._prefill_staged(
                     query[span], key[span], value[span], kv_cache, prefill, output[span]
                 )
                 return output
             if self.tiers is not None:
                 prefill = replace(
-                    prefill, block_table=self.tiers.frames[self.layer][prefill.block_table.long()]
+                    prefill,
+                    block_table=self.tiers.prompt_block_table(self.layer, prefill.block_table),
                 )
             self.provider.prefill(query[span], kv_cache, prefill, output[span])
         return output
@@ -292,7 +293,7 @@ class SpeContextImpl(AttentionImpl):
         """Prefill rows of an offloaded layer: their history arrives in a staging area, the new
         tokens are put behind it.
         """
-        for stage in self.tiers.stages(self.layer):
+        for stage in self.tiers.staged_rows(self.layer):
             self.provider.write(key[stage.tokens], value[stage.tokens], arena, stage.slots)
             starts = prefill.starts[stage.rows.start : stage.rows.stop + 1]
             offsets = prefill.offsets[stage.rows.start : stage.rows.stop + 1]

@@ -18,6 +18,7 @@ from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.late_copy import LateCopy
 from specontext_vllm.observability import catalog
 from specontext_vllm.observability.files import PUBLISHERS, MetricFiles
+from specontext_vllm.residency.figures import TierStatus
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval import counters as decode
 from specontext_vllm.retrieval.local import LocalRetriever
@@ -145,9 +146,10 @@ class Exporter:
         if self._counting:
             self._publish_choices(np.concatenate([self._host, cells[0]]))
         if self._tiers is not None:
+            now = self._tiers.status()
             if self._counting:
-                self._publish_fetches(cells[1])
-            self._publish_tiers()
+                self._publish_fetches(now, cells[1])
+            self._publish_tiers(now)
 
     def _publish_host(self) -> None:
         """What the host knows, as of now; pages beyond the budget as of the last copy."""
@@ -181,26 +183,23 @@ class Exporter:
             watch.collect()
             files.set_histogram(metric, watch.counts, watch.total)
 
-    def _publish_fetches(self, counted: np.ndarray) -> None:
+    def _publish_fetches(self, now: TierStatus, counted: np.ndarray) -> None:
         files = self._files
         files.set(catalog.HITS, counted[tier.SELECTED] - counted[tier.MISSED])
         files.set(catalog.MISSES, counted[tier.MISSED])
-        files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * self._tiers.head_page_bytes)
-        files.set(
-            catalog.LOADED_BYTES,
-            (counted[tier.FILLED] + self._tiers.loaded_head_pages) * self._tiers.head_page_bytes,
-        )
-        files.set(catalog.LAYER_MOVES, self._tiers.moved_layers)
+        files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * now.head_page_bytes)
+        loaded = counted[tier.FILLED] + now.loaded_head_pages
+        files.set(catalog.LOADED_BYTES, loaded * now.head_page_bytes)
+        files.set(catalog.LAYER_MOVES, now.moved_layers)
         if self._timed_copies:
             files.set(catalog.PREFETCHES, counted[tier.AWAITED])
             files.set(catalog.LATE_PREFETCHES, counted[tier.LATE])
             files.set(catalog.LATE_SECONDS, counted[tier.LATE_NS] / 1e9)
 
-    def _publish_tiers(self) -> None:
-        files, tiers = self._files, self._tiers
-        ledger = tiers.ledger
-        files.set(catalog.RESIDENT_LAYERS, ledger.resident)
-        files.set(catalog.OFFLOADED_LAYERS, tiers.num_layers - ledger.resident)
-        files.set(catalog.HOT_BUFFER_TOKENS, tiers.hot_tokens)
-        files.set(catalog.HOST_POOL_BYTES, tiers.host.nbytes)
-        files.set(catalog.HOST_POOL_USED, ledger.used_share)
+    def _publish_tiers(self, now: TierStatus) -> None:
+        files = self._files
+        files.set(catalog.RESIDENT_LAYERS, now.resident_layers)
+        files.set(catalog.OFFLOADED_LAYERS, now.offloaded_layers)
+        files.set(catalog.HOT_BUFFER_TOKENS, now.hot_tokens)
+        files.set(catalog.HOST_POOL_BYTES, now.host_pool_bytes)
+        files.set(catalog.HOST_POOL_USED, now.host_pool_used)

@@ -41,7 +41,7 @@ from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sidecar.remote import RemoteRetriever
-from specontext_vllm.step_data import StepBatch, Stickiness
+from specontext_vllm.step_data import Selection, StepBatch, Stickiness
 
 logger = init_logger("vllm.specontext")
 
@@ -249,10 +249,7 @@ class Runtime:
         self._exporter.step(idle=not scheduler_output.total_num_scheduled_tokens)
 
     def _follow(self, tiers: TieredKV, out: Any) -> None:
-        step = self._schedule.read(out)
-        tiers.begin_step(
-            step.released, step.started, step.grown, step.decoding, step.prefilling, step.written
-        )
+        tiers.follow(self._schedule.read(out))
         now = time.monotonic()
         if self.config.stats and now >= self._next_report:
             self._next_report = now + REPORT_SECONDS
@@ -297,8 +294,9 @@ class Runtime:
                 logger.warning(sentence)
             self.retriever.shrink(fitted, table.max_pages)
         self.retriever.allocate_cache(num_blocks)
+        self._selection = Selection.into(table)
         if self.tiers is not None:
-            self.tiers.bind(table.pages, table.lengths)
+            self.tiers.bind(self._selection)
         self.builder.provider.warm_up(table)
         self.retriever.warm_up(table.pages, table.lengths, self._ids(1), self._stickiness())
         if self.selector is not None:
@@ -351,11 +349,7 @@ class Runtime:
 
     def _stickiness(self) -> Stickiness | None:
         tiers, stickiness = self.tiers, self.retriever.config.stickiness
-        return (
-            None
-            if tiers is None or not stickiness
-            else Stickiness(tiers.lanes, tiers.hot.slot_of, math.log1p(stickiness))
-        )
+        return None if tiers is None or not stickiness else tiers.stickiness(math.log1p(stickiness))
 
     def before_forward(self, batch: StepBatch) -> None:
         """Fill the page table and let the attention provider plan the step."""
@@ -365,9 +359,7 @@ class Runtime:
             tiers.place_rows(batch.names[:decodes], batch.table_rows)
 
             def behind() -> None:
-                tiers.resolve(
-                    table.pages, table.lengths, batch.seq_lens, batch.block_table, batch.table_rows
-                )
+                tiers.resolve(self._selection, batch)
 
         with self._timed(batch, self._exporter.select):
             self.retriever.before_forward(
@@ -379,16 +371,10 @@ class Runtime:
                 behind,
             )
             if tiers is not None:
-                tiers.fetch_misses(batch.table_rows)
+                tiers.fetch(batch.table_rows)
         self._exporter.counted()
         if tiers is not None:
-            tokens = sum(batch.query_lens[decodes:])
-            tiers.begin_prefill(
-                batch.block_table[decodes:],
-                batch.positions[batch.num_tokens - tokens :],
-                batch.seq_lens_bound[decodes:],
-                batch.query_lens[decodes:],
-            )
+            tiers.stage(batch)
         if batch.table_rows:
             self.builder.provider.plan(table, batch.table_rows)
 

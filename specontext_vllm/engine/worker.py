@@ -55,9 +55,9 @@ class SpeContextWorkerMixin:
         return self.model_runner.runtime.stats(reset)
 
     def specontext_audit(self) -> dict[str, int]:
-        """Check the books of the two tiers; see ``Ledger.audit``. Empty without a host pool."""
+        """Check the accounting of the two tiers; see ``Ledger.audit``. Empty without a host pool."""
         tiers = self.model_runner.runtime.tiers
-        return {} if tiers is None else tiers.ledger.audit()
+        return {} if tiers is None else tiers.audit()
 
     def specontext_set(self, **changes: Any) -> dict[str, Any]:
         """Change settings between steps; see ``LiveSettings.change``. The settings in force are returned."""

@@ -1,5 +1,5 @@
-"""Hot buffers: per request and KV head, the head pages that offloaded layers keep on the GPU (paper
-C2, elastic loading).
+"""Hot buffers: the head pages of each request that offloaded layers keep on the GPU (elastic
+loading; paper, section C2).
 """
 
 from __future__ import annotations
@@ -8,37 +8,35 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.step_data import Misses, Selection
+from specontext_vllm.tier_data import DecodeRows, HotState
 from specontext_vllm.triton_kernels.counters import FETCHED, MISSED, RETURNED, SELECTED
 
 
 class HotBuffers:
-    """One slot map for all offloaded layers, since they share the selection; lives on the device,
-    never read by the host.
+    """The pages that each running request holds in every offloaded layer, by slot. All of it lives
+    on the device; the host never reads it.
 
     Args:
-        lanes: requests that may have a buffer.
+        num_lanes: requests that may have a buffer.
         num_kv_heads: H.
-        slots: S, slots per (lane, KV head).
-        max_pages: most pages of one request.
+        num_slots: S, slots per (lane, KV head).
+        max_pages: pages of one request, at the most.
         max_rows, table_pages: shape of the selection, which bounds the misses of a step.
-        num_layers: L. resident: ``[1]`` int32, layers that need no misses. counts: the meter's
-            counters.
+        num_layers: L.
+        resident: ``[1]`` int32 number of resident layers, which fetch nothing.
+        counts: ``[COUNTERS]`` int64 counters of the meter.
 
     Attributes:
-        capacity: ``[lanes]`` int32 usable slots.
-        slot_of: ``[lanes, H, max_pages]`` int32 slot of a page, or -1.
-        page_of, source_of, stamp: ``[lanes, H, S]`` int32: the page a slot holds (-1: none), its
-            head page in the host pool, and the step that last read it.
-        slots: ``[max_rows * H, K]`` int32 slots of the step's selection.
-        sources, targets, count: the step's misses: ``sources`` are head pages of the host pool,
-            ``targets`` ``(lane * S + slot) * H + head``; ``count [1]``.
+        state: what the slots hold.
+        misses: those of the step; ``resolve`` writes them.
     """
 
     def __init__(
         self,
-        lanes: int,
+        num_lanes: int,
         num_kv_heads: int,
-        slots: int,
+        num_slots: int,
         max_pages: int,
         *,
         max_rows: int,
@@ -48,178 +46,145 @@ class HotBuffers:
         counts: Tensor,
         device: torch.device,
     ) -> None:
-        def cells(*shape: int, value: int = -1) -> Tensor:
+        def full(value: int, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=device)
 
-        self.num_kv_heads, self.num_slots, self.num_layers = num_kv_heads, slots, num_layers
+        self.num_kv_heads, self.num_slots, self.num_layers = num_kv_heads, num_slots, num_layers
         self.resident, self.counts = resident, counts
-        self.capacity = cells(lanes, value=0)
-        self.slot_of = cells(lanes, num_kv_heads, max_pages)
-        self.page_of, self.source_of, self.stamp = (
-            cells(lanes, num_kv_heads, slots) for _ in range(3)
+        sequences = max_rows * num_kv_heads
+        self.state = HotState(
+            capacity=full(0, num_lanes),
+            slot_of=full(-1, num_lanes, num_kv_heads, max_pages),
+            page_of=full(-1, num_lanes, num_kv_heads, num_slots),
+            source_of=full(-1, num_lanes, num_kv_heads, num_slots),
+            stamp=full(-1, num_lanes, num_kv_heads, num_slots),
+            step=full(0, 1),
+            slots=full(0, sequences, table_pages),
+            order=full(-1, sequences, 1 << (num_slots - 1).bit_length()),
         )
-        self.slots = cells(max_rows * num_kv_heads, table_pages, value=0)
-        misses = max_rows * num_kv_heads * table_pages
-        self.sources, self.targets, self.count = (
-            cells(misses, value=0),
-            cells(misses, value=0),
-            cells(1, value=0),
+        self.misses = Misses(
+            sources=full(0, sequences * table_pages),
+            targets=full(0, sequences * table_pages),
+            count=full(0, 1),
         )
-        self._order = cells(max_rows * num_kv_heads, 1 << (slots - 1).bit_length())
-        # On the device, since a captured step counts on.
-        self.step = cells(1, value=0)
 
     def reset(self, lanes: Tensor) -> None:
         """Forget what the given lanes (int64) hold."""
-        for state in (self.slot_of, self.page_of, self.source_of, self.stamp):
-            state.index_fill_(0, lanes, -1)
+        state = self.state
+        for tensor in (state.slot_of, state.page_of, state.source_of, state.stamp):
+            tensor.index_fill_(0, lanes, -1)
 
     def trim(self) -> None:
         """Forget what lies in slots beyond the lanes' capacities."""
-        self.slot_of.masked_fill_(self.slot_of >= self.capacity[:, None, None], -1)
-        beyond = (
-            torch.arange(self.num_slots, device=self.capacity.device)
-            >= self.capacity[:, None, None]
-        )
-        for state in (self.page_of, self.source_of, self.stamp):
-            state.masked_fill_(beyond, -1)
+        state, capacity = self.state, self.state.capacity[:, None, None]
+        state.slot_of.masked_fill_(state.slot_of >= capacity, -1)
+        beyond = torch.arange(self.num_slots, device=capacity.device) >= capacity
+        for tensor in (state.page_of, state.source_of, state.stamp):
+            tensor.masked_fill_(beyond, -1)
 
-    def resolve(
-        self,
-        selection: Tensor,
-        lengths: Tensor,
-        seq_lens: Tensor,
-        lanes: Tensor,
-        block_table: Tensor,
-        rows: int,
-    ) -> None:
-        """Give every selected page a slot: hits keep theirs, misses take the least recently used;
-        list the misses.
+    def resolve(self, selection: Selection, rows: DecodeRows, num_rows: int) -> None:
+        """Give every selected page a slot and list the misses: hits keep their slot, misses take
+        the least recently used ones. Runs on the device alone, so a graph may hold it.
 
         Args:
-            selection: ``[>= rows * H, K]`` int32 ``page * H + head``, the page counted from the
-                request's start.
-            lengths: ``[>= rows * H]`` int32 tokens selected; 0 for padding.
-            seq_lens: ``[>= rows]`` int32, the new token included.
-            lanes: ``[>= rows]`` int32, -1 for padding.
-            block_table: ``[>= rows, W]`` int32 logical pages.
+            selection: pages counted from the start of their request.
+            num_rows: rows to resolve, padding included.
         """
-        self.step.add_(1)
-        self.count.zero_()
-        if selection.is_cuda:
+        self.state.step.add_(1)
+        self.misses.count.zero_()
+        if selection.pages.is_cuda:
             from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
 
             resolve_pages(
                 selection,
-                lengths,
-                seq_lens,
-                lanes,
-                block_table,
-                self.capacity,
-                self.slot_of,
-                self.page_of,
-                self.source_of,
-                self.stamp,
-                self.slots,
-                self._order,
-                self.sources,
-                self.targets,
-                self.count,
-                self.resident,
-                self.counts,
-                self.step,
+                rows,
+                self.state,
+                self.misses,
+                resident=self.resident,
+                counts=self.counts,
                 num_layers=self.num_layers,
-                num_rows=rows,
+                num_rows=num_rows,
                 page_size=PAGE_SIZE,
             )
             return
-        for row in range(rows):
-            if lanes[row] >= 0:
+        for row in range(num_rows):
+            if rows.lanes[row] >= 0:
                 for head in range(self.num_kv_heads):
-                    self._resolve_one(
-                        selection,
-                        lengths,
-                        int(seq_lens[row]),
-                        int(lanes[row]),
-                        block_table[row],
-                        row,
-                        head,
-                    )
+                    self._resolve_one(selection, rows, row, head)
 
-    def _resolve_one(
-        self,
-        selection: Tensor,
-        lengths: Tensor,
-        seq_len: int,
-        lane: int,
-        table: Tensor,
-        row: int,
-        head: int,
-    ) -> None:
-        heads, step = self.num_kv_heads, int(self.step)
-        sequence = row * heads + head
-        pages = (selection[sequence, : pages_for(int(lengths[sequence]))] // heads).long()
+    def _resolve_one(self, selection: Selection, rows: DecodeRows, row: int, head: int) -> None:
+        heads, state, misses, step = (
+            self.num_kv_heads,
+            self.state,
+            self.misses,
+            int(self.state.step),
+        )
+        lane, seq_len, sequence = int(rows.lanes[row]), int(rows.seq_lens[row]), row * heads + head
+        count = pages_for(int(selection.lengths[sequence]))
+        pages = (selection.pages[sequence, :count] // heads).long()
         slot_of, page_of, stamp = (
-            self.slot_of[lane, head],
-            self.page_of[lane, head],
-            self.stamp[lane, head],
+            state.slot_of[lane, head],
+            state.page_of[lane, head],
+            state.stamp[lane, head],
         )
         slots = slot_of[pages].long()
         hits = slots[slots >= 0]
         returned = int((stamp[hits] != step - 1).sum())
         stamp[hits] = step
-        misses = pages[slots < 0]
-        usable = int(self.capacity[lane])
+        missing = pages[slots < 0]
+        usable = int(state.capacity[lane])
         free = torch.nonzero(stamp[:usable] != step).flatten()
-        # Stable: of equally old slots the first goes first, as in the kernel.
-        taken = free[stamp[free].sort(stable=True).indices][: len(misses)]
+        # A stable sort: of equally old slots the first one goes first, as in the kernel.
+        taken = free[stamp[free].sort(stable=True).indices][: len(missing)]
         evicted = page_of[taken]
         slot_of[evicted[evicted >= 0].long()] = -1
-        sources = table[misses] * heads + head
-        page_of[taken], self.source_of[lane, head, taken], stamp[taken] = (
-            misses.int(),
+        sources = rows.block_table[row][missing] * heads + head
+        page_of[taken], state.source_of[lane, head, taken], stamp[taken] = (
+            missing.int(),
             sources.int(),
             step,
         )
-        slot_of[misses] = taken.int()
-        self.slots[sequence, : len(pages)] = slot_of[pages]
-        # A page whose first token this step writes has nothing to fetch.
-        fetched = (misses != (seq_len - 1) // PAGE_SIZE) | ((seq_len - 1) % PAGE_SIZE != 0)
-        start = int(self.count)
+        slot_of[missing] = taken.int()
+        state.slots[sequence, : len(pages)] = slot_of[pages]
+        # The page that this step begins holds nothing to fetch yet.
+        newest, offset = divmod(seq_len - 1, PAGE_SIZE)
+        fetched = (missing != newest) | (offset != 0)
+        start = int(misses.count)
         end = start + int(fetched.sum())
-        self.sources[start:end] = sources[fetched].int()
-        self.targets[start:end] = ((lane * self.num_slots + taken[fetched]) * heads + head).int()
-        self.count[0] = end
+        misses.sources[start:end] = sources[fetched].int()
+        misses.targets[start:end] = ((lane * self.num_slots + taken[fetched]) * heads + head).int()
+        misses.count[0] = end
         missed = end - start
         self.counts[SELECTED] += len(pages)
         self.counts[MISSED] += missed
         self.counts[RETURNED] += returned
         self.counts[FETCHED] += missed * (self.num_layers - int(self.resident))
 
-    def contents(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything the slots hold, as ``(sources, targets, count)`` like the misses of a step;
-        behind ``count`` entries mean nothing.
-
-        The lists are as long as the slots are many, so that the host need not wait to hear how many
-        are in use.
+    def contents(self) -> Misses:
+        """Everything the slots hold, listed like the misses of a step. The lists are as long as
+        there are slots, so that the host need not wait for the count.
         """
-        lanes, heads, slots = self.page_of.shape
-        device = self.page_of.device
-        held = (self.page_of >= 0) & (
-            torch.arange(slots, device=device) < self.capacity[:, None, None]
+        state = self.state
+        lanes, heads, slots = state.page_of.shape
+        device = state.page_of.device
+        held = (state.page_of >= 0) & (
+            torch.arange(slots, device=device) < state.capacity[:, None, None]
         )
         lane, head, slot = (
             torch.arange(n, dtype=torch.int32, device=device) for n in (lanes, heads, slots)
         )
         targets = (lane[:, None, None] * slots + slot) * heads + head[:, None]
-        # Those that are not held all go to one place behind the list.
+        # Entries that are not held all go to one place at the end, which is cut off.
         place = torch.where(
             held, held.flatten().cumsum(0).view_as(held) - 1, held.numel()
         ).flatten()
-        listed = (
-            torch.zeros(held.numel() + 1, dtype=torch.int32, device=device).scatter_(
-                0, place, values.flatten()
-            )[:-1]
-            for values in (self.source_of, targets)
+
+        def listed(values: Tensor) -> Tensor:
+            found = torch.zeros(held.numel() + 1, dtype=torch.int32, device=device)
+            return found.scatter_(0, place, values.flatten())[:-1]
+
+        return Misses(
+            sources=listed(state.source_of),
+            targets=listed(targets),
+            count=held.sum(dtype=torch.int32)[None],
         )
-        return *listed, held.sum(dtype=torch.int32)[None]

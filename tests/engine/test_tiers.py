@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
@@ -86,20 +87,19 @@ def two_tiers(prompts):
 
 
 def unsettle(worker) -> None:
-    """Make the hot buffers of a worker change their size whenever the policy is asked, and let
-    layers come back four pages a step.
+    """Make the hot buffers of a worker change their size whenever the policy is asked, and count
+    the steps in which a layer comes back.
     """
     tiers = worker.model_runner.runtime.tiers
-    tiers.ledger.return_pages = 4
     worker.slow_steps = 0
-    follow = tiers.follow
+    apply = tiers.apply
 
     def count(changes):
         worker.slow_steps += changes.returning is not None
-        follow(changes)
+        apply(changes)
 
-    tiers.follow = count
-    assert tiers.plan.hot_pages > tiers.tables.shape[-1]
+    tiers.apply = count
+    assert tiers.plan.hot_pages > tiers.page_table(0).max_pages
     policy = tiers.hot_size
 
     def choose(ledger):
@@ -110,10 +110,21 @@ def unsettle(worker) -> None:
     policy.choose = choose
 
 
+def engine_with_slow_returns(patch, settings):
+    """An engine whose layers come back four pages a step."""
+    page_bytes = 2 * PAGE_SIZE * 2 * 64 * 4
+    patch.setattr("specontext_vllm.residency.tiers.RETURN_BYTES", 4 * page_bytes)
+    return engine(**SHAPE, additional_config={"specontext": settings})
+
+
 @pytest.fixture(scope="module")
 def resizing(prompts):
     settings = {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042 - SAVED_GIB}
-    with poisoned_tiers(), engine(**SHAPE, additional_config={"specontext": settings}) as llm:
+    with (
+        poisoned_tiers(),
+        pytest.MonkeyPatch.context() as patch,
+        engine_with_slow_returns(patch, settings) as llm,
+    ):
         llm.collective_rpc(unsettle)
         out = scenarios(llm, prompts)
         out["after pressure"] = after_pressure(llm, prompts)

@@ -23,6 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from specontext_vllm.step_data import Misses, PageTable, Selection
+from specontext_vllm.tier_data import (
+    CopyProgress,
+    DecodeRows,
+    HotState,
+    LayerMemory,
+    TierTables,
+)
 from specontext_vllm.triton_kernels.counters import COUNTERS
 from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
 from specontext_vllm.triton_kernels.head_input import head_input
@@ -196,39 +204,35 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     )
 
     hot, words = cells(LAYERS, rows, HOT), PAGE * 2 * d * dtype.itemsize // 4
+    selection = Selection(pages, lengths, torch.zeros(rows, h))
+    decode_rows = DecodeRows(lanes, seq_lens, block_table)
+    misses = Misses(cells(64), cells(64), count)
+    state = HotState(
+        capacity=cells(rows),
+        slot_of=cells(rows, h, WIDTH),
+        page_of=cells(rows, h, HOT),
+        source_of=cells(rows, h, HOT),
+        stamp=cells(rows, h, HOT),
+        step=step,
+        slots=cells(rows * h, kept),
+        order=cells(rows * h, HOT),
+    )
     resolve_pages(
-        pages,
-        lengths,
-        seq_lens,
-        lanes,
-        block_table,
-        cells(rows),
-        cells(rows, h, WIDTH),
-        cells(rows, h, HOT),
-        cells(rows, h, HOT),
-        cells(rows, h, HOT),
-        cells(rows * h, kept),
-        cells(rows * h, HOT),
-        cells(64),
-        cells(64),
-        count,
-        resident,
-        counts,
-        step,
+        selection,
+        decode_rows,
+        state,
+        misses,
+        resident=resident,
+        counts=counts,
         num_layers=LAYERS,
         num_rows=rows,
         page_size=PAGE,
     )
-    tables = cells(LAYERS, rows * h, kept)
+    tables = TierTables(resident, cells(LAYERS, BLOCKS), hot, cells(LAYERS, rows * h, kept))
     layer_tables(
-        pages,
-        cells(rows * h, kept),
-        lengths,
-        lanes,
-        block_table,
-        cells(LAYERS, BLOCKS),
-        hot,
-        resident,
+        selection,
+        state.slots,
+        decode_rows,
         tables,
         num_rows=rows,
         num_kv_heads=h,
@@ -239,9 +243,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
         fetch_pages(
             cells(64, words),
             cells(64, words),
-            cells(64),
-            cells(64),
-            count,
+            misses,
             cells(LAYERS, 64),
             resident,
             layers=range(LAYERS),
@@ -251,19 +253,21 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
             done=done,
         )
     for counted in (None, counts):
-        await_pages(cells(LAYERS), step, resident, cells(1), counted, layer=1, seconds=20)
+        progress = CopyProgress(cells(LAYERS), step, cells(1))
+        await_pages(progress, resident, counted, layer=1, seconds=20)
     for host in (None, kv_cache):
         write_tiered(
             new,
             new,
             slots,
-            tables[0],
-            lengths,
-            cells(BLOCKS),
-            resident,
-            kv_cache,
-            host,
-            layer=0,
+            LayerMemory(
+                layer=0,
+                table=PageTable(tables.pages[0], lengths, h),
+                frames=cells(BLOCKS),
+                resident=resident,
+                arena=kv_cache,
+                mirror=host,
+            ),
             num_decodes=1,
         )
 

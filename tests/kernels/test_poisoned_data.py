@@ -2,6 +2,8 @@
 kernel writes outside its buffers, and no other row changes.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.hot_buffers import HotBuffers
 from specontext_vllm.retrieval.layer_selection import score_bounds_row, update_bounds_reference
 from specontext_vllm.retrieval.scoring import row_starts, score_row
+from specontext_vllm.step_data import PageTable, Selection
+from specontext_vllm.tier_data import DecodeRows, LayerMemory, TierTables
 from specontext_vllm.triton_kernels import counters
 from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 from specontext_vllm.triton_kernels.head_input import head_input
@@ -290,67 +294,55 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             counts=made(counters.COUNTERS, fill=0, dtype=torch.int64),
             device=device,
         )
-        for name in (
-            "slot_of",
-            "page_of",
-            "source_of",
-            "stamp",
-            "slots",
-            "sources",
-            "targets",
-            "_order",
-        ):
-            setattr(hot, name, made(*getattr(hot, name).shape, fill=-1))
-        hot.capacity.fill_(slots)
-        hot.step.fill_(1)
+        hot.state, hot.misses = (
+            replace(
+                group,
+                **{
+                    name: made(*tensor.shape, fill=-1)
+                    for name, tensor in vars(group).items()
+                    if name not in ("capacity", "step", "count")
+                },
+            )
+            for group in (hot.state, hot.misses)
+        )
+        hot.state.capacity.fill_(slots)
+        hot.state.step.fill_(1)
         lane = torch.arange(3, dtype=torch.int32, device=device)
+        selected = Selection(selection, lengths, mass)
+        rows = DecodeRows(lane, lens, block_table)
         resolve_pages(
-            selection,
-            lengths,
-            lens,
-            lane,
-            block_table,
-            hot.capacity,
-            hot.slot_of,
-            hot.page_of,
-            hot.source_of,
-            hot.stamp,
-            hot.slots,
-            hot._order,
-            hot.sources,
-            hot.targets,
-            hot.count,
-            hot.resident,
-            hot.counts,
-            hot.step,
+            selected,
+            rows,
+            hot.state,
+            hot.misses,
+            resident=hot.resident,
+            counts=hot.counts,
             num_layers=layers,
             num_rows=3,
             page_size=PAGE_SIZE,
         )
-        tables = made(layers, 3 * HEADS, kept)
+        tables = TierTables(
+            resident=hot.resident,
+            frames=framed.to(device),
+            hot_frames=hot_frames.to(device),
+            pages=made(layers, 3 * HEADS, kept),
+        )
         layer_tables(
-            selection,
-            hot.slots,
-            lengths,
-            lane,
-            block_table,
-            framed.to(device),
-            hot_frames.to(device),
-            hot.resident,
+            selected,
+            hot.state.slots,
+            rows,
             tables,
             num_rows=3,
             num_kv_heads=HEADS,
             page_size=PAGE_SIZE,
         )
         arena = made(1 + len(frames), HEADS, PAGE_SIZE, 2 * WIDTH, dtype=torch.float32)
-        rows = host.to(device) if device.type == "cpu" else host.pin_memory()
+        pinned = host.to(device) if device.type == "cpu" else host.pin_memory()
         words = PAGE_SIZE * 2 * WIDTH
         fetch_pages(
-            rows.view(torch.int32).view(-1, words),
+            pinned.view(torch.int32).view(-1, words),
             arena.view(torch.int32).view(-1, words),
-            hot.sources,
-            hot.targets,
-            hot.count,
+            hot.misses,
             hot_frames.flatten(1).to(device),
             hot.resident,
             layers=range(layers),
@@ -371,13 +363,14 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             key,
             value_,
             last,
-            tables[2],
-            lengths,
-            framed[2].to(device),
-            hot.resident,
-            arena,
-            mirror,
-            layer=2,
+            LayerMemory(
+                layer=2,
+                table=PageTable(tables.pages[2], lengths, HEADS),
+                frames=tables.frames[2],
+                resident=hot.resident,
+                arena=arena,
+                mirror=mirror,
+            ),
             num_decodes=3,
         )
         for guard in guards:
@@ -386,8 +379,8 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             name: t.cpu()
             for name, t in (
                 ("selection", selection),
-                ("slots", hot.slots),
-                ("tables", tables),
+                ("slots", hot.state.slots),
+                ("tables", tables.pages),
                 ("arena", arena),
                 ("mirror", mirror),
             )

@@ -12,14 +12,22 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.residency.ledger import StartedRequest
+from specontext_vllm.residency import tiers as tiers_module
 from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.step_data import (
+    PageTable,
+    ScheduledStep,
+    Selection,
+    StartedRequest,
+    StepBatch,
+)
 from tests.poison import PoisonedTieredKV
 
 LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 4, 3, 2, 2, 14, 3, 3, 4, 8
 STAGING = LONGEST
 FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * min(PAGES, LANES * HOT) + 2 * STAGING
 STEP_TOKENS = 40
+PAGE_BYTES = HEADS * PAGE_SIZE * 2 * DIM * 4
 
 
 @dataclass
@@ -44,28 +52,28 @@ class Schedule:
         self.random = Random(seed)
         plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
         self.device = device
-        self.tiers = PoisonedTieredKV(
-            plan,
-            num_layers=LAYERS,
-            num_kv_heads=HEADS,
-            head_dim=DIM,
-            dtype=torch.float32,
-            max_requests=LANES,
-            max_rows=LANES,
-            table_pages=BUDGET,
-            max_pages=LONGEST,
-            keep_unreferenced=True,
-            timed=False,
-            device=device,
-        )
-        if slowly:
-            self.tiers.ledger.return_pages = 1 + seed % 2
-        self.tiers.arena.fill_(float("nan"))
-        self.tiers.host.fill_(float("nan"))
+        with pytest.MonkeyPatch.context() as patch:
+            if slowly:
+                patch.setattr(tiers_module, "RETURN_BYTES", (1 + seed % 2) * PAGE_BYTES)
+            self.tiers = PoisonedTieredKV(
+                plan,
+                num_layers=LAYERS,
+                num_kv_heads=HEADS,
+                head_dim=DIM,
+                dtype=torch.float32,
+                max_requests=LANES,
+                max_rows=LANES,
+                table_pages=BUDGET,
+                max_pages=LONGEST,
+                keep_unreferenced=True,
+                timed=False,
+                device=device,
+            )
+        self.tiers.pools.arena.fill_(float("nan"))
+        self.tiers.pools.host.fill_(float("nan"))
         self.tiers.hot_size.choose = lambda ledger: self.random.choice((BUDGET, HOT))
-        self.pages = torch.zeros(LANES * HEADS, BUDGET, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(LANES * HEADS, dtype=torch.int32, device=device)
-        self.tiers.bind(self.pages, self.lengths)
+        self.selection = Selection.into(PageTable.allocate(LANES, HEADS, BUDGET, device))
+        self.tiers.bind(self.selection)
         self.free = list(range(PAGES))
         self.held: dict[int, list[int]] = {}
         self.running: list[Request] = []
@@ -86,7 +94,6 @@ class Schedule:
         )
 
     # -- the scheduler
-    # ----------------------------------------------------------------------------------------------
 
     def new_tokens(self, count: int) -> list[int]:
         self.token += count
@@ -206,7 +213,6 @@ class Schedule:
         self.run(released, started, grown, [chunks[name] for name in chunks])
 
     # -- the model
-    # ----------------------------------------------------------------------------------------------------
 
     @staticmethod
     def kv(tokens: list[int], layer: int) -> torch.Tensor:
@@ -214,7 +220,7 @@ class Schedule:
         base = torch.tensor(tokens, dtype=torch.float32)[:, None, None] + 0.25 * layer
         return (base + 0.0625 * torch.arange(HEADS)[None, :, None]).expand(-1, -1, DIM).contiguous()
 
-    def expect(
+    def check_kv(
         self, found: torch.Tensor, request: Request, first: int, last: int, layer: int, head: int
     ) -> None:
         """``found [N, 2 * D]`` is the KV of the request's tokens from ``first`` to ``last``."""
@@ -237,20 +243,23 @@ class Schedule:
             request.computed + 1 < len(request.tokens) for request in decodes
         )
         self.seen["decoded"] += len(decodes)
-        before, slowly = tiers.ledger.resident, tiers.ledger.framed > tiers.ledger.resident
+        before, slowly = tiers.status().resident_layers, tiers.is_returning
         new = {request.name for request in started}
         written = [(r.name, r.computed // PAGE_SIZE) for r, _ in chunks if r.name not in new]
-        tiers.begin_step(
-            released,
-            started,
-            grown,
-            [r.name for r in decodes],
-            [r.name for r, chunk in chunks if chunk > 1],
-            written,
+        tiers.follow(
+            ScheduledStep(
+                released=released,
+                started=started,
+                grown=grown,
+                decoding=[r.name for r in decodes],
+                prefilling=[r.name for r, chunk in chunks if chunk > 1],
+                written=written,
+            )
         )
-        self.seen["came back"] += tiers.ledger.resident > before
-        self.seen["came back slowly"] += tiers.ledger.resident > before and slowly
-        self.seen["offloaded"] += tiers.ledger.resident < LAYERS
+        resident = tiers.status().resident_layers
+        self.seen["came back"] += resident > before
+        self.seen["came back slowly"] += resident > before and slowly
+        self.seen["offloaded"] += resident < LAYERS
         if not chunks:
             return
         rows = len(chunks)
@@ -267,28 +276,32 @@ class Schedule:
         slots = torch.tensor(
             [r.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for r, p in zip(owners, positions)]
         )
+        written_tokens = [r.tokens[p] for r, p in zip(owners, positions)]
         tiers.place_rows([r.name for r in decodes], len(decodes))
         selected = self.select(decodes)
         table, slots = table.to(self.device), slots.to(self.device)
+        positions = torch.tensor(positions, device=self.device)
+        batch = StepBatch(
+            token_ids=torch.zeros_like(positions),
+            positions=positions,
+            slots=slots,
+            query_starts=torch.zeros(rows + 1, dtype=torch.int32, device=self.device),
+            seq_lens=torch.tensor(ends, dtype=torch.int32, device=self.device),
+            block_table=table,
+            seq_lens_bound=ends,
+            num_decodes=len(decodes),
+            table_rows=len(decodes),
+            num_tokens=len(positions),
+            query_lens=[chunk for _, chunk in chunks],
+        )
         if decodes:
-            tiers.resolve(
-                self.pages,
-                self.lengths,
-                torch.tensor(ends, dtype=torch.int32, device=self.device),
-                table,
-                len(decodes),
-            )
-        tiers.fetch_misses(len(decodes))
+            tiers.resolve(self.selection, batch)
+        tiers.fetch(len(decodes))
+        tiers.stage(batch)
         tokens = len(decodes)
         prefills = chunks[tokens:]
-        tiers.begin_prefill(
-            table[tokens:],
-            torch.tensor(positions[tokens:], device=self.device),
-            ends[tokens:],
-            [chunk for _, chunk in prefills],
-        )
         for layer in range(LAYERS):
-            new = self.kv([r.tokens[p] for r, p in zip(owners, positions)], layer).to(self.device)
+            new = self.kv(written_tokens, layer).to(self.device)
             tiers.write(layer, new, new, slots, tokens)
             self.read_decodes(layer, decodes, selected)
             self.read_prefills(layer, prefills, table[tokens:], new[tokens:])
@@ -309,35 +322,37 @@ class Schedule:
             count = pages_for(length)
             middle = self.random.sample(range(1, count - 1), min(BUDGET - 2, max(0, count - 2)))
             pages = sorted({0, count - 1, *middle})
-            self.pages[sequence, : len(pages)] = (
+            self.selection.pages[sequence, : len(pages)] = (
                 torch.tensor(pages, dtype=torch.int32, device=self.device) * HEADS
                 + sequence % HEADS
             )
-            self.lengths[sequence] = (len(pages) - 1) * PAGE_SIZE + (length - 1) % PAGE_SIZE + 1
+            self.selection.lengths[sequence] = (
+                (len(pages) - 1) * PAGE_SIZE + (length - 1) % PAGE_SIZE + 1
+            )
             chosen.append(pages)
         return chosen
 
     def read_decodes(self, layer: int, decodes: list[Request], selected: list[list[int]]) -> None:
         head_pages, tables = (
             self.tiers.arena.view(-1, PAGE_SIZE, 2 * DIM).cpu(),
-            self.tiers.tables[layer].cpu(),
+            self.tiers.page_table(layer).pages.cpu(),
         )
         for sequence, pages in enumerate(selected):
             request, head = decodes[sequence // HEADS], sequence % HEADS
             for column, page in enumerate(pages):
                 first, last = page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, request.computed + 1)
                 found = head_pages[tables[sequence, column].long(), : last - first]
-                self.expect(found, request, first, last, layer, head)
+                self.check_kv(found, request, first, last, layer, head)
 
     def read_prefills(self, layer: int, prefills, table: torch.Tensor, new: torch.Tensor) -> None:
         tiers = self.tiers
         if not prefills:
             return
-        if not tiers.attends_staged(layer):
-            self.read_rows(layer, prefills, tiers.frames[layer][table.long()])
+        if not tiers.is_staged(layer):
+            self.read_rows(layer, prefills, tiers.prompt_block_table(layer, table))
             return
         self.seen["staged"] += 1
-        for stage in tiers.stages(layer):
+        for stage in tiers.staged_rows(layer):
             kv = torch.cat([new[stage.tokens]] * 2, -1)
             tiers.arena[stage.slots // PAGE_SIZE, :, stage.slots % PAGE_SIZE] = kv
             self.read_rows(layer, prefills[stage.rows], stage.block_table)
@@ -349,7 +364,7 @@ class Schedule:
             for head in range(HEADS):
                 frames = table[row, : pages_for(end)].long()
                 found = arena[frames, head].reshape(-1, 2 * DIM)[:end]
-                self.expect(found, request, 0, end, layer, head)
+                self.check_kv(found, request, 0, end, layer, head)
 
 
 @pytest.fixture(autouse=True)
@@ -361,7 +376,7 @@ def restless(monkeypatch):
 def test_no_step_begins_after_one_whose_copies_did_not_come(device):
     schedule = Schedule(0, False, device)
     schedule.step()
-    schedule.tiers._copier._overdue.fill_(LAYERS)
+    schedule.tiers.copies.progress.overdue.fill_(LAYERS)
     with pytest.raises(RuntimeError, match=f"layer {LAYERS - 1} did not come from the host pool"):
         schedule.step()
 
@@ -378,7 +393,7 @@ def test_every_token_that_is_read_is_the_one_that_was_written(slowly, device):
             if step % 80 < 50 and len(schedule.waiting) < 2 and schedule.random.random() < 0.7:
                 schedule.arrive()
             schedule.step()
-            assert schedule.tiers.ledger.audit()["requests"] == len(schedule.running)
+            assert schedule.tiers.audit()["requests"] == len(schedule.running)
         assert schedule.tiers.poisoned > 100
         seen.update(schedule.seen)
     assert (seen.pop("came back slowly") > 0) == slowly

@@ -8,6 +8,8 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.hot_buffers import HotBuffers
 from specontext_vllm.residency.transfer import write
+from specontext_vllm.step_data import PageTable, Selection
+from specontext_vllm.tier_data import DecodeRows, LayerMemory, TierTables
 from specontext_vllm.triton_kernels import counters
 from specontext_vllm.triton_kernels.layer_tables import layer_tables
 from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
@@ -34,7 +36,7 @@ def make(device):
     )
 
 
-def random_step(generator, lanes, seq_lens, table):
+def random_selection(generator, lanes, seq_lens):
     """A selection of sinks, the newest page and random ones; ids are page * H + head."""
     selection = torch.full((LANES * HEADS, TABLE), -7, dtype=torch.int32)
     lengths = torch.zeros(LANES * HEADS, dtype=torch.int32)
@@ -52,40 +54,34 @@ def random_step(generator, lanes, seq_lens, table):
             kept = len(pages)
             selection[row * HEADS + head, :kept] = pages.int() * HEADS + head
             lengths[row * HEADS + head] = tokens - (count - kept) * PAGE_SIZE
-    return selection, lengths
+    return Selection(selection, lengths, torch.ones(LANES, HEADS))
 
 
-def run_kernel(hot, selection, lengths, seq_lens, lanes, table, rows, step):
-    hot.step.fill_(step)
-    hot.count.zero_()
+def to_device(data, device):
+    """A dataclass of tensors, on a device."""
+    return type(data)(*(tensor.to(device) for tensor in vars(data).values()))
+
+
+def run_kernel(hot, selection, rows, step):
+    device = hot.state.step.device
+    hot.state.step.fill_(step)
+    hot.misses.count.zero_()
     resolve_pages(
-        selection,
-        lengths,
-        seq_lens,
-        lanes,
-        table,
-        hot.capacity,
-        hot.slot_of,
-        hot.page_of,
-        hot.source_of,
-        hot.stamp,
-        hot.slots,
-        hot._order,
-        hot.sources,
-        hot.targets,
-        hot.count,
-        hot.resident,
-        hot.counts,
-        hot.step,
+        to_device(selection, device),
+        to_device(rows, device),
+        hot.state,
+        hot.misses,
+        resident=hot.resident,
+        counts=hot.counts,
         num_layers=LAYERS,
-        num_rows=rows,
+        num_rows=LANES,
         page_size=PAGE_SIZE,
     )
 
 
-def misses(hot):
-    count = int(hot.count)
-    return sorted(zip(hot.sources[:count].tolist(), hot.targets[:count].tolist()))
+def listed(misses):
+    count = int(misses.count)
+    return sorted(zip(misses.sources[:count].tolist(), misses.targets[:count].tolist()))
 
 
 @pytest.mark.parametrize("capacity", [5, 6], ids=["tight", "spare"])
@@ -96,7 +92,7 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
         [torch.randperm(MAX_PAGES, generator=generator) for _ in range(LANES)]
     ).int()
     for hot in (reference, kernel):
-        hot.capacity.fill_(capacity)
+        hot.state.capacity.fill_(capacity)
     held = [[{} for _ in range(HEADS)] for _ in range(LANES)]
     returned = selected = missed = 0
     for step in range(1, 25):
@@ -104,22 +100,23 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
         seq_lens = torch.tensor(
             [16 * 9 + step, 70 + 16 * step, 0 if lanes[2] < 0 else 33], dtype=torch.int32
         )
-        selection, lengths = random_step(generator, lanes, seq_lens.tolist(), table)
-        reference.resolve(selection, lengths, seq_lens, lanes, table, LANES)
-        on_device = [t.to(device) for t in (selection, lengths, seq_lens, lanes, table)]
-        run_kernel(kernel, *on_device, LANES, step)
+        selection = random_selection(generator, lanes, seq_lens.tolist())
+        rows = DecodeRows(lanes, seq_lens, table)
+        reference.resolve(selection, rows, LANES)
+        run_kernel(kernel, selection, rows, step)
         for name in ("slot_of", "page_of", "source_of", "stamp"):
-            assert torch.equal(getattr(reference, name), getattr(kernel, name).cpu()), name
-        assert misses(reference) == misses(kernel)
-        new_misses = dict((target, source) for source, target in misses(reference))
+            expected, found = (getattr(hot.state, name).cpu() for hot in (reference, kernel))
+            assert torch.equal(expected, found), name
+        assert listed(reference.misses) == listed(kernel.misses)
+        new_misses = dict((target, source) for source, target in listed(reference.misses))
         missed += len(new_misses)
         for row, lane in enumerate(lanes.tolist()):
             for head in range(HEADS if lane >= 0 else 0):
                 sequence = row * HEADS + head
-                count = pages_for(int(lengths[sequence]))
-                pages = (selection[sequence, :count] // HEADS).tolist()
-                slots = reference.slots[sequence, :count].tolist()
-                assert slots == kernel.slots[sequence, :count].tolist()
+                count = pages_for(int(selection.lengths[sequence]))
+                pages = (selection.pages[sequence, :count] // HEADS).tolist()
+                slots = reference.state.slots[sequence, :count].tolist()
+                assert slots == kernel.state.slots[sequence, :count].tolist()
                 assert len(set(slots)) == count and max(slots) < capacity
                 mine = held[lane][head]
                 selected += count
@@ -155,49 +152,45 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
 
 def test_reset_and_contents():
     hot = make(torch.device("cpu"))
-    hot.capacity.fill_(6)
-    selection, lengths = random_step(
-        torch.Generator().manual_seed(1), [0, 1, 2], [90, 40, 16], None
-    )
+    hot.state.capacity.fill_(6)
+    selection = random_selection(torch.Generator().manual_seed(1), [0, 1, 2], [90, 40, 16])
     seq_lens, lanes = torch.tensor([90, 40, 16]).int(), torch.arange(3).int()
     table = torch.arange(LANES * MAX_PAGES).view(LANES, MAX_PAGES).int()
-    hot.resolve(selection, lengths, seq_lens, lanes, table, 3)
-    sources, targets, count = hot.contents()
-    assert (
-        int(count) == int((selection >= 0).sum())
-        and len(sources) == len(targets) == hot.page_of.numel()
-    )
-    assert sorted(zip(sources[:count].tolist(), targets[:count].tolist())) == misses(hot)
+    hot.resolve(selection, DecodeRows(lanes, seq_lens, table), 3)
+    contents = hot.contents()
+    assert int(contents.count) == int((selection.pages >= 0).sum())
+    assert len(contents.sources) == len(contents.targets) == hot.state.page_of.numel()
+    assert listed(contents) == listed(hot.misses)
     hot.reset(torch.tensor([0, 2]))
-    hot.capacity[1] = 0
-    assert int(hot.contents()[2]) == 0
+    hot.state.capacity[1] = 0
+    assert int(hot.contents().count) == 0
 
 
 def test_trim_forgets_what_lies_beyond_the_capacity():
     hot = make(torch.device("cpu"))
-    hot.capacity.fill_(6)
+    state = hot.state
+    state.capacity.fill_(6)
     table = torch.arange(LANES * MAX_PAGES).view(LANES, MAX_PAGES).int()
     lanes, generator = torch.arange(3).int(), torch.Generator().manual_seed(2)
     for tokens in (200, 201):
         seq_lens = torch.full((3,), tokens, dtype=torch.int32)
-        hot.resolve(
-            *random_step(generator, [0, 1, 2], [tokens] * 3, table), seq_lens, lanes, table, 3
-        )
-    assert (hot.page_of[1, 0] >= 0).all()
-    hot.capacity[1] = 5
+        selection = random_selection(generator, [0, 1, 2], [tokens] * 3)
+        hot.resolve(selection, DecodeRows(lanes, seq_lens, table), 3)
+    assert (state.page_of[1, 0] >= 0).all()
+    state.capacity[1] = 5
     hot.trim()
     assert (
-        (hot.page_of[1, :, 5] < 0).all()
-        and (hot.page_of[1, :, :5] >= 0).all()
-        and (hot.page_of[0] >= 0).all()
+        (state.page_of[1, :, 5] < 0).all()
+        and (state.page_of[1, :, :5] >= 0).all()
+        and (state.page_of[0] >= 0).all()
     )
     for lane in range(LANES):
         for head in range(HEADS):
             held = {
-                int(page): slot for slot, page in enumerate(hot.page_of[lane, head]) if page >= 0
+                int(page): slot for slot, page in enumerate(state.page_of[lane, head]) if page >= 0
             }
             assert held == {
-                page: int(slot) for page, slot in enumerate(hot.slot_of[lane, head]) if slot >= 0
+                page: int(slot) for page, slot in enumerate(state.slot_of[lane, head]) if slot >= 0
             }
 
 
@@ -206,7 +199,7 @@ def test_layer_tables_point_at_frames_or_hot_slots(device):
     generator = torch.Generator().manual_seed(4)
     table = torch.stack([torch.randperm(MAX_PAGES, generator=generator) for _ in range(rows)]).int()
     lanes = torch.tensor([2, 0], dtype=torch.int32)
-    selection, lengths = random_step(generator, [2, 0], [90, 40], table)
+    selection = random_selection(generator, [2, 0], [90, 40])
     slots = torch.randint(0, SLOTS, (LANES * HEADS, TABLE), generator=generator).int()
     frames = torch.randperm(layers * MAX_PAGES, generator=generator).view(layers, MAX_PAGES).int()
     hot = (
@@ -214,32 +207,29 @@ def test_layer_tables_point_at_frames_or_hot_slots(device):
         + 1000
     )
     out = torch.full((layers, LANES * HEADS, TABLE), -7, dtype=torch.int32, device=device)
-    arguments = [
-        t.to(device)
-        for t in (
-            selection,
-            slots,
-            lengths,
-            lanes,
-            table,
-            frames,
-            hot,
-            torch.tensor([resident], dtype=torch.int32),
-        )
-    ]
-    layer_tables(*arguments, out, num_rows=rows, num_kv_heads=HEADS, page_size=PAGE_SIZE)
+    number = torch.tensor([resident], dtype=torch.int32)
+    layer_tables(
+        to_device(selection, device),
+        slots.to(device),
+        to_device(DecodeRows(lanes, torch.tensor([90, 40]).int(), table), device),
+        to_device(TierTables(number, frames, hot, out), device),
+        num_rows=rows,
+        num_kv_heads=HEADS,
+        page_size=PAGE_SIZE,
+    )
     for layer in range(layers):
         for row in range(rows):
             for head in range(HEADS):
                 sequence = row * HEADS + head
                 for k in range(TABLE):
                     found = int(out[layer, sequence, k])
-                    if k >= pages_for(int(lengths[sequence])):
+                    if k >= pages_for(int(selection.lengths[sequence])):
                         assert found == -7
                     elif layer < resident:
                         assert (
                             found
-                            == frames[layer, table[row, selection[sequence, k] // HEADS]] * HEADS
+                            == frames[layer, table[row, selection.pages[sequence, k] // HEADS]]
+                            * HEADS
                             + head
                         )
                     else:
@@ -271,20 +261,26 @@ def test_write_kernel_matches_reference(mirrored, resident, device):
         key,
         value,
         slots,
-        table,
-        lengths,
-        frames,
-        flag,
-        arena,
-        mirror if mirrored else None,
-        layer=0,
-        decodes=decodes,
+        LayerMemory(
+            layer=0,
+            table=PageTable(table, lengths, HEADS),
+            frames=frames,
+            resident=flag,
+            arena=arena,
+            mirror=mirror if mirrored else None,
+        ),
+        num_decodes=decodes,
     )
     write_tiered(
-        *(t.to(device) for t in (key, value, slots, table, lengths, frames, flag)),
-        mine,
-        my_mirror if mirrored else None,
-        layer=0,
+        *(t.to(device) for t in (key, value, slots)),
+        LayerMemory(
+            layer=0,
+            table=PageTable(table.to(device), lengths.to(device), HEADS),
+            frames=frames.to(device),
+            resident=flag.to(device),
+            arena=mine,
+            mirror=my_mirror if mirrored else None,
+        ),
         num_decodes=decodes,
     )
     if device.type == "cuda":

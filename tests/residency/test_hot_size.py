@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from specontext_vllm.residency.hot_size import PRIOR_RATES, SETTLE_LOOKS, HotSizePolicy, prior_rate
-from specontext_vllm.residency.ledger import Ledger, StartedRequest
+from specontext_vllm.residency.ledger import Ledger
 from specontext_vllm.residency.meter import POLL_STEPS, Meter, miss_rates, ratios
+from specontext_vllm.step_data import ScheduledStep, StartedRequest
 
 
 def loaded(pages, requests=4, frames=2000):
-    """Books of a load of equal requests: 10 layers, all of them mirrored."""
-    books = Ledger(
+    """The ledger of a load of equal requests: 10 layers, all of them mirrored."""
+    ledger = Ledger(
         num_layers=10,
         num_pages=requests * pages,
         frames=np.arange(frames),
@@ -25,13 +26,13 @@ def loaded(pages, requests=4, frames=2000):
     started = [
         StartedRequest(f"r{i}", list(range(i * pages, (i + 1) * pages)), 0) for i in range(requests)
     ]
-    books.begin_step([], started, [], [request.name for request in started])
-    return books
+    ledger.follow(ScheduledStep(started=started, decoding=[request.name for request in started]))
+    return ledger
 
 
-def settled(policy, books):
+def settled(policy, ledger):
     for _ in range(SETTLE_LOOKS):
-        size = policy.choose(books)
+        size = policy.choose(ledger)
     return size
 
 

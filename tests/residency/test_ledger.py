@@ -8,10 +8,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from specontext_vllm.residency.ledger import COOLDOWN_STEPS, Ledger, StartedRequest
+from specontext_vllm.residency.ledger import COOLDOWN_STEPS, Ledger
+from specontext_vllm.step_data import ScheduledStep, StartedRequest
 
 LAYERS, MIRRORED, HOT, LANES, PAGES = 5, 3, 4, 4, 60
 FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * HOT * LANES
+
+
+def follow(ledger, hot_limit=None, **step):
+    return ledger.follow(
+        ScheduledStep(**{name: list(value) for name, value in step.items()}), hot_limit
+    )
 
 
 class Schedule(RuleBasedStateMachine):
@@ -61,15 +68,21 @@ class Schedule(RuleBasedStateMachine):
         written = [
             (name, first) for name, first in tails.items() if name not in [r.name for r in started]
         ] + list(resumed_in)
-        changes = self.ledger.begin_step(
-            released, started, grown, decoding, hot_limit, written=written
+        changes = follow(
+            self.ledger,
+            released=released,
+            started=started,
+            grown=grown,
+            decoding=decoding,
+            hot_limit=hot_limit,
+            written=written,
         )
         for frames in changes.given_up:
             for frame in frames:
                 self.frame.pop(int(frame), None)
         for layer, pages in changes.loads:
             for page in pages:
-                self.frame[int(self.ledger.frame_table[layer, page])] = (
+                self.frame[int(self.ledger.frames.frame_table[layer, page])] = (
                     layer,
                     page,
                     self.host.get((layer, page)),
@@ -85,7 +98,7 @@ class Schedule(RuleBasedStateMachine):
             )
             assert not fresh & set(pages.tolist()), "a page is copied while it is written"
             for page in pages:
-                self.frame[int(self.ledger.frame_table[layer, page])] = (
+                self.frame[int(self.ledger.frames.frame_table[layer, page])] = (
                     layer,
                     page,
                     self.host.get((layer, page)),
@@ -99,7 +112,7 @@ class Schedule(RuleBasedStateMachine):
                 if layer >= LAYERS - MIRRORED:
                     self.host[(layer, page)] = self.version[page]
                 if layer < self.ledger.resident:
-                    self.frame[int(self.ledger.frame_table[layer, page])] = (
+                    self.frame[int(self.ledger.frames.frame_table[layer, page])] = (
                         layer,
                         page,
                         self.version[page],
@@ -170,9 +183,12 @@ class Schedule(RuleBasedStateMachine):
     def no_frame_twice_and_none_lost(self):
         ledger = self.ledger
         held = np.concatenate(
-            [ledger.frame_table[ledger.frame_table >= 0], ledger.hot_table[ledger.hot_table >= 0]]
+            [
+                ledger.frames.frame_table[ledger.frames.frame_table >= 0],
+                ledger.frames.hot_table[ledger.frames.hot_table >= 0],
+            ]
         )
-        everything = np.concatenate([held, ledger._free[: ledger.free_frames]])
+        everything = np.concatenate([held, ledger.frames.free])
         assert sorted(everything) == list(range(10, 10 + FRAMES))
         assert ledger.audit()["requests"] == len(ledger.lanes)
 
@@ -180,13 +196,13 @@ class Schedule(RuleBasedStateMachine):
     def pages_are_where_the_tables_say(self):
         ledger = self.ledger
         assert (
-            ledger.frame_table[ledger.framed :] < 0
+            ledger.frames.frame_table[ledger.framed :] < 0
         ).all() and ledger.resident <= ledger.framed <= ledger.resident + 1
-        assert (ledger.hot_table[: ledger.resident] < 0).all()
+        assert (ledger.frames.hot_table[: ledger.resident] < 0).all()
         for pages in self.running.values():
             for page in pages:
                 for layer in range(ledger.resident):
-                    assert self.frame[int(ledger.frame_table[layer, page])] == (
+                    assert self.frame[int(ledger.frames.frame_table[layer, page])] == (
                         layer,
                         page,
                         self.version[page],
@@ -196,8 +212,10 @@ class Schedule(RuleBasedStateMachine):
         for name, lane in ledger.lanes.items():
             slots = min(ledger.hot_limit, len(self.running[name])) if ledger.capacity[lane] else 0
             assert slots <= ledger.capacity[lane] <= ledger.hot_limit
-            assert (ledger.hot_table[:, lane, ledger.capacity[lane] :] < 0).all()
-            assert (ledger.hot_table[ledger.resident :, lane, : ledger.capacity[lane]] >= 0).all()
+            assert (ledger.frames.hot_table[:, lane, ledger.capacity[lane] :] < 0).all()
+            assert (
+                ledger.frames.hot_table[ledger.resident :, lane, : ledger.capacity[lane]] >= 0
+            ).all()
 
     @invariant()
     def cached_pages_survive(self):
@@ -206,7 +224,7 @@ class Schedule(RuleBasedStateMachine):
         for pages in self.cached:
             for page in set(pages) - held:
                 for layer in range(LAYERS - MIRRORED):
-                    assert self.frame[int(self.ledger.frame_table[layer, page])] == (
+                    assert self.frame[int(self.ledger.frames.frame_table[layer, page])] == (
                         layer,
                         page,
                         self.version[page],
@@ -243,7 +261,7 @@ UncachedSchedule.TestCase.settings = settings(Schedule.TestCase.settings, max_ex
 test_schedule_without_prefix_caching = UncachedSchedule.TestCase
 
 
-def ledger(**changes):
+def make_ledger(**changes):
     arguments = dict(
         num_layers=4,
         num_pages=40,
@@ -258,41 +276,41 @@ def ledger(**changes):
 
 
 def test_offloads_last_layer_first_and_returns_it_when_pressure_falls():
-    books = ledger(frames=np.arange(120))
-    books.begin_step([], [StartedRequest("a", list(range(20)), 0)], [], [])
-    assert books.resident == 4
-    changes = books.begin_step([], [StartedRequest("b", list(range(20, 40)), 0)], [], ["a"])
-    assert books.resident == 2 and changes.given_up
-    books.begin_step(["b"], [], [], [])
+    ledger = make_ledger(frames=np.arange(120))
+    follow(ledger, started=[StartedRequest("a", list(range(20)), 0)])
+    assert ledger.resident == 4
+    changes = follow(ledger, started=[StartedRequest("b", list(range(20, 40)), 0)], decoding=["a"])
+    assert ledger.resident == 2 and changes.given_up
+    follow(ledger, released=["b"])
     for _ in range(200):
-        books.begin_step([], [], [], ["a"])
+        follow(ledger, decoding=["a"])
     # b's pages are unreferenced but cached, in the layer without a mirror they keep their frames.
-    assert books.resident == 4 and (books.frame_table[0] >= 0).all()
+    assert ledger.resident == 4 and (ledger.frames.frame_table[0] >= 0).all()
 
 
 def returning():
-    """Books of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9) and
+    """A ledger of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9) and
     "c" (10 to 19); pages 20 to 29 are cached.
     """
-    books = ledger(return_pages=3, num_pages=60, frames=np.arange(170), max_requests=3)
-    books.begin_step([], [StartedRequest("c", list(range(10, 20)), 0)], [], [])
-    books.begin_step([], [StartedRequest("b", list(range(20, 56)), 0)], [], [])
-    assert books.resident == 3
-    changes = books.begin_step(["b"], [StartedRequest("a", list(range(10)), 0)], [], [])
+    ledger = make_ledger(return_pages=3, num_pages=60, frames=np.arange(170), max_requests=3)
+    follow(ledger, started=[StartedRequest("c", list(range(10, 20)), 0)])
+    follow(ledger, started=[StartedRequest("b", list(range(20, 56)), 0)])
+    assert ledger.resident == 3
+    changes = follow(ledger, released=["b"], started=[StartedRequest("a", list(range(10)), 0)])
     for _ in range(COOLDOWN_STEPS):
-        if books.framed == 4:
-            return books
-        changes = books.begin_step([], [], [], [])
+        if ledger.framed == 4:
+            return ledger
+        changes = follow(ledger)
     raise AssertionError(f"no layer comes back: {changes}")
 
 
-def copied(books, steps, **arguments):
+def copied(ledger, steps, **arguments):
     """Pages of layer 3 that the next steps copy, beside the layers and before the one in which it
     is resident again.
     """
     beside, last = [], []
     for _ in range(steps):
-        changes = books.begin_step([], [], [], [], **arguments)
+        changes = follow(ledger, **arguments)
         beside += [] if changes.returning is None else changes.returning[1].tolist()
         last += [page for layer, pages in changes.loads if layer == 3 for page in pages.tolist()]
         arguments = {"written": [("a", 9)]}
@@ -300,9 +318,9 @@ def copied(books, steps, **arguments):
 
 
 def test_a_large_layer_comes_back_a_share_a_step_and_what_is_written_meanwhile_once_more():
-    books = returning()
-    beside, last = copied(books, 8, written=[("a", 9)])
-    assert books.resident == books.framed == 4
+    ledger = returning()
+    beside, last = copied(ledger, 8, written=[("a", 9)])
+    assert ledger.resident == ledger.framed == 4
     assert sorted({*beside, *last}) == list(range(20)) and len(beside) >= 15 and len(last) <= 5
     assert 9 in last and 9 not in beside, (
         "the page that every step writes is copied when no step writes past its frame any more"
@@ -310,29 +328,31 @@ def test_a_large_layer_comes_back_a_share_a_step_and_what_is_written_meanwhile_o
 
 
 def test_a_page_that_is_written_after_it_was_copied_is_copied_again():
-    books = returning()
+    ledger = returning()
     for _ in range(2):
-        first = books.begin_step([], [], [], [], written=[("c", 9)]).returning[1]
+        first = follow(ledger, written=[("c", 9)]).returning[1]
     assert 4 in first
-    books.begin_step([], [], [], [], written=[("a", 4)])
-    beside, last = copied(books, 8, written=[("c", 9)])
-    assert books.resident == 4 and 4 in {*beside, *last}
+    follow(ledger, written=[("a", 4)])
+    beside, last = copied(ledger, 8, written=[("c", 9)])
+    assert ledger.resident == 4 and 4 in {*beside, *last}
 
 
 @pytest.mark.parametrize("rows, chunk", [(12, 1), (1, 9)], ids=["many decode rows", "long prefill"])
 def test_a_layer_comes_back_however_much_each_step_writes(rows, chunk):
-    books = ledger(return_pages=3, num_pages=800, frames=np.arange(1700), max_requests=rows + 2)
+    ledger = make_ledger(
+        return_pages=3, num_pages=800, frames=np.arange(1700), max_requests=rows + 2
+    )
     pages = iter(range(800))
 
     def take(count):
         return [next(pages) for _ in range(count)]
 
     names = [f"r{i}" for i in range(rows)]
-    books.begin_step([], [StartedRequest(name, take(4), 0) for name in names], [], [])
-    books.begin_step([], [StartedRequest("large", take(440), 0)], [], [])
-    assert books.resident < 4
+    follow(ledger, started=[StartedRequest(name, take(4), 0) for name in names])
+    follow(ledger, started=[StartedRequest("large", take(440), 0)])
+    assert ledger.resident < 4
     held = dict.fromkeys(names, 4)
-    changes = books.begin_step(["large"], [], [], [])
+    changes = follow(ledger, released=["large"])
     for _ in range(COOLDOWN_STEPS + 20):
         grown = (
             [(name, take(chunk)) for name in names]
@@ -340,92 +360,94 @@ def test_a_layer_comes_back_however_much_each_step_writes(rows, chunk):
             else []
         )
         held |= {name: held[name] + len(new) for name, new in grown}
-        changes = books.begin_step(
-            [], [], grown, [], written=[(name, held[name] - chunk) for name in names]
+        changes = follow(
+            ledger, grown=grown, written=[(name, held[name] - chunk) for name in names]
         )
-        if books.resident == 4:
+        if ledger.resident == 4:
             break
-    assert books.resident == 4, changes
+    assert ledger.resident == 4, changes
 
 
 def test_nothing_is_copied_in_a_step_that_runs_no_layer():
-    books = returning()
-    assert copied(books, 1) == ([], []) and books.framed == 4
+    ledger = returning()
+    assert copied(ledger, 1) == ([], []) and ledger.framed == 4
 
 
 def test_pages_that_nobody_holds_when_a_layer_is_back_are_loaded_for_the_next_that_does():
-    books = returning()
-    books.begin_step(["c"], [], [], [], written=[("a", 9)])
-    copied(books, 8, written=[("a", 9)])
-    assert books.resident == 4
-    changes = books.begin_step([], [StartedRequest("d", [*range(10, 20), 58], 10)], [], [])
+    ledger = returning()
+    follow(ledger, released=["c"], written=[("a", 9)])
+    copied(ledger, 8, written=[("a", 9)])
+    assert ledger.resident == 4
+    changes = follow(ledger, started=[StartedRequest("d", [*range(10, 20), 58], 10)])
     assert [pages.tolist() for layer, pages in changes.loads if layer == 3] == [list(range(10, 20))]
 
 
 def test_a_prefix_hit_on_a_layers_way_back_is_copied_with_it():
-    books = returning()
-    changes = books.begin_step(
-        [], [StartedRequest("d", [*range(20, 30), 58], 10)], [], [], written=[("a", 9)]
+    ledger = returning()
+    changes = follow(
+        ledger, started=[StartedRequest("d", [*range(20, 30), 58], 10)], written=[("a", 9)]
     )
     assert all(layer < 3 for layer, _ in changes.loads)
-    beside, last = copied(books, 16, written=[("a", 9)])
-    assert books.resident == 4 and {*range(20, 30)} <= {*beside, *last}
+    beside, last = copied(ledger, 16, written=[("a", 9)])
+    assert ledger.resident == 4 and {*range(20, 30)} <= {*beside, *last}
 
 
 def test_pressure_ends_a_layers_way_back():
-    books = returning()
-    changes = books.begin_step([], [StartedRequest("d", [*range(20, 56)], 0)], [], [])
-    assert books.framed == books.resident < 4 and changes.given_up
-    books.audit()
+    ledger = returning()
+    changes = follow(ledger, started=[StartedRequest("d", [*range(20, 56)], 0)])
+    assert ledger.framed == ledger.resident < 4 and changes.given_up
+    ledger.audit()
 
 
 def test_layers_to_offload_is_what_the_load_forces():
     for limit in (1, 2, 4):
-        books = ledger(frames=np.arange(120), hot_pages=4)
-        books.begin_step(
-            [],
-            [StartedRequest("a", list(range(20)), 0), StartedRequest("b", list(range(20, 36)), 0)],
-            [],
-            ["a", "b"],
-            limit,
+        ledger = make_ledger(frames=np.arange(120), hot_pages=4)
+        follow(
+            ledger,
+            started=[
+                StartedRequest("a", list(range(20)), 0),
+                StartedRequest("b", list(range(20, 36)), 0),
+            ],
+            decoding=["a", "b"],
+            hot_limit=limit,
         )
         for _ in range(200):
-            books.begin_step([], [], [], ["a", "b"])
-        assert 0 < books.layers_to_offload(limit) == 4 - books.resident
-    assert ledger(frames=np.arange(400)).layers_to_offload(4) == 0
+            follow(ledger, decoding=["a", "b"])
+        assert 0 < ledger.layers_to_offload(limit) == 4 - ledger.resident
+    assert make_ledger(frames=np.arange(400)).layers_to_offload(4) == 0
 
 
 @pytest.mark.parametrize("damage", ["twice", "lost", "reference", "lane"])
 def test_audit_finds_damage(damage):
-    books = ledger()
-    books.begin_step([], [StartedRequest("a", [1, 2, 3], 0)], [], ["a"])
-    assert books.audit() == {"requests": 1, "pages": 3, "frames": 12, "free_frames": 84}
+    ledger = make_ledger()
+    follow(ledger, started=[StartedRequest("a", [1, 2, 3], 0)], decoding=["a"])
+    assert ledger.audit() == {"requests": 1, "pages": 3, "frames": 12, "free_frames": 84}
     if damage == "twice":
-        books.frame_table[0, 1] = books.frame_table[0, 2]
+        ledger.frames.frame_table[0, 1] = ledger.frames.frame_table[0, 2]
     elif damage == "lost":
-        books.frame_table[0, 1] = -1
+        ledger.frames.frame_table[0, 1] = -1
     elif damage == "reference":
-        books.references[7] = 1
+        ledger.references[7] = 1
     else:
-        books.lanes.pop("a")
+        ledger.lanes.pop("a")
     with pytest.raises(RuntimeError, match="please report it"):
-        books.audit()
+        ledger.audit()
 
 
 def test_without_prefix_caching_released_pages_lose_their_frames():
-    books = ledger(keep_unreferenced=False)
-    books.begin_step([], [StartedRequest("a", [1, 2, 3], 0)], [], ["a"])
-    books.begin_step(["a"], [], [], [])
-    assert books.free_frames == 96 and not books.lanes
+    ledger = make_ledger(keep_unreferenced=False)
+    follow(ledger, started=[StartedRequest("a", [1, 2, 3], 0)], decoding=["a"])
+    follow(ledger, released=["a"])
+    assert ledger.frames.num_free == 96 and not ledger.lanes
 
 
 def test_a_name_that_starts_again_lets_go_of_what_it_held():
     """vLLM's sessions of streamed input: the same request enters the batch with more pages."""
-    books = ledger()
-    books.begin_step([], [StartedRequest("a", [1, 2, 3], 0)], [], ["a"])
-    changes = books.begin_step([], [StartedRequest("a", [1, 2, 3, 4], 3)], [], [])
-    assert books.audit() == {"requests": 1, "pages": 4, "frames": 16, "free_frames": 80}
+    ledger = make_ledger()
+    follow(ledger, started=[StartedRequest("a", [1, 2, 3], 0)], decoding=["a"])
+    changes = follow(ledger, started=[StartedRequest("a", [1, 2, 3, 4], 3)])
+    assert ledger.audit() == {"requests": 1, "pages": 4, "frames": 16, "free_frames": 80}
     assert not changes.loads, "its frames hold what they held"
-    assert books.lanes["a"] in changes.lanes
-    books.begin_step(["a"], [], [], [])
-    assert books.audit()["requests"] == 0
+    assert ledger.lanes["a"] in changes.lanes
+    follow(ledger, released=["a"])
+    assert ledger.audit()["requests"] == 0

@@ -8,8 +8,11 @@ import torch
 import triton.language as tl
 
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.residency.copy_stream import CopyStream
 from specontext_vllm.residency.host_pool import allocate_host_pool
-from specontext_vllm.residency.transfer import Copier, fetch
+from specontext_vllm.residency.transfer import fetch
+from specontext_vllm.step_data import Misses
+from specontext_vllm.tier_data import CopyProgress, KVPools
 from specontext_vllm.triton_kernels import counters
 from specontext_vllm.triton_kernels import fetch_pages as module
 from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
@@ -33,18 +36,21 @@ def test_fetch_copies_what_is_listed_and_nothing_else(resident, device):
     ).int()
     reference = torch.full((31, HEADS, PAGE_SIZE, 8), float("nan"))
     arena, done = reference.clone().to(device), torch.zeros(7, dtype=torch.int32, device=device)
-    numbers = [
-        torch.tensor([listed], dtype=torch.int32),
+    count, number = (torch.tensor([n], dtype=torch.int32) for n in (listed, resident))
+    fetch(
+        KVPools(reference, host, 4),
+        Misses(sources, targets, count),
         places,
-        torch.tensor([resident], dtype=torch.int32),
-    ]
-    fetch(host, reference, sources, targets, *numbers, layers=range(5, 7), first_mirrored=4)
-    on_device = [t.to(device) for t in (sources, targets, *numbers)]
+        number,
+        layers=range(5, 7),
+    )
     rows = host.pin_memory() if device.type == "cuda" else host
     fetch_pages(
         rows.view(torch.int32).view(-1, PAGE_SIZE * 8),
         arena.view(torch.int32).view(-1, PAGE_SIZE * 8),
-        *on_device,
+        Misses(sources.to(device), targets.to(device), count.to(device)),
+        places.to(device),
+        number.to(device),
         layers=range(5, 7),
         first_source=9 * HEADS,
         layer_sources=9 * HEADS,
@@ -75,12 +81,11 @@ def test_waiting_ends_at_once_when_the_copies_are_there(done, device):
         torch.ones(1, dtype=torch.int32, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
+    started = torch.tensor([epoch], dtype=torch.int32, device=device)
     # In the interpreter a look at the GPU's clock, as by one who waits, is an error.
     await_pages(
-        told,
-        torch.tensor([epoch], dtype=torch.int32, device=device),
+        CopyProgress(told, started, overdue),
         resident,
-        overdue,
         None,
         layer=1,
         programs=2,
@@ -88,10 +93,8 @@ def test_waiting_ends_at_once_when_the_copies_are_there(done, device):
     )
     # A resident layer does not wait, whatever was copied.
     await_pages(
-        told - 100,
-        torch.tensor([epoch], dtype=torch.int32, device=device),
+        CopyProgress(told - 100, started, overdue),
         resident,
-        overdue,
         None,
         layer=0,
         programs=2,
@@ -121,10 +124,8 @@ def test_a_copy_that_never_comes_is_told_of_and_holds_the_stream_up_but_once(
     looks, begin = [], time.monotonic()
     for layer in range(5):
         await_pages(
-            told,
-            epoch,
+            CopyProgress(told, epoch, overdue),
             resident,
-            overdue,
             counts if timed else None,
             layer=layer,
             programs=2,
@@ -144,45 +145,45 @@ def test_a_copy_that_never_comes_is_told_of_and_holds_the_stream_up_but_once(
 
 
 def test_the_host_ends_the_engine_when_copies_did_not_come():
-    copier = Copier(torch.device("cpu"), num_layers=7, seconds=3)
-    copier.check()
-    copier._overdue.fill_(5 + 1)
+    copies = CopyStream(torch.device("cpu"), num_layers=7, seconds=3)
+    copies.check()
+    copies.progress.overdue.fill_(5 + 1)
     with pytest.raises(
         RuntimeError, match="layer 5 did not come from the host pool within 3 s.*Xid"
     ):
-        copier.check()
+        copies.check()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [True, False])
 def test_copies_that_were_never_started_are_noticed_at_the_next_look(captured):
     device, layers = torch.device("cuda"), 6
-    resident, copier = (
+    resident, copies = (
         torch.full((1,), 2, dtype=torch.int32, device=device),
-        Copier(device, layers, seconds=0.5),
+        CopyStream(device, layers, seconds=0.5),
     )
     end = torch.cuda.Event()
 
     def read() -> None:
         for layer in range(layers):
-            copier.wait(layer, resident, None)
+            copies.wait(layer, resident, None)
 
     read()
     torch.cuda.synchronize()
-    copier.check()
+    copies.check()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         read()
-    copier.expect()
+    copies.announce()
     begin = time.monotonic()
     graph.replay() if captured else read()
     end.record()
-    copier.check()
+    copies.check()
     assert not end.query(), "the look at the flag waited for the GPU"
     torch.cuda.synchronize()
     assert 0.5 <= time.monotonic() - begin < 1.5
     with pytest.raises(RuntimeError, match="layer 2 did not come from the host pool within 0.5 s"):
-        copier.check()
+        copies.check()
 
 
 @pytest.mark.gpu
@@ -198,17 +199,18 @@ def test_no_layer_goes_on_before_its_pages_are_there():
     frames = (
         torch.randperm(layers * places, generator=generator).int().view(layers, places).to(device)
     )
+    pools = KVPools(arena, host, 2)
     sources = torch.randperm(places * heads, generator=generator).int().to(device)
     targets = torch.randperm(places * heads, generator=generator).int().to(device)
     count, resident = (
         torch.tensor([n], dtype=torch.int32, device=device) for n in (places * heads, 2)
     )
     counts = torch.zeros(counters.COUNTERS, dtype=torch.int64, device=device)
-    copier = Copier(device, layers)
+    copies = CopyStream(device, layers)
 
     def read() -> None:
         for layer in range(2, layers):
-            copier.wait(layer, resident, counts)
+            copies.wait(layer, resident, counts)
             seen[layer].copy_(arena[frames[layer].long()])
 
     read()
@@ -220,18 +222,14 @@ def test_no_layer_goes_on_before_its_pages_are_there():
     for step in range(60):
         fresh = torch.randn(host.shape, generator=generator)
         host.copy_(fresh)
-        copier.expect()
-        copier.start(
+        copies.announce()
+        copies.start(
             lambda done: fetch(
-                host,
-                arena,
-                sources,
-                targets,
-                count,
+                pools,
+                Misses(sources, targets, count),
                 frames[2:],
                 resident,
                 layers=range(2, layers),
-                first_mirrored=2,
                 done=done,
             )
         )
