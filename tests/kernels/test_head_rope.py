@@ -1,5 +1,5 @@
-"""The decode path of the head (fused input, RoPE and cache write) against the head's own torch
-methods.
+"""RoPE and the write of the head's keys: against a loop over rows, and, behind ``head_input``,
+against the head's own torch methods.
 """
 
 import pytest
@@ -136,3 +136,56 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, de
         # The same numbers, once more rounded and nothing else.
         expected = torch.where(keys.isnan(), keys, in_eight_bits(keys))
         torch.testing.assert_close(written(key_dtype)[1], expected, rtol=0, atol=0, equal_nan=True)
+
+
+def naive_rotation(x, cos_sin, position):
+    """``x [D]`` in float32, its halves rotated against one another."""
+    half = x.shape[0] // 2
+    cos, sin = cos_sin[position, :half], cos_sin[position, half:]
+    first, second = x[:half], x[half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin])
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk-norm"])
+@pytest.mark.parametrize(
+    ("queries", "kv_heads", "width"),
+    [
+        pytest.param(4, 2, 24, id="gqa-odd-width"),
+        pytest.param(0, 2, 32, id="keys-only"),
+        pytest.param(8, 1, 64, id="mqa"),
+    ],
+)
+def test_each_head_is_rotated_by_its_position_and_keys_go_to_their_slots(
+    queries, kv_heads, width, qk_norm, device
+):
+    positions, slots = torch.tensor([0, 3, 40, 99]), torch.tensor([35, -1, 0, 31])
+    heads, eps = queries + kv_heads, 1e-5
+    qk = torch.randn(len(positions), heads * width)
+    angles = torch.rand(100, width // 2) * 6
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
+    norm = torch.rand(heads, width) + 0.5 if qk_norm else None
+    keys = torch.full((4, kv_heads, PAGE_SIZE, width), float("nan"), device=device)
+    found = rope_and_cache(
+        qk.to(device),
+        cos_sin.to(device),
+        positions.to(device),
+        slots.to(device),
+        keys,
+        queries,
+        None if norm is None else norm.to(device),
+        eps,
+    )
+    wanted_queries = torch.empty(len(positions), queries, width)
+    wanted_keys = torch.full(keys.shape, float("nan"))
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        for head in range(heads):
+            x = qk[row, head * width : (head + 1) * width]
+            if norm is not None:
+                x = x / (x.pow(2).mean() + eps).sqrt() * norm[head]
+            x = naive_rotation(x, cos_sin, position)
+            if head < queries:
+                wanted_queries[row, head] = x
+            elif slot >= 0:
+                wanted_keys[slot // PAGE_SIZE, head - queries, slot % PAGE_SIZE] = x
+    torch.testing.assert_close(found.cpu(), wanted_queries, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(keys.cpu(), wanted_keys, rtol=1e-5, atol=1e-5, equal_nan=True)
