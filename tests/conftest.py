@@ -4,7 +4,9 @@ nothing outlives them.
 
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
 
 # Before torch is first imported: the models are tiny, and several processes share the machine's
 # cores.
@@ -26,6 +28,14 @@ if not CUDA:
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+SUBPROCESSES = Path(__file__).parent / "subprocesses"
+"""Holds the ``sitecustomize`` of the processes that tests start."""
+# The same as there: Triton's interpreter, too, makes many objects beside those of torch and vLLM.
+gc.set_threshold(50_000, 20, 20)
+_paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+if str(SUBPROCESSES) not in _paths:
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(SUBPROCESSES), *filter(None, _paths)])
 
 STARTERS = {("tests.engine.conftest", "engine"), ("specontext_vllm.demo.server", "VllmServer")}
 """What tests start vLLM with. A file that imports one of them is slow."""
@@ -53,10 +63,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes
-    some 2 GiB of memory.
+    some 2 GiB of memory. One more than there are cores, since a test often waits for a server.
     """
     cores = len(os.sched_getaffinity(0))
-    return 0 if CUDA or cores < 2 else min(cores, 4)
+    return 0 if CUDA or cores < 2 else min(cores + 1, 4)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -56,7 +56,13 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("workers", [0, 1], ids=["in one process", "in a worker"])
+@pytest.mark.parametrize(
+    "workers",
+    [
+        pytest.param(0, id="in one process"),
+        pytest.param(1, id="in a worker", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_to_make_test_ends_what_the_tests_started(tmp_path, workers):
     if workers and importlib.util.find_spec("xdist") is None:
         pytest.skip("needs pytest-xdist")

@@ -49,35 +49,44 @@ def write_random_model(shape: Shape, folder: Path) -> Path:
     return folder
 
 
-def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterator[tuple[str, Any]]:
-    """Stock vLLM's greedy answers; runs in a child. Yields
-    ``("references", (token ids per prompt, gaps per prompt))``.
-    """
-    from vllm import LLM, SamplingParams
+def dense_engine(model: str, on_gpu: bool) -> dict[str, Any]:
+    """Arguments of ``LLM`` for the engine that gives the references."""
+    return {
+        "model": model,
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": REFERENCES_AT_ONCE,
+        "max_num_batched_tokens": REFERENCE_TOKENS,
+        "enforce_eager": True,
+        "seed": 0,
+        "gpu_memory_utilization": MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU,
+        "kv_cache_memory_bytes": KV_BYTES_GPU if on_gpu else None,
+    }
 
-    share = MEMORY_SHARE_GPU if on_gpu else MEMORY_SHARE_CPU
-    llm = LLM(
-        model=model,
-        dtype="float32",
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=REFERENCES_AT_ONCE,
-        max_num_batched_tokens=REFERENCE_TOKENS,
-        enforce_eager=True,
-        seed=0,
-        gpu_memory_utilization=share,
-        kv_cache_memory_bytes=KV_BYTES_GPU if on_gpu else None,
-    )
+
+def greedy_answers(llm: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy answers to prompts of token ids: the token ids of each, and the gaps between the two
+    likeliest tokens of each step.
+    """
+    from vllm import SamplingParams
+
     params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, detokenize=False, logprobs=2)
     outputs = [
         output.outputs[0]
         for output in llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
     ]
-    yield (
-        "references",
-        (
-            [list(output.token_ids) for output in outputs],
-            [[gap(step) for step in output.logprobs] for output in outputs],
-        ),
+    return (
+        [list(output.token_ids) for output in outputs],
+        [[gap(step) for step in output.logprobs] for output in outputs],
     )
+
+
+def answer_densely(model: str, on_gpu: bool, prompts: list[list[int]]) -> Iterator[tuple[str, Any]]:
+    """Stock vLLM's greedy answers; runs in a child. Yields
+    ``("references", (token ids per prompt, gaps per prompt))``.
+    """
+    from vllm import LLM
+
+    yield "references", greedy_answers(LLM(**dense_engine(model, on_gpu)), prompts)

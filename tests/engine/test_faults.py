@@ -16,16 +16,15 @@ import psutil
 import pytest
 from openai import BadRequestError, OpenAI, OpenAIError
 
-from benchmarks.children import engine_env, run_child
 from benchmarks.near_tie import NEAR_TIE_CPU, NEAR_TIE_GPU
 from benchmarks.prompts import make_prompts
 from benchmarks.soak.client import Load, ask, client_session
 from benchmarks.soak.outcome import Outcome, complaints
-from benchmarks.soak.references import answer_densely
+from benchmarks.soak.references import dense_engine, greedy_answers
 from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, put_under, server_arguments, settle
 from specontext_vllm.demo.server import VllmServer
 from tests.conftest import CUDA
-from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS
+from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS, engine
 
 CLIENTS, REQUESTS = 200, 120
 
@@ -68,18 +67,11 @@ def client(server) -> OpenAI:
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory) -> Load:
+def load() -> Load:
     prompts = make_prompts(DEMO_MODEL, 40)
-    log = tmp_path_factory.mktemp("soak") / "references.log"
-    ((_, (references, gaps)),) = run_child(
-        answer_densely,
-        str(DEMO_MODEL),
-        CUDA,
-        prompts,
-        log=log,
-        seconds=600,
-        env=engine_env(CUDA),
-    )
+    stock = {"block_size": None, "num_gpu_blocks_override": None}
+    with engine(**stock, **dense_engine(str(DEMO_MODEL), CUDA)) as llm:
+        references, gaps = greedy_answers(llm, prompts)
     return Load(
         prompts,
         references,

@@ -29,6 +29,13 @@ def ask(llm, problems) -> list[float]:
     return [score(p, r.outputs[0].text) for p, r in zip(problems, replies)]
 
 
+def compute(llm, problem) -> None:
+    """Fill the prefix cache with a prompt."""
+    from vllm import SamplingParams
+
+    llm.chat(problem.messages, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+
+
 @pytest.fixture(scope="module")
 def llm():
     # Started as quest, which keeps bounds from the start (the head must then be named), and with a
@@ -43,7 +50,8 @@ def llm():
         attention_backend="specontext",
         additional_config={"specontext": settings},
         max_model_len=12288,
-        max_num_batched_tokens=4096,
+        # A prompt that is computed alone is one chunk, whose attention needs no mask.
+        max_num_batched_tokens=12288,
         num_gpu_blocks_override=None,
         enforce_eager=True,
         dtype="bfloat16" if torch.cuda.is_available() else "float32",
@@ -54,8 +62,8 @@ def llm():
 
 @pytest.fixture(scope="module")
 def results(llm):
-    """Scores by retriever. All ask the same prompts; the first fills the prefix cache, the others
-    decode behind its pages.
+    """Scores by retriever. All ask the same prompts and decode behind their pages in the prefix
+    cache.
     """
     problems = [
         make_problem("needle", seed=500 + i, approx_tokens=TOKENS, layout=LAYOUTS[i % len(LAYOUTS)])
@@ -64,6 +72,8 @@ def results(llm):
     problems += [
         make_problem("recitation", seed=600 + i, approx_tokens=TOKENS) for i in range(RECITATIONS)
     ]
+    for problem in problems:
+        compute(llm, problem)
     out = {}
     for retriever in get_args(Retriever):
         llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": BUDGET})
@@ -116,25 +126,6 @@ def test_quest_finds_more_than_chance_and_everything_with_more_pages(llm, result
     problem = make_problem("needle", seed=800, approx_tokens=3000)
     llm.collective_rpc("specontext_set", kwargs={"retriever": "quest", "budget": 2048})
     assert ask(llm, [problem]) == [1.0]
-
-
-def test_a_second_turn_behind_a_prefix_hit_answers_as_without_it(llm):
-    from vllm import SamplingParams
-
-    llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm", "budget": BUDGET})
-    first = make_problem("needle", seed=700, approx_tokens=3000, layout="question_last")
-    facts = re.findall(r"The (?:code|number) of (\w+) is (\d{6})", first.messages[0]["content"])
-    name, value = next((n, v) for n, v in facts if v != first.answer)
-    params = SamplingParams(temperature=0, max_tokens=40)
-    turn = llm.chat(first.messages, params, use_tqdm=False)[0]
-    said = {"role": "assistant", "content": turn.outputs[0].text}
-    chat = [*first.messages, said, {"role": "user", "content": f"What is the code of {name}?"}]
-    warm = llm.chat(chat, params, use_tqdm=False)[0]
-    llm.reset_prefix_cache()
-    cold = llm.chat(chat, params, use_tqdm=False)[0]
-    assert warm.num_cached_tokens > 2500 and cold.num_cached_tokens == 0
-    assert warm.outputs[0].text == cold.outputs[0].text
-    assert score(first, turn.outputs[0].text) == 1.0 and value in warm.outputs[0].text
 
 
 def test_the_fallback_reads_four_budgets_where_the_head_is_not_sure(llm):
@@ -191,6 +182,26 @@ def test_forced_tokens_have_the_probabilities_of_decode_steps(llm):
     assert means["recent"] < means["dlm"] - 1
     with pytest.raises(RuntimeError, match="number 3 on"):
         forcing.log_probabilities(free, [*tokens[:3], tokens[3] + 1, *tokens[4:]])
+
+
+# This test and the next empty the prefix cache, which all others read.
+def test_a_second_turn_behind_a_prefix_hit_answers_as_without_it(llm):
+    from vllm import SamplingParams
+
+    llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm", "budget": BUDGET})
+    first = make_problem("needle", seed=700, approx_tokens=3000, layout="question_last")
+    facts = re.findall(r"The (?:code|number) of (\w+) is (\d{6})", first.messages[0]["content"])
+    name, value = next((n, v) for n, v in facts if v != first.answer)
+    params = SamplingParams(temperature=0, max_tokens=40)
+    turn = llm.chat(first.messages, params, use_tqdm=False)[0]
+    said = {"role": "assistant", "content": turn.outputs[0].text}
+    chat = [*first.messages, said, {"role": "user", "content": f"What is the code of {name}?"}]
+    warm = llm.chat(chat, params, use_tqdm=False)[0]
+    llm.reset_prefix_cache()
+    cold = llm.chat(chat, params, use_tqdm=False)[0]
+    assert warm.num_cached_tokens > 2500 and cold.num_cached_tokens == 0
+    assert warm.outputs[0].text == cold.outputs[0].text
+    assert score(first, turn.outputs[0].text) == 1.0 and value in warm.outputs[0].text
 
 
 @pytest.mark.parametrize("retriever", PER_LAYER)

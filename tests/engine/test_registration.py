@@ -52,6 +52,7 @@ def test_registering_loads_neither_torch_nor_vllm():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_not_loaded_it_our_backend(
     member, tmp_path
 ):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
 REPLY_TOKENS = 40
-REFUSAL_SECONDS = 180
 
 pytestmark = pytest.mark.skipif(
     not (DEMO_MODEL / "config.json").exists(),
@@ -110,14 +110,12 @@ REFUSALS = {
 
 @pytest.fixture(scope="session")
 def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Exit code and stderr of the starts in ``REFUSALS``, all at once to save time: each mostly
-    imports vLLM.
-    """
+    """Exit code and stderr of the starts in ``REFUSALS``."""
     headless = tmp_path_factory.mktemp("headless")
     for file in DEMO_MODEL.iterdir():
         if file.is_file():
             (headless / file.name).symlink_to(file.resolve())
-    processes = {}
+    starts = []
     for name, (settings, _) in REFUSALS.items():
         command = serve_command(
             headless if name == "no head" else DEMO_MODEL,
@@ -129,23 +127,23 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
             json.dumps({"specontext": settings}),
             *device_arguments(),
         )
-        processes[name] = subprocess.Popen(
-            command,
-            cwd=headless,
-            env=server_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    results = {}
-    for name, process in processes.items():
-        try:
-            _, stderr = process.communicate(timeout=REFUSAL_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            _, stderr = process.communicate()
-        results[name] = (process.returncode, stderr)
-    return results
+        arguments = command[command.index("serve") + 1 :]
+        starts.append({"arguments": arguments, "log": str(headless / f"{name}.log")})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.fork_servers"],
+        cwd=ROOT,
+        env=server_environment(),
+        input=json.dumps(starts),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return {
+        name: (code, Path(start["log"]).read_text())
+        for name, code, start in zip(REFUSALS, codes, starts, strict=True)
+    }
 
 
 @pytest.mark.slow
