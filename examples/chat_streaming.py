@@ -1,7 +1,7 @@
 """Chat with a running server, and print the answer as it comes.
 
     vllm serve models/demo --config configs/demo.yaml       # on a CPU: --enforce-eager
-    python examples/chat_streaming.py "What is the code of Lima?" --file text.txt
+    python examples/chat_streaming.py "What is the code of Anna?" --file text.txt
 
 Nothing here is special to specontext: any client of OpenAI's API does.
 """

@@ -16,7 +16,7 @@ REQUESTS, TOKENS = 4, 3500
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="models/demo")
-    # For the demo model this is room for some 1,800 tokens. Yours needs more, or leave the cap out.
+    # Room for some 6,400 tokens of the demo model. Leave the cap out to use the whole GPU.
     parser.add_argument("--gpu-kv-gib", type=float, default=0.02)
     parser.add_argument("--host-kv-gib", type=float, default=0.25)
     arguments = parser.parse_args()
@@ -46,8 +46,11 @@ def main() -> None:
 
     for problem, output in zip(problems, outputs, strict=True):
         print(f"answer: {output.outputs[0].text.strip()} (expected: {problem.answer})")
+    cache = llm.llm_engine.vllm_config.cache_config
     (stats,) = llm.collective_rpc("specontext_stats")
-    print({key: value for key, value in stats.items() if not isinstance(value, list)})
+    print(f"{cache.num_gpu_blocks * cache.block_size} tokens fit at once")
+    print(f"{stats['resident_layers']} of {stats['num_layers']} layers are whole on the GPU")
+    print(f"{stats['hit_rate']:.0%} of the selected pages were there, the rest was fetched")
 
 
 if __name__ == "__main__":
