@@ -27,7 +27,9 @@ SAMPLES = (2048, 4096, 8192, 12288, 18432, 24576, 34304)
 STEPS = 48
 MODES = {
     "sparse only": "all layers offloaded, each step first fetches all that it reads",
-    "+ prefetch and elastic": "all layers offloaded, misses alone are fetched, beside the layers' compute",
+    "+ prefetch and elastic": (
+        "all layers offloaded, misses alone are fetched, beside the layers' compute"
+    ),
     "+ adaptive": "the memory model keeps as many layers on the GPU as fit",
 }
 
@@ -157,7 +159,10 @@ def main(
             report.Column("adaptive", "+ adaptive, times faster", ".2f"),
         )
     }
-    title = f"Ablation, {model_shape} shape, {requests} requests, {gpu_gib:g} GiB for KV on the GPU, budget {budget}"
+    title = (
+        f"Ablation, {model_shape} shape, {requests} requests, {gpu_gib:g} GiB for KV on the GPU, "
+        f"budget {budget}"
+    )
     result = report.Report("ablation", title, tables, details=details)
     result.notes += [f"{mode}: {what}." for mode, what in MODES.items()]
     result.notes += [

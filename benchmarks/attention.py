@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LAUNCHES = 32
 """Of one captured graph: as many layers."""
 
-MOST_SPLITS = 32
+MAX_SPLITS = 32
 """vLLM's own bound for FlashAttention 3 in a captured graph."""
 
 TABLES = {
@@ -59,7 +59,7 @@ class FlashAttention3:
         )
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         # Enough sequences fill the GPU whole, and spare FlashAttention its combining kernel.
-        splits = 1 if self.sequences >= 0.8 * processors else MOST_SPLITS
+        splits = 1 if self.sequences >= 0.8 * processors else MAX_SPLITS
         starts = torch.arange(self.sequences + 1, dtype=torch.int32, device=table.lengths.device)
         shared = {
             "max_seqlen_q": 1,

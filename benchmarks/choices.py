@@ -101,18 +101,22 @@ def main(
         *([] if model.resolve() == DEMO_MODEL.resolve() else [name]),
         *(["head", head.resolve().name] if head else []),
     ]
-    title = f"{name}{f' with the head {head.resolve().name}' if head else ''}: {count} {TASKS[task]} in about {context:,} tokens, by who chooses the pages"
+    chooser = f" with the head {head.resolve().name}" if head else ""
+    title = (
+        f"{name}{chooser}: {count} {TASKS[task]} in about {context:,} tokens, by who chooses the "
+        "pages"
+    )
     details: dict[str, Any] = {"context": context, "task": task, "questions": count, "scores": {}}
     result = report.Report("-".join(["choices", *words]), title, TABLES, details=details)
     for number, (problem, prompt) in enumerate(questions(tokenizer, context, count, task), 1):
         state = decoder.prefill(prompt)
         for column in columns:
             scores[column].append(answer(decoder, tokenizer, problem, state, *column))
-        print(
-            f"question {number} of {count}: "
-            f"{', '.join(f'{method} {size} {sum(s) / len(s):.2f}' for (method, size), s in scores.items())}",
-            flush=True,
+        means = (
+            f"{method} {size} {sum(found) / len(found):.2f}"
+            for (method, size), found in scores.items()
         )
+        print(f"question {number} of {count}: {', '.join(means)}", flush=True)
     for (method, size), found in scores.items():
         low, high = of_scores(found, task == "needle")
         row = {
@@ -127,12 +131,17 @@ def main(
             row["difference"] = f"{low:+.2f} to {high:+.2f}"
         result.rows.append(row)
         details["scores"][f"{method} {size}"] = found
+    intervals = (
+        "Wilson intervals"
+        if task == "needle"
+        else "Share right from the start; bootstrap intervals"
+    )
     result.notes += [
         "Plain torch in float32, all layouts of the task. In common: the step is computed densely "
         "first, and the pages with the largest weight of any layer "
         "and query head are read by all layers; a head that chooses for all layers at once is "
         "hardly to do better. Page 0 and the five newest are always read.",
-        f"{'Wilson intervals' if task == 'needle' else 'Share right from the start; bootstrap intervals'}; differences by question (Agresti and Min).",
+        f"{intervals}; differences by question (Agresti and Min).",
     ]
     result.write(out)
     result.show()

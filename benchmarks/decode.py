@@ -1,4 +1,4 @@
-"""Case `decode`: steady-state decode step of stock vLLM and of specontext, side by side in one run."""
+"""Case `decode`: steady-state decode step of stock vLLM and of specontext in one run."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from specontext_vllm.distillation.settings import Loss
 
-LEAST_LAYERS = 5
+MIN_LAYERS = 5
 """A head reads three different layers in the middle; the tiny shape gets one more than it has."""
 ANSWER_SHARE = 0.1
 PARTS = ("teacher", "draft", "optimizer")
@@ -73,7 +73,7 @@ def measure(
         return torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0
 
     folder = Path(tempfile.mkdtemp(prefix="specontext-bench-"))
-    layers = max(LEAST_LAYERS, shape.num_hidden_layers)
+    layers = max(MIN_LAYERS, shape.num_hidden_layers)
     config = AutoConfig.from_pretrained(
         Shape(shape.name, {**shape.config, "num_hidden_layers": layers}).write(folder)
     )

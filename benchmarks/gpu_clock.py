@@ -13,5 +13,5 @@ def _stamp_kernel(p_times, place):
 
 
 def stamp(times: torch.Tensor, place: int) -> None:
-    """Store the time, nanoseconds, in ``times[place]`` (int64) when the current stream gets here."""
+    """Store the time in nanoseconds in ``times[place]`` (int64) when the stream gets here."""
     _stamp_kernel[(1,)](times, place, num_warps=1)

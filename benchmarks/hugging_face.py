@@ -19,7 +19,7 @@ ATTENTION = {"hf-eager": "eager", "hf-sdpa": "sdpa"}
 SETTLE = 4
 """Steps before the first timed one."""
 
-MOST_STEPS = 32
+MAX_STEPS = 32
 """Timed steps at most: they are slow and steady."""
 
 
@@ -67,7 +67,7 @@ def run_hugging_face(
         try:
             room = cell.room or cell.tokens
             if cell.requests is None and cell.name not in fits and room not in fitting:
-                fitting[room] = _fitting(model, spec.max_num_seqs, room)
+                fitting[room] = fitting_requests(model, spec.max_num_seqs, room)
             requests = cell.requests or fits.get(cell.name) or fitting[room]
             yield "cell", (cell.name, measure_cell(model, cell, requests, spec.steps))
         except Exception as error:
@@ -95,7 +95,7 @@ def measure_cell(model: Any, cell: Cell, requests: int, steps: int) -> dict[str,
     Figures of a cell that the memory cannot hold are ``requests`` and ``out_of_memory``, a
     sentence.
     """
-    steps = min(steps, MOST_STEPS)
+    steps = min(steps, MAX_STEPS)
     context = min(cell.tokens, (cell.room or model.config.max_position_embeddings) - SETTLE - steps)
     figures: dict[str, Any] = {"requests": requests}
     try:
@@ -184,7 +184,7 @@ def _timed_step(model: Any, cache: Any, tokens: torch.Tensor) -> tuple[torch.Ten
 
 
 def greedy(model: Any, prompts: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` greedy tokens ``[B, count]`` after prompts ``[B, n]``, by the steps that are timed."""
+    """``count`` greedy tokens ``[B, count]`` after prompts ``[B, n]``, from the timed steps."""
     cache, tokens = prefill(model, prompts)
     generated = [tokens]
     for _ in range(count - 1):
@@ -197,11 +197,11 @@ def _step(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits[:, -1].argmax(-1, keepdim=True)
 
 
-def _fitting(model: Any, most: int, room: int) -> int:
-    """The largest of most, most / 2, most / 4 ... requests whose cache of ``room`` tokens leaves
-    space for a step; 0: none.
+def fitting_requests(model: Any, max_requests: int, room: int) -> int:
+    """The largest of max_requests, half of them, a quarter ... whose cache of ``room`` tokens
+    leaves space for a step; 0: none.
     """
-    requests = most
+    requests = max_requests
     while requests:
         try:
             cache, tokens = filled_cache(model, random_tokens(model, requests, room - 1))

@@ -12,7 +12,7 @@ Z = 1.959964
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share ``right / count``; the whole unit interval without observations."""
+    """Wilson's interval of a share ``right / count``; 0 to 1 without observations."""
     if count == 0:
         return 0.0, 1.0
     share = right / count
@@ -35,7 +35,7 @@ def bootstrap(scores: Sequence[float], resamples: int = 10_000) -> tuple[float, 
 
 
 def of_scores(scores: Sequence[float], right_or_wrong: bool) -> tuple[float, float]:
-    """Mean of scores in 0..1: Wilson where each is right or wrong, bootstrap where they are shares."""
+    """Of the mean of scores in 0..1: Wilson where each is right or wrong, else bootstrap."""
     return wilson(round(sum(scores)), len(scores)) if right_or_wrong else bootstrap(scores)
 
 

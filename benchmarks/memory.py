@@ -113,7 +113,10 @@ def main(
     more than 3 %.
     """
     on_gpu = bool(gpus())
-    title = f"Memory model against allocation, {gpu_gib:g} GiB on the GPU, {host_gib:g} GiB on the host, {requests} requests"
+    title = (
+        f"Memory model against allocation, {gpu_gib:g} GiB on the GPU, {host_gib:g} GiB on the "
+        f"host, {requests} requests"
+    )
     result = report.Report("memory", title, TABLES)
     result.notes.append(
         "Allocated: torch's allocator before and after the tensors of the tiers and of the head's "

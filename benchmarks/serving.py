@@ -167,14 +167,14 @@ def run_server(
     with VllmServer(model, arguments, on_wait=in_time) as server:
         # Before the first load: what is compiled or captured for the first requests is no part of
         # any.
-        most = max(load.concurrency for load in loads)
-        warm_up = Load("warm-up", min(512, *(load.prompt for load in loads)), 16, most)
+        concurrency = max(load.concurrency for load in loads)
+        warm_up = Load("warm-up", min(512, *(load.prompt for load in loads)), 16, concurrency)
         _bench(
             server.url,
             model,
             warm_up,
             seed=0,
-            requests=most,
+            requests=concurrency,
             seconds=deadline - time.monotonic(),
             folder=folder,
         )

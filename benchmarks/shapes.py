@@ -124,7 +124,7 @@ class Shape:
 
     @property
     def head_weight_bytes(self) -> int:
-        """Weights of the dummy retrieval head: fc over three hidden states, W_q and W_k over two."""
+        """Weights of the dummy retrieval head: fc over three hidden states, W_q, W_k over two."""
         h = self.hidden_size
         return BYTES * (
             3 * h * h

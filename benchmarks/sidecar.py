@@ -123,7 +123,10 @@ def main(
     on_gpu = bool(gpus())
     details: dict[str, Any] = {"shape": shape.name, "budget": budget, "steps": steps, "engines": {}}
     weights = "its own weights" if model_shape == "demo" else "random weights"
-    title = f"The head inline and in a Ray actor, {model_shape} shape, {weights}, budget {budget} tokens"
+    title = (
+        f"The head inline and in a Ray actor, {model_shape} shape, {weights}, budget {budget} "
+        "tokens"
+    )
     result = report.Report("sidecar", title, TABLES, details=details)
     result.notes = [
         f"Steady state: all requests decode; median over {steps} steps after the last prefill. One "

@@ -1,4 +1,4 @@
-"""Decode steps of several engines side by side: running them into a result, and the result's rows."""
+"""Decode steps of several engines side by side: the runs, and the rows of their result."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class Setting:
         if self.budget is None:
             return None
         default = SpeContextConfig()
-        least = PAGE_SIZE * (default.sink_pages + default.recent_pages + 1)
-        return default.recent_tokens if self.budget >= least else self.budget // 4
+        min_budget = PAGE_SIZE * (default.sink_pages + default.recent_pages + 1)
+        return default.recent_tokens if self.budget >= min_budget else self.budget // 4
 
     def changes(self) -> dict[str, Any]:
         """Arguments of ``specontext_set``.

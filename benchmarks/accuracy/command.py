@@ -42,7 +42,8 @@ def main(
     head: Annotated[
         str | None,
         typer.Option(
-            help="Retrieval head: folder or hub id; its name joins the result's. Default: the model's own."
+            help="Retrieval head, a folder or a hub id. Its name joins the result's. "
+            "Default: the model's own."
         ),
     ] = None,
     tasks: Annotated[
@@ -61,7 +62,8 @@ def main(
     contexts: Annotated[
         str | None,
         typer.Option(
-            help=f"Tokens of a prompt. Default: {', '.join(map(str, CONTEXTS))} as far as the model reaches."
+            help=f"Tokens of a prompt. Default: {', '.join(map(str, CONTEXTS))}, "
+            "as far as the model reaches."
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts of each task and context.")] = 50,
@@ -87,25 +89,28 @@ def main(
         float | None,
         typer.Option(
             min=0,
-            help="GPU memory for KV, so that several runs can share a GPU. Default: what vLLM finds free.",
+            help="GPU memory for KV, so that several runs can share a GPU. "
+            "Default: what vLLM finds free.",
         ),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(
-            help="JSON of an earlier result over the same prompts, with which every cell is compared prompt by prompt."
+            help="JSON file of an earlier result over the same prompts, to compare every cell "
+            "with, prompt by prompt."
         ),
     ] = None,
     label: Annotated[
         str | None,
         typer.Option(
-            help="Word that joins the result's name, so that another grid over the same model stands beside the first."
+            help="Word that joins the result's name, so that a second grid over the same model "
+            "does not overwrite the first."
         ),
     ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of finished cells, which a later run goes on from, and of the engine's log."
+            help="Folder of finished cells, which a later run continues, and of the engine's log."
         ),
     ] = None,
     engine_seconds: Annotated[
@@ -147,7 +152,10 @@ def main(
         machine = facts()
         name, words = model.resolve().name, [*head_words(model, grid.head), *label_words(label)]
         folder = work or WORK / f"{'-'.join(['accuracy', name, *words])}-{device_slug(machine)}"
-        title = f"{' '.join([name, *words])}: accuracy by retriever and budget, {prompts} prompts a cell"
+        title = (
+            f"{' '.join([name, *words])}: accuracy by retriever and budget, "
+            f"{prompts} prompts a cell"
+        )
         notes = make_notes(grid, spec, read_folder(longbench)[1] if longbench else [])
         case = "-".join(
             ["accuracy", *([] if model.resolve() == DEMO_MODEL.resolve() else [name]), *words]

@@ -1,9 +1,9 @@
 """Questions over long texts, drawn from a seed.
 
-Text, facts and questions are those of the bundled demo model (specontext_vllm/synthetic/tasks.py): plain
-English that any chat model reads. Every example is drawn from (document, seed) under a split of its
-own, so the demo model never saw one. Tasks of the same document share its text up to the question,
-and so its pages in the prefix cache.
+Text, facts and questions are those of the bundled demo model (specontext_vllm/synthetic/tasks.py):
+plain English that any chat model reads. Every example is drawn from (document, seed) under a split
+of its own, so the demo model never saw one. Tasks of the same document share its text up to the
+question, and so its pages in the prefix cache.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from benchmarks.accuracy.writer import Draft
 from specontext_vllm.synthetic import tasks as demo
 from specontext_vllm.synthetic import words as W
 
-MOST_FACTS = 64
+MAX_FACTS = 64
 """Facts of a document; one per 128 tokens up to that."""
 VALUES = 4
 """Values of one name in the multi-value tasks, and questions of a multi-query conversation."""
 CHAINS, HOPS = 4, 4
 """Chains of variable tracking, and names in each."""
-COMMON, OFTENER = 10, 10
+COMMON, TIMES_AS_COMMON = 10, 10
 """Common words to find, and how many times as often as any other each stands in the list (RULER:
 ten, 30 times against 3).
 """
@@ -61,7 +61,7 @@ def _user(text: str, question: str) -> list[dict[str, str]]:
 
 
 def _many(size: int) -> int:
-    return max(VALUES + 1, min(MOST_FACTS, size // 128))
+    return max(VALUES + 1, min(MAX_FACTS, size // 128))
 
 
 def _few(size: int) -> int:
@@ -182,7 +182,7 @@ def multi_value(seed: int, size: int, every: bool) -> Draft:
 
 
 def variables(seed: int, size: int) -> Draft:
-    """Chains of "let Y be the same as X"; asked is which names stand for the first chain's number."""
+    """Chains of "let Y be the same as X"; asked for are the names of the first chain's number."""
     rng = document_random("variables", seed)
     names = rng.sample(W.KEYS, CHAINS * HOPS)
     numbers = rng.sample(range(10000, 100000), CHAINS)
@@ -213,13 +213,16 @@ def common_words(seed: int, size: int) -> Draft:
     common, rare = pool[:COMMON], pool[COMMON:]
     total = (size - QUESTION_PIECES) // 2  # a word and its comma
     # As seldom as the pool allows.
-    times = -(-total // (COMMON * OFTENER + len(rare)))
-    rare = rare[: max(1, total // times - COMMON * OFTENER)]
-    words = [word for word in common for _ in range(times * OFTENER)] + [
+    times = -(-total // (COMMON * TIMES_AS_COMMON + len(rare)))
+    rare = rare[: max(1, total // times - COMMON * TIMES_AS_COMMON)]
+    words = [word for word in common for _ in range(times * TIMES_AS_COMMON)] + [
         word for word in rare for _ in range(times)
     ]
     rng.shuffle(words)
-    question = f"The list above holds some words more often than the others. What are the {COMMON} most common words in it?"
+    question = (
+        "The list above holds some words more often than the others. "
+        f"What are the {COMMON} most common words in it?"
+    )
     return Draft(_user(", ".join(words) + ".", question), tuple(common), ", ".join(common) + ".")
 
 

@@ -106,7 +106,7 @@ class Answers:
     stats: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, outputs: Sequence[Any], seconds: float, stats: dict[str, Any]) -> None:
-        """Count a portion's outputs in; its replies and scores are added by whoever can read them."""
+        """Count a portion's outputs; the caller, who can read them, adds replies and scores."""
         self.tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
         self.cached += sum(output.num_cached_tokens for output in outputs)
         self.asked += sum(len(output.prompt_token_ids) for output in outputs)

@@ -92,7 +92,8 @@ DATASETS = {
         metrics.number_share,
         32,
         "",
-        '\n\nWhich paragraph is this the summary of?\n{input}\nAnswer with its name only, like "Paragraph 1":',
+        "\n\nWhich paragraph is this the summary of?\n{input}\n"
+        'Answer with its name only, like "Paragraph 1":',
     ),
     "lcc": Dataset(metrics.code_similarity, 64, "", "{input}", chat=False),
     "repobench-p": Dataset(metrics.code_similarity, 64, "", "{input}", chat=False),

@@ -127,7 +127,7 @@ def classification(reply: str, answers: Sequence[str], classes: Sequence[str]) -
 
 
 def number_share(reply: str, answers: Sequence[str]) -> float:
-    """Share of the reply's numbers that are the answer's (LongBench's retrieval and count scores)."""
+    """Share of the reply's numbers that are the answer's (LongBench's retrieval and counts)."""
     numbers = re.findall(r"\d+", reply)
     wanted = {number for answer in answers for number in re.findall(r"\d+", answer)}
     return sum(number in wanted for number in numbers) / len(numbers) if numbers else 0.0

@@ -1,4 +1,4 @@
-"""What must be the same for cells to stand in one table, and the notes that say how they were made."""
+"""What must be the same for cells to stand in one table, and notes on how they were made."""
 
 from __future__ import annotations
 
@@ -40,18 +40,20 @@ def cell_settings(grid: Grid, spec: EngineSpec, machine: dict[str, Any]) -> dict
 def _code() -> str:
     """Digest of the code that makes and scores the replies."""
     root = Path(__file__).parents[2]
-    rooms = (
-        root / "specontext_vllm" / name
-        for name in ("attention", "engine", "residency", "retrieval", "triton_kernels")
-    )
-    files = [Path(__file__).with_name("metrics.py"), root / "specontext_vllm" / "config.py"]
-    files += [file for room in rooms for file in room.glob("*.py")]
+    plugin = root / "specontext_vllm"
+    packages = ("attention", "engine", "residency", "retrieval", "triton_kernels")
+    files = [Path(__file__).with_name("metrics.py"), *plugin.glob("*.py")]
+    # A package may be a link to a folder beside it, which rglob would not enter by itself.
+    files += [file for name in packages for file in (plugin / name).resolve().rglob("*.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def make_notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:
     floors = ", ".join(sorted({f"{task.floor:g}" for task in grid.tasks.values()}))
-    graphs = "without CUDA graphs, so that retrievers can be switched (speed with graphs: `python -m benchmarks speed`)"
+    graphs = (
+        "without CUDA graphs, so that retrievers can be switched "
+        "(speed with graphs: `python -m benchmarks speed`)"
+    )
     notes = [
         "Greedy replies; values with 95 % intervals: Wilson for right or wrong, bootstrap over the "
         "prompts for scores and perplexity. "

@@ -13,7 +13,7 @@ from benchmarks.accuracy.drafts import (
     COMMON,
     HOPS,
     LONG_PASSAGE,
-    MOST_FACTS,
+    MAX_FACTS,
     VALUES,
     common_words,
     demo_needle,
@@ -76,7 +76,7 @@ TASKS = {
             "right",
             metrics.any_stated,
             multi_key,
-            f"one of up to {MOST_FACTS} facts of the same form",
+            f"one of up to {MAX_FACTS} facts of the same form",
         ),
         _task(
             "multi_query",
@@ -90,7 +90,7 @@ TASKS = {
             "right",
             metrics.any_stated,
             key_among_passages,
-            f"one of up to {MOST_FACTS} facts, passages of three to eight sentences among them",
+            f"one of up to {MAX_FACTS} facts, passages of three to eight sentences among them",
         ),
         _task(
             "demo_needle",

@@ -73,7 +73,10 @@ def main(
         "prompt_tokens": prompt_tokens,
     }
     room = f"{gpu_gib:g} GiB" if gpu_gib else "all of vLLM's room"
-    title = f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {room} for KV on the GPU, host pool {host_gib:g} GiB"
+    title = (
+        f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {room} for KV on "
+        f"the GPU, host pool {host_gib:g} GiB"
+    )
     result = report.Report(
         "capacity" if gpu_gib else "capacity-full", title, TABLES, details=details
     )

@@ -174,8 +174,8 @@ def steady_decode(ends: Sequence[float], counts: Sequence[int]) -> tuple[int, li
     if not steps:
         return max(counts), []
     longest = max(map(len, steps.values()))
-    most = max(count for count, taken in steps.items() if 4 * len(taken) >= longest)
-    return most, steps[most]
+    at_once = max(count for count, taken in steps.items() if 4 * len(taken) >= longest)
+    return at_once, steps[at_once]
 
 
 def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
         ):
             stats = llm.collective_rpc("specontext_stats")[0]
     total = time.perf_counter() - begin
-    most, steady = steady_decode(ends, counts)
+    at_once, steady = steady_decode(ends, counts)
     # The rate goes by the mean: a few late prefetches make the distribution lopsided.
     step, mean, p90 = (
         (float(np.median(steady)), float(np.mean(steady)), float(np.percentile(steady, 90)))
@@ -222,12 +222,12 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
     )
     return {
         "requests": requests,
-        "decoding_at_once": most,
+        "decoding_at_once": at_once,
         "step_ms": step,
         "step_mean_ms": mean,
         "step_p90_ms": p90,
         "steady_steps": len(steady),
-        "decode_tokens_per_s": most / mean * 1e3 if mean else None,
+        "decode_tokens_per_s": at_once / mean * 1e3 if mean else None,
         "first_token_s": {
             "first": min(first.values()),
             "median": float(np.median(list(first.values()))),

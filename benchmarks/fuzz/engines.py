@@ -63,22 +63,22 @@ def play(llm: Any, mix: Mix, gaps: bool = False) -> Answers:
     )
     if mix.cold:
         llm.reset_prefix_cache()
-    answers: Answers = [{} for _ in mix.asks]
-    waiting = sorted(range(len(mix.asks)), key=lambda index: mix.asks[index].arrives)
+    answers: Answers = [{} for _ in mix.requests]
+    waiting = sorted(range(len(mix.requests)), key=lambda index: mix.requests[index].arrives)
     step, prefilling = 0, set()
     while waiting or engine.has_unfinished_requests():
         while waiting and (
-            mix.asks[waiting[0]].arrives <= step or not engine.has_unfinished_requests()
+            mix.requests[waiting[0]].arrives <= step or not engine.has_unfinished_requests()
         ):
             index = waiting.pop(0)
-            ask = mix.asks[index]
-            params = {"detokenize": False, **ask.params}
+            request = mix.requests[index]
+            params = {"detokenize": False, **request.params}
             if gaps and params["temperature"] == 0:
                 params["logprobs"] = max(2, params.get("logprobs") or 0)
             engine.add_request(
-                str(index), {"prompt_token_ids": list(ask.prompt)}, SamplingParams(**params)
+                str(index), {"prompt_token_ids": list(request.prompt)}, SamplingParams(**params)
             )
-            if ask.leaves_after == 0:
+            if request.leaves_after == 0:
                 prefilling.add(index)
         for output in engine.step():
             index = int(output.request_id)
@@ -86,7 +86,7 @@ def play(llm: Any, mix: Mix, gaps: bool = False) -> Answers:
             answers[index] |= {
                 completion.index: _answer(output, completion) for completion in output.outputs
             }
-            leaves_after = mix.asks[index].leaves_after
+            leaves_after = mix.requests[index].leaves_after
             if (
                 leaves_after
                 and not output.finished

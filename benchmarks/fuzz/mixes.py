@@ -13,7 +13,7 @@ LONGEST_PROMPT, LONGEST_ANSWER = 600, 100
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request.
 
     Attributes:
@@ -45,7 +45,7 @@ class Mix:
             if the mix lasts so long.
     """
 
-    asks: tuple[Ask, ...]
+    requests: tuple[Request, ...]
     step_tokens: int
     chunked: bool
     cold: bool
@@ -59,11 +59,11 @@ class Mix:
         chunked = rng.random() < 0.6
         # Long ones run out of pages.
         drawn = {"sampled": not on_gpu and not chunked, "long": rng.random() < 0.4}
-        asks = tuple(
-            _draw_ask(rng, [bases[i] for i in few], **drawn) for _ in range(rng.randint(3, 8))
+        requests = tuple(
+            _draw_request(rng, [bases[i] for i in few], **drawn) for _ in range(rng.randint(3, 8))
         )
         return cls(
-            asks,
+            requests,
             rng.choice((16, 17, 33, 64, 100, 200, 256)) if chunked else STEP_TOKENS,
             chunked,
             rng.random() < 0.3,
@@ -71,7 +71,9 @@ class Mix:
         )
 
 
-def _draw_ask(rng: Random, bases: Sequence[Sequence[int]], sampled: bool, long: bool) -> Ask:
+def _draw_request(
+    rng: Random, bases: Sequence[Sequence[int]], sampled: bool, long: bool
+) -> Request:
     base = rng.choice(bases)
     # Edges of pages and of chunks, beside any length.
     edges = (1, 2, 15, 16, 17, 32, 33, 255, 256, 257, len(base), len(base) // 16 * 16 + 1)
@@ -103,4 +105,4 @@ def _draw_ask(rng: Random, bases: Sequence[Sequence[int]], sampled: bool, long: 
         params["min_tokens"] = min(rng.choice((0, 0, 5)), params["max_tokens"])
     arrives = rng.choice((0, 0, 0, rng.randint(1, 30)))
     leaves_after = rng.choice((0, 1, rng.randint(2, 20))) if rng.random() < 0.2 else None
-    return Ask(prompt, arrives, leaves_after, params)
+    return Request(prompt, arrives, leaves_after, params)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.fuzz.engines import Answer, Answers
-from benchmarks.fuzz.mixes import Ask, Mix
+from benchmarks.fuzz.mixes import Mix, Request
 from benchmarks.near_tie import NEAR_TIE_CPU
 from benchmarks.prompts import make_prompts
 from benchmarks.shapes import DEMO_MODEL
@@ -43,13 +43,13 @@ def compare(
             gaps. None: everything must be equal, bit for bit.
     """
     verdict = Verdict()
-    for index, ask in enumerate(mix.asks):
+    for index, request in enumerate(mix.requests):
         verdict.counts["requests"] += 1
-        if ask.leaves_after == 0:
+        if request.leaves_after == 0:
             continue
-        whole = ask.leaves_after is None
+        whole = request.leaves_after is None
         if whole and not set(found[index]) == set(wanted[index]) == set(
-            range(ask.params.get("n", 1))
+            range(request.params.get("n", 1))
         ):
             verdict.counts["wrong"] += 1
             verdict.wrong.append(
@@ -60,21 +60,24 @@ def compare(
             (found[index][i], wanted[index][i]) for i in found[index].keys() & wanted[index].keys()
         ):
             verdict.counts["tokens"] += len(ours.tokens)
-            said = _difference(ask, ours, theirs, near_tie)
+            said = _difference(request, ours, theirs, near_tie)
             if said == "near tie":
                 verdict.counts["near ties"] += 1
             elif said:
                 verdict.counts["wrong"] += 1
                 verdict.wrong.append(
-                    f"{name}, request {index} ({len(ask.prompt)} tokens, {ask.params}): {said}"
+                    f"{name}, request {index} ({len(request.prompt)} tokens, "
+                    f"{request.params}): {said}"
                 )
     return verdict
 
 
-def _difference(ask: Ask, ours: Answer, theirs: Answer, near_tie: float | None) -> str | None:
+def _difference(
+    request: Request, ours: Answer, theirs: Answer, near_tie: float | None
+) -> str | None:
     if near_tie is None:
         return None if ours == theirs else f"{ours} instead of {theirs}"
-    if said := _apart("the prompt", ours.prompt, theirs.prompt, near_tie):
+    if said := _logprob_difference("the prompt", ours.prompt, theirs.prompt, near_tie):
         return said
     # Where it was aborted, it may have come farther in one engine than in the other.
     length = (
@@ -84,15 +87,15 @@ def _difference(ask: Ask, ours: Answer, theirs: Answer, near_tie: float | None) 
     )
     got, wanted = ours.tokens[:length], theirs.tokens[:length]
     parted = next((i for i, (a, b) in enumerate(zip(got, wanted)) if a != b), None)
-    asked = ask.params.get("logprobs")
+    asked = request.params.get("logprobs")
     if asked is not None and (
-        said := _apart(
+        said := _logprob_difference(
             "the answer", ours.logprobs[:parted], theirs.logprobs[:parted], near_tie, asked
         )
     ):
         return said
     if parted is not None:
-        if ask.params["temperature"] == 0:
+        if request.params["temperature"] == 0:
             best, second = sorted(theirs.logprobs[parted].values(), reverse=True)[:2]
             if best - second < near_tie:
                 return "near tie"
@@ -102,7 +105,7 @@ def _difference(ask: Ask, ours: Answer, theirs: Answer, near_tie: float | None) 
     return None
 
 
-def _apart(
+def _logprob_difference(
     where: str,
     ours: Sequence[dict[int, float] | None],
     theirs: Sequence[dict[int, float] | None],

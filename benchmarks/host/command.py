@@ -110,7 +110,7 @@ def main(
     gpu_gib: Annotated[
         float,
         typer.Option(
-            help="GPU memory of each engine but two-tiers, weights included; they are there at once."
+            help="GPU memory of each engine but two-tiers, weights included. All run at once."
         ),
     ] = 16,
     host_gib: Annotated[float, typer.Option(help="Host pool of two-tiers.")] = 6,
@@ -137,7 +137,7 @@ def main(
     try:
         shape = Shape.named(model_shape)
         parsed = stepping.parse_cells(cells, shape, 32)
-        most = max(cell.named_requests for cell in parsed)
+        max_requests = max(cell.named_requests for cell in parsed)
         chosen = [name.strip() for name in engines.split(",")]
         if unknown := [name for name in chosen if name not in ENGINES]:
             raise ValueError(f"--engines: found {unknown[0]!r}; use {', '.join(ENGINES)}.")
@@ -180,7 +180,7 @@ def main(
                 model,
                 on_gpu,
                 budget,
-                most,
+                max_requests,
                 timed,
                 max_model_len=longest,
                 batched_tokens=8192,

@@ -40,7 +40,10 @@ from specontext_vllm.distillation.teacher import (
 )
 
 TABLES = {
-    "Held-out recall: share of the teacher's attention beyond the newest 64 tokens that the chosen pages hold": (
+    (
+        "Held-out recall: share of the teacher's attention beyond the newest 64 tokens that the "
+        "chosen pages hold"
+    ): (
         report.Column("name", "variant"),
         *(
             column
@@ -114,7 +117,8 @@ def main(
     last = train(variants, teacher, data, steps)
 
     own = model.resolve() != DEMO_MODEL.resolve()
-    title = f"Losses of a retrieval head: {steps} steps of {context} tokens on {model.resolve().name if own else 'the demo model'}"
+    teacher_name = model.resolve().name if own else "the demo model"
+    title = f"Losses of a retrieval head: {steps} steps of {context} tokens on {teacher_name}"
     details = {"last_losses": last, "variants": VARIANTS, "recall": {}, "needles": {}}
     result = report.Report(
         f"losses-{model.resolve().name}" if own else "losses", title, TABLES, details=details

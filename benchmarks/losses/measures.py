@@ -73,7 +73,7 @@ def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[SeenSequen
 
 
 def needle_scores(model: Any, draft: DraftModel, tokenizer: Any, tokens: int) -> list[float]:
-    """Scores of held-out needle questions, decoded in plain torch with the head's choice of pages."""
+    """Scores of held-out needle questions, decoded in plain torch with the head's pages."""
     decoder = Decoder(model, draft)
     return [
         answer(decoder, tokenizer, problem, decoder.prefill(prompt), "dlm", BUDGETS[0])

@@ -97,7 +97,8 @@ def main(
     default = (
         "FlashAttention"
         if on_gpu
-        else "C++ kernels for CPUs, which round the softmax's weights where they use matrix units (AMX, bfloat16 only)"
+        else "C++ kernels for CPUs, which round the softmax's weights where they use matrix units "
+        "(AMX, bfloat16 only)"
     )
     result.notes.append(
         "Errors over the root mean square of the float64 result, which is computed from the same "

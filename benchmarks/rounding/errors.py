@@ -14,13 +14,13 @@ from benchmarks.rounding.layers import DECODED, DTYPES, Layer, exact, random_lay
 
 
 def compare(layers: Sequence[Layer]) -> dict[str, float]:
-    """Errors of ours and stock's over layers of one shape, beside the least that the dtype allows."""
+    """Errors of ours and stock's over layers of one shape, and the least that the dtype allows."""
     references, dtype = [exact(layer) for layer in layers], layers[0].query.dtype
     mine, theirs = (
         relative([ours(layer) for layer in layers], references),
         relative([stock(layer) for layer in layers], references),
     )
-    least = relative([ref.to(dtype) for ref in references], references)
+    rounded = relative([ref.to(dtype) for ref in references], references)
     weights = relative([exact(layer, dtype).to(dtype) for layer in layers], references)
     return {
         "ours_rms": mine[0],
@@ -28,7 +28,7 @@ def compare(layers: Sequence[Layer]) -> dict[str, float]:
         "ratio": mine[0] / theirs[0],
         "ours_max": mine[1],
         "stock_max": theirs[1],
-        "least_rms": least[0],
+        "least_rms": rounded[0],
         "weights_rms": weights[0],
     }
 

@@ -28,8 +28,7 @@ class Load:
 
     Attributes:
         prompts, references: token ids, one reference per prompt.
-        gaps: per reference and token, how far the second likeliest token is behind in
-            log-probability.
+        gaps: per reference and token, how much less log-probability the second likeliest token has.
         near_tie: smaller gaps than this leave the token open.
         requests: how many requests in all; None: until ``seconds`` are over.
         seconds: time limit of the load; None: none.
@@ -95,7 +94,7 @@ async def apply_load(server: Any, load: Load) -> Outcome:
         for _ in numbers:
             if due():
                 return
-            await ask(session, server.url, load, rng, outcome)
+            await send_request(session, server.url, load, rng, outcome)
 
     async def watch() -> None:
         while not ended.is_set():
@@ -111,8 +110,8 @@ async def apply_load(server: Any, load: Load) -> Outcome:
     return outcome
 
 
-async def ask(session: Any, url: str, load: Load, rng: Random, outcome: Outcome) -> None:
-    """One request: its whole answer, a stream, or a stream that the client leaves before its end."""
+async def send_request(session: Any, url: str, load: Load, rng: Random, outcome: Outcome) -> None:
+    """One request: its whole answer, a stream, or a stream that the client gives up."""
     index = rng.randrange(len(load.prompts))
     prompt = load.prompts[index]
     limit = ANSWER_TOKENS if rng.random() < 0.5 else rng.randint(1, ANSWER_TOKENS)

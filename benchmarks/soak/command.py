@@ -18,7 +18,7 @@ from benchmarks.shapes import DEMO_MODEL, NAMES, Shape
 from benchmarks.soak.client import ANSWER_TOKENS, Load
 from benchmarks.soak.outcome import GROWTH, WARM_UP_SHARE, Outcome, complaints
 from benchmarks.soak.references import answer_densely, write_random_model
-from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, settings_of, soak
+from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, settings_of, soak_engine
 
 TABLES = {
     "Load": (
@@ -201,7 +201,7 @@ def main(
         engine = ENGINES[name]
         settings = settings_of(engine, shape)
         print(f"{engine.title}: starting", flush=True)
-        outcome, left = soak(model, load, settings, engine.pages, max_num_seqs)
+        outcome, left = soak_engine(model, load, settings, engine.pages, max_num_seqs)
         # Only now: another run may have written another engine's figures meanwhile.
         result.take_over(out, same=())
         result.details[name] = {

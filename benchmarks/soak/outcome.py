@@ -81,6 +81,6 @@ def complaints(outcome: Outcome, left: dict[str, Any], exact: bool) -> dict[str,
             f"{left['running']:.0f} running, {left['waiting']:.0f} waiting, "
             f"{left['kv_cache_usage']:.1%} of the pages in use"
         )
-    if left["books"].get("requests", 0) > 1:
-        found["lanes left"] = f"{left['books']['requests']} requests in the worker's books"
+    if left["ledger"].get("requests", 0) > 1:
+        found["lanes left"] = f"{left['ledger']['requests']} requests in the worker's ledger"
     return found

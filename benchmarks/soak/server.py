@@ -82,11 +82,11 @@ def metric(url: str, name: str) -> float:
 
 
 def settle(server: Any, prompt: list[int], plugin: bool) -> dict[str, Any]:
-    """Wait until the server is idle, and count what it still holds; of the worker's books only
-    where the ``plugin`` keeps some.
+    """Wait until the server is idle, and count what it still holds; the worker's ledger only
+    where the ``plugin`` has one.
 
-    One more short request makes the worker hear of the last requests' end, and is itself still in
-    the books then.
+    One more short request tells the worker that the last ones have ended; it is itself still in the
+    ledger then.
     """
     deadline = time.monotonic() + 60
     while (
@@ -111,22 +111,22 @@ def settle(server: Any, prompt: list[int], plugin: bool) -> dict[str, Any]:
         "kv_cache_usage": metric(server.url, "vllm:kv_cache_usage_perc"),
         "preemptions": metric(server.url, "vllm:num_preemptions_total"),
         "prefix_hit_tokens": metric(server.url, "vllm:prefix_cache_hits_total"),
-        "books": server.rpc("specontext_audit") if plugin else {},
+        "ledger": server.rpc("specontext_audit") if plugin else {},
         "stats": server.rpc("specontext_stats") if plugin else {},
     }
 
 
-def soak(
+def soak_engine(
     model: Path, load: Load, settings: dict[str, Any] | None, pages: int, max_num_seqs: int
 ) -> tuple[Outcome, dict[str, Any]]:
     """Start a server, apply the load, and look at what is left; ``(outcome, settle's figures)``."""
     from specontext_vllm.demo.server import VllmServer
 
     with VllmServer(model, server_arguments(settings, pages, max_num_seqs)) as server:
-        return put_under(load, server, settings is not None)
+        return run_load(load, server, settings is not None)
 
 
-def put_under(load: Load, server: Any, plugin: bool) -> tuple[Outcome, dict[str, Any]]:
+def run_load(load: Load, server: Any, plugin: bool) -> tuple[Outcome, dict[str, Any]]:
     """The same with a server that runs, with our ``plugin`` or without."""
     outcome = asyncio.run(apply_load(server, load))
     return outcome, settle(server, load.prompts[0], plugin)

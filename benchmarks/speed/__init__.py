@@ -1,1 +1,3 @@
-"""Case `speed`: specontext against every alternative, in parts that run, and run again, one by one."""
+"""Case `speed`: specontext against every alternative, in parts that can be run, and run
+again, one by one.
+"""

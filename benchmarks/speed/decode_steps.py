@@ -9,12 +9,12 @@ import typer
 from benchmarks import report
 from benchmarks import steps as stepping
 from benchmarks.engines import EngineSpec
-from benchmarks.hugging_face import MOST_STEPS
+from benchmarks.hugging_face import MAX_STEPS
 from benchmarks.machine import device_slug, gpus
 from benchmarks.picture import draw_steps
 from benchmarks.shapes import Shape
 from benchmarks.speed.options import (
-    MOST_REQUESTS,
+    MAX_REQUESTS,
     Budget,
     Engines,
     EngineSeconds,
@@ -72,7 +72,7 @@ def steps(
     engines: Engines = ",".join(stepping.KEYS),
     max_num_seqs: Annotated[
         int, typer.Option(help="vLLM's; `fit` never exceeds it.")
-    ] = MOST_REQUESTS,
+    ] = MAX_REQUESTS,
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -110,11 +110,11 @@ def steps(
     model = str(shape.write(folder / "model"))
     details = result.details
     details["cells"] += [cell.name for cell in ordered if cell.name not in details["cells"]]
-    every = stepping.parse_cells(",".join(details["cells"]), shape, MOST_REQUESTS + max_num_seqs)
+    every = stepping.parse_cells(",".join(details["cells"]), shape, MAX_REQUESTS + max_num_seqs)
     every.sort(key=lambda cell: (cell.tokens, cell.requests or max_num_seqs))
     notes = [
         f"Steady state: all requests decode; median over {timed} steps (Hugging Face: "
-        f"{min(timed, MOST_STEPS)}) after the last prefill. "
+        f"{min(timed, MAX_STEPS)}) after the last prefill. "
         "Each engine in a process of its own, one after the other. vLLM's with prefix caching, "
         "chunked prefill and async scheduling as "
         "vLLM sets them"
@@ -125,7 +125,8 @@ def steps(
         ),
         "Hugging Face: transformers' model alone with a DynamicCache, as `generate` runs it: one "
         "prefill over all prompts, then step by "
-        f'step. "{stepping.OUT_OF_MEMORY}": that prefill, or the KV cache, does not fit this device. A prefill time is given where no '
+        f'step. "{stepping.OUT_OF_MEMORY}": that prefill, or the KV cache, does not fit this '
+        "device. A prefill time is given where no "
         "prompt began as one before it.",
         stepping.LIMIT_NOTE,
     ]

@@ -11,7 +11,7 @@ import typer
 
 from benchmarks import report
 
-MOST_REQUESTS = 32
+MAX_REQUESTS = 32
 ModelShape = Annotated[str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")]
 Budget = Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")]
 Timed = Annotated[

@@ -15,7 +15,7 @@ from benchmarks.hugging_face import ATTENTION
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.speed.options import (
-    MOST_REQUESTS,
+    MAX_REQUESTS,
     Budget,
     Engines,
     EngineSeconds,
@@ -41,7 +41,7 @@ def paper(
     engines: Engines = ",".join(workloads.ENGINES),
     requests: Annotated[
         int, typer.Option(help="Most requests of the vLLM engines (vLLM's max_num_seqs).")
-    ] = MOST_REQUESTS,
+    ] = MAX_REQUESTS,
     timed: Timed = 48,
     scale: Scale = 1,
     engine_seconds: EngineSeconds = 280,
@@ -101,7 +101,10 @@ def edge(
     longest = max(workload.room for workload in workloads.scaled(scale))
     host_gib = requests * (longest + 64) * shape.kv_bytes_per_token / 2**30
     on_gpu = bool(gpus())
-    title = f"Edge: {gpu_gib:g} GiB of GPU memory, {model_shape} shape with tied embeddings, random weights, budget {budget} tokens"
+    title = (
+        f"Edge: {gpu_gib:g} GiB of GPU memory, {model_shape} shape with tied embeddings, random "
+        f"weights, budget {budget} tokens"
+    )
     capped = (
         "The cap: vLLM's gpu_memory_utilization, and for Hugging Face torch's per-process memory "
         "fraction; both leave out the CUDA context."

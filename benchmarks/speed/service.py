@@ -11,7 +11,7 @@ from benchmarks import steps as stepping
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.speed.options import (
-    MOST_REQUESTS,
+    MAX_REQUESTS,
     Budget,
     Engines,
     EngineSeconds,
@@ -37,7 +37,7 @@ def serve(
     model_shape: ModelShape = "8b",
     budget: Budget = 2048,
     engines: Engines = "specontext,stock",
-    max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = MOST_REQUESTS,
+    max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = MAX_REQUESTS,
     engine_seconds: EngineSeconds = 1200,
     out: Out = report.RESULTS,
     work: Work = None,

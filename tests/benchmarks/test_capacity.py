@@ -13,9 +13,11 @@ def timed(*waves):
 
 def test_the_full_wave_counts_and_not_a_longer_last_one():
     ends, counts = timed((40, 1, 0.9), (300, 26, 0.030), (5, 0, 1.0), (400, 14, 0.020))
-    most, steps = steady_decode(ends, counts)
+    at_once, steps = steady_decode(ends, counts)
     assert (
-        most == 26 and len(steps) == 300 - SETTLE and max(abs(step - 30) for step in steps) < 1e-6
+        at_once == 26
+        and len(steps) == 300 - SETTLE
+        and max(abs(step - 30) for step in steps) < 1e-6
     )
 
 

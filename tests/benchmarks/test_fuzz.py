@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.fuzz.engines import Answer
-from benchmarks.fuzz.mixes import MAX_MODEL_LEN, Ask, Mix
+from benchmarks.fuzz.mixes import MAX_MODEL_LEN, Mix, Request
 from benchmarks.fuzz.verdicts import compare
 
 BASES = [list(range(100 + i, 700 + i)) for i in range(4)]
@@ -28,7 +28,7 @@ def answer(tokens=(7, 8, 9), gap=2.0, end=("length", None), prompt=()) -> Answer
 def verdict(
     ours: Answer, theirs: Answer, params=GREEDY, leaves_after=None, near_tie: float | None = 1e-4
 ):
-    mix = Mix((Ask((1, 2), 0, leaves_after, params),), 64, True, True, 3)
+    mix = Mix((Request((1, 2), 0, leaves_after, params),), 64, True, True, 3)
     return compare("seed", mix, [{0: ours}], [{0: theirs}], near_tie).counts
 
 
@@ -39,22 +39,27 @@ def test_a_seed_is_a_mix():
         != Mix.draw("1/1", BASES, False)
     )
     mixes = [Mix.draw(f"1/{i}", BASES, False) for i in range(60)]
-    asks = [ask for mix in mixes for ask in mix.asks]
+    requests = [request for mix in mixes for request in mix.requests]
     assert all(
-        1 <= len(ask.prompt) and len(ask.prompt) + ask.params["max_tokens"] <= MAX_MODEL_LEN
-        for ask in asks
+        1 <= len(request.prompt)
+        and len(request.prompt) + request.params["max_tokens"] <= MAX_MODEL_LEN
+        for request in requests
     )
     for what in ("seed", "n", "logprobs", "prompt_logprobs", "stop_token_ids", "top_p"):
-        assert any(what in ask.params for ask in asks), what
+        assert any(what in request.params for request in requests), what
     assert (
         {mix.chunked for mix in mixes}
         == {mix.cold for mix in mixes}
         == {mix.storm == 3 for mix in mixes}
         == {True, False}
     )
-    assert not any("seed" in ask.params for mix in mixes if mix.chunked for ask in mix.asks)
     assert not any(
-        "seed" in ask.params for i in range(60) for ask in Mix.draw(f"1/{i}", BASES, True).asks
+        "seed" in request.params for mix in mixes if mix.chunked for request in mix.requests
+    )
+    assert not any(
+        "seed" in request.params
+        for i in range(60)
+        for request in Mix.draw(f"1/{i}", BASES, True).requests
     )
 
 
@@ -99,7 +104,7 @@ def test_an_aborted_answer_is_compared_as_far_as_both_came():
 
 
 def test_a_completion_that_is_missing_is_wrong():
-    mix = Mix((Ask((1, 2), 0, None, {**SAMPLED, "n": 2}),), 64, True, True, 3)
+    mix = Mix((Request((1, 2), 0, None, {**SAMPLED, "n": 2}),), 64, True, True, 3)
     assert (
         compare("seed", mix, [{0: answer()}], [{0: answer(), 1: answer()}], 1e-4).counts["wrong"]
         == 1

@@ -92,7 +92,7 @@ def test_requests_are_halved_till_they_fit(folder, monkeypatch):
 
     monkeypatch.setattr(hugging_face, "filled_cache", small)
     for most, expected in ((8, 8), (3, 2), (0, 0)):
-        assert hugging_face._fitting(model, 8, 40) == expected
+        assert hugging_face.fitting_requests(model, 8, 40) == expected
     assert hugging_face.measure_cell(model, Cell(None, 40, "c"), 0, 4) == {
         "requests": 0,
         "out_of_memory": "not one request fits",

@@ -18,10 +18,10 @@ from openai import BadRequestError, OpenAI, OpenAIError
 
 from benchmarks.near_tie import NEAR_TIE_CPU, NEAR_TIE_GPU
 from benchmarks.prompts import make_prompts
-from benchmarks.soak.client import Load, ask, client_session
+from benchmarks.soak.client import Load, client_session, send_request
 from benchmarks.soak.outcome import Outcome, complaints
 from benchmarks.soak.references import dense_engine, greedy_answers
-from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, put_under, server_arguments, settle
+from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, run_load, server_arguments, settle
 from specontext_vllm.demo.server import VllmServer
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS, engine
@@ -96,7 +96,7 @@ def complete(client, prompt, **options):
 
 def check_full(server, load, name: str) -> tuple[Outcome, dict]:
     """The load's outcome, once it is seen that a full server answers all and forgets all."""
-    outcome, left = put_under(load, server, plugin=True)
+    outcome, left = run_load(load, server, plugin=True)
     # These are too few to speak of memory.
     assert {
         k: v for k, v in complaints(outcome, left, ENGINES[name].exact).items() if k != "memory"
@@ -155,7 +155,10 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
         load = Load(prompts, [[]] * len(prompts), [[]] * len(prompts), CLIENTS, None, CLIENTS)
         async with client_session() as session:
             await asyncio.gather(
-                *(ask(session, server.url, load, LeavesAlways(i), outcome) for i in range(CLIENTS))
+                *(
+                    send_request(session, server.url, load, LeavesAlways(i), outcome)
+                    for i in range(CLIENTS)
+                )
             )
         return outcome
 
@@ -165,7 +168,7 @@ def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
     assert (
         left["running"] == left["waiting"] == 0
         and left["kv_cache_usage"] == 0
-        and left["books"]["requests"] <= 1
+        and left["ledger"]["requests"] <= 1
     )
     assert complete(client, prompts[1]).choices[0].text == before
 

@@ -51,7 +51,7 @@ def test_complaints_name_what_is_wrong():
         Counter(whole=100, wrong=1, failed=1), ["prompt 3"], ["prompt 4: TimeoutError"]
     )
     outcome.memory = [(float(i), i, 1000 + i * 10) for i in range(100)]
-    left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.25, "books": {"requests": 2}}
+    left = {"running": 0, "waiting": 0, "kv_cache_usage": 0.25, "ledger": {"requests": 2}}
     assert set(complaints(outcome, left, True)) == {
         "wrong tokens",
         "failed requests",
@@ -61,7 +61,7 @@ def test_complaints_name_what_is_wrong():
     }
     calm = Outcome(Counter(whole=100), memory=[(float(i), i, 1000) for i in range(100)])
     assert (
-        complaints(calm, {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "books": {}}, True)
+        complaints(calm, {"running": 0, "waiting": 0, "kv_cache_usage": 0.0, "ledger": {}}, True)
         == {}
     )
 
@@ -73,7 +73,7 @@ def test_an_earlier_run_is_judged_as_a_new_one():
         "kv_cache_usage": 0.0,
         "preemptions": 2,
         "prefix_hit_tokens": 64,
-        "books": {},
+        "ledger": {},
         "stats": {},
     }
 
