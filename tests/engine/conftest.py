@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,25 @@ def engine(**overrides) -> Iterator:
         cleanup_dist_env_and_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Engines of several workers on a CPU fork them from one process that has imported vLLM. vLLM
+    spawns them, so that each would import it anew; servers, which other tests start, do so.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.executor"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: context)
+        yield
+    # Else it would live as long as this process, and be taken for a leftover.
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="session")

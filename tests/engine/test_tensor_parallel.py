@@ -18,6 +18,7 @@ from specontext_vllm.synthetic.tasks import make_problem, score
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import engine
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 needs_two = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
 )
