@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from specontext_vllm.demo.decoder import Decoder
+from specontext_vllm.demo.decoder import Decoder, Prefilled
 from specontext_vllm.synthetic.tasks import LAYOUTS, Problem, make_problem, score
 
 FIRST_SEED = 9000
@@ -37,7 +37,7 @@ def answer(
     decoder: Decoder,
     tokenizer: Any,
     problem: Problem,
-    state: dict[str, Any],
+    state: Prefilled,
     method: str,
     budget: int,
 ) -> float:

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "observability": {"observability", "retrieval.counters"},
     "synthetic": {"synthetic"},
     "distillation": {"config", "distillation", "model_config", "retrieval", "synthetic"},
-    "demo": {"demo", "distillation", "synthetic"},
+    "demo": {"config", "demo", "distillation", "extras", "retrieval", "synthetic"},
     "sidecar": {"config", "retrieval", "sidecar", "step_data"},
     "triton_kernels": {"step_data", "tier_data", "triton_kernels"},
 }

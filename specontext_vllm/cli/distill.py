@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from specontext_vllm.cli.refusals import refusals
+from specontext_vllm.config import ConfigError
+from specontext_vllm.extras import require_extra
 
 
 def distill(
@@ -15,7 +17,7 @@ def distill(
         Path, typer.Option(help="Folder of the model to make a head for (Hugging Face format).")
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder of the head; a run that was stopped there goes on.")
+        Path, typer.Option(help="Folder of the head; a run that was stopped there is resumed.")
     ],
     data: Annotated[
         list[str],
@@ -35,7 +37,7 @@ def distill(
     ] = None,
     hours: Annotated[
         float,
-        typer.Option(help="Training time in all, resumed runs included; measuring comes on top."),
+        typer.Option(help="Training time in all, resumed runs included; measuring is not counted."),
     ] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
     loss: Annotated[
@@ -56,13 +58,13 @@ def distill(
     loaders: Annotated[
         int | None,
         typer.Option(
-            help="Processes that make batches; default by the cores; 0: none beside the training's."
+            help="Processes that make batches; default by the cores; 0: the training process does."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, data and sampling.")] = 0,
 ) -> None:
-    """Train a retrieval head for a model; see docs/guides/distill.md. Run it again after a
-    kill: it goes on from its last state.
+    """Train a retrieval head for a model; see docs/guides/distill.md. A run that was stopped goes
+    on from its last state when it is started again.
 
     Exit code 0: written; 2: the model, the data, the checkpoint or an option cannot be used.
 
@@ -71,7 +73,8 @@ def distill(
     from specontext_vllm.distillation.command import DistillError
     from specontext_vllm.distillation.command import distill as run
 
-    with refusals(*DistillError):
+    with refusals(ConfigError, *DistillError):
+        require_extra("accelerate", "distill", "specontext distill")
         run(
             model,
             data,

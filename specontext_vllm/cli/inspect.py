@@ -17,11 +17,11 @@ from specontext_vllm.retrieval.checkpoint import (
     HeadError,
     HeadSpec,
     TensorInfo,
+    aux_layers_of,
+    checkpoint_folder,
     describe_aux_layers,
     read_checkpoint,
     read_config,
-    resolve_aux_layers,
-    resolve_checkpoint,
 )
 from specontext_vllm.retrieval.checkpoint.pruned import write_pruned
 from specontext_vllm.retrieval.head import check_head
@@ -58,7 +58,7 @@ def inspect(
     usable checkpoint, or no folder to write to.
     """
     with refusals(HeadError):
-        folder = resolve_checkpoint(
+        folder = checkpoint_folder(
             checkpoint, revision, say=lambda text: typer.echo(text, err=True)
         )
         head = read_checkpoint(folder, allow_pickle=allow_pickle)
@@ -78,7 +78,7 @@ def inspect(
         try:
             check_head(head, **served)
             layers = describe_aux_layers(
-                head.spec, resolve_aux_layers(head.spec, served["target"]["num_layers"])
+                head.spec, aux_layers_of(head.spec, served["target"]["num_layers"])
             )
         except HeadError as error:
             _print(console, f"Does not fit {target}: {error}")

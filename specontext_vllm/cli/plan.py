@@ -10,6 +10,7 @@ from rich.console import Console
 
 from specontext_vllm.cli.refusals import check_range, refusals
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.extras import require_extra
 from specontext_vllm.residency.memory_model import MemoryModelError
 
 MAX_GIB, MAX_REQUESTS, MAX_GBPS = 1e6, 10**6, 1e6
@@ -31,7 +32,8 @@ def plan(
     miss_rate: Annotated[
         float | None,
         typer.Option(
-            help="Share of the budget's pages fetched a step, 0 to 1; default as measured on the demo model."
+            help="Share of the budget's pages fetched a step, 0 to 1; default as measured on the "
+            "demo model."
         ),
     ] = None,
     link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.")] = 49,
@@ -52,6 +54,8 @@ def plan(
         check_range("--requests", requests, 1, MAX_REQUESTS)
         check_range("--miss-rate", miss_rate, 0, 1)
         check_range("--link-gbps", link_gbps, 0.1, MAX_GBPS)
+        if out is not None:
+            require_extra("matplotlib", "plan", "--out")
         shape = planning.read_model(model)
         made = planning.make_plan(
             shape,
@@ -71,7 +75,7 @@ def plan(
         plan_report.lengths_table(made),
     ]
     console = Console()
-    # On a terminal that is still too narrow lines run on.
+    # Wide enough for the tables; a narrower terminal wraps their lines.
     console.width = max(
         console.width,
         *(

@@ -39,8 +39,8 @@ def metrics(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on, 1 to 65535.")] = 9464,
 ) -> None:
-    """Serve the figures of this machine's workers where `vllm serve`'s own /metrics, on another
-    machine, lacks them; Ctrl-C ends.
+    """Serve the figures of this machine's workers when `vllm serve` runs on another machine, whose
+    /metrics lacks them; Ctrl-C ends.
 
     Exit code 2: the address cannot be listened on.
     """
@@ -54,7 +54,7 @@ def metrics(
         check_range("--port", port, 1, 65535)
         try:
             server, thread = start_http_server(port, host, registry)
-        except (OSError, UnicodeError) as error:  # the latter of names that no host can have
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
             raise ConfigError(
                 f"--host, --port: cannot listen on {host}:{port} ({error}); name another."
             ) from None

@@ -1,9 +1,9 @@
-"""`python -m specontext_vllm.demo`: facts and a passage out of 8,000 tokens, by sparse and by dense
-attention.
+"""`python -m specontext_vllm.demo`: asks for facts and a passage out of 8,000 tokens, with sparse
+and with dense attention.
 
-Starts `vllm serve` with the specontext backend, asks through the OpenAI client, ends it, and does
-the same with vLLM's own backend. Exit code 0: every answer of the specontext server was right; 1:
-not, or a server failed.
+Starts `vllm serve` with the specontext backend, asks through the OpenAI client, stops the server,
+and does the same with vLLM's own backend. Exit code 0: every answer of the specontext server was
+right; 1: one was not, or a server failed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from openai import OpenAI, OpenAIError
 from rich.console import Console
 from rich.table import Table
 
+from specontext_vllm.config import ConfigError
 from specontext_vllm.demo.server import ServerError, VllmServer, device_arguments, has_gpu
+from specontext_vllm.extras import require_extra
 from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 
 ASKED = (
@@ -35,20 +36,20 @@ ASKED = (
     ("recitation", "question_last"),
 )
 RIGHT = {"needle": 1.0, "recitation": 0.9}
-"""Scores from which an answer counts as right: the whole value; nine in ten words of the passage,
+"""Lowest score of a right answer: a needle's whole value; nine in ten words of a passage, counted
 from its start.
 """
 
 SPARE_TOKENS = 32
-"""Tokens a reply may have beyond two for each word that is asked for."""
+"""Tokens a reply may have on top of two for each word that is asked for."""
 
-LEAST_TOKENS, MOST_TOKENS = 256, 32768
-"""Of a prompt: a question and its answer need some; for more facts there are no names."""
+MIN_TOKENS, MAX_TOKENS = 256, 32768
+"""Of a prompt: it must hold a question and its answer, and there are names for so many facts."""
 
 WARM_UP_SEED = 1_000_000
 
-BEAT_SECONDS = 10.0
-"""How often a step that takes long says so where no spinner can."""
+PROGRESS_SECONDS = 10.0
+"""How often a line says that a step still runs, where there is no terminal for a spinner."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,18 @@ def ask(
     server: VllmServer, model: str, problem: Problem, *, sparse: bool, max_tokens: int | None = None
 ) -> Answer:
     """Stream one reply and measure it."""
+    from openai import OpenAI
+
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
     if sparse:
         server.rpc("specontext_stats", reset=True)
     begin = time.perf_counter()
     first = last = None
     text, usage = "", None
+    messages: Any = problem.messages
     stream = client.chat.completions.create(
         model=model,
-        messages=problem.messages,
+        messages=messages,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
@@ -94,6 +98,8 @@ def ask(
             first = first or last
             text += chunk.choices[0].delta.content
     end = time.perf_counter()
+    if usage is None:
+        raise ServerError("The server ended its reply without saying how many tokens it has.")
     share = None
     if sparse:
         stats = server.rpc("specontext_stats")
@@ -112,17 +118,16 @@ def ask(
 
 
 def question(problem: Problem) -> str:
-    """The line that asks."""
+    """The line of the prompt that asks."""
     lines = problem.messages[-1]["content"].splitlines()
     return lines[0] if problem.layout == "question_first" else lines[-1]
 
 
 def make_problems(tokens: int, seed: int) -> list[Problem]:
-    """What is asked: ``ASKED``, each over about ``tokens`` tokens.
+    """The problems of ``ASKED``, each over about ``tokens`` tokens.
 
-    The model was taught to answer whoever asks for a fact with "The code of NAME is ...", by
-    whichever of its two words, code or number, they ask. Here they ask for the code, so that the
-    answer has the question's word.
+    The model answers "The code of NAME is ..." to every question for a fact, whether it asks for
+    the code or the number. Here all ask for the code, so that answers read naturally.
     """
     problems = []
     for number, (kind, layout) in enumerate(ASKED):
@@ -138,13 +143,13 @@ def make_problems(tokens: int, seed: int) -> list[Problem]:
 
 @contextmanager
 def working(console: Console, what: str) -> Iterator[None]:
-    """Show what is being done and for how long: by a spinner on a terminal, else by a line now and
-    one every ten seconds.
+    """Show what is being done and for how long: with a spinner on a terminal, else with a line now
+    and one every ten seconds.
     """
     begin, ended = time.monotonic(), threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(1.0 if console.is_terminal else BEAT_SECONDS):
+    def show_progress() -> None:
+        while not ended.wait(1.0 if console.is_terminal else PROGRESS_SECONDS):
             text = f"{what} ... {time.monotonic() - begin:.0f} s"
             if console.is_terminal:
                 status.update(text)
@@ -156,7 +161,7 @@ def working(console: Console, what: str) -> Iterator[None]:
             status = stack.enter_context(console.status(f"{what} ..."))
         else:
             console.print(f"{what} ...", markup=False, soft_wrap=True)
-        thread = threading.Thread(target=beat, daemon=True)
+        thread = threading.Thread(target=show_progress, daemon=True)
         thread.start()
         try:
             yield
@@ -175,10 +180,12 @@ def run(
     *,
     sparse: bool,
 ) -> list[Answer]:
-    """Start one server, ask everything, end it."""
+    """Start one server, ask everything, stop it."""
+    from openai import OpenAI
+
     console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
     with ExitStack() as stack:
-        with working(console, f"{name}: the server starts"):
+        with working(console, f"{name}: starting the server"):
             server = stack.enter_context(VllmServer(model, arguments))
         console.print(
             f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True
@@ -200,14 +207,14 @@ def run(
                 markup=False,
                 soft_wrap=True,
             )
-        with working(console, f"{name}: the server ends"):
+        with working(console, f"{name}: stopping the server"):
             stack.close()
     return answers
 
 
 def compare(problems: list[Problem], sparse: list[Answer], dense: list[Answer]) -> Table:
-    """Question by question, both servers."""
-    table = Table(title="SpeContext beside dense attention", title_justify="left", show_lines=True)
+    """Both servers' answers, a row for each question."""
+    table = Table(title="SpeContext and dense attention", title_justify="left", show_lines=True)
     table.add_column("question", ratio=3)
     table.add_column("specontext's answer", ratio=4)
     table.add_column("dense answer", ratio=4)
@@ -257,6 +264,13 @@ def main(
     """Ask a server with the specontext backend, and one with vLLM's own, for facts and a passage
     out of long prompts.
     """
+    try:
+        require_extra("openai", "demo", "The demo")
+    except ConfigError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    from openai import OpenAIError
+
     for option, path in (("--model", model / "config.json"), ("--config", config)):
         if not path.exists():
             typer.echo(
@@ -265,8 +279,8 @@ def main(
                 err=True,
             )
             raise typer.Exit(1)
-    if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
-        typer.echo(f"--tokens: found {tokens}; give {LEAST_TOKENS} to {MOST_TOKENS}.", err=True)
+    if not MIN_TOKENS <= tokens <= MAX_TOKENS:
+        typer.echo(f"--tokens: found {tokens}; give {MIN_TOKENS} to {MAX_TOKENS}.", err=True)
         raise typer.Exit(1)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(
@@ -277,12 +291,12 @@ def main(
     warm_up = make_problem(
         "needle", seed=WARM_UP_SEED + seed, approx_tokens=tokens, layout="question_last"
     )
-    # A terminated demo leaves through the same doors as one that is interrupted.
+    # SIGTERM ends the demo as Ctrl-C does, servers included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = ["--config", str(config.resolve()), *device_arguments()]
     try:
         sparse = run(console, "specontext", model, arguments, problems, warm_up, sparse=True)
-        # The same options; a later --attention-backend wins over the file's.
+        # The same options, but for the backend: the later --attention-backend wins.
         dense = run(
             console,
             "dense",
@@ -296,14 +310,14 @@ def main(
         console.print(str(error), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print("Interrupted; the server has ended.")
+        console.print("Interrupted; the server was stopped.")
         raise typer.Exit(130) from None
     console.print(compare(problems, sparse, dense))
     if not has_gpu():
         console.print(
-            "The speeds above show nothing: a model of a few million parameters on a CPU, where "
-            "the attention of the specontext "
-            "backend is plain torch. benchmarks/results/ holds measurements on a GPU."
+            "The speeds above say nothing about a GPU: this is a model of a few million parameters "
+            "on a CPU, where the specontext backend's attention is plain torch. "
+            "benchmarks/results/ has measurements on a GPU."
         )
     else:
         console.print(

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.demo.model import Model
 from specontext_vllm.distillation.draft import DraftModel
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The state after a prompt of T tokens, from which any number of decodes may start.
+
+    Attributes:
+        keys, values: ``[1, nkv, T, D]`` of each layer.
+        aux: ``[1, 1, 3H]`` of the last token.
+        head_keys: ``[1, nkv, T, D]`` of the retrieval head (token 0 has none: zeros), if there is
+            one.
+        token: the first token of the answer, ``[1, 1]``.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    aux: Tensor
+    head_keys: Tensor | None
+    token: Tensor
 
 
 class Decoder:
@@ -15,68 +37,52 @@ class Decoder:
     step for all layers.
     """
 
-    page = 16
-
     def __init__(self, model: Model, draft: DraftModel | None) -> None:
         self.model, self.draft = model, draft
         self.device = model.norm.device
 
     @torch.no_grad()
-    def prefill(self, prompt: list[int]) -> dict:
-        """State after the prompt, from which any number of decodes may start."""
-        x = torch.tensor([prompt], device=self.device)
-        positions = torch.arange(x.shape[1], device=self.device)
-        h, keys, values, aux = self.model.embed_tokens(x), [], [], []
-        for i, block in enumerate(self.model.layers):
-            if i in self.model.size.aux_layers:
-                aux.append(h)
-            q, k, v = block.qkv(h, positions)
-            keys.append(k)
-            values.append(v)
-            h = block.rest(
-                h, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            )
-        aux = torch.cat(aux, -1)
+    def prefill(self, prompt: list[int]) -> Prefilled:
+        """Attend to the whole prompt densely."""
+        ids = torch.tensor([prompt], device=self.device)
+        layers = self.model.watch(ids)
         head_keys = None
         if self.draft is not None:
-            embeds = self.model.embed_tokens(x[:, 1:])
-            _, _, head_keys, _ = self.draft.queries_keys(embeds, aux[:, :-1], positions[1:])
+            embeds = self.model.embed_tokens(ids[:, 1:])
+            positions = torch.arange(1, ids.shape[1], device=self.device)
+            _, _, head_keys, _ = self.draft.queries_keys(embeds, layers.aux[:, :-1], positions)
             head_keys = F.pad(head_keys, (0, 0, 1, 0))
-        return {
-            "keys": keys,
-            "values": values,
-            "aux": aux[:, -1:],
-            "head": head_keys,
-            "next": self.model.head(h[:, -1:]).argmax(-1),
-            "length": len(prompt),
-        }
+        return Prefilled(
+            layers.keys,
+            layers.values,
+            layers.aux[:, -1:],
+            head_keys,
+            self.model.head(layers.output[:, -1:]).argmax(-1),
+        )
 
     @torch.no_grad()
     def decode(
         self,
-        state: dict,
+        prompt: Prefilled,
         method: str,
         budget: int,
         limit: int,
         stop: int,
         generator: torch.Generator,
     ) -> list[int]:
-        """Up to ``limit`` tokens.
+        """Up to ``limit`` tokens, ending with ``stop``.
 
         Args:
-            state: of ``prefill``; not changed.
-            method: dense, dlm, common (the pages with the largest weight that any layer and query
-                head gives them when this step is computed densely first: no head that chooses for
-                    all layers at once is likely to do better), recent or random.
+            prompt: not changed.
+            method: dense, dlm, recent, random, or common: the pages with the largest weight that
+                any layer and query head gives them when this step is first computed densely. No
+                head that chooses for all layers at once is likely to do better.
             budget: tokens.
         """
-        keys, values, aux, head = (
-            list(state["keys"]),
-            list(state["values"]),
-            state["aux"],
-            state["head"],
-        )
-        token, length, out = state["next"], state["length"], []
+        keys, values = list(prompt.keys), list(prompt.values)
+        aux, head_keys, token = prompt.aux, prompt.head_keys, prompt.token
+        length = keys[0].shape[2]
+        out: list[int] = []
         while len(out) < limit:
             out.append(int(token))
             if out[-1] == stop:
@@ -85,15 +91,17 @@ class Decoder:
             length += 1
             embed = self.model.embed_tokens(token)
             weight = kept = None
-            if self.draft is not None:
+            if self.draft is not None and head_keys is not None:
                 _, q, k, _ = self.draft.queries_keys(embed, aux, position)
-                head = torch.cat([head, k], 2)
-            if method != "dense" and -(-length // self.page) > budget // self.page:
+                head_keys = torch.cat([head_keys, k], 2)
+            if method != "dense" and -(-length // PAGE_SIZE) > budget // PAGE_SIZE:
                 if method == "dlm":
-                    weight = self.weights(q, head, unread=1).amax(2)
+                    if head_keys is None:
+                        raise ValueError('method "dlm" needs a retrieval head.')
+                    weight = self.weights(q, head_keys, unread=1).amax(2)
                 elif method == "common":
-                    _, _, looked = self.step(embed, position, list(keys), list(values), None)
-                    weight = torch.stack([w.amax(2) for w in looked]).amax(0)
+                    _, _, weights = self.step(embed, position, list(keys), list(values), None)
+                    weight = torch.stack([w.amax(2) for w in weights]).amax(0)
                 kept = self.select(method, budget, weight, length, generator)
             h, aux, _ = self.step(embed, position, keys, values, kept)
             token = self.model.head(h).argmax(-1)
@@ -107,22 +115,20 @@ class Decoder:
         values: list[Tensor],
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """One token through all layers, which read the ``kept [1, nkv, T]`` tokens: its last state,
-        its auxiliary states, and each layer's weights.
+        """One token through all layers, which read the ``kept [1, nkv, T]`` tokens (None: all): its
+        last state, its auxiliary states, and each layer's weights.
 
         ``keys`` and ``values`` are replaced, layer by layer, by those with the new token.
         """
         aux, weights = [], []
-        for i, block in enumerate(self.model.layers):
+        for i, block in enumerate(self.model.blocks):
             if i in self.model.size.aux_layers:
                 aux.append(h)
             q, k, v = block.qkv(h, position)
             keys[i], values[i] = torch.cat([keys[i], k], 2), torch.cat([values[i], v], 2)
             weights.append(self.weights(q, keys[i], kept=kept))
-            mixed = torch.einsum("bkgt,bktd->bkgd", weights[-1], values[i].float()).flatten(1, 2)[
-                :, :, None
-            ]
-            h = block.rest(h, mixed.to(h.dtype))
+            attended = torch.einsum("bkgt,bktd->bkgd", weights[-1], values[i].float())
+            h = block.rest(h, attended.flatten(1, 2)[:, :, None].to(h.dtype))
         return h, torch.cat(aux, -1), weights
 
     def weights(
@@ -149,11 +155,11 @@ class Decoder:
         """Kept tokens ``[1, nkv, length]``: page 0, the five newest pages, and the best of the
         rest, by ``weight [1, nkv, length]`` if there is one.
         """
-        nkv, count = self.model.size.kv_heads, -(-length // self.page)
+        nkv, count = self.model.size.kv_heads, -(-length // PAGE_SIZE)
         if weight is not None:
             pages = (
-                F.pad(weight, (0, count * self.page - length))
-                .unflatten(-1, (count, self.page))
+                F.pad(weight, (0, count * PAGE_SIZE - length))
+                .unflatten(-1, (count, PAGE_SIZE))
                 .amax(-1)
             )
         elif method == "recent":
@@ -162,6 +168,6 @@ class Decoder:
             pages = torch.rand(1, nkv, count, device=self.device, generator=generator)
         pages[..., 0] = pages[..., -5:] = float("inf")
         chosen = torch.zeros_like(pages, dtype=torch.bool).scatter_(
-            2, pages.topk(budget // self.page, -1).indices, True
+            2, pages.topk(budget // PAGE_SIZE, -1).indices, True
         )
-        return chosen.repeat_interleave(self.page, -1)[..., :length]
+        return chosen.repeat_interleave(PAGE_SIZE, -1)[..., :length]

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext_vllm.demo.log import Log
 from specontext_vllm.demo.sizes import Size
+from specontext_vllm.distillation.llama import causal_attention, gated_mlp, rms_norm, split_heads
+from specontext_vllm.retrieval.rope import rotate_halves
 from specontext_vllm.synthetic import tasks
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """RoPE in rotate-half form on ``x [..., T, D]`` at ``positions [T]``."""
+    """RoPE on ``x [..., T, D]`` at ``positions [T]``, in x's dtype."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = positions[:, None].float() * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return rotate_halves(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
 
 
 class Block(nn.Module):
@@ -32,47 +33,52 @@ class Block(nn.Module):
         super().__init__()
         self.size = size
         h, q, kv = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
-        self.input_layernorm, self.post_attention_layernorm = (
-            nn.Parameter(torch.ones(h)),
-            nn.Parameter(torch.ones(h)),
-        )
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(h, q, False),
-            nn.Linear(h, kv, False),
-            nn.Linear(h, kv, False),
-        )
+        self.input_layernorm = nn.Parameter(torch.ones(h))
+        self.post_attention_layernorm = nn.Parameter(torch.ones(h))
+        self.q_proj = nn.Linear(h, q, False)
+        self.k_proj = nn.Linear(h, kv, False)
+        self.v_proj = nn.Linear(h, kv, False)
         self.o_proj = nn.Linear(q, h, False)
-        self.gate_proj, self.up_proj, self.down_proj = (
-            nn.Linear(h, size.ffn, False),
-            nn.Linear(h, size.ffn, False),
-            nn.Linear(size.ffn, h, False),
-        )
-
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.size.eps)
+        self.gate_proj = nn.Linear(h, size.ffn, False)
+        self.up_proj = nn.Linear(h, size.ffn, False)
+        self.down_proj = nn.Linear(size.ffn, h, False)
 
     def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.norm(x, self.input_layernorm)
+        """Rotated queries ``[B, nh, T, D]`` and keys, and values ``[B, nkv, T, D]``, of
+        ``x [B, T, H]``.
+        """
+        y = rms_norm(x, self.input_layernorm, self.size.eps)
         q, k, v = (
-            p(y).unflatten(-1, (-1, self.size.head_dim)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
+            split_heads(p(y), self.size.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(q, positions, self.size.theta), rotate(k, positions, self.size.theta), v
 
-    def rest(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.o_proj(mixed.transpose(1, 2).flatten(-2))
-        y = self.norm(x, self.post_attention_layernorm)
-        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+    def rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output, from its input and the attention's output ``[B, nh, T, D]``."""
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(-2))
+        y = rms_norm(x, self.post_attention_layernorm, self.size.eps)
+        return x + gated_mlp(y, self.gate_proj, self.up_proj, self.down_proj)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = self.qkv(x, positions)
-        return self.rest(
-            x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        )
+        return self.rest(x, causal_attention(q, k, v))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What passes through the layers: ``output [B, T, H]`` of the last one, ``aux [B, T, 3H]``, and
+    each layer's queries ``[B, nh, T, D]``, keys and values ``[B, nkv, T, D]``.
+    """
+
+    output: Tensor
+    aux: Tensor
+    queries: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 class Model(nn.Module):
-    """A Llama; tensors are named so that ``checkpoint`` is a renaming."""
+    """A Llama, whose tensors ``checkpoint`` renames to Hugging Face's names."""
 
     def __init__(self, size: Size, vocabulary: int) -> None:
         super().__init__()
@@ -84,12 +90,18 @@ class Model(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, 0.0, 0.02)
-        for block in self.layers:
+        for block in self.blocks:
             block.o_proj.weight.data /= math.sqrt(2 * size.layers)
             block.down_proj.weight.data /= math.sqrt(2 * size.layers)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, with their type."""
+        return cast(list[Block], list(self.layers))
+
     def head(self, x: Tensor) -> Tensor:
-        return self.lm_head(F.rms_norm(x, (x.shape[-1],), self.norm, self.size.eps))
+        """Logits of the last layer's output."""
+        return self.lm_head(rms_norm(x, self.norm, self.size.eps))
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -99,20 +111,19 @@ class Model(nn.Module):
         return self.head(x)
 
     @torch.no_grad()
-    def teach(self, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-        """``(aux [B, T, 3H], queries, keys per layer, logits)`` of a frozen forward pass."""
+    def watch(self, ids: Tensor) -> Layers:
+        """A frozen forward pass of ``ids [B, T]``, and what passes through its layers."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        x, aux, queries, keys = self.embed_tokens(ids), [], [], []
-        for i, block in enumerate(self.layers):
+        x = self.embed_tokens(ids)
+        aux: list[Tensor] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i, block in enumerate(self.blocks):
             if i in self.size.aux_layers:
                 aux.append(x)
-            q, k, v = block.qkv(x, positions)
-            queries.append(q)
-            keys.append(k)
-            x = block.rest(
-                x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            )
-        return torch.cat(aux, -1), queries, keys, self.head(x)
+            parts.append(block.qkv(x, positions))
+            x = block.rest(x, causal_attention(*parts[-1]))
+        queries, keys, values = (list(part) for part in zip(*parts, strict=True))
+        return Layers(x, torch.cat(aux, -1), queries, keys, values)
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Tensors under Hugging Face's Llama names."""

@@ -1,4 +1,4 @@
-"""A `vllm serve` process that always ends: for the demo and for the server tests."""
+"""A `vllm serve` process that is always stopped: for the demo, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from types import TracebackType
 from typing import Any
 
 START_SECONDS = 600.0
-"""Longest start; compiling and capturing graphs on a GPU takes one to two minutes."""
+"""Longest start: compiling and capturing graphs on a GPU takes one to two minutes."""
 
 STOP_SECONDS = 30.0
-"""Grace for an orderly end; then the whole process group is killed."""
+"""Time for an orderly shutdown, after which the whole process group is killed."""
 
 ENGINE_STOP_SECONDS = 5.0
-"""Grace for the engine's processes once the server has ended."""
+"""Time for the engine's processes to end after the server."""
 
 LOG_TAIL = 30
 """Lines of the log in the message of a failed start."""
@@ -38,7 +38,7 @@ class ServerError(RuntimeError):
 
 
 def has_gpu() -> bool:
-    """Whether a CUDA GPU is there for vLLM."""
+    """Whether vLLM would find a CUDA GPU."""
     import torch
 
     return torch.cuda.is_available()
@@ -47,18 +47,16 @@ def has_gpu() -> bool:
 def device_arguments() -> list[str]:
     """Options of `vllm serve` for this machine.
 
-    On a CPU nothing is compiled (that takes a C++ compiler and minutes), and bfloat16, which most
-    CPUs only emulate, gives way to float32.
+    On a CPU nothing is compiled, which would take a C++ compiler and minutes, and float32 replaces
+    bfloat16, which most CPUs only emulate.
     """
     return [] if has_gpu() else ["--enforce-eager", "--dtype", "float32"]
 
 
 def server_environment() -> dict[str, str]:
-    """The environment of the server: this one's, offline, with the endpoint that reads the plugin's
-    figures.
-    """
+    """The server's environment: this process's, offline, with the endpoint for `collective_rpc`."""
     env = dict(os.environ)
-    # Set by test suites for engines in their own process; a server needs its engine process.
+    # Tests set these for engines in their own process; a server needs an engine process.
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "TRITON_INTERPRET"):
         env.pop(name, None)
     env |= {
@@ -106,7 +104,7 @@ class VllmServer:
     ) -> None:
         self._model, self._arguments, self._on_wait = model, arguments, on_wait
         self._process: subprocess.Popen[bytes] | None = None
-        # Left behind after a failure, for whoever reads the message.
+        # Kept after a failure, whose message names the log in it.
         self.folder = Path(tempfile.mkdtemp(prefix="specontext-serve-"))
         self.log = self.folder / "server.log"
         self.port = _free_port()
@@ -119,15 +117,21 @@ class VllmServer:
     @property
     def pid(self) -> int:
         """Process id of the server; its engine's processes are its children."""
-        return self._process.pid
+        return self._running.pid
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("The server was not started: use it as a context manager.")
+        return self._process
 
     def __enter__(self) -> VllmServer:
         command = serve_command(
             self._model, *self._arguments, "--host", "127.0.0.1", "--port", str(self.port)
         )
         with self.log.open("wb") as log:
-            # Its own session: Ctrl-C reaches us alone, and we end it. Its own folder: a source tree
-            # in the current one must not shadow the installed plugin.
+            # Its own session: Ctrl-C reaches only this process, which stops the server. Its own
+            # folder: a source tree in the current one must not shadow the installed plugin.
             self._process = subprocess.Popen(
                 command,
                 cwd=self.folder,
@@ -140,7 +144,7 @@ class VllmServer:
         try:
             self._wait()
         except BaseException:
-            self._stop(grace=0.0)  # it serves nobody yet
+            self._stop(grace=0.0)
             raise
         return self
 
@@ -155,7 +159,7 @@ class VllmServer:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def rpc(self, method: str, **kwargs: Any) -> Any:
-        """What the first worker answers to `collective_rpc`."""
+        """The first worker's answer to `collective_rpc`."""
         body = json.dumps({"method": method, "kwargs": kwargs}).encode()
         request = urllib.request.Request(
             f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"}
@@ -164,8 +168,8 @@ class VllmServer:
             return json.load(response)["results"][0]
 
     def resident_bytes(self) -> int:
-        """Resident memory of the server and all processes it started; shared pages count for each
-        of them.
+        """Resident memory of the server and all processes it started; shared pages count once for
+        each.
         """
         import psutil
 
@@ -184,7 +188,7 @@ class VllmServer:
         begin = time.monotonic()
         while True:
             self.start_seconds = time.monotonic() - begin
-            code = self._process.poll()
+            code = self._running.poll()
             if code is not None:
                 raise ServerError(
                     f"The server ended with exit code {code} while it started; {self.log} "
@@ -195,7 +199,7 @@ class VllmServer:
                     f"The server did not answer within {START_SECONDS:.0f} s; {self.log} "
                     f"says:\n{self.log_tail()}"
                 )
-            with contextlib.suppress(OSError):  # not listening yet (URLError is an OSError)
+            with contextlib.suppress(OSError):  # not listening yet
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             if self._on_wait:
@@ -209,7 +213,7 @@ class VllmServer:
             self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(grace)
-            # The engine's processes notice that the server is gone, and give their memory back.
+            # The engine's processes notice that the server is gone, and free their memory.
             deadline = time.monotonic() + min(grace, ENGINE_STOP_SECONDS)
             while time.monotonic() < deadline and _group_lives(self._process.pid):
                 time.sleep(0.1)

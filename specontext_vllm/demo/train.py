@@ -69,7 +69,7 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
     )
     if device == "cuda":
         # Layers share their code, so one is compiled for all of them.
-        for block in model.layers:
+        for block in model.blocks:
             block.compile()
     begun, steps, tokens, share = time.time(), 0, 0, 0.0
     for number, (batch, length, part, drills) in enumerate(size.phases):
@@ -138,11 +138,12 @@ def train_head(
         with torch.autocast(
             device, torch.bfloat16, enabled=device == "cuda"
         ):  # emulated on most CPUs
-            aux, queries, keys, teacher = model.teach(x)
+            layers = model.watch(x)
+            teacher = model.head(layers.output)
             # The pair (token p+1, aux p) stands at p+1; token 0 has none.
             positions = torch.arange(1, x.shape[1], device=device)
             fused, q, k, inputs = draft.queries_keys(
-                model.embed_tokens(x[:, 1:]).detach(), aux[:, :-1], positions
+                model.embed_tokens(x[:, 1:]).detach(), layers.aux[:, :-1], positions
             )
             # Tokens whose successor is an answer matter most; that includes the last token before
             # an answer.
@@ -151,7 +152,10 @@ def train_head(
             hot = (drafted > 0.5).float() + 0.05 * (w[:, 1:] > 0).float() + 1e-4
             at = torch.multinomial(hot, size.head_queries)
             target, mass = attention_target(
-                [t[:, :, 1:] for t in queries], [t[:, :, 1:] for t in keys], at, WINDOW
+                [t[:, :, 1:] for t in layers.queries],
+                [t[:, :, 1:] for t in layers.keys],
+                at,
+                WINDOW,
             )
             loss_align = alignment_loss(q, k, at, target, mass, WINDOW)
         optimizer.zero_grad(set_to_none=True)

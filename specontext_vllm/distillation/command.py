@@ -1,4 +1,4 @@
-"""What `specontext distill` does with its options."""
+"""`specontext distill`: from its options to a head in a folder."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from specontext_vllm.distillation.teacher import (
 )
 from specontext_vllm.distillation.text_files import DataError, Files
 from specontext_vllm.distillation.trainer import Distiller
-from specontext_vllm.retrieval.checkpoint import HeadError, check_fits, resolve_checkpoint
+from specontext_vllm.retrieval.checkpoint import HeadError, check_fits, checkpoint_folder
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 DRAFT_VOCABULARY = 32000
-"""Of a new head, at most: the LM head would else be larger than all the rest of it. Published
-EAGLE-3 heads have as many.
+"""Largest draft vocabulary of a new head, as in published EAGLE-3 heads. With more, its LM head
+would be larger than all the rest of it.
 """
 COUNTED = 64
-"""Batches in which its tokens are counted."""
+"""Batches in which the draft vocabulary's tokens are counted."""
 DistillError = (DataError, HeadError, OptionError, TeacherError)
-"""What a run may refuse with: one sentence each."""
+"""What a run is refused with; each message is one sentence."""
 
 
 def most_frequent(batches: Batches, count: int) -> torch.Tensor:
-    """The ``count`` tokens that occur most in the batches, filled up with the lowest ids:
-    ``[count]`` int64, ascending.
+    """The ``count`` commonest tokens of the batches, filled up with the lowest ids: ``[count]``
+    int64, ascending.
     """
     seen: Counter[int] = Counter()
     for ids, _ in batches:
@@ -61,12 +61,12 @@ def make_draft(
     draft_vocabulary: int | None,
     batches: Batches,
 ) -> DraftModel:
-    """A new head of the target's shape, or a published one to go on from.
+    """A new head of the target's shape, or a published one to train further.
 
     Args:
-        batches: what the tokens of a reduced draft vocabulary are counted in.
+        batches: in which the tokens of a reduced draft vocabulary are counted.
     Raises:
-        HeadError: the published one does not fit.
+        HeadError: the published head does not fit.
         OptionError: a draft vocabulary out of range.
     """
     torch.manual_seed(settings.seed)
@@ -76,7 +76,7 @@ def make_draft(
                 "--draft-vocabulary: --init brings its own; leave one of the two out."
             )
         draft = DraftModel.load(
-            resolve_checkpoint(init),
+            checkpoint_folder(init),
             max_position=settings.context,
             num_layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
@@ -115,8 +115,8 @@ def distill(
     loaders: int | None = None,
     **options: Any,
 ) -> None:
-    """Train a head for the model in a folder and write it to ``out``; goes on where an earlier run
-    there stopped.
+    """Train a head for the model in a folder and write it to ``out``; resume a run that was stopped
+    there.
 
     Args:
         loaders: processes that make batches; None: by the cores.
@@ -126,8 +126,7 @@ def distill(
     """
     from accelerate import Accelerator
 
-    # Without `cpu`, processes that torchrun starts on a machine without GPUs would not know of each
-    # other.
+    # On a machine without GPUs, processes that torchrun starts find each other only with `cpu`.
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)
     console = Console(soft_wrap=True, quiet=not accelerator.is_main_process)
@@ -143,12 +142,7 @@ def distill(
         if data == ["synthetic"]
         else Files([Path(name) for name in data], tokenizer, cache)
     )
-    kind = {
-        "lengths": settings.lengths,
-        "batch_tokens": settings.batch_tokens,
-        "seed": settings.seed,
-    }
-    first = Sequences(documents, **kind)
+    first = Sequences(documents, settings.lengths, settings.batch_tokens, seed=settings.seed)
     draft = make_draft(config, settings, init, draft_vocabulary, (first[i] for i in range(COUNTED)))
     facts = {
         "model": str(model),
@@ -174,7 +168,12 @@ def distill(
         Teacher(target, draft.shape.aux_layers),
         draft,
         Sequences(
-            documents, **kind, shard=accelerator.process_index, shards=accelerator.num_processes
+            documents,
+            settings.lengths,
+            settings.batch_tokens,
+            seed=settings.seed,
+            shard=accelerator.process_index,
+            shards=accelerator.num_processes,
         ),
         Sequences(
             documents, settings.lengths[:1], settings.context, seed=settings.seed, held_out=True
@@ -185,9 +184,10 @@ def distill(
     )
     if resume(run):
         console.print(
-            f"Going on from {out}: step {run.progress.step}, {run.progress.seconds / 3600:.2f} h."
+            f"Resuming {out} at step {run.progress.step}, after "
+            f"{run.progress.seconds / 3600:.2f} h."
         )
-    follow(run, console)
+    show_progress(run, console)
     served = json.dumps({CONFIG_KEY: {"retrieval_head": str(out)}})
     console.print(
         f"Wrote {out}; serve it with --attention-backend specontext --additional-config "
@@ -196,8 +196,8 @@ def distill(
     )
 
 
-def follow(run: Distiller, console: Console) -> None:
-    """Drive a run: a progress bar on a terminal, else a line for each measurement."""
+def show_progress(run: Distiller, console: Console) -> None:
+    """Train to the end, with a progress bar on a terminal, else a line for each measurement."""
     columns = (
         BarColumn(20),
         TimeElapsedColumn(),
@@ -209,13 +209,17 @@ def follow(run: Distiller, console: Console) -> None:
         task = bar.add_task("reading", total=1.0)
         for figures in run.run():
             if "recall" in figures:
-                recall = f", recall {figures['recall']:.3f} of {figures['recall_best']:.3f}, heaviest page {figures['heaviest']:.3f}"
+                recall = (
+                    f", recall {figures['recall']:.3f} of {figures['recall_best']:.3f}, heaviest "
+                    f"page {figures['heaviest']:.3f}"
+                )
             losses = "".join(
                 f", {name} {figures[f'{name}_loss']:.3f}"
                 for name in ("draft", "align")
                 if f"{name}_loss" in figures
             )
-            text = f"step {figures['step']}, {figures.get('tokens_per_s', 0):,} tokens/s{losses}{recall}"
+            speed = f"{figures.get('tokens_per_s', 0):,} tokens/s"
+            text = f"step {figures['step']}, {speed}{losses}{recall}"
             bar.update(task, completed=min(1.0, run.progress.share(run.settings)), description=text)
             if figures.get("measured") and not console.is_terminal:
                 console.print(text)

@@ -1,10 +1,10 @@
-"""What is trained on: packed token sequences out of documents."""
+"""Training data: packed token sequences out of documents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -19,22 +19,21 @@ ANSWER, TEXT = 1.0, 0.1
 
 
 class Documents(Protocol):
-    """Where text comes from: ``draw(rng, count, held_out)`` gives 1 to ``count`` tokens, of
-    held-out documents or of the others.
-    """
+    """Where text comes from."""
 
-    def draw(self, rng: Random, count: int, held_out: bool) -> Tokens: ...
+    def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
+        """1 to ``count`` tokens, of held-out documents or of the others."""
 
 
 class Synthetic:
-    """Facts and passages that are asked for, in the layouts of the demo's tasks, written in the
+    """Made-up conversations about facts and passages (`specontext_vllm.synthetic`), written in the
     tokenizer's chat format.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         words = " ".join(tasks.sentence(Random(0)) for _ in range(64))
-        # Tokens that a piece of the demo's grammar takes in this tokenizer.
+        # How many tokens of this tokenizer a piece of those texts takes.
         self._per_piece = len(
             tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
         ) / len(tasks.pieces(words))
@@ -53,8 +52,8 @@ class Synthetic:
 
 
 class Sequences(Dataset):
-    """Batches of packed sequences; batch number i is always the same, so that a resumed run goes on
-    where it stopped.
+    """Batches of packed sequences. Batch number i is always the same, so that a resumed run trains
+    on what it would have trained on.
 
     Args:
         documents: where text comes from.
@@ -62,7 +61,7 @@ class Sequences(Dataset):
         batch_tokens: tokens of a batch.
         seed: of the whole run.
         shard, shards: this process and how many there are.
-        held_out: give documents that are never trained on.
+        held_out: take the documents that are never trained on.
     """
 
     def __init__(
@@ -103,13 +102,14 @@ class Sequences(Dataset):
 def sample_positions(
     weights: Tensor, count: int, generator: torch.Generator, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """``(at [B, S], weight [B, S])``: tokens to look at, those before an answer token far more
-    often.
+    """``(at [B, S], weight [B, S])``: positions to train or measure on, and their weights. Tokens
+    before an answer token are drawn far more often than others.
 
     Args:
-        weights: ``[B, T]`` of the tokens themselves, token 0 left out. first: earliest position.
+        weights: ``[B, T]`` of the tokens themselves, token 0 left out.
+        first: earliest position.
     """
-    # A token's pair drafts its successor, and its attention finds what the successor needs.
+    # The head drafts a token's successor, and attends to what the successor needs.
     following = torch.roll(weights, -1, 1)
     following[:, -1] = 0.0
     chance = (following >= ANSWER).float() + 0.02
@@ -118,12 +118,16 @@ def sample_positions(
     return at, following.gather(1, at).clamp(min=0.02)
 
 
-def batches(sequences: Sequences, first: int, loaders: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from number ``first`` on, made by ``loaders`` processes, or in this one."""
+Data = Sequences | list[tuple[Tensor, Tensor]]
+"""Numbered batches."""
+
+
+def batches(data: Data, first: int, loaders: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from number ``first`` on, made by ``loaders`` processes, or by this one if 0."""
     loader = DataLoader(
-        sequences,
+        cast(Dataset, data),
         batch_size=None,
-        sampler=range(first, len(sequences)),
+        sampler=range(first, len(data)),
         num_workers=loaders,
         prefetch_factor=4 if loaders else None,
         pin_memory=torch.cuda.is_available(),

@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext_vllm.distillation.files import whole_file
+from specontext_vllm.distillation.llama import causal_attention, gated_mlp, rms_norm, split_heads
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
+    aux_layers_of,
     read_checkpoint,
-    resolve_aux_layers,
 )
 from specontext_vllm.retrieval.checkpoint.tensor_files import list_tensors
-from specontext_vllm.retrieval.rope import rope_parameters, rope_table
+from specontext_vllm.retrieval.rope import rope_parameters, rope_table, rotate_halves
 
 _TOP = ("fc.weight", "norm.weight", "lm_head.weight")
 _NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
@@ -63,7 +63,7 @@ class DraftModel(nn.Module):
 
         def linear(fan_in: int, fan_out: int) -> nn.Linear:
             layer = nn.Linear(fan_in, fan_out, bias=False)
-            # Logits of unit size whatever the width.
+            # Outputs of unit size, whatever the width.
             nn.init.normal_(layer.weight, 0.0, fan_in**-0.5)
             return layer
 
@@ -71,38 +71,29 @@ class DraftModel(nn.Module):
             return nn.Parameter(torch.ones(hidden))
 
         self.fc = linear(len(shape.aux_layers) * hidden, hidden)
-        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm, self.norm = (
-            norm(),
-            norm(),
-            norm(),
-            norm(),
-        )
-        self.q_proj, self.k_proj = (
-            linear(2 * hidden, shape.heads * width),
-            linear(2 * hidden, shape.kv_heads * width),
-        )
-        self.v_proj, self.o_proj = (
-            linear(2 * hidden, shape.kv_heads * width),
-            linear(shape.heads * width, hidden),
-        )
-        self.gate_proj, self.up_proj, self.down_proj = (
-            linear(hidden, shape.ffn),
-            linear(hidden, shape.ffn),
-            linear(shape.ffn, hidden),
-        )
+        self.input_layernorm, self.hidden_norm = norm(), norm()
+        self.post_attention_layernorm, self.norm = norm(), norm()
+        self.q_proj = linear(2 * hidden, shape.heads * width)
+        self.k_proj = linear(2 * hidden, shape.kv_heads * width)
+        self.v_proj = linear(2 * hidden, shape.kv_heads * width)
+        self.o_proj = linear(shape.heads * width, hidden)
+        self.gate_proj = linear(hidden, shape.ffn)
+        self.up_proj = linear(hidden, shape.ffn)
+        self.down_proj = linear(shape.ffn, hidden)
         self.lm_head = linear(hidden, shape.draft_vocabulary)
+        self.rope: Tensor
+        self.draft_ids: Tensor | None
         self.register_buffer(
             "rope", rope_table(shape.head_spec(), shape.max_position, "cpu"), persistent=False
         )
         self.register_buffer("draft_ids", draft_ids)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.shape.eps)
+        return rms_norm(x, weight.to(x.dtype), self.shape.eps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         cos, sin = self.rope[positions].chunk(2, -1)
-        a, b = x.float().chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        return rotate_halves(x.float(), cos, sin).to(x.dtype)
 
     def queries_keys(
         self, embeds: Tensor, aux: Tensor, positions: Tensor
@@ -115,38 +106,30 @@ class DraftModel(nn.Module):
             [self._norm(embeds, self.input_layernorm), self._norm(fused, self.hidden_norm)], -1
         )
 
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
-
-        return (
-            fused,
-            self._rotate(split(self.q_proj(inputs)), positions),
-            self._rotate(split(self.k_proj(inputs)), positions),
-            inputs,
-        )
+        q = self._rotate(split_heads(self.q_proj(inputs), self.shape.head_dim), positions)
+        k = self._rotate(split_heads(self.k_proj(inputs), self.shape.head_dim), positions)
+        return fused, q, k, inputs
 
     def states(
         self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor, at: Tensor | None = None
     ) -> Tensor:
-        """What the LM head reads: the pruned part's values, output projection, MLP and final norm.
+        """What the LM head reads: values, output projection, MLP and final norm, all of which the
+        retrieval head does without.
 
         Args:
-            fused, q, k, inputs: from ``queries_keys``. at: ``[B, S]`` positions that are wanted, so
-                that the MLP, whose activations are the widest, sees no others; None for all.
+            fused, q, k, inputs: from ``queries_keys``.
+            at: ``[B, S]`` the positions that are wanted, so that the MLP, whose activations are the
+                widest, computes no others; None for all.
         Returns:
             ``[B, S, H]``, or ``[B, T, H]``.
         """
-        v = self.v_proj(inputs).unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
-        mixed = (
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            .transpose(1, 2)
-            .flatten(-2)
-        )
+        v = split_heads(self.v_proj(inputs), self.shape.head_dim)
+        attended = causal_attention(q, k, v).transpose(1, 2).flatten(-2)
         if at is not None:
-            fused, mixed = rows_at(fused, at), rows_at(mixed, at)
-        h = fused + self.o_proj(mixed)
+            fused, attended = rows_at(fused, at), rows_at(attended, at)
+        h = fused + self.o_proj(attended)
         y = self._norm(h, self.post_attention_layernorm)
-        h = h + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
+        h = h + gated_mlp(y, self.gate_proj, self.up_proj, self.down_proj)
         return self._norm(h, self.norm)
 
     def logits(self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor) -> Tensor:
@@ -249,7 +232,7 @@ class DraftModel(nn.Module):
             rope_scaling=None if scaling["rope_type"] == "default" else scaling,
             eps=spec.rms_norm_eps,
             max_position=max(max_position, spec.trained_length),
-            aux_layers=resolve_aux_layers(spec, num_layers),
+            aux_layers=aux_layers_of(spec, num_layers),
         )
         model = cls(shape, ids)
         model.load_state_dict(tensors if ids is None else {**tensors, "draft_ids": ids})

@@ -191,6 +191,7 @@ class HeldOut:
     def recall(self, draft: DraftModel) -> Recall:
         """Mean recall over the batches."""
         self.prepare()
+        assert self._seen is not None
         rows = [
             recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget]
             for seen in self._seen

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specontext_vllm.distillation.llama import causal_attention
 from specontext_vllm.distillation.losses import AttentionCollector
 from specontext_vllm.model_config import has_windowed_layers
 
@@ -183,10 +184,7 @@ def register_attention() -> None:
         observer = getattr(module, "observer", None)
         if observer is not None:
             observer(query, key, scaling)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return mixed.transpose(1, 2), None
+        return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
     AttentionInterface.register(ATTENTION, attend)
     # Rows are packed without padding, so no mask is needed beside the causal one.

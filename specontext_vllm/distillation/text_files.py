@@ -204,7 +204,8 @@ def _groups(documents: np.ndarray) -> np.ndarray:
     """The first document of each group, and the number of documents: ``documents [N, 3]`` that
     follow one another in a file, 128 KiB together, or one that is longer.
     """
-    firsts, held = [], 0
+    firsts: list[int] = []
+    held = 0
     for index, (number, _, size) in enumerate(documents.tolist()):
         held += size
         if not firsts or held > PIECE_BYTES or number != documents[index - 1, 0]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specontext_vllm.distillation.data import Sequences, batches, sample_positions
+from specontext_vllm.distillation.data import Data, batches, sample_positions
 from specontext_vllm.distillation.draft import DraftModel, rows_at
 from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.losses import (
@@ -24,7 +24,6 @@ from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.settings import Progress, Settings, rate_at
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
-Data = Sequences | list[tuple[Tensor, Tensor]]
 HELD_OUT_SEQUENCES = 4
 
 
@@ -32,10 +31,13 @@ class Distiller:
     """One head in training.
 
     Args:
-        teacher: the target. draft: the head, the same on every process.
-        data: batches of this process. held_out: those that are measured on.
-        settings: how. out: folder of the head; the run's own files stand in ``training/`` there.
-        accelerator: of accelerate; it has the device, the processes and the mixed precision.
+        teacher: the target.
+        draft: the head, the same on every process.
+        data: batches of this process.
+        held_out: batches that recall is measured on.
+        settings: how to train.
+        out: folder of the head; the run's own files are in ``training/`` there.
+        accelerator: of accelerate, with the device, the processes and the mixed precision.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class Distiller:
             settings.align_positions,
         )
         self.settings, self.out, self.accelerator = settings, out, accelerator
-        # Not `prepare`d: the losses call parts of the draft model, which DistributedDataParallel,
-        # hooked to forward(), would not notice.
+        # Not through accelerator.prepare(): the losses call parts of the draft model, and
+        # DistributedDataParallel only hooks forward().
         self.draft = draft.to(accelerator.device)
         self.optimizer = torch.optim.AdamW(
             self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95)
@@ -74,11 +76,8 @@ class Distiller:
     def curve_file(self) -> Path:
         return self.out / "training" / "curve.jsonl"
 
-    # -- one step
-    # -----------------------------------------------------------------------------------------------------
-
     def step(self, ids: Tensor, weights: Tensor) -> dict[str, float]:
-        """Train on one batch ``ids [B, T]``, ``weights [B, T]``; gives its losses."""
+        """Train on one batch ``ids [B, T]``, ``weights [B, T]``, and return its losses."""
         settings, generator = self.settings, self.generator(ids.device)
         at, _ = sample_positions(weights[:, 1:], settings.align_positions, generator)
         return self.learn(
@@ -89,7 +88,7 @@ class Distiller:
         )
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """What samples the next step's positions."""
+        """The generator that samples the next step's positions."""
         return torch.Generator(device=device).manual_seed(
             self.settings.seed + 7919 * self.progress.step
         )
@@ -97,7 +96,7 @@ class Distiller:
     def learn(
         self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator
     ) -> dict[str, float]:
-        """Train on one batch that the teacher has seen, watched at positions ``at [B, S]``."""
+        """Train on one batch that the teacher has seen and was watched on, at ``at [B, S]``."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.settings, self.progress)
         found = self.losses(lesson, at, weights, generator)
@@ -119,10 +118,10 @@ class Distiller:
     ) -> dict[str, Tensor]:
         """The losses of a batch.
 
-        Nothing here or in the teacher is ``T x T`` or ``T x vocabulary``: attention weights are
-            formed for ``align_positions``, logits and
-        the draft layer's MLP for ``draft_positions``; the rest is flash attention.
-        docs/results/distillation.md adds up the bytes.
+        No tensor here or in the teacher is ``T x T`` or ``T x vocabulary``: attention weights are
+        computed for ``align_positions`` only, logits and the draft layer's MLP for
+        ``draft_positions``; the rest is flash attention. docs/results/distillation.md adds up the
+        memory.
         """
         settings, draft = self.settings, self.draft
         with self.accelerator.autocast():
@@ -143,7 +142,7 @@ class Distiller:
                     weight,
                 )
         if settings.loss != "draft":
-            # Outside of autocast, which would round its logits.
+            # Outside autocast, which would round its logits.
             how = (settings.window, settings.align_sharpness, settings.align_each_token)
             found["align"] = alignment_loss(q, k, at, lesson.target, lesson.mass, *how)
         return found
@@ -154,11 +153,8 @@ class Distiller:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
-    # -- the run's files
-    # ----------------------------------------------------------------------------------------------
-
     def save(self) -> None:
-        """Write the head, and the state that a later run goes on from."""
+        """Write the head, and the state that a later run resumes from."""
         if not self.accelerator.is_main_process:
             return
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +168,7 @@ class Distiller:
         self.draft.save(self.out)
 
     def resume(self) -> bool:
-        """Go on from a saved state, if there is one; what the curve says beyond it is forgotten."""
+        """Load the saved state, if there is one, and drop what the curve has beyond it."""
         if not self.state_file.is_file():
             return False
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
@@ -192,16 +188,12 @@ class Distiller:
             self._measured = max((steps[line] for line in kept), default=None)
         return True
 
-    # -- the run
-    # ------------------------------------------------------------------------------------------------------
-
     def run(self) -> Iterator[dict[str, Any]]:
         """Train to the end of the hours or steps, and save.
 
         Yields:
-            The figures of each step; every ``report_seconds`` (or less often, by
-            ``measuring_share``), at the begin and at the end those of the held-out sequences among
-            them.
+            The figures of each step. At the start, at the end and every ``report_seconds`` (or less
+            often, see ``measuring_share``) they include those of the held-out sequences.
         """
         settings, progress = self.settings, self.progress
         source = batches(self.data, progress.step, settings.loaders)
@@ -229,7 +221,7 @@ class Distiller:
             yield self._figures(found)
 
     def _first_process(self, seconds: float) -> float:
-        """The first process's clock, by which all of them save, stop and set their learning rate."""
+        """The first process's clock: all processes save, stop and set their learning rate by it."""
         if self.accelerator.num_processes == 1:
             return seconds
         mine = torch.tensor(seconds * self.accelerator.is_main_process, device=self.teacher.device)
@@ -251,10 +243,10 @@ class Distiller:
         }
 
     def _report(self, found: dict[str, float]) -> tuple[dict[str, Any], float]:
-        """Figures with the recall on held-out sequences, which the curve gets as well, and the
-        seconds that took; other processes wait.
+        """Figures with the recall on held-out sequences, also written to the curve, and the seconds
+        that this took; other processes wait.
 
-        A step is measured once, also where a run that was over is started again.
+        A step is measured once, even if a finished run is started again.
         """
         figures = self._figures(found)
         if not self.accelerator.is_main_process or self._measured == self.progress.step:

@@ -9,9 +9,9 @@ from specontext_vllm.config import CONFIG_KEY, ConfigError, Retriever, SpeContex
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
+    checkpoint_folder,
     dummy_checkpoint,
     read_checkpoint,
-    resolve_checkpoint,
 )
 from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.known_heads import known_head
@@ -50,7 +50,7 @@ def find_head(config: SpeContextConfig, model_config: Any) -> str:
             )
         source, revision = known.head, revision or known.revision
     try:
-        return str(resolve_checkpoint(source, revision))
+        return str(checkpoint_folder(source, revision))
     except HeadError as error:
         raise ConfigError(f"{setting}: {error}") from None
 

@@ -16,7 +16,7 @@ from specontext_vllm.engine.refusals import (
     refuse_unsupported,
 )
 from specontext_vllm.observability.files import front_end_folder
-from specontext_vllm.retrieval.checkpoint import HeadSpec, resolve_aux_layers
+from specontext_vllm.retrieval.checkpoint import HeadSpec, aux_layers_of
 from specontext_vllm.retrieval.shard import shard_spec
 from specontext_vllm.versions import unsupported_vllm
 
@@ -74,7 +74,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         head = find_head(config, vllm_config.model_config)
         checkpoint = load_head(head, vllm_config)
         spec = shard_spec(checkpoint.spec, vllm_config.parallel_config.tensor_parallel_size)
-        aux_layers = resolve_aux_layers(checkpoint.spec, num_hidden_layers(vllm_config))
+        aux_layers = aux_layers_of(checkpoint.spec, num_hidden_layers(vllm_config))
         additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), "retrieval_head": head}
         additional[CONFIG_KEY].pop("retrieval_head_revision", None)  # the folder is that revision's
         additional[AUX_LAYERS_KEY] = list(aux_layers)

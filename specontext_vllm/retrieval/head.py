@@ -2,8 +2,8 @@
 
     x = cat[norm(embedding), norm(fc(aux))],   q = rope(norm(W_q x)),   k = rope(norm(W_k x))
 
-(SafeAILab EAGLE `cnets.py`; vLLM `llama_eagle3.py`; the norms on q and k exist in Qwen3-type heads
-only.) Values, output projection, FFN and LM head are gone; scoring and selection live elsewhere.
+(SafeAILab EAGLE `cnets.py`; vLLM `llama_eagle3.py`; only Qwen3-type heads have norms on q and k.)
+Values, output projection, FFN and LM head are pruned.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import HeadCheckpoint, check_dtype, check_fits
-from .rope import apply_rope, rope_frequencies, rope_table
-from .shard import shard_spec
+from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, check_dtype, check_fits
+from specontext_vllm.retrieval.rope import apply_rope, rope_frequencies, rope_table
+from specontext_vllm.retrieval.shard import shard_spec
 
 
 def check_head(
@@ -27,8 +27,8 @@ def check_head(
     dtype: torch.dtype,
     workers: int = 1,
 ) -> None:
-    """All that a checkpoint which could be read is refused for, so that whoever is asked first
-    comes to what a worker comes to.
+    """Everything that a readable checkpoint is refused for: `specontext inspect`, the engine's
+    start and its workers ask this one function.
 
     Args:
         target: the widths of the target that ``check_fits`` takes.
@@ -36,7 +36,7 @@ def check_head(
         workers: tensor-parallel workers that share the head.
 
     Raises:
-        HeadError: one sentence.
+        HeadError: it cannot serve.
     """
     check_fits(checkpoint.spec, **target)
     check_dtype(checkpoint, dtype)
@@ -45,17 +45,17 @@ def check_head(
 
 
 class RetrievalHead(nn.Module):
-    """q and k of the pruned draft model, without host synchronisation, so that a CUDA graph can
-    hold every method.
+    """q and k of the pruned draft model. No method synchronises with the host, so a CUDA graph can
+    capture all of them.
 
     Args:
         checkpoint: weights and settings.
-        max_position: positions the head will be asked about, from 0 (the engine's max_model_len).
-        dtype: dtype of weights, q and k. Norms and RoPE are computed in float32.
-        device: where the weights and the rotary table live.
+        max_position: number of positions, from 0 (the engine's max_model_len).
+        dtype: of weights, q and k. Norms and RoPE are computed in float32.
+        device: of the weights and the rotary table.
 
     Shapes: N tokens, H fused width, E embedding width, nh / nkv heads, D head dimension; see
-        `HeadSpec`.
+    `HeadSpec`.
     """
 
     def __init__(
@@ -70,35 +70,35 @@ class RetrievalHead(nn.Module):
         self.spec = spec = checkpoint.spec
         tensors = checkpoint.tensors
 
-        def keep(tensor: Tensor | None) -> nn.Parameter | None:
-            return (
-                None
-                if tensor is None
-                else nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-            )
+        def keep(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+
+        def keep_given(tensor: Tensor | None) -> nn.Parameter | None:
+            return None if tensor is None else keep(tensor)
 
         self.fc_weight = keep(tensors["fc.weight"])
-        self.fc_bias = keep(tensors.get("fc.bias"))
-        self.input_norm = keep(tensors.get("input_norm.weight"))
+        self.fc_bias = keep_given(tensors.get("fc.bias"))
+        self.input_norm = keep_given(tensors.get("input_norm.weight"))
         norms = (
             [tensors[f"fc_norm.{i}.weight"] for i in range(spec.num_aux)] if spec.fc_norm else None
         )
-        self.fc_norm = keep(None if norms is None else torch.stack(norms))
+        self.fc_norm = keep_given(None if norms is None else torch.stack(norms))
         self.embed_norm = keep(tensors["embed_norm.weight"])
         self.feature_norm = keep(tensors["feature_norm.weight"])
-        self.embed_tokens = keep(tensors.get("embed_tokens.weight"))
+        self.embed_tokens = keep_given(tensors.get("embed_tokens.weight"))
 
         # q and k in one matrix, q's rows first: a decode step is then one GEMM, and keys() reads a
         # view.
         self.qk_weight = keep(torch.cat((tensors["q_proj.weight"], tensors["k_proj.weight"])))
-        self.qk_bias = keep(_stack_bias(checkpoint))
-        self.qk_norm = keep(_stack_norm(checkpoint))
+        self.qk_bias = keep_given(_stack_bias(checkpoint))
+        self.qk_norm = keep_given(_stack_norm(checkpoint))
+        self.cos_sin: Tensor
         self.register_buffer("cos_sin", rope_table(spec, max_position, device), persistent=False)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the weights on the device. The rotary table comes on top: `cos_sin.nbytes`, 4*D
-        a position.
+        """Bytes of the weights on the device, without the rotary table: `cos_sin.nbytes`, 4*D a
+        position.
         """
         return sum(parameter.nbytes for parameter in self.parameters())
 
@@ -110,7 +110,7 @@ class RetrievalHead(nn.Module):
             aux: num_aux tensors [N, H_target], in ascending layer order.
 
         Returns:
-            [N, H], not yet feature-normalised: what a page keeps of its last token.
+            [N, H], before the feature norm: what a page keeps of its last token.
 
         Raises:
             ValueError: another number of hidden states than the checkpoint's.
@@ -132,13 +132,11 @@ class RetrievalHead(nn.Module):
         """Embeddings [N, E] of token ids [N] from the checkpoint's own table.
 
         Raises:
-            RuntimeError: the checkpoint brings none; the engine then passes the target's
-                embeddings.
+            RuntimeError: the checkpoint has none; the engine then passes the target's embeddings.
         """
         if self.embed_tokens is None:
             raise RuntimeError(
-                "This head brings no embed_tokens.weight: pass the target's embeddings to "
-                "project()."
+                "This head has no embed_tokens.weight: pass the target's embeddings to project()."
             )
         return F.embedding(token_ids, self.embed_tokens)
 
@@ -159,8 +157,8 @@ class RetrievalHead(nn.Module):
         return qk[:, : self.spec.num_heads], qk[:, self.spec.num_heads :]
 
     def keys(self, embeds: Tensor, fused: Tensor, positions: Tensor) -> Tensor:
-        """k [N, nkv, D] alone: the k of `project`, for prefill, where nothing is selected. The
-        caller chunks N.
+        """k [N, nkv, D] of `project` alone, for prefill, where nothing is selected. The caller cuts
+        N into chunks.
         """
         heads, rows = self.spec.num_heads, self.spec.num_heads * self.spec.head_dim
         bias = None if self.qk_bias is None else self.qk_bias[rows:]
@@ -181,7 +179,10 @@ class RetrievalHead(nn.Module):
         return apply_rope(x, self.cos_sin, positions)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Llama's RMSNorm: float32 up to the weight, rounded to the weight's dtype before it."""
+        """RMSNorm as vLLM computes it: float32, rounded to the weight's dtype before the weight.
+
+        `F.rms_norm` rounds once, after the weight, on a GPU.
+        """
         x = x.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.spec.rms_norm_eps)
         return weight * x.to(weight.dtype)

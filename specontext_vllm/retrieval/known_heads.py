@@ -41,7 +41,5 @@ def _heads() -> dict[str, KnownHead]:
 def _configs() -> Traversable:
     try:
         return resources.files("specontext_vllm.configs")
-    except (
-        ModuleNotFoundError
-    ):  # run from the source tree, where configs/ stands beside the package
+    except ModuleNotFoundError:  # a source tree without the link: configs/ is beside the package
         return Path(__file__).parents[2] / "configs"

@@ -1,8 +1,8 @@
 """Rotary position table of the retrieval head.
 
-Draft heads are trained on 2k tokens and asked about 128k. The paper extends them with YaRN (arXiv
-2309.00071) and no training; it gives no factor. Here it is max_position / trained_length, the least
-that covers every position.
+Draft heads are trained on some 2k tokens and asked about 128k. The paper extends them with YaRN
+(arXiv 2309.00071), without training, and gives no factor. Here it is max_position / trained_length,
+the smallest that covers every position.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import HeadError, HeadSpec
+from specontext_vllm.retrieval.checkpoint import HeadError, HeadSpec
 
-# What a frequency is divided by, or q and k multiplied with: zero and less make a table of NaN,
-# infinities, or one that tells no positions apart.
+# Frequencies are divided by these, or q and k multiplied with them: zero or less makes a table of
+# NaN, of infinities, or one in which all positions are the same.
 _POSITIVE = (
     "factor",
     "attention_factor",
@@ -30,8 +30,8 @@ _LONGROPE = ("short_factor", "long_factor")
 def rope_parameters(spec: HeadSpec, max_position: int) -> dict[str, Any]:
     """The RoPE settings in force, in transformers' terms (`rope_type`, `rope_theta`, ...).
 
-    A checkpoint's own scaling is taken as it is. Without one, positions beyond
-    `spec.trained_length` bring YaRN.
+    A checkpoint's own scaling is taken as it is. Without one, YaRN extends the head to positions
+    beyond `spec.trained_length`.
     """
     if spec.rope_scaling is not None:
         return {**spec.rope_scaling, "rope_theta": spec.rope_theta}
@@ -46,12 +46,10 @@ def rope_parameters(spec: HeadSpec, max_position: int) -> dict[str, Any]:
 
 
 def rope_frequencies(spec: HeadSpec, max_position: int) -> tuple[Tensor, float]:
-    """Angle per position of each pair (float32 [D / 2]), and the factor on cosines and sines; all
-    finite up to max_position.
+    """Angle per position of each pair (float32 [D / 2]), and the factor on cosines and sines.
 
-    The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`); the types whose frequencies
-    depend on the sequence length ("dynamic", "longrope") are fixed at max_position, since a key is
-    stored rotated.
+    The frequencies are transformers' own (`ROPE_INIT_FUNCTIONS`). Types whose frequencies depend on
+    the sequence length ("dynamic", "longrope") use max_position, since keys are stored rotated.
 
     Raises:
         HeadError: a rope_type that transformers does not know, or settings that are incomplete or
@@ -66,37 +64,48 @@ def rope_frequencies(spec: HeadSpec, max_position: int) -> tuple[Tensor, float]:
     else:
         frequencies, attention_factor = _scaled_frequencies(spec, parameters, max_position)
     fits = frequencies.shape == (spec.head_dim // 2,) and frequencies.is_floating_point()
-    # Angles grow with the position, so the last one is the test of them all.
+    # Angles grow with the position: if the last one is finite, all are.
     finite = fits and bool(torch.isfinite(frequencies.float() * max_position).all())
     if not finite or not 0 < attention_factor <= torch.finfo(torch.float32).max:
         raise HeadError(
-            f"No finite rotary angles come of the head's {_settings(spec)}: correct the head's "
-            "config.json."
+            f"No finite rotary angles can be made with the head's {_settings(spec)}: correct the "
+            "head's config.json."
         )
     return frequencies.float(), attention_factor
 
 
 def rope_table(spec: HeadSpec, max_position: int, device: torch.device | str) -> Tensor:
-    """Cosines then sines of every position, times the scaling's attention factor: float32
+    """Cosines, then sines, of every position, times the scaling's attention factor: float32
     [max_position, D].
 
-    The factor multiplies q and k alike, so scores carry its square, as in transformers.
+    The factor multiplies q and k, so scores are multiplied with its square, as in transformers.
 
     Raises:
-        HeadError: what ``rope_frequencies`` refuses.
+        HeadError: as ``rope_frequencies``.
     """
     frequencies, attention_factor = rope_frequencies(spec, max_position)
     angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
     return (torch.cat((angles.cos(), angles.sin()), dim=-1) * attention_factor).to(device)
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in NeoX's form, in which the two halves of D rotate against each other.
+
+    Args:
+        x: [..., D]. cos, sin: broadcastable to [..., D / 2].
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
 def apply_rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """Rotates x [N, heads, D] by its positions [N] int64 in float32 (NeoX halves) and returns x's
-    dtype.
+    """``x [N, heads, D]`` rotated by its positions [N] int64, computed in float32; in x's dtype.
+
+    Args:
+        table: of `rope_table`.
     """
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return rotate_halves(x.float(), cos, sin).to(x.dtype)
 
 
 def _settings(spec: HeadSpec) -> str:
@@ -108,8 +117,11 @@ def _settings(spec: HeadSpec) -> str:
 
 
 def _check_scaling(scaling: dict[str, Any], head_dim: int) -> None:
-    """Raises HeadError, naming the field, for a number that no frequency can be made with. What is
-    missing, transformers says.
+    """Refuses, naming the field, a number that no frequency can be made with; transformers refuses
+    a field that is missing.
+
+    Raises:
+        HeadError: there is one.
     """
     for field, value in scaling.items():
         positive = field in _POSITIVE + _LONGROPE
@@ -170,6 +182,6 @@ def _scaled_frequencies(
     ) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise HeadError(
-            f"No rotary angles come of the head's {_settings(spec)} ({reason}): correct or "
-            "complete the head's config.json."
+            f"No rotary angles can be made with the head's {_settings(spec)} ({reason}): correct "
+            "or complete the head's config.json."
         ) from error

@@ -16,10 +16,9 @@ def shard_spec(spec: HeadSpec, size: int) -> HeadSpec:
     replicas = max(1, size // spec.num_kv_heads)
     if (spec.num_kv_heads * replicas) % size or spec.num_heads % size:
         raise HeadError(
-            f"--tensor-parallel-size: found {size}, among which the retrieval head's "
-            f"{spec.num_kv_heads} KV heads and {spec.num_heads} query "
-            "heads cannot be divided; use a divisor or a multiple of the KV heads that divides "
-            "the query heads."
+            f"--tensor-parallel-size: found {size}, which cannot divide the retrieval head's "
+            f"{spec.num_kv_heads} KV heads and {spec.num_heads} query heads; use a divisor or a "
+            "multiple of the KV heads that divides the query heads."
         )
     return replace(
         spec,
@@ -32,10 +31,9 @@ def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> Hea
     """Query and KV heads of one worker, cut as vLLM cuts the target's
     (vllm/model_executor/layers/linear.py, QKVParallelLinear).
 
-    With more workers than KV heads several of them have the same KV head, each with its own share
-    of the query heads; what they choose for it may then differ, as the attention of their query
-    heads does. Everything before the projections is kept whole. A worker scores pages for its own
-    heads only, so the workers need not talk to one another.
+    With more workers than KV heads several workers have the same KV head, each with its own share
+    of the query heads, and may choose different pages for it. Everything before the projections is
+    kept whole. A worker scores pages for its own heads only, without communication.
 
     Raises:
         HeadError: the head's heads do not divide among the workers.

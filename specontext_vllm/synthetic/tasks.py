@@ -311,7 +311,8 @@ def training_turns(rng: Random, size: int) -> list[tuple[str, str]]:
         if size <= 1024
         else max(400, int(size * rng.uniform(0.08, 0.2)))
     )
-    asked, used = [], 0
+    asked: list[Item] = []
+    used = 0
     while len(asked) < 24:
         item = rng.choice(items)
         cost = len(pieces(item.question)) + len(pieces(item.answer)) + 8

@@ -54,7 +54,7 @@ def test_a_step_reads_what_is_kept_and_says_what_each_layer_looks_at(decoder):
     ids = torch.randint(5, 900, (1, 101), generator=torch.Generator().manual_seed(0))
     state = decoder.prefill(ids[0, :100].tolist())
     embed, position = decoder.model.embed_tokens(ids[:, 100:]), torch.tensor([100])
-    keys, values = list(state["keys"]), list(state["values"])
+    keys, values = list(state.keys), list(state.values)
     with torch.no_grad():
         h, _, weights = decoder.step(embed, position, keys, values, None)
         torch.testing.assert_close(
@@ -71,10 +71,10 @@ def test_a_step_reads_what_is_kept_and_says_what_each_layer_looks_at(decoder):
             < 0.5
         )
         kept[..., -1] = True
-        sparse = decoder.step(embed, position, list(state["keys"]), list(state["values"]), kept)[0]
-        spoiled = [torch.where(kept[..., :100, None], k, 1e4) for k in state["keys"]]
+        sparse = decoder.step(embed, position, list(state.keys), list(state.values), kept)[0]
+        spoiled = [torch.where(kept[..., :100, None], k, 1e4) for k in state.keys]
         torch.testing.assert_close(
-            decoder.step(embed, position, spoiled, list(state["values"]), kept)[0], sparse
+            decoder.step(embed, position, spoiled, list(state.values), kept)[0], sparse
         )
         assert not torch.allclose(sparse, h)
 

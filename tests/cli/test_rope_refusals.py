@@ -108,10 +108,13 @@ ROPES = {
     ),
     "yarn_attention_factor_beyond_float32": (
         YARN | {"attention_factor": 1e39},
-        "No finite rotary angles come of",
+        "No finite rotary angles can be made with",
     ),
     "yarn_beta_nan": (YARN | {"beta_slow": NAN}, "beta_slow nan where a finite number is needed"),
-    "yarn_beta_negative": (YARN | {"beta_fast": -1.0}, "No rotary angles come of .*ValueError"),
+    "yarn_beta_negative": (
+        YARN | {"beta_fast": -1.0},
+        "No rotary angles can be made with .*ValueError",
+    ),
     "yarn_original_length_zero": (
         YARN | {"original_max_position_embeddings": 0},
         "original_max_position_embeddings 0 where",
@@ -123,11 +126,11 @@ ROPES = {
     ),
     "base_of_one": (
         {"rope_theta": 1.0},
-        "No rotary angles come of the head's rope_theta 1 .ZeroDivisionError",
+        "No rotary angles can be made with the head's rope_theta 1 .ZeroDivisionError",
     ),
     "base_near_zero": (
         LINEAR | {"rope_theta": 1e-300},
-        "No finite rotary angles come of the head's rope_theta 1e-300",
+        "No finite rotary angles can be made with the head's rope_theta 1e-300",
     ),
 }
 

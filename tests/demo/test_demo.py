@@ -26,7 +26,7 @@ def test_facts_are_asked_for_by_the_word_that_the_model_answers_with(seed: int):
 
 
 def test_a_pipe_reads_at_once_what_is_being_done_and_then_for_how_long(monkeypatch):
-    monkeypatch.setattr(demo, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(demo, "PROGRESS_SECONDS", 0.05)
     pipe = io.StringIO()
     with demo.working(Console(file=pipe, width=160, highlight=False), "the server starts"):
         assert pipe.getvalue() == "the server starts ...\n"

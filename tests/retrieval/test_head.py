@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from specontext_vllm.retrieval.checkpoint import HeadError, dummy_checkpoint, read_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.rope import rope_parameters, rope_table
+from specontext_vllm.retrieval.rope import apply_rope, rope_parameters, rope_table
 from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
 
 LAYOUTS = {
@@ -258,7 +258,7 @@ def test_rotary_matches_transformers(tmp_path, scaling, max_position, expected):
     positions = torch.tensor([0, 1, 17, max_position // 2, max_position - 1])
     q, k = torch.randn(5, 6, 10), torch.randn(5, 3, 10)
     want_q, want_k = llama_rotary(spec, expected, q, k, positions)
-    got = head._rotate(torch.cat((q, k), dim=1).flatten(1), None, positions)
+    got = apply_rope(torch.cat((q, k), dim=1), head.cos_sin, positions)
     torch.testing.assert_close(got[:, :6], want_q, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[:, 6:], want_k, rtol=1e-5, atol=1e-5)
 
@@ -334,7 +334,7 @@ def test_the_original_length_may_stand_beside_the_scaling(tmp_path):
         pytest.param({"rope_type": "spiral"}, "knows only dynamic, linear", id="unknown"),
         pytest.param(
             {"rope_type": "linear"},
-            "No rotary angles come of .*Missing required keys.*factor",
+            "No rotary angles can be made with .*Missing required keys.*factor",
             id="incomplete",
         ),
     ],

@@ -1,15 +1,15 @@
 """EAGLE-3 checkpoints: where they are, what a retrieval head takes of them, and what it serves."""
 
 from specontext_vllm.retrieval.checkpoint.aux_layers import (
+    aux_layers_of,
     default_aux_layers,
     describe_aux_layers,
-    resolve_aux_layers,
 )
 from specontext_vllm.retrieval.checkpoint.config import read_config
 from specontext_vllm.retrieval.checkpoint.dummy import dummy_checkpoint
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
 from specontext_vllm.retrieval.checkpoint.fit import check_dtype, check_fits
-from specontext_vllm.retrieval.checkpoint.hub import resolve_checkpoint
+from specontext_vllm.retrieval.checkpoint.hub import checkpoint_folder
 from specontext_vllm.retrieval.checkpoint.reading import read_checkpoint
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
@@ -26,6 +26,6 @@ __all__ = [
     "dummy_checkpoint",
     "read_checkpoint",
     "read_config",
-    "resolve_aux_layers",
-    "resolve_checkpoint",
+    "aux_layers_of",
+    "checkpoint_folder",
 ]

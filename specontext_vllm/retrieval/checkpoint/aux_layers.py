@@ -26,7 +26,7 @@ def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     return ids
 
 
-def resolve_aux_layers(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
+def aux_layers_of(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
     """The auxiliary layer ids of `spec` for a target of `num_layers` layers, checked against it.
 
     Raises:
@@ -44,7 +44,7 @@ def resolve_aux_layers(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
 
 
 def describe_aux_layers(spec: HeadSpec, layers: Sequence[int] | None = None) -> str:
-    """The layers a head reads and where that stands, for people; `layers` as `resolve_aux_layers`
+    """The layers a head reads and where that stands, for people; `layers` as `aux_layers_of`
     gives them, where the target is known.
     """
     named = spec.aux_layer_ids if layers is None else layers

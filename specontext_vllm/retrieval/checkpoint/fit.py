@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specontext_vllm.retrieval.checkpoint.aux_layers import resolve_aux_layers
+from specontext_vllm.retrieval.checkpoint.aux_layers import aux_layers_of
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
 
@@ -58,7 +58,7 @@ def check_fits(
             f"{num_kv_heads} nor a multiple of it: "
             "use a head that was trained for this target."
         )
-    resolve_aux_layers(spec, num_layers)
+    aux_layers_of(spec, num_layers)
 
 
 def check_dtype(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> None:

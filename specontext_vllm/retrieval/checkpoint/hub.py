@@ -20,7 +20,7 @@ HUB_PATTERNS = [
 ]
 
 
-def resolve_checkpoint(
+def checkpoint_folder(
     name: str, revision: str | None = None, *, say: Callable[[str], None] = logger.warning
 ) -> Path:
     """Folder of a checkpoint given as a folder or as a Hugging Face hub id (downloaded, or taken

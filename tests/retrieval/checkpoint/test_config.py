@@ -5,9 +5,9 @@ import json
 import pytest
 
 from specontext_vllm.retrieval.checkpoint import (
+    aux_layers_of,
     describe_aux_layers,
     read_checkpoint,
-    resolve_aux_layers,
 )
 from tests.retrieval.eagle3_files import Layout, write_checkpoint
 
@@ -160,7 +160,7 @@ def test_the_layers_are_those_that_vllm_reads_from_the_same_file(
     assert (spec.aux_layer_ids, spec.aux_layers_from) == (layers, place)
     if layers is None:
         assert (
-            describe_aux_layers(spec, resolve_aux_layers(spec, 12))
+            describe_aux_layers(spec, aux_layers_of(spec, 12))
             == "2, 6, 9 (default, its config.json names none)"
         )
     else:

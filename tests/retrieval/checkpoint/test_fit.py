@@ -7,12 +7,12 @@ import torch
 
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
+    aux_layers_of,
     check_dtype,
     check_fits,
     default_aux_layers,
     dummy_checkpoint,
     read_checkpoint,
-    resolve_aux_layers,
 )
 from tests.retrieval.checkpoint.sentences import assert_one_sentence
 from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
@@ -121,7 +121,7 @@ def test_dummy_fits_its_target(num_layers):
     check_fits(
         head.spec, target_hidden_size=24, num_layers=num_layers, num_kv_heads=2, vocab_size=7
     )
-    assert len(resolve_aux_layers(head.spec, num_layers)) == head.spec.num_aux
+    assert len(aux_layers_of(head.spec, num_layers)) == head.spec.num_aux
     assert head.tensors["fc.weight"].shape == (24, head.spec.num_aux * 24)
     assert all(tensor.dtype == torch.bfloat16 for tensor in head.tensors.values())
     again = dummy_checkpoint(**shape, num_layers=num_layers, dtype=torch.bfloat16, seed=3)

@@ -10,7 +10,7 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine.find_head import find_head
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from specontext_vllm.retrieval import known_heads
-from specontext_vllm.retrieval.checkpoint import HeadError, resolve_checkpoint
+from specontext_vllm.retrieval.checkpoint import HeadError, checkpoint_folder
 from specontext_vllm.retrieval.known_heads import KnownHead, known_head
 from tests.engine.configs import vllm_config
 from tests.engine.conftest import DEMO_MODEL
@@ -62,14 +62,14 @@ def one_sentence(error):
 
 
 def test_a_folder_is_itself_and_a_file_is_refused(tmp_path):
-    assert resolve_checkpoint(str(tmp_path)) == tmp_path
+    assert checkpoint_folder(str(tmp_path)) == tmp_path
     (tmp_path / "weights").write_text("")
     with pytest.raises(HeadError, match="is a file"):
-        resolve_checkpoint(str(tmp_path / "weights"))
+        checkpoint_folder(str(tmp_path / "weights"))
     with pytest.raises(
         HeadError, match="is a folder, which has no revision 'main': leave retrieval_head_revision"
     ) as error:
-        resolve_checkpoint(str(tmp_path), "main")
+        checkpoint_folder(str(tmp_path), "main")
     one_sentence(error)
 
 
@@ -83,7 +83,7 @@ def test_offline_the_cache_is_read_and_no_request_is_made(cache, monkeypatch, re
     )
     said = []
     commit = OTHER if revision == OTHER else COMMIT
-    assert resolve_checkpoint(HEAD, revision, say=said.append) == cache / commit
+    assert checkpoint_folder(HEAD, revision, say=said.append) == cache / commit
     assert not any("taking" in text for text in said)
 
 
@@ -93,7 +93,7 @@ def test_offline_a_miss_is_one_sentence(cache, name, revision):
         HeadError,
         match=rf"{name} is no folder here, its revision {revision or 'main'} is not in the Hugging Face cache",
     ) as error:
-        resolve_checkpoint(name, revision, say=pytest.fail)
+        checkpoint_folder(name, revision, say=pytest.fail)
     assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE" in one_sentence(error)
 
 
@@ -122,7 +122,7 @@ def test_what_is_taken_from_where_is_said_before_it_is(hub, monkeypatch):
     def say(text):
         said.append((text, len(hub)))
 
-    resolve_checkpoint(HEAD, say=say)
+    checkpoint_folder(HEAD, say=say)
     assert said == [
         (
             "Retrieval head: taking some/head from https://mirror.example at revision main, which "
@@ -136,14 +136,14 @@ def test_what_is_taken_from_where_is_said_before_it_is(hub, monkeypatch):
         ),
     ]
     said.clear()
-    resolve_checkpoint(HEAD, COMMIT, say=say)
+    checkpoint_folder(HEAD, COMMIT, say=say)
     assert said == [
         (f"Retrieval head: taking some/head from https://mirror.example at revision {COMMIT}.", 1)
     ]
 
 
 def test_the_hub_is_asked_for_config_and_weights_of_the_revision_only(hub):
-    resolve_checkpoint(HEAD, "v2", say=lambda _: None)
+    checkpoint_folder(HEAD, "v2", say=lambda _: None)
     [(name, asked)] = hub
     assert (name, asked["revision"], asked["local_files_only"]) == (HEAD, "v2", False)
     assert {"config.json", "*.safetensors"} <= set(asked["allow_patterns"])
@@ -159,7 +159,7 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch):
         HeadError,
         match="some/head is no folder here, and the Hugging Face hub did not provide its revision main .OSError.",
     ) as error:
-        resolve_checkpoint(HEAD, say=lambda _: None)
+        checkpoint_folder(HEAD, say=lambda _: None)
     one_sentence(error)
 
 
@@ -168,7 +168,7 @@ def test_what_can_be_no_hub_id_is_not_asked_for(hub, name):
     with pytest.raises(
         HeadError, match="is no folder here, and no id on the Hugging Face hub can be called so"
     ) as error:
-        resolve_checkpoint(name, say=pytest.fail)
+        checkpoint_folder(name, say=pytest.fail)
     assert one_sentence(error) and not hub
 
 

@@ -1,0 +1,26 @@
+"""Llama's parts in plain torch, differentiable: of the draft model and the demo model."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Grouped-query attention ``[B, nh, T, D]`` of ``q [B, nh, T, D]``, ``k, v [B, nkv, T, D]``."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """``[B, T, heads * D]`` -> ``[B, heads, T, D]``."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def gated_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """Llama's MLP."""
+    return down(F.silu(gate(x)) * up(x))
