@@ -16,7 +16,7 @@ import typer
 from benchmarks import report
 from benchmarks.capacity.engine import Load, serve
 from benchmarks.children import ENGINE_ENV, ChildError, run_child
-from benchmarks.driven import DRIVEN, drive_selection
+from benchmarks.driven import DRIVEN, driven
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.workloads import mean_step, scaled
@@ -98,7 +98,7 @@ def run_mode(
     prepare(mode, 1 + requests * -(-(load.prompt_tokens + load.output_tokens) // 16))
     llm = LLM(**load.arguments("tiered") | {"enable_prefix_caching": False})
     yield "ready", {"start_s": round(time.perf_counter() - begin, 1)}
-    llm.collective_rpc(drive_selection, args=([share],))
+    llm.collective_rpc("specontext_set", kwargs=driven([share]))
     for tokens in samples:
         # The first steps of a pass are not timed; the middle of the others is at `tokens`.
         figures = serve(

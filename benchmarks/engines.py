@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.driven import drive_selection
+from benchmarks.driven import driven
 
 SETTLE = 8
 """Steps between the last prefill and the first timed step."""
@@ -86,7 +86,7 @@ class EngineSpec:
         gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on our backend's KV cache
             alone. None: 90 % of the GPU.
         host_gib: host pool behind the engines of our backend; their selections are then driven, see
-            ``driven.drive_selection``.
+            ``benchmarks.driven``.
         turnover: share of the pages that a driven selection scores anew in a step.
     """
 
@@ -139,6 +139,7 @@ class EngineSpec:
             settings: dict[str, Any] = RETRIEVERS[self.name] | {"budget": self.budget}
             if self.host_gib:
                 settings |= {"host_kv_gib": self.host_gib, "stickiness": 0}
+                settings |= driven([self.turnover])
             if self.gpu_gib and not self.on_gpu:
                 settings["gpu_kv_gib"] = self.gpu_gib
             return arguments | {
@@ -183,8 +184,6 @@ def run_engine(
             "arguments": spec.arguments(),
         },
     )
-    if spec.is_ours and spec.host_gib:
-        llm.collective_rpc(drive_selection, args=([spec.turnover],))
     for index, cell in enumerate(cells):
         try:
             requests = (

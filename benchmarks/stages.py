@@ -95,9 +95,10 @@ def measure_stages(
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.retrieval.head import RetrievalHead
     from specontext_vllm.retrieval.local import LocalRetriever
-    from specontext_vllm.retrieval.scoring import row_starts, score_rows
-    from specontext_vllm.retrieval.selection import Budget, select_rows
-    from specontext_vllm.step_data import PageScores, PageTable, StepBatch
+    from specontext_vllm.retrieval.reference import Budget
+    from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts
+    from specontext_vllm.retrieval.selection import select_rows
+    from specontext_vllm.step_data import PageScores, PageTable, Selection, StepBatch
 
     dtype, heads, kv_heads, d = (
         torch.bfloat16,
@@ -158,11 +159,11 @@ def measure_stages(
         num_tokens=requests,
     )
     table = PageTable.allocate(requests, kv_heads, width, device)
-    chosen = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
+    chosen = Budget.of(config)
     choosing = pages > chosen.total
     scores = PageScores.allocate(heads, kv_heads, blocks, device)
     starts = row_starts(batch.seq_lens, rows)
-    kept_mass = torch.ones(requests, kv_heads, dtype=torch.float32, device=device)
+    picked = Selection.into(table)
     aux = [
         torch.randn(requests, shape.hidden_size, dtype=dtype, device=device)
         for _ in range(checkpoint.spec.num_aux)
@@ -178,17 +179,7 @@ def measure_stages(
     output = torch.empty_like(query)
 
     def select(_: int) -> None:
-        select_rows(
-            scores,
-            batch.seq_lens,
-            starts,
-            block_table,
-            table.pages,
-            table.lengths,
-            kept_mass,
-            chosen,
-            rows=rows,
-        )
+        select_rows(scores, batch.seq_lens, starts, block_table, picked, chosen, rows=rows)
         provider.plan(table, requests)
 
     # The head's own entry point, so that the time is that of the fused path of this device.
@@ -201,22 +192,17 @@ def measure_stages(
     fuse = timed(lambda _: retriever.after_forward(batch, aux), device)
     scoring = 0.0
     if choosing:
-        queries = project_rows(True)
-        assert queries is not None
-        scoring = timed(
-            lambda _: score_rows(
-                queries,
-                cache.keys,
-                block_table,
-                batch.seq_lens,
-                starts,
-                scores,
-                rows=rows,
-                max_pages=pages,
-                least_pages=chosen.total,
-            ),
-            device,
+        inputs = ScoreInputs(
+            block_table,
+            batch.seq_lens,
+            starts,
+            rows,
+            max_pages=pages,
+            min_pages=chosen.total,
+            queries=project_rows(True),
+            keys=cache.keys,
         )
+        scoring = timed(lambda _: inputs.score_keys(scores), device)
     selection = timed(select, device)
     attention = timed(
         lambda i: provider.decode(query, caches[i % ROTATED_CACHES], table, requests, output),

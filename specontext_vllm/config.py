@@ -8,16 +8,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from specontext_vllm.retrieval.rules import Rule, find_rule, listed_rules, rule_names
+
 PAGE_SIZE = 16
 """Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read.
 """
 
 CONFIG_KEY = "specontext"
-Retriever = Literal["dlm", "quest", "recent", "random", "oracle", "dense"]
 AttentionProviderName = Literal["auto", "flash", "triton", "xformers"]
 HeadKeyDtype = Literal["auto", "fp8", "model"]
-PER_LAYER = ("quest", "oracle")
-"""Retrievers that select anew in each layer, with the layer's own queries."""
 
 
 class ConfigError(ValueError):
@@ -65,13 +64,20 @@ class SpeContextConfig(BaseModel):
         ge=1,
         description="Newest tokens, which are always read.",
     )
-    retriever: Retriever = Field(
+    retriever: str = Field(
         default="dlm",
+        json_schema_extra={"enum": list(rule_names())},
         description=(
             "How pages get their scores. `dlm`: the retrieval head. `quest`: minima and maxima "
             "of each page's keys, every layer for itself; needs no head and no training, and "
             "works without a host pool only. The others are for comparison: `oracle` (each "
             "layer's own attention; no host pool either), `recent`, `random`, `dense`."
+        ),
+    )
+    rule_settings: dict[str, Any] = Field(
+        default={},
+        description=(
+            "Settings of the rule that `retriever` names, by name. The rules above have none."
         ),
     )
     head_key_dtype: HeadKeyDtype = Field(
@@ -182,6 +188,13 @@ class SpeContextConfig(BaseModel):
         ),
     )
 
+    @field_validator("retriever")
+    @classmethod
+    def _rule_exists(cls, value: str) -> str:
+        if value not in rule_names():
+            raise ValueError(f"retriever: found {value!r}; use one of {', '.join(listed_rules())}.")
+        return value
+
     @field_validator("host_kv_gib", mode="before")
     @classmethod
     def _pool_is_a_size(cls, value: Any) -> float | str:
@@ -206,7 +219,7 @@ class SpeContextConfig(BaseModel):
                 f"({self.sink_tokens}) or "
                 f"recent_tokens ({self.recent_tokens})."
             )
-        if self.retriever in PER_LAYER and self.host_kv_gib:
+        if self.rule.per_layer and self.host_kv_gib:
             raise ValueError(
                 f"host_kv_gib: found {self.host_kv_gib} with retriever {self.retriever}, which "
                 "chooses pages too late for them to be fetched; "
@@ -214,7 +227,7 @@ class SpeContextConfig(BaseModel):
             )
         if (
             self.head_key_dtype != "auto"
-            and self.retriever != "dlm"
+            and not self.rule.needs_head
             and self.retrieval_head is None
         ):
             raise ValueError(
@@ -237,7 +250,7 @@ class SpeContextConfig(BaseModel):
                 raise ValueError(
                     f"{found} with retrieval_head 'dummy', which no hub holds; leave it out."
                 )
-            if self.retriever != "dlm" and self.retrieval_head is None:
+            if not self.rule.needs_head and self.retrieval_head is None:
                 raise ValueError(
                     f"{found} with retriever {self.retriever!r} and no retrieval_head; leave it "
                     "out."
@@ -253,7 +266,7 @@ class SpeContextConfig(BaseModel):
                         f"{key}: found {getattr(self, key):g}, but sidecar is inline; set sidecar "
                         "to ray or leave it out."
                     )
-        elif self.retriever != "dlm":
+        elif not self.rule.needs_head:
             raise ValueError(
                 f"sidecar: found 'ray' with retriever {self.retriever!r}, which has no head to run "
                 "there; use sidecar inline."
@@ -266,6 +279,26 @@ class SpeContextConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rule_knows_its_settings(self) -> SpeContextConfig:
+        known = list(self.rule.default_settings)
+        for name in self.rule_settings:
+            if name not in known:
+                raise ValueError(
+                    f"rule_settings: found {name!r}, which retriever {self.retriever!r} does not "
+                    f"know; {f'it has {known}' if known else 'it has no settings: leave it out'}."
+                )
+        return self
+
+    @property
+    def rule(self) -> type[Rule]:
+        """The rule that ``retriever`` names, to ask for its needs."""
+        return find_rule(self.retriever)
+
+    def reading_everything(self) -> SpeContextConfig:
+        """These settings, with every decode step reading its whole context."""
+        return self.model_copy(update={"retriever": "dense", "rule_settings": {}})
+
     @property
     def budget_pages(self) -> int:
         return self.budget // PAGE_SIZE
@@ -276,7 +309,7 @@ class SpeContextConfig(BaseModel):
         """
         return (
             max_model_len
-            if self.retriever == "dense"
+            if self.rule.reads_everything
             else min(max_model_len, self.budget_pages * PAGE_SIZE)
         )
 
@@ -311,7 +344,7 @@ class SpeContextConfig(BaseModel):
     def selection_pages(self, max_model_len: int) -> int:
         """The most pages that the retriever selects for one KV head of one request."""
         most = pages_for(max_model_len)
-        if self.retriever == "dense":
+        if self.rule.reads_everything:
             return most
         return min(
             most, self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages
@@ -322,8 +355,11 @@ class SpeContextConfig(BaseModel):
         anything out.
         """
         where = f"additional_config.{CONFIG_KEY}"
-        if self.retriever == "dense":
-            return f"{where}.retriever: found 'dense', so every decode step reads its whole context; leave it out, unless a baseline is wanted."
+        if self.rule.reads_everything:
+            return (
+                f"{where}.retriever: found {self.retriever!r}, so every decode step reads its "
+                "whole context; leave it out, unless a baseline is wanted."
+            )
         if self.budget_pages >= pages_for(max_model_len):
             return (
                 f"{where}.budget: found {self.budget}, which holds the longest context there can "

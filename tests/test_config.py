@@ -30,8 +30,16 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"budget": -1}, "budget: found -1; input should be greater than 0"),
         (
             {"retriever": "magic"},
-            "retriever: found 'magic'; input should be 'dlm', 'quest', 'recent', 'random', "
-            "'oracle' or 'dense'",
+            "retriever: found 'magic'; use one of dense, dlm, oracle, quest, random, recent.",
+        ),
+        (
+            {"rule_settings": {"speed": 2}},
+            "rule_settings: found 'speed', which retriever 'dlm' does not know; it has no settings",
+        ),
+        (
+            {"retriever": "driven", "rule_settings": {"speed": 2}},
+            "rule_settings: found 'speed', which retriever 'driven' does not know; it has "
+            "['shares']",
         ),
         (
             {"confidence_threshold": 2},

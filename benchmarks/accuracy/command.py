@@ -5,7 +5,7 @@ and pictures.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -31,7 +31,8 @@ from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.writer import PromptError
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.shapes import DEMO_MODEL
-from specontext_vllm.config import ConfigError, Retriever
+from specontext_vllm.config import ConfigError
+from specontext_vllm.retrieval.rules import listed_rules
 
 WORK = Path(__file__).parents[1] / ".work"
 ENGINE_SECONDS = 6 * 3600
@@ -53,7 +54,7 @@ def main(
     retrievers: Annotated[
         str | None,
         typer.Option(
-            help=f"Some of {','.join(get_args(Retriever))}; dense is always measured. Default: all."
+            help=f"Some of {','.join(listed_rules())}; dense is always measured. Default: all."
         ),
     ] = None,
     budgets: Annotated[

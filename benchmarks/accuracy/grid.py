@@ -13,14 +13,12 @@ from benchmarks.accuracy.cells import DENSE, Group, Setting
 from benchmarks.accuracy.engine import EngineSpec
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.writer import Writer
-from specontext_vllm.config import PAGE_SIZE, HeadKeyDtype, Retriever, pages_for
+from specontext_vllm.config import PAGE_SIZE, HeadKeyDtype, pages_for
+from specontext_vllm.retrieval.rules import find_rule, listed_rules
 
 CONTEXTS = (4096, 8192, 16384, 32768)
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-PER_LAYER = frozenset({"quest", "oracle"})
-"""Retrievers that select in each layer's forward pass, which a captured decode graph does not hold.
-"""
 
 
 class OptionError(ValueError):
@@ -106,16 +104,18 @@ def find_head(
     """The head, and the retrievers that can run with it."""
     beside = model / "retrieval_head"
     head = head or (str(beside) if beside.is_dir() else None)
-    known = list(get_args(Retriever))
+    known = listed_rules()
     names = parse_names("--retrievers", retrievers, known)
-    if head is None and "dlm" in names:
-        if retrievers is not None:
-            raise OptionError(
-                f"--retrievers: dlm needs a retrieval head and {model} has no retrieval_head "
-                "folder; name one with --head."
-            )
-        names.remove("dlm")
-    return head, names
+    headless = [name for name in names if not find_rule(name).needs_head]
+    if head is not None or names == headless:
+        return head, names
+    if retrievers is not None:
+        needing = next(name for name in names if name not in headless)
+        raise OptionError(
+            f"--retrievers: {needing} needs a retrieval head and {model} has no retrieval_head "
+            "folder; name one with --head."
+        )
+    return head, headless
 
 
 def head_words(model: Path, head: str | None) -> list[str]:
@@ -242,10 +242,11 @@ def make_spec(
         model=str(grid.model),
         head=grid.head,
         head_keys=head_keys,
-        retriever="quest" if "quest" in grid.retrievers else DENSE,
+        # What keeps vectors of each page does so from the start.
+        retriever=next((r for r in grid.retrievers if find_rule(r).page_vectors), DENSE),
         dtype=dtype,
         on_gpu=on_gpu,
-        eager=not on_gpu or not PER_LAYER.isdisjoint(grid.retrievers),
+        eager=not on_gpu or any(find_rule(r).per_layer for r in grid.retrievers),
         max_model_len=min(reach, pages_for(longest + 1) * PAGE_SIZE),
         kv_gib=kv_gib,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.driven import drive_selection
+from benchmarks.driven import driven
 from benchmarks.engines import BATCHED_TOKENS
 from benchmarks.timeline import one_step, start_profiler, stop_profiler
 
@@ -100,7 +100,7 @@ def run_engine(
     )
     for name, shares in turnovers.items():
         if engine != "stock":
-            llm.collective_rpc(drive_selection, args=(shares,))
+            llm.collective_rpc("specontext_set", kwargs=driven(shares))
         yield "pass", (name, serve(llm, load, requests or fitting, engine != "stock"))
     if profile and load.on_gpu:
         yield "timeline", record_timeline(llm, load, requests or fitting)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.driven import drive_selection
 from benchmarks.engines import SETTLE, Cell, EngineSpec, drain, send
 
 ENGINES = {"stock": "stock", "specontext": "specontext", "two-tiers": "specontext"}
@@ -65,8 +64,6 @@ def run_engine(
     llm = LLM(**(spec.arguments() | {"max_model_len": spec.max_model_len}))
     # This thread alone: those that the engine has started stay where they are.
     os.sched_setaffinity(0, cores[:1])
-    if spec.host_gib:
-        llm.collective_rpc(drive_selection, args=([spec.turnover],))
     yield "ready", None
     for index, cell in enumerate(cells):
         yield "cell", (cell.name, measure_cell(llm, cell, index, spec, profile, turns))

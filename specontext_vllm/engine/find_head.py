@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from specontext_vllm.config import CONFIG_KEY, ConfigError, Retriever, SpeContextConfig
+from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -15,11 +15,10 @@ from specontext_vllm.retrieval.checkpoint import (
 )
 from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.known_heads import known_head
+from specontext_vllm.retrieval.rules import find_rule, listed_rules
 
 HEAD_FOLDER = "retrieval_head"
 DUMMY = "dummy"
-HEADLESS = [name for name in get_args(Retriever) if name != "dlm"]
-"""Retrievers that need no head."""
 
 
 def find_head(config: SpeContextConfig, model_config: Any) -> str:
@@ -42,11 +41,12 @@ def find_head(config: SpeContextConfig, model_config: Any) -> str:
             getattr(model_config.hf_config, "_name_or_path", "")
         )
         if known is None:
+            headless = [name for name in listed_rules() if not find_rule(name).needs_head]
             raise ConfigError(
                 f"{setting}: none given, no {HEAD_FOLDER}/ folder in {model_config.model!r} and no "
                 "known EAGLE-3 head for it; set it to a folder or "
                 "hub id of an EAGLE-3 checkpoint, train one with `specontext distill`, or use a "
-                f"retriever that needs none: {', '.join(HEADLESS)}."
+                f"retriever that needs none: {', '.join(headless)}."
             )
         source, revision = known.head, revision or known.revision
     try:

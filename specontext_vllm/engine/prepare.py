@@ -70,7 +70,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     additional = dict(vllm_config.additional_config or {})
     additional.setdefault(ENGINES_KEY, max(1, vllm_config.parallel_config.data_parallel_size_local))
     spec = None
-    if config.retriever == "dlm" or config.retrieval_head is not None:
+    if config.rule.needs_head or config.retrieval_head is not None:
         head = find_head(config, vllm_config.model_config)
         checkpoint = load_head(head, vllm_config)
         spec = shard_spec(checkpoint.spec, vllm_config.parallel_config.tensor_parallel_size)

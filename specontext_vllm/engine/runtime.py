@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 from vllm.model_executor.models.utils import extract_layer_index
 
-from specontext_vllm.config import CONFIG_KEY, PER_LAYER, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder, max_table_rows
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.find_head import load_head, num_hidden_layers
@@ -99,9 +99,7 @@ class Runtime:
                 describe_aux_layers(checkpoint.spec, vllm_config.additional_config[AUX_LAYERS_KEY]),
                 self.config.model_dump_json(exclude_none=True),
             )
-        self.selector = (
-            self._make_selector(self.config) if self.config.retriever in PER_LAYER else None
-        )
+        self.selector = self._make_selector(self.config) if self.config.rule.per_layer else None
         self.builder: SpeContextMetadataBuilder | None = None
         self.plan: TierPlan | None = None
         self._two_tiers = bool(self.config.host_kv_gib)
@@ -163,9 +161,7 @@ class Runtime:
             and mode.decode_mode() == CUDAGraphMode.FULL
         )
         # What selects per layer is part of vLLM's graphs, and cannot change then.
-        return (
-            StepGraphs(self.device) if captured and self.config.retriever not in PER_LAYER else None
-        )
+        return StepGraphs(self.device) if captured and not self.config.rule.per_layer else None
 
     @property
     def graph_bytes(self) -> int:

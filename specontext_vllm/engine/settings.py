@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from specontext_vllm.config import PER_LAYER, ConfigError, SpeContextConfig
+from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.sidecar.remote import RemoteRetriever
@@ -50,6 +50,7 @@ class LiveSettings:
         stickiness: float | None = None,
         confidence_threshold: float | None = None,
         fallback_budget: int | None = None,
+        rule_settings: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Change settings between steps, None: leave as it is. The settings in force are returned.
 
@@ -64,6 +65,8 @@ class LiveSettings:
             "stickiness": stickiness,
             "confidence_threshold": confidence_threshold,
             "fallback_budget": fallback_budget,
+            # Those of another rule say nothing to this one.
+            "rule_settings": rule_settings if retriever is None else rule_settings or {},
         }
         changes = {key: value for key, value in asked.items() if value is not None}
         config = SpeContextConfig.from_settings(
@@ -72,22 +75,23 @@ class LiveSettings:
         self._refuse_per_layer(config)
         self._retriever.configure(config)
         self._warn_of_prefix_cache(config)
-        if self._selector is None and config.retriever in PER_LAYER:
+        if self._selector is None and config.rule.per_layer:
             self._selector = self._install_selector(config)
         if self._selector is not None:
-            self._selector.config = config
+            self._selector.configure(config)
         return config.model_dump()
 
     def _refuse_per_layer(self, config: SpeContextConfig) -> None:
         """Refuse what a rule that selects per layer cannot change any more."""
         before = self._retriever.config
-        bounds = None if self._selector is None else self._selector.bounds
-        if config.retriever == "quest" and bounds is None:
+        selector = self._selector
+        knows_pages = selector is not None and selector.knows_pages_for(config.rule)
+        if config.rule.page_vectors and not knows_pages:
             raise ConfigError(
-                "specontext: retriever quest keeps bounds of every page from the start; start the "
-                "engine with it to switch to it."
+                f"specontext: retriever {config.retriever} keeps vectors of every page from the "
+                "start; start the engine with it to switch to it."
             )
-        per_layer = {before.retriever, config.retriever} & set(PER_LAYER)
+        per_layer = before.rule.per_layer or config.rule.per_layer
         if self._captured and per_layer and before != config:
             raise ConfigError(
                 "specontext: this engine's CUDA graphs hold the selection (retriever "

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specontext_vllm.config import PAGE_SIZE, PER_LAYER, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.counters import (
     CHOOSING_ROWS,
@@ -25,14 +25,11 @@ from specontext_vllm.retrieval.counters import (
 )
 from specontext_vllm.retrieval.graphs import StepGraphs, bucket
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.scoring import (
-    WORKSPACE_BYTES,
-    fill_baseline,
-    row_starts,
-    score_rows,
-)
-from specontext_vllm.retrieval.selection import Budget, fill_lengths, select_rows
-from specontext_vllm.step_data import PageScores, StepBatch, Stickiness
+from specontext_vllm.retrieval.reference import Budget
+from specontext_vllm.retrieval.rules import make_rule
+from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, ScoreInputs, row_starts
+from specontext_vllm.retrieval.selection import Fallback, fill_lengths, select_rows
+from specontext_vllm.step_data import PageScores, Selection, StepBatch, Stickiness
 
 PREFILL_CHUNK = 2048
 """Prompt tokens whose keys are made at a time, which bounds the head's activations."""
@@ -83,7 +80,7 @@ class LocalRetriever:
         queries = num_kv_heads if head is None else head.spec.num_heads
         capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries))
         self.scores = PageScores.allocate(queries, num_kv_heads, capacity, device)
-        self.generator = torch.Generator(device=device).manual_seed(0)
+        self.rule = make_rule(config.retriever, config.rule_settings, device)
         self.counters = Counters(device)
         self._graphs, self._embeds_apart = graphs, embeds_apart
         self._kept_mass = torch.ones(0, num_kv_heads, dtype=torch.float32, device=device)
@@ -138,7 +135,7 @@ class LocalRetriever:
         """Change the settings between steps; the head and the table's width stay.
 
         Raises:
-            ConfigError: the page table is too narrow, or there is no head for ``dlm``.
+            ConfigError: the page table is too narrow, or there is no head for a rule that needs one.
         """
         needed = config.table_pages(self.max_pages * PAGE_SIZE)
         if needed > self.table_pages:
@@ -147,12 +144,13 @@ class LocalRetriever:
                 "a head and these settings "
                 f"read up to {needed * PAGE_SIZE}; start it with that budget (or retriever dense)."
             )
-        if config.retriever == "dlm" and self.head is None:
+        if config.rule.needs_head and self.head is None:
             raise ConfigError(
-                "specontext: retriever dlm needs a retrieval head and this engine was started "
-                "without one."
+                f"specontext: retriever {config.retriever} needs a retrieval head and this engine "
+                "was started without one."
             )
         self.config = config
+        self.rule = make_rule(config.retriever, config.rule_settings, self.device)
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -196,7 +194,7 @@ class LocalRetriever:
             )
             self.counters.count_rows(
                 decodes,
-                decodes if choosing and config.retriever not in PER_LAYER else 0,
+                decodes if choosing and not self.rule.per_layer else 0,
                 read,
                 held_pages,
             )
@@ -241,25 +239,19 @@ class LocalRetriever:
         self._graphs.run(("select", rows, choosing, parts[0][1]), inputs, work)
 
     def _replays(self, batch: StepBatch) -> bool:
-        # Random scores come from a generator of the host's, and what selects per layer is captured
-        # with the layers.
+        # What selects per layer is captured with the layers.
         return (
             self._graphs is not None
             and batch.replayable
-            and self.config.retriever not in ("random", *PER_LAYER)
+            and self.rule.capturable
+            and not self.rule.per_layer
         )
 
-    def _budget(self) -> tuple[Budget, tuple[float, int] | None]:
-        """What a row may read, and the threshold and pages of the fallback, if there is one."""
-        config = self.config
-        if config.retriever == "dense":
-            return Budget(self.max_pages, 1, 1), None
-        fallback = (
-            (config.confidence_threshold, config.fallback_pages)
-            if config.confidence_threshold > 0
-            else None
-        )
-        return Budget(config.budget_pages, config.sink_pages, config.recent_pages), fallback
+    def _budget(self) -> tuple[Budget, Fallback | None]:
+        """What a row may read, and the fallback of a rule whose kept mass is the head's."""
+        if self.rule.reads_everything:
+            return Budget.everything(self.max_pages), None
+        return Budget.of(self.config), Fallback.of(self.config) if self.rule.needs_head else None
 
     def _make_room(self, most_rows: int) -> None:
         """Buffers for every row that the page table has; a graph holds their addresses, so they are
@@ -300,40 +292,37 @@ class LocalRetriever:
         queries = None
         if embeds is not None:
             queries = self._project_decodes(
-                batch, decodes, embeds, with_queries=choosing and config.retriever == "dlm"
+                batch, decodes, embeds, with_queries=choosing and self.rule.needs_head
             )
-        if config.retriever in PER_LAYER:
-            fill_lengths(batch.seq_lens[: batch.table_rows], lengths, self.num_kv_heads, budget)
+        selection = Selection(pages, lengths, self._kept_mass)
+        if self.rule.per_layer:
+            fill_lengths(batch.seq_lens[: batch.table_rows], selection, budget)
             return
-        fallback = fallback if queries is not None else None
         for rows, most in parts:
             # Rows that are all read whole have no scores to find.
             starts = row_starts(batch.seq_lens, rows) if choosing else batch.seq_lens
-            if choosing and queries is not None:
-                score_rows(
-                    queries,
-                    self.cache.keys,
+            scores = self.scores
+            if choosing:
+                inputs = ScoreInputs(
                     batch.block_table,
                     batch.seq_lens,
                     starts,
-                    self.scores,
-                    rows=rows,
+                    rows,
                     max_pages=most,
-                    least_pages=budget.total,
+                    min_pages=budget.total,
+                    queries=queries,
+                    keys=None if self.cache is None else self.cache.keys,
                 )
-            elif choosing:
-                fill_baseline(config.retriever, self.scores, self.generator)
+                scores = self.rule.score(inputs, self.scores)
             select_rows(
-                self.scores,
+                scores,
                 batch.seq_lens,
                 starts,
                 batch.block_table if ids is None else ids,
-                pages,
-                lengths,
-                self._kept_mass,
+                selection,
                 budget,
                 rows=rows,
-                fallback=fallback,
+                fallback=fallback if choosing else None,
                 stickiness=stickiness,
             )
         if config.stats and choosing:
@@ -342,7 +331,8 @@ class LocalRetriever:
             if fallback is not None:
                 read = (lengths[: decodes * self.num_kv_heads] + PAGE_SIZE - 1) // PAGE_SIZE
                 self.counters.count_fallback(
-                    (kept.mean(-1) < fallback[0]).sum(), (read - budget.total).clamp(min=0).sum()
+                    (kept.mean(-1) < fallback.threshold).sum(),
+                    (read - budget.total).clamp(min=0).sum(),
                 )
 
     def _parts(self, bounds: list[int], table_rows: int) -> Iterator[range]:
@@ -534,7 +524,7 @@ class LocalRetriever:
             "pages_read": int(counted[PAGES_READ] + counted[FALLBACK_PAGES]),
             "pages_total": int(counted[PAGES_HELD]),
             "fallback_rows": int(counted[FALLBACK_ROWS]),
-            "kept_mass_mean": None if self.config.retriever in PER_LAYER else kept_mass,
+            "kept_mass_mean": None if self.rule.per_layer else kept_mass,
         }
 
 

@@ -1,11 +1,16 @@
-"""Scores of KV pages under the retrieval head's attention (paper C1; design/paper.md)."""
+"""Where the pages of a step lie in the scoring workspace, and the scores that attention gives them,
+on a GPU and in plain torch.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.retrieval.reference import grouped_logits, reduce_to_pages
 from specontext_vllm.step_data import PageScores
 
 WORKSPACE_BYTES = 64 << 20
@@ -14,60 +19,80 @@ fits.
 """
 
 
-def score_rows(
-    queries: Tensor,
-    keys: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    starts: Tensor,
-    scores: PageScores,
-    *,
-    rows: range,
-    max_pages: int,
-    least_pages: int,
-    first_token: int = 1,
-) -> None:
-    """Score the pages of ``rows`` into the workspace, on the device of ``queries``.
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a rule scores the pages of some rows from.
 
-    Args:
-        queries: ``[B, NQ, D]`` rotated queries of the decode rows.
-        keys: ``[num_blocks, nkv, P, D]`` the rows' newest keys included: the head's K cache, or the
-            K half of a layer's KV cache.
+    Attributes:
         block_table: ``[>= B, W]`` int32; tails beyond a row's pages may be stale.
-        seq_lens: ``[>= B]`` int32 tokens per row, the new one included.
-        starts: ``row_starts(seq_lens, rows)``.
+        seq_lens: ``[>= B]`` int32 tokens per row, the new one included; 0 for padding rows.
+        starts: ``[>= len(rows)]`` int32, where each row's pages start in the workspace.
+        rows: the rows to score.
         max_pages: upper bound of a row's pages.
-        least_pages: rows with no more pages are skipped; they are read whole.
+        min_pages: rows with no more pages are read whole, and need no scores.
+        queries: ``[B, NQ, D]`` rotated queries of the decode rows; None for a rule that needs none.
+        keys: ``[num_blocks, NKV, P, D]``, the rows' newest keys included: the head's K cache, or
+            the K half of a layer's KV cache.
         first_token: tokens before it take no part. In the head's cache that is token 0, which has
             no (token, aux) pair; its page is always kept.
+        page_vectors: ``[num_blocks, H, Rule.page_vectors, D]`` of the layer, for a rule that keeps
+            some.
+        page_size: tokens of a page.
     """
-    if queries.is_cuda:
-        from specontext_vllm.triton_kernels.score_pages import score_pages
 
-        score_pages(
-            queries,
-            keys,
-            block_table,
-            seq_lens,
-            starts,
-            scores.page_max,
-            scores.page_lse,
-            first_row=rows.start,
-            num_rows=len(rows),
-            max_pages=max_pages,
-            least_pages=least_pages,
-            first_token=first_token,
-        )
-        return
-    for row, start in zip(rows, starts[: len(rows)].tolist(), strict=True):
-        tokens = int(seq_lens[row])
-        pages = pages_for(tokens)
-        if pages > least_pages:
-            page_max, page_lse = score_row(
-                queries[row], keys, block_table[row], tokens, first_token
+    block_table: Tensor
+    seq_lens: Tensor
+    starts: Tensor
+    rows: range
+    max_pages: int
+    min_pages: int
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    first_token: int = 1
+    page_vectors: Tensor | None = None
+    page_size: int = PAGE_SIZE
+
+    def score_keys(self, scores: PageScores) -> None:
+        """Write each page's largest logit and log-sum-exp under the attention of the queries into
+        the workspace, on its device.
+        """
+        queries, keys = self.queries, self.keys
+        assert queries is not None and keys is not None, "the rule declares no need for them"
+        if queries.is_cuda:
+            from specontext_vllm.triton_kernels.score_pages import score_pages
+
+            score_pages(
+                queries,
+                keys,
+                self.block_table,
+                self.seq_lens,
+                self.starts,
+                scores.page_max,
+                scores.page_lse,
+                first_row=self.rows.start,
+                num_rows=len(self.rows),
+                max_pages=self.max_pages,
+                least_pages=self.min_pages,
+                first_token=self.first_token,
             )
-            scores.page_max[:, start : start + pages] = page_max
-            scores.page_lse[:, start : start + pages] = page_lse
+            return
+        for row, span in self.scored_rows():
+            scores.page_max[:, span], scores.page_lse[:, span] = score_row(
+                queries[row],
+                keys,
+                self.block_table[row],
+                int(self.seq_lens[row]),
+                self.first_token,
+            )
+
+    def scored_rows(self) -> Iterator[tuple[int, slice]]:
+        """Of each row that needs scores, its number and its place in the workspace. Waits for the
+        device.
+        """
+        for row, start in zip(self.rows, self.starts[: len(self.rows)].tolist(), strict=True):
+            pages = -(-int(self.seq_lens[row]) // self.page_size)
+            if pages > self.min_pages:
+                yield row, slice(start, start + pages)
 
 
 def row_starts(seq_lens: Tensor, rows: range) -> Tensor:
@@ -86,37 +111,15 @@ def score_row(
     query: Tensor, keys: Tensor, block_row: Tensor, tokens: int, first_token: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Page maxima and log-sum-exps ``[NQ, pages]`` of one row with ``tokens`` tokens; see
-    ``score_rows``.
+    ``ScoreInputs``.
+
+    Args:
+        query: ``[NQ, D]``. block_row: ``[W]`` int32.
     """
-    num_queries, head_dim = query.shape
-    nkv = keys.shape[1]
-    pages = pages_for(tokens)
-    row_keys = (
-        keys[block_row[:pages].long()]
-        .transpose(0, 1)
-        .reshape(nkv, pages * PAGE_SIZE, head_dim)
-        .float()
-    )
-    grouped = query.view(nkv, num_queries // nkv, head_dim).float()
-    logits = (
-        torch.einsum("hgd,htd->hgt", grouped, row_keys).reshape(num_queries, -1) * head_dim**-0.5
-    )
+    # [pages, NKV, P, D] -> [NKV, pages * P, D]
+    row_keys = keys[block_row[: pages_for(tokens)].long()].transpose(0, 1).flatten(1, 2)
+    logits = grouped_logits(query[None, :, None], row_keys[None])[0, :, 0].flatten(0, 1)
     logits[:, tokens:] = float("-inf")
     logits[:, :first_token] = float("-inf")
-    logits = logits.view(num_queries, pages, PAGE_SIZE)
-    return logits.amax(-1), logits.logsumexp(-1)
-
-
-def fill_baseline(retriever: str, scores: PageScores, generator: torch.Generator) -> None:
-    """Scores of a retriever that looks at no keys: ``random``, or ``recent`` (the newest pages
-    win).
-    """
-    if retriever == "random":
-        scores.page_max.uniform_(-1.0, 0.0, generator=generator)
-    else:
-        # The workspace is ragged, but within a row its index grows with the position, which is all
-        # that the order needs.
-        scores.page_max.copy_(
-            torch.arange(scores.capacity, dtype=torch.float32, device=scores.page_max.device)
-        )
-    scores.page_lse.zero_()
+    page_max, page_lse = reduce_to_pages(logits, PAGE_SIZE)
+    return page_max, page_lse

@@ -1,5 +1,5 @@
 """Which pages a decode step reads: sinks, recents and the best of the rest, per request and KV head
-(paper C1).
+(paper C1), on a GPU and in plain torch.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.step_data import PageScores, Stickiness
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
+from specontext_vllm.retrieval.reference import Budget, choose_pages, page_scores
+from specontext_vllm.step_data import PageScores, Selection, Stickiness
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Pages per (request, KV head): ``total`` in all, ``sinks`` from the start and ``recents`` at
-    the end among them.
-    """
+class Fallback:
+    """Rows whose kept mass lies under ``threshold`` read ``pages`` pages instead of the budget."""
 
-    total: int
-    sinks: int
-    recents: int
+    threshold: float
+    pages: int
+
+    @classmethod
+    def of(cls, config: SpeContextConfig) -> Fallback | None:
+        """What the settings ask for, if anything."""
+        if config.confidence_threshold <= 0:
+            return None
+        return cls(config.confidence_threshold, config.fallback_pages)
 
 
 def select_rows(
@@ -29,56 +34,30 @@ def select_rows(
     seq_lens: Tensor,
     starts: Tensor,
     block_table: Tensor,
-    pages: Tensor,
-    lengths: Tensor,
-    kept_mass: Tensor,
+    selection: Selection,
     budget: Budget,
     *,
     rows: range,
-    fallback: tuple[float, int] | None = None,
+    fallback: Fallback | None = None,
     stickiness: Stickiness | None = None,
 ) -> None:
-    """Fill the page table of ``rows`` from the workspace, on the device of ``pages``.
+    """Fill ``rows`` of the selection from the workspace, on its device.
 
-    The score of a page for a KV head is the largest attention weight over its tokens and the
-    group's query heads (element-wise max, paper C1 "Mapping"). A row with no more pages than the
-    budget is read whole, and needs no scores. A score that is not finite, as of a request whose
-    hidden states overflow, counts as the worst, so that every row keeps as many pages whatever its
-    scores are.
+    A row with no more pages than the budget is read whole, and needs no scores. A score that is not
+    finite counts as the worst, so that every row keeps as many pages whatever its scores are.
 
     Args:
-        scores: workspace of ``score_rows`` for the same rows.
+        scores: the workspace, filled by a rule for the same rows.
         seq_lens: ``[>= B]`` int32; 0 for padding rows.
         starts: ``[>= len(rows)]`` int32, ``row_starts(seq_lens, rows)``; anything where no row has
             more pages than the budget.
-        block_table: ``[>= B, W]`` int32.
-        pages: ``[B * H, K]`` int32, written: ids ``block * H + head`` of the head pages in
-            ascending order of position.
-        lengths: ``[B * H]`` int32, written: tokens in them.
-        kept_mass: ``[B, H]`` float32, written: attention mass of the head on the kept pages, mean
-            over the group.
-        fallback: ``(threshold, pages)``: rows whose mean kept mass lies under the threshold read
-            that many pages instead.
+        block_table: ``[>= B, W]`` int32: what the selection calls each page.
         stickiness: pages that need no fetch score more by a margin.
     """
-    num_kv_heads = kept_mass.shape[1]
-    if pages.is_cuda:
+    num_kv_heads = selection.num_kv_heads
+    if selection.pages.is_cuda:
         from specontext_vllm.triton_kernels.select_pages import select_pages
 
-        arguments = dict(
-            page_size=PAGE_SIZE,
-            num_kv_heads=num_kv_heads,
-            first_row=rows.start,
-            num_rows=len(rows),
-            widest=block_table.shape[1],
-            sink_pages=budget.sinks,
-            recent_pages=budget.recents,
-            held=(
-                None
-                if stickiness is None
-                else (stickiness.lanes, stickiness.slot_of, stickiness.margin)
-            ),
-        )
         buffers = (
             scores.page_max,
             scores.page_lse,
@@ -86,46 +65,59 @@ def select_rows(
             seq_lens,
             starts,
             block_table,
-            pages,
-            lengths,
-            kept_mass,
+            selection.pages,
+            selection.lengths,
+            selection.kept_mass,
         )
-        select_pages(*buffers, budget_pages=budget.total, **arguments)
-        if fallback is not None:
-            threshold, fallback_pages = fallback
+        held = None
+        if stickiness is not None:
+            held = (stickiness.lanes, stickiness.slot_of, stickiness.margin)
+
+        def launch(budget_pages: int, threshold: float | None) -> None:
             select_pages(
-                *buffers, budget_pages=fallback_pages, fallback_threshold=threshold, **arguments
+                *buffers,
+                page_size=PAGE_SIZE,
+                num_kv_heads=num_kv_heads,
+                first_row=rows.start,
+                num_rows=len(rows),
+                widest=block_table.shape[1],
+                budget_pages=budget_pages,
+                sink_pages=budget.sinks,
+                recent_pages=budget.recents,
+                fallback_threshold=threshold,
+                held=held,
             )
+
+        launch(budget.total, None)
+        if fallback is not None:
+            launch(fallback.pages, fallback.threshold)
         return
     for row, start in zip(rows, starts[: len(rows)].tolist(), strict=True):
         tokens = int(seq_lens[row])
         count = pages_for(tokens)
         span = slice(start, start + count)
-        table_row = block_table[row, :count]
-        page_max, page_lse = scores.page_max[:, span], scores.page_lse[:, span]
-        bonus = (
-            None
-            if stickiness is None
-            else stickiness.margin * (stickiness.slot_of[stickiness.lanes[row], :, :count] >= 0)
-        )
-        kept, mass = select_row(page_max, page_lse, count, num_kv_heads, budget, bonus)
-        if fallback is not None and mass.mean() < fallback[0]:
-            wider = Budget(fallback[1], budget.sinks, budget.recents)
-            kept, _ = select_row(page_max, page_lse, count, num_kv_heads, wider, bonus)
+        row_scores = scores.page_max[:, span], scores.page_lse[:, span]
+        bonus = None
+        if stickiness is not None:
+            needs_no_fetch = stickiness.slot_of[stickiness.lanes[row], :, :count] >= 0
+            bonus = stickiness.margin * needs_no_fetch
+        kept, mass = select_row(*row_scores, count, num_kv_heads, budget, bonus)
+        if fallback is not None and mass.mean() < fallback.threshold:
+            wider = Budget(fallback.pages, budget.sinks, budget.recents)
+            kept, _ = select_row(*row_scores, count, num_kv_heads, wider, bonus)
         head = torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
         block = slice(row * num_kv_heads, (row + 1) * num_kv_heads)
-        pages[block, : kept.shape[1]] = table_row[kept] * num_kv_heads + head
-        lengths[block] = tokens - (count - kept.shape[1]) * PAGE_SIZE
-        kept_mass[row] = mass
+        selection.pages[block, : kept.shape[1]] = block_table[row][kept] * num_kv_heads + head
+        selection.lengths[block] = tokens - (count - kept.shape[1]) * PAGE_SIZE
+        selection.kept_mass[row] = mass
 
 
-def fill_lengths(seq_lens: Tensor, lengths: Tensor, num_kv_heads: int, budget: Budget) -> None:
-    """Fill the page table's lengths, which depend on the contexts alone: ``seq_lens [B]`` int32 ->
-    ``lengths [>= B * H]`` int32.
-    """
+def fill_lengths(seq_lens: Tensor, selection: Selection, budget: Budget) -> None:
+    """Fill the selection's lengths, which depend on the contexts alone: ``seq_lens [B]`` int32."""
+    heads = selection.num_kv_heads
     beyond = (budget.total - 1) * PAGE_SIZE + (seq_lens - 1) % PAGE_SIZE + 1
     kept = torch.where(seq_lens <= budget.total * PAGE_SIZE, seq_lens, beyond)
-    lengths[: len(seq_lens) * num_kv_heads].view(-1, num_kv_heads).copy_(kept[:, None])
+    selection.lengths[: len(seq_lens) * heads].view(-1, heads).copy_(kept[:, None])
 
 
 def select_row(
@@ -140,27 +132,13 @@ def select_row(
     row.
 
     Args:
-        page_max, page_lse: ``[NQ, count]`` float32. A page for which one of the two is not finite
-            counts as the worst and has no mass; a query head without a finite score has no say.
+        page_max, page_lse: ``[NQ, count]`` float32; see ``page_scores``.
         bonus: ``[H, count]`` added to the logarithms of the scores, or None.
     """
     if count <= budget.total:
         return torch.arange(count).expand(num_kv_heads, count), torch.ones(num_kv_heads)
-    finite = page_max.isfinite() & page_lse.isfinite()
-    page_max, page_lse = (scores.where(finite, float("-inf")) for scores in (page_max, page_lse))
-    total = page_lse.logsumexp(-1, keepdim=True)
-    total = total.where(total.isfinite(), float("inf"))
-    score = (page_max - total).view(num_kv_heads, -1, count).amax(1)
-    if bonus is not None:
-        score = score + bonus
-    score[:, : budget.sinks] = float("inf")
-    score[:, count - budget.recents :] = float("inf")
-    # A stable sort gives ties to the older page, as the kernel does.
-    kept = (
-        score.sort(dim=-1, descending=True, stable=True)
-        .indices[:, : budget.total]
-        .sort(dim=-1)
-        .values
+    scores, mass = page_scores(
+        page_max.unflatten(0, (num_kv_heads, -1)), page_lse.unflatten(0, (num_kv_heads, -1))
     )
-    weight = (page_lse - total).exp().view(num_kv_heads, -1, count).mean(1)
-    return kept, weight.gather(1, kept).sum(-1)
+    chosen = choose_pages(scores if bonus is None else scores + bonus, count, budget)
+    return chosen.nonzero()[:, 1].view(num_kv_heads, -1), (mass * chosen).sum(-1)

@@ -22,7 +22,8 @@ from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
 from specontext_vllm.retrieval.local import LocalRetriever
-from specontext_vllm.retrieval.selection import Budget, select_rows
+from specontext_vllm.retrieval.reference import Budget
+from specontext_vllm.retrieval.selection import select_rows
 from specontext_vllm.sidecar.link import (
     CLOSE_SECONDS,
     IN_FLIGHT,
@@ -43,6 +44,7 @@ from specontext_vllm.sidecar.messages import (
     Selection,
     SidecarSpec,
 )
+from specontext_vllm.step_data import Selection as RowSelection
 from specontext_vllm.step_data import StepBatch
 
 logger = logging.getLogger("vllm.specontext")
@@ -158,7 +160,7 @@ class RemoteRetriever:
         )
         self.buffer_bytes = MESSAGE_SLACK + max(learn, select, selection)
         # Reads rows whole while there is no actor, and keeps the counters.
-        dense = config.model_copy(update={"retriever": "dense"})
+        dense = config.reading_everything()
         self.dense = LocalRetriever(
             dense,
             None,
@@ -367,7 +369,7 @@ class RemoteRetriever:
     def configure(self, config: SpeContextConfig) -> None:
         """Change the settings between steps; see ``LocalRetriever.configure``."""
         self.config = config
-        self.dense.config = config.model_copy(update={"retriever": "dense"})
+        self.dense.config = config.reading_everything()
         if self._link is not None:
             try:
                 waiting = 0 if self._unread is None else self._unread[0].prompt_tokens
@@ -499,10 +501,8 @@ class RemoteRetriever:
                 batch.seq_lens,
                 batch.seq_lens,
                 batch.block_table,
-                pages,
-                lengths,
-                mass,
-                Budget(self.max_pages, 1, 1),
+                RowSelection(pages, lengths, mass),
+                Budget.everything(self.max_pages),
                 rows=range(row, row + 1),
             )
 

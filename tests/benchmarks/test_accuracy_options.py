@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +10,7 @@ from benchmarks.__main__ import app
 from benchmarks.accuracy import grid
 from benchmarks.report import RESULTS
 from benchmarks.shapes import DEMO_MODEL
-from specontext_vllm.config import Retriever
+from specontext_vllm.retrieval.rules import find_rule, listed_rules
 
 
 @pytest.mark.parametrize(
@@ -37,7 +36,7 @@ def test_dlm_without_a_head(tmp_path):
     (tmp_path / "model").mkdir()
     assert grid.find_head(tmp_path / "model", None, None) == (
         None,
-        [r for r in get_args(Retriever) if r != "dlm"],
+        [r for r in listed_rules() if not find_rule(r).needs_head],
     )
     with pytest.raises(grid.OptionError, match="--head"):
         grid.find_head(tmp_path / "model", None, "dlm,recent")

@@ -262,6 +262,8 @@ def test_engines_differ_in_the_backend_alone():
         "budget": 256,
         "host_kv_gib": 2.0,
         "stickiness": 0,
+        "retriever": "driven",
+        "rule_settings": {"shares": [0.05]},
         "gpu_kv_gib": 1.0,
     }
 

@@ -5,13 +5,12 @@ show the test can fail.
 from __future__ import annotations
 
 import re
-from typing import get_args
 
 import pytest
 import torch
 
 from benchmarks.accuracy import forcing
-from specontext_vllm.config import PER_LAYER, Retriever
+from specontext_vllm.retrieval.rules import find_rule, listed_rules
 from specontext_vllm.synthetic.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.overflow import beside_an_overflow, check
@@ -75,11 +74,11 @@ def results(llm):
     for problem in problems:
         compute(llm, problem)
     out = {}
-    for retriever in get_args(Retriever):
+    for retriever in listed_rules():
         llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": BUDGET})
         llm.collective_rpc("specontext_stats", args=(True,))
         # On a CPU a selection in every layer takes its time: every second problem.
-        asked = problems[::2] if retriever in PER_LAYER else problems
+        asked = problems[::2] if find_rule(retriever).per_layer else problems
         scores = ask(llm, asked)
         stats = llm.collective_rpc("specontext_stats")[0]
         out[retriever] = {
@@ -204,7 +203,9 @@ def test_a_second_turn_behind_a_prefix_hit_answers_as_without_it(llm):
     assert score(first, turn.outputs[0].text) == 1.0 and value in warm.outputs[0].text
 
 
-@pytest.mark.parametrize("retriever", PER_LAYER)
+@pytest.mark.parametrize(
+    "retriever", [name for name in listed_rules() if find_rule(name).per_layer]
+)
 def test_a_request_of_nan_changes_no_other(llm, prompts, retriever):
     llm.collective_rpc("specontext_set", kwargs={"retriever": retriever, "budget": 160})
     check(beside_an_overflow(llm, prompts[4:7]))

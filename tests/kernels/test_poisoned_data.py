@@ -9,7 +9,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.hot_buffers import HotBuffers
-from specontext_vllm.retrieval.layer_selection import score_bounds_row, update_bounds_reference
+from specontext_vllm.retrieval.rules.quest import score_bounds_row, update_bounds_reference
 from specontext_vllm.retrieval.scoring import row_starts, score_row
 from specontext_vllm.step_data import PageTable, Selection
 from specontext_vllm.tier_data import DecodeRows, LayerMemory, TierTables

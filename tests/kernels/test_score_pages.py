@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.retrieval.scoring import row_starts, score_row, score_rows
+from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts, score_row
 from specontext_vllm.step_data import PageScores
 from specontext_vllm.triton_kernels.score_pages import score_pages
 from tests.paging import apart, assert_close, paged_rows
@@ -103,24 +103,24 @@ def test_parts_of_a_batch_score_like_the_whole(device):
     assert torch.equal(whole.page_max[:, skipped : skipped + count], part.page_max[:, :count])
 
 
-def test_score_rows_dispatches(device):
+def test_scoring_keys_dispatches(device):
     """The engine's entry point agrees with the kernel on this device."""
     lengths = [50, 90]
     rows = paged_rows(lengths, 2, 32, torch.float32, device, seed=4)
     query = torch.randn(2, 4, 32, device=device)
     first, second = (PageScores.allocate(4, 2, 16, device) for _ in range(2))
     starts = row_starts(rows.seq_lens, range(2))
-    score_rows(
-        query,
-        rows.cache,
+    inputs = ScoreInputs(
         rows.block_table,
         rows.seq_lens,
         starts,
-        first,
-        rows=range(2),
+        range(2),
         max_pages=6,
-        least_pages=0,
+        min_pages=0,
+        queries=query,
+        keys=rows.cache,
     )
+    inputs.score_keys(first)
     score_pages(
         query,
         rows.cache,

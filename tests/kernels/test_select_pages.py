@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.scoring import row_starts
-from specontext_vllm.retrieval.selection import Budget, select_row, select_rows
-from specontext_vllm.step_data import PageScores
+from specontext_vllm.retrieval.selection import Fallback, select_row, select_rows
+from specontext_vllm.step_data import PageScores, Selection
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float
 
@@ -267,16 +268,13 @@ def test_select_rows_agrees_with_the_kernel(device):
         torch.zeros_like(mass),
     )
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    arguments = [
-        t.to(device)
-        for t in (seq_lens, row_starts(seq_lens, range(3)), table, mine, mine_out, mine_mass)
-    ]
-    select_rows(scores, *arguments, budget, rows=range(3), fallback=(0.6, 12))
-    assert torch.equal(arguments[4].cpu(), out)
+    selection = Selection(mine.to(device), mine_out.to(device), mine_mass.to(device))
+    rows = [t.to(device) for t in (seq_lens, row_starts(seq_lens, range(3)), table)]
+    select_rows(scores, *rows, selection, budget, rows=range(3), fallback=Fallback(0.6, 12))
+    assert torch.equal(selection.lengths.cpu(), out)
     for sequence, tokens in enumerate(out.tolist()):
-        assert torch.equal(
-            arguments[3].cpu()[sequence, : pages_for(tokens)], pages[sequence, : pages_for(tokens)]
-        )
+        kept = pages_for(tokens)
+        assert torch.equal(selection.pages.cpu()[sequence, :kept], pages[sequence, :kept])
 
 
 def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):

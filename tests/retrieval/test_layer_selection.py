@@ -8,11 +8,8 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.layer_selection import (
-    LayerSelector,
-    score_bounds_row,
-    update_bounds_reference,
-)
+from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.retrieval.rules.quest import score_bounds_row, update_bounds_reference
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
 from tests.paging import apart, assert_close, paged_rows
 
@@ -158,7 +155,7 @@ def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_onc
     selector.rows_at_once = min(at_once, selector.rows_at_once)
     selector.allocate(2, rows.cache.shape[0], torch.float32)
     if retriever == "quest":
-        selector.bounds[1].fill_(float("nan"))
+        selector.page_vectors[1].fill_(float("nan"))
     for row, tokens in enumerate(lengths):
         selector.learn(1, rows.cache, slots_of(rows, row, torch.arange(tokens)).to(device))
     query = torch.randn(len(lengths) + 1, queries, width)

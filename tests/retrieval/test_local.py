@@ -14,8 +14,9 @@ from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.local import LocalRetriever
+from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.scoring import score_row
-from specontext_vllm.retrieval.selection import Budget, select_row
+from specontext_vllm.retrieval.selection import select_row
 from specontext_vllm.step_data import StepBatch
 from tests.paging import assert_close
 
@@ -247,7 +248,7 @@ def test_the_page_table_is_the_naive_selection(settings, device):
             query[0], world.retriever.cache.keys, batch.block_table[row], length
         )
         count = pages_for(length)
-        budget = Budget(config.budget_pages, config.sink_pages, config.recent_pages)
+        budget = Budget.of(config)
         kept, mass = select_row(page_max.cpu(), page_lse.cpu(), count, KV_HEADS, budget)
         if config.confidence_threshold and mass.mean() < config.confidence_threshold:
             kept, _ = select_row(

@@ -1,0 +1,31 @@
+"""``random``: any page is as good as any other; a lower bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from specontext_vllm.retrieval.rules import Rule
+
+if TYPE_CHECKING:
+    import torch
+
+    from specontext_vllm.retrieval.scoring import ScoreInputs
+    from specontext_vllm.step_data import PageScores
+
+
+class Random(Rule):
+    """Scores from a generator with a fixed seed."""
+
+    capturable = False  # The generator's state is the host's.
+
+    def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
+        import torch
+
+        super().__init__(settings, device)
+        self.generator = torch.Generator(device=device).manual_seed(0)
+
+    def score(self, inputs: ScoreInputs, scores: PageScores) -> PageScores:
+        scores.page_max.uniform_(-1.0, 0.0, generator=self.generator)
+        scores.page_lse.zero_()
+        return scores

@@ -1,0 +1,27 @@
+"""``recent``: the newest pages win (StreamingLLM, arXiv 2309.17453, with the sinks that every
+selection keeps).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from specontext_vllm.retrieval.rules import Rule
+
+if TYPE_CHECKING:
+    from specontext_vllm.retrieval.scoring import ScoreInputs
+    from specontext_vllm.step_data import PageScores
+
+
+class Recent(Rule):
+    """A page's score grows with its position."""
+
+    def score(self, inputs: ScoreInputs, scores: PageScores) -> PageScores:
+        import torch
+
+        # Rows of different lengths lie one after the other, but within a row the index grows with
+        # the position, and only the order counts.
+        torch.arange(scores.capacity, out=scores.page_max[0])
+        scores.page_max[1:] = scores.page_max[0]
+        scores.page_lse.zero_()
+        return scores

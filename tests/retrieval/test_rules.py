@@ -1,0 +1,193 @@
+"""Rules: found by their files, cheap to ask for their needs, and scoring as they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
+from specontext_vllm.retrieval import rules
+from specontext_vllm.retrieval.reference import Budget
+from specontext_vllm.retrieval.rules import Rule, find_rule, listed_rules, make_rule, rule_names
+from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts
+from specontext_vllm.retrieval.selection import select_rows
+from specontext_vllm.step_data import PageScores, Selection
+from tests.paging import paged_rows
+
+
+def test_every_file_is_a_rule_and_a_value_of_the_setting():
+    files = {f.stem for f in Path(rules.__file__).parent.glob("*.py")} - {"__init__"}
+    assert set(rule_names()) == files
+    assert set(listed_rules()) == files - {"driven"}
+    for name in rule_names():
+        assert SpeContextConfig(retriever=name).rule is find_rule(name)
+        assert find_rule(name).__doc__ and sys.modules[find_rule(name).__module__].__doc__
+
+
+def test_settings_and_needs_are_known_without_torch():
+    code = (
+        "import sys; from specontext_vllm.config import SpeContextConfig as C\n"
+        "from specontext_vllm.retrieval.rules import rule_names\n"
+        "for name in rule_names(): C.from_settings({'retriever': name}).table_pages(4096)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_defines_no_rule_or_two_is_told(monkeypatch):
+    monkeypatch.setattr(rules, "rule_names", lambda: ("broken",))
+    module = type(sys)("specontext_vllm.retrieval.rules.broken")
+    module.__file__ = "broken.py"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(TypeError, match="broken.py: defines 0 rules"):
+        find_rule.__wrapped__("broken")
+    for name in ("One", "Two"):
+        setattr(module, name, type(name, (Rule,), {"__module__": module.__name__}))
+    with pytest.raises(TypeError, match="defines 2 rules"):
+        find_rule.__wrapped__("broken")
+    with pytest.raises(KeyError):
+        find_rule("magic")
+
+
+def test_rules_that_score_per_layer_have_no_host_pool_and_pages_state_is_theirs_alone():
+    for name in rule_names():
+        rule = find_rule(name)
+        assert not (rule.needs_head and rule.per_layer)
+        assert rule.per_layer or not rule.page_vectors
+        if rule.per_layer:
+            with pytest.raises(ValueError, match="host_kv_gib"):
+                SpeContextConfig(retriever=name, host_kv_gib=1)
+
+
+class World:
+    """Some rows, and what a rule chooses for them."""
+
+    def __init__(self, name, device, settings=None, lengths=(400, 30, 700), heads=2):
+        self.lengths, self.heads, self.device = list(lengths), heads, device
+        self.rows = paged_rows(self.lengths, heads, 32, torch.float32, device, seed=3)
+        self.query = torch.randn(
+            len(lengths), 2 * heads, 32, generator=torch.Generator().manual_seed(4)
+        ).to(device)
+        self.counts = [pages_for(n) for n in lengths]
+        self.scores = PageScores.allocate(2 * heads, heads, sum(self.counts), device)
+        self.rule = make_rule(name, settings or {}, device)
+        self.budget = Budget(8, 1, 2)
+        self.row_range = range(len(lengths))
+        self.starts = row_starts(self.rows.seq_lens, self.row_range)
+
+    def score(self):
+        """Page maxima and sums by row."""
+        inputs = ScoreInputs(
+            self.rows.block_table,
+            self.rows.seq_lens,
+            self.starts,
+            self.row_range,
+            max_pages=max(self.counts),
+            min_pages=self.budget.total,
+            queries=self.query,
+            keys=self.rows.cache,
+        )
+        self.scored = self.rule.score(inputs, self.scores)
+        return [
+            part.split(self.counts, -1) for part in (self.scored.page_max, self.scored.page_lse)
+        ]
+
+    def choose(self):
+        """Chosen positions ``{(row, head): [...]}``."""
+        rows, width = len(self.lengths), self.budget.total
+        selection = Selection(
+            torch.full((rows * self.heads, width), -1, dtype=torch.int32, device=self.device),
+            torch.zeros(rows * self.heads, dtype=torch.int32, device=self.device),
+            torch.zeros(rows, self.heads, device=self.device),
+        )
+        positions = torch.arange(max(self.counts), dtype=torch.int32, device=self.device).repeat(
+            rows, 1
+        )
+        select_rows(
+            self.scored,
+            self.rows.seq_lens,
+            self.starts,
+            positions,
+            selection,
+            self.budget,
+            rows=self.row_range,
+        )
+        pages = selection.pages.view(rows, self.heads, width) // self.heads
+        return {
+            (row, head): pages[row, head, : min(self.counts[row], width)].tolist()
+            for row in range(rows)
+            for head in range(self.heads)
+        }
+
+    def weights(self, row):
+        """Softmax of a row's tokens without the first, ``[H, G, tokens]``."""
+        keys, query = self.rows.dense[row], self.query[row].view(self.heads, -1, 32).cpu()
+        logits = torch.einsum("hgd,htd->hgt", query, keys.cpu()) / 32**0.5
+        logits[..., 0] = float("-inf")
+        return logits.softmax(-1)
+
+
+def check_choice(world, value_of):
+    """Sinks, recents and the largest of ``value_of(weights of a page [H, G, tokens]) -> [H]``."""
+    chosen = world.choose()
+    for row, count in enumerate(world.counts):
+        if count <= world.budget.total:
+            assert chosen[row, 0] == chosen[row, 1] == list(range(count))
+            continue
+        values = torch.stack([value_of(p) for p in world.weights(row).split(PAGE_SIZE, -1)], -1)
+        values[:, 0] = values[:, -2:] = 2.0
+        for head in range(world.heads):
+            wanted = values[head].topk(world.budget.total).indices.sort().values.tolist()
+            assert chosen[row, head] == wanted
+
+
+def test_dlm_takes_the_pages_with_the_heaviest_token(device):
+    world = World("dlm", device)
+    world.score()
+    check_choice(world, lambda page: page.amax((1, 2)))
+
+
+def test_recent_takes_the_newest_pages(device):
+    world = World("recent", device)
+    world.score()
+    assert world.choose()[2, 1] == [0, *range(44 - 7, 44)]
+
+
+def test_random_differs_from_step_to_step_and_not_from_run_to_run(device):
+    def two_steps():
+        world = World("random", device)
+        return [(world.score(), world.choose())[1] for _ in range(2)]
+
+    first, second = two_steps()
+    assert first != second and two_steps() == [first, second]
+
+
+@pytest.mark.parametrize("shares", [[0.0], [0.25], [1.0], [0.5, 0.1]], ids=str)
+def test_driven_scores_change_for_the_share_asked_for(shares, device):
+    world = World("driven", device, {"shares": shares}, lengths=(6000, 3000), heads=2)
+    world.budget, world.row_range = Budget(8, 1, 2), range(2)
+    seen = [torch.cat(world.score()[0], -1) for _ in range(4)]  # Copies: the workspace is reused.
+    for step in range(3):
+        changed = (seen[step] != seen[step + 1]).float().mean()
+        assert changed == pytest.approx(shares[(step + 1) % len(shares)], abs=0.05)
+    values = seen[0]
+    assert values.min() >= 0 and values.max() <= 10 and values.std() > 2
+    assert torch.equal(values[0], values[1]), "query heads of a group have the same scores"
+
+
+def test_driven_scores_belong_to_the_page_and_not_to_its_place_in_the_batch(device):
+    one, other = (World("driven", device, lengths=(400, 700)) for _ in range(2))
+    other.rows = dataclasses.replace(
+        other.rows,
+        block_table=other.rows.block_table.flip(0).contiguous(),
+        seq_lens=other.rows.seq_lens.flip(0).contiguous(),
+    )
+    other.counts = other.counts[::-1]
+    other.starts = row_starts(other.rows.seq_lens, other.row_range)
+    for part, swapped in zip(one.score()[0], reversed(other.score()[0]), strict=True):
+        assert torch.equal(part, swapped)
