@@ -11,8 +11,7 @@ class LateCopy:
     """A copy of small device tensors that is asked for in one step and taken in a later one.
 
     Args:
-        sources: tensors of one device. The copy is enqueued on the stream that is current when it
-            is asked for.
+        sources: tensors of one device. ``ask`` enqueues the copy on the current stream.
     """
 
     def __init__(self, *sources: Tensor) -> None:
@@ -26,7 +25,7 @@ class LateCopy:
         self._copied: torch.cuda.Event | None = None
 
     def ask(self) -> bool:
-        """Start a copy; False when the one before has not been taken yet."""
+        """Start a copy; False when the last one has not been taken yet."""
         if self._asked:
             return False
         for copy, source in zip(self._copies, self._sources, strict=True):
@@ -38,14 +37,14 @@ class LateCopy:
         return True
 
     def take(self) -> list[np.ndarray] | None:
-        """The copy that was asked for, once, when it has arrived; else None."""
+        """The copy that was asked for, when it has arrived and was not taken yet; else None."""
         if not self._asked or (self._copied is not None and not self._copied.query()):
             return None
         self._asked = False
         return [copy.numpy().copy() for copy in self._copies]
 
     def wait(self) -> list[np.ndarray]:
-        """What the tensors hold now; waits for the device. A copy that was asked for is dropped."""
+        """The tensors' present values; waits for the device. Drops a copy that was asked for."""
         if self._copied is not None:
             self._copied.synchronize()
         self._asked = False

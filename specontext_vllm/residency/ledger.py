@@ -1,5 +1,5 @@
-"""The host's accounting of the two tiers: which layers are resident, and which requests hold which
-pages. Pure NumPy; moves no data.
+"""The host's accounting of the two tiers: which layers are resident, and what the frames hold. Pure
+NumPy; moves no data.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from specontext_vllm.residency.frames import Changes, FrameTables
+from specontext_vllm.residency.requests import RunningRequests
 from specontext_vllm.step_data import ScheduledStep
 
 COOLDOWN_STEPS = 32
@@ -50,11 +51,10 @@ class Ledger:
 
     Attributes:
         frames: the tables.
+        requests: the running requests.
         resident: number of resident layers.
         hot_limit: slots that a lane may have now.
         capacity: ``[lanes]`` int32 slots that each lane has.
-        references: ``[T]`` int32 running requests that hold a page.
-        lanes: request name -> lane.
     """
 
     def __init__(
@@ -79,11 +79,8 @@ class Ledger:
             hot_pages=hot_pages,
         )
         self.resident, self.hot_limit = num_layers, hot_pages
-        self.references = np.zeros(num_pages, np.int32)
+        self.requests = RunningRequests(num_pages, max_requests)
         self.capacity = np.zeros(max_requests, np.int32)
-        self.lanes: dict[str, int] = {}
-        self._pages: dict[str, list[int]] = {}
-        self._free_lanes = list(range(max_requests))[::-1]
         self._steps_to_return = COOLDOWN_STEPS
         self._stale: np.ndarray | None = None
         """``[T]`` bool while layer ``resident`` comes back: pages whose frame there lacks what the
@@ -109,7 +106,7 @@ class Ledger:
     @property
     def used_share(self) -> float:
         """Share of the logical pages that running requests hold."""
-        return float((self.references > 0).mean())
+        return float((self.requests.references > 0).mean())
 
     def follow(self, step: ScheduledStep, hot_limit: int | None = None) -> Changes:
         """Follow the scheduler through one step.
@@ -126,9 +123,9 @@ class Ledger:
             RuntimeError: the frames do not suffice with every mirrored layer offloaded, which the
                 memory model excludes.
         """
-        changes = Changes()
+        changes, requests = Changes(), self.requests
         for name in step.released:
-            if name in self.lanes:
+            if name in requests:
                 self._release(name, changes)
         if hot_limit is not None and hot_limit != self.hot_limit:
             self.limit_hot(hot_limit, changes)
@@ -138,26 +135,23 @@ class Ledger:
         for request in step.started:
             # Before a session's old references go: without prefix caching a page that no request
             # holds loses its frames.
-            np.add.at(self.references, request.pages, 1)
-            if request.name in self.lanes:
+            requests.hold(request.pages)
+            if request.name in requests:
                 self._release(request.name, changes)
-            lane = self._free_lanes.pop()
-            self.lanes[request.name], self._pages[request.name] = lane, list(request.pages)
-            changes.lanes.append(lane)
+            changes.lanes.append(requests.start(request.name, request.pages))
             touched += request.pages
             hits += request.pages[: request.computed]
             fresh += request.pages[request.computed :]
         for name, pages in step.grown:
-            self._pages[name] += pages
-            np.add.at(self.references, pages, 1)
+            requests.grow(name, pages)
             touched += pages
         changes.lanes += [
-            lane for name in step.prefilling if self.capacity[lane := self.lanes[name]]
+            lane for name in step.prefilling if self.capacity[lane := requests.lanes[name]]
         ]
         wanted = {}
         for name in step.decoding:
-            lane = self.lanes[name]
-            slots = min(self.hot_limit, len(self._pages[name]))
+            lane = requests.lanes[name]
+            slots = min(self.hot_limit, len(requests.pages[name]))
             if slots > self.capacity[lane]:
                 wanted[lane] = slots
         # Most decode steps need neither; these array operations would show in a small model's step.
@@ -170,7 +164,7 @@ class Ledger:
             self._maybe_return_layer(changes)
         else:
             for name, first in step.written:
-                fresh += self._pages[name][first:]
+                fresh += requests.pages[name][first:]
             self._continue_return(self._stale, np.array(fresh, np.int64), changes)
         return changes
 
@@ -182,23 +176,10 @@ class Ledger:
             RuntimeError: a frame is owned twice or lost, or a page or lane is counted wrongly; the
                 tiers cannot be trusted any more.
         """
-        owned = self.frames.audit()
-        held = np.bincount(
-            np.array([page for pages in self._pages.values() for page in pages], np.int64),
-            minlength=self.num_pages,
-        )
-        if (held != self.references).any() or len(self.lanes) + len(self._free_lanes) != len(
-            self.capacity
-        ):
-            raise RuntimeError(
-                f"specontext: {len(self.lanes)} requests hold {held.sum()} pages, "
-                f"{self.references.sum()} are counted, and "
-                f"{len(self._free_lanes)} of {len(self.capacity)} lanes are free; please report it."
-            )
         return {
-            "requests": len(self.lanes),
-            "pages": int((held > 0).sum()),
-            "frames": owned,
+            "requests": len(self.requests.lanes),
+            "pages": self.requests.audit(),
+            "frames": self.frames.audit(),
             "free_frames": self.frames.num_free,
         }
 
@@ -206,11 +187,12 @@ class Ledger:
         """The smallest number of offloaded layers with which the running requests fit, with hot
         buffers of up to ``hot_limit`` slots.
         """
-        live = int((self.references > 0).sum())
+        references = self.requests.references
+        live = int((references > 0).sum())
         # In layers without a mirror, cached pages without a request keep their frames.
-        unmirrored = self.frames.frame_table[: self.first_mirrored, self.references == 0]
+        unmirrored = self.frames.frame_table[: self.first_mirrored, references == 0]
         cached = int((unmirrored >= 0).sum())
-        hot = sum(min(hot_limit, len(pages)) for pages in self._pages.values())
+        hot = sum(min(hot_limit, len(pages)) for pages in self.requests.pages.values())
         excess = self.num_layers * live - (self.frames.num_frames - cached)
         if excess <= 0:
             return 0
@@ -237,19 +219,13 @@ class Ledger:
         """Layer ``resident`` as an array: the one that was offloaded last and comes back next."""
         return np.array([self.resident])
 
-    def _unreferenced(self) -> np.ndarray:
-        return np.flatnonzero(self.references == 0)
-
     def _release(self, name: str, changes: Changes) -> None:
-        lane, pages = self.lanes.pop(name), np.array(self._pages.pop(name), np.int64)
-        np.subtract.at(self.references, pages, 1)
+        lane, pages = self.requests.release(name)
         self.frames.drop_lanes(self._offloaded(), np.array([lane]), changes)
-        self.capacity[lane] = 0
-        changes.capacities[lane] = 0
-        self._free_lanes.append(lane)
+        self.capacity[lane] = changes.capacities[lane] = 0
         if not self.keep_unreferenced:
-            unheld = np.unique(pages[self.references[pages] == 0])
-            self.frames.drop_pages(np.arange(self.num_layers), unheld, changes)
+            unused = np.unique(pages[self.requests.references[pages] == 0])
+            self.frames.drop_pages(np.arange(self.num_layers), unused, changes)
 
     def _make_room(self, touched: np.ndarray, wanted: dict[int, int], changes: Changes) -> None:
         """Free frames until ``touched`` pages and ``wanted`` slots (by lane) can have theirs."""
@@ -262,7 +238,7 @@ class Ledger:
                 return
             if not reclaimed:
                 mirrored = np.arange(self.first_mirrored, self.framed)
-                frames.drop_pages(mirrored, self._unreferenced(), changes)
+                frames.drop_pages(mirrored, self.requests.unused_pages, changes)
                 reclaimed = True
             elif self._stale is not None:
                 self._stale = None
@@ -295,9 +271,9 @@ class Ledger:
             return
         self._steps_to_return = COOLDOWN_STEPS
         frames = self.frames
-        live, unreferenced = np.flatnonzero(self.references), self._unreferenced()
+        live, unused = self.requests.used_pages, self.requests.unused_pages
         mirrored = np.arange(self.first_mirrored, self.resident)
-        idle = int((frames.frame_table[np.ix_(mirrored, unreferenced)] >= 0).sum())
+        idle = int((frames.frame_table[np.ix_(mirrored, unused)] >= 0).sum())
         room = frames.num_free - len(live) - RESERVE_SHARE * frames.num_frames
         slowly = len(live) > self.return_pages
         if not slowly:
@@ -306,7 +282,7 @@ class Ledger:
         if room + idle < 0:
             return
         if room < 0:
-            frames.drop_pages(mirrored, unreferenced, changes)
+            frames.drop_pages(mirrored, unused, changes)
         if not slowly:
             frames.drop_lanes(self._first_offloaded(), np.flatnonzero(self.capacity), changes)
         frames.give_pages(np.full(len(live), self.resident), live, changes)
@@ -324,7 +300,7 @@ class Ledger:
             fresh: pages that the step writes.
         """
         stale[fresh] = True
-        is_rest = stale & (self.references > 0)
+        is_rest = stale & (self.requests.references > 0)
         missing = np.flatnonzero(is_rest)
         is_rest[fresh] = False
         rest = np.flatnonzero(is_rest)
@@ -334,7 +310,8 @@ class Ledger:
         if len(rest) <= share:
             self.frames.drop_lanes(self._first_offloaded(), np.flatnonzero(self.capacity), changes)
             # Pages without a request may be incomplete here; the host pool has all of them.
-            self.frames.drop_pages(self._first_offloaded(), self._unreferenced(), changes)
+            unused = self.requests.unused_pages
+            self.frames.drop_pages(self._first_offloaded(), unused, changes)
             self._end_return(missing, changes)
             return
         # A step that writes nothing runs no layer beside which to copy.

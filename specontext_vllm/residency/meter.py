@@ -1,4 +1,4 @@
-"""Figures that the device counts, and how the host gets to see them without waiting."""
+"""The counters of the two tiers' kernels, and how the host reads them without waiting."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from specontext_vllm.triton_kernels.counters import (
 )
 
 POLL_STEPS = 16
-"""Steps between two looks at the counters."""
+"""Steps between two readings of the counters."""
 
 
 class Meter:
-    """Counters on the device, an exact reading of them, and a late one that costs no wait.
+    """Counters on the device, with an exact reading and a late one that does not wait.
 
     Attributes:
-        counts: ``[COUNTERS]`` int64 on the device; kernels add to it and nothing else writes it.
-        seen: the same as the host last saw it.
+        counts: ``[COUNTERS]`` int64 on the device, which kernels add to.
+        seen: its values in the last late reading.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,8 +37,8 @@ class Meter:
         self._polls = 0
 
     def poll(self) -> np.ndarray | None:
-        """Called once a step: what was counted between the last two looks, when there is news; else
-        None.
+        """Call once a step; what was counted between the last two late readings when one has just
+        arrived, else None.
         """
         self._polls += 1
         if self._polls % POLL_STEPS == 0:
@@ -58,8 +58,9 @@ class Meter:
 
 
 def ratios(counted: np.ndarray, head_page_bytes: int) -> dict[str, float]:
-    """What counters of some steps say: ``hit_rate``, ``fetched_bytes``, ``late_share`` of the
-    layers' prefetches and ``late_us``, the mean microseconds of a late one."""
+    """Figures from the counters of some steps: ``hit_rate``, ``fetched_bytes``, ``late_share`` of
+    the layers' fetches, and ``late_us``, the mean lateness of a late one in microseconds.
+    """
     return {
         "hit_rate": float(1 - counted[MISSED] / max(1, counted[SELECTED])),
         "fetched_bytes": int(counted[FETCHED]) * head_page_bytes,
@@ -69,16 +70,15 @@ def ratios(counted: np.ndarray, head_page_bytes: int) -> dict[str, float]:
 
 
 def late_share(counted: np.ndarray) -> float | None:
-    """Share of the layers' prefetches that came late; None where none was timed."""
+    """Share of the layers' fetches that came late; None where none was timed."""
     return float(counted[LATE] / counted[AWAITED]) if counted[AWAITED] else None
 
 
 def miss_rates(counted: np.ndarray) -> tuple[float, float] | None:
-    """Share of the selected head pages that were missed, and that would have been missed with no
-    slot beyond the selection's own.
+    """Share of the selected head pages that were missed, and the share that buffers without a slot
+    beyond the selection would have missed; None when nothing was selected.
 
-    The second one counts hits on pages that the step before did not read. None when nothing was
-    selected.
+    Such buffers would also miss the pages that the step before did not read.
     """
     if not counted[SELECTED]:
         return None

@@ -1,4 +1,4 @@
-"""How much host memory a worker's pool of KV pages takes."""
+"""How much host memory a worker's pool of KV pages takes (host_kv_gib)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from specontext_vllm.sizes import in_gib
 logger = logging.getLogger("vllm.specontext")
 
 RESERVE_SHARE = 0.1
-"""Share of the machine's free memory that host_kv_gib "auto" leaves alone; and never less than
-RESERVE_BYTES.
-"""
+"""Share of the machine's free memory that host_kv_gib "auto" leaves free."""
+
 RESERVE_BYTES = 8 << 30
+"""Bytes that it leaves free at least."""
 
 
 def worker_host_bytes(
@@ -24,9 +24,9 @@ def worker_host_bytes(
     """Bytes of one worker's host pool. The setting is the machine's; the workers on it share it.
 
     Args:
-        asked: host_kv_gib. in_flight: KV in bytes, on one worker, of as many and as long requests
-            as may run at once.
-        workers: of this engine, on this machine.
+        asked: host_kv_gib.
+        in_flight: KV in bytes, on one worker, of as many and as long requests as may run at once.
+        workers: workers of this engine on this machine.
         engines: data-parallel engines on this machine.
     Raises:
         ConfigError: the machine has too little memory free.
@@ -47,7 +47,7 @@ def worker_host_bytes(
 
 
 def host_reserve(free: int) -> int:
-    """Bytes of ``free`` host memory that host_kv_gib "auto" leaves alone."""
+    """Bytes of ``free`` host memory that host_kv_gib "auto" leaves free."""
     return max(RESERVE_BYTES, int(RESERVE_SHARE * free))
 
 
@@ -55,11 +55,11 @@ def recommended_host_bytes(free: int, in_flight: int) -> int:
     """The pools of host_kv_gib "auto" on this machine together, in bytes.
 
     Args:
-        free: memory that may be taken. in_flight: KV of as many and as long requests as may run at
-            once. More would only hold pages without a request, and every page costs GPU memory for
-            the head's caches.
+        free: free memory.
+        in_flight: KV of as many and as long requests as may run at once. A larger pool would only
+            hold pages without a request, and each page takes GPU memory for the head's caches.
     Raises:
-        ConfigError: nothing is left beside the reserve.
+        ConfigError: nothing is free beyond the reserve.
     """
     if free <= host_reserve(free):
         there, reserve = in_gib(free, host_reserve(free))
@@ -75,8 +75,8 @@ def asked_host_bytes(gib: float, free: int, engines: int) -> int:
     """The pools of a host_kv_gib in numbers on this machine together, in bytes.
 
     Args:
-        free: memory that may be taken now. The machine's other engines may have taken their shares
-            already, or not yet: then the last one to allocate is refused.
+        free: memory that is free now. Where other engines of this machine have yet to take their
+            shares, the last one to allocate is refused.
         engines: data-parallel engines on this machine, which share the pool.
     Raises:
         ConfigError: this engine's share is not free.

@@ -192,7 +192,7 @@ class TieredKV:
 
     def place_rows(self, names: Sequence[str], table_rows: int) -> None:
         """Note which request each decode row is; the rows after them are padding."""
-        lanes = self._ledger.lanes
+        lanes = self._ledger.requests.lanes
         self._tables.place_rows([lanes[name] for name in names] + [-1] * (table_rows - len(names)))
 
     def resolve(self, selection: Selection, batch: StepBatch) -> None:

@@ -26,12 +26,13 @@ def test_more_than_is_free_is_refused(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     with pytest.raises(
         HostPoolError,
-        match=r"host_kv_gib: the pool needs 2\.00 GiB and this machine has 1\.00 GiB of memory free; lower it",
+        match=r"host_kv_gib: the pool needs 2\.00 GiB and this machine has 1\.00 GiB of memory "
+        "free; lower it",
     ):
         allocate_host_pool((2**31,), torch.uint8, torch.device("cpu"))
 
 
-def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
+def test_a_driver_that_locks_no_more_refuses_the_pool(monkeypatch):
     """Root is above the limit on locked memory, on the GPU machine too, so the driver's answer is
     made up here.
     """
@@ -40,7 +41,8 @@ def test_a_driver_that_locks_no_more_is_heard(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     with pytest.raises(
         HostPoolError,
-        match=r"host_kv_gib: the driver refused to lock 0\.000004 GiB of memory \(2\); raise .* \(ulimit -l\) or lower host_kv_gib",
+        match=r"host_kv_gib: the driver refused to lock 0\.000004 GiB of memory \(2\); raise .* "
+        r"\(ulimit -l\) or lower host_kv_gib",
     ):
         allocate_host_pool((4096,), torch.uint8, torch.device("cuda"))
     assert asked == [4096]

@@ -5,7 +5,12 @@ counters.
 import numpy as np
 import pytest
 
-from specontext_vllm.residency.hot_size import PRIOR_RATES, SETTLE_LOOKS, HotSizePolicy, prior_rate
+from specontext_vllm.residency.hot_size import (
+    PRIOR_RATES,
+    SETTLE_READINGS,
+    HotSizePolicy,
+    prior_rate,
+)
 from specontext_vllm.residency.ledger import Ledger
 from specontext_vllm.residency.meter import POLL_STEPS, Meter, miss_rates, ratios
 from specontext_vllm.step_data import ScheduledStep, StartedRequest
@@ -31,7 +36,7 @@ def loaded(pages, requests=4, frames=2000):
 
 
 def settled(policy, ledger):
-    for _ in range(SETTLE_LOOKS):
+    for _ in range(SETTLE_READINGS):
         size = policy.choose(ledger)
     return size
 

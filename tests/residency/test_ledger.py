@@ -58,7 +58,8 @@ class Schedule(RuleBasedStateMachine):
     ):
         before = self.ledger.resident
         decoding = (
-            [name for name in self.ledger.lanes if name not in released] + [r.name for r in started]
+            [name for name in self.ledger.requests.lanes if name not in released]
+            + [r.name for r in started]
             if decode_all
             else []
         )
@@ -190,7 +191,7 @@ class Schedule(RuleBasedStateMachine):
         )
         everything = np.concatenate([held, ledger.frames.free])
         assert sorted(everything) == list(range(10, 10 + FRAMES))
-        assert ledger.audit()["requests"] == len(ledger.lanes)
+        assert ledger.audit()["requests"] == len(ledger.requests.lanes)
 
     @invariant()
     def pages_are_where_the_tables_say(self):
@@ -209,7 +210,7 @@ class Schedule(RuleBasedStateMachine):
                     )
                 for layer in range(ledger.resident, LAYERS):
                     assert self.host[(layer, page)] == self.version[page]
-        for name, lane in ledger.lanes.items():
+        for name, lane in ledger.requests.lanes.items():
             slots = min(ledger.hot_limit, len(self.running[name])) if ledger.capacity[lane] else 0
             assert slots <= ledger.capacity[lane] <= ledger.hot_limit
             assert (ledger.frames.hot_table[:, lane, ledger.capacity[lane] :] < 0).all()
@@ -289,8 +290,8 @@ def test_offloads_last_layer_first_and_returns_it_when_pressure_falls():
 
 
 def returning():
-    """A ledger of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9) and
-    "c" (10 to 19); pages 20 to 29 are cached.
+    """A ledger of which layer 3 has begun to come back, three pages a step, for "a" (pages 0 to 9)
+    and "c" (10 to 19); pages 20 to 29 are cached.
     """
     ledger = make_ledger(return_pages=3, num_pages=60, frames=np.arange(170), max_requests=3)
     follow(ledger, started=[StartedRequest("c", list(range(10, 20)), 0)])
@@ -427,9 +428,9 @@ def test_audit_finds_damage(damage):
     elif damage == "lost":
         ledger.frames.frame_table[0, 1] = -1
     elif damage == "reference":
-        ledger.references[7] = 1
+        ledger.requests.references[7] = 1
     else:
-        ledger.lanes.pop("a")
+        ledger.requests.lanes.pop("a")
     with pytest.raises(RuntimeError, match="please report it"):
         ledger.audit()
 
@@ -438,7 +439,7 @@ def test_without_prefix_caching_released_pages_lose_their_frames():
     ledger = make_ledger(keep_unreferenced=False)
     follow(ledger, started=[StartedRequest("a", [1, 2, 3], 0)], decoding=["a"])
     follow(ledger, released=["a"])
-    assert ledger.frames.num_free == 96 and not ledger.lanes
+    assert ledger.frames.num_free == 96 and not ledger.requests.lanes
 
 
 def test_a_name_that_starts_again_lets_go_of_what_it_held():
@@ -448,6 +449,6 @@ def test_a_name_that_starts_again_lets_go_of_what_it_held():
     changes = follow(ledger, started=[StartedRequest("a", [1, 2, 3, 4], 3)])
     assert ledger.audit() == {"requests": 1, "pages": 4, "frames": 16, "free_frames": 80}
     assert not changes.loads, "its frames hold what they held"
-    assert ledger.lanes["a"] in changes.lanes
+    assert ledger.requests.lanes["a"] in changes.lanes
     follow(ledger, released=["a"])
     assert ledger.audit()["requests"] == 0

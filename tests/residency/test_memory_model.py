@@ -183,7 +183,8 @@ def test_refusals_name_the_setting_and_the_numbers():
         crowded.plan(16 * GIB, 80 * GIB)
     with pytest.raises(
         MemoryModelError,
-        match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV hold, however small the hot buffers",
+        match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV "
+        "hold, however small the hot buffers",
     ):
         crowded.plan(16 * GIB, GIB >> 10)
     with pytest.raises(MemoryModelError, match="hold not one page"):

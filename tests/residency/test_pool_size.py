@@ -18,7 +18,8 @@ def test_auto_leaves_a_reserve_and_takes_no_more_than_requests_can_fill():
     assert recommended_host_bytes(500 * gib, 80 * gib) == 80 * gib
     with pytest.raises(
         ConfigError,
-        match=r"host_kv_gib: found 'auto', but this machine has 7\.00 GiB of memory free, all within the 8\.00 GiB that auto leaves alone",
+        match=r"host_kv_gib: found 'auto', but this machine has 7\.00 GiB of memory free, all "
+        r"within the 8\.00 GiB that auto leaves alone",
     ):
         recommended_host_bytes(7 * gib, 80 * gib)
 
@@ -27,7 +28,8 @@ def test_engines_on_one_machine_share_what_was_asked_for():
     assert asked_host_bytes(40, 41 << 30, 1) == asked_host_bytes(40, 20 << 30, 2) == 40 << 30
     with pytest.raises(
         ConfigError,
-        match=r"host_kv_gib: found 40, of which this engine takes 20\.00 GiB, but this machine has 19\.00 GiB of memory free; lower it",
+        match=r"host_kv_gib: found 40, of which this engine takes 20\.00 GiB, but this machine "
+        r"has 19\.00 GiB of memory free; lower it",
     ):
         asked_host_bytes(40, 19 << 30, 2)
     with pytest.raises(
