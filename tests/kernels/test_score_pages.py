@@ -1,4 +1,4 @@
-"""The scoring kernel against the torch reference, which is itself checked against a dense softmax."""
+"""The scoring kernel against the torch reference, itself checked against a dense softmax."""
 
 import pytest
 import torch

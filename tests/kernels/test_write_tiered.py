@@ -1,15 +1,16 @@
-"""Writing new tokens into frames and the mirror: the kernel against the torch path."""
+"""Writing new tokens into frames and the mirror: the kernel against the torch path and a loop."""
 
 import pytest
 import torch
 
-from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.transfer import write
 from specontext_vllm.step_data import PageTable
 from specontext_vllm.tier_data import LayerMemory
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
 HEADS = 2
+PAGES, FRAMES, LAYER = 12, 9, 4
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
@@ -68,3 +69,58 @@ def test_write_kernel_matches_reference(mirrored, resident, device):
         assert torch.equal(mirror[3, 1, 7], torch.cat([key[1, 1], value[1, 1]]))
     if resident:
         assert torch.equal(arena[frames[1], 1, 3], torch.cat([key[5, 1], value[5, 1]]))
+
+
+@pytest.mark.parametrize("mirrored", [True, False], ids=["mirrored", "no-mirror"])
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "offloaded"])
+@pytest.mark.parametrize(
+    ("heads", "width"), [pytest.param(2, 32, id="gqa"), pytest.param(3, 40, id="odd")]
+)
+def test_tokens_go_where_their_layer_reads_them_and_to_the_mirror(
+    heads, width, resident, mirrored, device
+):
+    decodes, prompts = 3, 5
+    table = PageTable.allocate(decodes + 1, heads, 4, device)
+    table.pages.fill_(-1)
+    # Each KV head has pages of its own; the new token is the last of the last one.
+    lengths = torch.tensor([1, 40, 16], dtype=torch.int32).repeat_interleave(heads)
+    head_pages = torch.randperm(FRAMES * heads)[: decodes * heads].int()
+    for sequence, tokens in enumerate(lengths.tolist()):
+        table.pages[sequence, pages_for(tokens) - 1] = int(head_pages[sequence])
+    table.lengths[: len(lengths)] = lengths.to(device)
+    # A padding token among the prompt's; tokens behind the slots that belong to no row.
+    slots = torch.randperm(PAGES * PAGE_SIZE)[: decodes + prompts]
+    slots[decodes + 2] = -1
+    # Frames that the decode rows' pages do not use.
+    free = [f for f in range(FRAMES) if not (head_pages // heads == f).any()]
+    frames = torch.tensor([free[page % len(free)] for page in range(PAGES)], dtype=torch.int32)
+    key, value = torch.randn(2, decodes + prompts + 2, heads, width)
+    arena, mirror = (
+        torch.full((count, heads, PAGE_SIZE, 2 * width), float("nan")) for count in (FRAMES, PAGES)
+    )
+    on_device, mirror_there = arena.to(device, copy=True), mirror.to(device, copy=True)
+    memory = LayerMemory(
+        LAYER,
+        table,
+        frames.to(device),
+        torch.tensor([LAYER + resident], dtype=torch.int32, device=device),
+        on_device,
+        mirror_there if mirrored else None,
+    )
+    write_tiered(key.to(device), value.to(device), slots.to(device), memory, num_decodes=decodes)
+    for token, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        page, offset = divmod(slot, PAGE_SIZE)
+        new = torch.cat([key[token], value[token]], -1)
+        if mirrored:
+            mirror[page, :, offset] = new
+        for head in range(heads):
+            if token < decodes:
+                at = int(head_pages[token * heads + head])
+                last = (int(lengths[token * heads + head]) - 1) % PAGE_SIZE
+                arena[at // heads, at % heads, last] = new[head]
+            elif resident:
+                arena[int(frames[page]), head, offset] = new[head]
+    torch.testing.assert_close(on_device.cpu(), arena, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(mirror_there.cpu(), mirror, rtol=0, atol=0, equal_nan=True)
