@@ -18,7 +18,7 @@ from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.demo.decoder import Decoder
 from specontext_vllm.distillation.command import DistillError
 from specontext_vllm.distillation.draft import DraftModel
-from specontext_vllm.distillation.recall import LEAST_BUDGET
+from specontext_vllm.distillation.recall import MIN_BUDGET
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
 
@@ -61,9 +61,9 @@ def main(
     have in common.
     """
     sizes = [int(part) if part.strip().isdigit() else 0 for part in budgets.split(",")]
-    if min(sizes) < LEAST_BUDGET:
+    if min(sizes) < MIN_BUDGET:
         typer.echo(
-            f"--budgets: found {budgets!r}; give numbers of at least {LEAST_BUDGET}, separated by "
+            f"--budgets: found {budgets!r}; give numbers of at least {MIN_BUDGET}, separated by "
             "commas.",
             err=True,
         )

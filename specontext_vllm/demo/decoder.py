@@ -11,6 +11,13 @@ from torch import Tensor
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.demo.model import Model
 from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.retrieval.reference import (
+    Budget,
+    choose_pages,
+    grouped_logits,
+    page_scores,
+    reduce_to_pages,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Decoder:
             position = torch.tensor([length], device=self.device)
             length += 1
             embed = self.model.embed_tokens(token)
-            weight = kept = None
+            kept = None
             if self.draft is not None and head_keys is not None:
                 _, q, k, _ = self.draft.queries_keys(embed, aux, position)
                 head_keys = torch.cat([head_keys, k], 2)
@@ -98,11 +105,12 @@ class Decoder:
                 if method == "dlm":
                     if head_keys is None:
                         raise ValueError('method "dlm" needs a retrieval head.')
-                    weight = self.weights(q, head_keys, unread=1).amax(2)
+                    looked_at = [self.logits(q, head_keys, unread=1)]
                 elif method == "common":
-                    _, _, weights = self.step(embed, position, list(keys), list(values), None)
-                    weight = torch.stack([w.amax(2) for w in weights]).amax(0)
-                kept = self.select(method, budget, weight, length, generator)
+                    _, _, looked_at = self.step(embed, position, list(keys), list(values), None)
+                else:
+                    looked_at = []
+                kept = self.select(method, budget, looked_at, length, generator)
             h, aux, _ = self.step(embed, position, keys, values, kept)
             token = self.model.head(h).argmax(-1)
         return out
@@ -116,58 +124,51 @@ class Decoder:
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """One token through all layers, which read the ``kept [1, nkv, T]`` tokens (None: all): its
-        last state, its auxiliary states, and each layer's weights.
+        last state, its auxiliary states, and each layer's logits.
 
         ``keys`` and ``values`` are replaced, layer by layer, by those with the new token.
         """
-        aux, weights = [], []
+        aux, logits = [], []
         for i, block in enumerate(self.model.blocks):
             if i in self.model.size.aux_layers:
                 aux.append(h)
             q, k, v = block.qkv(h, position)
             keys[i], values[i] = torch.cat([keys[i], k], 2), torch.cat([values[i], v], 2)
-            weights.append(self.weights(q, keys[i], kept=kept))
-            attended = torch.einsum("bkgt,bktd->bkgd", weights[-1], values[i].float())
+            logits.append(self.logits(q, keys[i], kept=kept))
+            attended = torch.einsum("bkgt,bktd->bkgd", logits[-1].softmax(-1), values[i].float())
             h = block.rest(h, attended.flatten(1, 2)[:, :, None].to(h.dtype))
-        return h, torch.cat(aux, -1), weights
+        return h, torch.cat(aux, -1), logits
 
-    def weights(
+    def logits(
         self, q: Tensor, keys: Tensor, kept: Tensor | None = None, unread: int = 0
     ) -> Tensor:
-        """Softmax ``[1, nkv, G, T]`` of one query over the keys, less the first ``unread`` ones and
-        those that are not kept.
+        """Logits ``[1, nkv, G, T]`` of one query over the keys: -inf for the first ``unread`` ones
+        and those that are not kept.
         """
-        grouped = q.unflatten(1, (keys.shape[1], -1))[..., 0, :].float()
-        logits = torch.einsum("bkgd,bktd->bkgt", grouped, keys.float()) * q.shape[-1] ** -0.5
+        logits = grouped_logits(q, keys)[:, :, 0]
         if kept is not None:
             logits = logits.masked_fill(~kept[:, :, None], float("-inf"))
         logits[..., :unread] = float("-inf")
-        return logits.softmax(-1)
+        return logits
 
     def select(
         self,
         method: str,
         budget: int,
-        weight: Tensor | None,
+        looked_at: list[Tensor],
         length: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """Kept tokens ``[1, nkv, length]``: page 0, the five newest pages, and the best of the
-        rest, by ``weight [1, nkv, length]`` if there is one.
+        """Kept tokens ``[1, nkv, length]``: those of page 0, of the five newest pages, and of the
+        best of the rest, by the largest score under any of the logits ``[1, nkv, G, length]``.
         """
         nkv, count = self.model.size.kv_heads, -(-length // PAGE_SIZE)
-        if weight is not None:
-            pages = (
-                F.pad(weight, (0, count * PAGE_SIZE - length))
-                .unflatten(-1, (count, PAGE_SIZE))
-                .amax(-1)
-            )
+        if looked_at:
+            by_layer = [page_scores(*reduce_to_pages(x, PAGE_SIZE))[0] for x in looked_at]
+            scores = torch.stack(by_layer).amax(0)
         elif method == "recent":
-            pages = torch.arange(count, device=self.device).float().expand(1, nkv, count).clone()
+            scores = torch.arange(count, device=self.device).float().expand(1, nkv, count)
         else:
-            pages = torch.rand(1, nkv, count, device=self.device, generator=generator)
-        pages[..., 0] = pages[..., -5:] = float("inf")
-        chosen = torch.zeros_like(pages, dtype=torch.bool).scatter_(
-            2, pages.topk(budget // PAGE_SIZE, -1).indices, True
-        )
+            scores = torch.rand(1, nkv, count, device=self.device, generator=generator)
+        chosen = choose_pages(scores, count, Budget(budget // PAGE_SIZE, sinks=1, recents=5))
         return chosen.repeat_interleave(PAGE_SIZE, -1)[..., :length]

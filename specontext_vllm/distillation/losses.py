@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specontext_vllm.retrieval.reference import grouped_logits, token_scores
+
 WINDOW = 32
 """Newest tokens that alignment leaves out (docs/results/distillation.md, losses)."""
 SHARPNESS = 2.0
@@ -68,7 +70,7 @@ class AttentionTarget:
         Args:
             scale: factor of ``q . k``; None for ``D ** -0.5``.
         """
-        (batch, heads, length, d), kv_heads = query.shape, key.shape[1]
+        (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
         step = torch.arange(length, device=at.device)
         if self._target is None:
             self._target = torch.zeros(batch, kv_heads, at.shape[1], length, device=query.device)
@@ -77,17 +79,9 @@ class AttentionTarget:
         chunk = max(1, self.CHUNK // (batch * heads * length))
         for first in range(0, at.shape[1], chunk):
             here = at[:, first : first + chunk]
-            chosen = query.gather(2, here[:, None, :, None].expand(-1, heads, -1, d)).unflatten(
-                1, (kv_heads, -1)
-            )
-            logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), key.float()) * (
-                scale or d**-0.5
-            )
-            weight = (
-                logits.masked_fill_(step > here[:, None, None, :, None], float("-inf"))
-                .softmax(-1)
-                .amax(2)
-            )
+            logits = grouped_logits(query, key, here, scale)
+            logits.masked_fill_(step > here[:, None, :, None, None], float("-inf"))
+            weight = token_scores(logits).exp()
             known = self._target[:, :, first : first + chunk]
             if self.over_layers == "max":
                 torch.maximum(known, weight, out=known)
@@ -141,16 +135,14 @@ def alignment_loss(
         each_token: the query heads of a group share the tokens; else one of them, the best at this
             position, counts for all tokens.
     """
-    nkv, length, d = k.shape[1:]
-    step = torch.arange(length, device=at.device)
+    step = torch.arange(k.shape[2], device=at.device)
     far = step < at[:, None, :, None] - window
-    chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(1, (nkv, -1))
-    logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), k.float()) * d**-0.5
-    log_weight = logits.masked_fill(~far[:, :, None], -1e9).log_softmax(-1).clamp(min=-30.0)
+    logits = grouped_logits(q, k, at).masked_fill(~far[:, :, :, None], -1e9)
     sharp = target**sharpness
     sharp = sharp / sharp.sum(-1, keepdim=True).clamp(min=1e-12)
     if each_token:
-        entropy = -(sharp * log_weight.amax(2)).sum(-1)
+        entropy = -(sharp * token_scores(logits).clamp(min=-30.0)).sum(-1)
     else:
-        entropy = -(sharp[:, :, None] * log_weight).sum(-1).amin(2)
+        log_weight = logits.log_softmax(-1).clamp(min=-30.0)
+        entropy = -(sharp[:, :, :, None] * log_weight).sum(-1).amin(-1)
     return (entropy * mass.clamp(max=1.0)).mean()

@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-from specontext_vllm.distillation.recall import LEAST_BUDGET
+from specontext_vllm.distillation.recall import MIN_BUDGET
 from specontext_vllm.distillation.settings import Loss, Settings
 
 CONTEXT, LEAST_CONTEXT = 32768, 256
@@ -76,9 +76,9 @@ def make_settings(
         raise OptionError(
             f"--learning-rate: found {learning_rate:g}; give more than 0, or leave it out."
         )
-    if budget is not None and not LEAST_BUDGET <= budget < context:
+    if budget is not None and not MIN_BUDGET <= budget < context:
         raise OptionError(
-            f"--budget: found {budget}; give {LEAST_BUDGET} tokens, which sinks, recents and one "
+            f"--budget: found {budget}; give {MIN_BUDGET} tokens, which sinks, recents and one "
             "page to choose need, or more, and less than the "
             f"context ({context})."
         )
@@ -89,7 +89,7 @@ def make_settings(
     return Settings(
         context=context,
         batch_tokens=batch_tokens or context,
-        budget=budget or max(LEAST_BUDGET, context // 16),
+        budget=budget or max(MIN_BUDGET, context // 16),
         hours=hours,
         steps=steps,
         loss=loss,

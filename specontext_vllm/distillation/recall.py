@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,17 @@ from specontext_vllm.distillation.data import sample_positions
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.teacher import Lesson, Teacher
+from specontext_vllm.retrieval.reference import (
+    Budget,
+    choose_pages,
+    grouped_logits,
+    page_scores,
+    reduce_to_pages,
+)
 
 _SERVED = SpeContextConfig.model_construct()
 RECENT_TOKENS = _SERVED.recent_tokens
-LEAST_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
+MIN_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
 """Tokens of sinks, recents and one page to choose."""
 
 
@@ -28,9 +35,9 @@ class Recall:
     Attributes:
         found: share of the teacher's far attention on the pages a budget holds; ``best``: on those
             of the choice that holds most of it.
-        heaviest: how often the page with the teacher's largest weight of all is among them. Most of
-            what is copied or looked up hangs on that one; shares also count what many layers look
-            at a little.
+        heaviest: how often the page with the teacher's largest weight of all is among them. What is
+            copied or looked up mostly depends on that page; shares also count what many layers
+            look at a little.
     """
 
     found: float
@@ -38,25 +45,21 @@ class Recall:
     heaviest: float
 
 
-def page_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """The engine's score of a page: the largest softmax weight of a token in it, over the group's
-    query heads.
+def head_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
+    """Scores of the engine's pages under a head, the pages that are newer than the token included.
 
     Args:
         q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T. at: ``[B, S]``
             positions among them.
     Returns:
-        ``[B, nkv, S, pages]``.
+        ``[B, nkv, S, pages]``, logarithms.
     """
-    kv_heads, length, d = k.shape[1:]
-    step = torch.arange(length, device=at.device)
-    chosen = q.gather(2, at[:, None, :, None].expand(-1, q.shape[1], -1, d)).unflatten(
-        1, (kv_heads, -1)
-    )
-    logits = torch.einsum("bkgsd,bktd->bkgst", chosen.float(), k.float()) * d**-0.5
-    return _pages(
-        logits.masked_fill_(step > at[:, None, None, :, None], float("-inf")).softmax(-1).amax(2)
-    ).amax(-1)
+    step = torch.arange(k.shape[2], device=at.device)
+    logits = grouped_logits(q, k, at)
+    logits.masked_fill_(step > at[:, None, :, None, None], float("-inf"))
+    # Index 0 here is token 1: one more in front makes pages the engine's pages.
+    logits = F.pad(logits, (1, 0), value=float("-inf"))
+    return page_scores(*reduce_to_pages(logits, PAGE_SIZE))[0]
 
 
 def page_sums(target: Tensor) -> Tensor:
@@ -77,19 +80,11 @@ def _pages(weight: Tensor) -> Tensor:
 
 
 def choose(scores: Tensor, at: Tensor, pages: int) -> Tensor:
-    """Chosen pages as booleans like ``scores [B, nkv, S, pages]``: sinks, recents, then the best;
-    none that is newer than the token.
+    """The pages that the engine reads with a budget of ``pages`` and else its default settings, as
+    booleans like ``scores [B, nkv, S, pages]``; ``at [B, S]`` as in ``head_scores``.
     """
-    page = torch.arange(scores.shape[-1], device=at.device)
-    distance = ((at + 1) // PAGE_SIZE)[:, None, :, None] - page
-    held = scores.masked_fill(
-        (page < _SERVED.sink_pages) | ((distance >= 0) & (distance < _SERVED.recent_pages)),
-        float("inf"),
-    )
-    held = held.masked_fill(distance < 0, -1.0)
-    return torch.zeros_like(held, dtype=torch.bool).scatter_(
-        -1, held.topk(min(pages, held.shape[-1]), -1).indices, True
-    )
+    counts = (at + 1) // PAGE_SIZE + 1
+    return choose_pages(scores, counts[:, None, :, None], replace(Budget.of(_SERVED), total=pages))
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int
     place = torch.arange(1, seen.embeds.shape[1], device=at.device)
     with torch.autocast(at.device.type, torch.bfloat16, enabled=seen.aux.dtype == torch.bfloat16):
         _, q, k, _ = draft.queries_keys(seen.embeds[:, 1:], seen.aux[:, :-1], place)
-    scores = page_scores(q, k, at)
+    scores = head_scores(q, k, at)
     weight = seen.mass / seen.mass.sum().clamp(min=1e-9)
 
     def recall(budget: int) -> Recall:

@@ -35,8 +35,9 @@ def tokenizer():
 
 @pytest.mark.parametrize("length", [500, 512, 513])
 def test_the_heaviest_pages_are_kept(decoder, length):
-    weight = torch.rand(1, decoder.model.size.kv_heads, length)
-    kept = decoder.select("common", BUDGET, weight, length, torch.Generator())
+    layers = list(torch.randn(3, 1, decoder.model.size.kv_heads, 2, length) * 3)
+    kept = decoder.select("common", BUDGET, layers, length, torch.Generator())
+    weight = torch.stack([layer.softmax(-1).amax(2) for layer in layers]).amax(0)
     count = -(-length // 16)
     always = {0, *range(count - NEWEST, count)}
     for head in range(weight.shape[1]):
@@ -56,14 +57,12 @@ def test_a_step_reads_what_is_kept_and_says_what_each_layer_looks_at(decoder):
     embed, position = decoder.model.embed_tokens(ids[:, 100:]), torch.tensor([100])
     keys, values = list(state.keys), list(state.values)
     with torch.no_grad():
-        h, _, weights = decoder.step(embed, position, keys, values, None)
+        h, _, logits = decoder.step(embed, position, keys, values, None)
         torch.testing.assert_close(
             decoder.model.head(h)[0, 0], decoder.model(ids)[0, -1], rtol=1e-4, atol=1e-4
         )
-        assert (
-            all(torch.allclose(weight.sum(-1), torch.ones(1)) for weight in weights)
-            and keys[0].shape[2] == 101
-        )
+        assert len(logits) == len(keys) and keys[0].shape[2] == 101
+        assert all(layer.shape[-1] == 101 and layer.isfinite().all() for layer in logits)
         kept = (
             torch.rand(
                 1, decoder.model.size.kv_heads, 101, generator=torch.Generator().manual_seed(1)
@@ -71,7 +70,11 @@ def test_a_step_reads_what_is_kept_and_says_what_each_layer_looks_at(decoder):
             < 0.5
         )
         kept[..., -1] = True
-        sparse = decoder.step(embed, position, list(state.keys), list(state.values), kept)[0]
+        sparse, _, logits = decoder.step(
+            embed, position, list(state.keys), list(state.values), kept
+        )
+        for layer in logits:
+            assert torch.equal(layer.isfinite(), kept[:, :, None].expand_as(layer))
         spoiled = [torch.where(kept[..., :100, None], k, 1e4) for k in state.keys]
         torch.testing.assert_close(
             decoder.step(embed, position, spoiled, list(state.values), kept)[0], sparse

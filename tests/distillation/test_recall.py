@@ -9,8 +9,8 @@ from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.distillation.recall import (
     Seen,
     choose,
+    head_scores,
     heaviest_pages,
-    page_scores,
     page_sums,
     recall_of,
 )
@@ -32,7 +32,7 @@ def sample(seed=0):
 def test_chosen_pages_are_those_of_the_engine(pages):
     """One row of the served selection, as docs/how-it-works/decode-step.md has it, in a loop."""
     q, k, at, target = sample()
-    chosen = choose(page_scores(q, k, at), at, pages)
+    chosen = choose(head_scores(q, k, at), at, pages)
     sums = page_sums(target)
     config = SpeContextConfig(budget=pages * PAGE_SIZE)
     for s, p in enumerate(at[0].tolist()):
@@ -63,7 +63,7 @@ def test_chosen_pages_are_those_of_the_engine(pages):
 
 def test_a_budget_of_everything_recalls_everything():
     q, k, at, target = sample(1)
-    chosen = choose(page_scores(q, k, at), at, 1 + LENGTH // PAGE_SIZE)
+    chosen = choose(head_scores(q, k, at), at, 1 + LENGTH // PAGE_SIZE)
     past = target * (torch.arange(LENGTH) <= at[:, None, :, None])
     torch.testing.assert_close((page_sums(past) * chosen).sum(-1), past.sum(-1))
 
@@ -84,7 +84,7 @@ def test_recall_is_the_loops():
         heaviest_pages(target),
         mass,
     )
-    chosen = choose(page_scores(q, k, at), at, 8)
+    chosen = choose(head_scores(q, k, at), at, 8)
     found = heaviest = 0.0
     for h in range(KV_HEADS):
         for s in range(2):
