@@ -183,13 +183,9 @@ def measure_stages(
         provider.plan(table, requests)
 
     # The head's own entry point, so that the time is that of the fused path of this device.
-    def project_rows(with_queries: bool) -> torch.Tensor | None:
-        return retriever._project_decodes(
-            batch, requests, retriever.embed(batch.token_ids), with_queries=with_queries
-        )
-
-    project = timed(lambda _: project_rows(choosing), device)
-    fuse = timed(lambda _: retriever.after_forward(batch, aux), device)
+    step_shape = retriever.begin(batch)
+    project = timed(lambda _: retriever.project(batch, step_shape), device)
+    fuse = timed(lambda _: retriever.learn(batch, requests, aux), device)
     scoring = 0.0
     if choosing:
         inputs = ScoreInputs(
@@ -199,7 +195,7 @@ def measure_stages(
             rows,
             max_pages=pages,
             min_pages=chosen.total,
-            queries=project_rows(True),
+            queries=retriever.project(batch, step_shape),
             keys=cache.keys,
         )
         scoring = timed(lambda _: inputs.score_keys(scores), device)

@@ -95,6 +95,51 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
+class RowPart:
+    """Consecutive rows that are scored together.
+
+    Attributes:
+        rows: their range, padding included.
+        max_pages: upper bound of the pages of one of them.
+    """
+
+    rows: range
+    max_pages: int
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the host knows of the decode rows of a step. Steps of one shape launch the same kernels,
+    so it is also a key of CUDA graphs.
+
+    Attributes:
+        rows: leading rows whose tokens get keys: the decode rows, and in a graph the padding rows.
+        chooses: some row may have more pages than the budget; if none has, all are read whole.
+        parts: the rows in parts whose scores fit the workspace; none without decode rows.
+    """
+
+    rows: int
+    chooses: bool
+    parts: tuple[RowPart, ...]
+
+    def padded(self, table_rows: int) -> StepShape:
+        """The shape that a graph is captured for: its ``table_rows`` rows include the padding's,
+        which read nothing and write to nowhere, and its bound of the pages is one of few.
+        """
+        max_pages = bucket(self.parts[0].max_pages) if self.chooses else 1
+        return StepShape(table_rows, self.chooses, (RowPart(range(table_rows), max_pages),))
+
+
+def bucket(pages: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below ``pages``, so that steps
+    with longer and longer contexts need few graphs. Programs for pages beyond a row's end return at
+    once.
+    """
+    step = max(1, (1 << (pages - 1).bit_length()) // 4)
+    return -(-pages // step) * step
+
+
+@dataclass(frozen=True)
 class PageScores:
     """What scoring tells selection: a workspace in which the pages of the rows lie one row after
     the other, each row with its own number of pages (C pages in all).
@@ -104,11 +149,13 @@ class PageScores:
             head of the scoring model.
         page_lse: ``[NQ, C]`` float32, log-sum-exp of the same.
         order: ``[H, C]`` int32 scratch of the selection.
+        starts: ``[rows]`` int32, where the pages of each scored row start; None before scoring.
     """
 
     page_max: Tensor
     page_lse: Tensor
     order: Tensor
+    starts: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -154,19 +201,30 @@ class Selection:
             page is a block of vLLM's with one tier, and counted from the request's start with two.
         lengths: ``[rows * H]`` int32 tokens in them; 0 for padding rows.
         kept_mass: ``[rows, H]`` float32, share of the scoring model's attention on these pages.
+        page_ids: ``[rows, W]`` int32, what each row's pages are called in ``pages``; None: as in
+            the step's block table.
     """
 
     pages: Tensor
     lengths: Tensor
     kept_mass: Tensor
+    page_ids: Tensor | None = None
 
     @classmethod
-    def into(cls, table: PageTable) -> Selection:
-        """A selection that is written into ``table``."""
-        kept_mass = torch.ones(
-            table.rows, table.num_kv_heads, dtype=torch.float32, device=table.pages.device
-        )
-        return cls(table.pages, table.lengths, kept_mass)
+    def into(cls, table: PageTable, *, count_from_start: int = 0) -> Selection:
+        """A selection in the buffers of ``table``.
+
+        Args:
+            count_from_start: with two tiers the most pages of a request; its pages are then counted
+                from its start.
+        """
+        device = table.pages.device
+        kept_mass = torch.ones(table.rows, table.num_kv_heads, dtype=torch.float32, device=device)
+        page_ids = None
+        if count_from_start:
+            counted = torch.arange(count_from_start, dtype=torch.int32, device=device)
+            page_ids = counted.expand(table.rows, -1)
+        return cls(table.pages, table.lengths, kept_mass, page_ids)
 
     @property
     def num_kv_heads(self) -> int:

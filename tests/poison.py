@@ -50,7 +50,7 @@ class PoisonedTieredKV(TieredKV):
 def poisoned_tiers() -> Iterator[None]:
     """Engines that are started meanwhile, in this process, have such tiers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specontext_vllm.engine.runtime.TieredKV", PoisonedTieredKV)
+        patch.setattr("specontext_vllm.engine.parts.TieredKV", PoisonedTieredKV)
         yield
 
 

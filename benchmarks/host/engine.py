@@ -134,9 +134,16 @@ def steps(engine: Any, count: int) -> list[float]:
 def watched(runner: Any, calls: dict[str, list[float]]) -> Iterator[None]:
     """Time the runner's calls and our hooks into ``calls``, seconds by name."""
     runtime = getattr(runner, "runtime", None)
-    places = [(runner, "execute_model"), (runner, "sample_tokens")]
+    places = [
+        ("execute_model", runner, "execute_model"),
+        ("sample_tokens", runner, "sample_tokens"),
+    ]
     if runtime is not None:
-        places += [(runtime, "begin_step"), (runtime, "before_forward"), (runtime, "after_forward")]
+        places += [
+            ("begin_step", runtime.step, "begin"),
+            ("before_forward", runtime.step, "before_model"),
+            ("after_forward", runtime.step, "after_model"),
+        ]
 
     def timing(name: str, call: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -150,8 +157,8 @@ def watched(runner: Any, calls: dict[str, list[float]]) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Future, "result", timing("wait", Future.result)))
-        for owner, name in places:
-            stack.enter_context(patch.object(owner, name, timing(name, getattr(owner, name))))
+        for name, owner, method in places:
+            stack.enter_context(patch.object(owner, method, timing(name, getattr(owner, method))))
         yield
 
 

@@ -21,8 +21,7 @@ from specontext_vllm.observability.files import PUBLISHERS, MetricFiles
 from specontext_vllm.residency.figures import TierStatus
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval import counters as decode
-from specontext_vllm.retrieval.local import LocalRetriever
-from specontext_vllm.sidecar.remote import RemoteRetriever
+from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.triton_kernels import counters as tier
 
 logger = init_logger("vllm.specontext")
@@ -34,7 +33,10 @@ SIDECAR = {
     "sidecar_lost_pages": catalog.SIDECAR_LOST_PAGES,
     "sidecar_wait_seconds": catalog.SIDECAR_WAIT_SECONDS,
 }
-"""Metrics of ``RemoteRetriever.figures``."""
+"""Metrics of ``Retriever.figures``."""
+
+REPORT_SECONDS = 10
+"""Time between two lines about the tiers in the log, as between vLLM's own."""
 
 PUBLISH_SECONDS = 1.0
 """Time between two readings of what the device counts; scrapes are further apart."""
@@ -47,24 +49,28 @@ class Exporter:
     Args:
         vllm_config: the engine's configuration, seen by ``name_metrics_folder``.
         retriever, tiers: where the figures are; tiers None with one tier.
+
+    Attributes:
+        counting: whether steps are counted and timed.
+        select, learn: what is timed: a step before the model, and after it.
     """
 
     def __init__(
         self,
         vllm_config: Any,
-        retriever: LocalRetriever | RemoteRetriever,
+        retriever: Retriever,
         tiers: TieredKV | None,
         device: torch.device,
     ) -> None:
         self._retriever, self._tiers = retriever, tiers
-        self._counting = retriever.config.stats
+        self.counting = retriever.config.stats
         self._timed_copies = device.type == "cuda"
         self.select = Stopwatch(catalog.SECONDS, device)
         self.learn = Stopwatch(catalog.SECONDS, device)
         sources = [retriever.counters.cells] + ([] if tiers is None else [tiers.meter.counts])
         self._copy = LateCopy(*sources)
         self._host, self._device = retriever.counters.host, np.zeros(len(retriever.counters.cells))
-        self._next = 0.0
+        self._next = self._next_report = 0.0
         self._files: MetricFiles | None = None
         labels = {
             "model_name": vllm_config.model_config.served_model_name,
@@ -89,9 +95,9 @@ class Exporter:
                 "for the figures of its workers."
             )
         self._thread = threading.get_ident()
-        # Rates need the zero that counters start from.
-        self.step(idle=True)
         if self._files is not None:
+            # Rates need the zero that counters start from.
+            self._publish_now(self._files)
             PUBLISHERS.add(self)
 
     def close(self) -> None:
@@ -100,7 +106,7 @@ class Exporter:
         if self._files is not None:
             self._files.close()
 
-    def step(self, idle: bool) -> None:
+    def begin_step(self, idle: bool) -> None:
         """Called once a step, before its work is enqueued.
 
         Args:
@@ -108,24 +114,32 @@ class Exporter:
                 an engine at rest shows its last step. The device has nothing left to do that the
                 engine does not wait for as well.
         """
+        self._log_report()
         if self._files is None:
             return
         if idle:
-            self._publish_now()
+            self._publish_now(self._files)
             return
         now = time.monotonic()
         if now >= self._next and self._copy.ask():
             self._next = now + PUBLISH_SECONDS
             self._host = self._retriever.counters.host.copy()
         if (taken := self._copy.take()) is not None:
-            self._publish(taken)
+            self._publish(self._files, taken)
 
-    def counted(self) -> None:
+    def end_selection(self) -> None:
         """Called once a step, when its decode rows have been counted: what the host knows of them
         is in /metrics before their tokens are made.
         """
         if self._files is not None:
-            self._publish_host()
+            self._publish_host(self._files)
+
+    def _log_report(self) -> None:
+        now = time.monotonic()
+        if self._tiers is not None and self.counting and now >= self._next_report:
+            self._next_report = now + REPORT_SECONDS
+            if (report := self._tiers.report()) is not None:
+                logger.info("SpeContext tiers: %s.", report)
 
     def publish(self) -> None:
         """Publish everything, for a scrape in this very process, where an engine does not notice
@@ -133,31 +147,29 @@ class Exporter:
 
         A scrape in another thread than the steps' gets what there is.
         """
-        if threading.get_ident() == self._thread:
-            self._publish_now()
+        if self._files is not None and threading.get_ident() == self._thread:
+            self._publish_now(self._files)
 
-    def _publish_now(self) -> None:
+    def _publish_now(self, files: MetricFiles) -> None:
         self._host = self._retriever.counters.host.copy()
-        self._publish(self._copy.wait())
+        self._publish(files, self._copy.wait())
 
-    def _publish(self, cells: list[np.ndarray]) -> None:
+    def _publish(self, files: MetricFiles, cells: list[np.ndarray]) -> None:
         self._device = cells[0]
-        self._publish_host()
-        if self._counting:
-            self._publish_choices(np.concatenate([self._host, cells[0]]))
+        self._publish_host(files)
+        if self.counting:
+            self._publish_choices(files, np.concatenate([self._host, cells[0]]))
         if self._tiers is not None:
             now = self._tiers.status()
-            if self._counting:
-                self._publish_fetches(now, cells[1])
-            self._publish_tiers(now)
+            if self.counting:
+                self._publish_fetches(files, now, cells[1])
+            self._publish_tiers(files, now)
 
-    def _publish_host(self) -> None:
+    def _publish_host(self, files: MetricFiles) -> None:
         """What the host knows, as of now; pages beyond the budget as of the last copy."""
-        files = self._files
-        if isinstance(self._retriever, RemoteRetriever):
-            for name, value in self._retriever.figures().items():
-                files.set(SIDECAR[name], value)
-        if not self._counting:
+        for name, value in self._retriever.figures().items():
+            files.set(SIDECAR[name], value)
+        if not self.counting:
             return
         counted = np.concatenate([self._retriever.counters.host, self._device])
         files.set(catalog.DECODE_STEPS, counted[decode.STEPS])
@@ -165,14 +177,13 @@ class Exporter:
         files.set(catalog.PAGES_READ, counted[decode.PAGES_READ] + counted[decode.FALLBACK_PAGES])
         files.set(catalog.PAGES_HELD, counted[decode.PAGES_HELD])
 
-    def _publish_choices(self, counted: np.ndarray) -> None:
+    def _publish_choices(self, files: MetricFiles, counted: np.ndarray) -> None:
         """What the device sums up, beside what the host knew when the copy was asked for."""
-        files = self._files
         if not self._retriever.reads_aux:
             return
         at_most = [*counted[decode.KEPT_MASS_BUCKETS], counted[decode.CHOOSING_ROWS]]
         files.set_histogram(
-            catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0), counted[decode.KEPT_MASS]
+            catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0).tolist(), counted[decode.KEPT_MASS]
         )
         if self._retriever.config.confidence_threshold:
             files.set(catalog.FALLBACK_ROWS, counted[decode.FALLBACK_ROWS])
@@ -181,10 +192,9 @@ class Exporter:
             (catalog.LEARN_SECONDS, self.learn),
         ):
             watch.collect()
-            files.set_histogram(metric, watch.counts, watch.total)
+            files.set_histogram(metric, watch.counts.tolist(), watch.total)
 
-    def _publish_fetches(self, now: TierStatus, counted: np.ndarray) -> None:
-        files = self._files
+    def _publish_fetches(self, files: MetricFiles, now: TierStatus, counted: np.ndarray) -> None:
         files.set(catalog.HITS, counted[tier.SELECTED] - counted[tier.MISSED])
         files.set(catalog.MISSES, counted[tier.MISSED])
         files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * now.head_page_bytes)
@@ -196,8 +206,7 @@ class Exporter:
             files.set(catalog.LATE_PREFETCHES, counted[tier.LATE])
             files.set(catalog.LATE_SECONDS, counted[tier.LATE_NS] / 1e9)
 
-    def _publish_tiers(self, now: TierStatus) -> None:
-        files = self._files
+    def _publish_tiers(self, files: MetricFiles, now: TierStatus) -> None:
         files.set(catalog.RESIDENT_LAYERS, now.resident_layers)
         files.set(catalog.OFFLOADED_LAYERS, now.offloaded_layers)
         files.set(catalog.HOT_BUFFER_TOKENS, now.hot_tokens)

@@ -17,7 +17,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
     through.
     """
 
-    runtime: Runtime | None = None
+    runtime: Runtime
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -31,7 +31,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         self.runtime.bind(builders, kv_cache_config.num_blocks)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        self.runtime.begin_step(scheduler_output)
+        self.runtime.step.begin(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _model_forward(
@@ -57,7 +57,9 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             query_lens=common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist(),
             num_tokens=tokens,
         )
-        self.runtime.before_forward(batch)
+        self.runtime.step.before_model(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)
-        self.runtime.after_forward(batch, output[1] if self.use_aux_hidden_state_outputs else None)
+        self.runtime.step.after_model(
+            batch, output[1] if self.use_aux_hidden_state_outputs else None
+        )
         return output

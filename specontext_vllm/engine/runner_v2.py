@@ -20,7 +20,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
     own graphs read lies on the device, so nothing that is replayed can be stale.
     """
 
-    runtime: Runtime | None = None
+    runtime: Runtime
     _batch: StepBatch | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -29,12 +29,12 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        # Part of the peak that vLLM measures: graphs are captured when it has long given the rest
-        # to KV.
-        room = torch.empty(self.runtime.graph_bytes, dtype=torch.uint8, device=self.device)
+        # Part of the peak that vLLM measures: our graphs are captured long after it has given the
+        # rest to KV.
+        reserved = torch.empty(self.runtime.graph_bytes, dtype=torch.uint8, device=self.device)
         super().profile_run(*args, **kwargs)
         self.runtime.retriever.profile(self.max_num_tokens)
-        del room
+        del reserved
 
     def initialize_kv_cache(
         self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
@@ -46,7 +46,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("dummy_run", False):
-            self.runtime.begin_step(scheduler_output)
+            self.runtime.step.begin(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def update_requests(self, scheduler_output: Any) -> None:
@@ -58,8 +58,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         super().update_requests(scheduler_output)
 
     def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
-        """Rows of prompt tokens go behind the decode rows, those of one token too, and no batch
-        with such a row replays a decode graph.
+        """Move rows of prompt tokens behind the decode rows, those of one token too, and let no
+        batch with such a row replay a decode graph.
 
         vLLM takes a prompt row of one token for a decode row; here decode rows read a selection,
         and prompts are dense.
@@ -68,7 +68,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         if state is None or not state.has_prefill:
             return state, uniform
         order = np.argsort(state.is_prefilling_np, kind="stable")
-        rows = {
+        rows: dict[str, Any] = {
             name: value[order]
             for name, value in state._asdict().items()
             if isinstance(value, np.ndarray)
@@ -84,7 +84,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
         decodes = int((~input_batch.is_prefilling_np[:rows]).sum())
-        most_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        max_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._batch = StepBatch(
             token_ids=input_batch.input_ids,
             positions=input_batch.positions,
@@ -99,11 +99,11 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             names=input_batch.req_ids[:rows],
             query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
             num_tokens=tokens,
-            # vLLM's buffers persist, since its own graphs read them; with more rows than it
-            # captures, ours would be many and of little use.
-            replayable=decodes == rows and input_batch.num_reqs_after_padding <= most_captured,
+            # vLLM's own graphs read these buffers, so they persist; beyond the rows that it captures,
+            # nearly every step would need another graph.
+            replayable=decodes == rows and input_batch.num_reqs_after_padding <= max_captured,
         )
-        self.runtime.before_forward(self._batch)
+        self.runtime.step.before_model(self._batch)
         return block_tables, slot_mappings
 
     @torch.inference_mode()
@@ -112,5 +112,5 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         output = super().sample_tokens(grammar_output)
         self._batch = None
         if state is not None and batch is not None:
-            self.runtime.after_forward(batch, state.aux_hidden_states)
+            self.runtime.step.after_model(batch, state.aux_hidden_states)
         return output

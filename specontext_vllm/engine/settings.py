@@ -8,9 +8,8 @@ from typing import Any
 from vllm.logger import init_logger
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.retrieval.layer_selection import LayerSelector
-from specontext_vllm.retrieval.local import LocalRetriever
-from specontext_vllm.sidecar.remote import RemoteRetriever
 
 logger = init_logger("vllm.specontext")
 
@@ -22,7 +21,7 @@ class LiveSettings:
         at_start: those that the engine was started with.
         max_model_len: longest context that the engine was started with, in tokens.
         captured: vLLM's graphs hold decode steps, and with them a selection that is made per layer.
-        retriever: has the settings in force.
+        step: has the settings in force.
         selector: what selects per layer, if anything does so far.
         install_selector: makes such a selector and hands it to the layers.
     """
@@ -33,12 +32,12 @@ class LiveSettings:
         max_model_len: int,
         *,
         captured: bool,
-        retriever: LocalRetriever | RemoteRetriever,
+        step: DecodeStep,
         selector: LayerSelector | None,
         install_selector: Callable[[SpeContextConfig], LayerSelector],
     ) -> None:
         self._at_start, self._max_model_len = at_start, max_model_len
-        self._captured, self._retriever = captured, retriever
+        self._captured, self._step = captured, step
         self._selector, self._install_selector = selector, install_selector
 
     def change(
@@ -70,10 +69,10 @@ class LiveSettings:
         }
         changes = {key: value for key, value in asked.items() if value is not None}
         config = SpeContextConfig.from_settings(
-            {**self._retriever.config.model_dump(exclude_unset=True), **changes}
+            {**self._step.retriever.config.model_dump(exclude_unset=True), **changes}
         )
         self._refuse_per_layer(config)
-        self._retriever.configure(config)
+        self._step.configure(config)
         self._warn_of_prefix_cache(config)
         if self._selector is None and config.rule.per_layer:
             self._selector = self._install_selector(config)
@@ -83,7 +82,7 @@ class LiveSettings:
 
     def _refuse_per_layer(self, config: SpeContextConfig) -> None:
         """Refuse what a rule that selects per layer cannot change any more."""
-        before = self._retriever.config
+        before = self._step.retriever.config
         selector = self._selector
         knows_pages = selector is not None and selector.knows_pages_for(config.rule)
         if config.rule.page_vectors and not knows_pages:

@@ -1,15 +1,23 @@
-"""What our workers add to vLLM's: room for the head's caches, and answers to ``collective_rpc``."""
+"""What our workers add to vLLM's: memory for the head's caches, and answers to
+``collective_rpc``.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specontext_vllm.config import ConfigError
 from specontext_vllm.engine.last_word import pass_to_front_end
 from specontext_vllm.engine.memory import cap_bytes
 from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.retrieval.checkpoint import HeadError
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase
+else:
+    # The base of both, which is not imported before vLLM imports a worker's module.
+    WorkerBase = object
 
 STARTING = (
     "init_device",
@@ -21,15 +29,15 @@ STARTING = (
 """What vLLM calls of a worker until the engine has started."""
 
 
-class SpeContextWorkerMixin:
-    """What both workers add to vLLM's. A refusal is also left for the front end, to be its last
+class SpeContextWorkerMixin(WorkerBase):
+    """What both workers add to vLLM's. A refusal is also told to the front end, to be its last
     word.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in STARTING:
-            setattr(cls, name, _heard(getattr(cls, name)))
+            setattr(cls, name, _telling_front_end(getattr(cls, name)))
 
     def determine_available_memory(self) -> int:
         """Bytes for KV: vLLM's figure less the share of the head's caches; with a host pool, what
@@ -51,21 +59,20 @@ class SpeContextWorkerMixin:
         super().shutdown()
 
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Figures of this worker's decode steps since the last reset; see ``LocalRetriever.stats``."""
+        """Figures of this worker's decode steps since the last reset; see ``Runtime.stats``."""
         return self.model_runner.runtime.stats(reset)
 
     def specontext_audit(self) -> dict[str, int]:
-        """Check the accounting of the two tiers; see ``Ledger.audit``. Empty without a host pool."""
-        tiers = self.model_runner.runtime.tiers
-        return {} if tiers is None else tiers.audit()
+        """Check the accounting of the two tiers; see ``Runtime.audit``."""
+        return self.model_runner.runtime.audit()
 
     def specontext_set(self, **changes: Any) -> dict[str, Any]:
-        """Change settings between steps; see ``LiveSettings.change``. The settings in force are returned."""
+        """Change settings between steps, and return those in force; see ``LiveSettings.change``."""
         return self.model_runner.runtime.set(**changes)
 
 
-def _heard(method: Any) -> Any:
-    """A worker's ``method``, whose refusal is left for the front end on its way out."""
+def _telling_front_end(method: Any) -> Any:
+    """A worker's ``method``, whose refusal is told to the front end on its way out."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

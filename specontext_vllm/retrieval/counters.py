@@ -74,6 +74,12 @@ class Counters:
         self.host += counted[:_HOST]
         self.cells += torch.from_numpy(counted[_HOST:]).to(self.cells.device)
 
+    def clear(self) -> None:
+        """Start again from zero."""
+        self.host.fill(0)
+        self.cells.zero_()
+        self._base.fill(0)
+
     def since_reset(self, reset: bool) -> np.ndarray:
         """All places, counted since the last reset; waits for the device."""
         now = np.concatenate([self.host, self.cells.cpu().numpy()])
@@ -81,3 +87,16 @@ class Counters:
         if reset:
             self._base = now
         return since
+
+    def stats(self, reset: bool) -> dict[str, float | int | None]:
+        """What a user is told of the steps since the last reset; waits for the device."""
+        counted = self.since_reset(reset)
+        choosing = counted[CHOOSING_ROWS]
+        return {
+            "steps": int(counted[STEPS]),
+            "decode_rows": int(counted[DECODE_ROWS]),
+            "pages_read": int(counted[PAGES_READ] + counted[FALLBACK_PAGES]),
+            "pages_total": int(counted[PAGES_HELD]),
+            "fallback_rows": int(counted[FALLBACK_ROWS]),
+            "kept_mass_mean": float(counted[KEPT_MASS] / choosing) if choosing else 1.0,
+        }

@@ -1,6 +1,9 @@
-"""The sidecar itself: a ``LocalRetriever`` on its own device that answers messages, one after the other."""
+"""The sidecar itself: a retriever on its own device that answers messages, one after the other."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +19,13 @@ from specontext_vllm.sidecar.messages import (
     Learned,
     Refill,
     Select,
-    Selection,
+    Selected,
     SidecarSpec,
     Wire,
     decode,
     encode,
 )
-from specontext_vllm.step_data import StepBatch
+from specontext_vllm.step_data import PageTable, Selection, StepBatch
 
 
 class Sidecar:
@@ -54,14 +57,11 @@ class Sidecar:
             device=self.device,
         )
         self.block_table = torch.zeros(spec.max_rows, width, dtype=torch.int32, device=self.device)
-        self.pages = torch.zeros(
-            spec.max_rows * spec.num_kv_heads, width, dtype=torch.int32, device=self.device
-        )
-        self.lengths = torch.zeros(
-            spec.max_rows * spec.num_kv_heads, dtype=torch.int32, device=self.device
+        self.selection = Selection.into(
+            PageTable.allocate(spec.max_rows, spec.num_kv_heads, width, self.device)
         )
         self._batch: StepBatch | None = None
-        self._handlers = {
+        self._handlers: dict[type, Callable[[Any], Any]] = {
             Embeddings: self._embeddings,
             Allocate: self._allocate,
             Refill: self._refill,
@@ -83,7 +83,7 @@ class Sidecar:
 
     def _allocate(self, message: Allocate) -> None:
         self.retriever.allocate_cache(message.num_blocks)
-        self.retriever.warm_up(self.pages, self.lengths)
+        self.retriever.warm_up(self.selection)
 
     def _refill(self, message: Refill) -> None:
         blocks, cache = message.blocks.to(self.device), self.retriever.cache
@@ -92,7 +92,7 @@ class Sidecar:
     def _configure(self, message: Configure) -> None:
         self.retriever.configure(message.config)
 
-    def _select(self, message: Select) -> Selection:
+    def _select(self, message: Select) -> Selected:
         self.block_table.view(-1)[message.changed.to(self.device)] = message.blocks.to(self.device)
         decodes = message.num_decodes
         self._batch = batch = StepBatch(
@@ -107,12 +107,12 @@ class Sidecar:
             table_rows=decodes,
             num_tokens=len(message.token_ids),
         )
-        self.retriever.before_forward(batch, self.pages, self.lengths)
+        self.retriever.choose_pages(batch, self.selection)
         rows = decodes * self.spec.num_kv_heads
-        lengths = self.lengths[:rows].to("cpu", copy=True)
+        lengths = self.selection.lengths[:rows].to("cpu", copy=True)
         width = pages_for(int(lengths.max())) if rows else 0
-        return Selection(
-            pages=self.pages[:rows, :width].contiguous().cpu(),
+        return Selected(
+            pages=self.selection.pages[:rows, :width].contiguous().cpu(),
             lengths=lengths,
             keys=self.retriever.cache.keys_at(batch.slots[:decodes]).cpu(),
             # The worker keeps the sums, so that they outlive this process.
@@ -121,7 +121,9 @@ class Sidecar:
 
     def _learn(self, message: Learn) -> Learned:
         batch, self._batch = self._batch, None
-        self.retriever.after_forward(batch, [state.to(self.device) for state in message.aux])
+        assert batch is not None
+        aux = [state.to(self.device) for state in message.aux]
+        self.retriever.learn(batch, batch.num_decodes, aux)
         touched = (batch.slots // PAGE_SIZE).unique()
         cache = self.retriever.cache
         return Learned(

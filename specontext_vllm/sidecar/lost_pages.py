@@ -8,12 +8,12 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 
 
 class LostPages:
-    """Host books over the pages of KV, kept up to date only while some page is lost.
+    """Which pages of KV have lost a part, kept up to date only while there are any.
 
     A page has two parts in the head's caches: the keys of its tokens, and the fused aux of its
     latest token, from which the next token's key is made. A sidecar that comes back knows neither
-    for the pages written without it. Each mends by itself: the fused aux with the next token
-    learned in the page, the keys when the page is begun anew.
+    for the pages written without it. Both come back by themselves: the fused aux
+    with the next token learned in the page, the keys when the page is begun anew.
 
     Args:
         num_blocks: pages.
@@ -32,7 +32,7 @@ class LostPages:
         """The pages ``blocks [n]`` were written and the sidecar has not learned it."""
         self.keys[blocks] = self.fused[blocks] = True
 
-    def follow(self, block_table: np.ndarray, starts: np.ndarray, seq_lens: np.ndarray) -> None:
+    def note_step(self, block_table: np.ndarray, starts: np.ndarray, seq_lens: np.ndarray) -> None:
         """A step that the sidecar takes part in, before it counts as lost or not.
 
         Args:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specontext_vllm.config import HeadKeyDtype, SpeContextConfig
+from specontext_vllm.config import HeadKeyDtype, SpeContextConfig, pages_for
+from specontext_vllm.retrieval.cache import FP8
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 
-APART = 1 << 18
+SEPARATE_BYTES = 1 << 18
 """Bytes from which a tensor travels as an array of its own, which Ray copies straight into a
 channel's shared memory; strings of megabytes are slow.
 """
@@ -37,9 +38,9 @@ def encode(message: Any) -> Wire:
 
     def stays(buffer: pickle.PickleBuffer) -> bool:
         with buffer.raw() as raw:
-            if raw.nbytes < APART:
+            if raw.nbytes < SEPARATE_BYTES:
                 return True
-        large.append(np.frombuffer(buffer, np.uint8))
+        large.append(np.frombuffer(memoryview(buffer), np.uint8))
         return False
 
     values = [_pack(getattr(message, field.name)) for field in fields(message)]
@@ -67,7 +68,7 @@ def _pack(value: Any) -> Any:
             (
                 str(value.dtype).removeprefix("torch."),
                 tuple(value.shape),
-                pickle.PickleBuffer(array),
+                pickle.PickleBuffer(array.data),
             )
         )
     return (
@@ -127,6 +128,16 @@ class SidecarSpec:
     vocab_size: int
     embed_size: int
 
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest context."""
+        return pages_for(self.max_model_len)
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """What ``head_key_dtype`` stands for."""
+        return FP8 if self.head_key_dtype == "fp8" else self.dtype
+
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -163,7 +174,7 @@ class Configure:
 
 @dataclass(frozen=True)
 class Select:
-    """A step before its forward pass; see ``StepBatch``. Reply: ``Selection``.
+    """A step before its forward pass; see ``StepBatch``. Reply: ``Selected``.
 
     Attributes:
         changed, blocks: entries ``[n]`` int32 of the flattened ``[max_rows, W]`` block table that
@@ -182,7 +193,7 @@ class Select:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selected:
     """What the step's decode rows read.
 
     Attributes:

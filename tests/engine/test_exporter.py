@@ -25,8 +25,8 @@ def make(tmp_path, monkeypatch, device):
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(tmp_path))
 
-    def made(folder=str(tmp_path), **settings):
-        retriever = LocalRetriever(
+    def made(folder=str(tmp_path), retriever=None, **settings):
+        retriever = retriever or LocalRetriever(
             SpeContextConfig(retriever="recent", **settings),
             None,
             lambda ids: ids,
@@ -54,7 +54,7 @@ def test_counters_start_at_zero_and_an_engine_at_rest_is_exact(make):
     start = scrape()[catalog.DECODE_ROWS.name]
     assert (start.value, start.labels) == (0, {"model_name": "m", "engine": "3"})
     retriever.counters.count_rows(5, 0, 20, 70)
-    exporter.step(idle=True)
+    exporter.begin_step(idle=True)
     page = scrape()
     assert (
         page[catalog.DECODE_ROWS.name].value,
@@ -76,13 +76,13 @@ def test_what_the_host_counts_is_there_at_once_and_what_the_device_counts_once_i
         """Ten head pages within the budget, known to the host, and a hundred beyond it, known to
         the device.
         """
-        exporter.step(idle=False)
+        exporter.begin_step(idle=False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            exporter.step(idle=False)
+            exporter.begin_step(idle=False)
         retriever.counters.count_rows(1, 0, 10, 10)
         retriever.counters.count_fallback(*torch.tensor([1, 100], device=device))
-        exporter.counted()
+        exporter.end_selection()
         page = scrape()
         return page[catalog.DECODE_STEPS.name].value, page[catalog.PAGES_READ.name].value
 
@@ -110,9 +110,9 @@ def test_a_copy_that_comes_late_lets_no_counter_fall(make):
 
     exporter._copy, seen = Late(), []
     for _ in range(4):
-        exporter.step(idle=False)
+        exporter.begin_step(idle=False)
         retriever.counters.count_rows(1, 0, 10, 10)
-        exporter.counted()
+        exporter.end_selection()
         seen.append(scrape()[catalog.DECODE_STEPS.name].value)
     assert seen == [1, 2, 3, 4]
 
@@ -133,7 +133,7 @@ def test_a_scrape_in_the_engine_s_own_process_is_exact(make, tmp_path, device):
     def step() -> None:
         retriever.counters.count_rows(1, 0, 10, 10)
         retriever.counters.count_fallback(*torch.tensor([1, 100], device=device))
-        exporter.counted()
+        exporter.end_selection()
 
     step()
     assert pages_read() == 110
@@ -147,13 +147,13 @@ def test_a_scrape_in_the_engine_s_own_process_is_exact(make, tmp_path, device):
 
 def test_without_stats_what_needs_counting_is_absent(make):
     exporter, scrape, _ = make(stats=False)
-    exporter.step(idle=True)
+    exporter.begin_step(idle=True)
     assert not scrape()
 
 
 def test_a_worker_that_cannot_reach_the_folder_goes_on(make):
     exporter, scrape, _ = make(folder="/nowhere")
-    exporter.step(idle=True)
+    exporter.begin_step(idle=True)
     exporter.close()
     assert not scrape()
 
@@ -163,7 +163,6 @@ def test_a_sidecars_figures_are_published(make, device):
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.sidecar.remote import RemoteRetriever
 
-    exporter, scrape, _ = make()
     checkpoint = dummy_checkpoint(
         hidden_size=16,
         num_layers=12,
@@ -187,9 +186,9 @@ def test_a_sidecars_figures_are_published(make, device):
         dtype=torch.float32,
         device=device,
     )
-    exporter._retriever, exporter._copy = remote, metrics.LateCopy(remote.counters.cells)
-    remote._figures |= {"sidecar_restarts": 3, "sidecar_dense_rows": 7, "sidecar_wait_seconds": 1.5}
-    exporter.step(idle=True)
+    exporter, scrape, _ = make(retriever=remote)
+    remote.dense_rows, remote.exchange.restarts, remote.exchange.wait_seconds = 7, 3, 1.5
+    exporter.begin_step(idle=True)
     found = {name: sample.value for name, sample in scrape().items() if "sidecar" in name}
     assert found == {
         catalog.SIDECAR_UP.name: 0,

@@ -6,6 +6,8 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import settings as settings_module
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.retrieval.local import LocalRetriever
+from specontext_vllm.step_data import PageTable, Selection
+from tests.steps import bare_step
 
 
 def no_selector(config):
@@ -28,11 +30,12 @@ def retriever(device):
 
 def live(retriever, *, captured=False):
     """The settings of an engine without a model."""
+    table = PageTable.allocate(1, 2, 32, retriever.device)
     return LiveSettings(
         retriever.config,
         1024,
         captured=captured,
-        retriever=retriever,
+        step=bare_step(retriever, Selection.into(table)),
         selector=None,
         install_selector=no_selector,
     )

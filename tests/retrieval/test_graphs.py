@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval import graphs as graphs_module
-from specontext_vllm.retrieval.graphs import GRAPH_BYTES, StepGraphs, bucket
+from specontext_vllm.retrieval.graphs import GRAPH_BYTES, StepGraphs
 from specontext_vllm.retrieval.local import LocalRetriever
-from specontext_vllm.step_data import StepBatch
+from specontext_vllm.step_data import StepBatch, bucket
 from tests.paging import assert_close
 from tests.retrieval.test_local import HIDDEN, KV_HEADS, World
+from tests.steps import bare_step
 
 MOST_ROWS = 8
 SPARE_BLOCK = 200
@@ -27,21 +29,22 @@ slot -1 into the last one.
 """
 
 
-class FirstWork:
-    """Does again and again the work that a name and its addresses came with first: whoever reads
-    something newer from the host is found out.
+class FirstCall:
+    """Repeats the call that a name and its addresses came with first: whoever reads something newer
+    from the host is found out.
     """
 
     def __init__(self):
-        self.works, self.runs, self.cleared = {}, 0, 0
+        self.calls, self.runs, self.cleared = {}, 0, 0
 
-    def run(self, name, inputs, work):
+    def run(self, name, inputs, function, *arguments):
         self.runs += 1
-        self.works.setdefault((name, *(tensor.data_ptr() for tensor in inputs)), work)()
+        key = (name, *(tensor.data_ptr() for tensor in inputs))
+        self.calls.setdefault(key, partial(function, *arguments))()
 
     def clear(self):
         self.cleared += 1
-        self.works.clear()
+        self.calls.clear()
 
 
 class Replayed(World):
@@ -57,9 +60,9 @@ class Replayed(World):
             max_model_len=512,
             table_pages=pages_for(512),
             device=device,
-            graphs=graphs,
-            embeds_apart=embeds_apart,
+            rows_embedded_outside=MOST_ROWS if embeds_apart else 0,
         )
+        self.decode_step = bare_step(self.retriever, self.selection, graphs=graphs)
         self.retriever.allocate_cache(SPARE_BLOCK + 1)
         self.retriever.cache.keys.fill_(float("nan"))
         self.retriever.cache.fused.fill_(float("nan"))
@@ -100,14 +103,14 @@ class Replayed(World):
             replayable=True,
         )
         self.lengths.fill_(-1)
-        self.retriever.before_forward(batch, self.pages, self.lengths)
+        self.decode_step.before_model(batch)
         assert (self.lengths[: padded * KV_HEADS].view(-1, KV_HEADS)[rows:] == 0).all()
-        self.retriever.after_forward(batch, [state[:padded] for state in self.states])
+        self.decode_step.after_model(batch, [state[:padded] for state in self.states])
 
 
-@pytest.fixture(params=["first work", pytest.param("captured", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["first call", pytest.param("captured", marks=pytest.mark.gpu)])
 def graphs(request, device):
-    return FirstWork() if request.param == "first work" else StepGraphs(device)
+    return FirstCall() if request.param == "first call" else StepGraphs(device)
 
 
 @pytest.mark.parametrize("embeds_apart", [False, True], ids=["embeds", "embeds-apart"])
@@ -169,8 +172,8 @@ def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device)
         1e-5,
     )
     assert replayed.retriever.stats() == pytest.approx(eager.retriever.stats())
-    if isinstance(graphs, FirstWork):
-        assert graphs.runs == 320 and len(graphs.works) < 40
+    if isinstance(graphs, FirstCall):
+        assert graphs.runs == 320 and len(graphs.calls) < 40
     else:
         assert 4 < len(graphs) < 40
 
@@ -183,22 +186,22 @@ def test_settings_that_change_are_followed(graphs, device):
     lengths = []
     for at in range(300, 330):
         if at == 310:
-            world.retriever.configure(world.config.model_copy(update={"budget": 128}))
+            world.decode_step.configure(world.config.model_copy(update={"budget": 128}))
         if at == 320:
-            world.retriever.configure(world.config.model_copy(update={"retriever": "random"}))
+            world.decode_step.configure(world.config.model_copy(update={"retriever": "random"}))
         world.decode({"a": at})
         lengths.append(-(-int(world.lengths[0]) // PAGE_SIZE))
     assert lengths == [4] * 10 + [8] * 10 + [4] * 10
-    # The stand-in's work reads the settings anew, a captured one does not.
-    assert not isinstance(graphs, FirstWork) or graphs.cleared == 3
+    # The stand-in's call reads the settings anew, a captured one does not.
+    assert not isinstance(graphs, FirstCall) or graphs.cleared == 2
 
 
 class Remembering(StepGraphs):
-    """Keeps the work of the last step by its kind."""
+    """Keeps the calls of the last step by their kind."""
 
-    def run(self, name, inputs, work):
-        self.__dict__.setdefault("works", {})[name[0]] = work
-        super().run(name, inputs, work)
+    def run(self, name, inputs, function, *arguments):
+        self.__dict__.setdefault("calls", {})[name[0]] = partial(function, *arguments)
+        super().run(name, inputs, function, *arguments)
 
 
 @pytest.fixture
@@ -214,7 +217,7 @@ def told(monkeypatch) -> list[str]:
 
 
 def learned_world(device, graphs: StepGraphs) -> Replayed:
-    """A world after three steps, which have left their work with ``graphs``."""
+    """A world after three steps, whose calls ``graphs`` remembers, with ``graphs``."""
     world = Replayed(device, graphs, False)
     world.add("a", 400)
     world.step(("a", 0, 300))
@@ -228,7 +231,7 @@ def run_again(graphs: Remembering, index: int) -> None:
     """A captured step under another name, twice, since the first time is eager."""
     for _ in range(2):
         StepGraphs.run(
-            graphs, ("again", index), (), graphs.works["select" if index % 2 else "learn"]
+            graphs, ("again", index), (), graphs.calls["choose" if index % 2 else "learn"]
         )
 
 
@@ -249,7 +252,7 @@ def test_a_graph_takes_little_memory_and_what_it_takes_is_measured(device, recor
     assert len(graphs) >= 130 and before - after < 128 << 20
     # Other processes may have taken or given back memory meanwhile, but hardly so much.
     assert graphs.taken - start == pytest.approx(before - after, abs=8 << 20)
-    world.retriever.configure(world.config.model_copy(update={"budget": 128}))
+    world.decode_step.configure(world.config.model_copy(update={"budget": 128}))
     assert len(graphs) == 0 and graphs.taken <= start + before - after
 
 
@@ -258,13 +261,13 @@ def test_a_graph_takes_little_memory_and_what_it_takes_is_measured(device, recor
 def test_graphs_take_no_more_than_is_set_aside(device, told):
     graphs = Remembering(device)
     world = learned_world(device, graphs)
-    graphs.most_bytes = graphs.taken + (16 << 20)
+    graphs.max_bytes = graphs.taken + (16 << 20)
     before, _ = torch.cuda.mem_get_info()
     for index in range(2000):
         run_again(graphs, index)
     torch.cuda.synchronize()
     after, _ = torch.cuda.mem_get_info()
-    assert len(graphs) < 2000 and graphs.taken <= graphs.most_bytes
+    assert len(graphs) < 2000 and graphs.taken <= graphs.max_bytes
     assert before - after <= 16 << 20
     assert len(told) == 1 and "steps that would need others run eagerly" in told[0]
     # Steps go on, captured or not.
@@ -333,14 +336,14 @@ class Played(StepGraphs):
         # A pool goes with its last graph.
         return (self.free if self._graphs else 1000 - self.kept_by_driver) << 20
 
-    def _capture(self, work):
+    def _capture(self, function, *arguments):
         size = self.sizes.pop(0)
         if size is None:
             raise torch.OutOfMemoryError
         self.free -= size
 
         class Graph:
-            replay = staticmethod(work)
+            replay = staticmethod(partial(function, *arguments))
 
         return Graph()
 

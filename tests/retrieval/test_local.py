@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.retrieval import local as retriever_module
+from specontext_vllm.retrieval import cached_head
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
@@ -17,11 +17,16 @@ from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.scoring import score_row
 from specontext_vllm.retrieval.selection import select_row
-from specontext_vllm.step_data import StepBatch
+from specontext_vllm.step_data import PageTable, Selection, StepBatch
 from tests.paging import assert_close
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 16
 MAX_LEN = 512
+
+
+def new_selection(device):
+    """An empty one for 8 rows of up to ``MAX_LEN`` tokens."""
+    return Selection.into(PageTable.allocate(8, KV_HEADS, MAX_LEN // PAGE_SIZE, device))
 
 
 class World:
@@ -71,10 +76,8 @@ class World:
         self.retriever.cache.keys.fill_(float("nan"))
         self.retriever.cache.fused.fill_(float("nan"))
         self.tokens, self.aux, self.rows = {}, {}, {}
-        self.pages = torch.zeros(
-            8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device
-        )
-        self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
+        self.selection = new_selection(device)
+        self.pages, self.lengths = self.selection.pages, self.selection.lengths
 
     def add(self, name, length, prefix_of=None, shared=0):
         """A sequence of ``length`` tokens; its first ``shared`` tokens, and their blocks, are
@@ -119,10 +122,9 @@ class World:
             table_rows=decodes,
             num_tokens=starts[-1],
         )
-        self.retriever.before_forward(batch, self.pages, self.lengths)
-        self.retriever.after_forward(
-            batch, [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)]
-        )
+        self.retriever.choose_pages(batch, self.selection)
+        aux = [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)]
+        self.retriever.learn(batch, batch.num_decodes, aux)
         return batch
 
     def expected_keys(self, name):
@@ -193,7 +195,7 @@ def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
     """The head makes long prompts' keys a chunk at a time; seams inside rows and between rows must
     not show.
     """
-    monkeypatch.setattr(retriever_module, "PREFILL_CHUNK", 29)
+    monkeypatch.setattr(cached_head, "PREFILL_CHUNK", 29)
     world = World(device)
     world.add("a", 150)
     world.add("b", 61)
@@ -364,7 +366,7 @@ def test_warming_up_leaves_no_trace_but_in_block_0(device):
     world.add("a", 150)
     world.step(("a", 0, 149))
     before = world.retriever.cache.keys.clone()
-    world.retriever.warm_up(world.pages, world.lengths)
+    world.retriever.warm_up(world.selection)
     after = world.retriever.cache.keys
     assert torch.equal(before[1:].nan_to_num(7.0), after[1:].nan_to_num(7.0))
     assert world.retriever.stats()["decode_rows"] == 0
@@ -378,7 +380,7 @@ def test_warming_up_stays_within_a_context_that_ends_inside_a_page(device, max_l
     --max-model-len within the budget did not start.
     """
     world = World(device, max_len=max_len, budget=128)
-    world.retriever.warm_up(world.pages, world.lengths)
+    world.retriever.warm_up(world.selection)
     assert int(world.lengths[0]) == max_len
 
 
@@ -389,7 +391,7 @@ def test_an_engine_may_bind_twice_the_first_time_in_inference_mode(device):
     world = World(device)
     with torch.inference_mode():
         world.retriever.allocate_cache(50)
-        world.retriever.warm_up(world.pages, world.lengths)
+        world.retriever.warm_up(world.selection)
     world.retriever.allocate_cache(200)
-    world.retriever.warm_up(world.pages, world.lengths)
+    world.retriever.warm_up(world.selection)
     assert world.retriever.stats()["steps"] == 0

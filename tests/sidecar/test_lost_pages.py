@@ -1,4 +1,4 @@
-"""The books over lost pages agree with a count of every single token, whatever the requests do."""
+"""What is known of lost pages agrees with a count of every single token, whatever the requests do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_rows_with_an_unknown_key_are_found(data):
         end = lengths[row] = start + data.draw(st.sampled_from([1, min(room, 5), room]))
         present = data.draw(st.booleans())
         if present:
-            lost.follow(table[row : row + 1], np.array([start]), np.array([end]))
+            lost.note_step(table[row : row + 1], np.array([start]), np.array([end]))
         else:
             lost.lose(table[row, start // PAGE_SIZE : pages_for(end)])
         oracle.step(table[row], start, end, present)
@@ -71,9 +71,9 @@ def test_a_mended_page_is_forgotten():
     assert lost.count == 2
     # The next token of page 3 mends its aux, not its keys; the page begun anew behind it is sound.
     table, start = np.array([[2, 3, 1]]), 2 * PAGE_SIZE - 1
-    lost.follow(table, np.array([start]), np.array([start + 1]))
+    lost.note_step(table, np.array([start]), np.array([start + 1]))
     assert not lost.fused[3] and lost.keys[3]
-    lost.follow(table, np.array([start + 1]), np.array([start + 2]))
+    lost.note_step(table, np.array([start + 1]), np.array([start + 2]))
     assert not lost.keys[1] and lost.touched_rows(table, np.array([start + 2])) == [0]
-    lost.follow(np.array([[3, 2]]), np.array([0]), np.array([2 * PAGE_SIZE]))
+    lost.note_step(np.array([[3, 2]]), np.array([0]), np.array([2 * PAGE_SIZE]))
     assert lost.count == 0

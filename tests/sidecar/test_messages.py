@@ -9,7 +9,7 @@ import torch
 
 from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.sidecar.messages import (
-    APART,
+    SEPARATE_BYTES,
     Allocate,
     Configure,
     Embeddings,
@@ -17,7 +17,7 @@ from specontext_vllm.sidecar.messages import (
     Learned,
     Refill,
     Select,
-    Selection,
+    Selected,
     decode,
     encode,
 )
@@ -53,14 +53,14 @@ SMALL = [
     Refill(ints(2, dtype=torch.int64), keys(2, 2, 16, 4), torch.randn(2, 6, dtype=torch.bfloat16)),
     select(5, 3),
     select(1, 0),
-    Selection(ints(4, 7), ints(4), keys(2, 2, 8), torch.randn(9, dtype=torch.float64)),
-    Selection(ints(0, 0), ints(0), keys(0, 2, 8), torch.randn(9, dtype=torch.float64)),
+    Selected(ints(4, 7), ints(4), keys(2, 2, 8), torch.randn(9, dtype=torch.float64)),
+    Selected(ints(0, 0), ints(0), keys(0, 2, 8), torch.randn(9, dtype=torch.float64)),
     Learn([torch.randn(2, 5, dtype=torch.bfloat16) for _ in range(3)]),
     Learned(keys(0, 2, 8), torch.randn(1, 6)),
 ]
 LARGE = [
-    Learn([torch.randn(APART // 8 + rest, 2, dtype=torch.float32) for rest in (-1, 0, 1)]),
-    select(APART // 8, 2),
+    Learn([torch.randn(SEPARATE_BYTES // 8 + rest, 2, dtype=torch.float32) for rest in (-1, 0, 1)]),
+    select(SEPARATE_BYTES // 8, 2),
 ]
 
 
@@ -98,9 +98,9 @@ def test_large_tensors_travel_apart_and_small_ones_in_one_string(message):
         for tensor in (value if isinstance(value, list) else [value])
         if isinstance(tensor, torch.Tensor)
     ]
-    assert [array.nbytes for array in large] == [size for size in sizes if size >= APART] and len(
-        text
-    ) < sum(sizes) - sum(array.nbytes for array in large) + 2000
+    assert [array.nbytes for array in large] == [
+        size for size in sizes if size >= SEPARATE_BYTES
+    ] and len(text) < sum(sizes) - sum(array.nbytes for array in large) + 2000
     assert isinstance(encode(SMALL[4]), bytes) and encode(None) is None and decode(None) is None
 
 

@@ -19,10 +19,21 @@ import torch.nn.functional as F
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.local import LocalRetriever
+from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.sidecar import link
 from specontext_vllm.sidecar.remote import RemoteRetriever
 from tests.conftest import CUDA
-from tests.retrieval.test_local import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MAX_LEN, VOCAB, World
+from tests.retrieval.test_local import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MAX_LEN,
+    VOCAB,
+    World,
+    new_selection,
+)
+from tests.steps import bare_step
 
 BLOCKS = 200
 SIDECAR = {"sidecar": "ray", **({"sidecar_gpus": 0.25} if CUDA else {})}
@@ -38,22 +49,21 @@ class Twins:
 
     def __init__(self, inline, remote, device):
         self.inline, self.remote, self.config, self.pages_read = inline, remote, inline.config, 0
-        self.pages = torch.zeros(
-            8 * KV_HEADS, MAX_LEN // PAGE_SIZE, dtype=torch.int32, device=device
-        )
-        self.lengths = torch.zeros(8 * KV_HEADS, dtype=torch.int32, device=device)
+        self.selection = new_selection(device)
+        self.pages, self.lengths = self.selection.pages, self.selection.lengths
+        self.remote_step = bare_step(remote, self.selection)
 
-    def before_forward(self, batch, pages, lengths):
-        self.inline.before_forward(batch, pages, lengths)
-        self.remote.before_forward(batch, self.pages, self.lengths)
+    def choose_pages(self, batch, selection):
+        self.inline.choose_pages(batch, selection)
+        self.remote_step.before_model(batch)
         self.pages_read += sum(
             pages_for(n) for n in self.lengths[: batch.num_decodes * KV_HEADS].tolist()
         )
 
-    def after_forward(self, batch, aux):
-        self.inline.after_forward(batch, aux)
+    def learn(self, batch, rows, aux):
+        self.inline.learn(batch, rows, aux)
         self.before_learning()
-        self.remote.after_forward(batch, aux)
+        self.remote_step.after_model(batch, aux)
 
     def before_learning(self):
         """A test's place between a selection and what is learned from its step."""
@@ -160,32 +170,29 @@ def wait_until_up(remote):
         time.sleep(0.1)
 
 
-def test_it_has_the_interface_of_a_retriever():
-    for name in (
-        "before_forward",
-        "after_forward",
-        "warm_up",
-        "profile",
-        "allocate_cache",
-        "configure",
-        "stats",
-    ):
-        mine, theirs = (
-            inspect.signature(getattr(cls, name)) for cls in (RemoteRetriever, LocalRetriever)
-        )
-        assert list(mine.parameters) == list(theirs.parameters), name
+def test_both_retrievers_are_complete():
+    """Every member of the interface, each method with the interface's parameters."""
+    members = [name for name in {**vars(Retriever), **Retriever.__annotations__} if name[0] != "_"]
+    assert {"begin", "project", "score", "select", "learn", "close"} < set(members)
+    for cls in (LocalRetriever, RemoteRetriever):
+        for name in members:
+            if inspect.isfunction(asked := getattr(Retriever, name, None)):
+                mine = inspect.signature(getattr(cls, name))
+                assert list(mine.parameters) == list(inspect.signature(asked).parameters), name
+            else:
+                assert hasattr(cls, name) or f"self.{name}" in inspect.getsource(cls), name
 
 
 def test_first_replies_may_take_longer_than_later_ones(world, monkeypatch):
     """The first step of all, and the first one that waits until prompt tokens are learned."""
     remote, waits = world.retriever.remote, []
-    receive = remote._link.receive
+    receive = remote.exchange.keeper.link.receive
 
     def noted(sent, seconds=None):
         waits.append(seconds)
         return receive(sent, seconds)
 
-    monkeypatch.setattr(remote._link, "receive", noted)
+    monkeypatch.setattr(remote.exchange.keeper.link, "receive", noted)
     world.add("first", 60)
     for span in ((0, 40), (40, 50), (50, 60)):
         world.step(("first", *span))
@@ -291,13 +298,13 @@ def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_clea
     world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
     world.add("changed", 200)
     step(world, ("changed", 0, 150))
-    torn_down = remote._link._graph.teardown
+    torn_down = remote.exchange.keeper.link._graph.teardown
 
     def teardown(**how):
         torn_down(**how)
         raise RuntimeError("the cluster's control store is gone")
 
-    monkeypatch.setattr(remote._link._graph, "teardown", teardown)
+    monkeypatch.setattr(remote.exchange.keeper.link._graph, "teardown", teardown)
     dead = actor_pid()
     os.kill(dead, signal.SIGKILL)
     assert [found for _, found in step(world, ("changed", 150, 151))] == [

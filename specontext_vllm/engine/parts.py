@@ -1,0 +1,175 @@
+"""The parts of a worker's runtime, made from vLLM's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.models.interfaces import supports_eagle3
+
+from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.engine.backend import max_table_rows
+from specontext_vllm.engine.find_head import load_head, num_hidden_layers
+from specontext_vllm.engine.names import AUX_LAYERS_KEY
+from specontext_vllm.residency.host_pool import HostPoolError
+from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_layers
+from specontext_vllm.retrieval.graphs import StepGraphs
+from specontext_vllm.retrieval.head import RetrievalHead
+from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.retrieval.local import LocalRetriever
+from specontext_vllm.retrieval.protocol import Retriever
+from specontext_vllm.retrieval.shard import shard_checkpoint
+from specontext_vllm.sidecar.remote import RemoteRetriever
+
+logger = init_logger("vllm.specontext")
+
+
+def make_retriever(
+    vllm_config: Any, config: SpeContextConfig, model: Any, device: torch.device
+) -> Retriever:
+    """The retriever of one worker; the model hands out what its head reads from now on.
+
+    Args:
+        model: the loaded target.
+    Raises:
+        ConfigError: the model cannot hand out auxiliary hidden states.
+    """
+    if config.retrieval_head is None:
+        return _make_local(vllm_config, config, None, model, device)
+    if not supports_eagle3(model):
+        raise ConfigError(
+            f"model: {type(model).__name__} cannot hand out the hidden states that an "
+            "EAGLE-3 head reads (vLLM's "
+            "SupportsEagle3); use a model that can, or "
+            f"additional_config.{CONFIG_KEY}.retriever quest, which needs none."
+        )
+    checkpoint = load_head(config.retrieval_head, vllm_config)
+    tp = vllm_config.parallel_config.tensor_parallel_size
+    if tp > 1:
+        checkpoint = shard_checkpoint(checkpoint, rank=get_tensor_model_parallel_rank(), size=tp)
+    aux_layers = vllm_config.additional_config[AUX_LAYERS_KEY]
+    model.set_aux_hidden_state_layers(tuple(aux_layers))
+    make = _make_remote if config.sidecar == "ray" else _make_local
+    retriever = make(vllm_config, config, checkpoint, model, device)
+    weights = sum(tensor.numel() for tensor in checkpoint.tensors.values())
+    logger.info(
+        "SpeContext retrieval head: %s, %.1f MB, keys in %s, aux layers %s; settings %s",
+        config.retrieval_head,
+        weights * vllm_config.model_config.dtype.itemsize / 1e6,
+        str(retriever.key_dtype).removeprefix("torch."),
+        describe_aux_layers(checkpoint.spec, aux_layers),
+        config.model_dump_json(exclude_none=True),
+    )
+    return retriever
+
+
+def _make_local(
+    vllm_config: Any,
+    config: SpeContextConfig,
+    checkpoint: HeadCheckpoint | None,
+    model: Any,
+    device: torch.device,
+) -> Retriever:
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    max_model_len, head = model_config.max_model_len, None
+    if checkpoint is not None:
+        head = RetrievalHead(
+            checkpoint, max_position=max_model_len, dtype=model_config.dtype, device=device
+        )
+    fixed_width = device.type != "cpu" or config.host_kv_gib
+    # Captured by us, vLLM's exchange between workers would want a context of its own.
+    exchanges = parallel.tensor_parallel_size > 1
+    return LocalRetriever(
+        config,
+        head,
+        model.embed_input_ids,
+        num_kv_heads=model_config.get_num_kv_heads(parallel),
+        max_model_len=max_model_len,
+        table_pages=config.table_pages(max_model_len) if fixed_width else pages_for(max_model_len),
+        device=device,
+        rows_embedded_outside=max_table_rows(vllm_config) if exchanges else 0,
+    )
+
+
+def _make_remote(
+    vllm_config: Any,
+    config: SpeContextConfig,
+    checkpoint: HeadCheckpoint,
+    model: Any,
+    device: torch.device,
+) -> Retriever:
+    model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    return RemoteRetriever(
+        config,
+        checkpoint,
+        model.embed_input_ids,
+        vocab_size=model_config.get_vocab_size(),
+        num_kv_heads=model_config.get_num_kv_heads(vllm_config.parallel_config),
+        max_model_len=model_config.max_model_len,
+        max_rows=scheduler.max_num_seqs,
+        max_tokens=scheduler.max_num_batched_tokens,
+        dtype=model_config.dtype,
+        device=device,
+    )
+
+
+def make_graphs(
+    vllm_config: Any, config: SpeContextConfig, device: torch.device
+) -> StepGraphs | None:
+    """Where vLLM replays decode steps as whole graphs, so do we."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    whole = device.type == "cuda" and mode is not None and mode.decode_mode() == CUDAGraphMode.FULL
+    # An actor's kernels cannot be captured here. What selects per layer is part of vLLM's graphs,
+    # and cannot change then.
+    ours = config.sidecar != "ray" and not config.rule.per_layer
+    return StepGraphs(device) if whole and ours else None
+
+
+def make_selector(
+    vllm_config: Any, config: SpeContextConfig, device: torch.device
+) -> LayerSelector:
+    """What selects in each layer."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return LayerSelector(
+        config,
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        max_pages=pages_for(model.max_model_len),
+        max_rows=max_table_rows(vllm_config),
+        device=device,
+    )
+
+
+@torch.inference_mode()
+def make_tiers(
+    vllm_config: Any, config: SpeContextConfig, plan: TierPlan, device: torch.device
+) -> TieredKV:
+    """The two tiers of KV.
+
+    Raises:
+        ConfigError: the host pool cannot be had.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    try:
+        return TieredKV(
+            plan,
+            num_layers=num_hidden_layers(vllm_config),
+            num_kv_heads=model.get_num_kv_heads(parallel),
+            head_dim=model.get_head_size(),
+            dtype=model.dtype,
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_rows=max_table_rows(vllm_config),
+            table_pages=config.table_pages(model.max_model_len),
+            max_pages=pages_for(model.max_model_len),
+            keep_unreferenced=bool(vllm_config.cache_config.enable_prefix_caching),
+            timed=config.stats,
+            device=device,
+        )
+    except HostPoolError as error:
+        raise ConfigError(f"additional_config.{CONFIG_KEY}.{error}") from None

@@ -1,0 +1,143 @@
+"""One decode step, in the order in which it happens:
+
+``begin``: follow; ``before_model``: project, score, select, resolve, fetch, stage, plan; then vLLM
+runs the model; ``after_model``: learn.
+
+Whatever passes from one stage to the next is described in ``specontext_vllm/step_data.py``. Nothing
+here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.attention.provider import AttentionProvider
+from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.engine.metrics import Exporter
+from specontext_vllm.engine.scheduled import ScheduleReader
+from specontext_vllm.engine.stopwatch import Stopwatch
+from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.graphs import StepGraphs
+from specontext_vllm.retrieval.protocol import Retriever
+from specontext_vllm.step_data import PageTable, Selection, StepBatch, StepShape, Stickiness
+
+
+class DecodeStep:
+    """The steps of one worker.
+
+    Args:
+        retriever: chooses the pages that decode rows read, and learns each step's tokens.
+        selection: those pages.
+        table: the page table that attention reads.
+        provider: the attention over it.
+        figures: what is counted and timed.
+        tiers: where the pages lie, with a host pool; None without one.
+        graphs: replay steps without prompt tokens; None: everything is launched one by one.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        selection: Selection,
+        table: PageTable,
+        provider: AttentionProvider,
+        *,
+        figures: Exporter,
+        tiers: TieredKV | None = None,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        self.retriever, self.selection = retriever, selection
+        self.table, self.provider = table, provider
+        self.tiers, self.graphs, self.figures = tiers, graphs, figures
+        self._schedule = ScheduleReader()
+
+    @torch.inference_mode()
+    def begin(self, scheduler_output: Any) -> None:
+        """The tiers follow what the scheduler decided."""
+        if self.tiers is not None:
+            self.tiers.follow(self._schedule.read(scheduler_output))
+        self.figures.begin_step(idle=not scheduler_output.total_num_scheduled_tokens)
+
+    def before_model(self, batch: StepBatch) -> None:
+        """Choose the pages that the decode rows read, and see that they are there."""
+        if self.tiers is not None:
+            self.tiers.place_rows(batch.names[: batch.num_decodes], batch.table_rows)
+        with self._timed(self.figures.select, batch):
+            shape = self.retriever.begin(batch)
+            graphs = self._graphs_for(batch)
+            if graphs is not None and len(shape.parts) == 1:
+                shape = shape.padded(batch.table_rows)
+                embeds = self.retriever.embed_outside(batch, shape.rows)
+                name, inputs = ("choose", shape), self._inputs(batch)
+                graphs.run(name, inputs, self.choose_pages, batch, shape, embeds)
+            else:
+                self.choose_pages(batch, shape)
+            if self.tiers is not None:
+                self.tiers.fetch(batch.table_rows)
+        self.figures.end_selection()
+        if self.tiers is not None:
+            self.tiers.stage(batch)
+        if batch.table_rows:
+            self.provider.plan(self.table, batch.table_rows)
+
+    def choose_pages(
+        self, batch: StepBatch, shape: StepShape, embeds: Tensor | None = None
+    ) -> None:
+        """What one CUDA graph holds: everything on the way from tokens to page tables."""
+        queries = self.retriever.project(batch, shape, embeds)
+        for part in shape.parts:
+            scores = self.retriever.score(batch, shape, part, queries)
+            self.retriever.select(batch, shape, part, scores, self.selection, self._stickiness())
+        if self.tiers is not None and batch.table_rows:
+            self.tiers.resolve(self.selection, batch)
+
+    def after_model(self, batch: StepBatch, aux: Sequence[Tensor] | None) -> None:
+        """Learn the step's tokens from the model's auxiliary hidden states."""
+        if aux is None:
+            return
+        with self._timed(self.figures.learn, batch):
+            graphs, rows = self._graphs_for(batch), batch.table_rows
+            if graphs is not None and aux[0].shape[0] >= rows:
+                name, inputs = ("learn", rows), (batch.slots, *aux)
+                graphs.run(name, inputs, self.retriever.learn, batch, rows, aux)
+            else:
+                self.retriever.learn(batch, batch.num_decodes, aux)
+
+    def configure(self, config: SpeContextConfig) -> None:
+        """Change the settings between steps; see ``Retriever.configure``."""
+        self.retriever.configure(config)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def warm_up(self) -> None:
+        """Compile what steps launch, before a request waits for it."""
+        self.provider.warm_up(self.table)
+        self.retriever.warm_up(self.selection, self._stickiness())
+
+    def _graphs_for(self, batch: StepBatch) -> StepGraphs | None:
+        return self.graphs if batch.replayable and self.retriever.capturable else None
+
+    def _inputs(self, batch: StepBatch) -> tuple[Tensor, ...]:
+        """The tensors of a step that may lie elsewhere in another step of the same shape."""
+        return (
+            batch.token_ids,
+            batch.positions,
+            batch.slots,
+            batch.seq_lens,
+            batch.block_table,
+            self.selection.pages,
+            self.selection.lengths,
+        )
+
+    def _stickiness(self) -> Stickiness | None:
+        margin = math.log1p(self.retriever.config.stickiness)
+        return None if self.tiers is None or not margin else self.tiers.stickiness(margin)
+
+    def _timed(self, watch: Stopwatch, batch: StepBatch) -> AbstractContextManager[None]:
+        return watch.lap() if self.figures.counting and batch.num_decodes else nullcontext()
