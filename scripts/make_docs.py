@@ -45,6 +45,8 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if get_origin(annotation) in (Union, UnionType):
         kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
         return " or ".join(type_text(kind, metadata) for kind in kinds)
+    if get_origin(annotation) is dict:
+        return "object"
     name = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}[annotation]
     ends = {
         key: getattr(entry, key)
@@ -65,11 +67,14 @@ def _json(value: Any) -> str:
 def settings() -> str:
     """The settings of ``SpeContextConfig``, in its order."""
     from specontext_vllm.config import SpeContextConfig
+    from specontext_vllm.retrieval.rules import listed_rules
 
+    rules = ", ".join(f"`{rule}`" for rule in listed_rules())
     rows = []
     for name, field in SpeContextConfig.model_fields.items():
-        default = "–" if field.default is None else f"`{_json(field.default)}`"
-        values = type_text(field.annotation, field.metadata)
+        found = field.get_default(call_default_factory=True)
+        default = "–" if found is None else f"`{_json(found)}`"
+        values = rules if name == "retriever" else type_text(field.annotation, field.metadata)
         rows.append((f"`{name}`", values, default, field.description or ""))
     return table(("setting", "values", "default", "meaning"), rows)
 
