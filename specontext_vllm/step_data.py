@@ -34,6 +34,9 @@ class StartedRequest:
 class ScheduledStep:
     """What the scheduler decided for a step, as far as the tiers follow it.
 
+    All pages are of ``PAGE_SIZE`` tokens (vLLM's kernel blocks): blocks of 32, 64 or 128 tokens are
+    expanded into pages before they get here.
+
     Attributes:
         released: requests that hold no pages any more, also for a moment (preempted, resumed).
         started: requests that enter the batch.

@@ -120,7 +120,7 @@ class Staging:
 
     def rows(self, layer: int) -> Iterator[StagedRows]:
         """The prompt rows of an offloaded layer, group by group, each with its history in a staging
-        area. The caller writes the new tokens behind it, and attends before it asks for the next.
+        area. The caller adds the new tokens, and attends before it asks for the next group.
         """
         for index, group in enumerate(self._groups):
             use = (layer - self._first_layer) * len(self._groups) + index

@@ -1,5 +1,5 @@
-"""The two tiers of KV of one worker: frames on the GPU, a pinned pool on the host behind them, and
-what moves between the two in a step.
+"""The two tiers of one worker's KV: frames on the GPU, a pinned pool on the host, and what moves
+between them in a step.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ class TieredKV:
             fetch_layer=self._moves.fetch_layer,
             device=device,
         )
+        mirrored = range(self.pools.first_mirrored, num_layers)
+        self._fetch_all_misses = partial(self.fetch_misses, mirrored)
         self._figures = Figures(self.meter)
         self._late_counts = self.meter.counts if timed else None
         self._layers: list[LayerMemory] = []
@@ -210,8 +212,7 @@ class TieredKV:
         on its way back. With no ``table_rows`` nothing was resolved, and no misses are copied.
         """
         if table_rows:
-            mirrored = range(self.pools.first_mirrored, self.num_layers)
-            self.copies.start(partial(self.fetch_misses, mirrored))
+            self.copies.start(self._fetch_all_misses)
             self._steps += 1
         else:
             self.misses.count.zero_()

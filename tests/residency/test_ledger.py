@@ -306,24 +306,24 @@ def returning():
 
 
 def copied(ledger, steps, **arguments):
-    """Pages of layer 3 that the next steps copy, beside the layers and before the one in which it
+    """Pages of layer 3 that the next steps copy, while they compute and before the one in which it
     is resident again.
     """
-    beside, last = [], []
+    during, last = [], []
     for _ in range(steps):
         changes = follow(ledger, **arguments)
-        beside += [] if changes.returning is None else changes.returning[1].tolist()
+        during += [] if changes.returning is None else changes.returning[1].tolist()
         last += [page for layer, pages in changes.loads if layer == 3 for page in pages.tolist()]
         arguments = {"written": [("a", 9)]}
-    return beside, last
+    return during, last
 
 
 def test_a_large_layer_comes_back_a_share_a_step_and_what_is_written_meanwhile_once_more():
     ledger = returning()
-    beside, last = copied(ledger, 8, written=[("a", 9)])
+    during, last = copied(ledger, 8, written=[("a", 9)])
     assert ledger.resident == ledger.framed == 4
-    assert sorted({*beside, *last}) == list(range(20)) and len(beside) >= 15 and len(last) <= 5
-    assert 9 in last and 9 not in beside, (
+    assert sorted({*during, *last}) == list(range(20)) and len(during) >= 15 and len(last) <= 5
+    assert 9 in last and 9 not in during, (
         "the page that every step writes is copied when no step writes past its frame any more"
     )
 
@@ -334,8 +334,8 @@ def test_a_page_that_is_written_after_it_was_copied_is_copied_again():
         first = follow(ledger, written=[("c", 9)]).returning[1]
     assert 4 in first
     follow(ledger, written=[("a", 4)])
-    beside, last = copied(ledger, 8, written=[("c", 9)])
-    assert ledger.resident == 4 and 4 in {*beside, *last}
+    during, last = copied(ledger, 8, written=[("c", 9)])
+    assert ledger.resident == 4 and 4 in {*during, *last}
 
 
 @pytest.mark.parametrize("rows, chunk", [(12, 1), (1, 9)], ids=["many decode rows", "long prefill"])
@@ -389,8 +389,8 @@ def test_a_prefix_hit_on_a_layers_way_back_is_copied_with_it():
         ledger, started=[StartedRequest("d", [*range(20, 30), 58], 10)], written=[("a", 9)]
     )
     assert all(layer < 3 for layer, _ in changes.loads)
-    beside, last = copied(ledger, 16, written=[("a", 9)])
-    assert ledger.resident == 4 and {*range(20, 30)} <= {*beside, *last}
+    during, last = copied(ledger, 16, written=[("a", 9)])
+    assert ledger.resident == 4 and {*range(20, 30)} <= {*during, *last}
 
 
 def test_pressure_ends_a_layers_way_back():
