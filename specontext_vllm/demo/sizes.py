@@ -13,7 +13,7 @@ class Size:
         phases: of the model's training: (batch, tokens, share of its time, share of drill rows).
         model_until, head_until: shares of all time at which the model's and the head's training
             end.
-        align_weight: of the alignment loss beside the draft loss.
+        align_weight: factor of the alignment loss; the draft loss has 1.
     """
 
     hidden: int = 256
@@ -68,9 +68,10 @@ LARGER = Size(
     head_until=0.90,
     align_weight=3.0,
 )
-"""Seven times the demo's parameters; half its batch, so that it takes as many steps in the same
-time. Its head is further from trained out when the time is over (docs/results/accuracy.md), so it
-gets more of it, and the weight that docs/results/distillation.md found."""
+"""Seven times the demo's parameters, and half its batch, for as many steps in the same time. Its
+head needs longer (docs/results/accuracy.md), so it gets a larger share of the time, and the
+alignment weight that docs/results/distillation.md found best.
+"""
 
 SMOKE = Size(
     layers=5,

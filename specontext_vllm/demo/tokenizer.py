@@ -28,8 +28,7 @@ def train_tokenizer(out: Path) -> tuple[dict[str, int], int]:
     (piece -> id, vocabulary size).
 
     Raises:
-        RuntimeError: a piece is more than one token, so that lengths counted in pieces would be
-            wrong.
+        RuntimeError: a piece is more than one token, which would make lengths in pieces wrong.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

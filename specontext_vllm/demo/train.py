@@ -2,9 +2,9 @@
 ``python -m specontext_vllm.demo.train --out models/demo``.
 
 A 5.7 M-parameter Llama (``--size larger``: 39 M) learns to answer needle questions and to recite
-passages (tasks.py) at 512 to 12,288 tokens; then an EAGLE-3-shaped head learns, on the frozen
-model, to look where the model looks. Everything is bounded by the clock: nine minutes on one H200.
-``--size smoke`` runs all of it on a CPU with tiny sizes; its result is useless.
+passages (synthetic/tasks.py) at 512 to 12,288 tokens. Then an EAGLE-3-shaped head learns to attend
+to what the frozen model attends to. The clock ends every part: nine minutes in all on one H200.
+``--size smoke`` checks the script on a CPU, with tiny sizes and a useless result.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def cosine(rate: float, step: int, warmup: int, progress: float) -> float:
 
 
 def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, log: Log) -> None:
-    """Length curriculum; each phase ends by the clock."""
+    """Train at growing lengths; the clock ends each phase."""
     size = model.size
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -68,7 +68,7 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
         fused=device == "cuda",
     )
     if device == "cuda":
-        # Layers share their code, so one is compiled for all of them.
+        # Layers share their code, so this compiles once.
         for block in model.blocks:
             block.compile()
     begun, steps, tokens, share = time.time(), 0, 0, 0.0
@@ -113,14 +113,14 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
 
 
 def right_share(logits: Tensor, ids: Tensor, weights: Tensor) -> float:
-    """Share of the answer tokens that are the most likely ones."""
+    """Share of the answer tokens that the model gives the largest logit."""
     return (logits.argmax(-1) == ids[:, 1:])[weights[:, 1:] > 0.5].float().mean().item()
 
 
 def train_head(
     model: Model, draft: DraftModel, ids: dict[str, int], seconds: float, device: str, log: Log
 ) -> None:
-    """Draft and alignment loss on the frozen model, lengths mixed."""
+    """Train the head with draft and alignment loss on the frozen model, at mixed lengths."""
     size = model.size
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=size.head_rate, betas=(0.9, 0.95), fused=device == "cuda"
@@ -145,8 +145,7 @@ def train_head(
             fused, q, k, inputs = draft.queries_keys(
                 model.embed_tokens(x[:, 1:]).detach(), layers.aux[:, :-1], positions
             )
-            # Tokens whose successor is an answer matter most; that includes the last token before
-            # an answer.
+            # Tokens whose successor is an answer token weigh most.
             drafted = torch.roll(w[:, 1:], -1, 1) + 0.02
             loss_draft = draft_loss(draft.logits(fused, q, k, inputs), teacher[:, 1:], drafted)
             hot = (drafted > 0.5).float() + 0.05 * (w[:, 1:] > 0).float() + 1e-4

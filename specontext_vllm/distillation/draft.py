@@ -50,8 +50,8 @@ class DraftModel(nn.Module):
 
     Args:
         shape: its shape.
-        draft_ids: ``[draft_vocabulary]`` int64 ascending token ids that the LM head drafts; None
-            where it drafts all.
+        draft_ids: ``[draft_vocabulary]`` int64, ascending: the token ids that the LM head drafts;
+            None: all.
     """
 
     draft_ids: Tensor | None
@@ -137,7 +137,7 @@ class DraftModel(nn.Module):
         return self.lm_head(self.states(fused, q, k, inputs))
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """Tensors under SafeAILab's names; ``d2t`` and ``t2d`` where the draft vocabulary is
+        """Tensors under SafeAILab's names, with ``d2t`` and ``t2d`` if the draft vocabulary is
         reduced.
         """
         state = self.state_dict()
@@ -167,15 +167,14 @@ class DraftModel(nn.Module):
     def load(
         cls, folder: Path, *, max_position: int, num_layers: int, vocabulary: int
     ) -> DraftModel:
-        """A published EAGLE-3 checkpoint to train on, extended by YaRN where it was trained on
+        """A published EAGLE-3 checkpoint to train further, extended with YaRN if it was trained on
         shorter sequences.
 
         Args:
-            max_position: longest sequence it will be trained on. num_layers, vocabulary: of the
-                target.
+            max_position: longest sequence it will be trained on.
+            num_layers, vocabulary: of the target.
         Raises:
-            HeadError: not an EAGLE-3 checkpoint, or one with parts that training here does not
-                know.
+            HeadError: not an EAGLE-3 checkpoint, or one with tensors that `DraftModel` lacks.
         """
         spec = read_checkpoint(folder).spec
         entries = list_tensors(folder, allow_pickle=False)

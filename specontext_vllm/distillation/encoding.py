@@ -12,18 +12,18 @@ Tokens = tuple[np.ndarray, np.ndarray]
 
 
 def encode(stretches: Sequence[tuple[str, bool]], tokenizer: Any, *, plain: bool) -> Tokens:
-    """Tokens of a document, closed by the tokenizer's end-of-text token, if it has one.
+    """Tokens of a document, ended by the tokenizer's end-of-text token if it has one.
 
     Args:
-        stretches: text, and whether it answers what was asked. plain: no chat template wrote it, so
-            that whatever the tokenizer puts around plain text (a bos token, or nothing) belongs to
-            it; templates write that themselves.
+        stretches: text, and whether it answers what was asked.
+        plain: whether the tokenizer adds what it puts around plain text, such as a bos token; chat
+            templates write it themselves.
     """
     text = "".join(part for part, _ in stretches)
     encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
     ids = encoded["input_ids"]
     ends = np.cumsum([len(part) for part, _ in stretches])
-    # Tokens that are added after the text claim to stand at its begin.
+    # The tokenizer gives tokens that it adds after the text an offset of 0.
     first = np.maximum.accumulate(
         np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
     )
@@ -45,8 +45,8 @@ def encode_turns(turns: Sequence[tuple[str, str]], tokenizer: Any) -> Tokens:
 
 
 def as_text(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Chat turns (role, text) in the tokenizer's own chat format, the assistant's as answers; plain
-    text without one.
+    """Chat turns (role, text) in the tokenizer's chat format, or as plain text if it has none; the
+    assistant's turns are answers.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return [
@@ -56,8 +56,8 @@ def as_text(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[str,
     whole = tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in turns], tokenize=False
     )
-    # Templates trim what is said and wrap it in markers of their own, so each turn is looked for
-    # where the one before ended.
+    # Templates trim each turn's text and wrap it in markers, so it is searched for after the end of
+    # the turn before.
     stretches: list[tuple[str, bool]] = []
     done = at = 0
     for role, text in turns:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or do not exist."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
-    """A place to write to; what stands there at the end becomes ``path`` in one step, so that a
-    kill leaves the old file or the new one.
+    """A temporary file that becomes ``path`` in one step at the end, so that a kill leaves the old
+    file or the new one.
 
     Args:
-        contended: several processes may write it at a time; the last one wins.
+        contended: several processes may write it at the same time; the last one wins.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if contended else f"{path.name}.part")
     yield part

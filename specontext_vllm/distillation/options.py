@@ -9,12 +9,12 @@ from typing import Any
 from specontext_vllm.distillation.recall import MIN_BUDGET
 from specontext_vllm.distillation.settings import Loss, Settings
 
-CONTEXT, LEAST_CONTEXT = 32768, 256
-MOST_LOADERS = 4
-"""Loader processes by default, where there are cores for so many; they keep up with half a million
-tokens a second.
+CONTEXT, MIN_CONTEXT = 32768, 256
+MAX_LOADERS = 4
+"""Default number of loader processes, if there are cores for them; they make half a million tokens
+a second.
 """
-MOST_SEED = 2**32
+MAX_SEED = 2**32
 DEMO_WIDTH, DEMO_RATE = 256, 1e-3
 """Hidden size and peak learning rate of the demo's head."""
 
@@ -24,14 +24,14 @@ class OptionError(ValueError):
 
 
 def default_loaders(processes: int, on_gpu: bool) -> int:
-    """Loader processes of each training process: a core of those that this one may run on for each,
-    up to ``MOST_LOADERS``; without a GPU half of the cores are left to the training.
+    """Loader processes of each training process: as many as it has cores for, up to
+    ``MAX_LOADERS``; without a GPU half of the cores are left to training.
 
     Args:
-        processes: that train on this machine.
+        processes: training processes on this machine.
     """
     cores = len(os.sched_getaffinity(0)) // processes
-    return min(MOST_LOADERS, cores - 1 if on_gpu else cores // 2)
+    return min(MAX_LOADERS, cores - 1 if on_gpu else cores // 2)
 
 
 def make_settings(
@@ -47,9 +47,8 @@ def make_settings(
     seed: int,
     loaders: int = 0,
 ) -> Settings:
-    """Settings for a target, with defaults for what was not given: the longest context up to 32768,
-    a budget of a sixteenth of it (2048 of 32768), a learning rate that falls with the width from
-    the demo's (muP's rule for Adam).
+    """Settings for a target. Defaults: the target's longest context up to 32768, a budget of a
+    sixteenth of it, and the demo's learning rate scaled down with the width (muP's rule for Adam).
 
     Args:
         config: the target's transformers config. The others: the command's options.
@@ -58,9 +57,9 @@ def make_settings(
     """
     longest = config.max_position_embeddings
     context = min(CONTEXT, longest) if context is None else context
-    if not LEAST_CONTEXT <= context <= longest:
+    if not MIN_CONTEXT <= context <= longest:
         raise OptionError(
-            f"--context: found {context}; give {LEAST_CONTEXT} to {longest} tokens, the model's "
+            f"--context: found {context}; give {MIN_CONTEXT} to {longest} tokens, the model's "
             "own max_position_embeddings."
         )
     if batch_tokens is not None and batch_tokens < context:
@@ -78,14 +77,13 @@ def make_settings(
         )
     if budget is not None and not MIN_BUDGET <= budget < context:
         raise OptionError(
-            f"--budget: found {budget}; give {MIN_BUDGET} tokens, which sinks, recents and one "
-            "page to choose need, or more, and less than the "
-            f"context ({context})."
+            f"--budget: found {budget}; give {MIN_BUDGET} tokens, for sinks, recents and one page "
+            f"to choose, or more, and less than the context ({context})."
         )
     if loaders < 0:
         raise OptionError(f"--loaders: found {loaders}; give 0 or more processes, or leave it out.")
-    if not 0 <= seed < MOST_SEED:
-        raise OptionError(f"--seed: found {seed}; give 0 to {MOST_SEED - 1}.")
+    if not 0 <= seed < MAX_SEED:
+        raise OptionError(f"--seed: found {seed}; give 0 to {MAX_SEED - 1}.")
     return Settings(
         context=context,
         batch_tokens=batch_tokens or context,

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and going on from what lies there."""
+"""The folder of a run: which run it belongs to, and resuming from it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from specontext_vllm.distillation.trainer import Distiller
 
 
 def check_folder(out: Path, facts: dict[str, Any] | None = None) -> None:
-    """See, before anything is made, that ``out`` can be written to, and is free or holds the run
-    that these options began.
+    """Check, before anything is written, that ``out`` is writable, and is free or holds the run
+    that these options started.
 
     Args:
-        facts: what makes it another run: model, data, loss, shape; not how long it goes. None: not
-            known yet.
+        facts: what identifies a run: model, data, loss, shape, but not its length. None: not known
+            yet.
     Raises:
-        OptionError: it cannot, or something else lies there.
+        OptionError: it is not writable, or holds something else.
     """
     there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -40,7 +40,7 @@ def check_folder(out: Path, facts: dict[str, Any] | None = None) -> None:
     except (ValueError, TypeError) as error:
         raise OptionError(
             f"--out: {note} cannot be read ({error}); give another folder, or remove that file to "
-            "begin anew."
+            "start afresh."
         ) from None
     if differ := [
         f"{key} {found.get(key)!r} (now {value!r})"
@@ -49,12 +49,12 @@ def check_folder(out: Path, facts: dict[str, Any] | None = None) -> None:
     ]:
         raise OptionError(
             f"--out: {out} holds a run with {', '.join(differ)}; give another folder, or the same "
-            "options to go on."
+            "options to resume it."
         )
 
 
 def claim_folder(out: Path, facts: dict[str, Any]) -> None:
-    """``check_folder``, and note there whose it is."""
+    """``check_folder``, and write down there which run it belongs to."""
     check_folder(out, facts)
     note = out / "training" / "run.json"
     if not note.is_file():
@@ -67,14 +67,14 @@ def resume(run: Distiller) -> bool:
     """``Distiller.resume``.
 
     Raises:
-        OptionError: the state cannot be read, or is another head's.
+        OptionError: the state cannot be read, or belongs to another head.
     """
     try:
         return run.resume()
     except Exception as error:  # whatever torch.load and pickle raise on a damaged file
         reason = str(error).strip().split("\n")[0]
         raise OptionError(
-            f"--out: {run.state_file} cannot be gone on from ({type(error).__name__}: {reason}); "
+            f"--out: {run.state_file} cannot be resumed from ({type(error).__name__}: {reason}); "
             f"give another folder, or remove {run.state_file.parent} "
-            "to begin anew."
+            "to start afresh."
         ) from None

@@ -10,7 +10,8 @@ from specontext_vllm.distillation.losses import SHARPNESS, WINDOW
 
 Loss = Literal["both", "draft", "align"]
 WARMUP_STEPS, WARMUP_SHARE = 100, 0.05
-"""The learning rate has its peak after so many steps, or so much of the run where that is sooner.
+"""The learning rate reaches its peak after this many steps or this share of the run, whichever is
+sooner.
 """
 
 
@@ -19,13 +20,13 @@ class Settings:
     """How a head is trained.
 
     Attributes:
-        context: longest sequence, tokens; a half and a quarter of it are trained on as well.
+        context: longest sequence, tokens; half and a quarter of it are trained on as well.
         batch_tokens: tokens of a step on each process.
-        hours: of training in all, over resumed runs too; measuring does not count.
-        steps: of training in all; where given, it and not the clock decides the learning rate and
+        hours: training time in all, resumed runs included; measuring does not count.
+        steps: of training in all; if given, steps and not the clock decide the learning rate and
             the end.
         loss: what is minimised.
-        learning_rate: peak; a cosine to a tenth follows, over the hours or steps.
+        learning_rate: peak; then a cosine down to a tenth, over the hours or steps.
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
         window: newest tokens that alignment leaves out.
         align_weight: factor of the alignment loss (docs/results/distillation.md, losses).
@@ -34,9 +35,9 @@ class Settings:
         over_layers: "max" or "mean" over the teacher's layers.
         budget: tokens of the recall figure.
         report_seconds, save_seconds: how often to measure and to save.
-        measuring_share: a measurement waits until the one before took no more than so much of the
-            training in between. The teacher's look at the held-out sequences, once a run, is left
-            out: waiting would not make it shorter.
+        measuring_share: a measurement waits until the one before took no more than this share of
+            the training in between. The teacher's pass over the held-out sequences, once a run,
+            does not count.
         loaders: processes that make batches; 0: the training process does.
         seed: of weights, data and sampling.
     """
@@ -71,16 +72,14 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with its state. ``seconds`` are the clock's, saving included and
-    measuring left out.
-    """
+    """How far a run has come; saved with its state. ``seconds`` include saving, not measuring."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
     def share(self, settings: Settings) -> float:
-        """How much of the run is over; 1 and more at its end."""
+        """Share of the run that is done; 1 or more at its end."""
         return (
             self.seconds / (3600 * settings.hours)
             if settings.steps is None

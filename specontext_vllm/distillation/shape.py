@@ -11,15 +11,15 @@ from specontext_vllm.retrieval.checkpoint import HeadError, HeadSpec, default_au
 
 
 def aux_layers_for(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's auxiliary layers, or for a target too shallow for that rule (1, L // 2, L - 2).
+    """EAGLE-3's auxiliary layers, or (1, L // 2, L - 2) for a target too shallow for its rule.
 
     Raises:
         HeadError: fewer than five layers.
     """
     if num_layers < 5:
         raise HeadError(
-            f"--model: it has {num_layers} layers, and a head reads the states of three in its "
-            "middle; give one with five or more."
+            f"--model: it has {num_layers} layers, and a head reads the states of three in the "
+            "middle; give a model with five or more."
         )
     return (
         default_aux_layers(num_layers) if num_layers > 6 else (1, num_layers // 2, num_layers - 2)
@@ -28,18 +28,16 @@ def aux_layers_for(num_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DraftShape:
-    """What a draft model is made of; everything its ``config.json`` says.
+    """Shape and settings of a draft model: everything in its ``config.json``.
 
     Attributes:
         hidden: H, width of the target's hidden states and of the draft layer.
         heads, kv_heads, head_dim: of the layer's attention; KV heads are the target's.
         ffn: inner width of the MLP.
-        vocabulary, draft_vocabulary: the target's tokens, and how many of them the LM head can
-            draft.
+        vocabulary, draft_vocabulary: the target's tokens, and those that the LM head can draft.
         rope_theta, rope_scaling: RoPE base and scaling in transformers' terms (None: none).
         eps: of the RMSNorms.
-        max_position: positions the head is trained for; beyond them a loading engine extends it by
-            YaRN.
+        max_position: positions the head is trained for; an engine extends it beyond with YaRN.
         aux_layers: target layers whose input states it reads.
     """
 
@@ -87,7 +85,7 @@ class DraftShape:
         )
 
     def head_spec(self) -> HeadSpec:
-        """The retrieval head in it, as a loader sees it."""
+        """The retrieval head in it, as read from its checkpoint."""
         return HeadSpec(
             format="safeailab",
             hidden_size=self.hidden,
@@ -127,7 +125,7 @@ class DraftShape:
             "hidden_act": "silu",
             "torch_dtype": "bfloat16",
             "target_hidden_size": self.hidden,
-            # vLLM's V1 runner reads them below eagle_config, its V2 runner on the top level alone.
+            # vLLM's V1 runner reads them in eagle_config, its V2 runner on the top level.
             "eagle_aux_hidden_state_layer_ids": list(self.aux_layers),
             "eagle_config": {
                 "eagle_aux_hidden_state_layer_ids": list(self.aux_layers),

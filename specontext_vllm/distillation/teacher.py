@@ -16,7 +16,7 @@ from specontext_vllm.distillation.losses import AttentionCollector
 from specontext_vllm.model_config import has_windowed_layers
 
 ATTENTION = "specontext_teacher"
-"""Name under which transformers knows the attention function that lets us look on."""
+"""Name in transformers of the attention function that can be watched."""
 
 
 class TeacherError(ValueError):
@@ -25,12 +25,12 @@ class TeacherError(ValueError):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a frozen forward pass shows.
+    """What the head learns from a frozen forward pass.
 
     Attributes:
         embeds: ``[B, T, H]`` of the tokens.
         aux: ``[B, T, num_aux * H]`` states that enter the auxiliary layers.
-        hidden: ``[B, T, H]`` that the LM head reads.
+        hidden: ``[B, T, H]`` states that the LM head reads.
         target, mass: from ``AttentionCollector``, without token 0: ``[B, nkv, S, T - 1]``,
             ``[B, nkv, S]``.
     """
@@ -64,14 +64,14 @@ def read_tokenizer(folder: Path) -> Any:
     """The model's tokenizer, a fast one.
 
     Raises:
-        TeacherError: none there, or one that cannot say where in the text its tokens stand.
+        TeacherError: none there, or one that cannot give its tokens' offsets in the text.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _read(AutoTokenizer, folder)
     if not tokenizer.is_fast:
         raise TeacherError(
-            f"--model: {folder} has a slow tokenizer, which does not tell where tokens stand; add "
+            f"--model: {folder} has a slow tokenizer, which gives no offsets of its tokens; add "
             "its tokenizer.json."
         )
     return tokenizer
@@ -93,7 +93,7 @@ def load_teacher(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
         attn_implementation=ATTENTION,
         output_loading_info=True,
     )
-    # transformers would go on with random ones.
+    # transformers would initialise them at random.
     if missing := sorted(found["missing_keys"]):
         raise TeacherError(
             f"--model: {folder} lacks {len(missing)} of its weights ({missing[0]} for one); "
@@ -106,7 +106,7 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    # What it finds is judged here, in one sentence.
+    # Its warnings would come on top of our sentence.
     logging.set_verbosity_error()
     try:
         return kind.from_pretrained(folder, **options)
@@ -121,8 +121,11 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def check_teacher(config: Any) -> None:
-    """Raise a TeacherError for models that the specontext backend does not serve either, or that
-    have no layers to look on.
+    """Refuse models that the specontext backend does not serve either, or whose layers cannot be
+    watched.
+
+    Raises:
+        TeacherError: this is one.
     """
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
     needed = (
@@ -167,8 +170,8 @@ def check_teacher(config: Any) -> None:
 
 
 def register_attention() -> None:
-    """Make ``ATTENTION`` known to transformers: causal attention that shows queries and keys to the
-    module's ``observer``.
+    """Register ``ATTENTION`` with transformers: causal attention that passes queries and keys to
+    the module's ``observer``, if it has one.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -196,8 +199,8 @@ class Teacher:
 
     Args:
         model: from ``load_teacher``.
-        aux_layers: layers whose input states it hands over; the number of layers stands for the
-            last one's output.
+        aux_layers: layers whose input states are returned; the number of layers means the last
+            one's output.
     """
 
     def __init__(self, model: Any, aux_layers: Sequence[int]) -> None:
@@ -218,8 +221,8 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, at: Tensor, collector: AttentionCollector) -> Lesson:
-        """Run ``ids [B, T]`` and watch where positions ``at [B, S]`` (counted without token 0)
-        look.
+        """Run ``ids [B, T]`` and collect where positions ``at [B, S]`` (counted without token 0)
+        attend to.
         """
         states: dict[int, Tensor] = {}
         hooks = []

@@ -16,13 +16,13 @@ from specontext_vllm.distillation.encoding import Tokens, as_text, encode, encod
 from specontext_vllm.distillation.files import whole_file
 
 HELD_OUT = 50
-"""One document in so many is never trained on."""
+"""One document in this many is never trained on."""
 PIECE_BYTES = 1 << 17
-"""A plain text file is cut into documents of so many bytes, some 32k tokens; of short documents as
-many are made into tokens at a time.
+"""A plain text file is cut into documents of this many bytes, some 32k tokens. Short documents are
+made into tokens in groups of this size.
 """
 CACHE_FORMAT = 1
-"""Part of the cached tokens' names; to be raised when the same text becomes others."""
+"""Part of the cached tokens' names; raise it when the same text gets other tokens."""
 
 ROLES = {
     "system": "system",
@@ -31,7 +31,7 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-"""Names of a turn's speaker in chat data -> in chat templates."""
+"""A turn's speaker in chat data -> in chat templates."""
 
 
 class DataError(ValueError):
@@ -39,15 +39,15 @@ class DataError(ValueError):
 
 
 class Files:
-    """Documents out of text files and of JSON lines (keys ``text``, ``messages`` or
-    ``conversations``), found by their offsets.
+    """Documents out of text files and JSON lines (keys ``text``, ``messages`` or
+    ``conversations``).
 
-    Every line is looked at once, here, so that nothing can fail hours later. Text becomes tokens
-    when it is first drawn, some 128 KiB at a time, and those stay in the cache, which all processes
-    of a run share.
+    The constructor checks every line, so that nothing fails hours later. Text becomes tokens when
+    it is first drawn, some 128 KiB at a time; they stay in the cache, which all processes of a run
+    share.
 
     Args:
-        cache: folder for the tokens; five bytes for each.
+        cache: folder for the tokens, five bytes each.
     Raises:
         DataError: a file that is missing, empty or of another form; fewer than two documents.
     """
@@ -68,7 +68,7 @@ class Files:
             )
             if len(found) == before:
                 raise DataError(f"--data: {path} is empty; leave it out.")
-        # Loader processes share arrays; lists they would copy, reference count by reference count.
+        # An array, since loader processes would copy a list when they count references.
         self._documents = np.array(found, dtype=np.int64)
         if len(found) < 2:
             raise DataError(
@@ -76,7 +76,7 @@ class Files:
                 "measure on; give more (a text file is cut "
                 f"into documents of {PIECE_BYTES >> 10} KiB, a JSON line is one)."
             )
-        # With few documents the last one is held out.
+        # Of few documents the last one is held out.
         period = min(HELD_OUT, len(found))
         held_out = np.arange(len(found)) % period == period - 1
         self._kinds = {kind: np.flatnonzero(held_out == kind) for kind in (False, True)}
@@ -108,23 +108,23 @@ class Files:
             return
         roles = tuple(role for role, _ in turns)
         if roles not in self._rendered:
-            # Templates refuse by the order of roles (no system turn, turns that do not alternate).
+            # What a template refuses is an order of roles: a system turn, two of one role.
             try:
                 as_text(turns, self.tokenizer)
             except Exception as error:  # whatever a template raises
                 raise DataError(
                     f"the model's chat template refuses turns by {', '.join(roles)} ({error}); "
-                    "mend or drop it."
+                    "correct or drop it."
                 ) from None
             self._rendered.add(roles)
 
     def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
-        """Documents that follow one another in a file, from a random one on; of one that is too
-        long for ``count`` a random window.
+        """Consecutive documents of a file, from a random one on; a random window of a document that
+        is longer than ``count``.
         """
         documents, ends = self._kinds[held_out], self._ends[held_out]
         while True:
-            # By bytes, so that a long document counts for as many as its windows are.
+            # By bytes, so that a long document is drawn as often as it has windows.
             place = int(np.searchsorted(ends, rng.randrange(int(ends[-1])), side="right"))
             group = int(np.searchsorted(self._groups, documents[place], side="right")) - 1
             stop = int(np.searchsorted(documents, self._groups[group + 1]))
@@ -133,7 +133,7 @@ class Files:
                 return drawn
 
     def _windows(self, group: int, chosen: list[int], count: int, rng: Random) -> Tokens:
-        """``count`` tokens of documents of a group, or as many as they have."""
+        """``count`` tokens of a group's documents, or all that they have."""
         from safetensors import safe_open
 
         parts: list[Tokens] = []
@@ -146,13 +146,13 @@ class Files:
                 size = min(count, end - first)
                 if not size:
                     continue
-                # Every token is in as many of these windows as any other; those that would hang
-                # over are moved in, so the ends are in more.
+                # Every token is in equally many windows; windows beyond an end are moved inside,
+                # so tokens near the ends are in more.
                 at = first + min(max(rng.randrange(1 - size, end - first), 0), end - first - size)
                 own = np.array(ids[at : at + size])
                 if at > first and int(ids[first : first + 1][0]) == start:
-                    # What the model looks at when there is nothing to look at stands in front as it
-                    # will in a prompt.
+                    # Models attend to the first token when nothing else matters: as in a prompt, it
+                    # is the bos token.
                     own[0] = start
                 parts.append((own, np.array(answers[at : at + size])))
                 count -= size
@@ -163,7 +163,7 @@ class Files:
         )
 
     def _tokens_file(self, group: int) -> Path:
-        """Where a group's tokens stand; made at the first call."""
+        """The file of a group's tokens, made at the first call."""
         number, first, _ = self._documents[self._groups[group]].tolist()
         path = self._caches[number] / f"{first}.safetensors"
         if not path.is_file():
@@ -190,7 +190,7 @@ class Files:
             file.seek(first)
             content = file.read(size)
         if not _has_lines(path):
-            # A piece may begin or end inside a character.
+            # A piece may begin or end within a character.
             return encode([(content.decode(errors="ignore"), False)], self.tokenizer, plain=True)
         turns = _turns(content)
         return (
@@ -201,8 +201,10 @@ class Files:
 
 
 def _groups(documents: np.ndarray) -> np.ndarray:
-    """The first document of each group, and the number of documents: ``documents [N, 3]`` that
-    follow one another in a file, 128 KiB together, or one that is longer.
+    """The first document of each group, then the number of documents.
+
+    A group is consecutive ``documents [N, 3]`` of a file, up to 128 KiB together, or one that is
+    longer.
     """
     firsts: list[int] = []
     held = 0
@@ -215,7 +217,7 @@ def _groups(documents: np.ndarray) -> np.ndarray:
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """Of all that decides which tokens a text becomes."""
+    """Hash of everything that decides which tokens a text becomes."""
     template = getattr(tokenizer, "chat_template", None)
     parts = (
         CACHE_FORMAT,
@@ -229,7 +231,7 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def _identity(path: Path) -> str:
-    """Of a file's contents, without reading them."""
+    """A name for a file's contents, without reading them."""
     found = path.stat()
     return f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
 
@@ -239,7 +241,7 @@ def _has_lines(path: Path) -> bool:
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, int]]:
-    """Where the documents of a text file begin, and their sizes."""
+    """Offsets and sizes of a text file's documents."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
     with path.open("rb") as file:
@@ -259,10 +261,10 @@ def _pieces(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _turns(line: bytes) -> list[tuple[str, str]] | None:
-    """Turns (role, text) of a line of chat data; None where the line is plain ``text``.
+    """Turns (role, text) of a line of chat data; None if the line is plain ``text``.
 
     Raises:
-        DataError: another form; the sentence does not say which line.
+        DataError: the line has another form; the sentence does not say which line it is.
     """
     try:
         record = json.loads(line)
@@ -272,7 +274,7 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
         raise DataError(f"found a {type(record).__name__}; give one object a line.")
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
-            raise DataError("`text` is empty or no string; mend or drop it.")
+            raise DataError("`text` is empty or no string; correct or drop it.")
         return None
     for key, speaker, said in (("messages", "role", "content"), ("conversations", "from", "value")):
         if key in record:
@@ -282,7 +284,7 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
                 raise DataError(
                     f"`{key}` has a turn without {speaker!r} (one of {', '.join(ROLES)}) and "
                     f"{said!r} ({type(error).__name__}: {error}); "
-                    "mend or drop it."
+                    "correct or drop it."
                 ) from None
             if (
                 not turns
@@ -290,7 +292,7 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
                 or not any(text.strip() for _, text in turns)
             ):
                 raise DataError(
-                    f"`{key}` has no turns, or turns that are no text; mend or drop it."
+                    f"`{key}` has no turns, or turns that are no text; correct or drop it."
                 )
             return turns
     raise DataError(

@@ -1,12 +1,12 @@
 """Metrics from worker processes to the front end's /metrics: prometheus_client's multiprocess
 files.
 
-With several API servers vLLM reads such files itself, from PROMETHEUS_MULTIPROC_DIR. With one it
-serves its own process's registry; there the front end makes a folder of ours and registers a
-collector for it (``FolderCollector``), beside vLLM's metrics. Workers write the same files in both
-cases. A write is a store into mapped memory: no message, no lock, nothing for a step to wait for.
+With several API servers vLLM reads such files itself, from PROMETHEUS_MULTIPROC_DIR. With one API
+server it serves its own process's registry; there the front end makes a folder and registers a
+collector for it (``FolderCollector``). Workers write the same files in both cases. A write is a
+store into mapped memory: a step waits for no message and no lock.
 
-Workers on other machines than the front end write such files there, which `specontext metrics`
+Workers on another machine than the front end's write files on theirs, which `specontext metrics`
 serves (``MachineCollector``).
 """
 
@@ -34,9 +34,9 @@ from specontext_vllm.observability.catalog import Metric
 
 OWNER = "specontext"
 FOLDER = "specontext-metrics-"
-"""How our folders' names begin; they lie in the machine's folder for temporary files."""
+"""Prefix of our folders, in the machine's folder for temporary files."""
 FILES = f"*_{OWNER}-*.db"
-"""Our files in a folder: kind, our name, process and a number."""
+"""Pattern of our files: kind, our name, process id and a number."""
 GAUGE_MODE = "livemostrecent"
 
 _folder: tempfile.TemporaryDirectory[str] | None = None
@@ -44,10 +44,10 @@ _engines = count()
 
 
 def front_end_folder() -> str:
-    """The folder whose metrics this process's /metrics shows; called in the front end, before its
-    workers start.
+    """The folder that this process's /metrics reads; called in the front end, before its workers
+    start.
 
-    What dead workers left in our own folder goes; PROMETHEUS_MULTIPROC_DIR belongs to vLLM.
+    Files of dead workers in our own folder are removed; PROMETHEUS_MULTIPROC_DIR is left to vLLM.
     """
     global _folder
     if (shared := os.environ.get("PROMETHEUS_MULTIPROC_DIR")) is not None:
@@ -55,7 +55,7 @@ def front_end_folder() -> str:
     if _folder is None:
         _folder = tempfile.TemporaryDirectory(prefix=FOLDER)
         REGISTRY.register(FolderCollector(_folder.name))
-    # Whatever tidies up temporary files may have taken it.
+    # A cleaner of temporary files may have removed it.
     Path(_folder.name).mkdir(mode=0o700, exist_ok=True)
     for file in _files_in(_folder.name):
         if not _is_written(file):
@@ -76,8 +76,8 @@ class FolderCollector:
 
 
 class MachineCollector:
-    """prometheus_client collector of all figures that running workers of this user write on this
-    machine, whatever engine they belong to.
+    """prometheus_client collector of the figures of all running workers of this user on this
+    machine, of any engine.
     """
 
     def collect(self) -> Iterable[Family]:
@@ -94,29 +94,29 @@ class MachineCollector:
 
 
 class Publisher(Protocol):
-    """Who writes figures later than it counts them."""
+    """Something that writes its figures some time after it counts them."""
 
     def publish(self) -> None:
-        """Write all that has been counted, if the calling thread is the one that counts."""
+        """Write everything counted so far, if the calling thread is the one that counts."""
 
 
 PUBLISHERS: weakref.WeakSet[Publisher] = weakref.WeakSet()
-"""Those in this process, where a scrape need not do with what they have written so far."""
+"""Those in this process: a scrape here asks them to write first."""
 
 
 def _files_in(folder: str) -> list[str]:
-    """Our files in the folder; none where it is not there, or goes meanwhile."""
+    """Our files in the folder; none if it does not exist."""
     return glob.glob(str(Path(glob.escape(folder), FILES)))
 
 
 def _merge(files: list[str]) -> Iterable[Family]:
-    """What the files say together, but for those that cannot be read: a worker that ends takes its
-    files along, listed or not.
+    """The files' metrics together, without files that cannot be read: a worker that ends removes
+    its files, also between our listing and reading them.
     """
     for _ in range(len(files) + 1):
         try:
             return MultiProcessCollector.merge(files)
-        except Exception:  # prometheus_client has no class of its own for what a file that is gone or not whole leads to
+        except Exception:  # prometheus_client raises all kinds for a file that is gone or cut off
             files = [file for file in files if _is_readable(file)]
     return []
 
@@ -137,22 +137,21 @@ def _is_ours(folder: str) -> bool:
 
 
 def _is_written(file: str) -> bool:
-    """Whether the worker whose file it is still runs."""
+    """Whether the worker that writes the file still runs."""
     return psutil.pid_exists(int(Path(file).stem.split("-")[-2]))
 
 
 class MetricFiles:
-    """One worker's metrics, in files of its own that go when the object does or the process ends in
-    order.
+    """One worker's metrics, in files of its own, which are removed with the object or at an orderly
+    end of the process.
 
-    A metric that is never set is not in /metrics. Values are absolute: what a counter or a bucket
-    has come to, not what is new.
+    A metric that is never set is not in /metrics. Values are totals, not increments.
 
     Args:
-        folder: what ``front_end_folder`` said. Where it is not there the front end is on another
-            machine, and a folder of its name among this machine's temporary files takes its place.
-        labels: of every metric. tp_rank: label of those that differ between ranks; the others are
-            written by rank 0 alone.
+        folder: of ``front_end_folder``. If it does not exist here, the front end is on another
+            machine, and a folder of that name among this machine's temporary files is used.
+        labels: of every metric.
+        tp_rank: label of metrics that differ between ranks; rank 0 alone writes the others.
 
     Attributes:
         is_remote: whether the front end is on another machine.
@@ -191,7 +190,7 @@ class MetricFiles:
         """A histogram.
 
         Args:
-            counts: observations in each bucket alone, the one above the last edge included.
+            counts: observations of each bucket, not cumulative; the last one has no upper edge.
             total: sum of the observations.
         """
         for edge, number in zip((*metric.edges, float("inf")), counts, strict=True):
@@ -216,7 +215,7 @@ class MetricFiles:
 
 
 def _new_file(path: Path) -> MmapedDict:
-    """An empty file, which no scrape sees before it is whole."""
+    """An empty file, which no scrape sees before it is complete."""
     unseen = path.with_suffix(".new")
     file = MmapedDict(str(unseen))
     unseen.rename(path)
@@ -228,6 +227,6 @@ def _remove(files: list[MmapedDict], paths: list[Path], with_folder: bool) -> No
         file.close()
         path.unlink(missing_ok=True)
     if with_folder:
-        # Another worker's files may be in it; the last one takes it along.
+        # Not empty while another worker's files are in it; the last worker removes it.
         with suppress(OSError):
             paths[0].parent.rmdir()

@@ -23,7 +23,7 @@ ABSENT = "–"
 
 
 class TopError(RuntimeError):
-    """The server cannot be watched; the message is one sentence that says why."""
+    """A server that cannot be watched; the message is one sentence that says why."""
 
 
 @dataclass
@@ -44,8 +44,8 @@ Reading = dict[tuple[str, str], Figures]
 
 
 def metrics_url(url: str) -> str:
-    """The address of /metrics for whatever a user gives for a server: with or without scheme, /v1
-    or /metrics.
+    """The address of a server's /metrics; users give the server's with or without scheme, /v1 or
+    /metrics.
 
     Raises:
         TopError: not an address.
@@ -61,7 +61,7 @@ def metrics_url(url: str) -> str:
 
 
 def read(address: str) -> Reading:
-    """What /metrics says of specontext now.
+    """specontext's figures in /metrics now.
 
     Raises:
         TopError: no answer, no Prometheus text, or no figure of specontext in it.
@@ -85,10 +85,10 @@ def read(address: str) -> Reading:
 
 
 def parse(text: str) -> Reading:
-    """Sort the samples of a /metrics page by engine.
+    """The samples of a /metrics page, by engine.
 
     Raises:
-        ValueError: not Prometheus text, or samples that do not say whose they are.
+        ValueError: not Prometheus text, or samples without the labels of model and engine.
     """
     kinds = {sample: metric.kind for metric in METRICS for sample in metric.samples}
     reading: Reading = defaultdict(Figures)
@@ -108,8 +108,8 @@ def parse(text: str) -> Reading:
 
 
 def growth(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """What counters grew by. One that fell has begun anew with its engine, and grew by what it
-    shows.
+    """How much counters grew. One that fell was reset by its engine's restart, and grew by its
+    value.
     """
     return {
         name: value - before.get(name, 0.0) if value >= before.get(name, 0.0) else value
@@ -118,8 +118,8 @@ def growth(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, f
 
 
 def show(now: Reading, before: Reading | None, seconds: float) -> Group:
-    """Tables of a reading: what happened in the last ``seconds``, when there is an earlier reading,
-    and since the start.
+    """A table for each engine: figures since the start and, if there is an earlier reading, of the
+    last ``seconds``.
     """
     tables = []
     for (model, engine), figures in sorted(now.items()):
@@ -143,11 +143,11 @@ def show(now: Reading, before: Reading | None, seconds: float) -> Group:
 
 
 def watch(url: str, every: float, once: bool, console: Console) -> None:
-    """Print one table, or keep one up to date until Ctrl-C; a server that goes away meanwhile is
-    waited for.
+    """Print one table, or keep one up to date until Ctrl-C. A server that goes away meanwhile is
+    asked again.
 
     Raises:
-        TopError: as ``read``, of the first reading.
+        TopError: as ``read``, at the first reading.
     """
     address = metrics_url(url)
     now, at = read(address), time.monotonic()
@@ -166,12 +166,8 @@ def watch(url: str, every: float, once: bool, console: Console) -> None:
             live.update(show(now, before, at - begin), refresh=True)
 
 
-# -- rows
-# ---------------------------------------------------------------------------------------------------------------
-
 Cell = Callable[[Mapping[str, float], float | None], str]
-"""Text of a figure, from sums over some seconds; None: since the start, where a rate has no
-meaning.
+"""Text of a figure, from sums over some seconds; None for sums since the start, which have no rate.
 """
 
 
@@ -237,7 +233,7 @@ _ROWS: dict[str, Cell] = {
 
 
 def _gauge_rows(gauges: Mapping[str, list[float]]) -> list[tuple[str, str]]:
-    """Of several ranks, the one with the least room, or whose sidecar is away."""
+    """The worst of the ranks: the least memory, or a sidecar that is away."""
     rows = []
     if catalog.SIDECAR_UP.name in gauges:
         up, lost = (

@@ -1,10 +1,9 @@
-"""Needle and recitation problems in plain English: training data of the demo model, its tests and
-benchmarks.
+"""Needle and recitation problems in plain English: training data of the demo model and of heads,
+tests and benchmarks.
 
 A text is a list of *pieces*: words with their leading space, digits, punctuation, newlines and chat
-    markers. The demo tokenizer is
-trained so that every piece is one token; a text's length in tokens is therefore known here without
-a tokenizer.
+markers. Every piece is one token of the demo tokenizer, so a text's length in tokens is known here
+without a tokenizer.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ SPECIALS = [PAD, BOS, END, USER, ASSISTANT]
 PIECE_PATTERN = r" ?[A-Za-z]+| ?[0-9]|\n|[^A-Za-z0-9\s]|\s"
 _PIECE = re.compile(r"<\|\w+\|>|" + PIECE_PATTERN)
 
-# One word stands between a name and its value in every form: what a small model must learn is then
-# one step, not many.
+# In every form one word stands between a name and its value: a small model learns that easily.
 FACTS = [
     "The code of {key} is {value}.",
     "The number of {key} is {value}.",
@@ -84,13 +82,13 @@ class Problem:
 
 
 def pieces(text: str) -> list[str]:
-    """The text cut into the units that are one token each for the demo tokenizer."""
+    """The text cut into pieces, each of which is one token of the demo tokenizer."""
     return _PIECE.findall(text)
 
 
 def random_for(seed: int, split: str) -> Random:
-    """A generator of its own for every (split, seed), so that test problems never occur in
-    training.
+    """A generator for (split, seed): different splits give different problems, so test problems do
+    not occur in training.
     """
     return Random(hashlib.sha256(f"{split}/{seed}".encode()).digest())
 
@@ -101,7 +99,7 @@ def sentence(rng: Random) -> str:
 
 
 def random_value(rng: Random) -> str:
-    """Six digits, or now and then two words."""
+    """Six digits, or sometimes two words."""
     if rng.random() < 0.15:
         return f"{rng.choice(W.ADJECTIVES)} {rng.choice(W.NOUNS)}"
     return str(rng.randrange(100000, 1000000))
@@ -143,14 +141,13 @@ def make_items(rng: Random, facts: int, passages: int) -> list[Item]:
 
 
 def context_lines(rng: Random, items: list[Item], size: int) -> list[str]:
-    """Lines of about ``size`` pieces in which the items stand among random sentences.
+    """Lines of about ``size`` pieces: the items among random sentences.
 
-    Passages get lines of their own, facts stand inside paragraphs; the first and the last place can
-    hold either.
+    Passages have lines of their own, facts are within paragraphs.
     """
     room = size - sum(len(pieces(item.text)) + 1 for item in items)
     units: list[tuple[bool, str]] = [(item.kind == "recitation", item.text) for item in items]
-    # A sentence is nine pieces, and a newline comes with every eighth or so.
+    # A sentence is nine pieces, and about every eighth ends a line.
     units += [(False, sentence(rng)) for _ in range(int(max(0, room) / 9.13))]
     rng.shuffle(units)
     lines: list[str] = []
@@ -172,10 +169,10 @@ def context_lines(rng: Random, items: list[Item], size: int) -> list[str]:
 def conversation(
     rng: Random, layout: str, items: list[Item], asked: list[Item], size: int
 ) -> list[tuple[str, str]]:
-    """Turns (role, text) that ask for ``asked`` one after the other over a context of about
+    """Turns (role, text) that ask for ``asked``, one after the other, over a context of about
     ``size`` pieces.
 
-    ``plain`` has one turn of role "text" per question and answer, without chat markers.
+    The layout ``plain`` has turns of roles "text" and "answer", without chat markers.
     """
     first = asked[0].question
     lines = context_lines(rng, items, size)
@@ -208,7 +205,7 @@ def conversation(
 
 
 def render(turns: list[tuple[str, str]]) -> list[tuple[str, bool]]:
-    """Stretches of text and whether the model is to produce them; the same format as the
+    """Stretches of text, and whether the model is to produce them, in the format of the demo
     tokenizer's chat template.
     """
     out: list[tuple[str, bool]] = [(BOS, False)]
@@ -239,8 +236,8 @@ def make_problem(
 
     Args:
         kind: "needle" or "recitation".
-        seed: together with ``split`` it decides everything.
-        approx_tokens: size of the prompt in tokens of the demo tokenizer, met within a few percent.
+        seed: the same seed and split give the same problem.
+        approx_tokens: size of the prompt in tokens of the demo tokenizer, within a few percent.
         layout: one of ``LAYOUTS``; default: by seed. ``multi_turn`` has an answered question before
             the last one. ``plain`` keeps its single chat message, in the "Question: ... Answer:"
             style.
@@ -278,8 +275,9 @@ def make_problem(
 
 
 def score(problem: Problem, reply: str) -> float:
-    """Needle: 1.0 if the value is in the reply, else 0.0. Recitation: words right from the start,
-    as a share of the passage's; a leading "Passage NAME:" does not count."""
+    """Needle: 1.0 if the value is in the reply, else 0.0. Recitation: share of the passage's words
+    that are right before the first wrong one; a leading "Passage NAME:" does not count.
+    """
     if problem.kind == "needle":
         return float(re.search(rf"(?<!\w){re.escape(problem.answer)}(?!\w)", reply) is not None)
     wanted, got = problem.answer.split(), re.sub(r"^\s*Passage \w+:", "", reply).split()
@@ -295,9 +293,7 @@ def training_document(rng: Random, size: int) -> list[tuple[str, bool]]:
 
 
 def training_turns(rng: Random, size: int) -> list[tuple[str, str]]:
-    """Turns (role, text) of at most ``size`` pieces with as many questions as sensibly fit, in a
-    random layout.
-    """
+    """Turns (role, text) of at most ``size`` pieces, in a random layout; 1 to 24 questions."""
     layout = rng.choice(
         ("question_last", "question_last", "question_first", "question_both", "plain", "split")
     )
@@ -321,7 +317,7 @@ def training_turns(rng: Random, size: int) -> list[tuple[str, str]]:
         asked.append(item)
         used += cost
     body = size - used - 30
-    # A short document cannot hold all: drop what is not asked for, the largest first.
+    # If not all items fit, drop those that are not asked for, the largest first.
     chosen = {id(item) for item in asked}
     sizes = {id(item): len(pieces(item.text)) + 1 for item in items}
     total = sum(sizes.values())

@@ -125,7 +125,7 @@ BAD = {
     "distill, a damaged note of the run": (distill(out="@damaged-note"), "run.json cannot be read"),
     "distill, a damaged state of the run": (
         distill(out="@damaged-state"),
-        "state.pt cannot be gone on from",
+        "state.pt cannot be resumed from",
     ),
     "distill, no model": (distill(model="none"), "--model: "),
     "distill, a truncated model": (

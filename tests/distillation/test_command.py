@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
 from specontext_vllm.distillation.options import (
-    MOST_LOADERS,
+    MAX_LOADERS,
     OptionError,
     default_loaders,
     make_settings,
@@ -65,10 +65,10 @@ def test_learning_rate_falls_with_the_width():
     [
         (1, 1, False, 0),
         (2, 1, False, 1),
-        (16, 1, False, MOST_LOADERS),
+        (16, 1, False, MAX_LOADERS),
         (1, 1, True, 0),
         (2, 1, True, 1),
-        (16, 1, True, MOST_LOADERS),
+        (16, 1, True, MAX_LOADERS),
         (16, 8, True, 1),
     ],
 )

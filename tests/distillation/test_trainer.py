@@ -61,7 +61,10 @@ def start(out: Path) -> subprocess.Popen[bytes]:
     """``run_to_the_end`` in a process of its own. In this one vLLM may have bound the threads (its
     CPU worker takes torch.set_num_threads away), and sums differ in their last bits with the number
     of threads."""
-    program = "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; run_to_the_end(pathlib.Path(sys.argv[1]))"
+    program = (
+        "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; "
+        "run_to_the_end(pathlib.Path(sys.argv[1]))"
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", program, str(out)], cwd=Path(__file__).parents[2], env=env

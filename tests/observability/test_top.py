@@ -77,7 +77,10 @@ def test_one_reading_has_no_rates():
 
 
 def test_engines_have_tables_of_their_own_and_other_metrics_are_left_out():
-    other = '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine="0",model_name="m"} 1\n'
+    other = (
+        "# TYPE vllm:num_requests_running gauge\n"
+        'vllm:num_requests_running{engine="0",model_name="m"} 1\n'
+    )
     assert list(parse(page(1, "0") + other)) == [("m", "0")]
     assert list(parse(page(1, "1"))) == [("m", "1")]
 

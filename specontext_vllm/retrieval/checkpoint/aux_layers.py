@@ -33,7 +33,7 @@ def aux_layers_of(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
         HeadError: an id beyond the target's layers, or no usable default.
     """
     ids = spec.aux_layer_ids if spec.aux_layer_ids is not None else default_aux_layers(num_layers)
-    # num_layers itself is allowed: it is the last layer's output, which published heads do use.
+    # num_layers itself, the last layer's output, is allowed: published heads use it.
     if ids[-1] > num_layers:
         raise HeadError(
             f"The head reads the target's layers {ids}, but the target has only {num_layers} "
@@ -44,8 +44,10 @@ def aux_layers_of(spec: HeadSpec, num_layers: int) -> tuple[int, ...]:
 
 
 def describe_aux_layers(spec: HeadSpec, layers: Sequence[int] | None = None) -> str:
-    """The layers a head reads and where that stands, for people; `layers` as `aux_layers_of`
-    gives them, where the target is known.
+    """For people: the layers that a head reads, and which setting names them.
+
+    Args:
+        layers: of `aux_layers_of`, if the target is known.
     """
     named = spec.aux_layer_ids if layers is None else layers
     ids = "2, L//2, L-3 of the target's L layers" if named is None else ", ".join(map(str, named))

@@ -14,9 +14,8 @@ PRUNED_ARCHITECTURE = "SpeContextRetrievalHead"
 """What `specontext inspect --write-pruned` writes: the flat layout, with `vocab_size` for the
 target's tokens in place of t2d and LM head.
 """
-# Defaults of transformers' LlamaConfig, which every published head leans on when its config is
-# silent. The RoPE base is
-# the trap: silence means 10,000, not the target's own base.
+# Defaults of transformers' LlamaConfig, which hold for what a head's config leaves out. In
+# particular, a missing RoPE base is 10,000, not the target's.
 DEFAULT_ROPE_THETA = 10_000.0
 DEFAULT_TRAINED_LENGTH = 2048
 DEFAULT_RMS_NORM_EPS = 1e-6
@@ -33,9 +32,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def usable_values(path: Path) -> Iterator[None]:
-    """Within the block, a value of config.json that is of another type or out of all range becomes
-    a HeadError.
-    """
+    """Turn the error of a value in config.json of a wrong type or range into a HeadError."""
     try:
         yield
     except HeadError:
@@ -50,8 +47,7 @@ def usable_values(path: Path) -> Iterator[None]:
 def layout_of(config: Mapping[str, Any], path: Path) -> str:
     kind = config.get("speculators_model_type")
     if kind is not None:
-        # P-EAGLE is EAGLE-3 with a mask vector for drafting in parallel, and drafting is what is
-        # pruned here.
+        # P-EAGLE is EAGLE-3 with a mask vector for parallel drafting, which is pruned here.
         if kind not in ("eagle3", "peagle"):
             raise HeadError(
                 f"{path} has speculators_model_type {kind!r}: a retrieval head needs an eagle3 "
@@ -70,12 +66,11 @@ def layout_of(config: Mapping[str, Any], path: Path) -> str:
 
 
 def flatten(config: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """One level of settings, as vLLM reads them; null counts as absent, as published configs use it
-    that way.
+    """The settings on one level, as vLLM reads them; null counts as absent.
 
-    Of `eagle_config` vLLM's draft models take these two, before what stands beside it
-    (models/llama_eagle3.py); of a speculators config's own level it takes these three
-    (configs/speculators/algos.py), and the rest from the layer's.
+    From `eagle_config` vLLM's draft models take the two keys below, before those on its own level
+    (models/llama_eagle3.py). From a speculators config's top level they take the three keys below
+    (configs/speculators/algos.py), and the rest from its layer's level.
     """
     settings = _given(config)
     if layout == "speculators":
@@ -99,8 +94,8 @@ def _given(level: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_settings(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """(base, scaling): transformers 5 writes `rope_parameters`, older files `rope_theta` and
-    `rope_scaling`.
+    """(base, scaling). transformers 5 writes `rope_parameters`; older versions wrote `rope_theta`
+    and `rope_scaling`.
     """
     scaling = dict(flat.get("rope_scaling") or flat.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in scaling.values()):
@@ -122,10 +117,10 @@ def rope_settings(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str,
 
 
 def _rope_type(scaling: dict[str, Any], path: Path) -> str:
-    """The type, its older names in today's terms, as in vLLM (transformers_utils/config.py,
-    patch_legacy_rope_type); drops what only those need.
+    """The rope_type, with older names replaced by today's as in vLLM (transformers_utils/config.py,
+    patch_legacy_rope_type); keys that only the older ones need are dropped from ``scaling``.
 
-    In a text all sections of mrope have the same position, which is ordinary RoPE.
+    In a text all sections of mrope have the same position, which makes it ordinary RoPE.
     """
     legacy, rope_type = scaling.pop("type", None), scaling.pop("rope_type", None)
     if (
@@ -151,11 +146,12 @@ def _rope_type(scaling: dict[str, Any], path: Path) -> str:
 def named_aux_layers(
     config: Mapping[str, Any], layout: str, num_aux: int, path: Path
 ) -> tuple[tuple[int, ...] | None, str | None]:
-    """The layers that the config names and where, or None twice; an empty list names none.
+    """The layers that the config names, and the setting that names them; (None, None) if none
+    does, or it is empty.
 
-    The order is vLLM's: the top level, for speculators' configs the layer's level after it
-    (configs/speculators/algos.py), then `eagle_config`, of which its V1 runner reads the one key
-    and V2 the other (v1/worker/gpu_model_runner.py,
+    In vLLM's order: the top level, for speculators' configs the layer's level
+    (configs/speculators/algos.py), then `eagle_config`, of which the V1 runner reads one key and
+    the V2 runner the other (v1/worker/gpu_model_runner.py,
     v1/worker/gpu/spec_decode/eagle/eagle3_utils.py).
     """
     levels = [("", config)]
@@ -180,7 +176,7 @@ def named_aux_layers(
             f"{path}: {place} {list(ids)} are {len(ids)} layers but fc.weight reads {num_aux} "
             "hidden states: correct the ids, or target_hidden_size, in config.json."
         )
-    # vLLM hands the states over in ascending order, each once, so any other order would feed fc the
+    # vLLM hands the states over in ascending order, each once: in another order fc would read the
     # wrong columns.
     if (
         any(type(i) is not int for i in ids)

@@ -26,11 +26,11 @@ def dummy_checkpoint(
     dtype: torch.dtype,
     seed: int,
 ) -> HeadCheckpoint:
-    """A head of a target's shape with random weights, for benchmarks: right in cost, meaningless in
-    what it selects.
+    """A head of a target's shape with random weights, for benchmarks: it costs what a trained head
+    costs, but its selection means nothing.
 
-    Projections have standard deviation 1/sqrt(fan_in) and norms are 1, so that q and k are O(1) for
-    any input.
+    Projections have standard deviation 1/sqrt(fan_in) and norms are 1, so q and k are of order 1
+    for any input.
     """
     try:
         ids = default_aux_layers(num_layers)

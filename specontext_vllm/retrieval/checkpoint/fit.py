@@ -14,11 +14,10 @@ def check_fits(
 ) -> None:
     """Checks that a head can choose KV pages for a target model.
 
-    The head's KV heads must be the target's, or a multiple of them: nkv_head = g * nkv_target. Then
-    target KV head j is scored by the element-wise maximum over the head's KV heads j*g .. j*g+g-1
-    (and over their query heads), the rule the paper gives for GQA. Fewer heads than the target's
-    are refused, since they would make several target heads share one selection. The head dimension
-    is free: it only enters the head's own scores.
+    The head has as many KV heads as the target, or g times as many. Then target KV head j is scored
+    by the element-wise maximum over the head's KV heads j*g .. j*g+g-1 and their query heads, the
+    paper's rule for GQA. Fewer KV heads are refused, since several target heads would share one
+    selection. The head dimension may differ: only the head's own scores depend on it.
 
     Args:
         target_hidden_size, num_layers, num_kv_heads, vocab_size: of the target, before any
@@ -62,11 +61,11 @@ def check_fits(
 
 
 def check_dtype(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> None:
-    """Checks that a head's weights stay finite in the dtype they are served in; float16 ends at
-    65504.
+    """Checks that a head's weights are finite in the dtype they are served in; the largest float16
+    is 65504.
 
     Raises:
-        HeadError: one does not.
+        HeadError: a weight is not.
     """
     largest = torch.finfo(dtype).max
     for name, tensor in checkpoint.tensors.items():

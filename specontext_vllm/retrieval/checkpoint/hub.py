@@ -26,13 +26,13 @@ def checkpoint_folder(
     """Folder of a checkpoint given as a folder or as a Hugging Face hub id (downloaded, or taken
     from the hub cache).
 
-    A snapshot's folder bears its commit's name, so whoever reads it reads the same. Offline
-    (HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, which are vLLM's switches too) only the cache is read.
+    A snapshot's folder is named after its commit, so all who read it read the same. Offline
+    (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE, as for vLLM) only the cache is read.
 
     Args:
         revision: commit, tag or branch of the hub id; None for `main`.
-        say: told what is taken from where, before it is, and of a revision that is no commit, which
-            one it was.
+        say: called with a sentence that says what is downloaded from where, before it is, and with
+            one that names the commit of a revision that is none itself.
 
     Raises:
         HeadError: neither a folder nor an id the hub or its cache can provide, or a folder with a
@@ -59,7 +59,7 @@ def checkpoint_folder(
     try:
         validate_repo_id(name)
         if not offline:
-            loose = "" if pinned else ", which is not pinned and may hold something else tomorrow"
+            loose = "" if pinned else ", which is not pinned and may change at any time"
             say(
                 f"Retrieval head: taking {name} from {constants.ENDPOINT} at revision "
                 f"{wanted}{loose}."

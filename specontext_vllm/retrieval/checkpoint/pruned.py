@@ -1,5 +1,5 @@
-"""A head's checkpoint without what selection does not read: LM head, values, output projection,
-FFN.
+"""Writes a head's checkpoint without what selection does not read: LM head, values, output
+projection, FFN.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from specontext_vllm.retrieval.checkpoint.tensor_names import file_name
 
 
 def write_pruned(checkpoint: HeadCheckpoint, folder: Path) -> None:
-    """Writes the kept tensors, in the dtypes they came in, and a config.json that reads as the same
-    spec.
+    """Writes the kept tensors, in their dtypes, and a config.json that is read as the same spec.
 
-    It serves as retrieval head and as nothing else. Its architecture is one that no engine knows,
-    and it has no model_type, because an engine that took it for a draft model would draft with
-    whatever the missing tensors' memory holds.
+    The result serves as retrieval head only. It has an architecture that no engine knows and no
+    model_type, because an engine that took it for a draft model would use uninitialised memory for
+    the missing tensors.
 
     Raises:
         HeadError: the folder holds something already, or cannot be written.
@@ -51,7 +50,7 @@ def write_pruned(checkpoint: HeadCheckpoint, folder: Path) -> None:
             raise HeadError(
                 f"{folder} holds something already: give a new folder for the pruned head."
             )
-        # The config comes last, without which no folder is taken for a checkpoint.
+        # The config comes last: a folder without one is not taken for a checkpoint.
         (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         (folder / "config.json").write_text(
             json.dumps({key: value for key, value in config.items() if value is not None}, indent=2)

@@ -1,12 +1,10 @@
 """Reads the retrieval head's weights out of an EAGLE-3 checkpoint.
 
-Three layouts exist in the wild: the original one (SafeAILab, `midlayer.*`), SpecForge's (the same
-    tensors under another
-architecture name) and speculators' (`layers.0.*`, a nested config). They differ in names and
-defaults only, so all are read into one `HeadSpec` and one set of canonical tensor names. Where
-config and tensors disagree about a width,
-the tensors are right: published configs carry head dimensions that were edited for other engines
-    (Tencent/AngelSlim#5).
+Published checkpoints have one of three layouts: the original one (SafeAILab, `midlayer.*`),
+SpecForge's (the same tensors under another architecture name) and speculators' (`layers.0.*`, a
+nested config). They differ only in names and defaults, so all are read into one `HeadSpec` and one
+set of canonical tensor names. If config and tensors disagree about a width, the tensors are right:
+published configs carry head dimensions that were edited for other engines (Tencent/AngelSlim#5).
 """
 
 from __future__ import annotations
@@ -80,8 +78,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
             path,
         )
     for unused in [n for n in found if n.startswith(("input_norm", "fc_norm"))]:
-        # vLLM reads these only when the config asks for them; a left-over tensor must not change
-        # the result.
+        # As in vLLM, the config says whether these are used, not whether they are there.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
             del found[unused]
     _check_tensors(spec, {c: entries[n].info for c, n in found.items()}, path)
@@ -98,11 +95,11 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
 def _target_vocabulary(
     entries: Mapping[str, TensorEntry], flat: Mapping[str, Any], layout: str
 ) -> int | None:
-    """Tokens of the target: the length of ``t2d``, or the rows of an LM head that config.json does
-    not call a reduced one; a pruned head says it.
+    """Tokens of the target: the length of ``t2d``, or the rows of an LM head that is not reduced,
+    or the setting of a pruned head.
 
-    A reduced LM head may come without the maps (vLLM then takes its rows for the first token ids),
-    and tells nothing of the target.
+    A reduced LM head may come without the maps (vLLM then takes its rows for the first token ids);
+    it says nothing about the target.
     """
     shapes = {name.removeprefix("model."): entry.info.shape for name, entry in entries.items()}
     if layout == "pruned":
@@ -114,7 +111,7 @@ def _target_vocabulary(
 
 
 def _load(entry: TensorEntry, path: Path) -> Tensor:
-    """A tensor's data, which must be finite: one NaN makes every score of every page NaN, and the
+    """A tensor's data, which must be finite: one NaN makes every page's score NaN, and the
     selection arbitrary.
     """
     name = entry.info.name

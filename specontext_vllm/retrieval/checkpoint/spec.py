@@ -16,7 +16,7 @@ class HeadSpec:
     """Shapes and settings of a retrieval head.
 
     Attributes:
-        format: layout it was read from: "safeailab", "specforge", "speculators", "pruned" or
+        format: layout of the checkpoint: "safeailab", "specforge", "speculators", "pruned" or
             "dummy".
         hidden_size: H, width of the fused feature.
         target_hidden_size: width of one auxiliary hidden state of the target.
@@ -24,21 +24,20 @@ class HeadSpec:
         num_heads, num_kv_heads, head_dim: nh, nkv, D of the head's attention.
         rope_theta: RoPE base.
         rope_scaling: the checkpoint's own RoPE scaling in transformers' terms, or None.
-        trained_length: positions that the checkpoint claims to know (`max_position_embeddings`).
+        trained_length: positions that it was trained for (`max_position_embeddings`).
         aux_layer_ids: target layers to read, or None for `default_aux_layers`. Id i is the hidden
             state that enters layer i (0: the embedding, num_layers: the last layer's output), as
             vLLM counts. Some heads made for SGLang count layer outputs instead, which their config
-            does not tell; vLLM takes their ids as they are, and so do we.
-        aux_layers_from: where in config.json they stand; None where they do not.
+            does not say; their ids are taken as they are, as in vLLM.
+        aux_layers_from: the setting of config.json that names them; None if none does.
         num_aux: auxiliary hidden states that fc concatenates.
         norm_before_fc: one RMSNorm over the concatenation. fc_norm: one RMSNorm for each state.
         qk_norm: RMSNorm over D on q and on k.
         dtype: dtype of fc in the checkpoint.
-        embed_vocab_size: rows of the head's own token embedding, or None where it shares the
-            target's.
+        embed_vocab_size: rows of the head's own token embedding; None if it uses the target's.
         target_vocab_size: tokens of the target it was made for: the length of its `t2d` map, at
-            full vocabulary the rows of its LM head, in a pruned head's config its `vocab_size`;
-            None where it has none of them.
+            full vocabulary the rows of its LM head, for a pruned head its config's `vocab_size`;
+            None if it has none of these.
     """
 
     format: str
@@ -65,15 +64,17 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class HeadCheckpoint:
-    """A head's spec, its kept tensors under canonical names (on the CPU), and what was kept and
-    pruned.
+    """A head's spec, its kept tensors under canonical names (on the CPU), and descriptions of what
+    was kept and pruned.
 
-    Canonical names: fc.weight [H, num_aux*H_target], fc.bias [H], input_norm.weight
-        [num_aux*H_target],
-    fc_norm.{i}.weight [H_target], embed_norm.weight [E], feature_norm.weight [H], q_proj.weight
-    [nh*D, E+H], q_proj.bias [nh*D], k_proj.weight [nkv*D, E+H], k_proj.bias [nkv*D], q_norm.weight
-    [D], k_norm.weight [D], embed_tokens.weight [V, E]. fc.bias, the input norms, the q/k biases and
-    norms, and embed_tokens are optional.
+    Canonical names:
+        fc.weight [H, num_aux*H_target], fc.bias [H],
+        input_norm.weight [num_aux*H_target], fc_norm.{i}.weight [H_target],
+        embed_norm.weight [E], feature_norm.weight [H],
+        q_proj.weight [nh*D, E+H], q_proj.bias [nh*D], q_norm.weight [D],
+        k_proj.weight [nkv*D, E+H], k_proj.bias [nkv*D], k_norm.weight [D],
+        embed_tokens.weight [V, E].
+    Biases, the input norms, q_norm, k_norm and embed_tokens are optional.
     """
 
     spec: HeadSpec

@@ -1,6 +1,4 @@
-"""Tensors of a checkpoint folder, listed by name and shape; a tensor's data is read only when it is
-asked for.
-"""
+"""Tensors of a checkpoint folder, listed by name and shape; their data is read on demand."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ class TensorInfo:
 
     @property
     def parameters(self) -> int:
-        """Learned values; 0 for the vocabulary maps `d2t` and `t2d`, which are look-up tables."""
+        """Learned values; none in the vocabulary maps `d2t` and `t2d`."""
         return math.prod(self.shape) if self.dtype.is_floating_point else 0
 
     @property
@@ -58,7 +56,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor's description, and the way to read it."""
+    """A tensor's description, and how to read it."""
 
     info: TensorInfo
     load: Callable[[], Tensor]
@@ -132,8 +130,8 @@ def list_tensors(path: Path, *, allow_pickle: bool) -> dict[str, TensorEntry]:
 def _shards(index: Path) -> list[str]:
     """Names of the files that an index points to, all of them inside its folder.
 
-    The name decides and not what it leads to: the files of a hub cache's snapshot are links into a
-        folder beside it.
+    Links are not followed for this check: the files of a hub cache's snapshot are links into
+    another folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -153,11 +151,11 @@ def _shards(index: Path) -> list[str]:
 
 
 def _first_cut_tensor(file: Path) -> str | None:
-    """The first tensor whose bytes a truncated safetensors file does not hold; None if that is not
-    what is wrong with it.
+    """The first tensor that is not complete in a truncated safetensors file; None if something else
+    is wrong with the file.
 
-    The format: eight bytes with the length of a JSON header, the header, and the tensors at
-        ``data_offsets`` behind it.
+    The format: eight bytes with the length of a JSON header, the header, and the tensors at their
+    ``data_offsets`` after it.
     """
     try:
         with file.open("rb") as handle:
@@ -199,10 +197,10 @@ def load_safetensor(file: Path, name: str) -> Tensor:
 def _open_pickle(file: Path) -> dict[str, TensorEntry]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # files from before torch 1.6 are no zip archives and cannot be mapped
+    except RuntimeError:  # files of torch before 1.6 are no zip archives and cannot be mapped
         state = torch.load(file, map_location="cpu", weights_only=True)
     return {
-        # The clone lets go of the mapping, and with it of the pruned tensors.
+        # The clone releases the mapping, and with it the pruned tensors.
         name: TensorEntry(TensorInfo(name, tuple(tensor.shape), tensor.dtype), tensor.clone)
         for name, tensor in state.items()
         if isinstance(tensor, Tensor)

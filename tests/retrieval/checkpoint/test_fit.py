@@ -94,7 +94,8 @@ def test_a_weight_beyond_the_served_dtype_is_named(tmp_path):
         check_dtype(checkpoint, dtype)
     with pytest.raises(
         HeadError,
-        match="fc.weight holds values up to 99840, which float16 cannot: serve with --dtype bfloat16 or float32",
+        match="fc.weight holds values up to 99840, which float16 cannot: "
+        "serve with --dtype bfloat16 or float32",
     ) as error:
         check_dtype(checkpoint, torch.float16)
     assert_one_sentence(error)

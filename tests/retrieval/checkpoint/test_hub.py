@@ -1,4 +1,4 @@
-"""Heads that are fetched: which ones are known, what is said before, and that offline nothing is."""
+"""Heads from the hub: which are known, what is said first, and that offline nothing is asked."""
 
 import re
 from types import SimpleNamespace
@@ -91,7 +91,8 @@ def test_offline_the_cache_is_read_and_no_request_is_made(cache, monkeypatch, re
 def test_offline_a_miss_is_one_sentence(cache, name, revision):
     with pytest.raises(
         HeadError,
-        match=rf"{name} is no folder here, its revision {revision or 'main'} is not in the Hugging Face cache",
+        match=rf"{name} is no folder here, its revision {revision or 'main'} is not in the "
+        "Hugging Face cache",
     ) as error:
         checkpoint_folder(name, revision, say=pytest.fail)
     assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE" in one_sentence(error)
@@ -126,7 +127,7 @@ def test_what_is_taken_from_where_is_said_before_it_is(hub, monkeypatch):
     assert said == [
         (
             "Retrieval head: taking some/head from https://mirror.example at revision main, which "
-            "is not pinned and may hold something else tomorrow.",
+            "is not pinned and may change at any time.",
             0,
         ),
         (
@@ -157,7 +158,8 @@ def test_what_the_hub_does_not_give_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_route)
     with pytest.raises(
         HeadError,
-        match="some/head is no folder here, and the Hugging Face hub did not provide its revision main .OSError.",
+        match="some/head is no folder here, and the Hugging Face hub did not provide its revision "
+        "main .OSError.",
     ) as error:
         checkpoint_folder(HEAD, say=lambda _: None)
     one_sentence(error)
