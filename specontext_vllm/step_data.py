@@ -218,8 +218,8 @@ class Selection:
         """A selection in the buffers of ``table``.
 
         Args:
-            count_from_start: with two tiers the most pages of a request; its pages are then counted
-                from its start.
+            count_from_start: with two tiers the largest number of pages of a request, which are
+                then counted from its start.
         """
         device = table.pages.device
         kept_mass = torch.ones(table.rows, table.num_kv_heads, dtype=torch.float32, device=device)
@@ -287,5 +287,5 @@ class PageTable:
 
     @property
     def max_pages(self) -> int:
-        """K: most pages one sequence may read."""
+        """K: the largest number of pages that one sequence may read."""
         return self.pages.shape[1]

@@ -58,7 +58,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         super().update_requests(scheduler_output)
 
     def gather_batch_req_state(self, scheduler_output: Any, dummy_run: bool) -> Any:
-        """Move rows of prompt tokens behind the decode rows, those of one token too, and let no
+        """Put rows of prompt tokens after the decode rows, those of one token too, and let no
         batch with such a row replay a decode graph.
 
         vLLM takes a prompt row of one token for a decode row; here decode rows read a selection,
@@ -99,8 +99,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             names=input_batch.req_ids[:rows],
             query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
             num_tokens=tokens,
-            # vLLM's own graphs read these buffers, so they persist; beyond the rows that it captures,
-            # nearly every step would need another graph.
+            # vLLM's own graphs read these buffers, so they persist. Steps of more rows than it
+            # captures are not padded, and nearly each of them would need a graph of its own.
             replayable=decodes == rows and input_batch.num_reqs_after_padding <= max_captured,
         )
         self.runtime.step.before_model(self._batch)

@@ -1,10 +1,19 @@
-"""One decode step, in the order in which it happens:
+"""One decode step, in the order in which it happens. Nothing here waits for the GPU.
 
-``begin``: follow; ``before_model``: project, score, select, resolve, fetch, stage, plan; then vLLM
-runs the model; ``after_model``: learn.
+    begin         follow    what the scheduler decided: the tiers hand out and take back frames
+    before_model  project   the rows' new tokens: the head's keys, and queries
+                  score     all pages by the queries                          -> PageScores
+                  select    the pages that each row reads, within its budget  -> Selection
+                  resolve   which of them the hot buffers lack                -> Misses
+                            and where all of them lie in each layer           -> PageTable
+                  fetch     start to copy the misses from the host pool
+                  stage     start to copy the history of prompt rows
+                  plan      what all layers' attention shares
+    (vLLM runs the model)
+    after_model   learn     keys and fused states, from the hidden states of the step's tokens
 
-Whatever passes from one stage to the next is described in ``specontext_vllm/step_data.py``. Nothing
-here waits for the GPU.
+With one tier of KV there is nothing to follow, resolve, fetch or stage: the selection itself is the
+page table. What passes from one stage to the next is described in ``step_data.py``.
 """
 
 from __future__ import annotations
@@ -69,15 +78,7 @@ class DecodeStep:
         if self.tiers is not None:
             self.tiers.place_rows(batch.names[: batch.num_decodes], batch.table_rows)
         with self._timed(self.figures.select, batch):
-            shape = self.retriever.begin(batch)
-            graphs = self._graphs_for(batch)
-            if graphs is not None and len(shape.parts) == 1:
-                shape = shape.padded(batch.table_rows)
-                embeds = self.retriever.embed_outside(batch, shape.rows)
-                name, inputs = ("choose", shape), self._inputs(batch)
-                graphs.run(name, inputs, self.choose_pages, batch, shape, embeds)
-            else:
-                self.choose_pages(batch, shape)
+            self._choose_or_replay(batch)
             if self.tiers is not None:
                 self.tiers.fetch(batch.table_rows)
         self.figures.end_selection()
@@ -89,7 +90,12 @@ class DecodeStep:
     def choose_pages(
         self, batch: StepBatch, shape: StepShape, embeds: Tensor | None = None
     ) -> None:
-        """What one CUDA graph holds: everything on the way from tokens to page tables."""
+        """Everything on the way from tokens to page tables; what one CUDA graph holds.
+
+        Args:
+            shape: what the host knows of the rows.
+            embeds: ``[rows, E]`` embeddings of their tokens that were made outside of the graph.
+        """
         queries = self.retriever.project(batch, shape, embeds)
         for part in shape.parts:
             scores = self.retriever.score(batch, shape, part, queries)
@@ -119,6 +125,16 @@ class DecodeStep:
         """Compile what steps launch, before a request waits for it."""
         self.provider.warm_up(self.table)
         self.retriever.warm_up(self.selection, self._stickiness())
+
+    def _choose_or_replay(self, batch: StepBatch) -> None:
+        shape, graphs = self.retriever.begin(batch), self._graphs_for(batch)
+        if graphs is None or len(shape.parts) != 1:
+            self.choose_pages(batch, shape)
+            return
+        shape = shape.padded(batch.table_rows)
+        embeds = self.retriever.embed_outside(batch, shape.rows)
+        name, inputs = ("choose", shape), self._inputs(batch)
+        graphs.run(name, inputs, self.choose_pages, batch, shape, embeds)
 
     def _graphs_for(self, batch: StepBatch) -> StepGraphs | None:
         return self.graphs if batch.replayable and self.retriever.capturable else None

@@ -99,8 +99,8 @@ class HeadCache:
         """Store ``keys [N, nkv, D]`` at ``slots [N]`` (none negative)."""
         if self.keys.dtype == FP8 and keys.dtype != FP8:
             # Older torch makes NaN of what is too large.
-            most = torch.finfo(FP8).max
-            keys = keys.clamp(-most, most).to(FP8)
+            largest = torch.finfo(FP8).max
+            keys = keys.clamp(-largest, largest).to(FP8)
         self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = _bytes(keys)
 
     def keys_at(self, slots: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class CachedHead:
         return self._cache
 
     def allocate(self, num_blocks: int) -> None:
-        """Make room for ``num_blocks`` pages of KV."""
+        """Allocate the caches of ``num_blocks`` pages of KV."""
         spec = self.head.spec
         self._cache = HeadCache.allocate(
             num_blocks,

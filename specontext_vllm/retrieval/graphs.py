@@ -18,8 +18,8 @@ GRAPH_BYTES = 256 << 20
 need more runs eagerly.
 
 vLLM's memory profile counts it, so that KV does not take it; graphs are captured later, while the
-engine serves. A graph takes some 0.1 MiB beside 34 MiB for the first, and there are some 490 at
-most.
+engine serves. The first graph takes some 34 MiB, each of the others, which are 490 at the most,
+0.1 MiB.
 """
 
 REMEMBERED = 64

@@ -38,8 +38,8 @@ class LocalRetriever:
         max_model_len: longest context, in tokens.
         table_pages: columns of the page table: no selection may keep more pages.
         device: where everything lives.
-        rows_embedded_outside: most rows of a step, where no graph may hold ``embed``, since it
-            exchanges something with other workers, say; 0 where graphs may.
+        rows_embedded_outside: the largest number of rows of a step, where no graph may hold
+            ``embed`` (because workers exchange something in it); 0 where graphs may.
     """
 
     def __init__(

@@ -104,7 +104,7 @@ class Retriever(Protocol):
     # -- an engine
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Make room for ``num_blocks`` pages of KV."""
+        """Allocate what is kept of ``num_blocks`` pages of KV."""
 
     def shrink(self, max_model_len: int, table_pages: int) -> None:
         """Before the first step: contexts are shorter, and the page table narrower, than was said

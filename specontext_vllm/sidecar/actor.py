@@ -50,7 +50,7 @@ class Sidecar:
         self.retriever = LocalRetriever(
             config,
             head,
-            lambda ids: F.embedding(ids, self.embedding),
+            lambda token_ids: F.embedding(token_ids, self.embedding),
             num_kv_heads=spec.num_kv_heads,
             max_model_len=spec.max_model_len,
             table_pages=width,

@@ -79,7 +79,7 @@ class Exchange:
         self.keeper = ActorKeeper(
             spec, buffer_bytes, embed=embed, device=device, refill=self._refill
         )
-        self._make_room(0)
+        self._forget_pages(0)
         self._writer = StepWriter(spec.max_rows, spec.max_pages)
         self.selected: HostStep | None = None
         self._selecting: Sent | None = None
@@ -87,13 +87,13 @@ class Exchange:
         self._learning: Sent | None = None
 
     def allocate(self, num_blocks: int) -> None:
-        """Make room for ``num_blocks`` pages, all unknown, here and in the actor, which is started
-        if there is none.
+        """Allocate ``num_blocks`` pages, all unknown, here and in the actor, which is started if
+        there is none.
 
         Raises:
-            SidecarDown: it does not start, or has no room.
+            SidecarDown: it does not start, or has no memory for them.
         """
-        self._make_room(num_blocks)
+        self._forget_pages(num_blocks)
         link = self.keeper.link or self.keeper.start()
         link.ask(Allocate(num_blocks), START_SECONDS)
 
@@ -196,7 +196,7 @@ class Exchange:
             self.lost.count,
         )
 
-    def _make_room(self, num_blocks: int) -> None:
+    def _forget_pages(self, num_blocks: int) -> None:
         spec = self.keeper.spec
         self.mirror = Mirror(num_blocks, spec.checkpoint.spec, spec.dtype, spec.key_dtype)
         self.lost = LostPages(num_blocks)

@@ -1,4 +1,4 @@
-"""Keeps an actor at work: starts one, and another in the background whenever it has died."""
+"""Starts an actor, and another one in the background whenever it has died."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class SidecarSpec:
             must agree.
         num_kv_heads: H.
         max_model_len: longest context, in tokens.
-        max_rows: most rows of a step.
+        max_rows: largest number of rows of a step.
         vocab_size, embed_size: shape of the target's embedding, which follows in ``Embeddings``; 0
             if the head brings its own.
     """
@@ -149,7 +149,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Allocate:
-    """Make room for ``num_blocks`` pages, all unknown. Reply: None."""
+    """Allocate ``num_blocks`` pages, all unknown. Reply: None."""
 
     num_blocks: int
 

@@ -50,7 +50,7 @@ class RemoteRetriever:
             every actor.
         vocab_size: token ids that exist.
         num_kv_heads, max_model_len, device: as for ``LocalRetriever``.
-        max_rows, max_tokens: most rows and tokens of a step.
+        max_rows, max_tokens: largest numbers of rows and tokens of a step.
         dtype: the model's.
 
     Attributes:
@@ -202,7 +202,7 @@ class RemoteRetriever:
     # -- an engine
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Start the actor if there is none and make room for ``num_blocks`` pages, here and there.
+        """Start the actor if there is none and allocate ``num_blocks`` pages, here and there.
 
         Raises:
             ConfigError: it does not start.

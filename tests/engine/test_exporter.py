@@ -159,7 +159,7 @@ def test_a_worker_that_cannot_reach_the_folder_goes_on(make):
 
 
 def test_a_sidecars_figures_are_published(make, device):
-    """The worker's end of one that has not been started: it is away, and all rows are read whole."""
+    """The worker's end of one that was never started: all rows are read whole."""
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.sidecar.remote import RemoteRetriever
 

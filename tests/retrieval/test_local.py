@@ -354,7 +354,8 @@ def test_the_keys_dtype_is_the_models_where_there_are_no_8_bit_floats(monkeypatc
     assert head_key_dtype("auto", torch.float16, gpu) == torch.float16
     with pytest.raises(
         ConfigError,
-        match="head_key_dtype: found 'fp8', but A100 cannot multiply .* .compute capability 8.0, needed 9.0.; use model",
+        match="head_key_dtype: found 'fp8', but A100 cannot multiply .* .compute capability 8.0, "
+        "needed 9.0.; use model",
     ):
         head_key_dtype("fp8", torch.float16, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -1,4 +1,4 @@
-"""What is known of lost pages agrees with a count of every single token, whatever the requests do."""
+"""Lost pages agree with a count of every single token, whatever the requests do."""
 
 from __future__ import annotations
 
