@@ -64,18 +64,28 @@ def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def rule_text(name: str) -> str:
+    """What the first paragraph of a rule's docstring says."""
+    from specontext_vllm.retrieval.rules import find_rule
+
+    text = " ".join(inspect.cleandoc(find_rule(name).__doc__ or "").split("\n\n")[0].split())
+    return f"`{name}`: {text[0].lower()}{text[1:]}"
+
+
 def settings() -> str:
     """The settings of ``SpeContextConfig``, in its order."""
     from specontext_vllm.config import SpeContextConfig
     from specontext_vllm.retrieval.rules import listed_rules
 
-    rules = ", ".join(f"`{rule}`" for rule in listed_rules())
     rows = []
     for name, field in SpeContextConfig.model_fields.items():
         found = field.get_default(call_default_factory=True)
         default = "–" if found is None else f"`{_json(found)}`"
-        values = rules if name == "retriever" else type_text(field.annotation, field.metadata)
-        rows.append((f"`{name}`", values, default, field.description or ""))
+        values, meaning = type_text(field.annotation, field.metadata), field.description or ""
+        if name == "retriever":
+            values = ", ".join(f"`{rule}`" for rule in listed_rules())
+            meaning = " ".join([meaning, *map(rule_text, listed_rules())])
+        rows.append((f"`{name}`", values, default, meaning))
     return table(("setting", "values", "default", "meaning"), rows)
 
 

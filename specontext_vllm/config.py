@@ -66,13 +66,8 @@ class SpeContextConfig(BaseModel):
     )
     retriever: str = Field(
         default="dlm",
-        json_schema_extra={"enum": list(rule_names())},
-        description=(
-            "How pages get their scores. `dlm`: the retrieval head. `quest`: minima and maxima "
-            "of each page's keys, every layer for itself; needs no head and no training, and "
-            "works without a host pool only. The others are for comparison: `oracle` (each "
-            "layer's own attention; no host pool either), `recent`, `random`, `dense`."
-        ),
+        json_schema_extra=lambda schema: schema.update(enum=listed_rules()),
+        description=("What decides which pages are read: the rule that gives them their scores."),
     )
     rule_settings: dict[str, Any] = Field(
         default={},

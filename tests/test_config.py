@@ -3,6 +3,7 @@
 import pytest
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.retrieval.rules import listed_rules
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
         ({"budget": -1}, "budget: found -1; input should be greater than 0"),
         (
             {"retriever": "magic"},
-            "retriever: found 'magic'; use one of dense, dlm, oracle, quest, random, recent.",
+            f"retriever: found 'magic'; use one of {', '.join(listed_rules())}.",
         ),
         (
             {"rule_settings": {"speed": 2}},

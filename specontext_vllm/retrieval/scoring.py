@@ -57,7 +57,7 @@ class ScoreInputs:
         the workspace, on its device.
         """
         queries, keys = self.queries, self.keys
-        assert queries is not None and keys is not None, "the rule declares no need for them"
+        assert queries is not None and keys is not None
         if queries.is_cuda:
             from specontext_vllm.triton_kernels.score_pages import score_pages
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Rule:
-    """How pages get their scores. A subclass declares its needs and defines ``score``.
+    """How pages get their scores. A subclass declares its needs and defines ``score``; its
+    docstring's first paragraph says in docs/configuration.md what it is.
 
     Attributes:
         needs_head: reads the retrieval head's queries and keys. All such rules can also fall back

@@ -1,9 +1,9 @@
-"""``dense``: every decode step reads its whole context; the baseline of all others."""
+"""``dense``: nothing is left out, so there is nothing to score."""
 
 from specontext_vllm.retrieval.rules import Rule
 
 
 class Dense(Rule):
-    """Leaves nothing out, so there is nothing to score."""
+    """Every decode step reads the whole context; a baseline, for comparison."""
 
     reads_everything = True

@@ -1,6 +1,4 @@
-"""``dlm``: a page counts as much as its heaviest token under the retrieval head's attention
-(paper C1).
-"""
+"""``dlm``: once a step, by the retrieval head (paper C1)."""
 
 from __future__ import annotations
 
@@ -14,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Dlm(Rule):
-    """The largest attention weight of a page's tokens."""
+    """The heaviest token of the page under the retrieval head's attention, in each step for all
+    layers at once.
+    """
 
     needs_head = True
 

@@ -1,6 +1,4 @@
-"""``oracle``: each layer's own attention scores its pages, with all keys read; an upper bound for
-what scores with less can find.
-"""
+"""``oracle``: each layer by its own attention, with all keys read."""
 
 from __future__ import annotations
 
@@ -14,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Oracle(Rule):
-    """The largest attention weight of a page's tokens, in each layer."""
+    """The heaviest token of the page under each layer's own attention; an upper bound, for
+    comparison. Works without a host pool only.
+    """
 
     per_layer = True
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class Quest(Rule):
-    """An upper bound of a page's largest logit; reads two vectors a page instead of its keys."""
+    """What the minima and maxima of the page's keys allow its heaviest token to be, in each layer;
+    needs no head and no training. Works without a host pool only.
+    """
 
     per_layer = True
     page_vectors = 2

@@ -1,4 +1,4 @@
-"""``random``: any page is as good as any other; a lower bound."""
+"""``random``: scores from a generator with a fixed seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Random(Rule):
-    """Scores from a generator with a fixed seed."""
+    """Any page is as good as any other; a lower bound, for comparison."""
 
     capturable = False  # The generator's state is the host's.
 

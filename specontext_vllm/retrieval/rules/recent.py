@@ -1,5 +1,5 @@
-"""``recent``: the newest pages win (StreamingLLM, arXiv 2309.17453, with the sinks that every
-selection keeps).
+"""``recent``: a page's score grows with its position. With the sinks that every selection keeps,
+that is StreamingLLM (arXiv 2309.17453).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Recent(Rule):
-    """A page's score grows with its position."""
+    """The newest pages win, for comparison."""
 
     def score(self, inputs: ScoreInputs, scores: PageScores) -> PageScores:
         import torch
