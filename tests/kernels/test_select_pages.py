@@ -1,5 +1,7 @@
 """The selection kernel against the torch reference, and both against the rule they implement."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,6 +97,22 @@ def test_kernel_matches_reference(lengths, queries, heads, budget, ties, device)
             assert (pages[row * heads + head, n:] == -7).all(), "wrote beyond the selection"
             assert out[row * heads + head] == tokens - (count - n) * PAGE_SIZE
         torch.testing.assert_close(mass[row], reference_mass, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_that_stand_for_the_maxima_select_by_mass(device):
+    """As the rule `mass` has them: one tensor for both, pages without a finite score included."""
+    heads, tokens, budget = 2, 1000, Budget(8, 1, 2)
+    count = pages_for(tokens)
+    scores = random_scores(4, heads, [count], device, seed=5)
+    scores.page_lse[:, 20] = float("nan")
+    by_mass = replace(scores, page_max=scores.page_lse)
+    page_lse = scores.page_lse[:, :count].cpu()
+    kept, reference_mass = select_row(page_lse, page_lse, count, heads, budget)
+    table, pages, _, mass = run_kernel(by_mass, [tokens], heads, budget, device, width=8)
+    for head in range(heads):
+        assert torch.equal(pages[head], (table[0, kept[head]] * heads + head).int())
+    assert 20 not in kept
+    torch.testing.assert_close(mass[0], reference_mass, rtol=1e-4, atol=1e-5)
 
 
 WHERE = ["one page", "one page's sum", "one query head", "the whole query"]

@@ -152,6 +152,12 @@ def test_dlm_takes_the_pages_with_the_heaviest_token(device):
     check_choice(world, lambda page: page.amax((1, 2)))
 
 
+def test_mass_takes_the_pages_with_the_most_attention(device):
+    world = World("mass", device)
+    world.score()
+    check_choice(world, lambda page: page.sum(2).amax(1))
+
+
 def test_recent_takes_the_newest_pages(device):
     world = World("recent", device)
     world.score()

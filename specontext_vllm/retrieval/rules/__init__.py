@@ -65,7 +65,8 @@ class Rule:
         Returns:
             What selection reads: ``scores``, or its tensors in other places. Selection takes the
             pages with the largest ``page_max - logsumexp(page_lse)`` of any query head of a group
-            (``retrieval/reference.py``). Where ``page_max`` is not finite, ``page_lse`` must not be.
+            (``retrieval/reference.py``). Where ``page_max`` is not finite, ``page_lse`` must not be
+            either.
         """
         raise NotImplementedError
 
