@@ -1,4 +1,4 @@
-"""Random paged caches whose unread places are NaN, for tests that compare with a dense reference."""
+"""Random paged caches whose unread places are NaN, to compare with a dense reference."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def paged_rows(
     table = torch.full((len(lengths), max(counts) + 2), len(blocks), dtype=torch.int32)
     dense, start = [], 0
     for row, (tokens, count) in enumerate(zip(lengths, counts)):
-        ids = blocks[start : start + count]
+        page_ids = blocks[start : start + count]
         start += count
         values = torch.randn(heads, tokens, width, generator=generator).to(dtype)
         padded = torch.full((heads, count * PAGE_SIZE, width), float("nan"), dtype=dtype)
         padded[:, :tokens] = values
-        cache[ids] = padded.view(heads, count, PAGE_SIZE, width).transpose(0, 1)
-        table[row, :count] = ids
+        cache[page_ids] = padded.view(heads, count, PAGE_SIZE, width).transpose(0, 1)
+        table[row, :count] = page_ids
         dense.append(values.float())
     lens = torch.tensor(lengths, dtype=torch.int32)
     return PagedRows(dense, cache.to(device), table.to(device), lens.to(device))
 
 
-def apart(rows: Tensor) -> Tensor:
+def sliced_rows(rows: Tensor) -> Tensor:
     """``rows [B, N, D]`` as uncompiled models pass queries: a slice of a fused projection, NaN
     between the rows.
     """

@@ -23,7 +23,7 @@ def _head_input_kernel(
     H_PAD: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    # [E_PAD]
+    # [E_PAD] the embedding
     o_e = tl.arange(0, E_PAD)
     b_x = tl.load(p_embeds + i_row * E + o_e, mask=o_e < E, other=0.0).to(tl.float32)
     b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x) / E + eps)
@@ -33,7 +33,7 @@ def _head_input_kernel(
     position = tl.load(p_positions + i_row)
     before = tl.maximum(position - 1, 0)
     block = tl.load(p_block_table + i_row * s_table + before // P).to(tl.int64)
-    # [H_PAD]
+    # [H_PAD] the fused aux
     o_h = tl.arange(0, H_PAD)
     b_f = tl.load(p_fused + block * H + o_h, mask=o_h < H, other=0.0).to(tl.float32)
     b_f = tl.where(position > 0, b_f, 0.0)

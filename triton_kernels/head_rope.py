@@ -21,11 +21,11 @@ def _rope_and_cache_kernel(
     P: tl.constexpr,
     HALF_PAD: tl.constexpr,
     QK_NORM: tl.constexpr,
-    MOST: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
-    # [HALF_PAD] each: the two halves that rotate against one another
+    # [HALF_PAD] each: the two halves of a head, which rotate against one another
     o_d = tl.arange(0, HALF_PAD)
     m_d = o_d < D // 2
     p_x = p_qk + i_row * (NQ + NKV) * D + i_head * D
@@ -38,6 +38,7 @@ def _rope_and_cache_kernel(
         b_a *= tl.load(p_norm + i_head * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_b *= tl.load(p_norm + i_head * D + D // 2 + o_d, mask=m_d, other=0.0).to(tl.float32)
     position = tl.load(p_positions + i_row)
+    # [HALF_PAD] each
     b_cos = tl.load(p_cos_sin + position * D + o_d, mask=m_d, other=0.0)
     b_sin = tl.load(p_cos_sin + position * D + D // 2 + o_d, mask=m_d, other=0.0)
     b_lo = b_a * b_cos - b_b * b_sin
@@ -50,18 +51,18 @@ def _rope_and_cache_kernel(
         slot = tl.load(p_slots + i_row).to(tl.int64)
         if slot >= 0:
             p_out = p_keys + (((slot // P) * NKV + i_head - NQ) * P + slot % P) * D
-            if MOST > 0:
-                # Rounded twice, as the keys of prompts are.
+            if LARGEST > 0:
+                # Rounded to the projections' dtype first, as the keys of prompts are.
                 b_lo = tl.clamp(
                     b_lo.to(p_qk.dtype.element_ty).to(tl.float32),
-                    -MOST,
-                    MOST,
+                    -LARGEST,
+                    LARGEST,
                     propagate_nan=tl.PropagateNan.ALL,
                 )
                 b_hi = tl.clamp(
                     b_hi.to(p_qk.dtype.element_ty).to(tl.float32),
-                    -MOST,
-                    MOST,
+                    -LARGEST,
+                    LARGEST,
                     propagate_nan=tl.PropagateNan.ALL,
                 )
             tl.store(p_out + o_d, b_lo.to(p_keys.dtype.element_ty), mask=m_d)
@@ -84,8 +85,8 @@ def rope_and_cache(
         qk: ``[B, (num_queries + nkv) * D]`` projections, queries first; ``num_queries`` may be 0.
         cos_sin: ``[max_position, D]`` float32, cosines then sines of the D/2 frequencies.
         positions, slots: ``[B]`` positions; slots in the paged cache, -1 to skip the write.
-        keys: ``[num_blocks, nkv, P, D]`` the head's K cache, written in place; as 8-bit floats cut
-            off at what they hold.
+        keys: ``[num_blocks, nkv, P, D]`` the head's K cache, written in place; 8-bit
+            floats are clamped to their range.
         norm: ``[num_queries + nkv, D]`` RMSNorm weights of Qwen3-type heads, or None.
     Returns:
         ``[B, num_queries, D]`` rotated queries.
@@ -108,7 +109,7 @@ def rope_and_cache(
         P=page_size,
         HALF_PAD=triton.next_power_of_2(d // 2),
         QK_NORM=norm is not None,
-        MOST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0,
+        LARGEST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0,
         num_warps=1,
     )
     return queries

@@ -22,21 +22,25 @@ def _add_kept_mass_kernel(
     BLOCK: tl.constexpr,
 ):
     o_h, o_n = tl.arange(0, H_PAD), tl.arange(0, N_PAD)
+    # [N_PAD]
     b_edges = tl.load(p_edges + o_n, mask=o_n < N, other=0.0)
     total = tl.full((), 0.0, tl.float64)
     b_counts = tl.zeros((N_PAD,), tl.int32)
     for first in range(0, num_rows, BLOCK):
+        # [BLOCK]
         o_row = first + tl.arange(0, BLOCK)
         m_row = o_row < num_rows
         m_row = m_row & (tl.load(p_seq_lens + o_row, mask=m_row, other=0) > 0)
-        # [BLOCK, H_PAD] -> [BLOCK]
+        # [BLOCK, H_PAD]
         b_mass = tl.load(
             p_mass + o_row[:, None] * H + o_h[None, :],
             mask=m_row[:, None] & (o_h < H)[None, :],
             other=0.0,
         )
+        # [BLOCK]
         b_mean = tl.sum(b_mass, axis=1) / H
         total += tl.sum(b_mean.to(tl.float64))
+        # [BLOCK, N_PAD] -> [N_PAD]
         b_counts += tl.sum(
             (m_row[:, None] & (b_mean[:, None] <= b_edges[None, :])).to(tl.int32), axis=0
         )

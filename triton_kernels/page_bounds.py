@@ -18,7 +18,7 @@ def _update_bounds_kernel(
     H = tl.num_programs(1)
     slot = tl.load(p_slots + i_token)
     following = tl.load(p_slots + i_token + 1, mask=i_token + 1 < num_slots, other=-1)
-    # Of a step's tokens in one page the last one sees them all; padding has slot -1.
+    # The last of a step's tokens in a page updates its bounds. Padding has slot -1.
     if (slot >= 0) & ((following < 0) | (following // P != slot // P)):
         i_page = (slot // P) * H + i_head
         # [P, D_PAD]
@@ -29,7 +29,7 @@ def _update_bounds_kernel(
         b_low = tl.min(tl.load(p_k, mask=m_k, other=float("inf")), axis=0)
         b_k = tl.load(p_k, mask=m_k, other=float("-inf"))
         b_high = tl.max(b_k, axis=0)
-        # Both pass over NaN, of which no bound is known.
+        # tl.min and tl.max ignore NaN, but a key with NaN has no bound.
         m_nan = tl.max((b_k != b_k).to(tl.int32), axis=0) > 0
         b_low = tl.where(m_nan, float("nan"), b_low)
         b_high = tl.where(m_nan, float("nan"), b_high)
@@ -50,7 +50,7 @@ def _score_bounds_kernel(
     s_table,
     s_scores,
     first_row,
-    least_pages,
+    min_pages,
     NQ: tl.constexpr,
     H: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -66,7 +66,7 @@ def _score_bounds_kernel(
     G: tl.constexpr = NQ // H
     i_row = (first_row + i_local).to(tl.int64)
     pages = (tl.load(p_seq_lens + i_row) + P - 1) // P
-    if (i_block * PAGES < pages) & (pages > least_pages):
+    if (i_block * PAGES < pages) & (pages > min_pages):
         start = tl.load(p_starts + i_local)
         # [PAGES]
         o_p = i_block * PAGES + tl.arange(0, PAGES)
@@ -95,7 +95,7 @@ def _score_bounds_kernel(
 
 
 def update_bounds(kv_cache: torch.Tensor, slots: torch.Tensor, bounds: torch.Tensor) -> None:
-    """Bring the bounds of the pages up to date that a step has written to.
+    """Update the bounds of the pages that a step has written to.
 
     Args:
         kv_cache: ``[num_blocks, H, P, 2 * D]`` contiguous, keys then values in the last axis, the
@@ -130,18 +130,20 @@ def score_bounds(
     first_row: int,
     num_rows: int,
     max_pages: int,
-    least_pages: int,
+    min_pages: int,
 ) -> None:
     """Upper bound of ``q . k / sqrt(D)`` over each page's keys, per query head.
 
     Args:
-        queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.
+        queries: ``[B, NQ, D]``; the row stride is free, so that it may be a slice of a fused
+            projection.
         bounds: ``[num_blocks, H, 2, D]`` from ``update_bounds``.
         block_table, seq_lens: ``[>= B, W]`` int32, ``[>= B]`` int32.
         starts: ``[num_rows]`` int32, where each scored row's pages start in ``out``.
         out: ``[NQ, C]`` float32, written.
-        first_row, num_rows: the rows to score. max_pages: upper bound of a row's pages.
-            least_pages: rows with no more pages are left out.
+        first_row, num_rows: the rows to score.
+        max_pages: upper bound of a row's pages.
+        min_pages: rows with no more pages are skipped.
     """
     nq, d = queries.shape[1:]
     heads = bounds.shape[1]
@@ -158,7 +160,7 @@ def score_bounds(
         block_table.stride(0),
         out.stride(0),
         first_row,
-        least_pages,
+        min_pages,
         NQ=nq,
         H=heads,
         G_PAD=max(16, triton.next_power_of_2(nq // heads)),

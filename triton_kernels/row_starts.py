@@ -1,5 +1,5 @@
-"""Where each row's pages start in a workspace in which rows lie behind one another: a running sum
-over the batch, in one launch.
+"""Where each row's pages start in a workspace that holds the rows' pages one after the other: a
+running sum over the batch, in one launch.
 """
 
 import torch
@@ -13,6 +13,7 @@ BLOCK = 1024
 def _row_starts_kernel(
     p_seq_lens, p_starts, first_row, num_rows, P: tl.constexpr, BLOCK: tl.constexpr
 ):
+    # [BLOCK]
     o_row = tl.arange(0, BLOCK)
     before = tl.full((), 0, tl.int32)
     for first in range(0, num_rows, BLOCK):
@@ -29,8 +30,13 @@ def _row_starts_kernel(
 def row_starts(
     seq_lens: torch.Tensor, first_row: int, num_rows: int, page_size: int
 ) -> torch.Tensor:
-    """``[num_rows]`` int32: pages of the rows from ``first_row`` on that come before each;
-    ``seq_lens [>= first_row + num_rows]`` int32.
+    """For each row from ``first_row`` on, the number of pages of the rows between ``first_row`` and
+    it.
+
+    Args:
+        seq_lens: ``[>= first_row + num_rows]`` int32 tokens of each row.
+    Returns:
+        ``[num_rows]`` int32.
     """
     starts = torch.empty(num_rows, dtype=torch.int32, device=seq_lens.device)
     _row_starts_kernel[(1,)](

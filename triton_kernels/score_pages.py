@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Bytes of one key element times pages of a program: what was quickest on the H200 for 8-bit and for
-# 16-bit keys.
 WIDTH_TIMES_PAGES = 8
+"""Bytes of a key element times pages of a program; the fastest for 8-bit and for 16-bit keys."""
 
 
 @triton.jit(do_not_specialize=["first_row", "s_table"])
@@ -25,7 +24,7 @@ def _score_pages_kernel(
     s_table,
     s_scores,
     first_row,
-    least_pages,
+    min_pages,
     NQ: tl.constexpr,
     NKV: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -46,7 +45,7 @@ def _score_pages_kernel(
     i_row = (first_row + i_local).to(tl.int64)
     seq_len = tl.load(p_seq_lens + i_row)
     pages = (seq_len + P - 1) // P
-    if (i_block * PAGES < pages) & (pages > least_pages):
+    if (i_block * PAGES < pages) & (pages > min_pages):
         start = tl.load(p_starts + i_local)
         # [PAGES * P]
         o_t = tl.arange(0, PAGES * P)
@@ -76,14 +75,14 @@ def _score_pages_kernel(
             ).to(tl.float16)
         b_s = tl.dot(b_k.to(b_q.dtype), b_q, input_precision=PRECISION)
         b_s = tl.where((m_token & (o_token >= FIRST))[:, None], b_s, float("-inf"))
-        # [PAGES, P, G_PAD] -> [PAGES, G_PAD]; in powers of two, which the GPU has an instruction
-        # for.
+        # [PAGES, P, G_PAD] -> [PAGES, G_PAD]; in powers of two, for which the GPU has an
+        # instruction.
         b_s = tl.reshape(b_s, (PAGES, P, G_PAD))
         b_max = tl.max(b_s, axis=1)
         scale2 = scale / LN2
         b_safe = tl.where(b_max == float("-inf"), 0.0, b_max) * scale2
         b_sum = tl.sum(tl.exp2(b_s * scale2 - b_safe[:, None, :]), axis=1)
-        # The maximum passes over NaN; the sum does not.
+        # tl.max ignores NaN; the sum does not.
         b_max = tl.where(b_sum == b_sum, b_max, b_sum)
         o_p = i_block * PAGES + tl.arange(0, PAGES)
         o_out = (i_kv * G + o_g)[None, :].to(tl.int64) * s_scores + start + o_p[:, None]
@@ -104,14 +103,15 @@ def score_pages(
     first_row: int,
     num_rows: int,
     max_pages: int,
-    least_pages: int,
+    min_pages: int,
     first_token: int = 1,
 ) -> None:
     """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head; both
     NaN where a token's is NaN or +inf.
 
     Args:
-        queries: ``[B, NQ, D]``; rows may lie apart, as slices of a fused projection do.
+        queries: ``[B, NQ, D]``; the row stride is free, so that it may be a slice of a fused
+            projection.
         keys: ``[num_blocks, NKV, P, D]``, contiguous or the first D of each token's row in a wider
             cache; the queries' dtype or 8-bit floats.
         block_table: ``[>= B, W]`` int32.
@@ -120,14 +120,14 @@ def score_pages(
         page_max, page_lse: ``[NQ, C]`` float32, written.
         first_row, num_rows: the rows to score.
         max_pages: upper bound of a row's pages.
-        least_pages: rows with no more pages than this are left out (they are read whole).
-        first_token: tokens before it take no part.
+        min_pages: rows with no more pages are skipped: they are read whole.
+        first_token: earlier tokens are ignored.
     """
     nq, d = queries.shape[1:]
     nkv, page_size = keys.shape[1:3]
-    # Every 8-bit key is a 16-bit IEEE float, and so is every bfloat16 query but for the largest,
-    # which are cut off, and the least. Into bfloat16 the GPU would convert keys one by one, on a
-    # unit that is slower than the memory they come from.
+    # 8-bit keys are multiplied in IEEE float16, which represents them exactly, and bfloat16 queries
+    # but for very large ones, which are clamped, and very small ones. Converting the keys to
+    # bfloat16 would be slower than reading them from memory.
     half = keys.dtype.itemsize == 1 and queries.dtype != torch.float32
     pages_per_program = WIDTH_TIMES_PAGES // keys.dtype.itemsize
     grid = (num_rows, triton.cdiv(max_pages, pages_per_program), nkv)
@@ -144,7 +144,7 @@ def score_pages(
         block_table.stride(0),
         page_max.stride(0),
         first_row,
-        least_pages,
+        min_pages,
         NQ=nq,
         NKV=nkv,
         G_PAD=max(8, triton.next_power_of_2(nq // nkv)),

@@ -1,10 +1,12 @@
-"""Top-K pages of every (request, KV head), and the page table that attention reads, in one kernel."""
+"""Top-K pages of every (request, KV head) and attention's page table, in one kernel."""
 
 import torch
 import triton
 import triton.language as tl
 
-# Above the order-preserving integer of +inf: sinks and recents win against every score.
+from specontext_vllm.step_data import Stickiness
+
+# Above the order-preserving integer of +inf: sinks and recents beat every score.
 _ALWAYS = 0x7F800001
 
 
@@ -51,9 +53,11 @@ def _select_pages_kernel(
     p_out = p_pages + (i_row * H + i_head) * s_pages
     active = True
     if FALLBACK:
+        # [H_PAD]
         o_h = tl.arange(0, H_PAD)
         b_mass = tl.load(p_mass + i_row * H + o_h, mask=o_h < H, other=0.0)
         active = tl.sum(b_mass) / H < threshold
+    # [BLOCK]
     o_block = tl.arange(0, BLOCK)
     if active:
         if pages <= budget:
@@ -70,7 +74,7 @@ def _select_pages_kernel(
             m_g = o_g < G
             # [G_PAD, BLOCK]
             o_tile = (i_head * G + o_g)[:, None].to(tl.int64) * s_scores + start + o_block[None, :]
-            # Log of the softmax denominator of each query head, [G_PAD].
+            # [G_PAD] log of the softmax denominator of each query head
             b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
             b_sum = tl.zeros((G_PAD,), tl.float32)
             for first in range(0, pages, BLOCK):
@@ -83,13 +87,14 @@ def _select_pages_kernel(
                 )
                 b_top = b_new
             b_total = b_top + tl.log(b_sum)
-            # NaN if a score is NaN or infinite. Such a score has no weight: the row's are made
-            # good, and added up once more.
+            # NaN if a score is NaN or infinite. Such a score must have no weight: replace it and
+            # sum the row again.
             if tl.max((b_total != b_total).to(tl.int32), axis=0) > 0:
                 b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
                 b_sum = tl.zeros((G_PAD,), tl.float32)
-                # Few at a time, which leaves the registers to the loops that every row runs.
+                # Small tiles, so that this rare loop needs no more registers than the others.
                 for first in range(0, pages, FEW):
+                    # [G_PAD, FEW]
                     o_p = first + tl.arange(0, FEW)
                     m_tile = m_g[:, None] & (o_p < pages)[None, :]
                     o_few = (
@@ -107,14 +112,14 @@ def _select_pages_kernel(
                         tl.exp(b_lse - b_safe[:, None]), axis=1
                     )
                     b_top = b_new
-                # A query head without a finite score has no say.
+                # A query head without a finite score has no weight.
                 b_total = tl.where(b_sum > 0.0, b_top + tl.log(b_sum), float("inf"))
-                # Other threads may read below what these have stored.
+                # Threads read below what others have stored above.
                 tl.debug_barrier()
-            # Score of a page: the largest attention weight (as a logarithm) over its tokens and the
-            # group's query heads, kept as an integer of the same order.
+            # [BLOCK] score of a page: the largest attention weight (as a logarithm) over its tokens
+            # and the group's query heads, stored as an integer of the same order.
             p_row_order = p_order + i_head.to(tl.int64) * s_scores + start
-            least = tl.full((), ALWAYS, tl.int64)
+            lowest = tl.full((), ALWAYS, tl.int64)
             for first in range(0, pages, BLOCK):
                 o_p = first + o_block
                 m_tile = m_g[:, None] & (o_p < pages)[None, :]
@@ -127,19 +132,19 @@ def _select_pages_kernel(
                         p_slot_of + (lane * H + i_head) * s_slots + o_p, mask=o_p < pages, other=-1
                     )
                     b_best += tl.where(b_slot >= 0, margin, 0.0)
-                # As an integer a NaN would come before the sinks.
+                # As an integer, NaN would be above the sinks.
                 b_best = tl.where(b_best == b_best, b_best, float("-inf"))
                 b_bits = b_best.to(tl.int32, bitcast=True)
                 b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
                 b_order = tl.where((o_p < sinks) | (o_p >= pages - recents), ALWAYS, b_order)
                 tl.store(p_row_order + o_p, b_order, mask=o_p < pages)
-                least = tl.minimum(
-                    least, tl.min(tl.where(o_p < pages, b_order, ALWAYS)).to(tl.int64)
+                lowest = tl.minimum(
+                    lowest, tl.min(tl.where(o_p < pages, b_order, ALWAYS)).to(tl.int64)
                 )
-            # Other threads of this program wrote what is read below.
+            # Threads read below what others have stored above.
             tl.debug_barrier()
             # The largest threshold that at least `budget` pages reach.
-            low = least
+            low = lowest
             high = tl.full((), ALWAYS, tl.int64)
             while low < high:
                 middle = low + (high - low + 1) // 2
@@ -171,7 +176,7 @@ def _select_pages_kernel(
                 )
                 b_keep = m_keep.to(tl.int32)
                 b_id = tl.load(p_table + o_p, mask=m_keep, other=0)
-                # Within the row whatever the scores are.
+                # Never beyond the row, whatever the scores are.
                 o_out = taken + tl.cumsum(b_keep, axis=0) - 1
                 tl.store(p_out + o_out, b_id * H + i_head, mask=m_keep & (o_out < budget))
                 taken += tl.sum(b_keep)
@@ -203,15 +208,15 @@ def select_pages(
     num_kv_heads: int,
     first_row: int,
     num_rows: int,
-    widest: int,
+    max_pages: int,
     budget_pages: int,
     sink_pages: int,
     recent_pages: int,
     fallback_threshold: float | None = None,
-    held: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    stickiness: Stickiness | None = None,
 ) -> None:
-    """Keep each (row, KV head)'s sinks, recents and best pages; see
-    ``specontext_vllm.retrieval.selection``.
+    """Select each (row, KV head)'s sinks, recents and best pages, as
+    ``specontext_vllm.retrieval.reference`` defines them.
 
     Args:
         page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows, no maximum above its
@@ -220,20 +225,20 @@ def select_pages(
         order: ``[H, C]`` int32 scratch.
         starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for
             rows that are kept whole.
-        widest: most pages any row of this engine may have; only the tile size depends on it, so
-            that one kernel is compiled.
+        max_pages: upper bound of a row's pages in this engine. It sets the tile size, so that an
+            engine compiles one kernel.
         seq_lens, block_table: ``[>= B]`` int32, ``[>= B, W]`` int32.
         pages: ``[B * H, K]`` int32 head pages, written in ascending order of position.
         lengths: ``[B * H]`` int32 tokens in them, written.
         kept_mass: ``[B, H]`` float32 attention mass kept, written; read only when
             ``fallback_threshold`` is given, which rewrites the rows whose mean mass lies under it
             with ``budget_pages`` pages.
-        held: ``(lanes [>= B] int32, slot_of [lanes, H, W] int32, margin)``: a page with a slot
-            scores ``margin`` more.
+        stickiness: pages with a slot score ``margin`` more; None: no page does.
     """
     heads = num_kv_heads
     group = page_max.shape[0] // heads
-    lanes, slot_of, margin = (seq_lens, seq_lens, 0.0) if held is None else held
+    # Not read without stickiness, but a kernel needs some pointer.
+    sticky = stickiness or Stickiness(seq_lens, seq_lens, 0.0)
     _select_pages_kernel[(num_rows, heads)](
         page_max,
         page_lse,
@@ -244,27 +249,27 @@ def select_pages(
         pages,
         lengths,
         kept_mass,
-        lanes,
-        slot_of,
+        sticky.lanes,
+        sticky.slot_of,
         block_table.stride(0),
         page_max.stride(0),
         pages.stride(0),
-        slot_of.shape[-1],
+        sticky.slot_of.shape[-1],
         first_row,
         budget_pages,
         sink_pages,
         recent_pages,
         0.0 if fallback_threshold is None else fallback_threshold,
-        margin,
+        sticky.margin,
         H=heads,
         H_PAD=triton.next_power_of_2(heads),
         G=group,
         G_PAD=triton.next_power_of_2(group),
         P=page_size,
-        BLOCK=min(4096, max(64, triton.next_power_of_2(widest))),
+        BLOCK=min(4096, max(64, triton.next_power_of_2(max_pages))),
         FEW=64,
         ALWAYS=_ALWAYS,
         FALLBACK=fallback_threshold is not None,
-        STICKY=held is not None,
+        STICKY=stickiness is not None,
         num_warps=8,
     )

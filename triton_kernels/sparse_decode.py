@@ -1,5 +1,5 @@
-"""Decode attention over per-(request, KV head) page tables, split over pages; the last part of a
-sequence to end combines all of them.
+"""Decode attention over page tables with one row per (request, KV head). Each sequence is split
+into parts; the part that ends last combines them.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ import torch
 import triton
 import triton.language as tl
 
-MOST_SPLITS = 64
-"""Parts that a sequence is cut into at most."""
+MAX_SPLITS = 64
+"""Maximum number of parts of a sequence."""
 
 STEP_BYTES = 16384
-"""Keys, and as many bytes of values, that a program has in flight: with four programs on a
-processor enough to hide the memory's latency.
+"""Bytes of keys, and as many of values, that a program has in flight. Four programs on a processor
+then hide the memory's latency.
 """
 
-MOST_PAGES = 4
-"""Pages of a step at most: with more, four programs would want more registers than a processor has.
+MAX_STEP_PAGES = 4
+"""Maximum number of pages of a step: with more, four programs would not fit into a processor's
+registers.
 """
 
-LEAST_STEPS = 2
-"""Steps of a part at least: combining crumbs takes longer than reading them."""
+MIN_STEPS = 2
+"""Minimum number of steps of a part: combining smaller parts takes longer than reading them."""
 
 COMBINED = 8
-"""Parts that are combined at a time."""
+"""Parts that are loaded at a time when they are combined."""
 
 LOG2_E = 1.4426950408889634
 
@@ -52,18 +53,18 @@ def _sparse_decode_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     STEP: tl.constexpr,
-    LEAST: tl.constexpr,
+    MIN_STEPS: tl.constexpr,
     G_OUT: tl.constexpr,
     COMBINED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # One axis, since only the first holds more than 65,535 sequences.
+    # A grid of one axis: the others are limited to 65,535 programs.
     i_split = tl.program_id(0) % splits
     i_seq = (tl.program_id(0) // splits).to(tl.int64)
     length = tl.load(p_lengths + i_seq)
     pages = (length + P - 1) // P
-    per_split = tl.maximum(tl.cdiv(tl.cdiv(pages, splits), STEP), LEAST) * STEP
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(pages, splits), STEP), MIN_STEPS) * STEP
     parts = tl.maximum((pages + per_split - 1) // per_split, 1)
     if i_split >= parts:
         return
@@ -77,11 +78,12 @@ def _sparse_decode_kernel(
     b_q = tl.load(p_q + o_g[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     b_acc = tl.zeros((G_PAD, D_PAD), tl.float32)
     b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
-    # Summed over the tokens at the end only: a sum across warps in every step would wait for all of
-    # them.
+    # Summed over tokens only once, at the end: a sum across warps would synchronize them in every
+    # step.
     b_sums = tl.zeros((G_PAD, STEP * P), tl.float32)
     o_t = tl.arange(0, STEP * P)
     for page in tl.range(first, last, STEP, num_stages=STAGES):
+        # [STEP * P]
         o_page = page + o_t // P
         m_t = (o_page < last) & (page * P + o_t < length)
         b_id = tl.load(p_pages + i_seq * s_pages + o_page, mask=m_t, other=0).to(tl.int64)
@@ -90,7 +92,7 @@ def _sparse_decode_kernel(
         m_kv = m_t[:, None] & (o_d < D)[None, :]
         b_k = tl.load(p_k, mask=m_kv, other=0.0)
         b_v = tl.load(p_k + D, mask=m_kv, other=0.0)
-        # In powers of two: the scale carries log2(e).
+        # [G_PAD, STEP * P] logits in powers of two: the scale includes log2(e).
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         b_s = tl.where(m_t[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
@@ -100,7 +102,7 @@ def _sparse_decode_kernel(
         b_acc = b_acc * b_scale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         b_top = b_new
     b_sum = tl.sum(b_sums, axis=1)
-    # No token at all (a padding row) gives zeros.
+    # A padding row has no token; its output is 0.
     b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     p_o = p_out + i_seq * G * D + o_g[:, None] * D + o_d[None, :]
     if parts == 1:
@@ -109,7 +111,7 @@ def _sparse_decode_kernel(
     o_part = (i_seq * splits + i_split) * G + o_g
     tl.store(p_partial + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
     tl.store(p_lse + o_part, b_top + tl.log2(b_sum), mask=o_g < G)
-    # Every thread's part is written before one of them says so.
+    # All threads have stored the part before one of them counts it.
     tl.debug_barrier()
     ended = tl.atomic_add(p_ended + i_seq, 1, sem="acq_rel", scope="gpu")
     if ended == parts - 1:
@@ -123,7 +125,8 @@ def _sparse_decode_kernel(
             for i in tl.static_range(COMBINED):
                 o_all = (i_seq * splits + part + i) * G + o_c
                 m_all = o_c < tl.where(part + i < parts, G, 0)
-                # Past the first level of cache, which does not see other programs' writes.
+                # [G_OUT] and [G_OUT, D_PAD]; .cg skips the L1 cache, which does not see other
+                # programs' stores.
                 b_lse = tl.load(
                     p_lse + o_all, mask=m_all, other=float("-inf"), cache_modifier=".cg"
                 )
@@ -134,7 +137,7 @@ def _sparse_decode_kernel(
                     cache_modifier=".cg",
                 )
                 c_new = tl.maximum(c_top, b_lse)
-                # Rows of padding see nothing but -inf.
+                # -inf in rows of padding.
                 c_safe = tl.where(c_new == float("-inf"), 0.0, c_new)
                 b_w = tl.exp2(b_lse - c_safe)
                 c_scale = tl.exp2(c_top - c_safe)
@@ -152,12 +155,11 @@ def _sparse_decode_kernel(
 
 @dataclass(frozen=True)
 class SplitWorkspace:
-    """What the parts of a sequence leave for the one that ends last. Calls that share a workspace
+    """Partial results, which the last part of a sequence combines. Calls that share a workspace
     must not overlap.
 
     Attributes:
-        parts: parts of all sequences together that a launch aims at; a few for each processor, all
-            of them running at once.
+        parts: number of parts of all sequences together that a launch aims for.
         partial: float32, outputs of the parts.
         lse: float32, logarithms of their softmax sums, base 2.
         ended: ``[parts]`` int32, parts of each sequence that have ended; 0 between calls.
@@ -173,8 +175,8 @@ class SplitWorkspace:
         cls, parts: int, group: int, head_dim: int, device: torch.device
     ) -> SplitWorkspace:
         """For any number of sequences of ``group`` query heads."""
-        # More than one part each means at most parts / 1.5 sequences, and rounding adds half a part
-        # to each.
+        # With two parts or more each, there are at most parts / 1.5 sequences, and rounding adds
+        # at most half a part to each.
         size = 2 * parts * group
         return cls(
             parts,
@@ -184,8 +186,8 @@ class SplitWorkspace:
         )
 
     def splits(self, sequences: int) -> int:
-        """Parts that each of so many sequences is cut into."""
-        return min(max(round(self.parts / sequences), 1), MOST_SPLITS)
+        """Number of parts of each sequence."""
+        return min(max(round(self.parts / sequences), 1), MAX_SPLITS)
 
 
 def sparse_decode(
@@ -201,7 +203,7 @@ def sparse_decode(
     pages.
 
     Args:
-        query: ``[R, H * G, D]``; rows may lie apart, anything else is copied.
+        query: ``[R, H * G, D]``; the row stride is free; copied if its rows are not contiguous.
         head_pages: ``[num_blocks * H, P, 2 * D]`` contiguous, keys then values in the last axis.
         pages: ``[R * H, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a sequence
             are read.
@@ -216,10 +218,9 @@ def sparse_decode(
     num_kv_heads = sequences // rows
     group, page_size = heads // num_kv_heads, head_pages.shape[1]
     d_pad = max(16, triton.next_power_of_2(d))
-    step = min(max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1), MOST_PAGES)
-    # Programs beyond what the longest list can be cut into would end at once, but even that takes
-    # its time.
-    splits = min(workspace.splits(sequences), triton.cdiv(pages.shape[1], LEAST_STEPS * step))
+    step = min(max(STEP_BYTES // (page_size * d_pad * query.element_size()), 1), MAX_STEP_PAGES)
+    # No more than the longest list can be cut into: even programs that end at once cost time.
+    splits = min(workspace.splits(sequences), triton.cdiv(pages.shape[1], MIN_STEPS * step))
     _sparse_decode_kernel[(splits * sequences,)](
         query,
         head_pages,
@@ -240,7 +241,7 @@ def sparse_decode(
         D=d,
         D_PAD=d_pad,
         STEP=step,
-        LEAST=LEAST_STEPS,
+        MIN_STEPS=MIN_STEPS,
         G_OUT=triton.next_power_of_2(group),
         COMBINED=COMBINED,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

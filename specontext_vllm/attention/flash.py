@@ -29,11 +29,10 @@ def flash_attention_version(head_dim: int, dtype: torch.dtype) -> int | None:
 
 
 class FlashAttentionProvider(TritonProvider):
-    """Prefill: FlashAttention through ``vllm.vllm_flash_attn``, which needs vLLM's CUDA build.
-    Decode: our kernel, as everywhere.
+    """Prefill with FlashAttention through ``vllm.vllm_flash_attn``, which needs vLLM's CUDA build.
 
-    FlashAttention reads page tables, too, but at a budget's length it is slower
-    (``python -m benchmarks attention``).
+    Decode is our kernel: FlashAttention reads page tables too, but is slower at the length of a
+    budget (``python -m benchmarks attention``).
     """
 
     def __init__(

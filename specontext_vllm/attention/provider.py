@@ -54,14 +54,14 @@ class AttentionProvider(ABC):
         self.group = num_heads // num_kv_heads
 
     def warm_up(self, table: PageTable) -> None:
-        """Once an engine: compile what ``decode`` runs, before a request waits for it; may change
-        the table's contents.
+        """Called once an engine, before the first request: compile what ``decode`` runs. May
+        overwrite the table.
         """
         return
 
     def plan(self, table: PageTable, rows: int) -> None:
-        """Once a step, after the table is filled and before the first layer: what all layers'
-        ``decode`` calls share.
+        """Called once a step, when the table is filled: prepare what all layers' ``decode`` calls
+        share.
         """
         return
 
@@ -72,8 +72,8 @@ class AttentionProvider(ABC):
         """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same
         shape.
 
-        ``output`` is contiguous; ``query`` may be a slice of the layer's fused projection, as in
-        uncompiled models.
+        ``output`` is contiguous. ``query`` may be a slice of a fused projection, with a larger row
+        stride.
         """
 
     @abstractmethod

@@ -14,9 +14,9 @@ from specontext_vllm.step_data import PageTable
 class TorchProvider(AttentionProvider):
     """Gather the pages, then ``scaled_dot_product_attention``, row by row.
 
-    In float32 whatever the model's dtype: in 16 bits torch rounds the softmax's weights before it
-    multiplies them by the values, which vLLM's CPU attention does only where it has matrix units
-    for bfloat16.
+    Computed in float32 whatever the model's dtype: in 16 bits torch would round the softmax weights
+    before they are multiplied by the values. vLLM's CPU attention rounds them only on CPUs with
+    matrix units for bfloat16.
     """
 
     def decode(
@@ -26,15 +26,14 @@ class TorchProvider(AttentionProvider):
         flat = head_pages(kv_cache)
         lengths = table.lengths[: rows * heads].view(rows, heads).tolist()
         for row in range(rows):
-            # The heads of a request read equally many pages, except that tests and other retrievers
-            # may give them different ones.
+            # Each KV head has pages of its own, and maybe another number of them.
             for head, tokens in enumerate(lengths[row]):
                 group = slice(head * self.group, (head + 1) * self.group)
                 if tokens == 0:
                     output[row, group] = 0
                     continue
-                ids = table.pages[row * heads + head, : pages_for(tokens)].long()
-                kv = flat[ids].view(-1, 2 * d)[:tokens].float()
+                page_ids = table.pages[row * heads + head, : pages_for(tokens)].long()
+                kv = flat[page_ids].view(-1, 2 * d)[:tokens].float()
                 output[row, group] = F.scaled_dot_product_attention(
                     query[row, group].float()[None],
                     kv[None, :, :d],
@@ -49,10 +48,10 @@ class TorchProvider(AttentionProvider):
             new = span.stop - span.start
             if new == 0:
                 continue
-            ids = rows.block_table[row, : pages_for(context)].long()
+            page_ids = rows.block_table[row, : pages_for(context)].long()
             # [H, context, 2 * D]
             kv = (
-                kv_cache[ids]
+                kv_cache[page_ids]
                 .transpose(0, 1)
                 .reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
                 .float()

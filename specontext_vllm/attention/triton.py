@@ -1,6 +1,4 @@
-"""Attention through Triton: our kernel for page tables, which serves every GPU, and vLLM's kernels
-for the rest.
-"""
+"""Attention in Triton: our kernel for decode, vLLM's kernels for prefill and cache writes."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from specontext_vllm.step_data import PageTable
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
 
 PARTS_PER_PROCESSOR = 3
-"""Parts that a launch is cut into for each of the GPU's processors, four of which fit on one at a
-time (`python -m benchmarks attention`).
+"""Parts of a launch for each of the GPU's processors, each of which runs up to four at a time
+(`python -m benchmarks attention`).
 """
 
 INTERPRETED_PARTS = 16
-"""The same where Triton's interpreter runs them, one after the other."""
+"""Parts of a launch in Triton's interpreter, which runs them one after the other."""
 
 
 class TritonProvider(AttentionProvider):
@@ -30,9 +28,7 @@ class TritonProvider(AttentionProvider):
 
     @cached_property
     def workspace(self) -> SplitWorkspace:
-        """Made when it is first used: every layer has a provider, and all layers share the first
-        one's.
-        """
+        """Allocated on first use: every layer has a provider, but all share the first one's."""
         device, parts = torch.device("cpu"), INTERPRETED_PARTS
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
@@ -42,8 +38,8 @@ class TritonProvider(AttentionProvider):
         return SplitWorkspace.allocate(parts, self.group, self.head_dim, device)
 
     def warm_up(self, table: PageTable) -> None:
-        """Have Triton compile the decode kernel, and allocate its workspace outside of any captured
-        graph: one row that reads nothing.
+        """Run one row that reads nothing: Triton compiles the decode kernel, and the workspace is
+        allocated outside any captured graph.
         """
         device = table.pages.device
         query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)

@@ -23,10 +23,10 @@ from specontext_vllm.step_data import PageTable
 def load_cuda_runtime_12() -> None:
     """Load libcudart.so.12 where pip has put one, so that the dynamic linker has it by name.
 
-    Symptom: every operator refuses with "xFormers wasn't build with CUDA support". Reason: xformers
-        0.0.35's C++ part is linked to the
-    runtime of CUDA 12, which a torch built for CUDA 13 does not bring. Remove when its wheels are
-    built for CUDA 13.
+    Symptom: every operator refuses with "xFormers wasn't build with CUDA support".
+    Reason: the C++ part of xformers 0.0.35 is linked to the runtime of CUDA 12, which a torch built
+        for CUDA 13 does not bring.
+    Remove when: its wheels are built for CUDA 13.
     """
     nvidia = find_spec("nvidia")
     for folder in nvidia.submodule_search_locations or () if nvidia else ():
@@ -53,10 +53,9 @@ class XformersProvider(TritonProvider):
     """Decode: xformers' paged split-K kernel where it takes the dtype, head size and GPU; elsewhere
     the pages are gathered first.
 
-    No kernel of xformers that takes many query tokens takes 16-token pages, so prefill gathers each
-    row's context, ``max_seq_len`` tokens
-    of it: ``2 * H * D * max_seq_len`` values beside vLLM's own memory. Storing keys and values is
-        vLLM's Triton kernel.
+    No xformers kernel takes both many query tokens and pages of 16 tokens. Prefill therefore
+    gathers each row's context, which takes ``2 * H * D * max_seq_len`` values of memory in addition
+    to vLLM's. Keys and values are written by vLLM's Triton kernel.
 
     Raises:
         ConfigError: on creation, when xformers is not installed or has no kernel for the dtype,
@@ -80,9 +79,9 @@ class XformersProvider(TritonProvider):
         self.paged = self._try_kernels()
 
     def _try_kernels(self) -> bool:
-        """Run both kernels on one made-up page; whether decode can read pages where they lie.
+        """Run both kernels on one page; return whether decode can read pages without a gather.
 
-        xformers knows only with tensors in hand what it supports.
+        xformers tells what it supports only when it is given tensors.
         """
         device = torch.device("cuda", torch.cuda.current_device())
         kv_cache = torch.zeros(
@@ -101,7 +100,7 @@ class XformersProvider(TritonProvider):
         try:
             self.prefill(query, kv_cache, rows, torch.empty_like(query))
         except (NotImplementedError, ValueError) as error:
-            # Its message begins with the tensors' shapes; the operators' reasons follow.
+            # The message begins with the tensors' shapes; the operators' reasons follow.
             reason = " ".join(str(error).partition("is not supported because:")[2].split()) or str(
                 error
             )
@@ -121,9 +120,7 @@ class XformersProvider(TritonProvider):
         return True
 
     def warm_up(self, table: PageTable) -> None:
-        """Forget the masks of an earlier table: vLLM binds an engine twice, and masks hold the
-        table's lengths.
-        """
+        """Drop the masks of an earlier table, which they refer to: vLLM binds an engine twice."""
         self._masks.clear()
 
     def decode(
@@ -132,8 +129,8 @@ class XformersProvider(TritonProvider):
         self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 
     def plan(self, table: PageTable, rows: int) -> None:
-        """Make the mask of this many sequences before a graph is captured: its small host tensors
-        cannot be copied inside one.
+        """Make the mask for this number of sequences: inside a captured graph its small host
+        tensors could not be copied.
         """
         self._decode_mask(table, rows * self.num_kv_heads)
 
@@ -144,8 +141,8 @@ class XformersProvider(TritonProvider):
         return self._masks[sequences]
 
     def _mask(self, new: int, pages: int, lengths: Tensor) -> Any:
-        """``len(lengths)`` sequences of ``new`` query tokens, their keys padded to ``pages`` pages;
-        keeps ``lengths`` itself.
+        """A mask of ``len(lengths)`` sequences of ``new`` query tokens, their keys padded to
+        ``pages`` pages. It refers to ``lengths``.
         """
         padding, sequences = pages * PAGE_SIZE, len(lengths)
         mask = self._fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
@@ -184,7 +181,7 @@ class XformersProvider(TritonProvider):
         width = pages_for(rows.max_seq_len)
         for row, (start, end) in enumerate(zip(rows.offsets, rows.offsets[1:])):
             new = end - start
-            # Each KV head is a sequence of its own, as in a page table.
+            # Each KV head is a sequence, as in a page table.
             pages = kv_cache[rows.block_table[row, :width].long()].transpose(0, 1).contiguous()
             mask = self._mask(new, width, rows.seq_lens[row : row + 1].repeat(heads))
             by_head = (

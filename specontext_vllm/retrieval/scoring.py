@@ -72,7 +72,7 @@ class ScoreInputs:
                 first_row=self.rows.start,
                 num_rows=len(self.rows),
                 max_pages=self.max_pages,
-                least_pages=self.min_pages,
+                min_pages=self.min_pages,
                 first_token=self.first_token,
             )
             return

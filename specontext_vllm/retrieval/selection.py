@@ -69,9 +69,6 @@ def select_rows(
             selection.lengths,
             selection.kept_mass,
         )
-        held = None
-        if stickiness is not None:
-            held = (stickiness.lanes, stickiness.slot_of, stickiness.margin)
 
         def launch(budget_pages: int, threshold: float | None) -> None:
             select_pages(
@@ -80,12 +77,12 @@ def select_rows(
                 num_kv_heads=num_kv_heads,
                 first_row=rows.start,
                 num_rows=len(rows),
-                widest=block_table.shape[1],
+                max_pages=block_table.shape[1],
                 budget_pages=budget_pages,
                 sink_pages=budget.sinks,
                 recent_pages=budget.recents,
                 fallback_threshold=threshold,
-                held=held,
+                stickiness=stickiness,
             )
 
         launch(budget.total, None)

@@ -11,7 +11,7 @@ from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.step_data import PageTable
-from tests.paging import apart, assert_close, paged_rows
+from tests.paging import assert_close, paged_rows, sliced_rows
 
 
 def random_table(rows, heads, device, seed, drop_tail=False):
@@ -117,7 +117,7 @@ def test_decode_reads_the_tables_pages_and_nothing_else(
     )
     attention = provider(heads * group, heads, head_dim, scale, dtype)
     attention.plan(table, len(lengths))
-    attention.decode(apart(query.to(device)), rows.cache, table, len(lengths), output)
+    attention.decode(sliced_rows(query.to(device)), rows.cache, table, len(lengths), output)
     expected = reference(query, rows, kept, heads, head_dim, scale)
     assert_close("output", expected, output, 1e-5 if dtype == torch.float32 else 1e-2)
 

@@ -98,7 +98,7 @@ def forked_workers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Token ids of demo prompts: shorter than a page, ragged, and long enough for several chunks."""
+    """Token ids of demo prompts: within a page, ragged, and long enough for several chunks."""
     from transformers import AutoTokenizer
 
     from specontext_vllm.synthetic.tasks import make_problem

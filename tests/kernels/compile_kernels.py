@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from specontext_vllm.step_data import Misses, PageTable, Selection
+from specontext_vllm.step_data import Misses, PageTable, Selection, Stickiness
 from specontext_vllm.tier_data import (
     CopyProgress,
     DecodeRows,
@@ -130,7 +130,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     queries = torch.zeros(rows, h * g, d, dtype=dtype)
     page_max, page_lse = torch.zeros(h * g, 64), torch.zeros(h * g, 64)
     pages, lengths = cells(rows * h, kept), cells(rows * h)
-    some = {"first_row": 0, "num_rows": rows, "max_pages": WIDTH, "least_pages": kept}
+    some = {"first_row": 0, "num_rows": rows, "max_pages": WIDTH, "min_pages": kept}
 
     head_input(
         torch.zeros(rows, e, dtype=dtype),
@@ -155,7 +155,8 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 1e-5,
             )
         score_pages(queries, keys, block_table, seq_lens, starts, page_max, page_lse, **some)
-    for held in (None, (lanes, cells(rows, h, WIDTH), 0.5))[0 if choices else 1 :]:
+    sticky = Stickiness(lanes, cells(rows, h, WIDTH), 0.5)
+    for stickiness in (None, sticky)[0 if choices else 1 :]:
         for threshold in (None, 0.5)[0 if choices else 1 :]:
             select_pages(
                 page_max,
@@ -171,12 +172,12 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 num_kv_heads=h,
                 first_row=0,
                 num_rows=rows,
-                widest=WIDTH,
+                max_pages=WIDTH,
                 budget_pages=kept,
                 sink_pages=1,
                 recent_pages=5,
                 fallback_threshold=threshold,
-                held=held,
+                stickiness=stickiness,
             )
 
     row_starts(seq_lens, 0, rows, PAGE)

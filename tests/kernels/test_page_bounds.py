@@ -5,7 +5,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
-from tests.paging import apart, assert_close
+from tests.paging import assert_close, sliced_rows
 
 BLOCKS = 40
 
@@ -71,7 +71,7 @@ def test_a_page_s_score_is_the_best_that_its_bounds_allow(lengths, heads, group,
     starts = torch.arange(rows, dtype=torch.int32) * widest
     out = torch.full((heads * group, rows * widest), float("nan"), device=device)
     score_bounds(
-        apart(query.to(device)),
+        sliced_rows(query.to(device)),
         bounds.to(device),
         table.to(device),
         seq_lens.to(device),
@@ -81,7 +81,7 @@ def test_a_page_s_score_is_the_best_that_its_bounds_allow(lengths, heads, group,
         first_row=first_row,
         num_rows=rows,
         max_pages=widest,
-        least_pages=1,
+        min_pages=1,
     )
     for row, tokens in enumerate(lengths):
         pages = pages_for(tokens)

@@ -94,7 +94,7 @@ def test_scores_are_not_finite_where_the_reference_is_not(bits, where, dtype, ke
             first_row=0,
             num_rows=len(LENGTHS),
             max_pages=pages_for(max(LENGTHS)),
-            least_pages=1,
+            min_pages=1,
         )
         for buffer in found:
             buffer.check()
@@ -147,7 +147,7 @@ def test_page_bounds_are_not_finite_where_the_reference_is_not(bits, where, devi
             first_row=0,
             num_rows=len(LENGTHS),
             max_pages=pages_for(max(LENGTHS)),
-            least_pages=1,
+            min_pages=1,
         )
         bounds.check()
         out.check()
@@ -277,7 +277,7 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             num_kv_heads=HEADS,
             first_row=0,
             num_rows=3,
-            widest=widest,
+            max_pages=widest,
             budget_pages=kept,
             sink_pages=1,
             recent_pages=2,

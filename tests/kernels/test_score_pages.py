@@ -7,7 +7,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts, score_row
 from specontext_vllm.step_data import PageScores
 from specontext_vllm.triton_kernels.score_pages import score_pages
-from tests.paging import apart, assert_close, paged_rows
+from tests.paging import assert_close, paged_rows, sliced_rows
 
 SHAPES = [
     pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
@@ -46,7 +46,7 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_b
     scores.page_max.fill_(float("nan"))
     scores.page_lse.fill_(float("nan"))
     score_pages(
-        apart(query.to(device)),
+        sliced_rows(query.to(device)),
         keys,
         rows.block_table,
         rows.seq_lens,
@@ -56,7 +56,7 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_b
         first_row=0,
         num_rows=len(lengths),
         max_pages=pages_for(max(lengths)),
-        least_pages=1,
+        min_pages=1,
     )
     start = 0
     for row, tokens in enumerate(lengths):
@@ -78,7 +78,7 @@ def test_parts_of_a_batch_score_like_the_whole(device):
     query = torch.randn(3, 4, width, device=device)
     whole = PageScores.allocate(4, heads, 64, device)
     part = PageScores.allocate(4, heads, 64, device)
-    arguments = dict(max_pages=pages_for(260), least_pages=0)
+    arguments = dict(max_pages=pages_for(260), min_pages=0)
     whole_args = (query, rows.cache, rows.block_table, rows.seq_lens)
     score_pages(
         *whole_args,
@@ -132,7 +132,7 @@ def test_scoring_keys_dispatches(device):
         first_row=0,
         num_rows=2,
         max_pages=6,
-        least_pages=0,
+        min_pages=0,
     )
     used = sum(map(pages_for, lengths))
     assert used * PAGE_SIZE >= sum(lengths)

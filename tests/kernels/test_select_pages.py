@@ -9,7 +9,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.scoring import row_starts
 from specontext_vllm.retrieval.selection import Fallback, select_row, select_rows
-from specontext_vllm.step_data import PageScores, Selection
+from specontext_vllm.step_data import PageScores, Selection, Stickiness
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float
 
@@ -41,7 +41,7 @@ def run_kernel(scores, lengths, heads, budget, device, width, **extra):
         num_kv_heads=heads,
         first_row=0,
         num_rows=rows,
-        widest=most,
+        max_pages=most,
         sink_pages=budget.sinks,
         recent_pages=budget.recents,
     )
@@ -185,12 +185,14 @@ def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(e
             num_kv_heads=heads,
             first_row=0,
             num_rows=rows,
-            widest=87,
+            max_pages=87,
             budget_pages=total,
             sink_pages=1,
             recent_pages=2,
             fallback_threshold=threshold,
-            held=(lanes.to(device), slot_of.to(device), 0.7) if extra == "stickiness" else None,
+            stickiness=Stickiness(lanes.to(device), slot_of.to(device), 0.7)
+            if extra == "stickiness"
+            else None,
         )
     for buffer in (pages, out, mass, order):
         buffer.check()
@@ -307,7 +309,7 @@ def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
     pages, out = torch.full((4, 8), -7, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     for margin in (0.0, 1.5, 100.0):
         arguments = [t.to(device) for t in (seq_lens, table, pages, out, torch.zeros(2, heads))]
-        held = (lanes.to(device), slot_of.to(device), margin)
+        stickiness = Stickiness(lanes.to(device), slot_of.to(device), margin)
         select_pages(
             scores.page_max,
             scores.page_lse,
@@ -319,11 +321,11 @@ def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
             num_kv_heads=heads,
             first_row=0,
             num_rows=2,
-            widest=40,
+            max_pages=40,
             sink_pages=1,
             recent_pages=2,
             budget_pages=8,
-            held=held,
+            stickiness=stickiness,
         )
         for row in range(2):
             span = slice(40 * row, 40 * row + 40)

@@ -7,7 +7,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
-from tests.paging import apart, assert_close
+from tests.paging import assert_close, sliced_rows
 
 
 def random_lists(lengths, blocks):
@@ -70,7 +70,7 @@ def test_each_sequence_attends_over_its_pages_and_no_other(
     output = torch.full((rows, heads * group, d), float("nan"), dtype=dtype, device=device)
     workspace = SplitWorkspace.allocate(parts, group, d, device)
     sparse_decode(
-        apart(query.to(device)),
+        sliced_rows(query.to(device)),
         head_pages.to(device),
         pages.to(device),
         torch.tensor(lengths, dtype=torch.int32, device=device),

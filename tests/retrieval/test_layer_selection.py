@@ -11,7 +11,7 @@ from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.rules.quest import score_bounds_row, update_bounds_reference
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
-from tests.paging import apart, assert_close, paged_rows
+from tests.paging import assert_close, paged_rows, sliced_rows
 
 SHAPES = [
     pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
@@ -99,7 +99,7 @@ def test_bound_kernel_matches_reference_and_is_an_upper_bound(
     starts = torch.arange(len(lengths), dtype=torch.int32) * most
     out = torch.full((queries, most * len(lengths)), float("nan"), device=device)
     score_bounds(
-        apart(query.to(device)),
+        sliced_rows(query.to(device)),
         bounds.to(device),
         rows.block_table,
         rows.seq_lens,
@@ -109,7 +109,7 @@ def test_bound_kernel_matches_reference_and_is_an_upper_bound(
         first_row=0,
         num_rows=len(lengths),
         max_pages=most,
-        least_pages=1,
+        min_pages=1,
     )
     for row, tokens in enumerate(lengths):
         count = pages_for(tokens)
@@ -163,7 +163,9 @@ def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_onc
     seq_lens = torch.cat([rows.seq_lens, rows.seq_lens.new_zeros(1)])
     pages = torch.full(((len(lengths) + 1) * heads, 5), -7, dtype=torch.int32, device=device)
     lengths_out = torch.full(((len(lengths) + 1) * heads,), -7, dtype=torch.int32, device=device)
-    selector.select(1, apart(query.to(device)), rows.cache, table, seq_lens, pages, lengths_out)
+    selector.select(
+        1, sliced_rows(query.to(device)), rows.cache, table, seq_lens, pages, lengths_out
+    )
     assert (lengths_out[-heads:] == 0).all() and (pages[-heads:] == -7).all()
     for row, tokens in enumerate(lengths):
         count = pages_for(tokens)

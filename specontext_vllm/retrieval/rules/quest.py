@@ -41,7 +41,7 @@ class Quest(Rule):
                 first_row=inputs.rows.start,
                 num_rows=len(inputs.rows),
                 max_pages=inputs.max_pages,
-                least_pages=inputs.min_pages,
+                min_pages=inputs.min_pages,
             )
         else:
             for row, span in inputs.scored_rows():
