@@ -22,16 +22,13 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures.expressions import Difference, FigureError, format_value, read_result
+from benchmarks.figures.expressions import Difference, FigureError, read_result
 from benchmarks.report import Column
 
-MARKERS = re.compile(
-    r"<!-- (table|fig|picture) ([\w-]+)(?: (.*?))? -->(.*?)<!-- /\1 -->", re.DOTALL
-)
+MARKERS = re.compile(r"<!-- (table|picture) ([\w-]+)(?: (.*?))? -->(.*?)<!-- /\1 -->", re.DOTALL)
 
 
 def make_table(columns: str, heading: list[str], result: dict[str, Any]) -> str:
@@ -84,8 +81,8 @@ class Filler:
         Raises:
             FigureError: a marker that cannot be filled, with the document and the line.
         """
-        begun = len(re.findall(r"<!-- (?:table|fig|picture) ", self.text))
-        ended = len(re.findall(r"<!-- /(?:table|fig|picture) -->", self.text))
+        begun = len(re.findall(r"<!-- (?:table|picture) ", self.text))
+        ended = len(re.findall(r"<!-- /(?:table|picture) -->", self.text))
         filled = MARKERS.sub(self._replace, self.text)
         if not begun == ended == self.count:
             raise FigureError(
@@ -98,14 +95,14 @@ class Filler:
         kind, name, argument, body = found.groups()
         self.count += 1
         try:
-            if kind != "fig" and not self._stands_alone(found):
+            if not self._stands_alone(found):
                 raise FigureError(f"a {kind}'s markers stand on lines of their own.")
-            make: Callable[..., str] = {
-                "table": self._table,
-                "fig": self._figure,
-                "picture": self._picture,
-            }[kind]
-            expected = make(found, argument or "", body, read_result(self.results, name))
+            result = read_result(self.results, name)
+            expected = (
+                self._table(argument or "", body, result)
+                if kind == "table"
+                else self._picture(found, body, result)
+            )
         except FigureError as error:
             raise FigureError(f"{self.path}:{self._line(found)}: {error}") from None
         if expected != body:
@@ -128,23 +125,13 @@ class Filler:
             and self.text[end:].partition("\n")[0] == ""
         )
 
-    def _table(self, found: re.Match[str], argument: str, body: str, result: dict[str, Any]) -> str:
+    def _table(self, argument: str, body: str, result: dict[str, Any]) -> str:
         heading = body.strip("\n").splitlines()[:2]
         if len(heading) < 2 or not heading[1].startswith("|--"):
             raise FigureError("a table's marker is followed by the table's two heading lines.")
         return "\n" + make_table(argument, heading, result) + "\n"
 
-    def _figure(
-        self, found: re.Match[str], argument: str, body: str, result: dict[str, Any]
-    ) -> str:
-        # Such a line would be taken for HTML as a whole, and its Markdown shown as it is written.
-        if self.text[self.text.rfind("\n", 0, found.start()) + 1 : found.start()].strip() == "":
-            raise FigureError("a line must not begin with a marker; move a word before it.")
-        return format_value(argument, result)
-
-    def _picture(
-        self, found: re.Match[str], argument: str, body: str, result: dict[str, Any]
-    ) -> str:
+    def _picture(self, found: re.Match[str], body: str, result: dict[str, Any]) -> str:
         from benchmarks.picture import draw_steps, drawn_from
 
         link = re.search(r"!\[.*?\]\((.+?)\)", body)
