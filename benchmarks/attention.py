@@ -58,7 +58,7 @@ class FlashAttention3:
             page_size,
         )
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        # Enough sequences fill the GPU whole, and spare FlashAttention its combining kernel.
+        # Enough sequences fill the whole GPU, and FlashAttention needs no combining kernel.
         splits = 1 if self.sequences >= 0.8 * processors else MAX_SPLITS
         starts = torch.arange(self.sequences + 1, dtype=torch.int32, device=table.lengths.device)
         shared = {
@@ -112,7 +112,7 @@ def measure(shape: Shape, cells: list[tuple[int, int]]) -> Iterator[tuple[str, A
     device, dtype = torch.device("cuda"), torch.bfloat16
     heads, kv_heads, d = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     ours = TritonProvider(heads, kv_heads, d, d**-0.5, dtype)
-    # No page is read twice in a launch, and each launch reads another cache than the one before it.
+    # No page is read twice in a launch, and consecutive launches read different caches.
     blocks = max(requests * pages_for(tokens) for requests, tokens in cells)
     caches = [
         torch.randn(blocks, kv_heads, PAGE_SIZE, 2 * d, dtype=dtype, device=device)

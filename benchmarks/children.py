@@ -108,7 +108,7 @@ def _main(
     work: Callable[..., Iterator[tuple[str, Any]]],
     arguments: tuple,
 ) -> None:
-    # A group of its own, so that whatever an engine starts ends with it.
+    # A process group of its own, so that all that an engine starts ends with it.
     os.setpgid(0, 0)
     os.environ.update(env)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -128,8 +128,8 @@ def _main(
 
 
 def _kill_group(child: multiprocessing.process.BaseProcess) -> None:
-    # The child leads its group, so the group's id is the child's; ask before killing that it is
-    # ours and not our own group.
+    # The child leads its group, so that the group's id is the child's. Check it, since killing our
+    # own group would end this process.
     if child.pid is None:
         return
     try:

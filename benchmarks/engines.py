@@ -121,7 +121,7 @@ class EngineSpec:
             "disable_log_stats": True,
         }
         if self.max_model_len:
-            # Under a cap, stock vLLM takes what fits (-1) and would not start with more.
+            # Under a cap, stock vLLM would not start with more than fits; -1 takes what fits.
             arguments["max_model_len"] = (
                 -1 if self.gpu_gib and not self.is_ours else self.max_model_len
             )
@@ -218,7 +218,7 @@ def measure_cell(
     if requests == 0:
         return full
     longest = engine.vllm_config.model_config.max_model_len
-    # Requests that are through with their prompt decode while others still prefill.
+    # Requests decode while others still prefill.
     prefill_steps = -(-requests * cell.tokens // spec.batched_tokens) + requests
     output_tokens = prefill_steps + SETTLE + spec.steps + 16
     limit = longest if cell.requests else min(longest, cell.room or cell.tokens)

@@ -120,7 +120,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
             )
 
         alone = timed(copy, device, repeats=10)
-        # Products enough to outlast the copies, which they slow down too.
+        # Enough products to outlast the copies, which the products slow down.
         rounds = 1
         while run(None, rounds)[0] < 2 * alone:
             rounds += 1

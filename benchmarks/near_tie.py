@@ -1,13 +1,14 @@
-"""How close two tokens must be for rounding to decide between them."""
+"""When rounding alone decides between two tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 NEAR_TIE_CPU, NEAR_TIE_GPU = 1e-4, 0.05
-"""Distance of the two likeliest tokens' log-probabilities under which either may come out of
-another order of the same sums: in float32 on a CPU, and on a GPU, where vLLM's Triton attention
-    multiplies float32 in tf32 (some three digits) and our decode kernel does not."""
+"""Greatest distance of the two likeliest tokens' log-probabilities at which another order of the
+same sums may give either token. On a CPU that is float32 rounding; on a GPU vLLM's Triton attention
+multiplies float32 in tf32 (some three digits), which our decode kernel does not.
+"""
 
 
 def gap(logprobs: dict[int, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Prompts that several cases and tests send."""
+"""Prompts of mixed lengths, for several cases and tests."""
 
 from __future__ import annotations
 

@@ -165,8 +165,7 @@ def run_server(
             )
 
     with VllmServer(model, arguments, on_wait=in_time) as server:
-        # Before the first load: what is compiled or captured for the first requests is no part of
-        # any.
+        # Before the first load, so that no load includes what first requests compile or capture.
         concurrency = max(load.concurrency for load in loads)
         warm_up = Load("warm-up", min(512, *(load.prompt for load in loads)), 16, concurrency)
         _bench(
@@ -180,7 +179,7 @@ def run_server(
         )
         yield "ready", {"start_s": round(server.start_seconds, 1), "arguments": list(arguments)}
         for seed, load in enumerate(loads, 1):
-            # Prompts of other loads are others (the seed): nothing may hit the prefix cache.
+            # The seed gives each load prompts of its own: nothing may hit the prefix cache.
             left = deadline - time.monotonic()
             try:
                 yield (

@@ -137,8 +137,7 @@ def measure_stages(
     retriever.allocate_cache(blocks)
     cache = retriever.cache
     assert cache is not None
-    # A block at a time: the normal distribution is not made in 8 bits, and all of it in 32 would
-    # not fit beside the rest.
+    # In parts: torch draws no 8-bit normal numbers, and all of them in 32 bits would not fit.
     for part in cache.keys.split(4096):
         part.copy_(torch.randn(part.shape, device=device))
     cache.fused.normal_()

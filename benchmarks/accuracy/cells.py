@@ -16,7 +16,7 @@ DENSE = "dense"
 
 
 class CellError(ValueError):
-    """A folder whose cells cannot be gone on with; the message is one sentence."""
+    """A folder whose cells cannot be used; the message is one sentence."""
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def _key_item(seed: int, items: list[demo.Item]) -> demo.Item:
 
 def multi_query(seed: int, size: int) -> Draft:
     items, text = _facts(seed, size, _many(size))
-    # Not multi_key's question first: the prompt would hold what the model said there, from KV made
-    # under sparse attention.
+    # Without multi_key's question: its answer would be in the prefix cache, from KV that sparse
+    # attention made.
     others = [item for item in items if item is not _key_item(seed, items)]
     return _ask(document_random("multi_query", seed).sample(others, VALUES), text)
 
@@ -194,7 +194,7 @@ def variables(seed: int, size: int) -> Draft:
             f"Let {own[0]} be {number}.",
             *(f"Let {after} be the same as {before}." for before, after in zip(own, own[1:])),
         ]
-        # A name is set before it is used.
+        # A name must be set before it is used.
         places += list(zip(sorted(rng.random() for _ in steps), steps))
     text = " ".join(line for _, line in sorted(places))
     answers = tuple(names[:HOPS])
@@ -212,7 +212,7 @@ def common_words(seed: int, size: int) -> Draft:
     rng.shuffle(pool)
     common, rare = pool[:COMMON], pool[COMMON:]
     total = (size - QUESTION_PIECES) // 2  # a word and its comma
-    # As seldom as the pool allows.
+    # As few times as the pool allows.
     times = -(-total // (COMMON * TIMES_AS_COMMON + len(rare)))
     rare = rare[: max(1, total // times - COMMON * TIMES_AS_COMMON)]
     words = [word for word in common for _ in range(times * TIMES_AS_COMMON)] + [

@@ -46,7 +46,7 @@ class EngineSpec:
 
     def arguments(self) -> dict[str, Any]:
         """Of ``LLM(...)``, less what forces tokens."""
-        # The page table is as wide as the longest context, so that every budget may follow.
+        # The page table is as wide as the longest context, so that every budget can be set later.
         config = {
             "retriever": self.retriever,
             "budget": self.max_model_len,
@@ -54,8 +54,8 @@ class EngineSpec:
         }
         if self.head:
             config["retrieval_head"] = self.head
-        # With the room named, vLLM only asks whether the share is free at the start, and measures
-        # nothing that other engines would disturb.
+        # With the room for KV given, vLLM only checks that the share is free at the start and
+        # measures nothing that other engines could disturb.
         room = (
             {}
             if self.kv_gib is None

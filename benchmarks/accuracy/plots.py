@@ -121,7 +121,7 @@ def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
             _y_label(here[0]["kind"]),
         )
         for place, retriever in enumerate(retrievers):
-            # Side by side, so that curves of the same values are all seen.
+            # Side by side, so that curves with equal values can be told apart.
             mine = [line for line in here if line["retriever"] == retriever]
             _curve(axis, retriever, mine, shift=1.05 ** (place - len(retrievers) / 2))
         for line in here:
@@ -233,7 +233,7 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     if not with_threshold:
         return None
     budget = with_threshold[0]["budget"]
-    # Without a threshold none falls back: the curve's begin.
+    # The curve begins without a threshold, where no row falls back.
     base = [
         {**line, "fallback_share": 0.0}
         for line in lines

@@ -95,7 +95,7 @@ class Run:
             "scores": {cell.name: values for cell, values in scores.items()},
             "wanted": wanted.counts(compared),
         }
-        # Cells of before 2026-11-25 do not say of which run they are.
+        # Cells of old folders may not say which run measured them.
         parts = (
             (result.get("run", {}), f"{cell.task} at {cell.context}")
             for cell, result in cells.items()

@@ -148,7 +148,7 @@ def overlap(
     plan = model.size(
         pages, offloaded, min(pages_for(longest), int(HOT_FACTORS[0] * config.table_pages(longest)))
     )
-    # Half a page more, lest rounding to GiB and back takes one away.
+    # Half a page more, since rounding to GiB and back might take one away.
     gpu_gib, host_gib = (
         (plan.gpu_bytes + kv.page_bytes / 2) / 2**30,
         (plan.host_bytes + kv.page_bytes / 2) / 2**30,

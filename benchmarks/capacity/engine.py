@@ -214,7 +214,7 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
             stats = llm.collective_rpc("specontext_stats")[0]
     total = time.perf_counter() - begin
     at_once, steady = steady_decode(ends, counts)
-    # The rate goes by the mean: a few late prefetches make the distribution lopsided.
+    # The rate is taken from the mean, since a few late prefetches skew the distribution.
     step, mean, p90 = (
         (float(np.median(steady)), float(np.mean(steady)), float(np.percentile(steady, 90)))
         if steady

@@ -1,4 +1,4 @@
-"""The command."""
+"""The command `figures`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command."""
+"""The command `fuzz`."""
 
 from __future__ import annotations
 

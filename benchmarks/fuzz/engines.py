@@ -10,8 +10,8 @@ from benchmarks.fuzz.mixes import MAX_MODEL_LEN, MAX_SEQS, PAGES, STEP_TOKENS, M
 from benchmarks.prompts import make_prompts
 from benchmarks.shapes import DEMO_MODEL
 
-# One tier starts with a budget over the context, and keeps generated pages in its prefix cache
-# under the small one too: so must two tiers.
+# The engine with one tier starts with a budget over the context, which keeps generated pages in its
+# prefix cache; it still does under the small budget, so two tiers must, too.
 SETTINGS = {
     "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
     "budget": MAX_MODEL_LEN,
@@ -82,7 +82,7 @@ def play(llm: Any, mix: Mix, gaps: bool = False) -> Answers:
                 prefilling.add(index)
         for output in engine.step():
             index = int(output.request_id)
-            # Of several completions vLLM gives out one at a time.
+            # vLLM returns the completions of a request one at a time.
             answers[index] |= {
                 completion.index: _answer(output, completion) for completion in output.outputs
             }
@@ -93,8 +93,7 @@ def play(llm: Any, mix: Mix, gaps: bool = False) -> Answers:
                 and len(output.outputs[0].token_ids) >= leaves_after
             ):
                 engine.abort_request([output.request_id])
-        # In the middle of their prompts, if these take several steps; their answers, if not, are as
-        # good as none.
+        # Aborted while their prompts are under way, if these take several steps.
         engine.abort_request([str(index) for index in prefilling])
         prefilling.clear()
         step += 1
@@ -131,12 +130,11 @@ def engine_arguments(name: str, on_gpu: bool) -> dict[str, Any]:
         "block_size": 16,
         "num_gpu_blocks_override": PAGES,
         "disable_log_stats": False,
-        # A request is let in by its first chunk's pages, and not only when there are pages for all
-        # of it: it is thrown out again more often.
+        # Admit a request as soon as its first chunk has pages, so that more are preempted.
         "scheduler_reserve_full_isl": False,
     }
     if name == "stock":
-        # vLLM's own CPU attention takes blocks of 32 tokens; as many tokens in all.
+        # vLLM's own CPU attention takes blocks of 32 tokens only; the tokens in all are the same.
         return (
             arguments
             if on_gpu

@@ -36,10 +36,10 @@ class Mix:
 
     Attributes:
         step_tokens: the scheduler's token budget of a step.
-        chunked: whether a prompt may be cut where the step's tokens end. On a CPU vLLM's engine
-            dies of sampling with a seed behind a cut prompt ("CPU Generator does not use offset",
-            vllm/v1/worker/gpu_model_runner.py): these mixes are greedy. All are on a GPU, where a
-            sampled token hangs on digits that tf32 products in another order do not share.
+        chunked: whether a prompt may be cut where the step's tokens end. On a CPU such mixes are
+            greedy: vLLM's engine fails when it samples with a seed after a cut prompt ("CPU
+            Generator does not use offset", vllm/v1/worker/gpu_model_runner.py). On a GPU all mixes
+            are greedy: a sampled token depends on digits that tf32 rounds away.
         cold: whether the prefix cache is emptied before.
         storm: step after which all running requests are preempted and the prefix cache is emptied,
             if the mix lasts so long.
@@ -57,7 +57,7 @@ class Mix:
         rng = Random(seed)
         few = rng.sample(range(len(bases)), rng.randint(1, 4))
         chunked = rng.random() < 0.6
-        # Long ones run out of pages.
+        # Long requests run out of pages.
         drawn = {"sampled": not on_gpu and not chunked, "long": rng.random() < 0.4}
         requests = tuple(
             _draw_request(rng, [bases[i] for i in few], **drawn) for _ in range(rng.randint(3, 8))
@@ -75,7 +75,7 @@ def _draw_request(
     rng: Random, bases: Sequence[Sequence[int]], sampled: bool, long: bool
 ) -> Request:
     base = rng.choice(bases)
-    # Edges of pages and of chunks, beside any length.
+    # Lengths at the edges of pages and chunks, and any others.
     edges = (1, 2, 15, 16, 17, 32, 33, 255, 256, 257, len(base), len(base) // 16 * 16 + 1)
     cut = (
         len(base)

@@ -14,7 +14,7 @@ from benchmarks.shapes import DEMO_MODEL
 
 NEAR_TIE_GPU = 0.1
 """As NEAR_TIE_CPU. vLLM's Triton attention multiplies float32 on tf32 units, our decode kernel does
-not: log-probabilities 0.062 apart were seen.
+not. Differences of up to 0.062 were measured.
 """
 
 
@@ -38,9 +38,9 @@ def compare(
     """Hold one engine's answers to a mix against another's.
 
     Args:
-        near_tie: how far the log-probabilities of two engines may be apart, and a greedy token's
-            from the second likeliest's where the token may be another one; ``wanted`` then has
-            gaps. None: everything must be equal, bit for bit.
+        near_tie: how much log-probabilities may differ between the engines; where the two likeliest
+            tokens are closer than that, a greedy token may differ too. ``wanted`` must then have
+            both tokens' log-probabilities. None: everything must be equal, bit for bit.
     """
     verdict = Verdict()
     for index, request in enumerate(mix.requests):
@@ -79,7 +79,7 @@ def _difference(
         return None if ours == theirs else f"{ours} instead of {theirs}"
     if said := _logprob_difference("the prompt", ours.prompt, theirs.prompt, near_tie):
         return said
-    # Where it was aborted, it may have come farther in one engine than in the other.
+    # An aborted request may have got further in one engine than in the other.
     length = (
         min(len(ours.tokens), len(theirs.tokens))
         if ours.end is None or theirs.end is None
@@ -112,16 +112,18 @@ def _logprob_difference(
     near_tie: float,
     asked: int | None = None,
 ) -> str | None:
-    """A sentence where two lists of log-probabilities are further apart than rounding takes them;
-    of the ``asked`` likeliest, if ``theirs`` has more.
+    """A sentence if two lists of log-probabilities differ by more than rounding; None if not.
+
+    Args:
+        asked: compare so many of the likeliest, where ``theirs`` has more.
     """
     for i, (a, b) in enumerate(zip(ours, theirs)):
         if a is None or b is None:
             if a is not b:
                 return f"log-probabilities of {where}: {a} instead of {b} at token {i}"
             continue
-        # Which tokens are among the likeliest may hang on a near-tie, their log-probabilities do
-        # not.
+        # A near-tie may change which tokens are among the likeliest, but not their
+        # log-probabilities.
         best = [sorted(entry.values(), reverse=True)[:asked] for entry in (a, b)]
         chosen = [(a[token], b[token]) for token in a.keys() & b.keys()]
         if any(abs(x - y) > near_tie for x, y in [*zip(*best), *chosen]):

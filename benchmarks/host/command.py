@@ -1,4 +1,4 @@
-"""The command."""
+"""The command `host`."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def run_engine(
     from vllm import LLM
 
     llm = LLM(**(spec.arguments() | {"max_model_len": spec.max_model_len}))
-    # This thread alone: those that the engine has started stay where they are.
+    # Only this thread moves; those that the engine has started stay on their cores.
     os.sched_setaffinity(0, cores[:1])
     yield "ready", None
     for index, cell in enumerate(cells):

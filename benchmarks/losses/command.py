@@ -1,4 +1,4 @@
-"""The command."""
+"""The command `losses`."""
 
 from __future__ import annotations
 

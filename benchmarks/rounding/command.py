@@ -1,4 +1,4 @@
-"""The command."""
+"""The command `rounding`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ REQUEST_SECONDS = 300
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: prompts, and the tokens that dense attention answers.
+    """The requests: prompts, and the tokens that dense attention answers.
 
     Attributes:
         prompts, references: token ids, one reference per prompt.
@@ -48,11 +48,11 @@ class Load:
     def judge(
         self, index: int, got: list[int], limit: int, whole: bool
     ) -> tuple[str | None, float | None]:
-        """What is to be said of an answer to a prompt, of at most ``limit`` tokens, ``whole`` or
-        given up: "wrong", "near tie" or nothing.
+        """Compare an answer of at most ``limit`` tokens, ``whole`` or given up, with its reference.
 
-        With it the gap of the token at which the answer parted from the reference, if it did at
-        one.
+        Returns:
+            "wrong", "near tie" or None, and the gap of the first token that differs; None where
+            none does.
         """
         wanted = self.references[index][:limit]
         wanted = wanted if whole else wanted[: len(got)]
@@ -68,11 +68,11 @@ class Load:
 
 
 def client_session() -> aiohttp.ClientSession:
-    """A client of any number of connections, one a request; to be made in an event loop.
+    """A client with a connection of its own for each request; make it in an event loop.
 
-    uvicorn closes a connection that is idle for five seconds. A client that a busy machine holds up
-    for as long, between an answer and its next request, would write into a connection that is gone,
-    and a request that the server never saw would count as failed.
+    uvicorn closes a connection that is idle for five seconds. On a busy machine a client may take
+    as long between an answer and its next request; reusing the connection would then fail a request
+    that the server never saw.
     """
     limits = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
     return aiohttp.ClientSession(

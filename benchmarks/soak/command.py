@@ -1,4 +1,4 @@
-"""The command."""
+"""The command `soak`."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ pages evicted.
 
 
 def make_row(title: str, outcome: Outcome, left: dict[str, Any], exact: bool) -> dict[str, Any]:
-    """One row of both tables; the gaps only of an engine that must be ``exact``: another's tokens
-    are not dense attention's.
+    """One row of both tables. Gaps are given for engines that must be ``exact`` only: the others'
+    tokens are not dense attention's.
     """
     return {
         "name": title,
@@ -89,9 +89,7 @@ def chosen_engines(text: str) -> list[str]:
 
 
 def tabulate(result: report.Report) -> None:
-    """Rows and failures anew from the details, so that what an earlier run measured is judged as a
-    new one.
-    """
+    """Make rows and failures from the details, so that earlier runs are judged as the new one."""
     result.rows, result.failures = [], {}
     for name, engine in ENGINES.items():
         if name not in result.details:
@@ -108,7 +106,7 @@ def tabulate(result: report.Report) -> None:
         result.rows.append(make_row(engine.title, outcome, found["left"], engine.exact))
         complained = complaints(outcome, found["left"], engine.exact)
         if engine.settings is None:
-            # The control: what vLLM's memory does by itself is to be seen, not judged.
+            # The control's memory is shown, not judged.
             complained.pop("memory", None)
         result.failures |= {f"{engine.title}: {what}": why for what, why in complained.items()}
 

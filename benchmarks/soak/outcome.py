@@ -1,4 +1,4 @@
-"""What came of a load, and what of it is wrong."""
+"""The outcome of a load, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROWTH = 0.02
 
 @dataclass
 class Outcome:
-    """What came of a load.
+    """The outcome of a load.
 
     Attributes:
         counts: requests by kind ("whole", "streamed", "given up"), "wrong", "near tie" and

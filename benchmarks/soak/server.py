@@ -21,8 +21,8 @@ MEMORY_SHARE_CPU, MEMORY_SHARE_GPU = 0.3, 0.28
 room, three times side by side.
 """
 KV_BYTES_GPU = 4 << 30
-"""Room for KV on a GPU. Named, not found out: vLLM measures what is free, and a soak beside this
-one may be using it.
+"""Room for KV on a GPU. It is given, since vLLM would measure what is free, which depends on the
+other soaks on this GPU.
 """
 
 
@@ -33,7 +33,7 @@ def server_arguments(settings: dict[str, Any] | None, pages: int, max_num_seqs: 
     from specontext_vllm.demo.server import device_arguments, has_gpu
 
     on_gpu = has_gpu()
-    # vLLM's own CPU attention takes no blocks of 16 tokens; as many tokens in all.
+    # vLLM's own CPU attention takes blocks of 32 tokens only; the tokens in all are the same.
     block_size = 32 if settings is None and not on_gpu else PAGE_SIZE
     pages = -(-pages * PAGE_SIZE // block_size)
     plugin = (
@@ -127,7 +127,7 @@ def soak_engine(
 
 
 def run_load(load: Load, server: Any, plugin: bool) -> tuple[Outcome, dict[str, Any]]:
-    """The same with a server that runs, with our ``plugin`` or without."""
+    """Apply the load to a running server, with our ``plugin`` or without; see ``soak_engine``."""
     outcome = asyncio.run(apply_load(server, load))
     return outcome, settle(server, load.prompts[0], plugin)
 
@@ -152,15 +152,15 @@ class Engine:
 ENGINES = {
     # A budget over every context: the tokens are dense attention's, under preemption too.
     "one-tier": Engine("one tier, budget over the context", {"budget": MAX_MODEL_LEN}, 321, True),
-    # Pages of generated tokens are made anew, densely, after a preemption, so that a small budget's
-    # tokens hang on the schedule.
+    # After a preemption the pages of generated tokens are computed again, densely, so that the
+    # tokens of a small budget depend on when requests are preempted.
     "two-tiers": Engine(
         "two tiers, budget 192",
         {"budget": 192, "host_kv_gib": 0.5, "gpu_kv_gib": 0.026},
         401,
         False,
     ),
-    # What vLLM does by itself under this load, its growth of memory above all.
+    # The control: what vLLM does by itself under this load, above all how its memory grows.
     "stock": Engine("stock vLLM", None, 321, True),
 }
 

@@ -1,4 +1,4 @@
-"""The command and its parts."""
+"""The command `speed` and its parts."""
 
 from __future__ import annotations
 

@@ -45,8 +45,7 @@ def refusing(make: Callable[[], Any]) -> Any:
 
 
 def work_folder(work: Path | None) -> Path:
-    # Absolute: servers and clients run in other folders, and the client asks for the model by its
-    # path.
+    # Absolute, since servers and clients run in other folders and name the model by its path.
     return (work or Path(tempfile.mkdtemp(prefix="specontext-bench-"))).resolve()
 
 

@@ -198,8 +198,8 @@ def _compare_workloads(
             name, model, on_gpu, steps=timed, shared_prompts=True, max_model_len=longest, **own
         )
         if spec.gpu_gib and on_gpu and name not in ATTENTION:
-            # A start that compiles finds less room for KV under a cap than every later one; what is
-            # compared is the later one.
+            # Compiling leaves less room for KV under a cap. Later starts are compared, so the first
+            # only compiles.
             deque(
                 stepping.run_into(
                     result, spec, [], log=folder / f"{name}-compile.log", seconds=engine_seconds
