@@ -1,19 +1,12 @@
-"""Ray's side of the sidecar: a cluster to run in, the actor, and the compiled graph that its
-messages pass through.
-"""
+"""The actor in Ray, and the compiled graph that its messages pass through."""
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from specontext_vllm.sidecar.actor import Sidecar
 from specontext_vllm.sidecar.messages import SidecarSpec, decode, encode
@@ -23,32 +16,28 @@ START_SECONDS = 120
 """
 
 REPLY_SECONDS = 5
-"""Time in which it must have answered a step, lest requests wait for a hung one; ``Patience`` adds
-to it. Its death is noticed within milliseconds.
+"""Time in which it must have answered a step, so that requests do not wait for one that hangs;
+``Patience`` adds to it. Its death is noticed within milliseconds.
 
-Far above a step's milliseconds, since a pause of a busy machine should not cost an actor its life;
-far below what clients wait for a token.
+Far above the milliseconds of a step, so that a pause of a busy machine does not end an actor; far
+below what clients wait for a token.
 """
 
 FIRST_SECONDS = 60
-"""The same for an actor's first replies, in which libraries are loaded and kernels compiled that
-its start has not needed; and at most, ever.
+"""The same for an actor's first replies, which load libraries and compile kernels; and the longest
+that any reply may take.
 """
 
 SLACK = 10
 """How many times longer than usual a reply may take before REPLY_SECONDS begin."""
 
 CLOSE_SECONDS = 5
-"""Time in which an actor's end must have been seen to; then nobody waits for it any more."""
+"""Time that an actor has to end before nobody waits for it any more."""
 
 IN_FLIGHT = 2
 """Messages on their way: a step's aux states and the next step's tokens. Each direction has as many
 buffers.
 """
-
-OBJECT_STORE_SLACK = 64 << 20
-LEAST_OBJECT_STORE = 80 << 20
-"""Ray starts with no less (bytes)."""
 
 
 class SidecarDown(RuntimeError):
@@ -56,8 +45,8 @@ class SidecarDown(RuntimeError):
 
 
 class Patience:
-    """How long a step waits for an actor that may be slow but not hung: a long prompt takes an
-    actor on a CPU many seconds to learn.
+    """How long a step waits for an actor that is slow and does not hang: to learn a long prompt
+    takes an actor on a CPU many seconds.
     """
 
     def __init__(self) -> None:
@@ -65,7 +54,7 @@ class Patience:
         self._tokens, self._learning = 0, 0.0
 
     def seconds(self, prompt_tokens: int) -> float:
-        """For a step's selection, ahead of which ``prompt_tokens`` are to be learned."""
+        """For a step's selection, before which ``prompt_tokens`` must be learned."""
         if not self._steps or (prompt_tokens and not self._tokens):
             return FIRST_SECONDS
         usual = self._selecting / self._steps + prompt_tokens * self._learning / max(
@@ -74,8 +63,8 @@ class Patience:
         return min(FIRST_SECONDS, REPLY_SECONDS + SLACK * usual)
 
     def note(self, prompt_tokens: int, learning: float, selecting: float) -> None:
-        """A step has waited: seconds until the prompt tokens were learned, and from then on for its
-        selection.
+        """Take in what a step has waited: seconds until the prompt tokens were learned, and from
+        then on for its selection.
         """
         self._steps, self._selecting = self._steps + 1, self._selecting + selecting
         if prompt_tokens:
@@ -91,13 +80,14 @@ class Link:
 
     Attributes:
         patience: what its replies have taken so far.
+        graph: the compiled graph, once ``start`` has made it.
     """
 
     def __init__(self, spec: SidecarSpec, buffer_bytes: int) -> None:
         import ray
 
         self._ray, self.spec, self._buffer_bytes = ray, spec, buffer_bytes
-        self._graph: Any = None
+        self.graph: Any = None
         self.patience = Patience()
         cpus, gpus = spec.config.sidecar_cpus, spec.config.sidecar_gpus
         with self._failures():
@@ -106,15 +96,15 @@ class Link:
             )
 
     def start(self) -> None:
-        """Wait until the actor is there, and then for its graph, START_SECONDS each at most; it is
-        killed if they are not.
+        """Wait for the actor and then for its graph, up to START_SECONDS each; it is killed if they
+        do not come.
 
         Raises:
             SidecarDown: it did not start.
         """
         from ray.dag import InputNode
 
-        # While it compiles the graph Ray waits for ever for an actor that hangs.
+        # Ray waits without limit for an actor that hangs while its graph is compiled.
         watchdog = threading.Timer(START_SECONDS, self.kill)
         watchdog.daemon = True
         with self._failures():
@@ -123,7 +113,7 @@ class Link:
                 watchdog.start()
                 with InputNode() as message:
                     graph = self.actor.handle.bind(message)
-                self._graph = graph.experimental_compile(
+                self.graph = graph.experimental_compile(
                     _buffer_size_bytes=self._buffer_bytes,
                     _max_inflight_executions=IN_FLIGHT,
                     _submit_timeout=REPLY_SECONDS,
@@ -135,17 +125,17 @@ class Link:
                 watchdog.cancel()
 
     def send(self, message: Any) -> Any:
-        """Put a message on its way; returns what ``receive`` takes. The message's tensors may be
-        overwritten at once.
+        """Send a message; returns what ``receive`` takes. The message's tensors may be overwritten
+        at once.
 
         Raises:
             SidecarDown: the actor is gone or does not read.
         """
         with self._failures():
-            return self._graph.execute(encode(message))
+            return self.graph.execute(encode(message))
 
     def receive(self, sent: Any, seconds: float | None = None) -> Any:
-        """The reply to a message, within REPLY_SECONDS if not told otherwise.
+        """The reply to a message, within ``seconds`` or REPLY_SECONDS.
 
         Raises:
             SidecarDown: the actor is gone, failed over the message, or took longer.
@@ -192,8 +182,8 @@ class Link:
             try:
                 self.kill()
             finally:
-                if self._graph is not None:
-                    self._graph.teardown(kill_actors=True)
+                if self.graph is not None:
+                    self.graph.teardown(kill_actors=True)
         except BaseException as error:
             ended.set_exception(error)
         else:
@@ -205,108 +195,9 @@ class Link:
             yield
         except SidecarDown:
             raise
-        except Exception as error:  # Ray's own, mostly, but not all that it raises share a class
+        except Exception as error:  # What Ray raises has no common class.
             lines = str(error).strip().splitlines() or [""]
-            # What went wrong inside the actor stands at the end of its traceback, Ray's own
-            # sentence at the beginning.
+            # An error inside the actor is the last line of a traceback; Ray's own errors say what
+            # is wrong in their first line.
             told = lines[-1] if any(line.startswith("  File ") for line in lines) else lines[0]
             raise SidecarDown(f"{type(error).__name__}: {told}") from error
-
-
-def join_ray(num_cpus: int, object_store_bytes: int, worker_gpu: int | None) -> None:
-    """Make sure that this process is part of a Ray cluster: one it belongs to, the one in
-    ``RAY_ADDRESS``, or a new one.
-
-    A new one lives in this process's children, listens on the loopback interface alone, and ends
-    with the process.
-
-    Args:
-        num_cpus, object_store_bytes: of a new cluster: cores for the actor, shared memory for the
-            channels and the actor's weights.
-        worker_gpu: index of the worker's own GPU among those it sees, which a new cluster leaves
-            alone if there are others.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    # Tracebacks of tasks that were cancelled because an actor died; the worker says in one line
-    # what happened.
-    logging.getLogger("ray.dag").setLevel(logging.CRITICAL)
-    address = os.environ.get("RAY_ADDRESS")
-    with _keep_sigterm_handler():
-        if address:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
-            return
-        with _stay_on_loopback(), _other_gpus(worker_gpu):
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                log_to_driver=False,
-                configure_logging=False,
-                object_store_memory=max(
-                    LEAST_OBJECT_STORE, object_store_bytes + OBJECT_STORE_SLACK
-                ),
-            )
-
-
-@contextmanager
-def _keep_sigterm_handler() -> Iterator[None]:
-    """Symptom: after ``ray.init`` vLLM's engine process no longer shuts down in order on SIGTERM.
-
-    Reason: Ray puts its own handler in place of whatever was there, if it may.
-    Remove when: ``ray.init`` leaves handlers alone.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _stay_on_loopback() -> Iterator[None]:
-    """Symptom: a cluster started with ``_node_ip_address="127.0.0.1"`` listens on all interfaces.
-
-    Reason: ``ray._private.services.resolve_ip_for_localhost`` replaces the loopback address by the
-        machine's own unless this
-    platform is said to have no clusters, as on a Mac.
-    Remove when: Ray takes the address it is given.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _other_gpus(worker_gpu: int | None) -> Iterator[None]:
-    """Within the block, the GPUs that a new cluster finds are those that the worker leaves free, if
-    any.
-    """
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    visible = (
-        before.split(",") if before else [str(index) for index in range(torch.cuda.device_count())]
-    )
-    others = [gpu for index, gpu in enumerate(visible) if index != worker_gpu]
-    if worker_gpu is None or not others:
-        yield
-        return
-    os.environ[name] = ",".join(others)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -15,9 +15,10 @@ from specontext_vllm.retrieval.cache import head_key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 from specontext_vllm.retrieval.counters import PAGES_READ, Counters
 from specontext_vllm.retrieval.local import LocalRetriever
+from specontext_vllm.sidecar.cluster import join_ray
 from specontext_vllm.sidecar.exchange import Exchange
 from specontext_vllm.sidecar.host_step import HostStep
-from specontext_vllm.sidecar.link import IN_FLIGHT, SidecarDown, join_ray
+from specontext_vllm.sidecar.link import IN_FLIGHT, SidecarDown
 from specontext_vllm.sidecar.messages import Selected, SidecarSpec
 from specontext_vllm.step_data import (
     PageScores,

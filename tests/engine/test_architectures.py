@@ -123,7 +123,10 @@ def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_sta
         stored = retriever.cache.keys_at(torch.arange(16 + 1, 16 + len(prompts[-1])))
         aux_layers = llm.llm_engine.vllm_config.additional_config[AUX_LAYERS_KEY]
         torch.testing.assert_close(
-            stored, keys_of(retriever.head, aux_layers, model, prompts[-1]), rtol=1e-3, atol=1e-3
+            stored,
+            keys_of(retriever.head.head, aux_layers, model, prompts[-1]),
+            rtol=1e-3,
+            atol=1e-3,
         )
         assert answer(prompts) == [continue_densely(model, prompt) for prompt in prompts]
         llm.collective_rpc("specontext_stats", args=(True,))

@@ -6,7 +6,13 @@ import os
 
 import pytest
 
-from specontext_vllm.sidecar.link import FIRST_SECONDS, REPLY_SECONDS, SLACK, Patience, _other_gpus
+from specontext_vllm.sidecar.cluster import only_other_gpus
+from specontext_vllm.sidecar.link import (
+    FIRST_SECONDS,
+    REPLY_SECONDS,
+    SLACK,
+    Patience,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +22,7 @@ from specontext_vllm.sidecar.link import FIRST_SECONDS, REPLY_SECONDS, SLACK, Pa
 )
 def test_the_workers_gpu_is_left_alone_if_there_are_others(monkeypatch, visible, worker_gpu, found):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with _other_gpus(worker_gpu):
+    with only_other_gpus(worker_gpu):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == found
     assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
 

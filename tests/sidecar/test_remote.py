@@ -298,13 +298,13 @@ def test_settings_change_while_a_new_actor_starts_and_the_old_one_cannot_be_clea
     world.blocks = (torch.randperm(BLOCKS - 1) + 1).tolist()
     world.add("changed", 200)
     step(world, ("changed", 0, 150))
-    torn_down = remote.exchange.keeper.link._graph.teardown
+    torn_down = remote.exchange.keeper.link.graph.teardown
 
     def teardown(**how):
         torn_down(**how)
         raise RuntimeError("the cluster's control store is gone")
 
-    monkeypatch.setattr(remote.exchange.keeper.link._graph, "teardown", teardown)
+    monkeypatch.setattr(remote.exchange.keeper.link.graph, "teardown", teardown)
     dead = actor_pid()
     os.kill(dead, signal.SIGKILL)
     assert [found for _, found in step(world, ("changed", 150, 151))] == [
