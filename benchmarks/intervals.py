@@ -44,10 +44,10 @@ def paired(differences: Sequence[float]) -> tuple[float, float]:
     pairs are added, one without a difference and half a one each way. The whole range without
     observations.
 
-    For right or wrong it is theirs; for shares, the squares of the differences stand where the
-    discordant pairs are counted. Student's t and the bootstrap have no width where a dozen pairs
-    are all equal, as most are here, and claim far too much: tests/benchmarks/test_report.py counts
-        how often each holds the truth.
+    For right or wrong it is theirs; for shares, the squares of the differences take the place of
+    the number of discordant pairs. Student's t and the bootstrap have no width where all pairs are
+    equal, as a dozen often are here: tests/benchmarks/test_report.py counts how often each interval
+    covers the truth.
     """
     if not differences:
         return -1.0, 1.0

@@ -119,8 +119,8 @@ def find_head(
 
 
 def head_words(model: Path, head: str | None) -> list[str]:
-    """Words that a run with another head than the model's own has in its file names, so that it
-    writes over no other; else none.
+    """Words for the file names of a run with a head that is not the model's own, so that it does
+    not overwrite another run's; else none.
     """
     if head is None or Path(head).resolve() == (model / "retrieval_head").resolve():
         return []

@@ -1,9 +1,8 @@
 """Scores of one reply, all in 0..1: ours for the made-up tasks, LongBench's own for its datasets.
 
 LongBench's definitions (Bai et al. 2024, arXiv 2308.14508, and the evaluation script published with
-it) are written down here in our own
-lines: token F1 of SQuAD, ROUGE-L as the ``rouge`` package computes it, ``fuzz.ratio`` of
-    fuzzywuzzy.
+it) are implemented here anew: token F1 of SQuAD, ROUGE-L as the ``rouge`` package computes it,
+``fuzz.ratio`` of fuzzywuzzy.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from benchmarks.machine import device_slug
 
 
 def _weights(folder: Path) -> dict[str, list[int]]:
-    """Size and time of the weight files, by which another model in the same place is told."""
+    """Size and time of the weight files, which tell another model in the same folder apart."""
     return {
         file.name: [file.stat().st_size, int(file.stat().st_mtime)]
         for file in sorted(folder.glob("*.safetensors"))

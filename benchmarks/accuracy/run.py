@@ -62,7 +62,7 @@ class Run:
         return out
 
     def add(self, group: Group, setting: Setting, result: dict[str, Any]) -> None:
-        """Keep a new cell, and of which run it is."""
+        """Keep a new cell and the run that measured it."""
         result = {**result, "run": self.result.run()}
         self.store.put(group.cell(setting), group.digest, result)
         self.cells[group.cell(setting)] = result

@@ -114,10 +114,9 @@ def write_csv(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tables' rows: one for each context and setting, a column for each task.
 
-    Which table a row stands in says the key that its name has: ``name``, ``fallback_name``
-        (settings with a threshold), and beside the
-    first ``failed_name`` (dense rows with tasks that dense cannot do). Means and speed are there
-    only for settings that have all the tasks that dense can do in that context.
+    The key of a row's name says which table it is in: ``name``, or ``fallback_name`` for settings
+    with a threshold. Dense rows with tasks that dense cannot do have a ``failed_name`` too. Means
+    and speed are given only for settings with all the tasks that dense can do in that context.
     """
     out: dict[tuple[int, Setting], dict[str, Any]] = {}
     for line in lines:

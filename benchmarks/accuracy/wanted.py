@@ -1,11 +1,10 @@
-"""What was wanted of the head, and whether the cells show it: differences over the same prompts, 95
-% intervals, a verdict.
+"""The goals for the head, and whether the cells meet them: differences over the same prompts with
+95 % intervals, and a verdict.
 
-Wanted of `dlm`: with about 3 % of the context, no more than one point under dense attention; with
-    any budget, no less than `quest` with
-four times as much. A point is 0.01 of a score; of perplexity, which has no upper end, it is 0.01 of
-its logarithm, that is one percent: differences there are those of the mean log-probability of a
-    forced token, so that more is better everywhere.
+The goals of `dlm`: with about 3 % of the context, no more than one point under dense attention;
+with any budget, no less than `quest` with four times as much. A point is 0.01 of a score. For perplexity
+it is 0.01 of its logarithm, one percent: differences are those of the mean log-probability of a
+forced token, so that more is better everywhere.
 """
 
 from __future__ import annotations

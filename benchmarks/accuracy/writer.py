@@ -47,8 +47,8 @@ class Example:
 
 
 class Writer:
-    """Turns messages into a model's tokens: its chat template where it has one, else the texts one
-    after the other.
+    """Turns messages into a model's tokens, with its chat template if it has one; else the texts
+    follow each other.
     """
 
     SLACK_TOKENS = 16

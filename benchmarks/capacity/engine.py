@@ -155,11 +155,11 @@ def record_timeline(llm: Any, load: Load, requests: int) -> list[Any]:
 
 
 def steady_decode(ends: Sequence[float], counts: Sequence[int]) -> tuple[int, list[float]]:
-    """How many requests decode at once where an engine is at its best, and what those steps take.
+    """The largest number of requests that decode at once for long, and how long those steps take.
 
-    Steps after ``SETTLE`` others with as many outputs count. Where requests queue there are several
-    waves: taken is the largest number that held for at least a quarter as many steps as the one
-        that held longest.
+    A step counts after ``SETTLE`` others with the same number of outputs. Where requests queue
+    there are several waves: the result is the largest number that lasted at least a quarter as many steps
+    as the longest-lasting one.
 
     Args:
         ends: when each step ended, in seconds. counts: requests that got a token in it.

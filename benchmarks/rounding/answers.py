@@ -224,8 +224,8 @@ def make_prompts(
     """Of each prompt its tokens, up to 1,000, those that are forced after it, and the token that
     ends its answer (None: only a text to go on with).
 
-    Needles, texts, recitations, texts and so on: an answer leaves the model little doubt, the next
-        word of random sentences all there is.
+    Needles and recitations, where the model is sure of the answer, alternate with random sentences,
+    where every next word is open.
     """
     from transformers import AutoTokenizer
 

@@ -32,7 +32,7 @@ class StepGraphs:
     """Functions that launch the same kernels step after step, replayed as one launch each.
 
     A dozen kernels cost the host most of a millisecond, which the step waits for where the model is
-    small (benchmarks/host.py). A function is called the first time its key comes up, which loads
+    small (benchmarks/host). A function is called the first time its key comes up, which loads
     its kernels, captured the second time, and replayed from then on. A capture takes about as long
     as one call. The key holds the addresses of all inputs, so a replay reads what a call would.
 
