@@ -96,3 +96,9 @@ def test_every_page_of_docs_is_in_the_index():
 def test_comments_for_machines_stand_on_lines_of_their_own(page):
     text = page.read_text()
     assert not [line for line in text.splitlines() if "<!--" in re.sub(r"^<!--.*-->$", "", line)]
+
+
+def test_the_maintainers_script_runs_tests_that_exist():
+    script = (ROOT / "scripts" / "maintainers" / "on_gpu.sh").read_text()
+    named = re.findall(r"(?<![\w./])tests/[\w./]+", script)
+    assert named and not [path for path in named if not (ROOT / path).exists()]
