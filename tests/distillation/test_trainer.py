@@ -107,6 +107,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_pa
     assert steps_of(tmp_path) == steps_of(uninterrupted) == [0, STEPS]
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_a_state(uninterrupted, tmp_path, monkeypatch):
     run = make_run(tmp_path)
     run.step(*run.data[0])
