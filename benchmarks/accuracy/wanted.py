@@ -2,9 +2,9 @@
 95 % intervals, and a verdict.
 
 The goals of `dlm`: with about 3 % of the context, no more than one point under dense attention;
-with any budget, no less than `quest` with four times as much. A point is 0.01 of a score. For perplexity
-it is 0.01 of its logarithm, one percent: differences are those of the mean log-probability of a
-forced token, so that more is better everywhere.
+with any budget, no less than `quest` with four times as much. A point is 0.01 of a score. For
+perplexity it is 0.01 of its logarithm, one percent: differences are those of the mean
+log-probability of a forced token, so that more is better everywhere.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ def steady_decode(ends: Sequence[float], counts: Sequence[int]) -> tuple[int, li
     """The largest number of requests that decode at once for long, and how long those steps take.
 
     A step counts after ``SETTLE`` others with the same number of outputs. Where requests queue
-    there are several waves: the result is the largest number that lasted at least a quarter as many steps
-    as the longest-lasting one.
+    there are several waves: the result is the largest number that lasted at least a quarter as many
+    steps as the longest-lasting one.
 
     Args:
         ends: when each step ended, in seconds. counts: requests that got a token in it.
