@@ -33,7 +33,7 @@ def join_ray(num_cpus: int, object_store_bytes: int, worker_gpu: int | None) -> 
 
     if ray.is_initialized():
         return
-    # It would log tracebacks of the tasks that an actor's death cancels, where the worker says in one
+    # It would log tracebacks of the tasks that an actor's death cancels; the worker says in one
     # line what happened.
     logging.getLogger("ray.dag").setLevel(logging.CRITICAL)
     address = os.environ.get("RAY_ADDRESS")
