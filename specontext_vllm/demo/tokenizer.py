@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from specontext_vllm.synthetic import tasks
+from specontext_vllm.synthetic.vocabulary import vocabulary
 
 CHAT_TEMPLATE = (
     "{{ '"
@@ -33,7 +34,7 @@ def train_tokenizer(out: Path) -> tuple[dict[str, int], int]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    known = tasks.vocabulary()
+    known = vocabulary()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

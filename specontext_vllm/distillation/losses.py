@@ -1,8 +1,7 @@
-"""What a retrieval head learns from: the draft loss and the alignment loss.
+"""The losses of a retrieval head: the draft loss and the alignment loss.
 
-The draft loss alone does not teach a head to retrieve; the alignment loss does: where the teacher's
-layers look when they process a token is where the head's attention for that token must lie
-(docs/results/distillation.md).
+The draft loss alone does not teach a head to retrieve. The alignment loss does: for each token the
+head must attend to what the teacher's layers attend to (docs/results/distillation.md).
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from torch import Tensor
 from specontext_vllm.retrieval.reference import grouped_logits, token_scores
 
 WINDOW = 32
-"""Newest tokens that alignment leaves out (docs/results/distillation.md, losses)."""
+"""Newest tokens that alignment ignores (docs/results/distillation.md, losses)."""
 SHARPNESS = 2.0
-"""Power that the teacher's weights are raised to before a head is aligned to them (the same page).
-"""
+"""Power that the teacher's weights are raised to (the same page)."""
 
 
 def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) -> Tensor:
-    """KL(teacher || draft) on the next token, weighted.
+    """Weighted mean of KL(teacher || draft) on the next token.
 
     Args:
-        draft_logits, teacher_logits: ``[B, T, V]`` for the same tokens. weights: ``[B, T]``.
+        draft_logits, teacher_logits: ``[B, T, V]`` for the same tokens.
+        weights: ``[B, T]``.
     """
     teacher = teacher_logits.float().log_softmax(-1)
     kl = (teacher.exp() * (teacher - draft_logits.float().log_softmax(-1))).sum(-1)
@@ -33,7 +32,7 @@ def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) ->
 
 
 class AttentionCollector(Protocol):
-    """Gathers where the teacher looks, a layer at a time."""
+    """Collects what the teacher attends to, layer by layer."""
 
     def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
         """See ``AttentionTarget.watch``."""
@@ -43,19 +42,19 @@ class AttentionCollector(Protocol):
 
 
 class AttentionTarget:
-    """Where the teacher looks, gathered layer by layer.
+    """What the teacher attends to, collected layer by layer.
 
-    The attention of sampled queries only is formed, in chunks of them, so memory is ``nkv * S * T``
-    a sequence and no layer's is kept.
-    Token 0 has no pair in the head and is a sink in the teacher: give sequences without it.
+    Attention weights are computed for sampled queries only, in chunks, and no layer's are kept, so
+    memory is ``nkv * S * T`` for a sequence. Token 0 has no key in the head and is a sink in the
+    teacher: give sequences without it.
 
     Args:
-        window: newest tokens that do not count, since the budget holds them anyway.
+        window: newest tokens that do not count, since every selection has them.
         over_layers: "max" or "mean" of the layers' weights.
     """
 
     CHUNK = 1 << 27
-    """Attention weights formed at once."""
+    """Attention weights computed at a time."""
 
     def __init__(self, window: int, over_layers: str = "max") -> None:
         self.window, self.over_layers = window, over_layers
@@ -89,9 +88,11 @@ class AttentionTarget:
                 known += weight
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """``(target [B, nkv, S, T], mass [B, nkv, S])``: a distribution over tokens, and the weight
-        it had before it was made one.
+        """``(target [B, nkv, S, T], mass [B, nkv, S])``: a distribution over tokens, and the sum of
+        its weights before they were normalised.
         """
+        if self._target is None or self._far is None:
+            raise ValueError("AttentionTarget: no layer was watched.")
         target = self._target * self._far
         if self.over_layers == "mean":
             target /= self._layers
@@ -102,7 +103,7 @@ class AttentionTarget:
 def attention_target(
     queries: list[Tensor], keys: list[Tensor], at: Tensor, window: int
 ) -> tuple[Tensor, Tensor]:
-    """``AttentionTarget`` over layers that are all at hand."""
+    """The result of an ``AttentionTarget`` that watches these layers."""
     collector = AttentionTarget(window)
     for query, key in zip(queries, keys, strict=True):
         collector.watch(query, key, at)
@@ -122,18 +123,18 @@ def alignment_loss(
     """Cross-entropy of the head's attention against the teacher's, weighted by the teacher's mass
     beyond the window.
 
-    A page is chosen by its heaviest token, over the query heads of a group: so a token counts with
-        the query head that gives it most, and heavy
-    tokens more than their weight. A dozen layers that each look a little at hundreds of tokens
-    outweigh, in sum, the one that looks at the token it must copy; a head that is aligned to the
-    sum learns the crowd (docs/results/distillation.md).
+    A page's score is the largest weight that a query head of the group gives one of its tokens. So
+    each token counts with the query head that gives it the largest weight, and heavy tokens count
+    more than their weight (sharpness). Without that, a dozen layers that attend a little to
+    hundreds of tokens outweigh the one that attends to the token it copies
+    (docs/results/distillation.md).
 
     Args:
-        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head. at, target, mass: from
-            ``attention_target``.
+        q, k: ``[B, nh, T, D]``, ``[B, nkv, T, D]`` of the head.
+        at, target, mass: of ``AttentionTarget``.
         sharpness: power of the target's weights.
-        each_token: the query heads of a group share the tokens; else one of them, the best at this
-            position, counts for all tokens.
+        each_token: take each token's best query head of the group; else the query head that is best
+            for all of a position's tokens together.
     """
     step = torch.arange(k.shape[2], device=at.device)
     far = step < at[:, None, :, None] - window

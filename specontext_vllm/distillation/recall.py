@@ -1,4 +1,4 @@
-"""How much of what the teacher looks at a head's choice of pages holds."""
+"""Recall: how much of the teacher's attention is on the pages that a head chooses."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Recall:
     """Means over positions and KV heads, weighted by the teacher's mass there.
 
     Attributes:
-        found: share of the teacher's far attention on the pages a budget holds; ``best``: on those
-            of the choice that holds most of it.
-        heaviest: how often the page with the teacher's largest weight of all is among them. What is
-            copied or looked up mostly depends on that page; shares also count what many layers
-            look at a little.
+        found: share of the teacher's attention beyond recent tokens that is on the chosen pages.
+        best: the same for the best choice of as many pages.
+        heaviest: how often the page with the teacher's largest weight is chosen. What is copied or
+            looked up depends mostly on that page; shares also count what many layers attend to a
+            little.
     """
 
     found: float
@@ -57,7 +57,7 @@ def head_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
     step = torch.arange(k.shape[2], device=at.device)
     logits = grouped_logits(q, k, at)
     logits.masked_fill_(step > at[:, None, :, None, None], float("-inf"))
-    # Index 0 here is token 1: one more in front makes pages the engine's pages.
+    # Index 0 is token 1: with one more in front, pages are the engine's.
     logits = F.pad(logits, (1, 0), value=float("-inf"))
     return page_scores(*reduce_to_pages(logits, PAGE_SIZE))[0]
 
@@ -75,7 +75,7 @@ def heaviest_pages(target: Tensor) -> Tensor:
 
 
 def _pages(weight: Tensor) -> Tensor:
-    # Index 0 here is token 1: one more in front makes pages the engine's pages.
+    # Index 0 is token 1: with one more in front, pages are the engine's.
     return F.pad(weight, (1, -(weight.shape[-1] + 1) % PAGE_SIZE)).unflatten(-1, (-1, PAGE_SIZE))
 
 
@@ -92,11 +92,12 @@ class Seen:
     """What recall needs of a batch that the teacher has seen.
 
     Attributes:
-        embeds: ``[B, T, H]`` of the tokens. aux: ``[B, T, num_aux * H]``, the head's input.
+        embeds: ``[B, T, H]`` of the tokens.
+        aux: ``[B, T, num_aux * H]``, the head's input.
         at: ``[B, S]`` positions that were watched, among tokens 1 to T.
-        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page. heaviest: ``[B, nkv, S]``,
-            of ``heaviest_pages``.
-        mass: ``[B, nkv, S]``, of its attention beyond the recents.
+        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page.
+        heaviest: ``[B, nkv, S]``, of ``heaviest_pages``.
+        mass: ``[B, nkv, S]``, of its attention beyond the recent tokens.
     """
 
     embeds: Tensor
@@ -144,18 +145,17 @@ def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int
 
 
 class HeldOut:
-    """Held-out batches that recall is measured on, time and again; the teacher sees each once.
+    """Held-out batches that recall is measured on repeatedly; the teacher sees each of them once.
 
-    Kept in host memory: the embeddings and auxiliary states of every token,
-        ``B * T * (1 + num_aux) * H`` in the teacher's dtype; all else
-    is small. That is 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB for the four
-    sequences of a run; one batch at a time is on the device.
+    The embeddings and auxiliary states of every token stay in host memory, ``B * T * (1 + num_aux)
+    * H`` values in the teacher's dtype: 1 GiB for 32,768 tokens of an 8B model in bfloat16, 4 GiB
+    for the four sequences of a run. One batch at a time is on the device.
 
     Args:
         batches: ``(ids [B, T], weights [B, T])``, read by ``prepare``.
-        budget: tokens, under T; positions that follow it are asked.
-        positions: asked of a sequence, those before answers first. The newest ``recent_tokens`` of
-            the context do not count, since every budget holds them.
+        budget: tokens, fewer than T; recall is measured at positions after it.
+        positions: how many of a sequence, those before answers first. The newest ``recent_tokens``
+            of the context do not count, since every selection has them.
     """
 
     def __init__(
@@ -165,12 +165,8 @@ class HeldOut:
         budget: int,
         positions: int,
     ) -> None:
-        self.teacher, self.batches, self.budget, self.positions = (
-            teacher,
-            batches,
-            budget,
-            positions,
-        )
+        self.teacher, self.batches = teacher, batches
+        self.budget, self.positions = budget, positions
         self._seen: list[Seen] | None = None
 
     @torch.no_grad()

@@ -190,7 +190,7 @@ def register_attention() -> None:
         return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
     AttentionInterface.register(ATTENTION, attend)
-    # Rows are packed without padding, so no mask is needed beside the causal one.
+    # Rows are packed without padding, so no mask is needed besides the causal one.
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 
 

@@ -1,4 +1,4 @@
-"""The training loop behind `specontext distill`."""
+"""The training loop of `specontext distill`."""
 
 from __future__ import annotations
 

@@ -330,30 +330,3 @@ def training_turns(rng: Random, size: int) -> list[tuple[str, str]]:
     if rng.random() < 0.1:
         body = 0  # no filler at all
     return conversation(rng, layout, items, asked, body)
-
-
-def vocabulary() -> list[str]:
-    """Every piece that a text of this module can hold, in a fixed order."""
-    found: dict[str, None] = {}
-    for group in (W.KEYS, W.SUBJECTS, W.VERBS, W.ADJECTIVES, W.NOUNS, W.LINKS, W.ADVERBS, W.COUNTS):
-        found |= dict.fromkeys(f" {word}" for word in group)
-    # Line starts have no space before the word.
-    found |= dict.fromkeys(
-        [*W.SUBJECTS, *W.KEYS, *"0123456789", *(f" {digit}" for digit in range(10)), "\n", " "]
-    )
-    texts = [
-        *FACTS,
-        *FACT_QUESTIONS,
-        *PASSAGE_QUESTIONS,
-        *PREAMBLES,
-        PASSAGE.split("{body}")[0],
-        ACKNOWLEDGEMENT,
-        FACT_ANSWER,
-        "Question:",
-        "Answer:",
-    ]
-    for text in texts:
-        text = re.sub(r"\{\w+\}", "", text)
-        for part in (text, " " + text):
-            found |= dict.fromkeys(pieces(part))
-    return list(found)

@@ -8,6 +8,7 @@ import pytest
 
 from specontext_vllm.synthetic import tasks
 from specontext_vllm.synthetic import words as W
+from specontext_vllm.synthetic.vocabulary import vocabulary
 
 KINDS = ("needle", "recitation")
 
@@ -98,7 +99,7 @@ def test_recitation_score_is_the_right_share_from_the_start(reply: str, expected
 
 @pytest.mark.parametrize("size", [256, 512, 2048, 12288])
 def test_training_documents_fit_and_use_known_pieces(size: int):
-    known = {*tasks.vocabulary(), *tasks.SPECIALS}
+    known = {*vocabulary(), *tasks.SPECIALS}
     rng = tasks.random_for(7, "train")
     for _ in range(5):
         document = tasks.training_document(rng, size)

@@ -110,9 +110,8 @@ def rope_settings(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str,
         )
     rope_type = _rope_type(scaling, path)
     if rope_type in ("llama3", "longrope", "yarn") and "original_max_position_embeddings" in flat:
-        scaling["original_max_position_embeddings"] = flat[
-            "original_max_position_embeddings"
-        ]  # as transformers has it, before what stands within
+        # As in transformers, the outer setting goes before the inner one.
+        scaling["original_max_position_embeddings"] = flat["original_max_position_embeddings"]
     return float(theta), None if rope_type == "default" else {**scaling, "rope_type": rope_type}
 
 
