@@ -16,3 +16,12 @@ def has_windowed_layers(text: Any) -> bool:
     return bool(getattr(text, "sliding_window", None)) and (
         types is None or "sliding_attention" in types
     )
+
+
+def num_full_layers(text: Any) -> int:
+    """Layers of this text model that attend to the whole context: those our backend may run."""
+    layers = int(text.num_hidden_layers)
+    if not has_windowed_layers(text):
+        return layers
+    types = getattr(text, "layer_types", None)
+    return 0 if types is None else layers - list(types).count("sliding_attention")

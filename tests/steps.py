@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.step_data import PageTable, Selection
 
@@ -20,5 +21,12 @@ def bare_step(retriever, selection: Selection, *, tiers=None, graphs=None) -> De
         learn=None,
     )
     return DecodeStep(
-        retriever, selection, table, provider, figures=figures, tiers=tiers, graphs=graphs
+        retriever,
+        selection,
+        table,
+        provider,
+        figures=figures,
+        kv_group=KVGroup(index=0, layer_names=("layer",), block_pages=1),
+        tiers=tiers,
+        graphs=graphs,
     )

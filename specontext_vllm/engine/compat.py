@@ -2,6 +2,8 @@
 wrapped in memory.
 
 Each docstring gives the symptom, the reason, and when the function can go.
+
+vLLM: its platform class, and the function that allocates the KV cache.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,8 @@ def choose_worker() -> None:
 
     Symptom: ``parallel_config.worker_cls`` stays vLLM's own and nothing runs the retrieval head.
     Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say
-        (vllm/config/vllm.py). It also has the last
-    word on asynchronous scheduling, by which the scheduler is chosen.
+        (vllm/config/vllm.py). It also has the last word on asynchronous scheduling, by which the
+        scheduler is chosen.
     Remove when: attention backends can name a worker, or vLLM offers a per-step hook to plugins.
     """
     platform = _platform_class()
@@ -47,7 +50,7 @@ def choose_worker() -> None:
             say_last()
         refuse_backend_per_kind(vllm_config)
         if is_selected(vllm_config):
-            from specontext_vllm.engine.memory import refuse_small_room
+            from specontext_vllm.engine.memory import refuse_small_memory
             from specontext_vllm.engine.prepare import name_metrics_folder, prepare_vllm_config
             from specontext_vllm.engine.refusals import refuse_runner
 
@@ -55,15 +58,15 @@ def choose_worker() -> None:
             say_last(name_metrics_folder(vllm_config))
             if vllm_config.parallel_config.worker_cls == "auto":
                 vllm_config.parallel_config.worker_cls = (
-                    CPU_WORKER if cls._enum.name == "CPU" else GPU_WORKER
+                    CPU_WORKER if cls.device_type == "cpu" else GPU_WORKER
                 )
         else:
             warn_of_unread_settings(vllm_config)
         original(cls, vllm_config)
         if is_selected(vllm_config):
             if vllm_config.model_config is not None:
-                refuse_runner(vllm_config, is_cpu=cls._enum.name == "CPU")
-                refuse_small_room(vllm_config, head)
+                refuse_runner(vllm_config, is_cpu=cls.device_type == "cpu")
+                refuse_small_memory(vllm_config, head)
             vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[
                 bool(vllm_config.scheduler_config.async_scheduling)
             ]
@@ -80,7 +83,7 @@ def let_cpu_platform_choose_backend() -> None:
     Remove when: the CPU platform honours a registered backend.
     """
     platform = _platform_class()
-    if platform._enum.name != "CPU":
+    if platform.device_type != "cpu":
         return
     original = platform.get_attn_backend_cls.__func__
     if getattr(original, "_specontext", False):
@@ -107,9 +110,7 @@ def hide_our_kernels_folder() -> None:
         current folder is on sys.path.
     Remove when: the folder or the probe is renamed.
     """
-    found = (
-        importlib.util.find_spec("triton_kernels") if "triton_kernels" not in sys.modules else None
-    )
+    found = importlib.util.find_spec("triton_kernels")
     ours = Path(__file__).resolve().parents[2] / "triton_kernels"
     if found is not None and any(
         Path(place).resolve() == ours for place in found.submodule_search_locations or ()
@@ -118,8 +119,8 @@ def hide_our_kernels_folder() -> None:
 
 
 @contextmanager
-def allocate_kv_cache_as(cache: Any) -> Iterator[None]:
-    """Within the block, vLLM's KV cache of every layer is ``cache``.
+def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[None]:
+    """Within the block, vLLM's KV cache of each of these layers is ``cache``.
 
     Symptom: the model runners allocate as many blocks as the scheduler hands out, which with a host
         pool the GPU cannot hold.
@@ -130,18 +131,24 @@ def allocate_kv_cache_as(cache: Any) -> Iterator[None]:
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu import attn_utils
 
-    def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {
-            name: cache for group in kv_cache_config.kv_cache_groups for name in group.layer_names
-        }
+    original = attn_utils.allocate_kv_cache
+    modules = (gpu_model_runner, attn_utils)
 
-    originals = [(module, module.allocate_kv_cache) for module in (gpu_model_runner, attn_utils)]
-    for module, _ in originals:
+    def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        others = [
+            tensor
+            for tensor in kv_cache_config.kv_cache_tensors
+            if set(tensor.layers).isdisjoint(layer_names)
+        ]
+        rest = original(replace(kv_cache_config, kv_cache_tensors=others), *args, **kwargs)
+        return rest | dict.fromkeys(layer_names, cache)
+
+    for module in modules:
         module.allocate_kv_cache = allocate
     try:
         yield
     finally:
-        for module, original in originals:
+        for module in modules:
             module.allocate_kv_cache = original
 
 

@@ -33,9 +33,9 @@ def find_head(config: SpeContextConfig, model_config: Any) -> str:
         return DUMMY
     setting = f"additional_config.{CONFIG_KEY}.retrieval_head"
     source, revision = config.retrieval_head, config.retrieval_head_revision
-    beside = Path(model_config.model, HEAD_FOLDER)
-    if source is None and beside.is_dir():
-        source = str(beside.resolve())
+    in_model = Path(model_config.model, HEAD_FOLDER)
+    if source is None and in_model.is_dir():
+        source = str(in_model.resolve())
     elif source is None:
         known = known_head(model_config.model) or known_head(
             getattr(model_config.hf_config, "_name_or_path", "")

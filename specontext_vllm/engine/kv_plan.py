@@ -1,5 +1,7 @@
 """How many pages a worker's memory for KV holds, with one tier and with two, and what the log says
 of it.
+
+vLLM: an engine's workers on this machine, and its log.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from vllm.distributed.parallel_state import get_tp_group, in_the_same_node_as
 from vllm.logger import init_logger
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.memory import refuse_less_than_one_request
+from specontext_vllm.engine.memory import override_pages, refuse_less_than_one_request
 from specontext_vllm.engine.names import ENGINES_KEY
 from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.pool_size import worker_host_bytes
@@ -19,20 +21,21 @@ from specontext_vllm.sizes import in_gib
 logger = init_logger("vllm.specontext")
 
 
-def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> int:
-    """Pages that ``gpu_bytes`` of GPU memory hold beside what the retriever keeps of them.
+def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int, block_bytes: int) -> int:
+    """Blocks that ``gpu_bytes`` of GPU memory hold with what the retriever keeps of them.
 
+    Args:
+        block_bytes: what vLLM counts for a block; see ``kv_group.block_bytes``.
     Raises:
         ConfigError: a sentence with the numbers when gpu_kv_gib is too small.
     """
     refuse_less_than_one_request(vllm_config, memory, gpu_bytes, 0)
-    kv = memory.shape.num_layers * memory.shape.page_bytes
-    beside = memory.shape.head_page_bytes
+    head_bytes = memory.block_pages * memory.shape.head_page_bytes
     logger.info(
         "SpeContext: the head's caches take %.1f %% of the KV memory.",
-        100 * beside / (kv + beside),
+        100 * head_bytes / (block_bytes + head_bytes),
     )
-    return gpu_bytes // (kv + beside)
+    return gpu_bytes // (block_bytes + head_bytes)
 
 
 def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> TierPlan:
@@ -51,19 +54,19 @@ def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> Tie
     )
     refuse_less_than_one_request(vllm_config, memory, gpu_bytes, host_bytes)
     try:
-        plan = memory.plan(gpu_bytes, host_bytes, vllm_config.cache_config.num_gpu_blocks_override)
+        plan = memory.plan(gpu_bytes, host_bytes, override_pages(vllm_config))
     except MemoryModelError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
     if plan.host_layers:
         _log_two_tiers(vllm_config, memory, plan, gpu_bytes)
     else:
         logger.warning(
-            "SpeContext tiers: host_kv_gib %s, but no layer is mirrored: the %d pages of "
+            "SpeContext tiers: host_kv_gib %s, but no layer is mirrored: the %d blocks of "
             "--num-gpu-blocks-override take %s GiB, and the engine "
             "has %s GiB for KV without it. It runs with one tier; leave host_kv_gib out, or "
             "ask for more blocks.",
             config.host_kv_gib,
-            plan.num_pages,
+            plan.num_pages // memory.block_pages,
             *in_gib(plan.gpu_bytes, gpu_bytes),
         )
     return plan

@@ -1,12 +1,15 @@
-"""The memory model of an engine, and what it refuses before anything is loaded."""
+"""The memory model of an engine, and what it refuses before anything is loaded.
+
+vLLM: the GPU's compute capability.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
-from specontext_vllm.engine.find_head import num_hidden_layers
+from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.names import ENGINES_KEY
+from specontext_vllm.model_config import num_full_layers
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError
 from specontext_vllm.retrieval.cache import HeadCache, key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadSpec
@@ -14,17 +17,17 @@ from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.sizes import in_gib
 
 
-def memory_model(vllm_config: Any, head_page_bytes: int) -> MemoryModel:
+def memory_model(vllm_config: Any, num_layers: int, head_page_bytes: int) -> MemoryModel:
     """The memory model of one worker of this engine.
 
     Args:
-        head_page_bytes: what a page of all layers takes beside its KV: in the head's caches, and in
-            what a retriever keeps.
+        num_layers: layers on our backend.
+        head_page_bytes: what the head's caches and the retriever keep of a page of these layers.
     """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     shape = KVShape(
-        num_layers=num_hidden_layers(vllm_config),
+        num_layers=num_layers,
         num_kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
         head_dim=model.get_head_size(),
         itemsize=model.dtype.itemsize,
@@ -37,12 +40,26 @@ def memory_model(vllm_config: Any, head_page_bytes: int) -> MemoryModel:
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_model_len=model.max_model_len,
         captured_rows=compilation.max_cudagraph_capture_size or 0,
+        block_pages=block_pages(vllm_config),
     )
 
 
-def page_bytes_beside_kv(vllm_config: Any, spec: HeadSpec | None) -> int:
-    """Bytes that a page of all layers takes beside its KV; ``spec`` is of one worker's head.
+def block_pages(vllm_config: Any) -> int:
+    """Pages of one of vLLM's blocks."""
+    return int(vllm_config.cache_config.block_size) // PAGE_SIZE
 
+
+def override_pages(vllm_config: Any) -> int | None:
+    """--num-gpu-blocks-override in pages; None where it was not given."""
+    blocks = vllm_config.cache_config.num_gpu_blocks_override
+    return None if blocks is None else blocks * block_pages(vllm_config)
+
+
+def head_page_bytes(vllm_config: Any, num_layers: int, spec: HeadSpec | None) -> int:
+    """Bytes that the head's caches and the retriever keep of a page of ``num_layers`` layers.
+
+    Args:
+        spec: of one worker's head.
     Raises:
         ConfigError: a head_key_dtype that this GPU cannot use.
     """
@@ -54,7 +71,7 @@ def page_bytes_beside_kv(vllm_config: Any, spec: HeadSpec | None) -> int:
     )
     heads = model.get_num_kv_heads(vllm_config.parallel_config)
     size = LayerSelector.bytes_per_block(
-        config, num_hidden_layers(vllm_config), heads, model.get_head_size(), model.dtype
+        config, num_layers, heads, model.get_head_size(), model.dtype
     )
     if spec is None or config.sidecar == "ray":  # the actor keeps its own
         return size
@@ -70,20 +87,21 @@ def page_bytes_beside_kv(vllm_config: Any, spec: HeadSpec | None) -> int:
     )
 
 
-def refuse_small_room(vllm_config: Any, spec: HeadSpec | None) -> None:
+def refuse_small_memory(vllm_config: Any, spec: HeadSpec | None) -> None:
     """Raise a ConfigError where it can be known before anything is loaded that the memory for KV is
     too small, or a host pool gains nothing.
 
     Args:
-        vllm_config: after the platform's own check, which gives a CPU's room. spec: of one worker's
-            head.
+        vllm_config: after the platform's own check, which sets a CPU's memory for KV.
+        spec: of one worker's head.
     """
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     cache, gib = vllm_config.cache_config, config.host_kv_gib
     caps = [size for size in (cap_bytes(config), cache.kv_cache_memory_bytes) if size is not None]
     if not caps:
         return
-    memory = memory_model(vllm_config, page_bytes_beside_kv(vllm_config, spec))
+    layers = num_full_layers(vllm_config.model_config.hf_text_config)
+    memory = memory_model(vllm_config, layers, head_page_bytes(vllm_config, layers, spec))
     engines = vllm_config.additional_config[ENGINES_KEY]
     host_bytes = memory.in_flight_bytes if gib == "auto" else int(gib * 2**30) // engines
     refuse_less_than_one_request(vllm_config, memory, min(caps), host_bytes)
@@ -96,7 +114,7 @@ def refuse_small_room(vllm_config: Any, spec: HeadSpec | None) -> None:
     ):
         return
     try:
-        memory.plan(min(caps), host_bytes, cache.num_gpu_blocks_override)
+        memory.plan(min(caps), host_bytes, override_pages(vllm_config))
     except MemoryModelError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
 
@@ -123,20 +141,20 @@ def refuse_less_than_one_request(
         return
     # With --max-model-len auto vLLM fits the length to the room.
     tokens = 1 if model.original_max_model_len == -1 else model.max_model_len
-    least = memory.min_gpu_bytes(host_bytes, tokens)
+    min_bytes = memory.min_gpu_bytes(host_bytes, tokens)
     capped = gpu_bytes == cap_bytes(config)
-    if gpu_bytes >= least or not (capped or config.host_kv_gib):
+    if gpu_bytes >= min_bytes or not (capped or config.host_kv_gib):
         return
-    there, needed = in_gib(gpu_bytes, least)
+    there, needed = in_gib(gpu_bytes, min_bytes)
     where = f"additional_config.{CONFIG_KEY}"
     setting = (
         f"{where}.gpu_kv_gib: found {there}"
         if capped
         else f"--gpu-memory-utilization: it leaves {there} GiB for KV"
     )
-    beside = f" with {where}.host_kv_gib {config.host_kv_gib}" if config.host_kv_gib else ""
+    with_host = f" with {where}.host_kv_gib {config.host_kv_gib}" if config.host_kv_gib else ""
     raise ConfigError(
         f"{setting}, but one request of {tokens} tokens (--max-model-len) needs {needed} "
-        f"GiB{beside}, the head's caches included; raise it, "
+        f"GiB{with_host}, the head's caches included; raise it, "
         f"or lower --max-model-len."
     )

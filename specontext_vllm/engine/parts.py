@@ -1,4 +1,7 @@
-"""The parts of a worker's runtime, made from vLLM's configuration."""
+"""The parts of a worker's runtime, made from vLLM's configuration.
+
+vLLM: this worker's rank, what a model can hand out, and its log.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import max_table_rows
-from specontext_vllm.engine.find_head import load_head, num_hidden_layers
+from specontext_vllm.engine.find_head import load_head
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.memory_model import TierPlan
@@ -148,9 +151,13 @@ def make_selector(
 
 @torch.inference_mode()
 def make_tiers(
-    vllm_config: Any, config: SpeContextConfig, plan: TierPlan, device: torch.device
+    vllm_config: Any,
+    config: SpeContextConfig,
+    plan: TierPlan,
+    num_layers: int,
+    device: torch.device,
 ) -> TieredKV:
-    """The two tiers of KV.
+    """The two tiers of KV of ``num_layers`` layers.
 
     Raises:
         ConfigError: the host pool cannot be had.
@@ -159,7 +166,7 @@ def make_tiers(
     try:
         return TieredKV(
             plan,
-            num_layers=num_hidden_layers(vllm_config),
+            num_layers=num_layers,
             num_kv_heads=model.get_num_kv_heads(parallel),
             head_dim=model.get_head_size(),
             dtype=model.dtype,

@@ -1,4 +1,7 @@
-"""Settle vLLM's configuration before an engine starts."""
+"""Settle vLLM's configuration before an engine starts.
+
+vLLM: its platform, and its log.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,17 @@ from specontext_vllm.versions import unsupported_vllm
 def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     """Validate the settings, refuse unsupported engines and pin down the head, in place.
 
-    The folder of the head that was found replaces ``additional_config["specontext"]["retrieval_head"]``, so
-    that workers on this and other machines read the same one. The aux layers are written beside it
-    because ``additional_config`` is part of vLLM's compile-cache key and they change what the
-    compiled model returns. So is the number of data-parallel engines on this machine, which
-    share its memory: an engine's own configuration no longer has it. Idempotent.
+    The folder of the head that was found replaces the setting ``retrieval_head``, so that workers
+    on this and other machines read the same one. The aux layers are added, since
+    ``additional_config`` is part of vLLM's compile-cache key and they change what the compiled
+    model returns. So is the number of data-parallel engines on this machine, which share its
+    memory: an engine's own configuration no longer has it. Idempotent.
+
+    Symptom: an engine has blocks that hold no whole pages, its workers read different heads, or a
+        compiled model of other aux layers is taken from vLLM's cache.
+    Reason: vLLM's configuration is all that reaches every process of an engine, and a backend may
+        not add to it.
+    Remove when: a plugin can settle an engine's configuration before it starts.
 
     Returns:
         What the head of one worker is like; None without a head.
@@ -65,8 +74,10 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         from vllm.logger import init_logger
 
         init_logger("vllm.specontext").warning(sentence)
-    vllm_config.cache_config.block_size = PAGE_SIZE
-    vllm_config.cache_config.user_specified_block_size = True
+    if not vllm_config.cache_config.user_specified_block_size:
+        # Platforms have defaults of their own.
+        vllm_config.cache_config.block_size = PAGE_SIZE
+        vllm_config.cache_config.user_specified_block_size = True
     additional = dict(vllm_config.additional_config or {})
     additional.setdefault(ENGINES_KEY, max(1, vllm_config.parallel_config.data_parallel_size_local))
     spec = None
@@ -88,9 +99,11 @@ def name_metrics_folder(vllm_config: Any) -> str | None:
     Engine cores check the same configuration again and find it named. Returned is the folder where
     it was named here, else None.
 
-    It travels in the observability settings, because workers get them with the config, wherever
-    they run, and vLLM's compile-cache key leaves them out; an environment variable would reach
-    every child of this process, other servers included.
+    Symptom: workers do not know where /metrics is read from.
+    Reason: they get the configuration alone, wherever they run. Its observability settings are not
+        part of vLLM's compile-cache key; an environment variable would reach every child of this
+        process, other servers included.
+    Remove when: workers can report metrics through vLLM.
     """
     if getattr(vllm_config.observability_config, METRICS_FOLDER, None) is not None:
         return None

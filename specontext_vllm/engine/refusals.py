@@ -1,4 +1,7 @@
-"""Engines that the backend cannot serve: one sentence each, from vLLM's configuration alone."""
+"""Engines that the backend cannot serve: one sentence each, from vLLM's configuration alone.
+
+vLLM: how a step's graphs are captured.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ KV_UPDATE = "vllm::unified_kv_cache_update"
 
 def refuse_platform(platform: Any) -> None:
     """Raise a ConfigError where the kernels have never run."""
-    if platform._enum.name not in ("CUDA", "CPU"):
+    if not (platform.is_cuda() or platform.is_cpu()):
         raise ConfigError(
-            f"--attention-backend: found specontext on vLLM's platform {platform._enum.name}, but "
-            "its kernels are for NVIDIA GPUs and CPUs; "
-            f"use another backend."
+            f"--attention-backend: found specontext on vLLM's platform "
+            f"{platform.device_name.upper()}, but "
+            "its kernels are for NVIDIA GPUs and CPUs; use another backend."
         )
 
 
@@ -155,9 +158,10 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "keys and values are kept in the model's own dtype; use auto",
         ),
         (
-            cache.user_specified_block_size and cache.block_size != PAGE_SIZE,
+            cache.user_specified_block_size and cache.block_size % PAGE_SIZE != 0,
             f"--block-size: found {cache.block_size}",
-            f"a page is one block of {PAGE_SIZE} tokens; leave it out or use {PAGE_SIZE}",
+            f"a block holds whole pages of {PAGE_SIZE} tokens; leave it out, or use a multiple of "
+            f"{PAGE_SIZE}",
         ),
     ]
     for refused, found, remedy in refusals:

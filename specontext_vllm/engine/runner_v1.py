@@ -1,4 +1,7 @@
-"""Adapter to vLLM's V1 model runner, which CPU engines use."""
+"""Adapter to vLLM's V1 model runner, which CPU engines use.
+
+vLLM: the runner to derive from, and the step's metadata while the model runs.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,46 @@ class SpeContextCPUModelRunner(CPUModelRunner):
     runtime: Runtime
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Make the runtime, and let the model return the hidden states that the head reads.
+
+        Overrides: vllm.v1.worker.cpu_model_runner.CPUModelRunner.load_model
+        Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
+        Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
+        Remove when: a setting of vLLM's asks for auxiliary hidden states.
+        """
         super().load_model(*args, **kwargs)
         self.runtime = Runtime(self.vllm_config, self.model, self.device)
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        with self.runtime.own_kv_cache(kv_cache_config.num_blocks, is_profiling=False):
+        """With a host pool the layers are bound to our arena; then the runtime is bound.
+
+        Overrides: vllm.v1.worker.cpu_model_runner.CPUModelRunner.initialize_kv_cache
+        """
+        with self.runtime.own_kv_cache(kv_cache_config, is_profiling=False):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
-        self.runtime.bind(builders, kv_cache_config.num_blocks)
+        self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """The two tiers follow the scheduler before anything of the step is launched.
+
+        Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner.execute_model
+        """
         self.runtime.step.begin(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def _model_forward(
         self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
+        """Select before the model runs, learn after it.
+
+        Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward
+        Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch
+        """
         by_layer = get_forward_context().attn_metadata
         if not by_layer:
             return super()._model_forward(input_ids, positions, *args, **kwargs)
-        metadata: SpeContextMetadata = next(iter(by_layer.values()))
+        metadata: SpeContextMetadata = by_layer[self.runtime.layer_names[0]]
         common = metadata.common
         tokens = int(common.query_start_loc_cpu[common.num_reqs])
         batch = StepBatch(

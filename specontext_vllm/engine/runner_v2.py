@@ -1,4 +1,7 @@
-"""Adapter to vLLM's V2 model runner (CUDA)."""
+"""Adapter to vLLM's V2 model runner (CUDA).
+
+vLLM: the runner to derive from.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,23 @@ class SpeContextModelRunnerV2(GPUModelRunner):
     _batch: StepBatch | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Make the runtime, and let the model return the hidden states that the head reads.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.load_model
+        Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
+        Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
+        Remove when: a setting of vLLM's asks for auxiliary hidden states.
+        """
         super().load_model(*args, **kwargs)
         self.runtime = Runtime(self.vllm_config, self.model, self.device)
         self.use_aux_hidden_state_outputs = self.runtime.reads_aux
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        # Part of the peak that vLLM measures: our graphs are captured long after it has given the
-        # rest to KV.
+        """Counts our own graphs, and the head's work on a whole batch, in the peak of memory that
+        vLLM measures: graphs are captured when it has long given the rest to KV.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.profile_run
+        """
         reserved = torch.empty(self.runtime.graph_bytes, dtype=torch.uint8, device=self.device)
         super().profile_run(*args, **kwargs)
         self.runtime.retriever.profile(self.max_num_tokens)
@@ -39,17 +52,29 @@ class SpeContextModelRunnerV2(GPUModelRunner):
     def initialize_kv_cache(
         self, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
     ) -> None:
-        with self.runtime.own_kv_cache(kv_cache_config.num_blocks, is_profiling):
+        """With a host pool the layers are bound to our arena; then the runtime is bound.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache
+        """
+        with self.runtime.own_kv_cache(kv_cache_config, is_profiling):
             super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
-        builders = [group.get_metadata_builder() for groups in self.attn_groups for group in groups]
-        self.runtime.bind(builders, kv_cache_config.num_blocks)
+        self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """The two tiers follow the scheduler before anything of the step is launched.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model
+        """
         if not kwargs.get("dummy_run", False):
             self.runtime.step.begin(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def update_requests(self, scheduler_output: Any) -> None:
+        """Refuses copies of KV blocks, which the head's caches would not follow. Only layers that
+        are refused at the start need them.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.update_requests
+        """
         if scheduler_output.kv_cache_block_copies:
             raise RuntimeError(
                 "specontext: vLLM asked for copies of KV blocks, which the head's caches do not "
@@ -63,6 +88,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
         vLLM takes a prompt row of one token for a decode row; here decode rows read a selection,
         and prompts are dense.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.gather_batch_req_state
         """
         state, uniform = super().gather_batch_req_state(scheduler_output, dummy_run)
         if state is None or not state.has_prefill:
@@ -81,17 +108,24 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         return state._replace(**rows), None
 
     def prepare_attn(self, input_batch: Any) -> Any:
+        """Select, when the step's inputs are on the GPU and before its metadata is made.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_attn
+        Uses: vllm.v1.worker.utils.AttentionGroup.map_to_kernel_block_table
+        """
         block_tables, slot_mappings = super().prepare_attn(input_batch)
+        group, attention = self.runtime.kv_group, self.runtime.attention_group
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
         decodes = int((~input_batch.is_prefilling_np[:rows]).sum())
         max_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._batch = StepBatch(
             token_ids=input_batch.input_ids,
             positions=input_batch.positions,
-            slots=slot_mappings[0],
+            slots=slot_mappings[group.index],
             query_starts=input_batch.query_start_loc,
             seq_lens=input_batch.seq_lens,
-            block_table=block_tables[0],
+            # Here in blocks; attention reads kernel blocks, our pages.
+            block_table=attention.map_to_kernel_block_table(block_tables[group.index]),
             seq_lens_bound=input_batch.seq_lens_cpu_upper_bound[:rows].tolist(),
             num_decodes=decodes,
             # Only a batch of decodes alone is padded to a captured size.
@@ -108,6 +142,11 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
+        """Learn from the step's hidden states, which vLLM keeps until it has sampled.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens
+        Uses: vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model_state
+        """
         state, batch = self.execute_model_state, self._batch
         output = super().sample_tokens(grammar_output)
         self._batch = None

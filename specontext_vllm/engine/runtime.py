@@ -1,5 +1,7 @@
 """What the two runner adapters share: it makes the parts of a worker and binds them to vLLM and to
 each other.
+
+vLLM: the mode in which it captures steps, and its log.
 """
 
 from __future__ import annotations
@@ -12,12 +14,11 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
 
 from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder
 from specontext_vllm.engine.compat import allocate_kv_cache_as
-from specontext_vllm.engine.find_head import num_hidden_layers
+from specontext_vllm.engine.kv_group import KVGroup, find_kv_group, our_layer_names
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
 from specontext_vllm.engine.memory import memory_model
 from specontext_vllm.engine.metrics import Exporter
@@ -45,6 +46,9 @@ class Runtime:
         retriever: chooses the pages that decode rows read.
         selector: does so in each layer, for a rule that asks for it.
         tiers: where the pages lie, with a host pool.
+        layer_names: layers that run on our backend, in the model's order.
+        kv_group: theirs among vLLM's KV-cache groups, from ``own_kv_cache`` on.
+        attention_group: vLLM's AttentionGroup of these layers, once ``bind`` has found it.
         step: what happens in a step, once ``bind`` has made it.
         settings: of ``specontext_set``, likewise.
 
@@ -52,6 +56,8 @@ class Runtime:
         ConfigError: the model cannot hand out auxiliary hidden states.
     """
 
+    kv_group: KVGroup
+    attention_group: Any
     step: DecodeStep
     settings: LiveSettings
 
@@ -60,6 +66,7 @@ class Runtime:
         self.config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         # Once more, now that vLLM has settled what it captures.
         refuse_captured_writes(self.config, vllm_config.compilation_config)
+        self.layer_names = our_layer_names(vllm_config)
         self.retriever = make_retriever(vllm_config, self.config, model, device)
         self.selector: LayerSelector | None = None
         if self.config.rule.per_layer:
@@ -84,76 +91,81 @@ class Runtime:
         """GPU memory that graphs of our own may take while the engine serves."""
         return 0 if self._graphs is None else self._graphs.max_bytes
 
-    def plan_pages(self, gpu_bytes: int) -> int:
-        """Logical pages that vLLM's scheduler may hand out when there are ``gpu_bytes`` of GPU
-        memory for KV: what they hold beside the head's caches, together with the host pool. All
-        workers must call it together.
+    def plan_blocks(self, gpu_bytes: int, block_bytes: int) -> int:
+        """Blocks that vLLM's scheduler may hand out when there are ``gpu_bytes`` of GPU memory for
+        KV: what they hold beside the head's caches, together with the host pool. All workers must
+        call it together.
 
+        Args:
+            block_bytes: what vLLM counts for a block; see ``kv_group.block_bytes``.
         Raises:
             ConfigError: a sentence with the numbers when that is too little.
         """
         memory = self._memory_model()
         if not self.config.host_kv_gib:
-            return plan_one_tier(self.vllm_config, memory, gpu_bytes)
+            return plan_one_tier(self.vllm_config, memory, gpu_bytes, block_bytes)
         self._plan = plan_two_tiers(self.vllm_config, memory, gpu_bytes)
-        return self._plan.num_pages
+        return self._plan.num_pages // memory.block_pages
 
     def _memory_model(self) -> MemoryModel:
         model = self.vllm_config.model_config
         kept_per_layer = LayerSelector.bytes_per_block(
             self.config,
-            num_hidden_layers(self.vllm_config),
+            len(self.layer_names),
             model.get_num_kv_heads(self.vllm_config.parallel_config),
             model.get_head_size(),
             model.dtype,
         )
-        return memory_model(self.vllm_config, self.retriever.bytes_per_block + kept_per_layer)
+        head_page_bytes = self.retriever.bytes_per_block + kept_per_layer
+        return memory_model(self.vllm_config, len(self.layer_names), head_page_bytes)
 
     # -- binding, when there is one
 
     @contextmanager
-    def own_kv_cache(self, num_blocks: int, is_profiling: bool) -> Iterator[None]:
-        """While vLLM sets up its KV cache: bind every layer to our arena instead, when there are
-        two tiers.
+    def own_kv_cache(self, kv_cache_config: Any, is_profiling: bool) -> Iterator[None]:
+        """While vLLM sets up its KV cache: bind our layers to our arena instead, when there are two
+        tiers.
+
+        Raises:
+            ConfigError: our layers are in several groups, or the host pool cannot be had.
         """
+        self.kv_group = find_kv_group(self.layer_names, kv_cache_config)
         self.tiers = None
-        plan = self._tier_plan(num_blocks, is_profiling)
+        plan = self._tier_plan(self.kv_group.num_pages(kv_cache_config.num_blocks), is_profiling)
         if plan is None:
             yield
             return
-        self.tiers = make_tiers(self.vllm_config, self.config, plan, self.device)
-        with allocate_kv_cache_as(self.tiers.arena):
+        self.tiers = make_tiers(
+            self.vllm_config, self.config, plan, len(self.layer_names), self.device
+        )
+        with allocate_kv_cache_as(self.tiers.arena, self.layer_names):
             yield
 
-    def _tier_plan(self, num_blocks: int, is_profiling: bool) -> TierPlan | None:
+    def _tier_plan(self, num_pages: int, is_profiling: bool) -> TierPlan | None:
         if not self.config.host_kv_gib or (self._plan is not None and not self._plan.host_layers):
             return None
         if is_profiling:
             # vLLM captures a few graphs to learn what they take; they read the null frame only.
             hot = self.config.table_pages(self.vllm_config.model_config.max_model_len)
-            layers = num_hidden_layers(self.vllm_config)
-            return TierPlan(num_blocks, layers, hot, 1, 0, 0, 0, {})
+            return TierPlan(num_pages, len(self.layer_names), hot, 1, 0, 0, 0, {})
         assert self._plan is not None
-        return replace(self._plan, num_pages=min(self._plan.num_pages, num_blocks))
+        return replace(self._plan, num_pages=min(self._plan.num_pages, num_pages))
 
     @torch.inference_mode()
-    def bind(self, builders: Sequence[SpeContextMetadataBuilder], num_blocks: int) -> None:
-        """Take over the page table of the engine's one attention group and make the head's caches.
+    def bind(self, attention_groups: Sequence[Sequence[Any]], num_blocks: int) -> None:
+        """Take over the page table of our layers and make the head's caches.
 
+        Args:
+            attention_groups: the model runner's ``attn_groups``.
         Raises:
-            ConfigError: the model's layers do not share one KV shape.
+            ConfigError: our layers do not share one KV shape.
         """
-        if len(builders) != 1 or not isinstance(builders[0], SpeContextMetadataBuilder):
-            raise ConfigError(
-                "model: its layers need more than one attention group (their KV heads or head "
-                "sizes differ), but "
-                "--attention-backend specontext makes one selection for all layers; serve it with "
-                "another backend."
-            )
-        (builder,) = builders
+        self.attention_group = self.kv_group.attention_group(attention_groups)
+        builder = self.attention_group.get_metadata_builder()
+        num_pages = self.kv_group.num_pages(num_blocks)
         self._fit_length(builder.table)
-        self.retriever.allocate_cache(num_blocks)
-        self._bind_layers(builder.layer_names, num_blocks)
+        self.retriever.allocate_cache(num_pages)
+        self._bind_layers(num_pages)
         self._make_step(builder)
         self.settings = LiveSettings(
             self.config,
@@ -184,12 +196,12 @@ class Runtime:
             logger.warning(sentence)
         self.retriever.shrink(fitted, table.max_pages)
 
-    def _bind_layers(self, names: Sequence[str], num_blocks: int) -> None:
+    def _bind_layers(self, num_pages: int) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
-        self._layers = [layers[name].impl for name in sorted(names, key=extract_layer_index)]
+        self._layers = [layers[name].impl for name in self.layer_names]
         if self.selector is not None:
             dtype = self.vllm_config.model_config.dtype
-            self.selector.allocate(len(self._layers), num_blocks, dtype)
+            self.selector.allocate(len(self._layers), num_pages, dtype)
         for index, layer in enumerate(self._layers):
             layer.tiers, layer.selector, layer.layer = self.tiers, self.selector, index
 
@@ -217,6 +229,7 @@ class Runtime:
             tiers=self.tiers,
             graphs=self._graphs,
             figures=self.figures,
+            kv_group=self.kv_group,
         )
         self.step.warm_up()
 

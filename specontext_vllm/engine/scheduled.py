@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.step_data import ScheduledStep, StartedRequest
 
 
 class ScheduleReader:
-    """Reads vLLM's ``SchedulerOutput``; remembers which tokens of a request are its prompt."""
+    """Reads vLLM's ``SchedulerOutput``; remembers which tokens of a request are its prompt.
 
-    def __init__(self) -> None:
+    Args:
+        group: of our layers, whose blocks are read.
+    """
+
+    def __init__(self, group: KVGroup) -> None:
+        self._group = group
         self._prefill_ends: dict[str, int] = {}
         """Of the requests in flight: tokens that are computed as a prompt."""
 
@@ -31,7 +36,7 @@ class ScheduleReader:
             self._prefill_ends[name] = len(prefill)
             computed_tokens[name] = computed
             step.started.append(
-                StartedRequest(name, _pages(request.block_ids), pages_for(computed))
+                StartedRequest(name, self._group.pages(request.block_ids), pages_for(computed))
             )
             # A session goes on within a page.
             step.written.append((name, computed // PAGE_SIZE))
@@ -39,7 +44,7 @@ class ScheduleReader:
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             computed_tokens[name] = computed
-            pages = _pages(block_ids)
+            pages = self._group.pages(block_ids)
             if name in cached.resumed_req_ids:
                 step.released.append(name)
                 step.started.append(StartedRequest(name, pages, pages_for(computed)))
@@ -51,8 +56,3 @@ class ScheduleReader:
             is_prefill = tokens > 1 or computed_tokens[name] < self._prefill_ends[name]
             (step.prefilling if is_prefill else step.decoding).append(name)
         return step
-
-
-def _pages(block_ids: Sequence[Sequence[int]] | None) -> list[int]:
-    """The pages of the engine's one KV group; each of its blocks is a page."""
-    return [] if block_ids is None else list(block_ids[0])

@@ -1,5 +1,10 @@
 """vLLM's schedulers with what sparse decode steps ask of the prefix cache: hits wait for their
 pages, and only exact pages are kept.
+
+vLLM's scheduler knows blocks, of ``--block-size`` tokens and of every KV-cache group. A block is
+one page or several (kv_group.py).
+
+vLLM: the schedulers to derive from.
 """
 
 from __future__ import annotations
@@ -12,28 +17,38 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 
 
-class WaitsForPages:
-    """Skips a waiting request for a step in which another request still computes pages that it
+class WaitsForPages(Scheduler):
+    """Skips a waiting request for a step in which another request still computes blocks that it
     hits.
 
-    Symptom: of requests with one prompt that arrive together, those behind the first answer
+    Symptom: of requests with one prompt that arrive together, those after the first answer
         otherwise than alone.
-    Reason: vLLM enters pages into the prefix cache when it schedules them
-        (vllm/v1/core/kv_cache_manager.py, allocate_slots), so that a hit may
-    be computed in the very step that reads it. For dense attention that is soon enough, layer by
-    layer. The head's key of the token behind the hit needs what the head learns of the hit after
-    all layers, and a host pool's pages are fetched ahead of the layers that write them.
-    Remove when: vLLM can be told that hits need computed pages. ``_ec_transfer_pending`` is where
+    Reason: vLLM enters blocks into the prefix cache when it schedules them
+        (vllm/v1/core/kv_cache_manager.py, allocate_slots), so a hit may be computed in the very
+        step that reads it. For dense attention that is soon enough, layer by layer. The head's key
+        of the token after the hit needs what the head learns of the hit after all layers, and a
+        host pool's pages are fetched ahead of the layers that write them.
+    Remove when: vLLM can be told that hits need computed blocks. ``_ec_transfer_pending`` is where
         it skips requests whose inputs are on their way.
     """
 
     def _get_local_prefix_cache_hit(self, request: Any, *limit: Any) -> Any:
+        """Remembers the hit's blocks.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler._get_local_prefix_cache_hit
+        """
         # vLLM 0.33 adds the longest hit that may be taken.
         found = super()._get_local_prefix_cache_hit(request, *limit)
-        self._hit = {block.block_id for block in found[0].blocks[0]}
+        self._hit = {
+            block.block_id for blocks in found[0].blocks for block in blocks if not block.is_null
+        }
         return found
 
     def _ec_transfer_pending(self, request: Any, num_computed_tokens: int) -> bool:
+        """A request whose hit is being computed waits as one whose inputs are on their way.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler._ec_transfer_pending
+        """
         # A request that resumes with computed tokens has not been looked up.
         looked_up = request.num_computed_tokens == 0
         return super()._ec_transfer_pending(request, num_computed_tokens) or (
@@ -41,28 +56,38 @@ class WaitsForPages:
         )
 
     def _is_being_computed(self, hit: set[int]) -> bool:
+        """Whether a running request still writes one of the blocks ``hit``, of any group."""
+        if not hit:
+            return False
         # A running request's computed tokens are counted up after the step has been scheduled.
-        return bool(hit) and any(
+        sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
+        return any(
             block.block_id in hit
             for running in self.running
-            for block in self.kv_cache_manager.get_blocks(running.request_id).blocks[0][
-                running.num_computed_tokens // PAGE_SIZE :
-            ]
+            for size, blocks in zip(
+                sizes, self.kv_cache_manager.get_blocks(running.request_id).blocks, strict=True
+            )
+            for block in blocks[running.num_computed_tokens // size :]
         )
 
 
-class CachesExactPages:
-    """Keeps pages out of the prefix cache whose KV a dense prefill of the same tokens would not
+class CachesExactPages(Scheduler):
+    """Keeps blocks out of the prefix cache whose KV a dense prefill of the same tokens would not
     make.
 
     Symptom: the next turn of a conversation answers otherwise than it would with a cold cache.
-    Reason: vLLM caches generated tokens' pages like any other, by their tokens
-        (vllm/v1/core/kv_cache_manager.py, cache_blocks); beyond the budget they hold KV
-    that was made under sparse attention. ``cache_generated`` lets them in.
+    Reason: vLLM caches generated tokens' blocks like any other, by their tokens
+        (vllm/v1/core/kv_cache_manager.py, cache_blocks); beyond the budget they hold KV that was
+        made under sparse attention. ``cache_generated`` lets them in.
     Remove when: vLLM lets a scheduler say how many of a request's tokens may be cached.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Replaces the coordinator's ``cache_blocks``.
+
+        Uses: vllm.v1.core.kv_cache_manager.KVCacheManager.coordinator
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler.__init__
+        """
         super().__init__(*args, **kwargs)
         config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
         self._exact_tokens = config.exact_tokens(self.max_model_len)
@@ -72,6 +97,7 @@ class CachesExactPages:
         cache = coordinator.cache_blocks
 
         def cache_exact(request: Any, num_computed_tokens: int) -> None:
+            # vLLM caches whole blocks of these tokens.
             cache(request, min(num_computed_tokens, self._exact_end(request)))
 
         coordinator.cache_blocks = cache_exact
@@ -86,6 +112,10 @@ class CachesExactPages:
         )
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
+        """Remembers how much of a session was exact before its answers join its prompt.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler._update_request_as_session
+        """
         if session.num_computed_tokens > (exact := self._exact_end(session)):
             session._specontext_exact_end = exact
         super()._update_request_as_session(session, update)
@@ -101,15 +131,18 @@ class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """A session goes on from the start of its newest page.
 
-        The step that was under way when its last chunk's answer ended has run with a token that was
-        then discarded, and of the tokens in that page the head
-        knows the discarded one alone: the next token's key would be made from it. At a page's start
-            it is made from the page before.
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler._update_request_as_session
+        Symptom: a session's next turn is answered otherwise than the same tokens in one prompt.
+        Reason: the step that was under way when the last answer ended has run with a token that was
+            then discarded, and of that page's tokens the head keeps the latest one's aux alone. At
+            a page's start the next key is made from the page before.
+        Remove when: vLLM does not run ahead of a session's end.
         """
         super()._update_request_as_session(session, update)
+        # Within a block, too: vLLM lets a session go on at any token, and pages are smaller.
         if session.num_computed_tokens % PAGE_SIZE == 0:
             return
         session.num_computed_tokens -= session.num_computed_tokens % PAGE_SIZE
         if session.num_computed_tokens == 0:
-            # vLLM takes a request without computed tokens for one without pages.
+            # vLLM takes a request without computed tokens for one without blocks.
             self.kv_cache_manager.free(session)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from specontext_vllm.attention.provider import AttentionProvider
 from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.scheduled import ScheduleReader
 from specontext_vllm.engine.stopwatch import Stopwatch
@@ -48,6 +49,7 @@ class DecodeStep:
         figures: what is counted and timed.
         tiers: where the pages lie, with a host pool; None without one.
         graphs: replay steps without prompt tokens; None: everything is launched one by one.
+        kv_group: whose blocks the scheduler's output is read for.
     """
 
     def __init__(
@@ -58,13 +60,14 @@ class DecodeStep:
         provider: AttentionProvider,
         *,
         figures: Exporter,
+        kv_group: KVGroup,
         tiers: TieredKV | None = None,
         graphs: StepGraphs | None = None,
     ) -> None:
         self.retriever, self.selection = retriever, selection
         self.table, self.provider = table, provider
         self.tiers, self.graphs, self.figures = tiers, graphs, figures
-        self._schedule = ScheduleReader()
+        self._schedule = ScheduleReader(kv_group)
 
     @torch.inference_mode()
     def begin(self, scheduler_output: Any) -> None:

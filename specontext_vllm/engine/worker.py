@@ -1,5 +1,7 @@
 """What our workers add to vLLM's: memory for the head's caches, and answers to
 ``collective_rpc``.
+
+vLLM: its worker for GPUs, from which the CPU's derives too.
 """
 
 from __future__ import annotations
@@ -8,16 +10,17 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from specontext_vllm.config import ConfigError
+from specontext_vllm.engine.kv_group import block_bytes
 from specontext_vllm.engine.last_word import pass_to_front_end
 from specontext_vllm.engine.memory import cap_bytes
 from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.retrieval.checkpoint import HeadError
 
 if TYPE_CHECKING:
-    from vllm.v1.worker.worker_base import WorkerBase
+    from vllm.v1.worker.gpu_worker import Worker
 else:
     # The base of both, which is not imported before vLLM imports a worker's module.
-    WorkerBase = object
+    Worker = object
 
 STARTING = (
     "init_device",
@@ -29,7 +32,7 @@ STARTING = (
 """What vLLM calls of a worker until the engine has started."""
 
 
-class SpeContextWorkerMixin(WorkerBase):
+class SpeContextWorkerMixin(Worker):
     """What both workers add to vLLM's. A refusal is also told to the front end, to be its last
     word.
     """
@@ -42,17 +45,21 @@ class SpeContextWorkerMixin(WorkerBase):
     def determine_available_memory(self) -> int:
         """Bytes for KV: vLLM's figure less the share of the head's caches; with a host pool, what
         both tiers hold.
+
+        Overrides: vllm.v1.worker.gpu_worker.Worker.determine_available_memory
         """
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
-        per_block = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())
+        per_block = block_bytes(self.vllm_config, self.get_kv_cache_spec())
         if (cap := cap_bytes(runtime.config)) is not None:
             available = min(available, cap)
-        return runtime.plan_pages(available) * per_block
+        return runtime.plan_blocks(available, per_block) * per_block
 
     def shutdown(self) -> None:
         """Take the figures out of /metrics and end the sidecar's actor, if there is one, before
         vLLM's worker lets go of the rest.
+
+        Overrides: vllm.v1.worker.gpu_worker.Worker.shutdown
         """
         if (runtime := getattr(getattr(self, "model_runner", None), "runtime", None)) is not None:
             runtime.close()

@@ -112,6 +112,7 @@ class MemoryModel:
         max_model_len: longest context, in tokens; the staging areas hold it twice.
         captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing
             is captured.
+        block_pages: pages of a vLLM block, the unit in which a request gets them.
     """
 
     def __init__(
@@ -123,13 +124,19 @@ class MemoryModel:
         max_num_seqs: int,
         max_model_len: int,
         captured_rows: int = 0,
+        block_pages: int = 1,
     ) -> None:
+        self.block_pages = block_pages
         self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
         self.max_num_seqs, self.max_pages, self.captured_rows = (
             max_num_seqs,
-            pages_for(max_model_len),
+            self._held_pages(max_model_len),
             captured_rows,
         )
+
+    def _held_pages(self, tokens: int) -> int:
+        """Pages that a request of ``tokens`` tokens holds: those of whole blocks."""
+        return -(-pages_for(tokens) // self.block_pages) * self.block_pages
 
     @property
     def in_flight_bytes(self) -> int:
@@ -189,7 +196,7 @@ class MemoryModel:
         """The smallest GPU memory for KV that holds one request of ``tokens`` tokens and vLLM's
         null block, with up to ``host_bytes`` in a host pool.
         """
-        pages, width = 1 + pages_for(tokens), self._widths[-1]
+        pages, width = self.block_pages + self._held_pages(tokens), self._widths[-1]
         plans = (self.size(pages, layers, width) for layers in range(self.shape.num_layers + 1))
         return min(plan.gpu_bytes for plan in plans if plan.host_bytes <= host_bytes)
 
@@ -200,7 +207,8 @@ class MemoryModel:
         Args:
             gpu_bytes: room for KV, the head's caches and tables.
             host_bytes: room for the host pool.
-            num_pages: a fixed number of pages; the plan then mirrors as few layers as it can.
+            num_pages: a fixed number of pages, of whole blocks; the plan then mirrors as few
+                layers as it can.
         Raises:
             MemoryModelError: nothing fits, or the host pool would gain less than ``MIN_GAIN``.
         """
@@ -221,7 +229,7 @@ class MemoryModel:
         min_pages = max(
             HOT_SHARE * max_pages,
             MIN_GAIN * alone if host_bytes else 0,
-            min(max_pages, 1 + self.max_pages),
+            min(max_pages, self.block_pages + self.max_pages),
         )
         if max_pages < min_pages:
             raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
@@ -255,6 +263,7 @@ class MemoryModel:
                 plan = self.size(middle, host_layers, hot_pages)
                 fits = plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes
                 low, high = (middle, high) if fits else (low, middle - 1)
+            low -= low % self.block_pages
             if low > found.num_pages:
                 found = self.size(low, host_layers, hot_pages)
         return found
@@ -272,7 +281,8 @@ class MemoryModel:
             gpu_bytes, smallest.gpu_bytes, host_bytes, smallest.host_bytes
         )
         raise MemoryModelError(
-            f"--num-gpu-blocks-override {num_pages} pages need {min_gpu} GiB of memory for KV "
+            f"--num-gpu-blocks-override {num_pages // self.block_pages} blocks need {min_gpu} GiB "
+            "of memory for KV "
             f"and {min_host} GiB of host memory with every "
             f"layer offloaded, but there are {gpu} and {host}; lower it."
         )
@@ -320,6 +330,7 @@ class MemoryModel:
             max_num_seqs=max_num_seqs,
             max_model_len=self.max_pages * PAGE_SIZE,
             captured_rows=self.captured_rows,
+            block_pages=self.block_pages,
         )
 
     def thresholds(self, plan: TierPlan, requests: int) -> list[int]:
@@ -341,7 +352,8 @@ class MemoryModel:
                     if offloaded < layers
                     else plan.num_pages
                 )
-            found.append(PAGE_SIZE * min(pages, plan.num_pages // requests, self.max_pages))
+            pages = min(pages, plan.num_pages // requests, self.max_pages)
+            found.append(PAGE_SIZE * (pages - pages % self.block_pages))
         return found
 
     def offloaded_layers(self, plan: TierPlan, length: int, requests: int) -> int | None:

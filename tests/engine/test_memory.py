@@ -7,7 +7,7 @@ import torch
 
 from specontext_vllm.config import ConfigError
 from specontext_vllm.engine import refusals
-from specontext_vllm.engine.memory import refuse_small_room
+from specontext_vllm.engine.memory import memory_model, override_pages, refuse_small_memory
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from tests.engine.configs import vllm_config
 
@@ -50,7 +50,7 @@ from tests.engine.configs import vllm_config
         (
             {"host_kv_gib": 0.1},
             {"cache": {"kv_cache_memory_bytes": 1 << 20, "num_gpu_blocks_override": 40000}},
-            "host_kv_gib: --num-gpu-blocks-override 40000 pages need",
+            "host_kv_gib: --num-gpu-blocks-override 40000 blocks need",
         ),
     ],
     ids=[
@@ -70,7 +70,7 @@ def test_what_can_be_judged_before_anything_is_loaded_is(monkeypatch, additional
     monkeypatch.setattr(refusals, "free_host_memory", lambda: 40 << 30)
     config = vllm_config({"specontext": additional}, **top)
     with pytest.raises(ConfigError) as error:
-        refuse_small_room(config, prepare_vllm_config(config))
+        refuse_small_memory(config, prepare_vllm_config(config))
     assert (
         sentence in str(error.value)
         and "\n" not in str(error.value)
@@ -81,14 +81,34 @@ def test_what_can_be_judged_before_anything_is_loaded_is(monkeypatch, additional
 def test_the_least_room_that_is_named_is_enough():
     refused = vllm_config({"specontext": {"gpu_kv_gib": 0.0001}})
     with pytest.raises(ConfigError) as error:
-        refuse_small_room(refused, prepare_vllm_config(refused))
+        refuse_small_memory(refused, prepare_vllm_config(refused))
     needed = float(str(error.value).split(" needs ")[1].split()[0])
     enough = vllm_config({"specontext": {"gpu_kv_gib": needed + 0.01}})
-    refuse_small_room(enough, prepare_vllm_config(enough))
+    refuse_small_memory(enough, prepare_vllm_config(enough))
     # vLLM fits the length to the room, and takes the blocks that it is told to.
     for changes in (
         {"model": {"original_max_model_len": -1}},
         {"cache": {"num_gpu_blocks_override": 300}},
     ):
         config = vllm_config({"specontext": {"gpu_kv_gib": 0.01}}, **changes)
-        refuse_small_room(config, prepare_vllm_config(config))
+        refuse_small_memory(config, prepare_vllm_config(config))
+
+
+def test_plans_are_of_whole_blocks():
+    blocks_of_four = {"block_size": 64, "user_specified_block_size": True}
+    config = vllm_config(
+        {"specontext": {"host_kv_gib": 0.25}},
+        cache={**blocks_of_four, "num_gpu_blocks_override": 9},
+    )
+    prepare_vllm_config(config)
+    assert override_pages(config) == 36
+    memory = memory_model(config, num_layers=6, head_page_bytes=1000)
+    assert memory.max_pages == 4096 // 16
+    for gpu_mib in range(30, 60):
+        assert memory.plan(gpu_mib << 20, 1 << 28).num_pages % 4 == 0
+        assert memory.plan(gpu_mib << 20, 0).num_pages % 4 == 0
+    # A request holds whole blocks, and vLLM keeps one back.
+    assert memory.min_gpu_bytes(0, 65) == memory.size(4 + 8, 0, 1).gpu_bytes
+    assert all(
+        longest % 64 == 0 for longest in memory.thresholds(memory.plan(40 << 20, 1 << 28), 3)
+    )

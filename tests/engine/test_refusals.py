@@ -61,8 +61,8 @@ from tests.engine.configs import vllm_config
         ({"lora_config": object()}, "--enable-lora: on"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         (
-            {"cache": {"block_size": 32, "user_specified_block_size": True}},
-            "--block-size: found 32",
+            {"cache": {"block_size": 24, "user_specified_block_size": True}},
+            "--block-size: found 24",
         ),
         ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype: found 'fp8'"),
         ({"cache": {"cache_dtype": "float16"}}, "--kv-cache-dtype: found 'float16'"),
@@ -168,15 +168,22 @@ def test_the_op_that_stores_is_the_one_vllm_takes_out_of_its_pieces():
     assert KV_UPDATE in compilation.splitting_ops
 
 
+def platform(name):
+    """One of vLLM's platforms, as far as it is asked."""
+    return SimpleNamespace(
+        device_name=name.lower(), is_cuda=lambda: name == "CUDA", is_cpu=lambda: name == "CPU"
+    )
+
+
 @pytest.mark.parametrize("name", ["ROCM", "XPU", "TPU", "OOT"])
 def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
     with pytest.raises(
         ConfigError,
         match=f"--attention-backend: found specontext on vLLM's platform {name}, but its kernels are for NVIDIA GPUs and CPUs",
     ):
-        refuse_platform(SimpleNamespace(_enum=SimpleNamespace(name=name)))
+        refuse_platform(platform(name))
     for supported in ("CUDA", "CPU"):
-        refuse_platform(SimpleNamespace(_enum=SimpleNamespace(name=supported)))
+        refuse_platform(platform(supported))
 
 
 def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():

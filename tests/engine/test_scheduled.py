@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.engine.scheduled import ScheduleReader
 from specontext_vllm.step_data import ScheduledStep, StartedRequest
+
+ONE = KVGroup(0, ("layer",), 1)
 
 
 def new(name, prompt, blocks, computed=0, resumed=None):
@@ -34,7 +37,7 @@ def output(tokens, started=(), cached=(), resumed=(), finished=(), preempted=Non
 
 
 def test_a_prompt_in_chunks_decodes_once_it_is_computed():
-    read = ScheduleReader().read
+    read = ScheduleReader(ONE).read
     step = read(output({"a": 20}, [new("a", 21, [5, 6])]))
     assert step == ScheduledStep(
         started=[StartedRequest("a", [5, 6], 0)], prefilling=["a"], written=[("a", 0)]
@@ -47,12 +50,24 @@ def test_a_prompt_in_chunks_decodes_once_it_is_computed():
 
 
 def test_a_prefix_hit_brings_pages_that_are_computed():
-    step = ScheduleReader().read(output({"a": 8}, [new("a", 40, [3, 4, 5], computed=32)]))
+    step = ScheduleReader(ONE).read(output({"a": 8}, [new("a", 40, [3, 4, 5], computed=32)]))
     assert step.started == [StartedRequest("a", [3, 4, 5], 2)] and step.written == [("a", 2)]
 
 
+def test_blocks_of_several_pages_are_read_as_pages():
+    """A request holds its block's last pages before it writes to them."""
+    read = ScheduleReader(KVGroup(1, ("layer",), 4)).read
+    request = new("a", 70, [], computed=64)
+    request.block_ids = ([1], [3, 5])
+    step = read(output({"a": 6}, [request]))
+    assert step.started == [StartedRequest("a", [12, 13, 14, 15, 20, 21, 22, 23], 4)]
+    assert step.written == [("a", 4)]
+    step = read(output({"a": 1}, cached=[("a", ([2], [7]), 128)]))
+    assert step.grown == [("a", [28, 29, 30, 31])] and step.written == [("a", 8)]
+
+
 def test_a_request_that_resumes_lets_go_of_its_pages_and_starts_again():
-    read = ScheduleReader().read
+    read = ScheduleReader(ONE).read
     read(output({"a": 20}, [new("a", 20, [5, 6])]))
     assert read(output({}, preempted={"a"})).released == ["a"]
     step = read(output({"a": 22}, cached=[("a", ([8, 9],), 0)], resumed=["a"]))
@@ -61,13 +76,13 @@ def test_a_request_that_resumes_lets_go_of_its_pages_and_starts_again():
 
 
 def test_tokens_that_the_v2_runner_computes_again_are_a_prompt():
-    read = ScheduleReader().read
+    read = ScheduleReader(ONE).read
     step = read(output({"a": 1}, [new("a", 20, [5, 6], computed=24, resumed=25)]))
     assert step.prefilling == ["a"]
 
 
 def test_a_finished_request_is_forgotten():
-    read = ScheduleReader().read
+    read = ScheduleReader(ONE).read
     read(output({"a": 20}, [new("a", 20, [5, 6])]))
     assert read(output({}, finished=["a"])).released == ["a"]
     # A short request of the same name is another one.

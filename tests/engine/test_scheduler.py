@@ -38,21 +38,27 @@ def vllm_config():
     return args.create_engine_config()
 
 
-def make(vllm_config, cls, **settings):
+def make(vllm_config, cls, block_size=16, **settings):
     given = vllm_config.additional_config
     vllm_config.additional_config = {**given, "specontext": {**given["specontext"], **settings}}
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    spec = FullAttentionSpec(
+        block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.float32
+    )
     kv = KVCacheConfig(
-        num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+        num_blocks=1600 // block_size,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
     )
     vllm_config.cache_config.num_gpu_blocks = kv.num_blocks
     try:
-        return cls(vllm_config, kv, StructuredOutputManager(vllm_config), block_size=16)
+        return cls(vllm_config, kv, StructuredOutputManager(vllm_config), block_size=block_size)
     finally:
         vllm_config.additional_config = given
 
 
-def request(name: str, tokens: list[int], answer: int, *, resumable: bool = False) -> Request:
+def request(
+    name: str, tokens: list[int], answer: int, *, resumable: bool = False, block_size: int = 16
+) -> Request:
     sampling = SamplingParams(temperature=0, max_tokens=answer, stop_token_ids=[STOP])
     sampling.update_from_generation_config({}, None)
     return Request(
@@ -61,7 +67,7 @@ def request(name: str, tokens: list[int], answer: int, *, resumable: bool = Fals
         sampling,
         None,
         resumable=resumable,
-        block_hasher=get_request_block_hasher(16, sha256),
+        block_hasher=get_request_block_hasher(block_size, sha256),
     )
 
 
@@ -82,14 +88,16 @@ def finish(scheduler, out, token: int) -> None:
     )
 
 
-def hit(scheduler, tokens: list[int]) -> int:
+def hit(scheduler, tokens: list[int], block_size: int = 16) -> int:
     """Tokens of a prompt that the prefix cache has."""
-    return scheduler.kv_cache_manager.get_computed_blocks(request("probe", [*tokens, 1], 1))[1]
+    return scheduler.kv_cache_manager.get_computed_blocks(
+        request("probe", [*tokens, 1], 1, block_size=block_size)
+    )[1]
 
 
-def run(scheduler, prompt: list[int], answer: int) -> list[int]:
+def run(scheduler, prompt: list[int], answer: int, block_size: int = 16) -> list[int]:
     """The request's tokens whose KV was computed."""
-    scheduler.add_request(request("first", prompt, answer))
+    scheduler.add_request(request("first", prompt, answer, block_size=block_size))
     for _ in range(answer):
         step(scheduler)
     assert not scheduler.running
@@ -122,6 +130,38 @@ def test_pages_of_generated_tokens_are_cached_where_their_kv_is_exact(
     assert hit(scheduler, tokens) == min(kept, len(tokens) // 16 * 16)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("length", [200, 40])
+def test_of_larger_blocks_the_whole_exact_ones_are_cached(vllm_config, block_size, length):
+    scheduler = make(vllm_config, SpeContextScheduler, block_size)
+    tokens = run(scheduler, list(range(100, 100 + length)), 100, block_size)
+    exact = max(length, 112)  # the prompt, or the budget
+    assert hit(scheduler, tokens, block_size) == exact // block_size * block_size
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_hit_waits_for_the_step_that_computes_its_blocks(vllm_config, block_size):
+    scheduler = make(vllm_config, SpeContextScheduler, block_size)
+    prompt = list(range(100, 230))
+    for name in ("first", "second"):
+        scheduler.add_request(request(name, prompt, 4, block_size=block_size))
+    assert step(scheduler).num_scheduled_tokens == {"first": 130}
+    assert step(scheduler).num_scheduled_tokens == {"first": 1, "second": 2}
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_hit_waits_for_computed_blocks_alone(vllm_config, block_size):
+    """The first request's prompt is long through when the second comes; its block of generated
+    tokens, which it still writes, is none that is hit.
+    """
+    scheduler = make(vllm_config, SpeContextScheduler, block_size)
+    prompt = list(range(100, 230))
+    scheduler.add_request(request("first", prompt, 9, block_size=block_size))
+    step(scheduler)
+    scheduler.add_request(request("second", prompt, 4, block_size=block_size))
+    assert step(scheduler).num_scheduled_tokens == {"first": 1, "second": 2}
+
+
 def test_a_preempted_request_does_not_cache_what_it_had_generated(vllm_config):
     scheduler = make(vllm_config, SpeContextScheduler)
     prompt = list(range(100, 300))
@@ -149,25 +189,28 @@ def test_a_sessions_answers_stay_out_of_the_cache_though_they_become_its_prompt(
     assert hit(scheduler, prompt) == hit(scheduler, session.prompt_token_ids) == 192
 
 
+@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("length", "start"), [(20, 16), (31, 16), (32, 32), (33, 32), (9, 0)])
-def test_a_session_goes_on_from_a_page_whose_end_the_head_knows(vllm_config, length, start):
+def test_a_session_goes_on_from_a_page_whose_end_the_head_knows(
+    vllm_config, length, start, block_size
+):
     """Its last chunk's answer ended while the next step was under way, with a token that was then
     discarded.
     """
-    scheduler = make(vllm_config, SpeContextAsyncScheduler)
+    scheduler = make(vllm_config, SpeContextAsyncScheduler, block_size)
     prompt, more = list(range(100, 100 + length)), list(range(400, 420))
-    scheduler.add_request(request("session", prompt, 50, resumable=True))
+    scheduler.add_request(request("session", prompt, 50, resumable=True, block_size=block_size))
     first = scheduler.schedule()
     ahead = scheduler.schedule()
     assert ahead.num_scheduled_tokens == {"session": 1}
     finish(scheduler, first, STOP)
     finish(scheduler, ahead, 11)
-    scheduler.add_request(request("session", more, 3, resumable=True))
+    scheduler.add_request(request("session", more, 3, resumable=True, block_size=block_size))
     out = scheduler.schedule()
     (data,) = out.scheduled_new_reqs
     assert data.num_computed_tokens == start and data.prompt_token_ids == prompt + more
     assert out.num_scheduled_tokens == {"session": length + 20 - start}
-    # As many pages as the tokens need, none held twice.
-    assert len(data.block_ids[0]) == -(-(length + 20) // 16)
+    # As many blocks as the tokens need, none held twice.
+    assert len(data.block_ids[0]) == -(-(length + 20) // block_size)
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-    assert free == 99 - len(data.block_ids[0])
+    assert free == 1600 // block_size - 1 - len(data.block_ids[0])

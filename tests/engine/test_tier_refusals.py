@@ -29,7 +29,7 @@ HEAD = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 128}
         (
             {"num_gpu_blocks_override": 40000},
             {"host_kv_gib": 0.1, "gpu_kv_gib": 0.01},
-            r"host_kv_gib: --num-gpu-blocks-override 40000 pages need",
+            r"host_kv_gib: --num-gpu-blocks-override 40000 blocks need",
         ),
     ],
     ids=["too large", "gains nothing", "too many blocks"],
@@ -64,11 +64,11 @@ def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(
                 blocks
                 == 101
                 == runtime.retriever.cache.keys.shape[0]
-                == runtime.plan_pages(1 << 29)
+                == runtime.plan_blocks(1 << 29, block_bytes=1)
             )
             (output,) = llm.generate([{"prompt_token_ids": prompts[-1]}], sampling, use_tqdm=False)
             assert len(output.outputs[0].token_ids) == 8
     assert (
-        "host_kv_gib 0.1, but no layer is mirrored: the 101 pages of --num-gpu-blocks-override take"
+        "host_kv_gib 0.1, but no layer is mirrored: the 101 blocks of --num-gpu-blocks-override take"
         in caplog.text
     )

@@ -1,0 +1,129 @@
+"""Our layers among the model's, and their group among vLLM's KV-cache groups.
+
+vLLM's scheduler hands out *blocks* of ``--block-size`` tokens. Kernels, page tables, the head's
+caches and the two tiers count *pages* of PAGE_SIZE tokens, which are vLLM's "kernel blocks" of our
+backend: page ``j`` of block ``b`` is ``b * block_pages + j`` (vllm/v1/worker/utils.py,
+AttentionGroup.map_to_kernel_block_table).
+
+vLLM: a model's attention layers, and the rule by which they are grouped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from specontext_vllm.config import PAGE_SIZE, ConfigError
+from specontext_vllm.engine.names import BACKEND_NAME
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """The KV-cache group of the layers that run on our backend.
+
+    Attributes:
+        index: its place in what vLLM keeps per group: block tables, slot mappings, a request's
+            block ids.
+        layer_names: our layers, in the model's order.
+        block_pages: pages of a block.
+    """
+
+    index: int
+    layer_names: tuple[str, ...]
+    block_pages: int
+
+    def num_pages(self, num_blocks: int) -> int:
+        """Pages of ``num_blocks`` blocks."""
+        return num_blocks * self.block_pages
+
+    def pages(self, block_ids: Sequence[Sequence[int]] | None) -> list[int]:
+        """Page ids of a request's blocks.
+
+        Args:
+            block_ids: as in vLLM's SchedulerOutput: a sequence of block ids for each group, or
+                None where a request got none.
+        """
+        if block_ids is None:
+            return []
+        blocks, count = block_ids[self.index], self.block_pages
+        if count == 1:
+            return list(blocks)
+        return [page for block in blocks for page in range(block * count, (block + 1) * count)]
+
+    def attention_group(self, attention_groups: Sequence[Sequence[Any]]) -> Any:
+        """vLLM's AttentionGroup of our layers, which holds their metadata builder.
+
+        Args:
+            attention_groups: a model runner's ``attn_groups``.
+        Raises:
+            ConfigError: our layers do not share one shape of KV.
+        """
+        ours = [
+            group
+            for group in attention_groups[self.index]
+            if group.backend.get_name() == BACKEND_NAME
+        ]
+        if len(ours) != 1:
+            raise ConfigError(SEVERAL_GROUPS)
+        return ours[0]
+
+
+SEVERAL_GROUPS = (
+    "model: its layers need more than one attention group (their KV heads or head sizes differ), "
+    "but --attention-backend specontext makes one selection for all layers; serve it with another "
+    "backend."
+)
+
+
+def our_layer_names(vllm_config: Any) -> tuple[str, ...]:
+    """Names of the loaded model's layers that run on our backend, in the model's order."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    ours = [
+        name
+        for name, layer in layers.items()
+        if layer.get_attn_backend().get_name() == BACKEND_NAME
+    ]
+    return tuple(sorted(ours, key=extract_layer_index))
+
+
+def find_kv_group(layer_names: Sequence[str], kv_cache_config: Any) -> KVGroup:
+    """The group of our layers in vLLM's KVCacheConfig.
+
+    Raises:
+        ConfigError: they are in several groups.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    found = [
+        index for index, group in enumerate(groups) if set(layer_names) & set(group.layer_names)
+    ]
+    if len(found) != 1:
+        raise ConfigError(SEVERAL_GROUPS)
+    (index,) = found
+    return KVGroup(index, tuple(layer_names), groups[index].kv_cache_spec.block_size // PAGE_SIZE)
+
+
+def block_bytes(vllm_config: Any, specs: dict[str, Any]) -> int:
+    """GPU memory that vLLM counts for one block, by which it divides what a worker offers.
+
+    Groups overlay one another, so it is the largest group's (vllm/v1/core/kv_cache_utils.py,
+    _get_kv_cache_bytes_per_block, for layouts that keep a layer's blocks together, as ours does).
+
+    Args:
+        specs: the worker's KV cache specs by layer.
+    """
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+
+    groups = get_kv_cache_groups(vllm_config, dict(specs))
+    return max(
+        sum(_spec_of(group, name).page_size_bytes for name in group.layer_names) for group in groups
+    )
+
+
+def _spec_of(group: Any, layer_name: str) -> Any:
+    """A layer's own spec, where a group of layers of different widths has one for each."""
+    return getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)

@@ -1,0 +1,203 @@
+"""Our KV-cache group among vLLM's, and pages within its blocks; vLLM's own objects, no model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheLayout,
+    KVCacheTensor,
+    SlidingWindowSpec,
+)
+from vllm.v1.worker.utils import AttentionGroup, prepare_kernel_block_sizes
+
+from specontext_vllm.config import PAGE_SIZE, ConfigError
+from specontext_vllm.engine.backend import SpeContextBackend
+from specontext_vllm.engine.compat import allocate_kv_cache_as
+from specontext_vllm.engine.kv_group import KVGroup, block_bytes, find_kv_group
+
+OURS = ("model.layers.1.attn", "model.layers.3.attn")
+OTHERS = ("model.layers.0.attn", "model.layers.2.attn")
+CPU = torch.device("cpu")
+
+
+class OtherBackend(SpeContextBackend):
+    @staticmethod
+    def get_name():
+        return "OTHER"
+
+
+def full(block_size, heads=2):
+    return FullAttentionSpec(
+        block_size=block_size, num_kv_heads=heads, head_size=64, dtype=torch.float32
+    )
+
+
+def config_of(*groups):
+    return KVCacheConfig(
+        num_blocks=100,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(list(names), spec) for names, spec in groups],
+    )
+
+
+def tensor_of(names):
+    return KVCacheTensor(size=64, layers=list(names), layer_stride=16, block_stride=8)
+
+
+def engine_config(rows=4, max_model_len=512):
+    """What metadata builders and block tables read of vLLM's configuration."""
+    layers = {
+        name: SimpleNamespace(impl=SimpleNamespace(provider=None)) for name in (*OURS, *OTHERS)
+    }
+    return SimpleNamespace(
+        additional_config={},
+        model_config=SimpleNamespace(max_model_len=max_model_len),
+        scheduler_config=SimpleNamespace(max_num_seqs=rows, disable_hybrid_kv_cache_manager=False),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+        cache_config=SimpleNamespace(
+            block_size=16, get_resolved_kv_cache_layout=lambda: KVCacheLayout.LBHNC
+        ),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        speculative_config=None,
+        compilation_config=SimpleNamespace(
+            static_forward_context=layers, max_cudagraph_capture_size=0
+        ),
+    )
+
+
+def attention_group(block_size, names=OURS, index=0):
+    """vLLM's AttentionGroup of our layers, split as the runners split it."""
+    spec = full(block_size)
+    group = AttentionGroup(SpeContextBackend, list(names), spec, index)
+    (kernel_block_size,) = prepare_kernel_block_sizes(config_of((names, spec)), [[group]])
+    assert kernel_block_size == PAGE_SIZE
+    group.create_metadata_builders(engine_config(), CPU, kernel_block_size)
+    return group
+
+
+def test_our_group_is_found_by_its_layers():
+    window = SlidingWindowSpec(
+        block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+    )
+    config = config_of((OTHERS, window), (OURS, full(64)))
+    assert find_kv_group(OURS, config) == KVGroup(1, OURS, block_pages=4)
+    with pytest.raises(ConfigError, match="more than one attention group"):
+        find_kv_group((*OTHERS, *OURS), config)
+
+
+def test_the_attention_group_is_found_by_its_backend():
+    ours, other = attention_group(32), AttentionGroup(OtherBackend, list(OTHERS), full(32), 0)
+    group = KVGroup(0, OURS, 2)
+    assert group.attention_group([[other, ours]]) is ours
+    wider = AttentionGroup(SpeContextBackend, list(OTHERS), full(32, heads=4), 0)
+    with pytest.raises(ConfigError, match="KV heads or head sizes differ"):
+        group.attention_group([[ours, wider]])
+
+
+def test_a_request_s_blocks_are_pages_in_order():
+    assert KVGroup(0, OURS, 1).pages(([3, 9],)) == [3, 9]
+    assert KVGroup(1, OURS, 4).pages(([5], [3, 9])) == [12, 13, 14, 15, 36, 37, 38, 39]
+    assert KVGroup(0, OURS, 4).pages(None) == KVGroup(0, OURS, 4).pages(([],)) == []
+    assert KVGroup(0, OURS, 4).num_pages(10) == 40
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_pages_are_vllm_s_kernel_blocks(block_size):
+    """The table that attention gets, the slots that vLLM computes and the pages that the tiers
+    count name the same places.
+    """
+    group, ours = attention_group(block_size), KVGroup(0, OURS, block_size // PAGE_SIZE)
+    blocks = [7, 2, 30]
+    table = group.map_to_kernel_block_table(torch.tensor([blocks], dtype=torch.int32))
+    assert table[0].tolist() == ours.pages((blocks,))
+    # As in _compute_slot_mappings_kernel, vllm/v1/worker/gpu/block_table.py.
+    positions = np.arange(3 * block_size)
+    slots = np.array(blocks)[positions // block_size] * block_size + positions % block_size
+    assert (slots // PAGE_SIZE == np.array(table[0])[positions // PAGE_SIZE]).all()
+    assert (slots % PAGE_SIZE == positions % PAGE_SIZE).all()
+
+
+def test_our_layers_alone_are_bound_to_our_arena(monkeypatch):
+    from vllm.v1.worker.gpu import attn_utils
+
+    def of_vllm(kv_cache_config, *_):
+        return {name: "vLLM's" for t in kv_cache_config.kv_cache_tensors for name in t.layers}
+
+    monkeypatch.setattr(attn_utils, "allocate_kv_cache", of_vllm)
+    config = config_of((OTHERS, full(32)), (OURS, full(32)))
+    config.kv_cache_tensors = [tensor_of(OTHERS), tensor_of(OURS)]
+    with allocate_kv_cache_as("arena", OURS):
+        given = attn_utils.allocate_kv_cache(config, CPU, KVCacheLayout.LBHNC)
+    assert given == dict.fromkeys(OTHERS, "vLLM's") | dict.fromkeys(OURS, "arena")
+    assert attn_utils.allocate_kv_cache is of_vllm
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_the_v2_runner_selects_over_pages_of_our_group(monkeypatch, block_size):
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from specontext_vllm.engine.runner_v2 import SpeContextModelRunnerV2
+
+    ratio = block_size // PAGE_SIZE
+    manager = torch.tensor([[3, 5, 0, 0], [8, 0, 0, 0]], dtype=torch.int32)
+    slots = torch.stack([torch.full((2,), -1), torch.tensor([5 * block_size + 1, 8 * block_size])])
+    monkeypatch.setattr(
+        GPUModelRunner, "prepare_attn", lambda *_: ((torch.zeros_like(manager), manager), slots)
+    )
+    taken = []
+    runner = object.__new__(SpeContextModelRunnerV2)
+    runner.vllm_config = engine_config()
+    runner.runtime = SimpleNamespace(
+        step=SimpleNamespace(before_model=taken.append),
+        kv_group=KVGroup(1, OURS, ratio),
+        attention_group=attention_group(block_size, index=1),
+    )
+    returned = runner.prepare_attn(
+        SimpleNamespace(
+            num_reqs=2,
+            num_tokens=2,
+            num_reqs_after_padding=2,
+            is_prefilling_np=np.array([False, False]),
+            input_ids=torch.tensor([11, 12]),
+            positions=torch.tensor([block_size + 1, 0]),
+            query_start_loc=torch.tensor([0, 1, 2], dtype=torch.int32),
+            seq_lens=torch.tensor([block_size + 2, 1], dtype=torch.int32),
+            seq_lens_cpu_upper_bound=torch.tensor([block_size + 2, 1]),
+            req_ids=["a", "b"],
+            num_scheduled_tokens=np.array([1, 1]),
+        )
+    )
+    (batch,) = taken
+    assert returned[0][1] is manager  # what vLLM goes on with stays its own
+    first = torch.arange(ratio)
+    assert batch.block_table[0, : 2 * ratio].tolist() == [
+        *(3 * ratio + first),
+        *(5 * ratio + first),
+    ]
+    page = batch.block_table.gather(1, (batch.positions // PAGE_SIZE)[:, None]).squeeze(1)
+    assert (batch.slots == page * PAGE_SIZE + batch.positions % PAGE_SIZE).all()
+
+
+def test_a_block_costs_what_vllm_counts_for_it():
+    config = engine_config()
+    same = {name: full(32) for name in (*OURS, *OTHERS)}
+    page = full(32).page_size_bytes
+    assert block_bytes(config, same) == 4 * page
+    # Layers of different widths share one group, with a spec each.
+    wider = {OURS[0]: full(32), OURS[1]: full(32, heads=4)}
+    assert block_bytes(config, wider) == 3 * page
+    # Groups lie over one another.
+    window = SlidingWindowSpec(
+        block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+    )
+    mixed = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(32))
+    assert block_bytes(config, mixed) == 2 * page
