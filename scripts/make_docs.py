@@ -146,10 +146,23 @@ def commands() -> str:
     return "\n".join(command_section(run, path) for path, run in runs.items())
 
 
+# --- vLLM ---
+
+
+def vllm_contacts() -> str:
+    """Where this package touches vLLM."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    from scripts.vllm_contacts import as_markdown
+
+    return as_markdown()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "metrics": metrics,
     "commands": commands,
+    "vllm-contacts": vllm_contacts,
 }
 
 

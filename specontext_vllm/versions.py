@@ -1,5 +1,7 @@
 """Which vLLM the plugin drives: stated here once; tests hold pyproject.toml, the locks and the
 README to it.
+
+vLLM: its version.
 """
 
 from __future__ import annotations

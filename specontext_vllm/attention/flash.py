@@ -1,4 +1,7 @@
-"""vLLM's FlashAttention (FA3 or FA2) for prefill, and its cache kernel."""
+"""vLLM's FlashAttention (FA3 or FA2) for prefill, and its cache kernel.
+
+vLLM: its FlashAttention, and the kernel that writes the KV cache with it.
+"""
 
 from __future__ import annotations
 

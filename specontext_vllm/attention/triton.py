@@ -1,4 +1,7 @@
-"""Attention in Triton: our kernel for decode, vLLM's kernels for prefill and cache writes."""
+"""Attention in Triton: our kernel for decode, vLLM's kernels for prefill and cache writes.
+
+vLLM: its Triton attention, and the kernel that writes the KV cache with it.
+"""
 
 from __future__ import annotations
 

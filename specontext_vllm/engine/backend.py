@@ -1,4 +1,7 @@
-"""The SPECONTEXT attention backend: decode rows read the page table, prefill rows attend densely."""
+"""The SPECONTEXT attention backend: decode rows read the page table, prompt rows attend densely.
+
+vLLM: the interfaces of an attention backend, and the step's metadata while a layer runs.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ from specontext_vllm.step_data import PageTable
 
 
 class SpeContextBackend(AttentionBackend):
-    """What vLLM asks a backend about."""
+    """What vLLM asks a backend about.
+
+    Implements: vllm.v1.attention.backend.AttentionBackend
+    """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     forward_includes_kv_cache_update = False
@@ -89,7 +95,10 @@ def max_table_rows(vllm_config: Any) -> int:
 
 
 class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
-    """Owns the page table and the planning provider; the runner adapter fills both in each step."""
+    """Owns the page table and the provider that plans; the runtime fills the table in each step.
+
+    Implements: vllm.v1.attention.backend.AttentionMetadataBuilder
+    """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -98,6 +107,13 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
+        """Make the page table.
+
+        Uses: vllm.config.compilation.CompilationConfig.static_forward_context
+        Symptom: on the V1 runner prompt rows of one token stand among the decode rows.
+        Reason: the runner sorts a step's rows by a threshold that only this private method sets.
+        Remove when: a builder can state its threshold.
+        """
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Decode rows lead the batch, then prompt rows of one token (the V1 runner sorts by this
         # threshold; the V2 runner by our adapter).
@@ -170,7 +186,10 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
 
 
 class SpeContextImpl(AttentionImpl):
-    """One layer's attention."""
+    """One layer's attention.
+
+    Implements: vllm.v1.attention.backend.AttentionImpl
+    """
 
     def __init__(
         self,
@@ -314,7 +333,10 @@ class SpeContextImpl(AttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write the step's keys and values; a no-op before the cache exists."""
+        """Write the step's keys and values; nothing happens before the cache exists.
+
+        Uses: vllm.model_executor.layers.attention.attention.unified_kv_cache_update
+        """
         if self.tiers is not None:
             metadata = get_forward_context().attn_metadata
             if metadata is not None:

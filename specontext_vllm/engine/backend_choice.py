@@ -1,4 +1,7 @@
-"""Whether an engine was asked to run on our backend. Light: every engine of this process asks."""
+"""Whether an engine was asked to run on our backend. Light: every engine of this process asks.
+
+vLLM: its log.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def is_selected(vllm_config: Any) -> bool:
 
 
 def is_named(vllm_config: Any) -> bool:
-    """Whether this engine runs on the specontext backend, or was asked to for some of its layers."""
+    """Whether this engine, or some of its layers, were asked to run on the specontext backend."""
     return is_selected(vllm_config) or BACKEND_NAME in (
         backend.name for backend in vllm_config.attention_config.backend_per_kind.values()
     )

@@ -25,8 +25,7 @@ def say_last(folder: str | None = None) -> None:
     Symptom: a refusal stands above 60 to 230 lines of tracebacks, or in the middle of pydantic's
         frame.
     Reason: vLLM starts workers in processes of their own and tells their parents only that they
-        died, and checks its configuration in a
-    pydantic dataclass, which wraps every ValueError.
+        died; and it checks its configuration in a pydantic dataclass, which wraps every ValueError.
     Remove when: vLLM ends with the error of the worker, and without a frame around it.
 
     Args:

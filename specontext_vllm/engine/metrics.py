@@ -1,5 +1,7 @@
 """A worker's figures on their way to /metrics; the mechanism is in ``observability/files.py``, the
 list in ``observability/catalog.py``.
+
+vLLM: this worker's rank, and its log.
 """
 
 from __future__ import annotations

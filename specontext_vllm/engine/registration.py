@@ -1,5 +1,7 @@
 """Registers the SPECONTEXT attention backend with vLLM and hooks its platform class; no other
 backend is touched.
+
+vLLM: the registry of attention backends, and its log.
 """
 
 from __future__ import annotations

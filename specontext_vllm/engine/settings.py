@@ -1,4 +1,7 @@
-"""Settings of the selection that change while an engine runs (``specontext_set``)."""
+"""Settings of the selection that change while an engine runs (``specontext_set``).
+
+vLLM: its log.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The CPU worker; a module of its own because importing vLLM's CPU worker replaces ``torch.Event``
 for the whole process.
+
+vLLM: the worker to derive from.
 """
 
 from __future__ import annotations
@@ -13,8 +15,12 @@ class SpeContextCPUWorker(SpeContextWorkerMixin, cpu_worker.CPUWorker):
     """CPU worker on the V1 runner."""
 
     def init_device(self) -> None:
-        """Symptom: ``CPUWorker.init_device`` names its runner class and offers no hook. Remove when
-        it calls one.
+        """Makes our model runner.
+
+        Overrides: vllm.v1.worker.cpu_worker.CPUWorker.init_device
+        Symptom: the CPU worker runs vLLM's own model runner, and nothing is selected.
+        Reason: it names the runner's class in the middle of its ``init_device``.
+        Remove when: it makes its runner in a method, as the GPU's worker does.
         """
         from specontext_vllm.engine.runner_v1 import SpeContextCPUModelRunner
 
