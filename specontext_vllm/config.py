@@ -51,7 +51,7 @@ class SpeContextConfig(BaseModel):
         description=(
             "Tokens per KV head that a decode step reads, sink and recent tokens included. A "
             "context within the budget is read whole. At least the sink pages, the recent pages "
-            "and one page more: 112 with the defaults and blocks of 16."
+            "and one page more: 112 with the defaults."
         ),
     )
     sink_tokens: int = Field(
