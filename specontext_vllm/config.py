@@ -1,4 +1,4 @@
-"""The plugin's settings: one validated model, read from vLLM's ``additional_config["specontext"]``."""
+"""The plugin's settings: one validated model of ``additional_config["specontext"]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from specontext_vllm.retrieval.rules import Rule, find_rule, listed_rules, rule_names
 
 PAGE_SIZE = 16
-"""Tokens in a page. One page is one vLLM block of KV; the unit that is scored, selected and read.
+"""Tokens in a page, the unit that is scored, selected and read. A block of vLLM's holds one or
+several.
 """
 
 CONFIG_KEY = "specontext"
@@ -205,20 +206,19 @@ class SpeContextConfig(BaseModel):
 
     @model_validator(mode="after")
     def _room_for_choice(self) -> SpeContextConfig:
-        least = PAGE_SIZE * (self.sink_pages + self.recent_pages + 1)
-        if self.budget < least:
+        min_budget = PAGE_SIZE * (self.sink_pages + self.recent_pages + 1)
+        if self.budget < min_budget:
             raise ValueError(
                 f"budget: found {self.budget}, but sinks ({self.sink_pages} pages), recents "
-                f"({self.recent_pages} pages) and one "
-                f"page to choose need {least} tokens; raise budget or lower sink_tokens "
-                f"({self.sink_tokens}) or "
-                f"recent_tokens ({self.recent_tokens})."
+                f"({self.recent_pages} pages) and one page to choose need {min_budget} tokens; "
+                f"raise budget or lower sink_tokens ({self.sink_tokens}) or recent_tokens "
+                f"({self.recent_tokens})."
             )
         if self.rule.per_layer and self.host_kv_gib:
             raise ValueError(
                 f"host_kv_gib: found {self.host_kv_gib} with retriever {self.retriever}, which "
-                "chooses pages too late for them to be fetched; "
-                f"set it to 0 or use another retriever."
+                "chooses pages too late for them to be fetched; set it to 0 or use another "
+                "retriever."
             )
         if (
             self.head_key_dtype != "auto"
@@ -227,8 +227,7 @@ class SpeContextConfig(BaseModel):
         ):
             raise ValueError(
                 f"head_key_dtype: found {self.head_key_dtype!r} with retriever {self.retriever!r} "
-                "and no retrieval_head, whose keys it is "
-                f"about; leave it out or use retriever dlm."
+                "and no retrieval_head, whose keys it is about; leave it out or use retriever dlm."
             )
         if self.fallback_budget is not None and self.fallback_budget < self.budget:
             raise ValueError(
@@ -310,7 +309,7 @@ class SpeContextConfig(BaseModel):
 
     @property
     def sink_pages(self) -> int:
-        """Pages read from the start: at least one, since token 0 has no pair in the head's K cache."""
+        """Pages read from the start: at least one, as token 0 has no pair in the head's K cache."""
         return pages_for(self.sink_tokens)
 
     @property
@@ -336,14 +335,21 @@ class SpeContextConfig(BaseModel):
             else self.selection_pages(max_model_len)
         )
 
+    def allocated_table_pages(self, max_model_len: int, device_type: str) -> int:
+        """Columns that the page table has from the start. On a CPU without a host pool nothing is
+        captured and memory is plenty: whole contexts fit, and any budget may be set later.
+        """
+        if device_type == "cpu" and not self.host_kv_gib:
+            return pages_for(max_model_len)
+        return self.table_pages(max_model_len)
+
     def selection_pages(self, max_model_len: int) -> int:
-        """The most pages that the retriever selects for one KV head of one request."""
-        most = pages_for(max_model_len)
+        """Pages that the rule may select for one KV head of one request."""
+        max_pages = pages_for(max_model_len)
         if self.rule.reads_everything:
-            return most
-        return min(
-            most, self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages
-        )
+            return max_pages
+        selected = self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages
+        return min(max_pages, selected)
 
     def reads_everything(self, max_model_len: int) -> str | None:
         """One sentence if no decode step of contexts up to ``max_model_len`` tokens will leave
@@ -389,7 +395,8 @@ class SpeContextConfig(BaseModel):
         """Validate a dict of settings; see ``from_additional_config``."""
         if not isinstance(settings, dict):
             raise ConfigError(
-                f'additional_config.{CONFIG_KEY}: found {settings!r}, expected an object such as {{"budget": 2048}}.'
+                f"additional_config.{CONFIG_KEY}: found {settings!r}, expected an object such as "
+                '{"budget": 2048}.'
             )
         try:
             return cls(**settings)

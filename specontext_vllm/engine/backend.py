@@ -120,10 +120,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self._init_reorder_batch_threshold(1)
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         max_model_len = vllm_config.model_config.max_model_len
-        width = config.table_pages(max_model_len)
-        if device.type == "cpu" and not config.host_kv_gib:
-            # Nothing is captured and memory is plenty: any budget may be set while the engine runs.
-            width = -(-max_model_len // PAGE_SIZE)
+        width = config.allocated_table_pages(max_model_len, device.type)
         self.table = PageTable.allocate(
             max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device
         )

@@ -84,7 +84,6 @@ def _make_local(
         head = RetrievalHead(
             checkpoint, max_position=max_model_len, dtype=model_config.dtype, device=device
         )
-    fixed_width = device.type != "cpu" or config.host_kv_gib
     # Captured by us, vLLM's exchange between workers would want a context of its own.
     exchanges = parallel.tensor_parallel_size > 1
     return LocalRetriever(
@@ -93,7 +92,7 @@ def _make_local(
         model.embed_input_ids,
         num_kv_heads=model_config.get_num_kv_heads(parallel),
         max_model_len=max_model_len,
-        table_pages=config.table_pages(max_model_len) if fixed_width else pages_for(max_model_len),
+        table_pages=config.allocated_table_pages(max_model_len, device.type),
         device=device,
         rows_embedded_outside=max_table_rows(vllm_config) if exchanges else 0,
     )
