@@ -53,7 +53,7 @@ def random_selection(generator: torch.Generator, lanes: Any, seq_lens: list[int]
 
 def to_device(data: Any, device: torch.device) -> Any:
     """A dataclass of tensors, on a device."""
-    return type(data)(*(tensor.to(device) for tensor in vars(data).values()))
+    return type(data)(*(t if t is None else t.to(device) for t in vars(data).values()))
 
 
 def listed(misses: Misses) -> list[tuple[int, int]]:
