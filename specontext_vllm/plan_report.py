@@ -9,7 +9,8 @@ from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError
 from specontext_vllm.planning import ACTIVATIONS, GIB, Plan
-from specontext_vllm.residency.memory_model import TierPlan, default_captured_rows, table_rows
+from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.residency.table_rows import default_captured_rows, table_rows
 
 
 def gpu_parts(tiers: TierPlan) -> dict[str, int]:

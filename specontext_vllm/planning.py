@@ -9,13 +9,9 @@ from typing import Any
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.model_config import has_windowed_layers
 from specontext_vllm.residency.hot_size import prior_rate
-from specontext_vllm.residency.memory_model import (
-    KVShape,
-    MemoryModel,
-    TierPlan,
-    default_captured_rows,
-)
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
+from specontext_vllm.residency.table_rows import default_captured_rows
 
 GIB = 2**30
 UTILIZATION = 0.92

@@ -119,12 +119,8 @@ def overlap(
     same load. Exit code 1 if anything failed.
     """
     from specontext_vllm.config import SpeContextConfig, pages_for
-    from specontext_vllm.residency.memory_model import (
-        HOT_FACTORS,
-        KVShape,
-        MemoryModel,
-        default_captured_rows,
-    )
+    from specontext_vllm.residency.memory_model import HOT_FACTORS, KVShape, MemoryModel
+    from specontext_vllm.residency.table_rows import default_captured_rows
 
     shape = Shape.named(model_shape)
     config = SpeContextConfig(budget=budget)

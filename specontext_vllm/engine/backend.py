@@ -25,7 +25,7 @@ from specontext_vllm.attention.provider import AttentionProvider, PrefillRows
 from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.names import BACKEND_NAME
-from specontext_vllm.residency.memory_model import table_rows
+from specontext_vllm.residency.table_rows import table_rows
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.step_data import PageTable

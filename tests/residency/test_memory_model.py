@@ -18,9 +18,9 @@ from specontext_vllm.residency.memory_model import (
     MemoryModel,
     MemoryModelError,
     TierPlan,
-    default_captured_rows,
 )
 from specontext_vllm.residency.step_time import StepTime
+from specontext_vllm.residency.table_rows import default_captured_rows
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.sizes import in_gib
 from specontext_vllm.step_data import ScheduledStep, StartedRequest
