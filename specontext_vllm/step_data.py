@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,8 +98,7 @@ class StepBatch:
         return len(self.seq_lens_bound)
 
 
-@dataclass(frozen=True)
-class RowPart:
+class RowPart(NamedTuple):
     """Consecutive rows that are scored together.
 
     Attributes:
@@ -110,10 +110,9 @@ class RowPart:
     max_pages: int
 
 
-@dataclass(frozen=True)
-class StepShape:
+class StepShape(NamedTuple):
     """What the host knows of the decode rows of a step. Steps of one shape launch the same kernels,
-    so it is also a key of CUDA graphs.
+    so it is also a key of CUDA graphs; a tuple, since it is made and hashed in every step.
 
     Attributes:
         rows: leading rows whose tokens get keys: the decode rows, and in a graph the padding rows.
