@@ -73,7 +73,7 @@ class SpeContextMetadata:
     Attributes:
         num_decodes: leading rows that decode, one query token each; they read ``table``.
         table: the page table, filled before the first layer.
-        prefill: the rows behind them, or None.
+        prefill: the prompt rows after them, or None.
         num_tokens: query tokens of the step (with a FULL graph: padding included).
         common: vLLM's own description of the step, for retrievers that select per layer and the
             adapter of the V1 runner.
@@ -87,7 +87,7 @@ class SpeContextMetadata:
 
 
 def max_table_rows(vllm_config: Any) -> int:
-    """Most decode rows of a step, padding to a captured size included."""
+    """The largest number of decode rows in a step, padding to a captured size included."""
     return table_rows(
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.compilation_config.max_cudagraph_capture_size or 0,
@@ -220,8 +220,7 @@ class SpeContextImpl(AttentionImpl):
             if found:
                 raise ConfigError(
                     f"--attention-backend specontext: this model's attention uses {what}, which is "
-                    "not supported; "
-                    f"serve it with another backend."
+                    "not supported; serve it with another backend."
                 )
         from vllm.platforms import current_platform
 
@@ -254,7 +253,7 @@ class SpeContextImpl(AttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``query [N, num_heads, D]`` -> ``output`` of the same shape;
-        ``kv_cache [num_blocks, H, P, 2 * D]``.
+        ``kv_cache [num_pages, H, P, 2 * D]``.
         """
         if attn_metadata is None:  # vLLM's memory profile
             return output.fill_(0)
@@ -284,21 +283,30 @@ class SpeContextImpl(AttentionImpl):
             self.provider.decode(query[:decodes], kv_cache, table, decodes, output[:decodes])
         if prefill is not None:
             span = slice(decodes, attn_metadata.num_tokens)
-            if self.tiers is not None and self.tiers.is_staged(self.layer):
-                self._prefill_staged(
-                    query[span], key[span], value[span], kv_cache, prefill, output[span]
-                )
-                return output
-            if self.tiers is not None:
-                prefill = replace(
-                    prefill,
-                    block_table=self.tiers.prompt_block_table(self.layer, prefill.block_table),
-                )
-            self.provider.prefill(query[span], kv_cache, prefill, output[span])
+            self._prefill(query[span], key[span], value[span], kv_cache, prefill, output[span])
         return output
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        prefill: PrefillRows,
+        output: torch.Tensor,
+    ) -> None:
+        """Prompt rows attend densely, with two tiers over the frames of their pages."""
+        if self.tiers is None:
+            self.provider.prefill(query, kv_cache, prefill, output)
+        elif self.tiers.is_staged(self.layer):
+            self._prefill_staged(self.tiers, query, key, value, kv_cache, prefill, output)
+        else:
+            frames = self.tiers.prompt_block_table(self.layer, prefill.block_table)
+            self.provider.prefill(query, kv_cache, replace(prefill, block_table=frames), output)
 
     def _prefill_staged(
         self,
+        tiers: TieredKV,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -306,10 +314,10 @@ class SpeContextImpl(AttentionImpl):
         prefill: PrefillRows,
         output: torch.Tensor,
     ) -> None:
-        """Prefill rows of an offloaded layer: their history arrives in a staging area, the new
-        tokens are put behind it.
+        """Prompt rows of an offloaded layer: their history arrives in a staging area, and the new
+        tokens are written after it.
         """
-        for stage in self.tiers.staged_rows(self.layer):
+        for stage in tiers.staged_rows(self.layer):
             self.provider.write(key[stage.tokens], value[stage.tokens], arena, stage.slots)
             starts = prefill.starts[stage.rows.start : stage.rows.stop + 1]
             offsets = prefill.offsets[stage.rows.start : stage.rows.stop + 1]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from specontext_vllm.engine.backend_choice import (
     is_named,
@@ -38,7 +38,7 @@ def choose_worker() -> None:
     """
     platform = _platform_class()
     original = platform.check_and_update_config.__func__
-    if getattr(original, "_specontext", False):
+    if _is_ours(original):
         return
 
     @functools.wraps(original)
@@ -71,7 +71,7 @@ def choose_worker() -> None:
                 bool(vllm_config.scheduler_config.async_scheduling)
             ]
 
-    check_and_update_config._specontext = True
+    _mark_as_ours(check_and_update_config)
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
@@ -86,7 +86,7 @@ def let_cpu_platform_choose_backend() -> None:
     if platform.device_type != "cpu":
         return
     original = platform.get_attn_backend_cls.__func__
-    if getattr(original, "_specontext", False):
+    if _is_ours(original):
         return
 
     @functools.wraps(original)
@@ -97,7 +97,7 @@ def let_cpu_platform_choose_backend() -> None:
             return selected_backend.get_path()
         return original(cls, selected_backend, attn_selector_config, num_heads)
 
-    get_attn_backend_cls._specontext = True
+    _mark_as_ours(get_attn_backend_cls)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
@@ -115,7 +115,8 @@ def hide_our_kernels_folder() -> None:
     if found is not None and any(
         Path(place).resolve() == ours for place in found.submodule_search_locations or ()
     ):
-        sys.modules["triton_kernels"] = None  # find_spec and import then say that there is none
+        # find_spec and import then say that there is none.
+        sys.modules["triton_kernels"] = cast(Any, None)
 
 
 @contextmanager
@@ -150,6 +151,14 @@ def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[N
     finally:
         for module in modules:
             module.allocate_kv_cache = original
+
+
+def _mark_as_ours(function: Any) -> None:
+    function._specontext = True
+
+
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "_specontext", False)
 
 
 def _platform_class() -> Any:

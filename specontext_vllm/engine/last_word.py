@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -46,8 +47,9 @@ def say_last(folder: str | None = None) -> None:
         if (sentence := _sentence(error)) is not None:
             print(f"\n{sentence}", file=sys.stderr, flush=True)
 
-    excepthook._specontext = True
-    sys.excepthook = excepthook
+    ours: Any = excepthook
+    ours._specontext = True
+    sys.excepthook = ours
 
 
 def pass_to_front_end(folder: str | None, error: Exception) -> None:
