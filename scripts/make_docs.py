@@ -153,7 +153,7 @@ def vllm_contacts() -> str:
     """Where this package touches vLLM."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
-    from scripts.vllm_contacts import as_markdown
+    from scripts.vllm_contacts_page import as_markdown
 
     return as_markdown()
 

@@ -8,7 +8,9 @@ import textwrap
 
 import pytest
 
-from scripts.vllm_contacts import Package, as_markdown, contacts, exists_in_vllm, unmarked
+from scripts.vllm_contacts import Package, contacts, unmarked
+from scripts.vllm_contacts_page import as_markdown
+from scripts.vllm_sources import exists_in_vllm
 
 RUNNER = "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
 
