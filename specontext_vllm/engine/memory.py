@@ -139,7 +139,7 @@ def refuse_less_than_one_request(
     )
     if vllm_config.cache_config.num_gpu_blocks_override is not None:
         return
-    # With --max-model-len auto vLLM fits the length to the room.
+    # With --max-model-len auto vLLM fits the length to the memory.
     tokens = 1 if model.original_max_model_len == -1 else model.max_model_len
     min_bytes = memory.min_gpu_bytes(host_bytes, tokens)
     capped = gpu_bytes == cap_bytes(config)

@@ -12,14 +12,17 @@ from tests.engine.configs import vllm_config
 from tests.engine.conftest import DEMO_MODEL
 
 
-def test_the_head_beside_the_model_is_found_and_a_given_one_wins():
+def test_the_head_in_the_model_s_folder_is_found_and_a_given_one_wins():
     model = vllm_config().model_config
     assert find_head(SpeContextConfig(), model) == str(DEMO_MODEL / "retrieval_head")
     assert find_head(SpeContextConfig(retrieval_head="dummy"), model) == "dummy"
 
 
 def test_no_head_anywhere(tmp_path):
-    sentence = r"no retrieval_head/ folder in .* and no known EAGLE-3 head .* `specontext distill`, .* needs none: quest, recent, random, oracle, dense\."
+    sentence = (
+        r"no retrieval_head/ folder in .* and no known EAGLE-3 head .* `specontext distill`, "
+        r".* needs none: dense, oracle, quest, random, recent\."
+    )
     with pytest.raises(ConfigError, match=sentence):
         find_head(SpeContextConfig(), vllm_config(model={"model": str(tmp_path)}).model_config)
 

@@ -78,14 +78,14 @@ def test_what_can_be_judged_before_anything_is_loaded_is(monkeypatch, additional
     )
 
 
-def test_the_least_room_that_is_named_is_enough():
+def test_the_smallest_memory_that_is_named_is_enough():
     refused = vllm_config({"specontext": {"gpu_kv_gib": 0.0001}})
     with pytest.raises(ConfigError) as error:
         refuse_small_memory(refused, prepare_vllm_config(refused))
     needed = float(str(error.value).split(" needs ")[1].split()[0])
     enough = vllm_config({"specontext": {"gpu_kv_gib": needed + 0.01}})
     refuse_small_memory(enough, prepare_vllm_config(enough))
-    # vLLM fits the length to the room, and takes the blocks that it is told to.
+    # vLLM fits the length to the memory, and takes the blocks that it is told to.
     for changes in (
         {"model": {"original_max_model_len": -1}},
         {"cache": {"num_gpu_blocks_override": 300}},
