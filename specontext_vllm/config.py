@@ -67,7 +67,7 @@ class SpeContextConfig(BaseModel):
     )
     retriever: str = Field(
         default="dlm",
-        json_schema_extra=lambda schema: schema.update(enum=listed_rules()),
+        json_schema_extra=lambda schema: schema.update(enum=[*listed_rules()]),
         description=("What decides which pages are read: the rule that gives them their scores."),
     )
     rule_settings: dict[str, Any] = Field(
