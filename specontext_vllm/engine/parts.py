@@ -14,8 +14,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.engine.backend import max_table_rows
 from specontext_vllm.engine.find_head import load_head
+from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.memory_model import TierPlan

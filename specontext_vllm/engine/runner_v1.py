@@ -10,7 +10,7 @@ from typing import Any
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from specontext_vllm.engine.backend import SpeContextMetadata
+from specontext_vllm.engine.metadata import SpeContextMetadata
 from specontext_vllm.engine.runtime import Runtime
 from specontext_vllm.step_data import StepBatch
 

@@ -16,11 +16,12 @@ from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
 from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.engine.backend import SpeContextImpl, SpeContextMetadataBuilder
+from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.kv_group import KVGroup, find_kv_group, our_layer_names
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
 from specontext_vllm.engine.memory import memory_model
+from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.parts import make_graphs, make_retriever, make_selector, make_tiers
 from specontext_vllm.engine.refusals import refuse_captured_writes

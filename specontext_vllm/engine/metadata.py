@@ -1,0 +1,137 @@
+"""What a step's layers are told: the page table, and which rows read it.
+
+vLLM: the interface of a metadata builder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+
+from specontext_vllm.attention.provider import AttentionProvider, PrefillRows
+from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.residency.table_rows import table_rows
+from specontext_vllm.step_data import PageTable
+
+
+@dataclass
+class SpeContextMetadata:
+    """One step's attention, shared by all layers.
+
+    Attributes:
+        num_decodes: leading rows that decode, one query token each; they read ``table``.
+        table: the page table, filled before the first layer.
+        prefill: the prompt rows after them, or None.
+        num_tokens: query tokens of the step (with a FULL graph: padding included).
+        common: vLLM's own description of the step, for retrievers that select per layer and the
+            adapter of the V1 runner.
+    """
+
+    num_decodes: int
+    table: PageTable
+    prefill: PrefillRows | None
+    num_tokens: int
+    common: CommonAttentionMetadata
+
+
+def max_table_rows(vllm_config: Any) -> int:
+    """The largest number of decode rows in a step, padding to a captured size included."""
+    return table_rows(
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+    )
+
+
+class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
+    """Owns the page table and the provider that plans; the runtime fills the table in each step.
+
+    Implements: vllm.v1.attention.backend.AttentionMetadataBuilder
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        """Make the page table.
+
+        Uses: vllm.config.compilation.CompilationConfig.static_forward_context
+        Symptom: on the V1 runner prompt rows of one token stand among the decode rows.
+        Reason: the runner sorts a step's rows by a threshold that only this private method sets.
+        Remove when: a builder can state its threshold.
+        """
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Decode rows lead the batch, then prompt rows of one token (the V1 runner sorts by this
+        # threshold; the V2 runner by our adapter).
+        self._init_reorder_batch_threshold(1)
+        config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        max_model_len = vllm_config.model_config.max_model_len
+        width = config.allocated_table_pages(max_model_len, device.type)
+        self.table = PageTable.allocate(
+            max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device
+        )
+        layers = [
+            vllm_config.compilation_config.static_forward_context[name] for name in layer_names
+        ]
+        # All layers of a group have one shape, so the first layer's provider can plan for all of
+        # them.
+        self.provider: AttentionProvider = layers[0].impl.provider
+        for layer in layers:
+            layer.impl.provider = self.provider
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SpeContextMetadata:
+        common = common_attn_metadata
+        decodes = self._leading_decodes(common)
+        # One token each, or none in padding.
+        decode_tokens = int(common.query_start_loc_cpu[decodes])
+        prefill = None
+        if decodes < common.num_reqs:
+            starts = common.query_start_loc[decodes : common.num_reqs + 1]
+            prefill = PrefillRows(
+                starts=starts - decode_tokens if decodes else starts,
+                seq_lens=common.seq_lens[decodes : common.num_reqs],
+                block_table=common.block_table_tensor[decodes : common.num_reqs],
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
+                offsets=(
+                    common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens
+                ).tolist(),
+            )
+        return SpeContextMetadata(decodes, self.table, prefill, common.num_actual_tokens, common)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SpeContextMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        # Captured kernels also run once: give them something harmless to read, one token of block 0
+        # a row.
+        self.table.pages.zero_()
+        self.table.lengths.fill_(1)
+        self.provider.plan(self.table, metadata.num_decodes)
+        return metadata
+
+    @staticmethod
+    def _leading_decodes(common: CommonAttentionMetadata) -> int:
+        """Rows, padding included, in front of the first with prompt tokens or several tokens."""
+        prompts = common.is_prefilling
+        if common.max_query_len <= 1 and (prompts is None or not prompts.any()):
+            return common.num_reqs
+        is_prefill = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
+        if prompts is not None:
+            # Not told of padding.
+            is_prefill[: len(prompts)] |= prompts[: len(is_prefill)]
+        return int(is_prefill.int().argmax()) if is_prefill.any() else common.num_reqs
