@@ -1,4 +1,4 @@
-"""SpeContext for vLLM: page-sparse decode attention chosen by a retrieval head (arXiv 2512.00722)."""
+"""Page-sparse decode attention for vLLM, chosen by a retrieval head (SpeContext, 2512.00722)."""
 
 __version__ = "0.1.0"
 

@@ -104,7 +104,10 @@ def test_one_sentence(settings, sentence):
 def test_a_key_that_is_nearly_ours_is_not_passed_over(key):
     with pytest.raises(
         ConfigError,
-        match=f"additional_config: found the key '{key}', which nothing reads; this plugin's settings are under 'specontext'",
+        match=(
+            f"additional_config: found the key '{key}', which nothing reads; this plugin's "
+            f"settings are under 'specontext'"
+        ),
     ):
         SpeContextConfig.from_additional_config({key: {"budget": 128}})
 

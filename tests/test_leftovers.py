@@ -14,7 +14,10 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHILD = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[1] == 'deaf' else signal.SIG_DFL); print('up', flush=True); time.sleep(600)"
+CHILD = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[1] == "
+    "'deaf' else signal.SIG_DFL); print('up', flush=True); time.sleep(600)"
+)
 TESTS = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -23,7 +26,8 @@ import pytest
 HERE = Path(__file__).parent
 
 def start(kind):
-    child = subprocess.Popen([sys.executable, "-c", {child!r}, kind], stdout=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-c", {child!r}, kind]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     child.stdout.readline()
     with (HERE / "pids").open("a") as file:
         file.write(f"{{child.pid}}\\n")
@@ -67,7 +71,10 @@ def test_sigterm_to_make_test_ends_what_the_tests_started(tmp_path, workers):
     if workers and importlib.util.find_spec("xdist") is None:
         pytest.skip("needs pytest-xdist")
     (tmp_path / "test_servers.py").write_text(TESTS.format(child=CHILD))
-    options = f"-p tests.leftovers -p no:cacheprovider --rootdir {tmp_path} {f'-n {workers}' if workers else ''} {tmp_path}"
+    options = (
+        f"-p tests.leftovers -p no:cacheprovider --rootdir {tmp_path} "
+        f"{f'-n {workers}' if workers else ''} {tmp_path}"
+    )
     command = ["make", "test", f"PYTHON={sys.executable}", f"PYTEST={options}"]
     env = {
         **os.environ,

@@ -139,7 +139,7 @@ def test_a_prompt_beyond_the_model_is_refused_and_harms_nobody(client, prompts):
 
 
 def test_a_crowd_that_hangs_up_leaves_nothing_behind(server, client, prompts):
-    """200 clients, many more than run at once, leave after none to twelve events of their streams."""
+    """200 clients, many more than run at once, leave after up to twelve events of their streams."""
     before = complete(client, prompts[1]).choices[0].text
 
     class LeavesAlways(Random):

@@ -90,7 +90,10 @@ def test_a_pool_that_this_machine_cannot_hold_is_refused_before_anything_is_load
         prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 65}}))
     with pytest.raises(
         ConfigError,
-        match=r"host_kv_gib: found 41\.00, but this machine has 40\.00 GiB of memory free; lower it\.",
+        match=(
+            r"host_kv_gib: found 41\.00, but this machine has 40\.00 GiB of memory free; lower "
+            r"it\."
+        ),
     ):
         prepare_vllm_config(vllm_config({"specontext": {"host_kv_gib": 41}}))
     config = vllm_config({"specontext": {"host_kv_gib": 40}})
@@ -179,7 +182,10 @@ def platform(name):
 def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
     with pytest.raises(
         ConfigError,
-        match=f"--attention-backend: found specontext on vLLM's platform {name}, but its kernels are for NVIDIA GPUs and CPUs",
+        match=(
+            f"--attention-backend: found specontext on vLLM's platform {name}, but its kernels "
+            f"are for NVIDIA GPUs and CPUs"
+        ),
     ):
         refuse_platform(platform(name))
     for supported in ("CUDA", "CPU"):
@@ -215,6 +221,9 @@ def test_a_layer_has_the_last_word_on_what_its_model_asks_for():
         ):
             with pytest.raises(
                 ConfigError,
-                match=f"^--attention-backend specontext: this model's attention uses {named}, which is not supported",
+                match=(
+                    f"^--attention-backend specontext: this model's attention uses {named}, "
+                    f"which is not supported"
+                ),
             ):
                 SpeContextImpl(4, 64, 0.125, 2, **asked)

@@ -47,13 +47,16 @@ def member():
 
 
 def test_registering_loads_neither_torch_nor_vllm():
-    code = "import sys, specontext_vllm; print(sorted({'torch', 'vllm', 'transformers', 'triton'} & set(sys.modules)))"
+    code = (
+        "import sys, specontext_vllm; print(sorted({'torch', 'vllm', 'transformers', 'triton'} "
+        "& set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.slow
-def test_a_child_without_our_plugin_unpickles_a_stock_config_and_one_that_has_not_loaded_it_our_backend(
+def test_a_child_unpickles_a_stock_config_without_our_plugin_and_ours_before_it_is_loaded(
     member, tmp_path
 ):
     from vllm.config import VllmConfig
@@ -173,6 +176,9 @@ def test_a_backend_for_each_kind_of_layer_is_refused_where_one_is_ours():
     ):
         with pytest.raises(
             ConfigError,
-            match=r"^--attention-config.backend_per_kind: found \{.*; leave it out and use --attention-backend specontext\.$",
+            match=(
+                r"^--attention-config.backend_per_kind: found \{.*; leave it out and use "
+                r"--attention-backend specontext\.$"
+            ),
         ):
             refuse_backend_per_kind(wrong)

@@ -22,7 +22,10 @@ REPLY_TOKENS = 40
 
 pytestmark = pytest.mark.skipif(
     not (DEMO_MODEL / "config.json").exists(),
-    reason="models/demo is missing; make it with python -m specontext_vllm.demo.train --out models/demo",
+    reason=(
+        "models/demo is missing; make it with python -m specontext_vllm.demo.train --out "
+        "models/demo"
+    ),
 )
 
 

@@ -22,7 +22,10 @@ def test_ray_is_not_installed(monkeypatch):
     )
     with pytest.raises(
         ConfigError,
-        match=r"sidecar: found 'ray', but Ray is not installed; pip install 'specontext-vllm\[sidecar\]'",
+        match=(
+            r"sidecar: found 'ray', but Ray is not installed; pip install "
+            r"'specontext-vllm\[sidecar\]'"
+        ),
     ):
         prepare_vllm_config(vllm_config(SIDECAR))
 

@@ -24,7 +24,10 @@ HEAD = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 128}
         (
             {"max_num_seqs": 256},
             {"host_kv_gib": 0.1, "gpu_kv_gib": 0.05},
-            r"host_kv_gib: hot buffers for --max-num-seqs 256 may take .*--max-num-seqs \d+ is the largest",
+            (
+                r"host_kv_gib: hot buffers for --max-num-seqs 256 may take .*--max-num-seqs "
+                r"\d+ is the largest"
+            ),
         ),
         (
             {"num_gpu_blocks_override": 40000},
@@ -69,6 +72,6 @@ def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(
             (output,) = llm.generate([{"prompt_token_ids": prompts[-1]}], sampling, use_tqdm=False)
             assert len(output.outputs[0].token_ids) == 8
     assert (
-        "host_kv_gib 0.1, but no layer is mirrored: the 101 blocks of --num-gpu-blocks-override take"
-        in caplog.text
-    )
+        "host_kv_gib 0.1, but no layer is mirrored: the 101 blocks of "
+        "--num-gpu-blocks-override take"
+    ) in caplog.text
