@@ -53,7 +53,9 @@ def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    # vLLM's loggers, which it may set up anew, pass nothing on to the root, where caplog is.
+    ours = logging.getLogger("vllm.specontext")
+    monkeypatch.setattr(ours, "handlers", [*ours.handlers, caplog.handler])
     with caplog.at_level(logging.WARNING, "vllm.specontext"):
         with engine(
             attention_backend="specontext",
