@@ -85,6 +85,16 @@ class ScoreInputs:
                 self.first_token,
             )
 
+    def token_logits(self, row: int) -> Tensor:
+        """Logits of a row's tokens under the attention of its queries, in torch:
+        ``[NQ, pages, P]`` float32, -inf for tokens that take no part. Waits for the device.
+        """
+        queries, keys = self.queries, self.keys
+        assert queries is not None and keys is not None
+        tokens = int(self.seq_lens[row])
+        logits = row_logits(queries[row], keys, self.block_table[row], tokens, self.first_token)
+        return logits.unflatten(1, (-1, self.page_size))
+
     def scored_rows(self) -> Iterator[tuple[int, slice]]:
         """Of each row that needs scores, its number and its place in the workspace. Waits for the
         device.
@@ -116,10 +126,20 @@ def score_row(
     Args:
         query: ``[NQ, D]``. block_row: ``[W]`` int32.
     """
+    logits = row_logits(query, keys, block_row, tokens, first_token)
+    page_max, page_lse = reduce_to_pages(logits, PAGE_SIZE)
+    return page_max, page_lse
+
+
+def row_logits(
+    query: Tensor, keys: Tensor, block_row: Tensor, tokens: int, first_token: int
+) -> Tensor:
+    """Logits ``[NQ, pages * P]`` float32 of one row's tokens, -inf for those that take no part;
+    arguments as for ``score_row``.
+    """
     # [pages, NKV, P, D] -> [NKV, pages * P, D]
     row_keys = keys[block_row[: pages_for(tokens)].long()].transpose(0, 1).flatten(1, 2)
     logits = grouped_logits(query[None, :, None], row_keys[None])[0, :, 0].flatten(0, 1)
     logits[:, tokens:] = float("-inf")
     logits[:, :first_token] = float("-inf")
-    page_max, page_lse = reduce_to_pages(logits, PAGE_SIZE)
-    return page_max, page_lse
+    return logits

@@ -67,7 +67,7 @@ def test_rules_that_score_per_layer_have_no_host_pool_and_pages_state_is_theirs_
 class World:
     """Some rows, and what a rule chooses for them."""
 
-    def __init__(self, name, device, settings=None, lengths=(400, 30, 700), heads=2):
+    def __init__(self, name, device, settings=None, lengths=(401, 30, 700), heads=2):
         self.lengths, self.heads, self.device = list(lengths), heads, device
         self.rows = paged_rows(self.lengths, heads, 32, torch.float32, device, seed=3)
         self.query = torch.randn(
@@ -80,9 +80,8 @@ class World:
         self.row_range = range(len(lengths))
         self.starts = row_starts(self.rows.seq_lens, self.row_range)
 
-    def score(self):
-        """Page maxima and sums by row."""
-        inputs = ScoreInputs(
+    def inputs(self):
+        return ScoreInputs(
             self.rows.block_table,
             self.rows.seq_lens,
             self.starts,
@@ -91,11 +90,31 @@ class World:
             min_pages=self.budget.total,
             queries=self.query,
             keys=self.rows.cache,
+            page_vectors=self.page_vectors(),
         )
+
+    def page_vectors(self):
+        """What the rule learns of all tokens; None if it keeps no vectors."""
+        if not self.rule.page_vectors:
+            return None
+        cache = self.rows.cache
+        vectors = cache.new_zeros(len(cache), self.heads, self.rule.page_vectors, cache.shape[-1])
+        kv_cache = torch.cat([cache, cache], -1)
+        for row, tokens in enumerate(self.lengths):
+            token = torch.arange(tokens, device=self.device)
+            block = self.rows.block_table[row, token // PAGE_SIZE].long()
+            self.rule.learn(kv_cache, block * PAGE_SIZE + token % PAGE_SIZE, vectors)
+        return vectors
+
+    def score(self):
+        """Page maxima and sums by row."""
+        inputs = self.inputs()
         self.scored = self.rule.score(inputs, self.scores)
-        return [
-            part.split(self.counts, -1) for part in (self.scored.page_max, self.scored.page_lse)
-        ]
+        page_max, page_lse = self.scored.page_max, self.scored.page_lse
+        for row, span in inputs.scored_rows():
+            finite = page_max[:, span].isfinite() | ~page_lse[:, span].isfinite()
+            assert finite.all(), f"row {row}: page_max is not finite where page_lse is"
+        return [part.split(self.counts, -1) for part in (page_max, page_lse)]
 
     def choose(self):
         """Chosen positions ``{(row, head): [...]}``."""
@@ -144,6 +163,41 @@ def check_choice(world, value_of):
         for head in range(world.heads):
             wanted = values[head].topk(world.budget.total).indices.sort().values.tolist()
             assert chosen[row, head] == wanted
+
+
+@pytest.mark.parametrize("name", [n for n in rule_names() if not find_rule(n).reads_everything])
+def test_every_rule_scores_a_newest_page_of_one_token(name, device):
+    world = World(name, device)
+    assert world.lengths[0] % PAGE_SIZE == 1
+    page_max, _ = world.score()
+    assert page_max[0].isfinite().all()
+
+
+def test_a_page_that_counts_without_a_finite_score_is_found(device):
+    class Spread(Rule):
+        """The spread of the page's logits, which one token alone does not have."""
+
+        def score(self, inputs, scores):
+            inputs.score_keys(scores)
+            for row, span in inputs.scored_rows():
+                scores.page_max[:, span] = inputs.token_logits(row).std(-1)
+            return scores
+
+    world = World("dlm", device)
+    world.rule = Spread({}, device)
+    with pytest.raises(AssertionError, match="row 0: page_max is not finite where page_lse is"):
+        world.score()
+
+
+def test_token_logits_are_those_of_attention(device):
+    world = World("dlm", device)
+    for row, tokens in enumerate(world.lengths):
+        logits = world.inputs().token_logits(row)
+        assert logits.shape == (2 * world.heads, world.counts[row], PAGE_SIZE)
+        logits = logits.flatten(1).cpu()
+        assert logits[:, tokens:].isneginf().all() and logits[:, 0].isneginf().all()
+        weights = logits[:, :tokens].softmax(-1)
+        torch.testing.assert_close(weights, world.weights(row).flatten(0, 1))
 
 
 def test_dlm_takes_the_pages_with_the_heaviest_token(device):
