@@ -18,7 +18,7 @@ help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
 	@echo "make check     ruff and mypy, as CI runs them"
 	@echo "make test      run all tests; those marked gpu where there is a GPU"
-	@echo "make test-fast only what starts no engine and takes no long time otherwise (two minutes)"
+	@echo "make test-fast only what starts no engine and takes no long time otherwise"
 	@echo "make test-gpu  only the tests marked gpu"
 	@echo "make test-next tests/engine on a CPU against the next release of vLLM, which is not supported yet"
 	@echo "make docs      write the parts of docs/ that come from the code"

@@ -1,7 +1,7 @@
 """Rules: how the pages of a context get their scores. One file each, found by the file's name:
 ``rules/NAME.py`` is the rule that the setting ``retriever`` calls ``NAME``.
 
-docs/developer/add_a_rule.md adds one. The settings ask rules for their needs before anything heavy
+docs/developer/add_a_rule.md shows how one is added. The settings ask rules for their needs before anything heavy
 is loaded: so this package imports no torch (rules do so where they score), and lies below config.
 """
 
@@ -60,7 +60,8 @@ class Rule:
 
         Args:
             inputs: queries and keys where the rule needs them, and where each row's pages are.
-                ``inputs.score_keys(scores)`` scores by attention.
+                ``inputs.score_keys(scores)`` scores by attention; ``inputs.token_logits(row)`` are
+                the logits themselves.
             scores: the workspace to write to.
         Returns:
             What selection reads: ``scores``, or its tensors in other places. Selection takes the

@@ -1,4 +1,6 @@
-"""``dlm``: once a step, by the retrieval head (paper C1)."""
+"""``dlm``: once a step, by the retrieval head, which is cut out of a distilled language model (DLM;
+arXiv 2512.00722, section on the retrieval head).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Dlm(Rule):
-    """The heaviest token of the page under the retrieval head's attention, in each step for all
-    layers at once.
+    """The heaviest token of the page under the attention of the retrieval head, which is cut out of
+    a distilled language model, in each step for all layers at once.
     """
 
     needs_head = True
