@@ -182,7 +182,7 @@ def measure_stages(
         provider.plan(table, requests)
 
     # The head's own entry point, so that the time is that of the fused path of this device.
-    step_shape = retriever.begin(batch)
+    step_shape = retriever.shape_step(batch)
     project = timed(lambda _: retriever.project(batch, step_shape), device)
     fuse = timed(lambda _: retriever.learn(batch, requests, aux), device)
     scoring = 0.0

@@ -88,11 +88,20 @@ def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
 
 
 def apply(worker: Any, setting: Setting) -> None:
-    """Use a setting in a worker from the next step on, and note the misses of each step."""
+    """Use a setting in a worker from the next step on, and note the misses of each step.
+
+    Raises:
+        RuntimeError: the engine has one tier, in which nothing is fetched.
+    """
     import torch
 
     runtime = worker.model_runner.runtime
     tiers = runtime.tiers
+    if tiers is None:
+        raise RuntimeError(
+            "transfer: the GPU's part of the memory holds all KV of this load, so nothing would be "
+            "fetched; give more --needles or --recitations, or a larger --tokens."
+        )
     runtime.set(stickiness=setting.stickiness)
     slots = int(setting.slots * runtime.config.budget_pages)
     # Not the time law's choice, which depends on the load.

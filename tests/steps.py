@@ -13,7 +13,7 @@ def bare_step(retriever, selection: Selection, *, tiers=None, graphs=None) -> De
     """One that counts, times and attends nothing; its hooks are those of an engine."""
     table = PageTable(selection.pages, selection.lengths, selection.num_kv_heads)
     provider = SimpleNamespace(plan=lambda table, rows: None, warm_up=lambda table: None)
-    figures = SimpleNamespace(
+    exporter = SimpleNamespace(
         counting=False,
         end_selection=lambda: None,
         begin_step=lambda idle: None,
@@ -25,7 +25,7 @@ def bare_step(retriever, selection: Selection, *, tiers=None, graphs=None) -> De
         selection,
         table,
         provider,
-        figures=figures,
+        exporter=exporter,
         kv_group=KVGroup(index=0, layer_names=("layer",), block_pages=1),
         tiers=tiers,
         graphs=graphs,

@@ -13,7 +13,7 @@ from specontext_vllm.demo.model import Model
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.retrieval.reference import (
     Budget,
-    choose_pages,
+    chosen_pages,
     grouped_logits,
     page_scores,
     reduce_to_pages,
@@ -170,5 +170,5 @@ class Decoder:
             scores = torch.arange(count, device=self.device).float().expand(1, nkv, count)
         else:
             scores = torch.rand(1, nkv, count, device=self.device, generator=generator)
-        chosen = choose_pages(scores, count, Budget(budget // PAGE_SIZE, sinks=1, recents=5))
+        chosen = chosen_pages(scores, count, Budget(budget // PAGE_SIZE, sinks=1, recents=5))
         return chosen.repeat_interleave(PAGE_SIZE, -1)[..., :length]

@@ -25,11 +25,17 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(out: Path) -> tuple[dict[str, int], int]:
-    """Byte-level BPE in which every piece of tasks.py is one token; saved for transformers. Returns
-    (piece -> id, vocabulary size).
+    """Train a byte-level BPE tokenizer that makes every piece of a made-up text one token, and save
+    it for transformers in ``out``.
+
+    A piece is a word with its leading space, a digit, a punctuation mark, a newline or a chat
+    marker (synthetic/tasks.py): the number of a text's pieces is its length in tokens.
+
+    Returns:
+        The id of each piece, and the vocabulary size, rounded up to a multiple of 64.
 
     Raises:
-        RuntimeError: a piece is more than one token, which would make lengths in pieces wrong.
+        RuntimeError: a piece is more than one token.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

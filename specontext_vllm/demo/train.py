@@ -120,7 +120,11 @@ def right_share(logits: Tensor, ids: Tensor, weights: Tensor) -> float:
 def train_head(
     model: Model, draft: DraftModel, ids: dict[str, int], seconds: float, device: str, log: Log
 ) -> None:
-    """Train the head with draft and alignment loss on the frozen model, at mixed lengths."""
+    """Train the head with draft and alignment loss on the frozen model, at mixed lengths.
+
+    Raises:
+        RuntimeError: there is no time for a single step.
+    """
     size = model.size
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=size.head_rate, betas=(0.9, 0.95), fused=device == "cuda"
@@ -168,6 +172,10 @@ def train_head(
                 f"{loss_align.item():.3f}"
             )
             shown = time.time()
+    if step == 0:
+        raise RuntimeError(
+            "the clock left no time for a step of the head; give the training more --minutes."
+        )
     log(
         f"head: {step} steps, draft loss {loss_draft.item():.3f}, alignment loss "
         f"{loss_align.item():.3f}"

@@ -16,7 +16,7 @@ from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 from specontext_vllm.retrieval.reference import (
     Budget,
-    choose_pages,
+    chosen_pages,
     grouped_logits,
     page_scores,
     reduce_to_pages,
@@ -84,7 +84,7 @@ def choose(scores: Tensor, at: Tensor, pages: int) -> Tensor:
     booleans like ``scores [B, nkv, S, pages]``; ``at [B, S]`` as in ``head_scores``.
     """
     counts = (at + 1) // PAGE_SIZE + 1
-    return choose_pages(scores, counts[:, None, :, None], replace(Budget.of(_SERVED), total=pages))
+    return chosen_pages(scores, counts[:, None, :, None], replace(Budget.of(_SERVED), total=pages))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from specontext_vllm.observability import catalog
 from specontext_vllm.observability.files import PUBLISHERS, MetricFiles
 from specontext_vllm.residency.figures import TierStatus
 from specontext_vllm.residency.tiers import TieredKV
-from specontext_vllm.retrieval import counters as decode
+from specontext_vllm.retrieval import counters as decode_counters
 from specontext_vllm.retrieval.protocol import Retriever
-from specontext_vllm.triton_kernels import counters as tier
+from specontext_vllm.triton_kernels import counters as tier_counters
 
 logger = init_logger("vllm.specontext")
 
@@ -35,7 +35,7 @@ SIDECAR = {
     "sidecar_lost_pages": catalog.SIDECAR_LOST_PAGES,
     "sidecar_wait_seconds": catalog.SIDECAR_WAIT_SECONDS,
 }
-"""Metrics of ``Retriever.figures``."""
+"""Metrics of ``Retriever.sidecar_figures``."""
 
 REPORT_SECONDS = 10
 """Time between two lines about the tiers in the log, as between vLLM's own."""
@@ -54,7 +54,7 @@ class Exporter:
 
     Attributes:
         counting: whether steps are counted and timed.
-        select, learn: what is timed: a step before the model, and after it.
+        select, learn: stopwatches of what a step does before the model and after it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Exporter:
             )
         self._thread = threading.get_ident()
         if self._files is not None:
-            # Rates need the zero that counters start from.
+            # Prometheus computes a counter's rate from its earlier value: publish the zeros first.
             self._publish_now(self._files)
             PUBLISHERS.add(self)
 
@@ -113,8 +113,8 @@ class Exporter:
 
         Args:
             idle: nothing is scheduled. Whatever has been counted is then published at once, so that
-                an engine at rest shows its last step. The device has nothing left to do that the
-                engine does not wait for as well.
+                an engine at rest shows its last step. This waits for the device, but an idle engine
+                has no other work to delay.
         """
         self._log_report()
         if self._files is None:
@@ -169,26 +169,34 @@ class Exporter:
 
     def _publish_host(self, files: MetricFiles) -> None:
         """What the host knows, as of now; pages beyond the budget as of the last copy."""
-        for name, value in self._retriever.figures().items():
+        for name, value in self._retriever.sidecar_figures().items():
             files.set(SIDECAR[name], value)
         if not self.counting:
             return
         counted = np.concatenate([self._retriever.counters.host, self._device])
-        files.set(catalog.DECODE_STEPS, counted[decode.STEPS])
-        files.set(catalog.DECODE_ROWS, counted[decode.DECODE_ROWS])
-        files.set(catalog.PAGES_READ, counted[decode.PAGES_READ] + counted[decode.FALLBACK_PAGES])
-        files.set(catalog.PAGES_HELD, counted[decode.PAGES_HELD])
+        files.set(catalog.DECODE_STEPS, counted[decode_counters.STEPS])
+        files.set(catalog.DECODE_ROWS, counted[decode_counters.DECODE_ROWS])
+        files.set(
+            catalog.PAGES_READ,
+            counted[decode_counters.PAGES_READ] + counted[decode_counters.FALLBACK_PAGES],
+        )
+        files.set(catalog.PAGES_HELD, counted[decode_counters.PAGES_HELD])
 
     def _publish_choices(self, files: MetricFiles, counted: np.ndarray) -> None:
         """What the device sums up, beside what the host knew when the copy was asked for."""
         if not self._retriever.reads_aux:
             return
-        at_most = [*counted[decode.KEPT_MASS_BUCKETS], counted[decode.CHOOSING_ROWS]]
+        at_most = [
+            *counted[decode_counters.KEPT_MASS_BUCKETS],
+            counted[decode_counters.CHOOSING_ROWS],
+        ]
         files.set_histogram(
-            catalog.KEPT_MASS_RATIO, np.diff(at_most, prepend=0).tolist(), counted[decode.KEPT_MASS]
+            catalog.KEPT_MASS_RATIO,
+            np.diff(at_most, prepend=0).tolist(),
+            counted[decode_counters.KEPT_MASS],
         )
         if self._retriever.config.confidence_threshold:
-            files.set(catalog.FALLBACK_ROWS, counted[decode.FALLBACK_ROWS])
+            files.set(catalog.FALLBACK_ROWS, counted[decode_counters.FALLBACK_ROWS])
         for metric, watch in (
             (catalog.SELECT_SECONDS, self.select),
             (catalog.LEARN_SECONDS, self.learn),
@@ -197,16 +205,16 @@ class Exporter:
             files.set_histogram(metric, watch.counts.tolist(), watch.total)
 
     def _publish_fetches(self, files: MetricFiles, now: TierStatus, counted: np.ndarray) -> None:
-        files.set(catalog.HITS, counted[tier.SELECTED] - counted[tier.MISSED])
-        files.set(catalog.MISSES, counted[tier.MISSED])
-        files.set(catalog.FETCHED_BYTES, counted[tier.FETCHED] * now.head_page_bytes)
-        loaded = counted[tier.FILLED] + now.loaded_head_pages
+        files.set(catalog.HITS, counted[tier_counters.SELECTED] - counted[tier_counters.MISSED])
+        files.set(catalog.MISSES, counted[tier_counters.MISSED])
+        files.set(catalog.FETCHED_BYTES, counted[tier_counters.FETCHED] * now.head_page_bytes)
+        loaded = counted[tier_counters.FILLED] + now.loaded_head_pages
         files.set(catalog.LOADED_BYTES, loaded * now.head_page_bytes)
         files.set(catalog.LAYER_MOVES, now.moved_layers)
         if self._timed_copies:
-            files.set(catalog.PREFETCHES, counted[tier.AWAITED])
-            files.set(catalog.LATE_PREFETCHES, counted[tier.LATE])
-            files.set(catalog.LATE_SECONDS, counted[tier.LATE_NS] / 1e9)
+            files.set(catalog.PREFETCHES, counted[tier_counters.AWAITED])
+            files.set(catalog.LATE_PREFETCHES, counted[tier_counters.LATE])
+            files.set(catalog.LATE_SECONDS, counted[tier_counters.LATE_NS] / 1e9)
 
     def _publish_tiers(self, files: MetricFiles, now: TierStatus) -> None:
         files.set(catalog.RESIDENT_LAYERS, now.resident_layers)

@@ -73,7 +73,7 @@ class Runtime:
         if self.config.rule.per_layer:
             self.selector = make_selector(vllm_config, self.config, device)
         self.tiers: TieredKV | None = None
-        self.figures: Exporter | None = None
+        self.exporter: Exporter | None = None
         self._graphs = make_graphs(vllm_config, self.config, device)
         self._plan: TierPlan | None = None
         self._layers: list[SpeContextImpl] = []
@@ -219,9 +219,9 @@ class Runtime:
             self.tiers.bind(selection)
         if self._graphs is not None:
             self._graphs.clear()
-        if self.figures is not None:
-            self.figures.close()
-        self.figures = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
+        if self.exporter is not None:
+            self.exporter.close()
+        self.exporter = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
         self.step = DecodeStep(
             self.retriever,
             selection,
@@ -229,7 +229,7 @@ class Runtime:
             builder.provider,
             tiers=self.tiers,
             graphs=self._graphs,
-            figures=self.figures,
+            exporter=self.exporter,
             kv_group=self.kv_group,
         )
         self.step.warm_up()
@@ -255,6 +255,6 @@ class Runtime:
         """Let go of what outlives this object: the worker's figures in /metrics, and the sidecar's
         actor.
         """
-        if self.figures is not None:
-            self.figures.close()
+        if self.exporter is not None:
+            self.exporter.close()
         self.retriever.close()

@@ -14,6 +14,10 @@
 
 With one tier of KV there is nothing to follow, resolve, fetch or stage: the selection itself is the
 page table. What passes from one stage to the next is described in ``step_data.py``.
+
+``batch.num_decodes`` of a step's rows are decode rows. ``batch.table_rows`` is as many, or more
+where vLLM replays its CUDA graph of a larger batch: the rows beyond are padding, which reads
+nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ class DecodeStep:
         selection: those pages.
         table: the page table that attention reads.
         provider: the attention over it.
-        figures: what is counted and timed.
+        exporter: publishes what is counted and timed.
         tiers: where the pages lie, with a host pool; None without one.
         graphs: replay steps without prompt tokens; None: everything is launched one by one.
         kv_group: whose blocks the scheduler's output is read for.
@@ -59,14 +63,14 @@ class DecodeStep:
         table: PageTable,
         provider: AttentionProvider,
         *,
-        figures: Exporter,
+        exporter: Exporter,
         kv_group: KVGroup,
         tiers: TieredKV | None = None,
         graphs: StepGraphs | None = None,
     ) -> None:
         self.retriever, self.selection = retriever, selection
         self.table, self.provider = table, provider
-        self.tiers, self.graphs, self.figures = tiers, graphs, figures
+        self.tiers, self.graphs, self.exporter = tiers, graphs, exporter
         self._schedule = ScheduleReader(kv_group)
 
     @torch.inference_mode()
@@ -74,17 +78,18 @@ class DecodeStep:
         """The tiers follow what the scheduler decided."""
         if self.tiers is not None:
             self.tiers.follow(self._schedule.read(scheduler_output))
-        self.figures.begin_step(idle=not scheduler_output.total_num_scheduled_tokens)
+        self.exporter.begin_step(idle=not scheduler_output.total_num_scheduled_tokens)
 
     def before_model(self, batch: StepBatch) -> None:
         """Choose the pages that the decode rows read, and see that they are there."""
         if self.tiers is not None:
             self.tiers.place_rows(batch.names[: batch.num_decodes], batch.table_rows)
-        with self._timed(self.figures.select, batch):
+        with self._timed(self.exporter.select, batch):
             self._choose_or_replay(batch)
             if self.tiers is not None:
                 self.tiers.fetch(batch.table_rows)
-        self.figures.end_selection()
+        # The host has counted the step's rows: /metrics has them before their tokens are made.
+        self.exporter.end_selection()
         if self.tiers is not None:
             self.tiers.stage(batch)
         if batch.table_rows:
@@ -100,6 +105,7 @@ class DecodeStep:
             embeds: ``[rows, E]`` embeddings of their tokens that were made outside of the graph.
         """
         queries = self.retriever.project(batch, shape, embeds)
+        # A part: consecutive rows whose scores fit the workspace together. Nearly always one.
         for part in shape.parts:
             scores = self.retriever.score(batch, shape, part, queries)
             self.retriever.select(batch, shape, part, scores, self.selection, self._stickiness())
@@ -110,11 +116,13 @@ class DecodeStep:
         """Learn the step's tokens from the model's auxiliary hidden states."""
         if aux is None:
             return
-        with self._timed(self.figures.learn, batch):
-            graphs, rows = self._graphs_for(batch), batch.table_rows
-            if graphs is not None and aux[0].shape[0] >= rows:
-                name, inputs = ("learn", rows), (batch.slots, *aux)
-                graphs.run(name, inputs, self.retriever.learn, batch, rows, aux)
+        with self._timed(self.exporter.learn, batch):
+            graphs, padded_rows = self._graphs_for(batch), batch.table_rows
+            if graphs is not None and aux[0].shape[0] >= padded_rows:
+                # One graph serves all steps of as many rows with padding, so it learns the padding
+                # too: that goes to a row of the head's cache that nobody reads.
+                name, inputs = ("learn", padded_rows), (batch.slots, *aux)
+                graphs.run(name, inputs, self.retriever.learn, batch, padded_rows, aux)
             else:
                 self.retriever.learn(batch, batch.num_decodes, aux)
 
@@ -130,16 +138,21 @@ class DecodeStep:
         self.retriever.warm_up(self.selection, self._stickiness())
 
     def _choose_or_replay(self, batch: StepBatch) -> None:
-        shape, graphs = self.retriever.begin(batch), self._graphs_for(batch)
+        shape, graphs = self.retriever.shape_step(batch), self._graphs_for(batch)
+        # A graph holds a single part. There are several only where the scores of all rows exceed
+        # the workspace, and none without decode rows.
         if graphs is None or len(shape.parts) != 1:
             self.choose_pages(batch, shape)
             return
+        # Padding rows included and contexts rounded up, so that many steps share this graph.
         shape = shape.padded(batch.table_rows)
+        # Only where workers exchange something in the embedding, which no graph may hold.
         embeds = self.retriever.embed_outside(batch, shape.rows)
         name, inputs = ("choose", shape), self._inputs(batch)
         graphs.run(name, inputs, self.choose_pages, batch, shape, embeds)
 
     def _graphs_for(self, batch: StepBatch) -> StepGraphs | None:
+        """The graphs, if this step may be replayed from one."""
         return self.graphs if batch.replayable and self.retriever.capturable else None
 
     def _inputs(self, batch: StepBatch) -> tuple[Tensor, ...]:
@@ -155,8 +168,11 @@ class DecodeStep:
         )
 
     def _stickiness(self) -> Stickiness | None:
+        """By how much a page that must be fetched has to beat one that is in a hot buffer; None
+        where nothing is fetched, or where the setting is 0.
+        """
         margin = math.log1p(self.retriever.config.stickiness)
         return None if self.tiers is None or not margin else self.tiers.stickiness(margin)
 
     def _timed(self, watch: Stopwatch, batch: StepBatch) -> AbstractContextManager[None]:
-        return watch.lap() if self.figures.counting and batch.num_decodes else nullcontext()
+        return watch.lap() if self.exporter.counting and batch.num_decodes else nullcontext()

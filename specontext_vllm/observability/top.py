@@ -27,7 +27,7 @@ class TopError(RuntimeError):
 
 
 @dataclass
-class Figures:
+class EngineSamples:
     """One engine's samples, tensor-parallel ranks taken together.
 
     Attributes:
@@ -39,7 +39,7 @@ class Figures:
     gauges: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
-Reading = dict[tuple[str, str], Figures]
+Reading = dict[tuple[str, str], EngineSamples]
 """By model name and engine."""
 
 
@@ -91,7 +91,7 @@ def parse(text: str) -> Reading:
         ValueError: not Prometheus text, or samples without the labels of model and engine.
     """
     kinds = {sample: metric.kind for metric in METRICS for sample in metric.samples}
-    reading: Reading = defaultdict(Figures)
+    reading: Reading = defaultdict(EngineSamples)
     for family in text_string_to_metric_families(text):
         if not family.name.startswith(PREFIX):
             continue
@@ -127,7 +127,7 @@ def show(now: Reading, before: Reading | None, seconds: float) -> Group:
         table.add_column("")
         recent = None
         if before is not None:
-            earlier = before.get((model, engine), Figures())
+            earlier = before.get((model, engine), EngineSamples())
             recent = growth(figures.sums, earlier.sums)
             table.add_column(f"last {seconds:.0f} s", justify="right")
         table.add_column("since the start", justify="right")

@@ -107,25 +107,25 @@ class CopyStream:
             await_pages(self.progress, resident, counts, layer=layer, seconds=self._seconds)
 
     @contextmanager
-    def staging(self, use: int) -> Iterator[None]:
-        """Enqueue, on the side stream, the copies for use number ``use`` of the two staging areas
-        in turn, after the area's use before has been released.
+    def staging(self, turn: int) -> Iterator[None]:
+        """Enqueue, on the side stream, the copies of turn number ``turn`` of the two staging areas,
+        which alternate, after the area's turn before has been released.
         """
         if not self._cuda:
             yield
             return
-        if use >= 2:
-            self._stream.wait_event(self._released[use % 2])
+        if turn >= 2:
+            self._stream.wait_event(self._released[turn % 2])
         with torch.cuda.stream(self._stream):
             yield
-            self._staged[use % 2].record()
+            self._staged[turn % 2].record()
 
-    def wait_staged(self, use: int) -> None:
-        """Let the current stream wait for the copies of ``staging(use)``."""
+    def wait_staged(self, turn: int) -> None:
+        """Let the current stream wait for the copies of ``staging(turn)``."""
         if self._cuda:
-            torch.cuda.current_stream().wait_event(self._staged[use % 2])
+            torch.cuda.current_stream().wait_event(self._staged[turn % 2])
 
-    def release_staged(self, use: int) -> None:
+    def release_staged(self, turn: int) -> None:
         """Give the staging area back: what is enqueued so far has read it."""
         if self._cuda:
-            self._released[use % 2].record()
+            self._released[turn % 2].record()

@@ -44,7 +44,7 @@ class TierStatus:
         return self.num_layers - self.resident_layers
 
 
-class Figures:
+class TierFigures:
     """Figures since the last reset, and since the last line in the log."""
 
     def __init__(self, meter: Meter) -> None:

@@ -49,8 +49,8 @@ class _Group:
 class Staging:
     """Brings the history of prompt rows to offloaded layers, one group of rows at a time.
 
-    Each use of the two areas in turn is one group in one layer: while it attends, the history of
-    the next group, or of the first one in the next layer, is copied into the other area.
+    The two areas take turns, and a turn is one group in one layer: while that group attends, the
+    history of the next group, or of the first one in the next layer, is copied into the other area.
 
     Args:
         first_frame: first frame of the two areas, which lie one after the other.
@@ -91,8 +91,8 @@ class Staging:
         self._groups: list[_Group] = []
         self._first_layer = num_layers
 
-    def begin(self, batch: StepBatch, first_layer: int) -> None:
-        """Divide the prompt rows into groups and start to copy the history of the first two uses;
+    def stage(self, batch: StepBatch, first_layer: int) -> None:
+        """Divide the prompt rows into groups and start to copy the history of the first two turns;
         nothing when no layer is offloaded.
 
         Args:
@@ -123,26 +123,26 @@ class Staging:
         area. The caller adds the new tokens, and attends before it asks for the next group.
         """
         for index, group in enumerate(self._groups):
-            use = (layer - self._first_layer) * len(self._groups) + index
-            self._copies.wait_staged(use)
-            start = self._starts[use % 2]
+            turn = (layer - self._first_layer) * len(self._groups) + index
+            self._copies.wait_staged(turn)
+            start = self._starts[turn % 2]
             yield StagedRows(
                 group.rows, group.tokens, group.pages + start, group.slots + start * PAGE_SIZE
             )
-            self._copies.release_staged(use)
-            self._copy(use + 2)
+            self._copies.release_staged(turn)
+            self._copy(turn + 2)
         if layer == self._num_layers - 1:
-            # A dummy batch that follows must find none.
+            # A dummy batch runs the layers without ``stage``: it must not find this step's groups.
             self._groups = []
 
-    def _copy(self, use: int) -> None:
+    def _copy(self, turn: int) -> None:
         groups = self._groups
-        if not groups or use >= (self._num_layers - self._first_layer) * len(groups):
+        if not groups or turn >= (self._num_layers - self._first_layer) * len(groups):
             return
-        layer, group = self._first_layer + use // len(groups), groups[use % len(groups)]
+        layer, group = self._first_layer + turn // len(groups), groups[turn % len(groups)]
         self.loaded_head_pages += group.num_head_pages
-        with self._copies.staging(use):
-            self._fetch_layer(layer, group.history, self._areas[use % 2])
+        with self._copies.staging(turn):
+            self._fetch_layer(layer, group.history, self._areas[turn % 2])
 
     def _group(self, batch: StepBatch, rows: slice, tokens: slice) -> _Group:
         heads, device = self._num_kv_heads, self._device

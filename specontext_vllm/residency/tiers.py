@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.residency.copy_stream import CopyStream
-from specontext_vllm.residency.figures import Figures, TierStatus
+from specontext_vllm.residency.figures import TierFigures, TierStatus
 from specontext_vllm.residency.frames import Changes
 from specontext_vllm.residency.host_pool import allocate_host_pool
 from specontext_vllm.residency.hot_buffers import HotBuffers
@@ -142,7 +142,7 @@ class TieredKV:
         )
         mirrored = range(self.pools.first_mirrored, num_layers)
         self._fetch_all_misses = partial(self.fetch_misses, mirrored)
-        self._figures = Figures(self.meter)
+        self._figures = TierFigures(self.meter)
         self._late_counts = self.meter.counts if timed else None
         self._layers: list[LayerMemory] = []
         self._steps = 0
@@ -221,7 +221,7 @@ class TieredKV:
 
     def stage(self, batch: StepBatch) -> None:
         """Start to bring the history of the step's prompt rows to the offloaded layers."""
-        self._staging.begin(batch, self._ledger.resident)
+        self._staging.stage(batch, self._ledger.resident)
 
     # -- once a layer
 
@@ -348,5 +348,5 @@ class TieredKV:
         return self._figures.stats(self.status(), reset)
 
     def report(self) -> str | None:
-        """One line for the log on the steps since the last report; see ``Figures.report``."""
+        """One line for the log on the steps since the last report; see ``TierFigures.report``."""
         return self._figures.report(self.status(), with_lateness=self.device.type == "cuda")

@@ -100,20 +100,20 @@ class LocalRetriever:
 
     # -- a step
 
-    def choose_pages(
+    def select_eagerly(
         self, batch: StepBatch, selection: Selection, stickiness: Stickiness | None = None
     ) -> None:
-        """All that happens before the model, without graphs; ``DecodeStep`` has the same stages and
-        those of the tiers.
+        """All stages from tokens to a selection, launched one by one; ``DecodeStep`` has the same
+        stages, those of the tiers, and graphs.
         """
-        shape = self.begin(batch)
+        shape = self.shape_step(batch)
         queries = self.project(batch, shape)
         for part in shape.parts:
             scores = self.score(batch, shape, part, queries)
             self.select(batch, shape, part, scores, selection, stickiness)
 
-    def begin(self, batch: StepBatch) -> StepShape:
-        """See ``Retriever.begin``."""
+    def shape_step(self, batch: StepBatch) -> StepShape:
+        """See ``Retriever.shape_step``."""
         if batch.table_rows == 0:
             return StepShape(0, chooses=False, parts=())
         decodes = batch.num_decodes
@@ -315,7 +315,7 @@ class LocalRetriever:
                 table_rows=1,
                 num_tokens=1,
             )
-            self.choose_pages(batch, selection, stickiness)
+            self.select_eagerly(batch, selection, stickiness)
         self.counters.clear()
 
     def stats(self, reset: bool = False) -> dict[str, float | int | str | None]:
@@ -327,7 +327,7 @@ class LocalRetriever:
             counted["kept_mass_mean"] = None
         return {"retriever": self.config.retriever, "budget": self.config.budget, **counted}
 
-    def figures(self) -> dict[str, float]:
+    def sidecar_figures(self) -> dict[str, float]:
         """There is no sidecar."""
         return {}
 

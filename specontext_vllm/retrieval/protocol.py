@@ -23,7 +23,7 @@ from specontext_vllm.step_data import (
 
 
 class Retriever(Protocol):
-    """In each step ``begin``, ``project``, then ``score`` and ``select`` for each part of the
+    """In each step ``shape_step``, ``project``, then ``score`` and ``select`` for each part of the
     rows, before the model runs; ``learn`` after it.
 
     There are two: ``retrieval.local`` with a head of its own, and ``sidecar.remote``, whose head
@@ -57,8 +57,8 @@ class Retriever(Protocol):
 
     # -- a step
 
-    def begin(self, batch: StepBatch) -> StepShape:
-        """Take up a step: count its rows, and say what is to be launched for it."""
+    def shape_step(self, batch: StepBatch) -> StepShape:
+        """The first call of a step: count its rows, and determine what is launched for them."""
 
     def embed_outside(self, batch: StepBatch, rows: int) -> Tensor | None:
         """The embeddings of the first ``rows`` rows' tokens, in a buffer that persists, where a
@@ -127,7 +127,7 @@ class Retriever(Protocol):
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures since the last reset."""
 
-    def figures(self) -> dict[str, float]:
+    def sidecar_figures(self) -> dict[str, float]:
         """Figures of the sidecar, by their names in ``stats``; nothing without one."""
 
     def close(self) -> None:

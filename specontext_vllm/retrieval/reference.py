@@ -96,7 +96,7 @@ def page_scores(page_max: Tensor, page_lse: Tensor) -> tuple[Tensor, Tensor]:
     return (page_max - total).amax(-2), (page_lse - total).exp().mean(-2)
 
 
-def choose_pages(scores: Tensor, counts: Tensor | int, budget: Budget) -> Tensor:
+def chosen_pages(scores: Tensor, counts: Tensor | int, budget: Budget) -> Tensor:
     """The chosen pages: sinks, recents, and the best of the rest; the older one of two that are
     equal. All pages of a context that has no more than the budget.
 

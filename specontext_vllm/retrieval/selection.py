@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.reference import Budget, choose_pages, page_scores
+from specontext_vllm.retrieval.reference import Budget, chosen_pages, page_scores
 from specontext_vllm.step_data import PageScores, Selection, Stickiness
 
 
@@ -137,5 +137,5 @@ def select_row(
     scores, mass = page_scores(
         page_max.unflatten(0, (num_kv_heads, -1)), page_lse.unflatten(0, (num_kv_heads, -1))
     )
-    chosen = choose_pages(scores if bonus is None else scores + bonus, count, budget)
+    chosen = chosen_pages(scores if bonus is None else scores + bonus, count, budget)
     return chosen.nonzero()[:, 1].view(num_kv_heads, -1), (mass * chosen).sum(-1)

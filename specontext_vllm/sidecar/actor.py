@@ -107,7 +107,7 @@ class Sidecar:
             table_rows=decodes,
             num_tokens=len(message.token_ids),
         )
-        self.retriever.choose_pages(batch, self.selection)
+        self.retriever.select_eagerly(batch, self.selection)
         rows = decodes * self.spec.num_kv_heads
         lengths = self.selection.lengths[:rows].to("cpu", copy=True)
         width = pages_for(int(lengths.max())) if rows else 0

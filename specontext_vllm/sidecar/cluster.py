@@ -55,8 +55,9 @@ def join_ray(num_cpus: int, object_store_bytes: int, worker_gpu: int | None) -> 
 
 @contextmanager
 def _keep_sigterm_handler() -> Iterator[None]:
-    """Symptom: after ``ray.init`` vLLM's engine process no longer shuts down in order on SIGTERM.
+    """Within the block, keep the handler that this process has for SIGTERM.
 
+    Symptom: after ``ray.init`` vLLM's engine process no longer shuts down in order on SIGTERM.
     Reason: Ray puts its own handler in place of whatever was there, if it may.
     Remove when: ``ray.init`` leaves handlers alone.
     """
@@ -72,8 +73,9 @@ def _keep_sigterm_handler() -> Iterator[None]:
 
 @contextmanager
 def _stay_on_loopback() -> Iterator[None]:
-    """Symptom: a cluster started with ``_node_ip_address="127.0.0.1"`` listens on all interfaces.
+    """Within the block, have a new cluster listen on the loopback interface alone.
 
+    Symptom: a cluster started with ``_node_ip_address="127.0.0.1"`` listens on all interfaces.
     Reason: ``ray._private.services.resolve_ip_for_localhost`` replaces the loopback address by the
     machine's own, unless this platform is said to have no clusters, as on a Mac.
     Remove when: Ray takes the address it is given.

@@ -97,8 +97,8 @@ class Exchange:
         link = self.keeper.link or self.keeper.start()
         link.ask(Allocate(num_blocks), START_SECONDS)
 
-    def begin(self, batch: StepBatch) -> HostStep:
-        """The step as it is to be sent; a restarted actor is taken into use first."""
+    def write_step(self, batch: StepBatch) -> HostStep:
+        """Write down the step as it is to be sent; a restarted actor is taken into use first."""
         self.adopt()
         self.selected = None
         return self._writer.write(batch)

@@ -11,9 +11,10 @@ class LostPages:
     """Which pages of KV have lost a part, kept up to date only while there are any.
 
     A page has two parts in the head's caches: the keys of its tokens, and the fused aux of its
-    latest token, from which the next token's key is made. A sidecar that comes back knows neither
-    for the pages written without it. Both come back by themselves: the fused aux
-    with the next token learned in the page, the keys when the page is begun anew.
+    latest token, from which the next token's key is made. A restarted sidecar has neither for the
+    pages that were written while it was away, and is not sent them again: the next token learned in
+    a page replaces its fused aux, and the keys are whole once the page is reused from its first
+    token on.
 
     Args:
         num_blocks: pages.
@@ -29,11 +30,15 @@ class LostPages:
         return int(np.count_nonzero(self.keys | self.fused))
 
     def lose(self, blocks: np.ndarray) -> None:
-        """The pages ``blocks [n]`` were written and the sidecar has not learned it."""
+        """Mark both parts of the pages ``blocks [n]`` as lost: they were written in a step whose
+        tokens the sidecar did not learn.
+        """
         self.keys[blocks] = self.fused[blocks] = True
 
     def note_step(self, block_table: np.ndarray, starts: np.ndarray, seq_lens: np.ndarray) -> None:
-        """A step that the sidecar takes part in, before it counts as lost or not.
+        """Update what is lost by a step that the sidecar has selected for: the pages that it writes
+        get their parts back where they can. If the sidecar then fails to learn the step's tokens,
+        ``lose`` marks those pages again.
 
         Args:
             block_table: ``[>= R, W]``, tails may be stale.

@@ -127,9 +127,9 @@ class RemoteRetriever:
 
     # -- a step
 
-    def begin(self, batch: StepBatch) -> StepShape:
-        """See ``Retriever.begin``. The rows are counted later, by whoever selects for them."""
-        self._begun = self.exchange.begin(batch)
+    def shape_step(self, batch: StepBatch) -> StepShape:
+        """See ``Retriever.shape_step``. The rows are counted later, by whoever selects for them."""
+        self._begun = self.exchange.write_step(batch)
         all_rows = RowPart(range(batch.table_rows), max_pages=1)
         return StepShape(batch.num_decodes, chooses=False, parts=(all_rows,))
 
@@ -162,7 +162,7 @@ class RemoteRetriever:
         selected = self.exchange.receive()
         if selected is None:
             self.dense_rows += batch.num_decodes
-            self.dense.choose_pages(batch, selection)
+            self.dense.select_eagerly(batch, selection)
             return
         if batch.num_decodes:
             self._fill(batch, step, selected, selection)
@@ -242,7 +242,9 @@ class RemoteRetriever:
         self.dense.warm_up(selection)
 
     def stats(self, reset: bool = False) -> dict[str, Any]:
-        """``LocalRetriever.stats``, and ``figures`` with its sums counted since the last reset."""
+        """``LocalRetriever.stats``, and ``sidecar_figures`` with its sums counted since the last
+        reset.
+        """
         self.exchange.adopt()
         since = {name: value - self._sums_at_reset[name] for name, value in self._sums().items()}
         if reset:
@@ -250,13 +252,13 @@ class RemoteRetriever:
         return {
             **self.dense.stats(reset),
             "retriever": self.config.retriever,
-            **self.figures(),
+            **self.sidecar_figures(),
             **since,
         }
 
-    def figures(self) -> dict[str, float]:
-        """See ``Retriever.figures``: the sums, whether the sidecar is up now, and pages that it
-        does not know.
+    def sidecar_figures(self) -> dict[str, float]:
+        """See ``Retriever.sidecar_figures``: the sums, whether the sidecar is up now, and pages
+        that it does not know.
         """
         return {
             **self._sums(),

@@ -42,7 +42,7 @@ def calls():
 
 
 def make(calls, shape, *, two_tiers=True, graphs=None, capturable=True):
-    retriever = Recorder(calls, begin=shape)
+    retriever = Recorder(calls, shape_step=shape)
     retriever.config = SimpleNamespace(stickiness=1.0)
     retriever.capturable = capturable
     tiers = Recorder(calls) if two_tiers else None
@@ -79,32 +79,41 @@ CHOOSING = ["project", "score", "stickiness", "select", "resolve"]
 
 def test_all_stages_of_a_decode_step(calls):
     make(calls, one_part(2)).before_model(batch(2))
-    assert calls == ["place_rows", "begin", *CHOOSING, "fetch", "stage", "plan"]
+    assert calls == ["place_rows", "shape_step", *CHOOSING, "fetch", "stage", "plan"]
 
 
 def test_with_one_tier_the_selection_is_the_page_table(calls):
     make(calls, one_part(2), two_tiers=False).before_model(batch(2))
-    assert calls == ["begin", "project", "score", "select", "plan"]
+    assert calls == ["shape_step", "project", "score", "select", "plan"]
 
 
 def test_rows_whose_scores_do_not_fit_the_workspace_are_resolved_together(calls):
     parts = (RowPart(range(1), 9), RowPart(range(1, 2), 9))
     make(calls, StepShape(2, True, parts)).before_model(batch(2))
     again = ["score", "stickiness", "select"]
-    assert calls[1:] == ["begin", "project", *again, *again, "resolve", "fetch", "stage", "plan"]
+    assert calls[1:] == [
+        "shape_step",
+        "project",
+        *again,
+        *again,
+        "resolve",
+        "fetch",
+        "stage",
+        "plan",
+    ]
 
 
 def test_a_step_of_prompts_alone_selects_nothing(calls):
     """It is sent on all the same, to a sidecar; and a layer that comes back is copied."""
     make(calls, StepShape(0, False, ())).before_model(batch(0, prompts=2))
-    assert calls == ["place_rows", "begin", "project", "fetch", "stage"]
+    assert calls == ["place_rows", "shape_step", "project", "fetch", "stage"]
 
 
 def test_a_graph_holds_what_lies_between_tokens_and_page_tables(calls):
     graphs = Graphs(calls)
     make(calls, one_part(3), graphs=graphs).before_model(batch(3, table_rows=4, replayable=True))
     assert calls == [
-        *("place_rows", "begin", "embed_outside", "graph", *CHOOSING, "end of graph"),
+        *("place_rows", "shape_step", "embed_outside", "graph", *CHOOSING, "end of graph"),
         *("fetch", "stage", "plan"),
     ]
     # Padding included, and an upper bound of the pages that many steps share.

@@ -122,7 +122,7 @@ class World:
             table_rows=decodes,
             num_tokens=starts[-1],
         )
-        self.retriever.choose_pages(batch, self.selection)
+        self.retriever.select_eagerly(batch, self.selection)
         aux = [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)]
         self.retriever.learn(batch, batch.num_decodes, aux)
         return batch

@@ -8,7 +8,7 @@ import torch
 from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.retrieval.reference import (
     Budget,
-    choose_pages,
+    chosen_pages,
     grouped_logits,
     page_scores,
     reduce_to_pages,
@@ -80,16 +80,16 @@ def test_chosen_are_sinks_recents_and_the_best_older_first(budget):
     counts = torch.tensor([3, 9, 12, 20])
     scores = torch.randint(0, 6, (4, 2, 20), generator=torch.Generator().manual_seed(1)).float()
     scores[2, 1, 4:8] = float("-inf")
-    chosen = choose_pages(scores, counts[:, None, None], budget)
+    chosen = chosen_pages(scores, counts[:, None, None], budget)
     for row, count in enumerate(counts.tolist()):
         for head in range(2):
             wanted = chosen_by_a_loop(scores[row, head].tolist(), count, budget)
             assert chosen[row, head].nonzero()[:, 0].tolist() == wanted
-            one = choose_pages(scores[row, head, :count], count, budget)
+            one = chosen_pages(scores[row, head, :count], count, budget)
             assert torch.equal(one, chosen[row, head, :count])
 
 
 def test_a_budget_of_everything_leaves_nothing_out():
-    assert choose_pages(torch.randn(2, 30), 30, Budget.everything(30)).all()
+    assert chosen_pages(torch.randn(2, 30), 30, Budget.everything(30)).all()
     config = SpeContextConfig(budget=512, sink_tokens=20, recent_tokens=64)
     assert Budget.of(config) == Budget(32, 2, 5)

@@ -53,8 +53,8 @@ class Twins:
         self.pages, self.lengths = self.selection.pages, self.selection.lengths
         self.remote_step = bare_step(remote, self.selection)
 
-    def choose_pages(self, batch, selection):
-        self.inline.choose_pages(batch, selection)
+    def select_eagerly(self, batch, selection):
+        self.inline.select_eagerly(batch, selection)
         self.remote_step.before_model(batch)
         self.pages_read += sum(
             pages_for(n) for n in self.lengths[: batch.num_decodes * KV_HEADS].tolist()
@@ -173,7 +173,7 @@ def wait_until_up(remote):
 def test_both_retrievers_are_complete():
     """Every member of the interface, each method with the interface's parameters."""
     members = [name for name in {**vars(Retriever), **Retriever.__annotations__} if name[0] != "_"]
-    assert {"begin", "project", "score", "select", "learn", "close"} < set(members)
+    assert {"shape_step", "project", "score", "select", "learn", "close"} < set(members)
     for cls in (LocalRetriever, RemoteRetriever):
         for name in members:
             if inspect.isfunction(asked := getattr(Retriever, name, None)):
