@@ -1,8 +1,9 @@
 """Rules: how the pages of a context get their scores. One file each, found by the file's name:
 ``rules/NAME.py`` is the rule that the setting ``retriever`` calls ``NAME``.
 
-docs/developer/add_a_rule.md shows how one is added. The settings ask rules for their needs before anything heavy
-is loaded: so this package imports no torch (rules do so where they score), and lies below config.
+docs/developer/add_a_rule.md shows how one is added. The settings ask rules for their needs before
+anything heavy is loaded: so this package imports no torch (rules do so where they score), and lies
+below config.
 """
 
 from __future__ import annotations
