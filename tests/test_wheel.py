@@ -38,7 +38,7 @@ for name in {OF_EXTRAS!r}:
 import json, pathlib, urllib.request
 import specontext_vllm
 from specontext_vllm.demo.server import VllmServer, device_arguments
-from specontext_vllm.demo.tasks import make_problem, score
+from specontext_vllm.synthetic.tasks import make_problem, score
 
 assert pathlib.Path(specontext_vllm.__file__).is_relative_to(sys.prefix), specontext_vllm.__file__
 model, config = map(pathlib.Path, sys.argv[1:])
