@@ -1,1 +1,1 @@
-"""The retrieval head, scoring, selection and distillation; knows tensors, not vLLM."""
+"""The retrieval head, rules, scores and selection; knows tensors, not vLLM."""
