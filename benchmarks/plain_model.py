@@ -9,9 +9,7 @@ import torch
 from specontext_vllm.demo.model import Model
 from specontext_vllm.demo.sizes import Size
 from specontext_vllm.distillation.shape import DraftShape
-from specontext_vllm.distillation.teacher import (
-    Teacher,
-)
+from specontext_vllm.distillation.teacher import Teacher
 
 
 def plain_model(teacher: Teacher) -> Any | None:

@@ -19,7 +19,6 @@ from specontext_vllm.retrieval.checkpoint import (
 from specontext_vllm.retrieval.checkpoint.tensor_files import list_tensors
 from specontext_vllm.retrieval.rope import rope_parameters, rope_table, rotate_halves
 
-_TOP = ("fc.weight", "norm.weight", "lm_head.weight")
 _NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
 
 _LAYER = {

@@ -273,8 +273,9 @@ class LocalRetriever:
         self._take_settings(config)
 
     def _take_settings(self, config: SpeContextConfig) -> None:
-        self.config = config
+        # First what may refuse: then the settings before stay whole.
         self.rule = make_rule(config.retriever, config.rule_settings, self.device)
+        self.config = config
         # The kept mass that a fallback goes by is the head's.
         self._budget, self._fallback = Budget.of(config), None
         if self.rule.reads_everything:

@@ -130,4 +130,9 @@ def server() -> Iterator[VllmServer]:
 
 @pytest.fixture(scope="session")
 def client(server: VllmServer) -> OpenAI:
+    return client_of(server)
+
+
+def client_of(server: VllmServer) -> OpenAI:
+    """A client that asks once and waits two minutes."""
     return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)

@@ -24,7 +24,7 @@ from benchmarks.soak.references import dense_engine, greedy_answers
 from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, run_load, server_arguments, settle
 from specontext_vllm.demo.server import VllmServer
 from tests.conftest import CUDA
-from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS, engine
+from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS, client_of, engine
 
 CLIENTS, REQUESTS = 200, 120
 
@@ -63,7 +63,7 @@ def following() -> Iterator[VllmServer]:
 
 @pytest.fixture(scope="module")
 def client(server) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=120, max_retries=0)
+    return client_of(server)
 
 
 @pytest.fixture(scope="module")

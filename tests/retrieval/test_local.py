@@ -316,6 +316,16 @@ def test_stats_count_pages(device):
     assert world.retriever.stats()["pages_read"] == 0
 
 
+def test_rule_settings_that_are_refused_leave_the_old_settings_in_force(device):
+    """Named regression: the settings in force named the refused rule, and the one before ran."""
+    retriever = World(device).retriever
+    before, rule = retriever.config, retriever.rule
+    changes = {"retriever": "driven", "rule_settings": {"shares": [2.0]}}
+    with pytest.raises(ValueError, match="rule_settings.shares"):
+        retriever.configure(before.model_copy(update=changes))
+    assert retriever.config is before and retriever.rule is rule
+
+
 def test_settings_beyond_the_table_are_refused(device):
     world = World(device)
     world.retriever.table_pages = 8
