@@ -20,10 +20,10 @@ from specontext_vllm.retrieval.checkpoint import (
     aux_layers_of,
     checkpoint_folder,
     describe_aux_layers,
+    prune_head,
     read_checkpoint,
     read_config,
 )
-from specontext_vllm.retrieval.checkpoint.pruned import write_pruned
 from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.rope import rope_frequencies
 
@@ -86,7 +86,7 @@ def inspect(
         _print(console, f"Fits {target}: reads its layers {layers}.")
     if out is not None:
         with refusals(HeadError):
-            write_pruned(head, out)
+            prune_head(head, out)
         _print(
             console,
             f"Wrote {out}: {kept:,} of {whole:,} bytes. It selects as the whole head does; it can "

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, HeadKeyDtype
@@ -41,7 +40,7 @@ class CachedHead:
     ) -> None:
         self.head, self.device = head, device
         self.embed = embed if head.embed_tokens is None else head.embed
-        self.key_dtype = head_key_dtype(key_dtype, head.fc_weight.dtype, device)
+        self.key_dtype = head_key_dtype(key_dtype, head.dtype, device)
         self._cache: HeadCache | None = None
 
     @property
@@ -58,7 +57,7 @@ class CachedHead:
             spec.num_kv_heads,
             spec.head_dim,
             spec.hidden_size,
-            self.head.fc_weight.dtype,
+            self.head.dtype,
             self.key_dtype,
             self.device,
         )
@@ -71,7 +70,7 @@ class CachedHead:
             spec.num_kv_heads,
             spec.head_dim,
             spec.hidden_size,
-            self.head.fc_weight.dtype,
+            self.head.dtype,
             self.key_dtype,
         )
 
@@ -85,7 +84,7 @@ class CachedHead:
         """
         head = self.head
         positions, slots = batch.positions[:rows], batch.slots[:rows]
-        embeds = embeds.to(head.qk_weight.dtype)
+        embeds = embeds.to(head.dtype)
         if self.device.type == "cpu":
             fused = self.cache.previous(batch.block_table[:rows], positions)
             if not with_queries:
@@ -107,19 +106,16 @@ class CachedHead:
             head.spec.rms_norm_eps,
             PAGE_SIZE,
         )
-        skipped = 0 if with_queries else head.spec.num_heads
-        first = skipped * head.spec.head_dim
-        qk = F.linear(
-            inputs, head.qk_weight[first:], None if head.qk_bias is None else head.qk_bias[first:]
-        )
+        projection = head.queries_and_keys if with_queries else head.keys_alone
+        assert projection is not None
         queries = rope_and_cache(
-            qk,
+            projection(inputs),
             head.cos_sin,
             positions,
             slots,
             self.cache.keys,
-            head.spec.num_heads - skipped,
-            None if head.qk_norm is None else head.qk_norm[skipped:],
+            head.spec.num_heads if with_queries else 0,
+            projection.norm,
             head.spec.rms_norm_eps,
         )
         return queries if with_queries else None
@@ -170,7 +166,7 @@ class CachedHead:
         """Run the head's largest step on made-up data, so that vLLM's memory profile sees its
         activations.
         """
-        spec, dtype = self.head.spec, self.head.fc_weight.dtype
+        spec, dtype = self.head.spec, self.head.dtype
         count = min(num_tokens, PREFILL_CHUNK)
         aux = [
             torch.zeros(num_tokens, spec.target_hidden_size, dtype=dtype, device=self.device)

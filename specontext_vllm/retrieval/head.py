@@ -1,9 +1,17 @@
-"""The retrieval head: the part of an EAGLE-3 draft model that decides what a token attends to.
+"""The retrieval head: the part of a draft model that decides what a token attends to.
 
-    x = cat[norm(embedding), norm(fc(aux))],   q = rope(norm(W_q x)),   k = rope(norm(W_k x))
+With f_j = fc(aux states of token j), u_j = norm(embedding of token j) and n_j = norm(f_j)
 
-(SafeAILab EAGLE `cnets.py`; vLLM `llama_eagle3.py`; only Qwen3-type heads have norms on q and k.)
-Values, output projection, FFN and LM head are pruned.
+    q_t = rope(norm(W_q x + mlp_q(x))),   x = cat[u_t, n_(t-1)]
+    k_j = rope(norm(W_k y + mlp_k(y))),   y = cat[u_j, n_(j-1)] or cat[u_j, n_(j-1), n_j]
+    mlp(x) = W_down (silu(W_gate x) * (W_up x))
+
+Queries are made before the model runs, and so are the first kind of keys; the second kind, from
+the token's own states, after it.
+
+An EAGLE-3 head (SafeAILab EAGLE `cnets.py`; vLLM `llama_eagle3.py`) has the first kind of keys and
+no MLPs, and only Qwen3-type heads have norms on q and k. What else a draft model has is pruned:
+values, output projection, FFN and LM head.
 """
 
 from __future__ import annotations
@@ -15,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, check_dtype, check_fits
+from specontext_vllm.retrieval.projection import Projection
 from specontext_vllm.retrieval.rope import apply_rope, rope_frequencies, rope_table
 from specontext_vllm.retrieval.shard import shard_spec
 
@@ -45,7 +54,7 @@ def check_head(
 
 
 class RetrievalHead(nn.Module):
-    """q and k of the pruned draft model. No method synchronises with the host, so a CUDA graph can
+    """Queries and keys of the head. No method synchronises with the host, so a CUDA graph can
     capture all of them.
 
     Args:
@@ -53,6 +62,11 @@ class RetrievalHead(nn.Module):
         max_position: number of positions, from 0 (the engine's max_model_len).
         dtype: of weights, q and k. Norms and RoPE are computed in float32.
         device: of the weights and the rotary table.
+
+    Attributes:
+        queries_and_keys: the projection of both from one input; None where they have two, because
+            keys are made from own states.
+        queries_alone, keys_alone: the projection of each.
 
     Shapes: N tokens, H fused width, E embedding width, nh / nkv heads, D head dimension; see
     `HeadSpec`.
@@ -87,11 +101,16 @@ class RetrievalHead(nn.Module):
         self.feature_norm = keep(tensors["feature_norm.weight"])
         self.embed_tokens = keep_given(tensors.get("embed_tokens.weight"))
 
-        # q and k in one matrix, q's rows first: a decode step is then one GEMM, and keys() reads a
-        # view.
-        self.qk_weight = keep(torch.cat((tensors["q_proj.weight"], tensors["k_proj.weight"])))
-        self.qk_bias = keep_given(_stack_bias(checkpoint))
-        self.qk_norm = keep_given(_stack_norm(checkpoint))
+        # q and k in one matrix, q's rows first: a decode step is then one GEMM, and keys alone
+        # read a view of it.
+        both = Projection.of(checkpoint, "qk", keep) if spec.key_states == "previous" else None
+        self.queries_and_keys = both
+        if both is None:
+            self.queries_alone = Projection.of(checkpoint, "q", keep)
+            self.keys_alone = Projection.of(checkpoint, "k", keep)
+        else:
+            self.queries_alone = both.part(0, spec.num_heads)
+            self.keys_alone = both.part(spec.num_heads, spec.num_heads + spec.num_kv_heads)
         self.cos_sin: Tensor
         self.register_buffer("cos_sin", rope_table(spec, max_position, device), persistent=False)
 
@@ -100,7 +119,16 @@ class RetrievalHead(nn.Module):
         """Bytes of the weights on the device, without the rotary table: `cos_sin.nbytes`, 4*D a
         position.
         """
-        return sum(parameter.nbytes for parameter in self.parameters())
+        both = self.queries_and_keys
+        projections = (self.queries_alone, self.keys_alone) if both is None else (both,)
+        return sum(parameter.nbytes for parameter in self.parameters()) + sum(
+            projection.num_bytes for projection in projections
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, the fused features, q and k."""
+        return self.fc_weight.dtype
 
     def fuse(self, aux: Sequence[Tensor]) -> Tensor:
         """The feature of each token from the target's auxiliary hidden states: fc, with the
@@ -140,42 +168,61 @@ class RetrievalHead(nn.Module):
             )
         return F.embedding(token_ids, self.embed_tokens)
 
-    def project(self, embeds: Tensor, fused: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys after norms and RoPE.
+    def project(self, embeds: Tensor, previous: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after norms and RoPE, of a head whose keys are made like its queries.
 
         Args:
             embeds: [N, E] embedding of the token at each position.
-            fused: [N, H] `fuse` of the token *before* it: EAGLE pairs token p+1 with the features
-                of token p.
+            previous: [N, H] `fuse` of the token *before* it: EAGLE pairs token p+1 with the
+                features of token p. Zeros before token 0.
             positions: [N] int64, below max_position.
 
         Returns:
             q [N, nh, D] and k [N, nkv, D], views of one tensor.
+
+        Raises:
+            ValueError: its keys are made from own states.
         """
-        qk = F.linear(self._inputs(embeds, fused), self.qk_weight, self.qk_bias)
-        qk = self._rotate(qk, self.qk_norm, positions)
+        if self.queries_and_keys is None:
+            raise ValueError("The head makes keys from own states: use queries() and keys().")
+        qk = self._finish(self.queries_and_keys, self.inputs(embeds, previous), positions)
         return qk[:, : self.spec.num_heads], qk[:, self.spec.num_heads :]
 
-    def keys(self, embeds: Tensor, fused: Tensor, positions: Tensor) -> Tensor:
-        """k [N, nkv, D] of `project` alone, for prefill, where nothing is selected. The caller cuts
-        N into chunks.
+    def queries(self, embeds: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
+        """q [N, nh, D]; arguments as for `project`."""
+        return self.queries_of(self.inputs(embeds, previous), positions)
+
+    def keys(
+        self, embeds: Tensor, previous: Tensor, positions: Tensor, own: Tensor | None = None
+    ) -> Tensor:
+        """k [N, nkv, D]; arguments as for `project`. The caller cuts N into chunks.
+
+        Args:
+            own: [N, H] `fuse` of the token itself, for a head whose keys are made from it.
         """
-        heads, rows = self.spec.num_heads, self.spec.num_heads * self.spec.head_dim
-        bias = None if self.qk_bias is None else self.qk_bias[rows:]
-        norm = None if self.qk_norm is None else self.qk_norm[heads:]
-        return self._rotate(
-            F.linear(self._inputs(embeds, fused), self.qk_weight[rows:], bias), norm, positions
-        )
+        return self.keys_of(self.inputs(embeds, previous), positions, own)
 
-    def _inputs(self, embeds: Tensor, fused: Tensor) -> Tensor:
+    def keys_of(self, inputs: Tensor, positions: Tensor, own: Tensor | None = None) -> Tensor:
+        """`keys` from the `inputs` [N, E+H] of the same tokens' queries."""
+        if self.spec.key_states == "own":
+            assert own is not None
+            inputs = torch.cat((inputs, self._norm(own, self.feature_norm)), dim=-1)
+        return self._finish(self.keys_alone, inputs, positions)
+
+    def queries_of(self, inputs: Tensor, positions: Tensor) -> Tensor:
+        """`queries` from their `inputs` [N, E+H]."""
+        return self._finish(self.queries_alone, inputs, positions)
+
+    def inputs(self, embeds: Tensor, previous: Tensor) -> Tensor:
+        """[N, E+H], both normalised: what queries are made from, and keys at least begin with."""
         return torch.cat(
-            (self._norm(embeds, self.embed_norm), self._norm(fused, self.feature_norm)), dim=-1
+            (self._norm(embeds, self.embed_norm), self._norm(previous, self.feature_norm)), dim=-1
         )
 
-    def _rotate(self, flat: Tensor, norm: Tensor | None, positions: Tensor) -> Tensor:
-        x = flat.unflatten(-1, (-1, self.spec.head_dim))
-        if norm is not None:
-            x = self._norm(x, norm)
+    def _finish(self, projection: Projection, inputs: Tensor, positions: Tensor) -> Tensor:
+        x = projection(inputs).unflatten(-1, (-1, self.spec.head_dim))
+        if projection.norm is not None:
+            x = self._norm(x, projection.norm)
         return apply_rope(x, self.cos_sin, positions)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -186,26 +233,3 @@ class RetrievalHead(nn.Module):
         x = x.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.spec.rms_norm_eps)
         return weight * x.to(weight.dtype)
-
-
-def _stack_bias(checkpoint: HeadCheckpoint) -> Tensor | None:
-    """[(nh+nkv)*D], zero where only one of the two exists; None where none does."""
-    spec, tensors = checkpoint.spec, checkpoint.tensors
-    if "q_proj.bias" not in tensors and "k_proj.bias" not in tensors:
-        return None
-    parts = (("q_proj.bias", spec.num_heads), ("k_proj.bias", spec.num_kv_heads))
-    return torch.cat(
-        [tensors.get(name, torch.zeros(heads * spec.head_dim)).float() for name, heads in parts]
-    )
-
-
-def _stack_norm(checkpoint: HeadCheckpoint) -> Tensor | None:
-    """[nh+nkv, D]: q's norm weight for each query head, then k's, so that one kernel normalises
-    both.
-    """
-    spec, tensors = checkpoint.spec, checkpoint.tensors
-    if not spec.qk_norm:
-        return None
-    q_norm = tensors["q_norm.weight"].expand(spec.num_heads, -1)
-    k_norm = tensors["k_norm.weight"].expand(spec.num_kv_heads, -1)
-    return torch.cat((q_norm, k_norm))

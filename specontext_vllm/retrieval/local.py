@@ -68,7 +68,7 @@ class LocalRetriever:
             self._embeds = torch.zeros(
                 rows_embedded_outside,
                 head.spec.embed_size,
-                dtype=head.qk_weight.dtype,
+                dtype=head.dtype,
                 device=device,
             )
 

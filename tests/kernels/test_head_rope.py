@@ -2,9 +2,10 @@
 against the head's own torch methods.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -29,14 +30,14 @@ def make_head(device, hidden=48, heads=4, kv_heads=2, head_dim=24, qk_norm=False
         dtype=torch.float32,
         seed=3,
     )
-    head = RetrievalHead(checkpoint, max_position=512, dtype=torch.float32, device=device)
-    head.embed_norm.data.uniform_(0.5, 1.5)
-    head.feature_norm.data.uniform_(0.5, 1.5)
+    tensors = checkpoint.tensors
+    tensors["embed_norm.weight"].uniform_(0.5, 1.5)
+    tensors["feature_norm.weight"].uniform_(0.5, 1.5)
     if qk_norm:
-        head.qk_norm = torch.nn.Parameter(
-            torch.rand(heads + kv_heads, head_dim, device=device) + 0.5, requires_grad=False
-        )
-    return head
+        norms = {f"{kind}_norm.weight": torch.rand(head_dim) + 0.5 for kind in "qk"}
+        spec = replace(checkpoint.spec, qk_norm=True)
+        checkpoint = replace(checkpoint, spec=spec, tensors=tensors | norms)
+    return RetrievalHead(checkpoint, max_position=512, dtype=torch.float32, device=device)
 
 
 @triton.jit
@@ -98,11 +99,10 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, de
         and torch.equal(fused[1], cache.fused[table[1, 0]])
         and torch.equal(fused[2], cache.fused[table[2, 0]])
     )
-    assert_close("inputs", head._inputs(embeds, fused), inputs, 1e-5)
+    assert_close("inputs", head.inputs(embeds, fused), inputs, 1e-5)
 
-    skipped = 0 if with_queries else spec.num_heads
-    qk = F.linear(inputs, head.qk_weight[skipped * spec.head_dim :])
-    norm = None if head.qk_norm is None else head.qk_norm[skipped:]
+    projection = head.queries_and_keys if with_queries else head.keys_alone
+    qk = projection(inputs)
 
     def written(dtype):
         """Queries, and the keys as float32; NaN where none was written."""
@@ -113,8 +113,8 @@ def test_decode_projection_matches_the_head(qk_norm, with_queries, key_dtype, de
             positions,
             slots,
             keys,
-            spec.num_heads - skipped,
-            norm,
+            spec.num_heads if with_queries else 0,
+            projection.norm,
             spec.rms_norm_eps,
         )
         return queries, keys.float()

@@ -169,7 +169,7 @@ def test_weights_are_frozen_fused_and_counted(tmp_path):
     layout = LAYOUTS["all_of_it"]
     head = make_head(tmp_path, layout, torch.bfloat16)
     assert not any(parameter.requires_grad for parameter in head.parameters())
-    assert head.qk_weight.shape == ((6 + 3) * 10, 80)
+    assert head.queries_and_keys.weight.shape == ((6 + 3) * 10, 80)
     q_norms, k_norms = 6 * 10, 3 * 10
     values = 40 * 120 + 3 * 40 + 2 * 40 + 90 * 80 + 90 + q_norms + k_norms + 77 * 40
     assert head.num_bytes == 2 * values

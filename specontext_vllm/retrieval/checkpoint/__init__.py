@@ -1,4 +1,6 @@
-"""EAGLE-3 checkpoints: where they are, what a retrieval head takes of them, and what it serves."""
+"""Checkpoints of heads, EAGLE-3's and our own: where they are, what is read and written of them,
+and what they serve.
+"""
 
 from specontext_vllm.retrieval.checkpoint.aux_layers import (
     aux_layers_of,
@@ -11,21 +13,25 @@ from specontext_vllm.retrieval.checkpoint.errors import HeadError
 from specontext_vllm.retrieval.checkpoint.fit import check_dtype, check_fits
 from specontext_vllm.retrieval.checkpoint.hub import checkpoint_folder
 from specontext_vllm.retrieval.checkpoint.reading import read_checkpoint
-from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
+from specontext_vllm.retrieval.checkpoint.saving import prune_head, save_head
+from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec, KeyStates
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
 
 __all__ = [
     "HeadCheckpoint",
     "HeadError",
     "HeadSpec",
+    "KeyStates",
     "TensorInfo",
     "check_dtype",
     "check_fits",
     "default_aux_layers",
     "describe_aux_layers",
     "dummy_checkpoint",
+    "prune_head",
     "read_checkpoint",
     "read_config",
+    "save_head",
     "aux_layers_of",
     "checkpoint_folder",
 ]

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.spec import KeyStates
 from specontext_vllm.retrieval.checkpoint.tensor_files import read_json
 
-PRUNED_ARCHITECTURE = "SpeContextRetrievalHead"
-"""What `specontext inspect --write-pruned` writes: the flat layout, with `vocab_size` for the
-target's tokens in place of t2d and LM head.
-"""
+ARCHITECTURE = "SpeContextHead"
+"""Of a head in the format of our own; see ``save_head``."""
+KEY_STATES: tuple[KeyStates, ...] = get_args(KeyStates)
 # Defaults of transformers' LlamaConfig, which hold for what a head's config leaves out. In
 # particular, a missing RoPE base is 10,000, not the target's.
 DEFAULT_ROPE_THETA = 10_000.0
 DEFAULT_TRAINED_LENGTH = 2048
 DEFAULT_RMS_NORM_EPS = 1e-6
 _AUX_KEY = "eagle_aux_hidden_state_layer_ids"
+_OWN_AUX_KEY = "aux_layer_ids"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -60,8 +61,8 @@ def layout_of(config: Mapping[str, Any], path: Path) -> str:
             )
         return "speculators"
     names = config.get("architectures") or ()
-    if PRUNED_ARCHITECTURE in names:
-        return "pruned"
+    if ARCHITECTURE in names:
+        return "specontext"
     return "specforge" if any("Eagle3" in name for name in names) else "safeailab"
 
 
@@ -160,13 +161,16 @@ def named_aux_layers(
     nested = last.get("eagle_config") or {}
     places = [(f"{level}{_AUX_KEY}", settings.get(_AUX_KEY)) for level, settings in levels]
     places += [(f"{prefix}eagle_config.{key}", nested.get(key)) for key in (_AUX_KEY, "layer_ids")]
+    wanted = _AUX_KEY
+    if layout == "specontext":
+        wanted, places = _OWN_AUX_KEY, [(_OWN_AUX_KEY, config.get(_OWN_AUX_KEY))]
     place, ids = next(((place, ids) for place, ids in places if ids), (None, None))
     if ids is None:
         if num_aux != 3:
             raise HeadError(
                 f"{path}: fc.weight reads {num_aux} hidden states and the default rule names 3 "
                 "layers: set "
-                f"{_AUX_KEY}, or target_hidden_size, in config.json."
+                f"{wanted}, or target_hidden_size, in config.json."
             )
         return None, None
     ids = tuple(ids)
@@ -187,3 +191,15 @@ def named_aux_layers(
             "correct them in config.json."
         )
     return ids, place
+
+
+def key_states_of(flat: Mapping[str, Any], path: Path) -> KeyStates:
+    """`key_states` of a head in our own format; every other head has "previous"."""
+    named = flat.get("key_states")
+    for known in KEY_STATES:
+        if named == known:
+            return known
+    raise HeadError(
+        f"{path}: key_states is {named!r} in config.json, where one of {', '.join(KEY_STATES)} is "
+        "needed: correct it, or update specontext."
+    )

@@ -1,10 +1,11 @@
-"""Reads the retrieval head's weights out of an EAGLE-3 checkpoint.
+"""Reads the retrieval head's weights out of a checkpoint: of EAGLE-3, or in the format of our own.
 
-Published checkpoints have one of three layouts: the original one (SafeAILab, `midlayer.*`),
+Published EAGLE-3 checkpoints have one of three layouts: the original one (SafeAILab, `midlayer.*`),
 SpecForge's (the same tensors under another architecture name) and speculators' (`layers.0.*`, a
 nested config). They differ only in names and defaults, so all are read into one `HeadSpec` and one
 set of canonical tensor names. If config and tensors disagree about a width, the tensors are right:
 published configs carry head dimensions that were edited for other engines (Tencent/AngelSlim#5).
+Ours (`saving.py`) has those very names, and more kinds of heads.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from specontext_vllm.retrieval.checkpoint.config import (
     DEFAULT_RMS_NORM_EPS,
     DEFAULT_TRAINED_LENGTH,
     flatten,
+    key_states_of,
     layout_of,
     named_aux_layers,
     read_config,
@@ -28,23 +30,21 @@ from specontext_vllm.retrieval.checkpoint.config import (
     usable_values,
 )
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.shapes import check_tensors
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
-from specontext_vllm.retrieval.checkpoint.tensor_files import TensorEntry, TensorInfo, list_tensors
+from specontext_vllm.retrieval.checkpoint.tensor_files import TensorEntry, list_tensors
 from specontext_vllm.retrieval.checkpoint.tensor_names import LAYER_NAMES, REQUIRED, canonical_name
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint:
-    """Reads config and kept tensors of an EAGLE-3 checkpoint folder; the pruned tensors are never
-    loaded.
+    """Reads config and kept tensors of a head's folder; the pruned tensors are never loaded.
 
     Args:
         path: folder with config.json and *.safetensors or pytorch_model.bin, sharded or not.
         allow_pickle: whether pytorch_model.bin may be opened; see ``list_tensors``.
 
     Raises:
-        HeadError: not a readable EAGLE-3 checkpoint, or a kept tensor with values that are no
+        HeadError: not a readable checkpoint of a head, or a kept tensor with values that are no
             finite numbers.
     """
     path = Path(path)
@@ -55,7 +55,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
     entries = list_tensors(path, allow_pickle=allow_pickle)
     found: dict[str, str] = {}
     for name in entries:
-        canonical = canonical_name(name)
+        canonical = canonical_name(name, layout)
         if canonical is None:
             continue
         if canonical in found:
@@ -64,7 +64,10 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
                 "checkpoint."
             )
         found[canonical] = name
-    _check_is_eagle3(found, entries, flat, path)
+    if layout == "specontext":
+        _check_holds(found, path)
+    else:
+        _check_is_eagle3(found, entries, flat, path)
 
     shapes = {canonical: entries[name].info.shape for canonical, name in found.items()}
     with usable_values(path):
@@ -81,7 +84,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
         # As in vLLM, the config says whether these are used, not whether they are there.
         if not (spec.norm_before_fc if unused.startswith("input_norm") else spec.fc_norm):
             del found[unused]
-    _check_tensors(spec, {c: entries[n].info for c, n in found.items()}, path)
+    check_tensors(spec, {c: entries[n].info for c, n in found.items()}, path)
 
     kept = set(found.values())
     return HeadCheckpoint(
@@ -96,13 +99,13 @@ def _target_vocabulary(
     entries: Mapping[str, TensorEntry], flat: Mapping[str, Any], layout: str
 ) -> int | None:
     """Tokens of the target: the length of ``t2d``, or the rows of an LM head that is not reduced,
-    or the setting of a pruned head.
+    or the setting of a head in our own format.
 
     A reduced LM head may come without the maps (vLLM then takes its rows for the first token ids);
     it says nothing about the target.
     """
     shapes = {name.removeprefix("model."): entry.info.shape for name, entry in entries.items()}
-    if layout == "pruned":
+    if layout == "specontext":
         return None if "vocab_size" not in flat else int(flat["vocab_size"])
     if "t2d" in shapes:
         return shapes["t2d"][0]
@@ -129,6 +132,15 @@ def _load(entry: TensorEntry, path: Path) -> Tensor:
             "before its training diverged."
         )
     return tensor
+
+
+def _check_holds(found: Mapping[str, str], path: Path) -> None:
+    for canonical in (*REQUIRED, "feature_norm.weight"):
+        if canonical not in found:
+            raise HeadError(
+                f"{path} holds no {canonical}, without which there is no head: copy or save it in "
+                "full."
+            )
 
 
 def _check_is_eagle3(
@@ -201,6 +213,11 @@ def _spec(
         )
     num_aux = fc_in // target_hidden_size
     num_heads, num_kv_heads, head_dim = _attention_shape(flat, shapes, path)
+    if layout == "specontext" and flat.get("head_dim", head_dim) != head_dim:
+        raise HeadError(
+            f"{path}: head_dim is {flat['head_dim']} in config.json but q_proj.weight has "
+            f"{num_heads} heads of {head_dim} rows: correct config.json."
+        )
     rope_theta, rope_scaling = rope_settings(flat, path)
     rms_norm_eps = float(flat.get("rms_norm_eps", DEFAULT_RMS_NORM_EPS))
     trained_length = int(flat.get("max_position_embeddings", DEFAULT_TRAINED_LENGTH))
@@ -237,7 +254,18 @@ def _spec(
         embed_vocab_size=None if embed_tokens is None else embed_tokens[0],
         target_vocab_size=target_vocab_size,
         aux_layers_from=aux_layers_from,
+        key_states=key_states_of(flat, path) if layout == "specontext" else "previous",
+        q_mlp=_mlp_width("q_mlp", shapes),
+        k_mlp=_mlp_width("k_mlp", shapes),
     )
+
+
+def _mlp_width(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Inner width of a gated MLP by whichever of its tensors is there; 0 without any."""
+    for part, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", -1)):
+        if shape := shapes.get(f"{name}.{part}.weight"):
+            return shape[axis]
+    return 0
 
 
 def _attention_shape(
@@ -264,54 +292,3 @@ def _attention_shape(
             "correct config.json."
         )
     return num_heads, num_kv_heads, head_dim
-
-
-def _check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -> None:
-    width = spec.embed_size + spec.hidden_size
-    aux_width = spec.num_aux * spec.target_hidden_size
-    q_rows, k_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    expected: dict[str, tuple[int, ...]] = {
-        "fc.weight": (spec.hidden_size, aux_width),
-        "embed_norm.weight": (spec.embed_size,),
-        "feature_norm.weight": (spec.hidden_size,),
-        "q_proj.weight": (q_rows, width),
-        "k_proj.weight": (k_rows, width),
-    }
-    if spec.norm_before_fc:
-        expected["input_norm.weight"] = (aux_width,)
-    if spec.fc_norm:
-        expected |= {f"fc_norm.{i}.weight": (spec.target_hidden_size,) for i in range(spec.num_aux)}
-    if spec.qk_norm:
-        expected |= {"q_norm.weight": (spec.head_dim,), "k_norm.weight": (spec.head_dim,)}
-    for canonical in expected:
-        if canonical not in infos:
-            raise HeadError(
-                f"{path} holds no {canonical} although its configuration asks for it: download it "
-                "in full."
-            )
-    optional: dict[str, tuple[int, ...]] = {
-        "fc.bias": (spec.hidden_size,),
-        "q_proj.bias": (q_rows,),
-        "k_proj.bias": (k_rows,),
-        "embed_tokens.weight": (spec.embed_vocab_size or 0, spec.embed_size),
-    }
-    for canonical, info in infos.items():
-        wanted = expected.get(canonical) or optional.get(canonical)
-        if wanted is None:
-            raise HeadError(
-                f"{path}: {info.name} is one input norm too many for the {spec.num_aux} hidden "
-                "states that fc.weight "
-                "reads: correct target_hidden_size in config.json."
-            )
-        if info.shape != wanted:
-            raise HeadError(
-                f"{path}: {info.name} has shape {list(info.shape)} where {list(wanted)} is needed: "
-                "check hidden_size, "
-                "target_hidden_size and the head counts in config.json."
-            )
-        if info.dtype not in SUPPORTED_DTYPES:
-            raise HeadError(
-                f"{path}: {info.name} is stored as {info.dtype}, and quantized heads are not "
-                "supported: use the bfloat16, "
-                "float16 or float32 checkpoint."
-            )

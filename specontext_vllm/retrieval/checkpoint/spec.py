@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
+
+KeyStates = Literal["previous", "own"]
+"""Whose fused feature a token's key is made from besides its embedding: that of the token before
+alone, as in EAGLE-3, or the token's own as well.
+"""
 
 
 @dataclass(frozen=True)
@@ -16,11 +21,11 @@ class HeadSpec:
     """Shapes and settings of a retrieval head.
 
     Attributes:
-        format: layout of the checkpoint: "safeailab", "specforge", "speculators", "pruned" or
-            "dummy".
+        format: layout of the checkpoint: "safeailab", "specforge", "speculators", "specontext" (our
+            own) or "dummy".
         hidden_size: H, width of the fused feature.
         target_hidden_size: width of one auxiliary hidden state of the target.
-        embed_size: E, width of the token embedding; q_proj and k_proj read E + H values.
+        embed_size: E, width of the token embedding.
         num_heads, num_kv_heads, head_dim: nh, nkv, D of the head's attention.
         rope_theta: RoPE base.
         rope_scaling: the checkpoint's own RoPE scaling in transformers' terms, or None.
@@ -36,8 +41,10 @@ class HeadSpec:
         dtype: dtype of fc in the checkpoint.
         embed_vocab_size: rows of the head's own token embedding; None if it uses the target's.
         target_vocab_size: tokens of the target it was made for: the length of its `t2d` map, at
-            full vocabulary the rows of its LM head, for a pruned head its config's `vocab_size`;
+            full vocabulary the rows of its LM head, in our own format its config's `vocab_size`;
             None if it has none of these.
+        key_states: what a key is made from; see ``KeyStates``.
+        q_mlp, k_mlp: inner width of the gated MLP beside q_proj and k_proj; 0 for none.
     """
 
     format: str
@@ -60,6 +67,19 @@ class HeadSpec:
     embed_vocab_size: int | None = None
     target_vocab_size: int | None = None
     aux_layers_from: str | None = None
+    key_states: KeyStates = "previous"
+    q_mlp: int = 0
+    k_mlp: int = 0
+
+    @property
+    def query_width(self) -> int:
+        """Values that a query is made from: embedding, and feature of the token before."""
+        return self.embed_size + self.hidden_size
+
+    @property
+    def key_width(self) -> int:
+        """Values that a key is made from: a query's, and for own states the token's feature."""
+        return self.query_width + (self.hidden_size if self.key_states == "own" else 0)
 
 
 @dataclass(frozen=True)
@@ -71,10 +91,13 @@ class HeadCheckpoint:
         fc.weight [H, num_aux*H_target], fc.bias [H],
         input_norm.weight [num_aux*H_target], fc_norm.{i}.weight [H_target],
         embed_norm.weight [E], feature_norm.weight [H],
-        q_proj.weight [nh*D, E+H], q_proj.bias [nh*D], q_norm.weight [D],
-        k_proj.weight [nkv*D, E+H], k_proj.bias [nkv*D], k_norm.weight [D],
-        embed_tokens.weight [V, E].
-    Biases, the input norms, q_norm, k_norm and embed_tokens are optional.
+        q_proj.weight [nh*D, Wq], q_proj.bias [nh*D], q_norm.weight [D],
+        k_proj.weight [nkv*D, Wk], k_proj.bias [nkv*D], k_norm.weight [D],
+        q_mlp.gate_proj.weight, q_mlp.up_proj.weight [Mq, Wq], q_mlp.down_proj.weight [nh*D, Mq],
+        k_mlp.gate_proj.weight, k_mlp.up_proj.weight [Mk, Wk], k_mlp.down_proj.weight [nkv*D, Mk],
+        embed_tokens.weight [V, E];
+    Wq, Wk are the spec's query_width and key_width. Biases, the input norms, q_norm, k_norm, the
+    MLPs and embed_tokens are optional.
     """
 
     spec: HeadSpec

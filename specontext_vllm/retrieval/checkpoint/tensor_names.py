@@ -13,17 +13,20 @@ LAYER_NAMES = {
     "self_attn.k_norm.weight": "k_norm.weight",
 }
 
+_OWN_MODULES = (
+    *("fc", "input_norm", "fc_norm", "embed_norm", "feature_norm", "embed_tokens"),
+    *(f"{kind}_{part}" for kind in "qk" for part in ("proj", "norm", "mlp")),
+)
+"""First parts of the canonical names, which are those of our own format's files."""
+
 _TOP_NAMES = ("fc.weight", "fc.bias", "input_norm.weight", "embed_tokens.weight")
 REQUIRED = ("fc.weight", "embed_norm.weight", "q_proj.weight", "k_proj.weight")
 
 
-def file_name(canonical: str) -> str:
-    """The name of a kept tensor in SafeAILab's layout."""
-    layer = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
-    return f"midlayer.{layer[canonical]}" if canonical in layer else canonical
-
-
-def canonical_name(name: str) -> str | None:
+def canonical_name(name: str, layout: str) -> str | None:
+    """The name here of a checkpoint's tensor; None for one that selection does not read."""
+    if layout == "specontext":
+        return name if name.split(".")[0] in _OWN_MODULES else None
     name = name.removeprefix("model.")
     if name in _TOP_NAMES or (name.startswith("fc_norm.") and name.endswith(".weight")):
         return name

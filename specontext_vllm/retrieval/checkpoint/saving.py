@@ -1,0 +1,110 @@
+"""Writes a head in the format of our own: what selection reads of it, and nothing else.
+
+An EAGLE-3 head fits into it too, without its LM head, values, output projection and FFN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.retrieval.checkpoint.config import ARCHITECTURE
+from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.shapes import check_tensors
+from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
+from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
+
+
+def save_head(
+    folder: Path,
+    spec: HeadSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> None:
+    """Write model.safetensors and config.json, each whole or not at all, over those of an earlier
+    save. ``read_checkpoint`` reads the same spec and tensors again, as format "specontext".
+
+    The result serves as retrieval head only, and no engine takes it for a draft model.
+
+    Args:
+        folder: made if it does not exist.
+        spec: of any format; its ``format``, ``dtype`` and ``aux_layers_from`` are not written.
+        tensors: under the canonical names of ``HeadCheckpoint``, on any device.
+        dtype: what they are stored in; None: each in its own.
+
+    Raises:
+        HeadError: the tensors are not those of ``spec``.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    infos = {
+        name: TensorInfo(name, tuple(t.shape), dtype or t.dtype) for name, t in tensors.items()
+    }
+    check_tensors(replace(spec, format="specontext"), infos, folder)
+    stored = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+    # The config comes last: a folder without one is not taken for a checkpoint.
+    _replace(folder / "config.json", (json.dumps(_config(spec), indent=2) + "\n").encode())
+
+
+def prune_head(checkpoint: HeadCheckpoint, folder: Path) -> None:
+    """Write what selection reads of a head, in its own dtypes, into a new folder.
+
+    Raises:
+        HeadError: the folder holds something already, or cannot be written.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise HeadError(
+                f"{folder} holds something already: give a new folder for the pruned head."
+            )
+        save_head(folder, checkpoint.spec, checkpoint.tensors, dtype=None)
+    except OSError as error:
+        raise HeadError(
+            f"{folder} cannot be written ({type(error).__name__}: {error.strerror}): give another "
+            "folder for the pruned head."
+        ) from error
+
+
+def _config(spec: HeadSpec) -> dict[str, object]:
+    config = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "specontext_head",
+        "hidden_size": spec.hidden_size,
+        "target_hidden_size": spec.target_hidden_size,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "vocab_size": spec.target_vocab_size,
+        "max_position_embeddings": spec.trained_length,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": spec.rope_scaling,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "aux_layer_ids": spec.aux_layer_ids,
+        "norm_before_fc": spec.norm_before_fc,
+        "fc_norm": spec.fc_norm,
+        "key_states": spec.key_states,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write ``path`` so that a kill leaves the old file or the new one."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
