@@ -25,6 +25,7 @@ from benchmarks.figures import command as figures
 from benchmarks.fuzz import command as fuzz
 from benchmarks.host import command as host
 from benchmarks.losses import command as losses
+from benchmarks.marks import command as marks
 from benchmarks.rounding import command as rounding
 from benchmarks.soak import command as soak
 from benchmarks.speed import command as speed
@@ -45,6 +46,7 @@ CASES: dict[str, Callable[..., None]] = {
     "host": host.main,
     "link": link.main,
     "losses": losses.main,
+    "marks": marks.main,
     "memory": memory.main,
     "overlap": capacity.overlap,
     "rounding": rounding.main,

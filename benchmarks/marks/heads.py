@@ -1,0 +1,192 @@
+"""A retrieval head beside the model, token by token as the engine runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.marks.paged_model import PagedModel, token_log_probs
+from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.retrieval.checkpoint import aux_layers_of, read_checkpoint
+from specontext_vllm.retrieval.head import RetrievalHead, check_head
+from specontext_vllm.retrieval.reference import (
+    Budget,
+    chosen_pages,
+    grouped_logits,
+    page_scores,
+    reduce_to_pages,
+)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a head is run.
+
+    Attributes:
+        own_states: it reads the aux states of the sparse run, as in the engine; else those of the
+            dense run.
+        last_look: a page that the step before read also scores by the largest weight that any
+            layer gave it there.
+    """
+
+    own_states: bool
+    last_look: bool
+
+    @property
+    def name(self) -> str:
+        states = "its own states" if self.own_states else "the dense run's states"
+        return states + (", last look" if self.last_look else "")
+
+
+SERVINGS = {
+    "dense": Serving(False, False),
+    "own": Serving(True, False),
+    "dense-look": Serving(False, True),
+    "own-look": Serving(True, True),
+}
+"""By the name that `--servings` takes."""
+
+
+def load_head(folder: Path, model: Any, length: int) -> RetrievalHead:
+    """The head in a folder, for texts of ``length`` tokens of ``model``, in its dtype.
+
+    Raises:
+        HeadError: it cannot be read or does not fit the model.
+    """
+    checkpoint, config = read_checkpoint(folder), model.config
+    check_head(
+        checkpoint,
+        target={
+            "target_hidden_size": config.hidden_size,
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": getattr(config, "num_key_value_heads", None)
+            or config.num_attention_heads,
+            "vocab_size": config.vocab_size,
+        },
+        max_position=length,
+        dtype=model.dtype,
+    )
+    return RetrievalHead(checkpoint, max_position=length, dtype=model.dtype, device=model.device)
+
+
+class HeadBeside:
+    """A head and its keys of the texts that a ``PagedModel`` holds.
+
+    Args:
+        places: the layers that it reads, of ``aux_layers_of``; the model keeps their states.
+
+    B texts, nkv its KV heads, H the model's, K its fused width.
+    """
+
+    def __init__(self, head: RetrievalHead, model: PagedModel) -> None:
+        self.head, self.model = head, model
+        self.places = aux_layers_of(head.spec, len(model.layers))
+        spec, options = head.spec, {"dtype": model.model.dtype, "device": model.device}
+        self._keys = torch.zeros(
+            model.pieces, spec.num_kv_heads, model.length, spec.head_dim, **options
+        )
+        self._prompt_end = torch.zeros(model.pieces, spec.hidden_size, **options)
+        self._last = self._prompt_end
+
+    @torch.inference_mode()
+    def learn_prompt(self, number: int, ids: Tensor) -> None:
+        """The keys of text ``number``, of whose tokens ``ids [n]`` the model has just made KV."""
+        fused = self._fused()[0]
+        place = torch.arange(1, len(ids), device=ids.device)
+        keys = self.head.keys(self._embed(ids[1:]), fused[:-1], place)
+        self._keys[number, :, 1 : len(ids)] = keys.transpose(0, 1)
+        self._prompt_end[number] = fused[-1]
+
+    def rewind(self) -> None:
+        """Stand behind the prompts again."""
+        self._last = self._prompt_end
+
+    @torch.inference_mode()
+    def scores(self, ids: Tensor, position: int) -> Tensor:
+        """The pages' scores ``[B, H, pages]`` for the tokens ``ids [B]`` at ``position``."""
+        place = torch.full_like(ids, position)
+        query, key = self.head.project(self._embed(ids), self._last, place)
+        self._keys[: len(ids), :, position] = key
+        logits = grouped_logits(query[:, :, None], self._keys[: len(ids)]).squeeze(2)
+        # Token 0 has no pair.
+        token = torch.arange(self.model.length, device=ids.device)
+        logits.masked_fill_((token > position) | (token == 0), float("-inf"))
+        # Several KV heads of the head may stand for one of the model's.
+        by_target = logits.unflatten(1, (self.model.kv_heads, -1)).flatten(2, 3)
+        return page_scores(*reduce_to_pages(by_target, PAGE_SIZE))[0]
+
+    @torch.inference_mode()
+    def learn(self, fused: Tensor | None = None) -> None:
+        """Take the states of the model's latest pass over one token, or what was fused of others
+        (``[B, K]``), for the next step.
+        """
+        self._last = self._fused()[:, -1] if fused is None else fused
+
+    @torch.inference_mode()
+    def fuse_states(self) -> Tensor:
+        """Fused states ``[B, S, K]`` of the model's latest pass."""
+        return self._fused()
+
+    def _fused(self) -> Tensor:
+        states = [self.model.states[place] for place in self.places]
+        return self.head.fuse([part.flatten(0, 1) for part in states]).unflatten(
+            0, states[0].shape[:2]
+        )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.model.embed(ids) if self.head.embed_tokens is None else self.head.embed(ids)
+
+
+class LastLook:
+    """The largest weight that any layer gave each page in the latest step, as a score."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+        self._now: Tensor | None = None
+
+    def watch(self, number: int, scores: Tensor, mass: Tensor) -> None:
+        """See ``paged_model.Watch``; a page that was not read has no score."""
+        self._now = scores if number == 0 or self._now is None else self._now.maximum(scores)
+
+    def blend(self, scores: Tensor) -> Tensor:
+        """The larger of a page's ``scores [B, H, pages]`` and of what was seen of it."""
+        return scores if self._now is None else scores.maximum(self._now[:, :, 0])
+
+
+def forced(
+    model: PagedModel,
+    beside: HeadBeside,
+    ids: Tensor,
+    start: int,
+    budget: Budget,
+    serving: Serving,
+    dense_states: Tensor,
+) -> Tensor:
+    """Log-probability ``[B, S - 1]`` of tokens 1 to S of ``ids [B, S]``, which stand from ``start``
+    on, each read after a step whose pages the head chose.
+
+    Args:
+        dense_states: ``[B, S - 1, K]`` fused states of the dense run.
+    """
+    beside.rewind()
+    look = LastLook() if serving.last_look else None
+    found = []
+    for step in range(ids.shape[1] - 1):
+        position = start + step
+        scores = beside.scores(ids[:, step], position)
+        if look is not None:
+            scores = look.blend(scores)
+        chosen = chosen_pages(scores, position // PAGE_SIZE + 1, budget)[:, :, None]
+        logits = model.forward(
+            ids[:, step : step + 1],
+            position,
+            [chosen] * len(model.layers),
+            None if look is None else look.watch,
+        )
+        found.append(token_log_probs(logits, ids[:, step + 1 : step + 2]))
+        beside.learn(None if serving.own_states else dense_states[:, step])
+    return torch.cat(found, 1)
