@@ -282,6 +282,7 @@ class SpeContextConfig(BaseModel):
                     f"rule_settings: found {name!r}, which retriever {self.retriever!r} does not "
                     f"know; {f'it has {known}' if known else 'it has no settings: leave it out'}."
                 )
+        self.rule.check_settings({**self.rule.default_settings, **self.rule_settings})
         return self
 
     @property

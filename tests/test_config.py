@@ -42,6 +42,14 @@ from specontext_vllm.retrieval.rules import listed_rules
             "rule_settings: found 'speed', which retriever 'driven' does not know; it has "
             "['shares']",
         ),
+        *(
+            (
+                {"retriever": "driven", "rule_settings": {"shares": shares}},
+                f"specontext.rule_settings: found shares {shares!r}; give a list of numbers from "
+                "0 to 1.",
+            )
+            for shares in ([], [0.5, 2], [True], ["0.5"], [float("nan")], 0.5, None)
+        ),
         (
             {"confidence_threshold": 2},
             "confidence_threshold: found 2; input should be less than or equal to 1",

@@ -32,6 +32,7 @@ from specontext_vllm.tier_data import (
     TierTables,
 )
 from specontext_vllm.triton_kernels.counters import COUNTERS
+from specontext_vllm.triton_kernels.driven_scores import driven_scores
 from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
 from specontext_vllm.triton_kernels.head_input import head_input
 from specontext_vllm.triton_kernels.head_rope import rope_and_cache
@@ -180,6 +181,16 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 stickiness=stickiness,
             )
 
+    driven_scores(
+        torch.zeros(BLOCKS, h),
+        *torch.zeros(2, dtype=torch.int64).split(1),
+        block_table,
+        seq_lens,
+        starts,
+        page_max,
+        page_size=PAGE,
+        **some,
+    )
     row_starts(seq_lens, 0, rows, PAGE)
     add_kept_mass(
         torch.zeros(rows, h),

@@ -15,6 +15,7 @@ from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.reference import Budget
+from specontext_vllm.retrieval.rules import find_rule
 from specontext_vllm.retrieval.scoring import score_row
 from specontext_vllm.retrieval.selection import select_row
 from specontext_vllm.step_data import PageTable, Selection, StepBatch
@@ -316,13 +317,17 @@ def test_stats_count_pages(device):
     assert world.retriever.stats()["pages_read"] == 0
 
 
-def test_rule_settings_that_are_refused_leave_the_old_settings_in_force(device):
-    """Named regression: the settings in force named the refused rule, and the one before ran."""
+def test_a_rule_that_cannot_be_made_leaves_the_old_settings_in_force(device, monkeypatch):
+    """Named regression: the settings in force named the failed rule, and the one before ran."""
     retriever = World(device).retriever
     before, rule = retriever.config, retriever.rule
-    changes = {"retriever": "driven", "rule_settings": {"shares": [2.0]}}
-    with pytest.raises(ValueError, match="rule_settings.shares"):
-        retriever.configure(before.model_copy(update=changes))
+
+    def fail(self, settings, device):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(find_rule("mass"), "__init__", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        retriever.configure(before.model_copy(update={"retriever": "mass"}))
     assert retriever.config is before and retriever.rule is rule
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,17 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
+from specontext_vllm.residency.hot_buffers import HotBuffers
 from specontext_vllm.retrieval import rules
 from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.rules import Rule, find_rule, listed_rules, make_rule, rule_names
 from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts
 from specontext_vllm.retrieval.selection import select_rows
-from specontext_vllm.step_data import PageScores, Selection
+from specontext_vllm.step_data import PageScores, Selection, Stickiness
+from specontext_vllm.tier_data import DecodeRows
+from specontext_vllm.triton_kernels.counters import COUNTERS
 from tests.paging import paged_rows
+from tests.selections import listed
 
 
 def test_every_file_is_a_rule_and_a_value_of_the_setting():
@@ -116,8 +122,8 @@ class World:
             assert finite.all(), f"row {row}: page_max is not finite where page_lse is"
         return [part.split(self.counts, -1) for part in (page_max, page_lse)]
 
-    def choose(self):
-        """Chosen positions ``{(row, head): [...]}``."""
+    def select(self, stickiness=None):
+        """What selection makes of the scores; pages are counted from their row's start."""
         rows, width = len(self.lengths), self.budget.total
         selection = Selection(
             torch.full((rows * self.heads, width), -1, dtype=torch.int32, device=self.device),
@@ -135,8 +141,14 @@ class World:
             selection,
             self.budget,
             rows=self.row_range,
+            stickiness=stickiness,
         )
-        pages = selection.pages.view(rows, self.heads, width) // self.heads
+        return selection
+
+    def choose(self):
+        """Chosen positions ``{(row, head): [...]}``."""
+        rows, width = len(self.lengths), self.budget.total
+        pages = self.select().pages.view(rows, self.heads, width) // self.heads
         return {
             (row, head): pages[row, head, : min(self.counts[row], width)].tolist()
             for row in range(rows)
@@ -228,16 +240,88 @@ def test_random_differs_from_step_to_step_and_not_from_run_to_run(device):
 
 
 @pytest.mark.parametrize("shares", [[0.0], [0.25], [1.0], [0.5, 0.1]], ids=str)
-def test_driven_scores_change_for_the_share_asked_for(shares, device):
+def test_driven_scores_change_for_the_share_asked_for_and_independently(shares, device):
     world = World("driven", device, {"shares": shares}, lengths=(6000, 3000), heads=2)
-    world.budget, world.row_range = Budget(8, 1, 2), range(2)
-    seen = [torch.cat(world.score()[0], -1) for _ in range(4)]  # Copies: the workspace is reused.
-    for step in range(3):
-        changed = (seen[step] != seen[step + 1]).float().mean()
-        assert changed == pytest.approx(shares[(step + 1) % len(shares)], abs=0.05)
+    seen = [torch.cat(world.score()[0], -1) for _ in range(6)]  # Copies: the workspace is reused.
+    changed = [one != other for one, other in itertools.pairwise(seen)]
+    for step, (now, then) in enumerate(itertools.pairwise(changed)):
+        share, following = (shares[(step + more) % len(shares)] for more in (1, 2))
+        assert_share(now[::2], share)
+        assert_share(then[::2][now[::2]], following)  # Of those that have just changed.
     values = seen[0]
     assert values.min() >= 0 and values.max() <= 10 and values.std() > 2
     assert torch.equal(values[0], values[1]), "query heads of a group have the same scores"
+
+
+def assert_share(events, share):
+    """As many of the independent events are true as the share, within four standard errors."""
+    if len(events):
+        error = (share * (1 - share) / events.numel()) ** 0.5
+        assert events.float().mean().item() == pytest.approx(share, abs=4 * error + 1e-6)
+
+
+class Independent(Rule):
+    """What `driven` is a hash of: scores drawn by a generator, a share of them anew in each step.
+    Of rows in which nothing else has changed.
+    """
+
+    def __init__(self, settings, device):
+        super().__init__(settings, device)
+        self.generator = torch.Generator().manual_seed(5)
+        self.values = None
+
+    def score(self, inputs, scores):
+        shape = scores.order.shape
+        values = torch.rand(shape, generator=self.generator)
+        if self.values is not None:
+            anew = torch.rand(shape, generator=self.generator) < self.settings["share"]
+            values = values.where(anew, self.values)
+        self.values = values
+        scores.page_max[:] = 10 * values.repeat_interleave(2, 0)
+        return dataclasses.replace(scores, page_lse=scores.page_max)
+
+
+@pytest.mark.parametrize("stickiness", [0.0, 1.0], ids=["not sticky", "sticky"])
+def test_driven_selections_miss_as_often_as_independent_draws(stickiness):
+    share, steps, settled, lanes, heads, slots = 0.1, 80, 20, 4, 2, 32
+
+    device = torch.device("cpu")
+
+    def missed_share(rule):
+        """Of the selected pages, by (lane, head), when the hot buffers have filled."""
+        world = World("driven", device, lengths=[64 * PAGE_SIZE] * lanes, heads=heads)
+        world.rule, world.budget = rule, Budget(16, 1, 2)
+        hot = HotBuffers(
+            lanes,
+            heads,
+            slots,
+            64,
+            max_rows=lanes,
+            table_pages=16,
+            num_layers=1,
+            resident=torch.zeros(1, dtype=torch.int32),
+            counts=torch.zeros(COUNTERS, dtype=torch.int64),
+            device=device,
+        )
+        hot.state.capacity.fill_(slots)
+        rows = DecodeRows(
+            torch.arange(lanes, dtype=torch.int32), world.rows.seq_lens, world.rows.block_table
+        )
+        margin = math.log1p(stickiness)
+        sticky = Stickiness(rows.lanes, hot.state.slot_of, margin) if margin else None
+        missed = torch.zeros(lanes, heads)
+        for step in range(steps):
+            world.score()
+            hot.resolve(world.select(sticky), rows, lanes)
+            for _, target in listed(hot.misses) if step >= settled else ():
+                missed[target // heads // slots, target % heads] += 1
+        return missed / (world.budget.total * (steps - settled))
+
+    driven = missed_share(make_rule("driven", {"shares": [share]}, device))
+    independent = missed_share(Independent({"share": share}, device))
+    error = ((driven.var() + independent.var()) / (lanes * heads)) ** 0.5
+    assert error < 0.1 * independent.mean()
+    assert driven.mean().item() == pytest.approx(independent.mean().item(), abs=4 * error.item())
 
 
 def test_driven_scores_belong_to_the_page_and_not_to_its_place_in_the_batch(device):

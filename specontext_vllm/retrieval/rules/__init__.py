@@ -56,6 +56,17 @@ class Rule:
         self.settings = {**self.default_settings, **settings}
         self.device = device
 
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Called for every value of the setting ``rule_settings``, before torch is imported.
+
+        Args:
+            settings: known names, all of them: what is not given has its default.
+        Raises:
+            ValueError: one sentence that begins with ``rule_settings:`` and says what was found and
+                what to do.
+        """
+
     def score(self, inputs: ScoreInputs, scores: PageScores) -> PageScores:
         """Score the pages of ``inputs.rows``, on the device of ``scores``.
 

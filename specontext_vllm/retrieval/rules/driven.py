@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Driven(Rule):
-    """Made-up scores per (block, KV head), of which a share is drawn anew in each step.
+    """Made-up scores per (block, KV head), each of which is drawn anew with a given chance in each
+    step.
 
-    The head scores as ever, so that its time is in the step; then its scores are replaced. Nothing
-    is kept of a page: its score is a hash of its number and of how often it was drawn, and that
-    goes up by one when the sum of the shares so far, plus a phase of the page's own, passes an
-    integer. So every page is drawn anew after 1 / share steps, and the share of them in each step.
+    The head scores as ever, so that its time is in the step; then its scores are replaced.
 
-    The setting ``shares`` lists the shares of the steps that choose pages, over and over.
+    The setting ``shares`` lists the chances of the steps that choose pages, over and over: so each
+    is the share of the pages whose scores change in that step. Draws do not depend on one another,
+    as a page that has lost its place may win it back at any time.
     """
 
     needs_head = True
@@ -37,46 +37,71 @@ class Driven(Rule):
         import torch
 
         super().__init__(settings, device)
-        shares = self.settings["shares"]
-        if not shares or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"rule_settings.shares: found {shares!r}; give numbers from 0 to 1.")
-        # What a captured step reads and advances lies in tensors that persist. Sums are kept in
-        # double precision, in which a small share is not lost after many steps.
-        self.shares = torch.tensor(shares, dtype=torch.float64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.drawn = torch.zeros(1, dtype=torch.float64, device=device)
+        # What a captured step reads and advances lies in tensors that persist.
+        chances = [round(share * 2**32) for share in self.settings["shares"]]
+        self.chances = torch.tensor(chances, dtype=torch.int64, device=device)
+        self.step = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self.drawn = torch.empty(0, 0, device=device)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        shares = settings["shares"]
+        if (
+            not isinstance(shares, list | tuple)
+            or not shares
+            or not all(type(share) in (int, float) and 0 <= share <= 1 for share in shares)
+        ):
+            raise ValueError(
+                f"rule_settings: found shares {shares!r}; give a list of numbers from 0 to 1."
+            )
 
     def score(self, inputs: ScoreInputs, scores: PageScores) -> PageScores:
-        import torch
-
         inputs.score_keys(scores)
-        queries, rows = inputs.queries, inputs.rows
-        assert queries is not None
+        rows, keys, heads = inputs.rows, inputs.keys, scores.order.shape[0]
+        assert keys is not None
+        if self.drawn.shape != (len(keys), heads):
+            # In the first step, of which no graph is captured.
+            self.drawn = self.drawn.new_full((len(keys), heads), -1.0)
         if rows.start == 0:  # A step's first part.
-            self.drawn += self.shares[self.step % len(self.shares)]
-            self.step += 1
-        heads = scores.order.shape[0]
-        width = min(inputs.max_pages, inputs.block_table.shape[1])
-        # Padding rows without queries have no pages either.
-        rows = range(rows.start, min(rows.stop, len(queries)))
-        # Places beyond a row's pages stand for its last one, which gets the same score each time.
-        last = (inputs.seq_lens[rows.start : rows.stop, None].long() - 1) // inputs.page_size
-        page = torch.arange(width, device=queries.device).minimum(last.clamp(min=0))
-        blocks = inputs.block_table[rows.start : rows.stop].gather(1, page)
-        values = self.values(blocks, heads)  # [H, rows, width]
-        place = inputs.starts[: len(rows), None].long() + page
-        values = values.repeat_interleave(scores.page_max.shape[0] // heads, dim=0).flatten(1)
-        scores.page_max[:, place.clamp(max=scores.capacity - 1).flatten()] = values
+            self.step.add_(1)
+        if keys.is_cuda:
+            from specontext_vllm.triton_kernels.driven_scores import driven_scores
+
+            driven_scores(
+                self.drawn,
+                self.step,
+                self.chances,
+                inputs.block_table,
+                inputs.seq_lens,
+                inputs.starts,
+                scores.page_max,
+                page_size=inputs.page_size,
+                first_row=rows.start,
+                num_rows=len(rows),
+                max_pages=inputs.max_pages,
+                min_pages=inputs.min_pages,
+            )
+        else:
+            for row, span in inputs.scored_rows():
+                blocks = inputs.block_table[row, : span.stop - span.start].long()
+                values = redrawn(self.drawn, blocks, self.step, self.chances)
+                self.drawn[blocks] = values
+                group = scores.page_max.shape[0] // heads
+                scores.page_max[:, span] = values.T.repeat_interleave(group, dim=0)
         return replace(scores, page_lse=scores.page_max)
 
-    def values(self, blocks: Tensor, heads: int) -> Tensor:
-        """Scores ``[H, *blocks]`` float32 from 0 to 10 of this step."""
-        import torch
 
-        head = torch.arange(heads, device=blocks.device).view(-1, *[1] * blocks.dim())
-        key = mix(blocks.long() * heads + head)
-        times = torch.floor(self.drawn + key * 2.0**-32).long()
-        return (mix(key + times * 0x9E3779B1) * (10 * 2.0**-32)).float()
+def redrawn(drawn: Tensor, blocks: Tensor, step: Tensor, chances: Tensor) -> Tensor:
+    """Scores ``[pages, H]`` of ``blocks [pages]`` int64 in a step; other arguments as for
+    ``triton_kernels.driven_scores.driven_scores``.
+    """
+    import torch
+
+    heads, old = drawn.shape[1], drawn[blocks]
+    page = blocks[:, None] * heads + torch.arange(heads, device=blocks.device)
+    dice = mix(mix(page) + step * 0x9E3779B1)
+    new = mix(dice + 0x7F4A7C15).float() * (10 * 2.0**-32)
+    return torch.where((dice < chances[step % len(chances)]) | (old < 0), new, old)
 
 
 def mix(number: Tensor) -> Tensor:
