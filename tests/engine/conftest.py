@@ -48,14 +48,29 @@ STOCK = {} if torch.cuda.is_available() else {"block_size": 32, "num_gpu_blocks_
 
 @cache
 def import_vllm() -> None:
-    """Import what an engine runs, and leave it out of all later collections of garbage: vLLM asks
-    for several when an engine starts and ends, each of which would go through all modules.
+    """Import what an engine runs; vLLM's kernels for CPUs take their places once, not at each
+    engine's start, since it goes through all modules for that.
     """
     from vllm import LLM  # noqa: F401
+    from vllm.platforms import current_platform
     from vllm.v1.engine import core  # noqa: F401
 
+    current_platform.register_triton_kernel_overrides = cache(
+        current_platform.register_triton_kernel_overrides
+    )
+
+
+@contextmanager
+def cheap_collections() -> Iterator[None]:
+    """Collections of garbage see what is made from here on, not all that is imported: vLLM asks for
+    some ten when an engine starts and ends, and makes them see everything.
+    """
     gc.collect()
     gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
 
 
 @contextmanager
@@ -65,16 +80,17 @@ def engine(**overrides) -> Iterator:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(**{**ENGINE, **overrides})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with cheap_collections():
+        llm = LLM(**{**ENGINE, **overrides})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")
