@@ -26,6 +26,7 @@ from benchmarks.fuzz import command as fuzz
 from benchmarks.host import command as host
 from benchmarks.losses import command as losses
 from benchmarks.marks import command as marks
+from benchmarks.real import command as real
 from benchmarks.rounding import command as rounding
 from benchmarks.soak import command as soak
 from benchmarks.speed import command as speed
@@ -49,6 +50,7 @@ CASES: dict[str, Callable[..., None]] = {
     "marks": marks.main,
     "memory": memory.main,
     "overlap": capacity.overlap,
+    "real": real.main,
     "rounding": rounding.main,
     "sidecar": sidecar.main,
     "soak": soak.main,

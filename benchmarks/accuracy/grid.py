@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks.accuracy.cells import DENSE, Group, Setting
-from benchmarks.accuracy.engine import EngineSpec
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.writer import Writer
+from benchmarks.prefilled import EngineSpec
 from specontext_vllm.config import PAGE_SIZE, HeadKeyDtype, pages_for
 from specontext_vllm.retrieval.rules import find_rule, listed_rules
 

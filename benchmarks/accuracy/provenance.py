@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import wanted
-from benchmarks.accuracy.engine import EngineSpec
 from benchmarks.accuracy.grid import Grid
+from benchmarks.fingerprints import code_digest
 from benchmarks.machine import device_slug
+from benchmarks.prefilled import EngineSpec
 
 
 def _weights(folder: Path) -> dict[str, list[int]]:
@@ -33,19 +34,8 @@ def cell_settings(grid: Grid, spec: EngineSpec, machine: dict[str, Any]) -> dict
         "device": device_slug(machine),
         "CUDA graphs": not spec.eager,
         "vllm": machine["packages"]["vllm"],
-        "code": _code(),
+        "code": code_digest(Path(__file__).with_name("metrics.py")),
     }
-
-
-def _code() -> str:
-    """Digest of the code that makes and scores the replies."""
-    root = Path(__file__).parents[2]
-    plugin = root / "specontext_vllm"
-    packages = ("attention", "engine", "residency", "retrieval", "triton_kernels")
-    files = [Path(__file__).with_name("metrics.py"), *plugin.glob("*.py")]
-    # A package may be a link to a folder beside it, which rglob would not enter by itself.
-    files += [file for name in packages for file in (plugin / name).resolve().rglob("*.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()[:16]
 
 
 def make_notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[str]:

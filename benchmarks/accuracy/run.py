@@ -11,9 +11,10 @@ import typer
 from benchmarks import report
 from benchmarks.accuracy import plots, summary, wanted
 from benchmarks.accuracy.cells import DENSE, Cell, CellStore, Group, Setting
-from benchmarks.accuracy.engine import EngineSpec, run_engine
+from benchmarks.accuracy.engine import run_engine
 from benchmarks.accuracy.grid import Grid
 from benchmarks.children import ChildError, engine_env, run_child
+from benchmarks.prefilled import EngineSpec
 
 
 @dataclass

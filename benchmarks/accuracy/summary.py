@@ -13,14 +13,10 @@ from benchmarks.accuracy.cells import DENSE, Cell, Setting
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.writer import Example
 from benchmarks.intervals import of_scores
+from benchmarks.prefilled import CACHED_ENOUGH
 
 Cells = Mapping[Cell, dict[str, Any]]
 """Finished cells by what they are."""
-
-CACHED_ENOUGH = 0.9
-"""Share of the prompts' tokens that must have come from the prefix cache for a cell's time to be
-that of its decode steps.
-"""
 
 
 def score(task: Task, example: Example, reply: Any) -> float:

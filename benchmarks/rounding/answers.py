@@ -67,7 +67,7 @@ def measure_engine(
     """
     from vllm import LLM, SamplingParams
 
-    from benchmarks.accuracy import forcing
+    from benchmarks import forcing
 
     shared = {
         "model": model,
@@ -107,7 +107,7 @@ def measure_engine(
 
 
 def _read(reply: Any, told: Any, forced: list[int]) -> Answer:
-    from benchmarks.accuracy import forcing
+    from benchmarks import forcing
 
     prompt = [
         step[token].logprob

@@ -221,7 +221,7 @@ def test_no_figures_no_pictures(tmp_path):
 
 
 def test_portions_fit_the_cache_and_hold_every_prompt_once():
-    from benchmarks.accuracy.engine import portions
+    from benchmarks.prefilled import portions
 
     assert portions([4, 4, 4, 4, 4], 12) == [range(0, 3), range(3, 5)]
     assert portions([4, 20, 4], 12) == [range(0, 1), range(1, 2), range(2, 3)]
@@ -229,7 +229,7 @@ def test_portions_fit_the_cache_and_hold_every_prompt_once():
 
 
 def test_figures_of_portions_add_up():
-    from benchmarks.accuracy.engine import Answers
+    from benchmarks.prefilled import Answers
 
     answers = Answers(scores=[1.0], replies=["a"], tokens=3, cached=9, asked=10, seconds=1.0)
     for rows, mass, pages in ((30, 0.5, 3), (10, 0.1, 5)):

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.accuracy import forcing
+from benchmarks import forcing
 from specontext_vllm.retrieval.rules import find_rule, listed_rules
 from specontext_vllm.synthetic.tasks import LAYOUTS, make_problem, score
 from tests.engine.conftest import DEMO_MODEL, engine

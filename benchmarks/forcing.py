@@ -46,7 +46,14 @@ def engine_arguments(on_gpu: bool) -> dict[str, Any]:
 def forced_params(tokens: list[int], on_gpu: bool) -> SamplingParams:
     """A request that emits ``tokens`` and records their log-probabilities."""
     how = {"trace_decode_token_ids": tokens} if on_gpu else {"extra_args": {KEY: tokens}}
-    return SamplingParams(temperature=0, max_tokens=len(tokens), ignore_eos=True, logprobs=0, **how)
+    return SamplingParams(
+        temperature=0,
+        max_tokens=len(tokens),
+        ignore_eos=True,
+        logprobs=0,
+        detokenize=False,  # nobody reads the text
+        **how,
+    )
 
 
 def log_probabilities(output: Any, tokens: list[int]) -> list[float]:

@@ -1,0 +1,262 @@
+"""The case `real` without engines: its prompts, its settings and the engines they take, its store
+and its figures.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import app
+from benchmarks.real import figures, forced, ruler
+from benchmarks.real.prompts import Group, Prompt, Writer, make_groups
+from benchmarks.real.settings import (
+    DENSE,
+    LIVE,
+    EngineKind,
+    OptionError,
+    Setting,
+    Variant,
+    engines,
+    parse_heads,
+    parse_variants,
+    settings_of,
+)
+from benchmarks.real.store import Cell, Store
+from benchmarks.real.tasks import find_tasks
+from benchmarks.real.texts import TextError, Texts, read_texts
+from benchmarks.shapes import DEMO_MODEL
+from specontext_vllm.config import ConfigError
+
+DOCS = Path(__file__).parents[2] / "docs"
+CONTEXT = 2048
+
+
+@pytest.fixture(scope="module")
+def writer():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    return Writer(tokenizer, Texts(read_texts("--texts", [DOCS]), tokenizer), forced_tokens=32)
+
+
+def one(writer, task, seed=0, context=CONTEXT):
+    (group,) = make_groups(writer, {task: find_tasks()[task]}, [context], 1, seed)
+    return group.prompts[0]
+
+
+# -- prompts
+
+
+def test_a_passage_is_text_of_the_files_and_depends_on_the_seed(writer):
+    begin = writer.tokenizer.bos_token_id
+    prompts = [one(writer, "text", seed) for seed in (0, 0, 1)]
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert [len(p.tokens) + len(p.forced[0]) for p in prompts] == [CONTEXT] * 3
+    sources = [text for source in writer.texts.sources for text in source]
+    for prompt in prompts:
+        assert prompt.tokens[0] == begin and begin not in prompt.tokens[1:]
+        text = writer.tokenizer.decode([*prompt.tokens[1:], *prompt.forced[0]])
+        assert any(text in source for source in sources)
+
+
+def test_a_copy_goes_on_with_its_passage(writer):
+    prompt = one(writer, "copy")
+    shown, copied = prompt.tokens[-forced.SHOWN :], prompt.forced[0]
+    assert len(prompt.tokens) + len(copied) == CONTEXT and len(copied) == 32
+    again = writer.encode(forced.AGAIN)
+    body = prompt.tokens[: -len(again) - len(shown)]
+    assert prompt.tokens[len(body) : -len(shown)] == again
+    passage = [*shown, *copied]
+    places = [at for at in range(len(body)) if body[at : at + len(passage)] == passage]
+    assert places and 200 <= places[0] < len(body) - 256 - len(passage)
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_rulers_prompts_have_the_length_and_hold_the_answers(writer, task):
+    prompt = one(writer, task)
+    limit = CONTEXT - prompt.reply_tokens
+    assert 0.93 * limit <= len(prompt.tokens) <= limit and not prompt.forced
+    text = writer.tokenizer.decode(prompt.tokens)
+    assert all(answer in text for answer in prompt.answers)
+    assert len(set(prompt.answers)) == {
+        "niah_multivalue": 4,
+        "niah_multiquery": 4,
+        "vt": 5,
+        "cwe": 10,
+        "fwe": 3,
+    }.get(task, 1)
+    assert ruler.match_all(prompt, [f"They are: {', '.join(prompt.answers).upper()}."]) == 1
+    assert ruler.match_all(prompt, ["none"]) == ruler.match_part(prompt, ["none"]) == 0
+
+
+def test_a_needle_is_asked_for_in_rulers_words(writer):
+    prompt = one(writer, "niah_single_2")
+    text = writer.tokenizer.decode(prompt.tokens)
+    (number,) = prompt.answers
+    key = text.rsplit("magic number for ", 1)[1].split(" ")[0]
+    assert text.count(f"One of the special magic numbers for {key} is: {number}.") == 1
+    assert text.endswith(f"The special magic number for {key} mentioned in the provided text is")
+    assert f"What is the special magic number for {key} mentioned in the provided text?" in text
+    many = writer.tokenizer.decode(one(writer, "niah_multiquery").tokens)
+    assert "Some special magic numbers are hidden within" in many
+    assert "What are all the special magic numbers for " in many and ", and " in many
+
+
+def test_the_most_frequent_words_are_the_answers(writer):
+    text = writer.tokenizer.decode(one(writer, "fwe").tokens)
+    words = text.split("coded words. ")[1].split("\nQuestion")[0].split()
+    counts = sorted(((words.count(word), word) for word in set(words)), reverse=True)
+    assert counts[0][1] == "..."
+    assert [word for _, word in counts[1:4]] == one(writer, "fwe").answers
+
+
+def test_texts_that_cannot_be_used(writer, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    for path in (tmp_path, tmp_path / "absent.txt"):
+        with pytest.raises(TextError, match="--texts"):
+            read_texts("--texts", [path])
+    with pytest.raises(TextError, match="no passage of 900000 tokens"):
+        writer.texts.passage(Random(0), 900_000)
+
+
+# -- settings
+
+
+def test_live_settings_are_those_that_an_engine_changes():
+    from specontext_vllm.engine.settings import LiveSettings
+
+    known = list(inspect.signature(LiveSettings.change).parameters)
+    assert sorted(known) == sorted(["self", "retriever", "budget", *LIVE])
+
+
+def test_heads_and_variants(tmp_path):
+    own = parse_heads(DEMO_MODEL, [])
+    assert own == {"own": DEMO_MODEL / "retrieval_head"}
+    with pytest.raises(OptionError, match="--head: found 'a'"):
+        parse_heads(DEMO_MODEL, ["a"])
+    heads = {"a": tmp_path, "b": tmp_path}
+    variants = parse_variants(
+        "dlm,quest", ["near:recent_tokens=16", "one:retriever=mass,head=b"], heads
+    )
+    assert [(v.name, v.retriever, v.head) for v in variants] == [
+        ("dlm a", "dlm", "a"),
+        ("dlm b", "dlm", "b"),
+        ("quest", "quest", None),
+        ("near a", "dlm", "a"),
+        ("near b", "dlm", "b"),
+        ("one", "mass", "b"),
+    ]
+    near = Setting(variants[3], 512).changes()
+    assert (near["recent_tokens"], near["sink_tokens"], near["budget"]) == (16, 16, 512)
+    assert Setting(variants[0], 64).changes()["recent_tokens"] == 16
+    for given, named in (
+        (["x:retriever=best"], "best"),
+        (["x:head=c"], "head=c"),
+        (["x:recent_tokens=16", "x:recent_tokens=32"], "twice"),
+    ):
+        with pytest.raises(OptionError, match=named):
+            parse_variants("", given, {"a": tmp_path})
+    with pytest.raises(OptionError, match="--head"):
+        parse_variants("dlm", [], {})
+    with pytest.raises(ConfigError, match="nonsense"):
+        settings_of(parse_variants("", ["x:nonsense=1"], {"a": tmp_path}), [512])
+
+
+def test_engines_are_few():
+    dlm = [Variant(f"dlm {head}", "dlm", head) for head in "ab"]
+    fp8 = Variant("fp8", "dlm", "a", (("head_key_dtype", "fp8"),))
+    settings = settings_of(
+        [*dlm, fp8, *(Variant(name, name) for name in ("quest", "recent"))], [512]
+    )
+    on_gpu = {
+        kind: [setting.name for setting in mine] for kind, mine in engines(settings, True).items()
+    }
+    assert on_gpu == {
+        EngineKind("a", (), False): [DENSE, "recent 512", "dlm a 512"],
+        EngineKind("b", (), False): ["dlm b 512"],
+        EngineKind("a", (("head_key_dtype", "fp8"),), False): ["fp8 512"],
+        EngineKind(None, (), True): ["quest 512"],
+    }
+    assert next(iter(on_gpu.values()))[0] == DENSE
+    assert len(engines(settings, False)) == 3
+    assert len(engines(settings_of([Variant("quest", "quest")], [512]), False)) == 1
+
+
+# -- cells
+
+
+QUEST = Setting(Variant("quest", "quest"), 128)
+DENSE_SETTING = Setting(Variant(DENSE, DENSE))
+
+
+def test_a_store_keeps_whole_cells_of_the_same_making(tmp_path):
+    group = Group("text", 512, [Prompt([1, 2], [[3, 4]])])
+    other = Group("text", 512, [Prompt([1, 2], [[3, 5]])])
+    path = tmp_path / "cells.jsonl"
+    store = Store(path, {"dtype": "float32"}, {})
+    store.put(group, QUEST, {"scores": [-1.0]})
+    with path.open("a") as file:
+        file.write('{"key": "half')
+    again = Store(path, {"dtype": "float32"}, {})
+    assert again.get(group, QUEST)["scores"] == [-1.0]
+    again.put(other, QUEST, {"scores": [-2.0]})
+    assert Store(path, {"dtype": "float32"}, {}).get(other, QUEST)["scores"] == [-2.0]
+    assert again.get(group, DENSE_SETTING) is None
+    assert again.get(group, Setting(QUEST.variant, 256)) is None
+    assert Store(path, {"dtype": "bfloat16"}, {}).get(group, QUEST) is None
+    assert [json.loads(line)["scores"] for line in path.read_text().splitlines()] == [[-1], [-2]]
+
+
+STATS = {"decode_rows": 4, "pages_read": 1, "pages_total": 4, "kept_mass_mean": None}
+
+
+def result(scores):
+    return {"scores": scores, "tokens": 8, "seconds": 1.0, "cached": 1.0, "stats": STATS}
+
+
+def test_figures_are_paired_and_failed_tasks_do_not_count():
+    scores = {
+        ("text", DENSE_SETTING): [-2.0, -3.0, -4.0],
+        ("text", QUEST): [-2.1, -3.2, -4.3],
+        ("vt", DENSE_SETTING): [1.0, 0.8, 0.6],
+        ("vt", QUEST): [1.0, 0.6, 0.6],
+        ("cwe", DENSE_SETTING): [0.1, 0.2, 0.0],
+        ("cwe", QUEST): [0.0, 0.0, 0.0],
+    }
+    cells = {Cell(task, 4096, setting): result(s) for (task, setting), s in scores.items()}
+    lines = figures.figures(cells, find_tasks())
+    dense, quest = figures.rows(lines)
+    assert quest["text"] == pytest.approx(-3.2)
+    # Student's t over -0.1, -0.2, -0.3: 0.2 +- 4.303 * 0.1 / sqrt(3).
+    assert quest["text_difference_text"] == "-0.200 (-0.448 to +0.048)"
+    assert dense["text_difference_text"] == "-3.000" and dense["cwe_text"] == "0.10 †"
+    assert dense["mean"] == pytest.approx(0.8) and dense["mean_tasks"] == 1
+    assert quest["mean_difference"] == pytest.approx(-0.2 / 3)
+    assert quest["pages_read"] == 0.25
+    last = figures.compact(lines).splitlines()
+    assert last[1].split() == [DENSE, "-3.000", "0.80", "0.10", "†"]
+    assert last[2].split() == ["quest", "128", "-0.200", "-0.067", "-0.100"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tasks", "needle"], "--tasks: found 'needle'"),
+        (["--retrievers", "best"], "--retrievers: found 'best'"),
+        (["--budgets", "many"], "--budgets: found 'many'"),
+        (["--budgets", "32"], "budget: found 32"),
+        (["--contexts", "65536"], "--contexts: found 65536"),
+        (["--contexts", "64", "--tasks", "copy"], "--contexts: found 64"),
+        (["--texts", "absent"], "--texts: absent"),
+        (["--label", "a b"], "--label"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_option_ends_with_its_name(arguments, named, tmp_path):
+    base = ["real", "--model", str(DEMO_MODEL), "--texts", str(DOCS), "--contexts", "512"]
+    base += ["--work", str(tmp_path), "--out", str(tmp_path), "--prompts", "2"]
+    ran = CliRunner().invoke(app, [*base, *arguments])
+    assert ran.exit_code == 2 and named in ran.stderr
