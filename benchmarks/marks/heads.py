@@ -76,15 +76,16 @@ def load_head(folder: Path, model: Any, length: int) -> RetrievalHead:
 class HeadBeside:
     """A head and its keys of the texts that a ``PagedModel`` holds.
 
-    Args:
+    Attributes:
         places: the layers that it reads, of ``aux_layers_of``; the model keeps their states.
 
-    B texts, nkv its KV heads, H the model's, K its fused width.
+    B texts, H the model's KV heads, K the head's fused width.
     """
 
     def __init__(self, head: RetrievalHead, model: PagedModel) -> None:
         self.head, self.model = head, model
         self.places = aux_layers_of(head.spec, len(model.layers))
+        self.keys_follow = head.spec.key_states == "own"
         spec, options = head.spec, {"dtype": model.model.dtype, "device": model.device}
         self._keys = torch.zeros(
             model.pieces, spec.num_kv_heads, model.length, spec.head_dim, **options
@@ -95,9 +96,9 @@ class HeadBeside:
     @torch.inference_mode()
     def learn_prompt(self, number: int, ids: Tensor) -> None:
         """The keys of text ``number``, of whose tokens ``ids [n]`` the model has just made KV."""
-        fused = self._fused()[0]
+        fused = self.fuse_states()[0]
         place = torch.arange(1, len(ids), device=ids.device)
-        keys = self.head.keys(self._embed(ids[1:]), fused[:-1], place)
+        keys = self._make_keys(ids[1:], fused[:-1], place, fused[1:])
         self._keys[number, :, 1 : len(ids)] = keys.transpose(0, 1)
         self._prompt_end[number] = fused[-1]
 
@@ -109,32 +110,43 @@ class HeadBeside:
     def scores(self, ids: Tensor, position: int) -> Tensor:
         """The pages' scores ``[B, H, pages]`` for the tokens ``ids [B]`` at ``position``."""
         place = torch.full_like(ids, position)
-        query, key = self.head.project(self._embed(ids), self._last, place)
-        self._keys[: len(ids), :, position] = key
+        query = self.head.queries(self._embed(ids), self._last, place)
+        # A key that is made from the token's own states does not exist yet.
+        newest = position - 1 if self.keys_follow else position
+        if not self.keys_follow:
+            self._keys[: len(ids), :, position] = self._make_keys(ids, self._last, place, None)
         logits = grouped_logits(query[:, :, None], self._keys[: len(ids)]).squeeze(2)
         # Token 0 has no pair.
         token = torch.arange(self.model.length, device=ids.device)
-        logits.masked_fill_((token > position) | (token == 0), float("-inf"))
+        logits.masked_fill_((token > newest) | (token == 0), float("-inf"))
         # Several KV heads of the head may stand for one of the model's.
         by_target = logits.unflatten(1, (self.model.kv_heads, -1)).flatten(2, 3)
         return page_scores(*reduce_to_pages(by_target, PAGE_SIZE))[0]
 
     @torch.inference_mode()
-    def learn(self, fused: Tensor | None = None) -> None:
-        """Take the states of the model's latest pass over one token, or what was fused of others
-        (``[B, K]``), for the next step.
+    def learn(self, ids: Tensor, position: int, fused: Tensor | None = None) -> None:
+        """Take the states of the model's latest pass over the tokens ``ids [B]`` at ``position``,
+        or what was fused of others (``[B, K]``), for the next step.
         """
-        self._last = self._fused()[:, -1] if fused is None else fused
+        own = self.fuse_states()[:, -1] if fused is None else fused
+        if self.keys_follow:
+            place = torch.full_like(ids, position)
+            self._keys[: len(ids), :, position] = self._make_keys(ids, self._last, place, own)
+        self._last = own
 
     @torch.inference_mode()
     def fuse_states(self) -> Tensor:
         """Fused states ``[B, S, K]`` of the model's latest pass."""
-        return self._fused()
-
-    def _fused(self) -> Tensor:
         states = [self.model.states[place] for place in self.places]
         return self.head.fuse([part.flatten(0, 1) for part in states]).unflatten(
             0, states[0].shape[:2]
+        )
+
+    def _make_keys(
+        self, ids: Tensor, previous: Tensor, positions: Tensor, own: Tensor | None
+    ) -> Tensor:
+        return self.head.keys(
+            self._embed(ids), previous, positions, own if self.keys_follow else None
         )
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -188,5 +200,5 @@ def forced(
             None if look is None else look.watch,
         )
         found.append(token_log_probs(logits, ids[:, step + 1 : step + 2]))
-        beside.learn(None if serving.own_states else dense_states[:, step])
+        beside.learn(ids[:, step], position, None if serving.own_states else dense_states[:, step])
     return torch.cat(found, 1)

@@ -20,9 +20,11 @@ from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.recall import head_scores
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import read_tokenizer
+from specontext_vllm.retrieval.checkpoint import save_head
 from specontext_vllm.retrieval.reference import Budget, chosen_pages
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import DEMO_MODEL
+from tests.retrieval.own_heads import make_own
 
 PIECES, LENGTH, SCORED = 2, 150, 21
 START = LENGTH - SCORED
@@ -174,11 +176,29 @@ def test_tokens_read_counts_dense_layers_whole():
     assert tokens_read([None, chosen], positions) == (24 + 16) / 2
 
 
-@pytest.fixture(scope="module")
-def head_folder(llama, tmp_path_factory):
+OWN_HEAD = {
+    "target_hidden_size": 32,
+    "embed_size": 32,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "aux_layer_ids": (1, 2, 4),
+    "num_aux": 3,
+    "target_vocab_size": 97,
+    "trained_length": LENGTH,
+}
+"""With two KV heads for each of the model's."""
+
+
+@pytest.fixture(scope="module", params=["eagle", "own"])
+def head_folder(request, llama, tmp_path_factory):
+    """Folders of a head whose keys are made before the model runs, and after it."""
     folder = tmp_path_factory.mktemp("head")
-    torch.manual_seed(1)
-    DraftModel(DraftShape.for_target(llama.config, max_position=LENGTH)).save(folder)
+    if request.param == "eagle":
+        torch.manual_seed(1)
+        DraftModel(DraftShape.for_target(llama.config, max_position=LENGTH)).save(folder)
+    else:
+        checkpoint = make_own(q_mlp=12, **OWN_HEAD)
+        save_head(folder, checkpoint.spec, checkpoint.tensors, dtype=None)
     return folder
 
 
@@ -205,14 +225,25 @@ def naive_run(paged, beside, ids, serving):
             ]
             fused = head.fuse(aux)
             place = torch.arange(1, START + step + 1)
-            q, k = head.project(paged.embed(ids[piece, place]), fused, place)
-            q, k = q.transpose(0, 1)[None], k.transpose(0, 1)[None]
-            at = torch.tensor([[START + step - 1]])
-            scores = head_scores(q, k, at)[0, :, 0]
+            embeds = paged.embed(ids[piece, place])
+            query = head.queries(embeds, fused, place)[-1:]
+            if head.spec.key_states == "own":
+                # The newest token has none.
+                keys = head.keys(embeds[:-1], fused[:-1], place[:-1], fused[1:])
+            else:
+                keys = head.keys(embeds, fused, place)
+            q = query.expand(len(keys), -1, -1).transpose(0, 1)[None]
+            at = torch.tensor([[len(keys) - 1]])
+            scores = head_scores(q, keys.transpose(0, 1)[None], at)[0, :, 0]
+            count = (START + step) // PAGE_SIZE + 1
+            missing = count - scores.shape[-1]
+            scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
+            # The larger score of the head's KV heads that stand for one of the model's.
+            scores = scores.unflatten(0, (2, -1)).amax(1)
             if looked is not None and serving.last_look:
                 old = looked[piece][:, : scores.shape[-1]]
                 scores[:, : old.shape[-1]] = scores[:, : old.shape[-1]].maximum(old)
-            pages = chosen_pages(scores, scores.shape[-1], BUDGET)
+            pages = chosen_pages(scores, count, BUDGET)
             chosen.append(torch.nn.functional.pad(pages, (0, PAGES - pages.shape[-1])))
         reads.append(torch.stack(chosen))
         attention = Attention(layers)
