@@ -40,17 +40,20 @@ class Size:
     budget: int
     recent_tokens: int
 
+    def check(self) -> None:
+        """Raises:
+        ConfigError: no room for a page to choose.
+        """
+        self._settings()
+
     @property
     def pages(self) -> Budget:
-        """In pages.
+        """In pages."""
+        return Budget.of(self._settings())
 
-        Raises:
-            ConfigError: no room for a page to choose.
-        """
-        return Budget.of(
-            SpeContextConfig.from_settings(
-                {"budget": self.budget, "recent_tokens": self.recent_tokens}
-            )
+    def _settings(self) -> SpeContextConfig:
+        return SpeContextConfig.from_settings(
+            {"budget": self.budget, "recent_tokens": self.recent_tokens}
         )
 
 
@@ -74,20 +77,20 @@ class Mark:
 def measure(
     model: Any,
     pieces: Tensor,
-    scored: int,
+    forced_tokens: int,
     choosers: Choosers,
     sizes: Sequence[Size],
     go_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[Mark]:
     """The marks of ``pieces [B, T]``, all at once; that of ``DENSE`` first.
 
-    All but the last ``scored`` tokens are a dense prompt. Those are forced: each is read with the
+    All but the last ``forced_tokens`` are a dense prompt. Those are forced: each is read with the
     chosen pages only, and the next one's log-probability counts.
 
     Args:
         go_on: asked before each mark.
     """
-    length, start = pieces.shape[1], pieces.shape[1] - scored
+    length, start = pieces.shape[1], pieces.shape[1] - forced_tokens
     places = [
         place
         for head in choosers.heads.values()

@@ -3,13 +3,12 @@ its own attention, a head beside it, the command.
 """
 
 import json
-from random import Random
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import passages
 from benchmarks.__main__ import app
 from benchmarks.marks.heads import SERVINGS, HeadBeside, forced, load_head
 from benchmarks.marks.measuring import DENSE, Choosers, Size, measure
@@ -19,7 +18,6 @@ from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.recall import head_scores
 from specontext_vllm.distillation.shape import DraftShape
-from specontext_vllm.distillation.teacher import read_tokenizer
 from specontext_vllm.retrieval.checkpoint import save_head
 from specontext_vllm.retrieval.reference import Budget, chosen_pages
 from tests.distillation.tiny_models import make_config, make_model
@@ -291,47 +289,23 @@ def test_one_more_mark_only_in_time(llama, ids):
     assert [mark.by for mark in marks] == [DENSE, OWN_SELECTIONS["max"].name]
 
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box in red jackets".split()
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    random = Random(0)
-    for name in ("one", "two"):
-        (folder / f"{name}.txt").write_text(" ".join(random.choice(WORDS) for _ in range(3000)))
-    return folder
-
-
-def test_a_copied_excerpt_stands_in_the_passage(texts):
-    tokenizer = read_tokenizer(DEMO_MODEL)
-    drawn = [
-        passages.Passages(passages.read_texts(texts), tokenizer, 400, 30, Random(seed)).draw("copy")
-        for seed in (0, 0, 1)
-    ]
-    assert drawn[0] == drawn[1] != drawn[2]
-    for prompt in drawn:
-        assert len(prompt) == 400
-        between = tokenizer(passages.SEPARATOR, add_special_tokens=False)["input_ids"]
-        excerpt, body = prompt[-42:], prompt[: -42 - len(between)]
-        assert prompt[len(body) :][: len(between)] == between
-        assert any(body[at : at + 42] == excerpt for at in range(20, len(body)))
-
-
-def test_the_command(texts, tmp_path):
-    arguments = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
-    arguments += ["--heads", str(DEMO_MODEL / "retrieval_head"), "--context", "256"]
-    arguments += ["--pieces", "3", "--at-once", "2", "--scored", "4", "--budgets", "112,256"]
-    arguments += ["--selections", "max,layer-mass", "--servings", "own-look", "--name", "try"]
+def test_the_command(tmp_path):
+    arguments = ["--model", str(DEMO_MODEL), "--texts", str(DOCS), "--out", str(tmp_path)]
+    arguments += ["--context", "256"]
+    arguments += ["--prompts", "3", "--at-once", "2", "--forced", "4", "--budgets", "112,256"]
+    arguments += ["--selections", "max,layer-mass", "--servings", "own-look", "--label", "try"]
     done = CliRunner().invoke(app, ["marks", *arguments])
     assert done.exit_code == 0, done.output
-    result = json.loads(next(tmp_path.glob("marks-try-*.json")).read_text())
+    result = json.loads(next(tmp_path.glob("marks-demo-256-try-*.json")).read_text())
     rows = {(row["by"], row.get("budget")): row for row in result["rows"]}
     assert len(rows) == 1 + 3 * 2
     lines = [json.loads(line) for line in next(tmp_path.glob("*.jsonl")).read_text().splitlines()]
     # Two kinds, each in two portions.
     assert len(lines) == 4 * 7
-    head = "retrieval_head, its own states, last look"
+    head = "own, its own states, last look"
     for kind in ("text", "copy"):
         # All pages of the context are within the larger budget.
         for by in (head, "all layers one, maximum"):
@@ -350,16 +324,15 @@ def test_the_command(texts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--texts", "/nowhere"], "--texts: found no text in /nowhere"),
-        (["--context", "8192"], "--texts: none has the 49152 characters"),
-        (["--kinds", "prose"], "--kinds: found 'prose'; use text, copy."),
+        (["--context", "1000000"], "--context: found 1000000, but the model reaches"),
+        (["--kinds", "prose"], "--kinds: found 'prose'; use some of text, copy."),
         (["--budgets", "64"], "budget: found 64"),
         (["--budgets", "many"], "--budgets: found 'many'"),
-        (["--context", "256", "--heads", "/nowhere"], "/nowhere"),
+        (["--context", "256", "--head", "a=/nowhere"], "--head: found 'a=/nowhere'"),
     ],
-    ids=["texts", "context", "kinds", "budget", "numbers", "head"],
+    ids=["context", "kinds", "budget", "numbers", "head"],
 )
-def test_a_wrong_option_ends_with_its_name(arguments, told, texts, tmp_path):
-    given = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
+def test_a_wrong_option_ends_with_its_name(arguments, told, tmp_path):
+    given = ["--model", str(DEMO_MODEL), "--texts", str(DOCS), "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["marks", *given, *arguments])
     assert done.exit_code == 2 and told in done.stderr
