@@ -1,0 +1,1 @@
+"""Training and test texts out of Debian packages, and chats made over them."""
