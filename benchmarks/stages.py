@@ -131,6 +131,7 @@ def measure_stages(
         max_model_len=shape.max_position_embeddings,
         table_pages=width,
         device=device,
+        max_rows=requests,
     )
     pages = pages_for(context)
     blocks = requests * pages

@@ -74,7 +74,7 @@ def rope_and_cache(
     cos_sin: torch.Tensor,
     positions: torch.Tensor,
     slots: torch.Tensor,
-    keys: torch.Tensor,
+    keys: torch.Tensor | None,
     num_queries: int,
     norm: torch.Tensor | None,
     eps: float,
@@ -86,13 +86,13 @@ def rope_and_cache(
         cos_sin: ``[max_position, D]`` float32, cosines then sines of the D/2 frequencies.
         positions, slots: ``[B]`` positions; slots in the paged cache, -1 to skip the write.
         keys: ``[num_blocks, nkv, P, D]`` the head's K cache, written in place; 8-bit
-            floats are clamped to their range.
+            floats are clamped to their range. None: ``qk`` has queries only.
         norm: ``[num_queries + nkv, D]`` RMSNorm weights of Qwen3-type heads, or None.
     Returns:
         ``[B, num_queries, D]`` rotated queries.
     """
-    rows = qk.shape[0]
-    _, nkv, page_size, d = keys.shape
+    rows, d = qk.shape[0], cos_sin.shape[1]
+    nkv, page_size = (0, 1) if keys is None else keys.shape[1:3]
     queries = torch.empty(rows, num_queries, d, dtype=qk.dtype, device=qk.device)
     _rope_and_cache_kernel[(rows, num_queries + nkv)](
         qk,
@@ -100,7 +100,7 @@ def rope_and_cache(
         positions,
         slots,
         queries,
-        keys,
+        queries if keys is None else keys,
         qk if norm is None else norm,
         eps,
         NQ=num_queries,
@@ -109,7 +109,7 @@ def rope_and_cache(
         P=page_size,
         HALF_PAD=triton.next_power_of_2(d // 2),
         QK_NORM=norm is not None,
-        LARGEST=torch.finfo(keys.dtype).max if keys.dtype.itemsize == 1 else 0,
+        LARGEST=0 if keys is None or keys.dtype.itemsize > 1 else torch.finfo(keys.dtype).max,
         num_warps=1,
     )
     return queries

@@ -33,6 +33,7 @@ def _score_pages_kernel(
     D_PAD: tl.constexpr,
     S: tl.constexpr,
     FIRST: tl.constexpr,
+    KEYLESS: tl.constexpr,
     PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     HALF: tl.constexpr,
@@ -51,7 +52,7 @@ def _score_pages_kernel(
         o_t = tl.arange(0, PAGES * P)
         o_page = i_block * PAGES + o_t // P
         o_token = i_block * PAGES * P + o_t
-        m_token = o_token < seq_len
+        m_token = o_token < seq_len - KEYLESS
         b_block = tl.load(p_block_table + i_row * s_table + o_page, mask=m_token, other=0).to(
             tl.int64
         )
@@ -105,6 +106,7 @@ def score_pages(
     max_pages: int,
     min_pages: int,
     first_token: int = 1,
+    keyless: int = 0,
 ) -> None:
     """Maximum and log-sum-exp of ``q . k / sqrt(D)`` over each page's tokens, per query head; both
     NaN where a token's is NaN or +inf.
@@ -122,6 +124,8 @@ def score_pages(
         max_pages: upper bound of a row's pages.
         min_pages: rows with no more pages are skipped: they are read whole.
         first_token: earlier tokens are ignored.
+        keyless: newest tokens of each row that have no key yet; what lies in their place is not
+            read.
     """
     nq, d = queries.shape[1:]
     nkv, page_size = keys.shape[1:3]
@@ -153,6 +157,7 @@ def score_pages(
         D_PAD=max(16, triton.next_power_of_2(d)),
         S=keys.stride(2),
         FIRST=first_token,
+        KEYLESS=keyless,
         PAGES=pages_per_program,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
         HALF=half,

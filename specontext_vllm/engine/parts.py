@@ -94,7 +94,8 @@ def _make_local(
         max_model_len=max_model_len,
         table_pages=config.allocated_table_pages(max_model_len, device.type),
         device=device,
-        rows_embedded_outside=max_table_rows(vllm_config) if exchanges else 0,
+        max_rows=max_table_rows(vllm_config),
+        embeds_outside=exchanges,
     )
 
 

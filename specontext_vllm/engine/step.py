@@ -121,7 +121,7 @@ class DecodeStep:
             if graphs is not None and aux[0].shape[0] >= padded_rows:
                 # One graph serves all steps of as many rows with padding, so it learns the padding
                 # too: that goes to a row of the head's cache that nobody reads.
-                name, inputs = ("learn", padded_rows), (batch.slots, *aux)
+                name, inputs = ("learn", padded_rows), (batch.positions, batch.slots, *aux)
                 graphs.run(name, inputs, self.retriever.learn, batch, padded_rows, aux)
             else:
                 self.retriever.learn(batch, batch.num_decodes, aux)

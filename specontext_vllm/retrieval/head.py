@@ -185,12 +185,12 @@ class RetrievalHead(nn.Module):
         """
         if self.queries_and_keys is None:
             raise ValueError("The head makes keys from own states: use queries() and keys().")
-        qk = self._finish(self.queries_and_keys, self.inputs(embeds, previous), positions)
+        qk = self.finish(self.queries_and_keys, self.inputs(embeds, previous), positions)
         return qk[:, : self.spec.num_heads], qk[:, self.spec.num_heads :]
 
     def queries(self, embeds: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
         """q [N, nh, D]; arguments as for `project`."""
-        return self.queries_of(self.inputs(embeds, previous), positions)
+        return self.finish(self.queries_alone, self.inputs(embeds, previous), positions)
 
     def keys(
         self, embeds: Tensor, previous: Tensor, positions: Tensor, own: Tensor | None = None
@@ -200,26 +200,22 @@ class RetrievalHead(nn.Module):
         Args:
             own: [N, H] `fuse` of the token itself, for a head whose keys are made from it.
         """
-        return self.keys_of(self.inputs(embeds, previous), positions, own)
-
-    def keys_of(self, inputs: Tensor, positions: Tensor, own: Tensor | None = None) -> Tensor:
-        """`keys` from the `inputs` [N, E+H] of the same tokens' queries."""
+        inputs = self.inputs(embeds, previous)
         if self.spec.key_states == "own":
             assert own is not None
-            inputs = torch.cat((inputs, self._norm(own, self.feature_norm)), dim=-1)
-        return self._finish(self.keys_alone, inputs, positions)
-
-    def queries_of(self, inputs: Tensor, positions: Tensor) -> Tensor:
-        """`queries` from their `inputs` [N, E+H]."""
-        return self._finish(self.queries_alone, inputs, positions)
+            inputs = torch.cat((inputs, self.feature(own)), dim=-1)
+        return self.finish(self.keys_alone, inputs, positions)
 
     def inputs(self, embeds: Tensor, previous: Tensor) -> Tensor:
-        """[N, E+H], both normalised: what queries are made from, and keys at least begin with."""
-        return torch.cat(
-            (self._norm(embeds, self.embed_norm), self._norm(previous, self.feature_norm)), dim=-1
-        )
+        """[N, E+H]: what queries are made from, and what the inputs of keys at least begin with."""
+        return torch.cat((self._norm(embeds, self.embed_norm), self.feature(previous)), dim=-1)
 
-    def _finish(self, projection: Projection, inputs: Tensor, positions: Tensor) -> Tensor:
+    def feature(self, fused: Tensor) -> Tensor:
+        """[N, H]: fused aux as the projections take it."""
+        return self._norm(fused, self.feature_norm)
+
+    def finish(self, projection: Projection, inputs: Tensor, positions: Tensor) -> Tensor:
+        """[N, heads, D]: what a projection makes of its inputs, after norms and RoPE."""
         x = projection(inputs).unflatten(-1, (-1, self.spec.head_dim))
         if projection.norm is not None:
             x = self._norm(x, projection.norm)

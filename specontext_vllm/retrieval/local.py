@@ -38,8 +38,8 @@ class LocalRetriever:
         max_model_len: longest context, in tokens.
         table_pages: columns of the page table: no selection may keep more pages.
         device: where everything lives.
-        rows_embedded_outside: the largest number of rows of a step, where no graph may hold
-            ``embed`` (because workers exchange something in it); 0 where graphs may.
+        max_rows: the largest number of decode rows of a step, padding included.
+        embeds_outside: no graph may hold ``embed``, because workers exchange something in it.
     """
 
     def __init__(
@@ -52,10 +52,15 @@ class LocalRetriever:
         max_model_len: int,
         table_pages: int,
         device: torch.device,
-        rows_embedded_outside: int = 0,
+        max_rows: int,
+        embeds_outside: bool = False,
     ) -> None:
         self.config, self.num_kv_heads, self.device = config, num_kv_heads, device
-        self.head = None if head is None else CachedHead(head, embed, config.head_key_dtype, device)
+        self.head = (
+            None
+            if head is None
+            else CachedHead(head, embed, config.head_key_dtype, device, max_rows)
+        )
         self.max_model_len, self.max_pages = max_model_len, pages_for(max_model_len)
         self.table_pages = table_pages
         queries = num_kv_heads if head is None else head.spec.num_heads
@@ -64,12 +69,9 @@ class LocalRetriever:
         self._take_settings(config)
         self.counters = Counters(device)
         self._embeds: Tensor | None = None
-        if head is not None and rows_embedded_outside:
+        if head is not None and embeds_outside:
             self._embeds = torch.zeros(
-                rows_embedded_outside,
-                head.spec.embed_size,
-                dtype=head.dtype,
-                device=device,
+                max_rows, head.spec.embed_size, dtype=head.dtype, device=device
             )
 
     @property
@@ -167,6 +169,7 @@ class LocalRetriever:
             min_pages=self._budget.total,
             queries=queries,
             keys=None if self.head is None else self.head.cache.keys,
+            keyless=1 if self.head is not None and self.head.keys_follow else 0,
         )
         return replace(self.rule.score(inputs, self.scores), starts=starts)
 
@@ -211,7 +214,7 @@ class LocalRetriever:
         )
 
     def learn(self, batch: StepBatch, rows: int, aux: Sequence[Tensor]) -> None:
-        """See ``Retriever.learn``. The decode rows' keys were written by ``project``."""
+        """See ``Retriever.learn``."""
         if self.head is None:
             return
         if rows:
@@ -317,6 +320,8 @@ class LocalRetriever:
                 num_tokens=1,
             )
             self.select_eagerly(batch, selection, stickiness)
+            if self.head is not None:
+                self.learn(batch, 1, self.head.blank_aux(1))
         self.counters.clear()
 
     def stats(self, reset: bool = False) -> dict[str, float | int | str | None]:

@@ -31,10 +31,12 @@ class ScoreInputs:
         max_pages: upper bound of a row's pages.
         min_pages: rows with no more pages are read whole, and need no scores.
         queries: ``[B, NQ, D]`` rotated queries of the decode rows; None for a rule that needs none.
-        keys: ``[num_blocks, NKV, P, D]``, the rows' newest keys included: the head's K cache, or
-            the K half of a layer's KV cache.
+        keys: ``[num_blocks, NKV, P, D]``: the head's K cache, or the K half of a layer's KV cache.
         first_token: tokens before it take no part. In the head's cache that is token 0, which has
             no (token, aux) pair; its page is always kept.
+        keyless: newest tokens of each row that have no key yet, because it is made from what the
+            forward pass has still to compute; they take no part, and may have anything in their
+            place. Their pages are among the recents.
         page_vectors: ``[num_blocks, H, Rule.page_vectors, D]`` of the layer, for a rule that keeps
             some.
         page_size: tokens of a page.
@@ -49,6 +51,7 @@ class ScoreInputs:
     queries: Tensor | None = None
     keys: Tensor | None = None
     first_token: int = 1
+    keyless: int = 0
     page_vectors: Tensor | None = None
     page_size: int = PAGE_SIZE
 
@@ -74,6 +77,7 @@ class ScoreInputs:
                 max_pages=self.max_pages,
                 min_pages=self.min_pages,
                 first_token=self.first_token,
+                keyless=self.keyless,
             )
             return
         for row, span in self.scored_rows():
@@ -83,6 +87,7 @@ class ScoreInputs:
                 self.block_table[row],
                 int(self.seq_lens[row]),
                 self.first_token,
+                self.keyless,
             )
 
     def token_logits(self, row: int) -> Tensor:
@@ -92,7 +97,9 @@ class ScoreInputs:
         queries, keys = self.queries, self.keys
         assert queries is not None and keys is not None
         tokens = int(self.seq_lens[row])
-        logits = row_logits(queries[row], keys, self.block_table[row], tokens, self.first_token)
+        logits = row_logits(
+            queries[row], keys, self.block_table[row], tokens, self.first_token, self.keyless
+        )
         return logits.unflatten(1, (-1, self.page_size))
 
     def scored_rows(self) -> Iterator[tuple[int, slice]]:
@@ -118,7 +125,12 @@ def row_starts(seq_lens: Tensor, rows: range) -> Tensor:
 
 
 def score_row(
-    query: Tensor, keys: Tensor, block_row: Tensor, tokens: int, first_token: int = 1
+    query: Tensor,
+    keys: Tensor,
+    block_row: Tensor,
+    tokens: int,
+    first_token: int = 1,
+    keyless: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Page maxima and log-sum-exps ``[NQ, pages]`` of one row with ``tokens`` tokens; see
     ``ScoreInputs``.
@@ -126,13 +138,18 @@ def score_row(
     Args:
         query: ``[NQ, D]``. block_row: ``[W]`` int32.
     """
-    logits = row_logits(query, keys, block_row, tokens, first_token)
+    logits = row_logits(query, keys, block_row, tokens, first_token, keyless)
     page_max, page_lse = reduce_to_pages(logits, PAGE_SIZE)
     return page_max, page_lse
 
 
 def row_logits(
-    query: Tensor, keys: Tensor, block_row: Tensor, tokens: int, first_token: int
+    query: Tensor,
+    keys: Tensor,
+    block_row: Tensor,
+    tokens: int,
+    first_token: int,
+    keyless: int,
 ) -> Tensor:
     """Logits ``[NQ, pages * P]`` float32 of one row's tokens, -inf for those that take no part;
     arguments as for ``score_row``.
@@ -140,6 +157,6 @@ def row_logits(
     # [pages, NKV, P, D] -> [NKV, pages * P, D]
     row_keys = keys[block_row[: pages_for(tokens)].long()].transpose(0, 1).flatten(1, 2)
     logits = grouped_logits(query[None, :, None], row_keys[None])[0, :, 0].flatten(0, 1)
-    logits[:, tokens:] = float("-inf")
+    logits[:, tokens - keyless :] = float("-inf")
     logits[:, :first_token] = float("-inf")
     return logits

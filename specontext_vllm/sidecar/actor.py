@@ -55,6 +55,7 @@ class Sidecar:
             max_model_len=spec.max_model_len,
             table_pages=width,
             device=self.device,
+            max_rows=spec.max_rows,
         )
         self.block_table = torch.zeros(spec.max_rows, width, dtype=torch.int32, device=self.device)
         self.selection = Selection.into(
@@ -114,7 +115,6 @@ class Sidecar:
         return Selected(
             pages=self.selection.pages[:rows, :width].contiguous().cpu(),
             lengths=lengths,
-            keys=self.retriever.cache.keys_at(batch.slots[:decodes]).cpu(),
             # The worker keeps the sums, so that they outlive this process.
             counters=torch.from_numpy(self.retriever.counters.since_reset(True)),
         )
@@ -127,6 +127,6 @@ class Sidecar:
         touched = (batch.slots // PAGE_SIZE).unique()
         cache = self.retriever.cache
         return Learned(
-            keys=cache.keys_at(batch.slots[batch.num_decodes :]).cpu(),
+            keys=cache.keys_at(batch.slots).cpu(),
             fused=cache.fused[touched].cpu(),
         )

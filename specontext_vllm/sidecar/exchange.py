@@ -139,7 +139,6 @@ class Exchange:
         end = time.perf_counter()
         link.patience.note(prompt_tokens, learned_at - sent.at, end - learned_at)
         self.wait_seconds += end - sent.at
-        self.mirror.write_keys(selected.keys, sent.step.decode_slots)
         self.lost.note_step(sent.step.block_table, sent.step.starts, sent.step.seq_lens)
         self.selected = sent.step
         return selected
@@ -218,7 +217,7 @@ class Exchange:
         step, reply = self._learning.step, self._learning.reply
         learned: Learned = link.receive(reply, max(0.0, deadline - time.perf_counter()))
         self._learning = None
-        self.mirror.write_learned(learned.keys, step.prompt_slots, learned.fused, step.pages)
+        self.mirror.write_learned(learned.keys, step.slots, learned.fused, step.pages)
 
     def _fail(self, error: SidecarDown, step: HostStep | None = None) -> None:
         """The actor is gone in ``step``, or between steps: note what it missed and have a new one

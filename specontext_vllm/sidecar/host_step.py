@@ -38,11 +38,6 @@ class HostStep:
         return pages_of(self.slots)
 
     @property
-    def decode_slots(self) -> Tensor:
-        """Slots of the decode rows' tokens."""
-        return self.slots[: self.message.num_decodes]
-
-    @property
     def prompt_slots(self) -> Tensor:
         """Slots of the tokens of prompt rows."""
         return self.slots[self.message.num_decodes :]

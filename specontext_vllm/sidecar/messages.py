@@ -200,13 +200,11 @@ class Selected:
         pages: ``[B * H, K]`` int32 ids ``block * H + head``; K as wide as the widest row of this
             step.
         lengths: ``[B * H]`` int32 tokens in them.
-        keys: ``[B, nkv, D]`` the keys that the decode rows' tokens got, for the mirror.
         counters: what the step adds to the retriever's ``Counters``, all places, float64.
     """
 
     pages: Tensor
     lengths: Tensor
-    keys: Tensor
     counters: Tensor
 
 
@@ -224,7 +222,7 @@ class Learned:
     """What the actor's caches gained, for the mirror.
 
     Attributes:
-        keys: ``[N - B, nkv, D]`` of the prefill rows' tokens.
+        keys: ``[N, nkv, D]`` of the step's tokens.
         fused: ``[n, H]`` of the step's pages, in ascending order of their ids.
     """
 

@@ -47,15 +47,11 @@ class Mirror:
         """Pages that the actor has acknowledged."""
         return int(self._known.sum())
 
-    def write_keys(self, keys: Tensor, slots: Tensor) -> None:
-        """Keys ``[n, nkv, D]`` of the tokens at ``slots [n]``."""
-        self._cache.write_keys(keys, slots)
-
     def write_learned(self, keys: Tensor, slots: Tensor, fused: Tensor, pages: Tensor) -> None:
         """What the actor learned in a step, which makes the step's pages known.
 
         Args:
-            keys, slots: ``[n, nkv, D]``, ``[n]`` of the prompt tokens.
+            keys, slots: ``[n, nkv, D]``, ``[n]`` of the step's tokens.
             fused, pages: ``[m, H]``, ``[m]`` of all pages that the step wrote.
         """
         self._cache.write_keys(keys, slots)

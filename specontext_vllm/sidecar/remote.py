@@ -98,13 +98,11 @@ class RemoteRetriever:
         )
         learn = max_tokens * head.num_aux * head.target_hidden_size * dtype.itemsize
         select = max_tokens * 28 + max_rows * max_pages * 8
-        selected = (
-            max_rows
-            * num_kv_heads
-            * (4 * config.selection_pages(max_model_len) + head.head_dim * dtype.itemsize)
-        )
+        selected = max_rows * num_kv_heads * 4 * config.selection_pages(max_model_len)
+        keys = head.num_kv_heads * head.head_dim
+        learned = max_tokens * (keys + head.hidden_size) * dtype.itemsize
         self.exchange = Exchange(
-            spec, MESSAGE_SLACK + max(learn, select, selected), embed=embed, device=device
+            spec, MESSAGE_SLACK + max(learn, select, selected, learned), embed=embed, device=device
         )
         # Reads rows whole while there is no actor, and has the counters of all steps.
         self.dense = LocalRetriever(
@@ -115,6 +113,7 @@ class RemoteRetriever:
             max_model_len=max_model_len,
             table_pages=max_pages,
             device=device,
+            max_rows=max_rows,
         )
         self.dense_rows = 0
         self._sums_at_reset = self._sums()

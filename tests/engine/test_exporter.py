@@ -34,6 +34,7 @@ def make(tmp_path, monkeypatch, device):
             max_model_len=4096,
             table_pages=128,
             device=device,
+            max_rows=8,
         )
         config = SimpleNamespace(
             model_config=SimpleNamespace(served_model_name="m"),

@@ -25,6 +25,7 @@ def retriever(device):
         max_model_len=1024,
         table_pages=32,
         device=device,
+        max_rows=8,
     )
 
 

@@ -34,7 +34,7 @@ from specontext_vllm.tier_data import (
 from specontext_vllm.triton_kernels.counters import COUNTERS
 from specontext_vllm.triton_kernels.driven_scores import driven_scores
 from specontext_vllm.triton_kernels.fetch_pages import await_pages, fetch_pages
-from specontext_vllm.triton_kernels.head_input import head_input
+from specontext_vllm.triton_kernels.head_input import add_own_states, head_input
 from specontext_vllm.triton_kernels.head_rope import rope_and_cache
 from specontext_vllm.triton_kernels.kept_mass import add_kept_mass
 from specontext_vllm.triton_kernels.layer_tables import layer_tables
@@ -142,6 +142,18 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
         1e-5,
         PAGE,
     )
+    key_inputs = torch.zeros(rows, 3 * e, dtype=dtype)
+    add_own_states(
+        torch.zeros(rows, e, dtype=dtype),
+        slots,
+        torch.ones(e, dtype=dtype),
+        torch.zeros(BLOCKS, e, dtype=dtype),
+        key_inputs[:, 2 * e :],
+        1e-5,
+        PAGE,
+    )
+    projected, cos_sin = torch.zeros(rows, h * g * d, dtype=dtype), torch.zeros(64, d)
+    rope_and_cache(projected, cos_sin, positions, slots, None, h * g, None, 1e-5)
     for key_dtype in (dtype, torch.float8_e4m3fn) if eight_bits else (dtype,):
         keys = torch.zeros(BLOCKS, h, PAGE, d).to(key_dtype)
         for norm in (None, torch.ones(h * g + h, d, dtype=dtype)):
@@ -155,7 +167,18 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 norm,
                 1e-5,
             )
-        score_pages(queries, keys, block_table, seq_lens, starts, page_max, page_lse, **some)
+        for keyless in (0, 1)[: 2 if choices else 1]:
+            score_pages(
+                queries,
+                keys,
+                block_table,
+                seq_lens,
+                starts,
+                page_max,
+                page_lse,
+                **some,
+                keyless=keyless,
+            )
     sticky = Stickiness(lanes, cells(rows, h, WIDTH), 0.5)
     for stickiness in (None, sticky)[0 if choices else 1 :]:
         for threshold in (None, 0.5)[0 if choices else 1 :]:

@@ -153,6 +153,7 @@ def naive_rotation(x, cos_sin, position):
         pytest.param(4, 2, 24, id="gqa-odd-width"),
         pytest.param(0, 2, 32, id="keys-only"),
         pytest.param(8, 1, 64, id="mqa"),
+        pytest.param(6, 0, 24, id="queries-only"),
     ],
 )
 def test_each_head_is_rotated_by_its_position_and_keys_go_to_their_slots(
@@ -170,7 +171,7 @@ def test_each_head_is_rotated_by_its_position_and_keys_go_to_their_slots(
         cos_sin.to(device),
         positions.to(device),
         slots.to(device),
-        keys,
+        keys if kv_heads else None,
         queries,
         None if norm is None else norm.to(device),
         eps,

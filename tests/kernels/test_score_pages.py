@@ -38,8 +38,15 @@ def test_reference_is_the_softmax_over_the_row(lengths, queries, heads, width):
     ],
 )
 @pytest.mark.parametrize("eight_bits", [False, True], ids=["keys-like-queries", "8-bit-keys"])
-def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_bits, device):
+@pytest.mark.parametrize("keyless", [0, 1], ids=["all-keyed", "newest-keyless"])
+def test_kernel_matches_reference(
+    lengths, queries, heads, width, dtype, eight_bits, keyless, device
+):
     rows = paged_rows(lengths, heads, width, dtype, device, seed=2)
+    for row, tokens in enumerate(lengths if keyless else ()):
+        block = rows.block_table[row, (tokens - 1) // PAGE_SIZE].long()
+        # A stranger's key, or none.
+        rows.cache[block, :, (tokens - 1) % PAGE_SIZE] = float("nan") if row % 2 else 300.0
     keys = rows.cache.to(torch.float8_e4m3fn) if eight_bits else rows.cache
     query = torch.randn(len(lengths), queries, width).to(dtype)
     scores = PageScores.allocate(queries, heads, sum(map(pages_for, lengths)) + 3, device)
@@ -57,6 +64,7 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_b
         num_rows=len(lengths),
         max_pages=pages_for(max(lengths)),
         min_pages=1,
+        keyless=keyless,
     )
     start = 0
     for row, tokens in enumerate(lengths):
@@ -66,10 +74,40 @@ def test_kernel_matches_reference(lengths, queries, heads, width, dtype, eight_b
         if count <= 1:
             assert scores.page_max[:, span].isnan().all(), "a row that is read whole was scored"
             continue
-        page_max, page_lse = score_row(query[row], keys.cpu(), rows.block_table[row].cpu(), tokens)
+        page_max, page_lse = score_row(
+            query[row], keys.cpu(), rows.block_table[row].cpu(), tokens, keyless=keyless
+        )
         tolerance = 1e-5 if dtype == torch.float32 else 3e-3
-        assert_close("max", page_max, scores.page_max[:, span], tolerance)
-        assert_close("lse", page_lse, scores.page_lse[:, span], tolerance)
+        for name, wanted, buffer in (
+            ("max", page_max, scores.page_max),
+            ("lse", page_lse, scores.page_lse),
+        ):
+            found = buffer[:, span].cpu()
+            # A newest page whose only token has no key.
+            assert torch.equal(found.isneginf(), wanted.isneginf())
+            assert bool(wanted[:, -1].isneginf().all()) == (tokens - keyless <= 16 * (count - 1))
+            assert_close(name, wanted.clamp(min=-1e4), found.clamp(min=-1e4), tolerance)
+
+
+@pytest.mark.parametrize("left_behind", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize(("lengths", "queries", "heads", "width"), SHAPES)
+def test_what_lies_in_place_of_a_missing_key_does_not_show(
+    lengths, queries, heads, width, left_behind
+):
+    rows = paged_rows(lengths, heads, width, torch.float32, torch.device("cpu"), seed=1)
+    query = torch.randn(len(lengths), queries, width)
+    for row, tokens in enumerate(lengths):
+        block = rows.block_table[row, (tokens - 1) // PAGE_SIZE].long()
+        rows.cache[block, :, (tokens - 1) % PAGE_SIZE] = left_behind
+        table = rows.block_table[row]
+        page_max, page_lse = score_row(query[row], rows.cache, table, tokens, keyless=1)
+        keys = rows.dense[row].repeat_interleave(queries // heads, 0)[:, 1:-1]
+        logits = torch.einsum("hd,htd->ht", query[row], keys) / width**0.5
+        if tokens > 2:
+            assert_close("lse", logits.logsumexp(-1), page_lse.logsumexp(-1), 1e-5)
+            assert_close("max", logits.amax(-1), page_max.amax(-1), 1e-5)
+        else:
+            assert page_max.isneginf().all() and page_lse.isneginf().all()
 
 
 def test_parts_of_a_batch_score_like_the_whole(device):

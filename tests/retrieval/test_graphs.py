@@ -19,10 +19,9 @@ from specontext_vllm.retrieval.graphs import GRAPH_BYTES, StepGraphs
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.step_data import StepBatch, bucket
 from tests.paging import assert_close
-from tests.retrieval.test_local import HIDDEN, KV_HEADS, World
+from tests.retrieval.test_local import HIDDEN, KV_HEADS, MOST_ROWS, World
 from tests.steps import bare_step
 
-MOST_ROWS = 8
 SPARE_BLOCK = 200
 """A page that nobody owns, behind those of ``World``: torch's path on a CPU writes what has the
 slot -1 into the last one.
@@ -60,7 +59,8 @@ class Replayed(World):
             max_model_len=512,
             table_pages=pages_for(512),
             device=device,
-            rows_embedded_outside=MOST_ROWS if embeds_apart else 0,
+            max_rows=MOST_ROWS,
+            embeds_outside=embeds_apart,
         )
         self.decode_step = bare_step(self.retriever, self.selection, graphs=graphs)
         self.retriever.allocate_cache(SPARE_BLOCK + 1)
@@ -116,8 +116,13 @@ def graphs(request, device):
 @pytest.mark.parametrize("embeds_apart", [False, True], ids=["embeds", "embeds-apart"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}],
-    ids=["plain", "fallback", "8-bit-keys"],
+    [
+        {},
+        {"confidence_threshold": 0.9, "fallback_budget": 96},
+        {"head_key_dtype": "fp8"},
+        {"kind": "own-mlps"},
+    ],
+    ids=["plain", "fallback", "8-bit-keys", "keys-from-own-states"],
 )
 @torch.inference_mode()
 def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device):

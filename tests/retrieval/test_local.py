@@ -4,6 +4,9 @@ the whole.
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.retrieval import cached_head
 from specontext_vllm.retrieval.cache import HeadCache, head_key_dtype
-from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+from specontext_vllm.retrieval.checkpoint import dummy_checkpoint, random_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.reference import Budget
@@ -20,14 +23,16 @@ from specontext_vllm.retrieval.scoring import score_row
 from specontext_vllm.retrieval.selection import select_row
 from specontext_vllm.step_data import PageTable, Selection, StepBatch
 from tests.paging import assert_close
+from tests.retrieval.own_heads import KINDS
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 97, 32, 4, 2, 16
 MAX_LEN = 512
+MOST_ROWS = 8
 
 
 def new_selection(device):
-    """An empty one for 8 rows of up to ``MAX_LEN`` tokens."""
-    return Selection.into(PageTable.allocate(8, KV_HEADS, MAX_LEN // PAGE_SIZE, device))
+    """An empty one for ``MOST_ROWS`` rows of up to ``MAX_LEN`` tokens."""
+    return Selection.into(PageTable.allocate(MOST_ROWS, KV_HEADS, MAX_LEN // PAGE_SIZE, device))
 
 
 class World:
@@ -35,7 +40,7 @@ class World:
     that sees them in steps.
     """
 
-    def __init__(self, device, seed=0, max_len=MAX_LEN, **settings):
+    def __init__(self, device, seed=0, max_len=MAX_LEN, kind=None, **settings):
         generator = torch.Generator().manual_seed(seed)
         self.device = device
         checkpoint = dummy_checkpoint(
@@ -49,6 +54,12 @@ class World:
             dtype=torch.float32,
             seed=seed,
         )
+        if kind is not None:
+            # As wide as nothing else.
+            changes = {"hidden_size": 24, "key_states": "own", **KINDS[kind]}
+            changes.pop("biases", None)
+            checkpoint = random_checkpoint(replace(checkpoint.spec, **changes), seed)
+        self.checkpoint = checkpoint
         self.head = RetrievalHead(
             checkpoint, max_position=max_len, dtype=torch.float32, device=device
         )
@@ -70,6 +81,7 @@ class World:
             max_model_len=max_len,
             table_pages=pages_for(max_len),
             device=device,
+            max_rows=MOST_ROWS,
         )
         # Block 0 is vLLM's null block: no sequence lies in it.
         self.blocks = (torch.randperm(199, generator=generator) + 1).tolist()
@@ -94,9 +106,16 @@ class World:
             row[: shared // PAGE_SIZE] = self.rows[prefix_of][: shared // PAGE_SIZE]
         self.rows[name] = row
 
-    def step(self, *spans):
-        """One engine step over (name, first, last) spans, decode rows first; returns the batch."""
-        spans = sorted(spans, key=lambda s: s[2] - s[1] != 1)
+    def step(self, *spans, prompts=()):
+        """One engine step over (name, first, last) spans, decode rows first; returns the batch.
+
+        A span of one token is a decode row, unless its name is among ``prompts``.
+        """
+
+        def decodes(span):
+            return span[2] - span[1] == 1 and span[0] not in prompts
+
+        spans = sorted(spans, key=decodes, reverse=True)
         width = max(len(row) for row in self.rows.values()) + 1
         table = torch.full((len(spans), width), 199, dtype=torch.int32)
         ids, positions, slots, starts, lens = [], [], [], [0], []
@@ -110,7 +129,7 @@ class World:
             )
             starts.append(starts[-1] + last - first)
             lens.append(last)
-        decodes = sum(last - first == 1 for _, first, last in spans)
+        num_decodes = sum(map(decodes, spans))
         batch = StepBatch(
             token_ids=torch.cat(ids),
             positions=torch.cat(positions).to(self.device),
@@ -119,8 +138,8 @@ class World:
             seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device),
             block_table=table.to(self.device),
             seq_lens_bound=lens,
-            num_decodes=decodes,
-            table_rows=decodes,
+            num_decodes=num_decodes,
+            table_rows=num_decodes,
             num_tokens=starts[-1],
         )
         self.retriever.select_eagerly(batch, self.selection)
@@ -129,8 +148,8 @@ class World:
         return batch
 
     def expected_keys(self, name):
-        """Keys of the whole sequence by the definition: the pair (token p+1, aux p) at p+1; zeros
-        for aux before token 0.
+        """Keys of the whole sequence by the definition: the pair (token p+1, aux p) at p+1, in some
+        heads with aux p+1; zeros for aux before token 0.
         """
         fused = self.head.fuse(self.aux[name])
         previous = torch.cat([torch.zeros_like(fused[:1]), fused[:-1]])
@@ -138,6 +157,7 @@ class World:
             F.embedding(self.tokens[name], self.table),
             previous,
             torch.arange(len(fused), device=self.device),
+            fused if self.head.spec.key_states == "own" else None,
         )
 
     def stored_keys(self, name, length):
@@ -145,6 +165,9 @@ class World:
         blocks = torch.tensor(self.rows[name])[at // PAGE_SIZE]
         return self.retriever.cache.keys_at((blocks * PAGE_SIZE + at % PAGE_SIZE).to(self.device))
 
+
+kinds = pytest.mark.parametrize("kind", [None, "own-mlps"], ids=["eagle3", "own-mlps"])
+"""EAGLE-3's shape, and a kind whose keys are made after the forward pass."""
 
 CUTS = {
     "one pass": [(0, 150)],
@@ -157,8 +180,9 @@ CUTS = {
 
 @pytest.mark.parametrize("key_dtype", ["model", "fp8"])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
-def test_keys_do_not_depend_on_the_steps(cut, key_dtype, device):
-    world = World(device, head_key_dtype=key_dtype)
+@kinds
+def test_keys_do_not_depend_on_the_steps(cut, key_dtype, kind, device):
+    world = World(device, kind=kind, head_key_dtype=key_dtype)
     world.add("a", 150)
     for first, last in cut:
         world.step(("a", first, last))
@@ -172,12 +196,35 @@ def test_keys_do_not_depend_on_the_steps(cut, key_dtype, device):
         assert_close("keys", rounded, stored, 1e-2)
 
 
+@pytest.mark.parametrize("kind", [None, *KINDS], ids=["eagle3", *KINDS])
+def test_keys_do_not_depend_on_random_steps(kind, device, monkeypatch):
+    """Chunks, decode rows and prompt rows of one token, in any order and company."""
+    monkeypatch.setattr(cached_head, "PREFILL_CHUNK", 29)
+    world, chance = World(device, kind=kind), random.Random(5)
+    reached = {"a": 0, "b": 0, "c": 0}
+    for name, length in (("a", 150), ("b", 90), ("c", 45)):
+        world.add(name, length)
+    while left := [name for name, at in reached.items() if at < len(world.tokens[name])]:
+        spans = []
+        for name in chance.sample(left, chance.randint(1, len(left))):
+            longest = len(world.tokens[name]) - reached[name]
+            count = min(longest, chance.choice([1, 1, 1, chance.randint(2, 40)]))
+            spans.append((name, reached[name], reached[name] + count))
+            reached[name] += count
+        world.step(*spans, prompts=chance.sample(left, chance.randint(0, 1)))
+    for name, tokens in world.tokens.items():
+        assert_close(name, world.expected_keys(name), world.stored_keys(name, len(tokens)), 1e-5)
+
+
 @pytest.mark.parametrize("end", [20, 31, 32, 33])
-def test_a_token_that_was_taken_back_leaves_no_trace_behind_the_start_of_its_page(end, device):
+@kinds
+def test_a_token_that_was_taken_back_leaves_no_trace_behind_the_start_of_its_page(
+    end, kind, device
+):
     """As a session goes on (engine/scheduler.py): the step behind the answer's end ran with a token
     that was discarded.
     """
-    world = World(device)
+    world = World(device, kind=kind)
     world.add("a", 80)
     world.step(("a", 0, end))
     token, aux = world.tokens["a"][end].clone(), [state[end].clone() for state in world.aux["a"]]
@@ -192,12 +239,13 @@ def test_a_token_that_was_taken_back_leaves_no_trace_behind_the_start_of_its_pag
     assert_close("keys", world.expected_keys("a"), world.stored_keys("a", 80), 1e-5)
 
 
-def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
+@kinds
+def test_prompt_chunks_of_the_head_itself(kind, device, monkeypatch):
     """The head makes long prompts' keys a chunk at a time; seams inside rows and between rows must
     not show.
     """
     monkeypatch.setattr(cached_head, "PREFILL_CHUNK", 29)
-    world = World(device)
+    world = World(device, kind=kind)
     world.add("a", 150)
     world.add("b", 61)
     world.add("c", 40)
@@ -209,8 +257,9 @@ def test_prompt_chunks_of_the_head_itself(device, monkeypatch):
         )
 
 
-def test_ragged_batches_mixed_steps_and_a_shared_prefix(device):
-    world = World(device)
+@kinds
+def test_ragged_batches_mixed_steps_and_a_shared_prefix(kind, device):
+    world = World(device, kind=kind)
     world.add("a", 120)
     world.step(("a", 0, 100))
     # b hits a's first 80 tokens and starts behind them; c is shorter than a page; a decodes
@@ -233,22 +282,30 @@ def test_ragged_batches_mixed_steps_and_a_shared_prefix(device):
     [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}],
     ids=["plain", "fallback", "8-bit-keys"],
 )
-def test_the_page_table_is_the_naive_selection(settings, device):
-    world = World(device, **settings)
+@pytest.mark.parametrize("left_behind", [300.0, float("nan")], ids=["stale", "nan"])
+@kinds
+def test_the_page_table_is_the_naive_selection(settings, left_behind, kind, device):
+    """Whatever earlier owners of the page have left where the newest tokens' keys belong."""
+    world = World(device, kind=kind, **settings)
     lengths = {"a": 210, "b": 60, "c": 161}
     for name, length in lengths.items():
         world.add(name, length)
         world.step((name, 0, length - 1))
+        block, at = world.rows[name][(length - 1) // PAGE_SIZE], (length - 1) % PAGE_SIZE
+        world.retriever.cache.keys[block, :, at:] = left_behind
     batch = world.step(*[(name, length - 1, length) for name, length in lengths.items()])
     config = world.config
     for row, (name, length) in enumerate(lengths.items()):
         fused = world.head.fuse(world.aux[name])
         embeds = F.embedding(world.tokens[name][-1:], world.table)
-        query, _ = world.head.project(
-            embeds, fused[-2:-1], torch.tensor([length - 1], device=device)
-        )
+        query = world.head.queries(embeds, fused[-2:-1], torch.tensor([length - 1], device=device))
+        # A key from own states is made behind the selection.
         page_max, page_lse = score_row(
-            query[0], world.retriever.cache.keys, batch.block_table[row], length
+            query[0],
+            world.retriever.cache.keys,
+            batch.block_table[row],
+            length,
+            keyless=1 if world.head.spec.key_states == "own" else 0,
         )
         count = pages_for(length)
         budget = Budget.of(config)

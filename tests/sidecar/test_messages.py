@@ -53,8 +53,8 @@ SMALL = [
     Refill(ints(2, dtype=torch.int64), keys(2, 2, 16, 4), torch.randn(2, 6, dtype=torch.bfloat16)),
     select(5, 3),
     select(1, 0),
-    Selected(ints(4, 7), ints(4), keys(2, 2, 8), torch.randn(9, dtype=torch.float64)),
-    Selected(ints(0, 0), ints(0), keys(0, 2, 8), torch.randn(9, dtype=torch.float64)),
+    Selected(ints(4, 7), ints(4), torch.randn(9, dtype=torch.float64)),
+    Selected(ints(0, 0), ints(0), torch.randn(9, dtype=torch.float64)),
     Learn([torch.randn(2, 5, dtype=torch.bfloat16) for _ in range(3)]),
     Learned(keys(0, 2, 8), torch.randn(1, 6)),
 ]

@@ -17,22 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
-from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.sidecar import link
 from specontext_vllm.sidecar.remote import RemoteRetriever
 from tests.conftest import CUDA
-from tests.retrieval.test_local import (
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    MAX_LEN,
-    VOCAB,
-    World,
-    new_selection,
-)
+from tests.retrieval.test_local import KV_HEADS, MAX_LEN, VOCAB, World, new_selection
 from tests.steps import bare_step
 
 BLOCKS = 200
@@ -75,24 +65,15 @@ def world():
     torch.manual_seed(0)
     # 8-bit keys also travel, and are mirrored; tests/engine/test_sidecar.py has what the machine's
     # default is.
-    world = World(device, head_key_dtype="fp8")
-    checkpoint = dummy_checkpoint(
-        hidden_size=HIDDEN,
-        num_layers=12,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        rope_theta=1e4,
-        max_position=MAX_LEN,
-        dtype=torch.float32,
-        seed=0,
-    )
+    # Its decode rows' keys are made when their tokens are learned, as those of prompts are;
+    # tests/engine/test_sidecar.py has a head that makes them before.
+    world = World(device, kind="own-mlps", head_key_dtype="fp8")
     config = replace_config(world.config, **SIDECAR)
 
     def make(config):
         return RemoteRetriever(
             config,
-            checkpoint,
+            world.checkpoint,
             lambda ids: F.embedding(ids, world.table),
             vocab_size=VOCAB,
             num_kv_heads=KV_HEADS,

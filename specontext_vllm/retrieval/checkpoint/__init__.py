@@ -8,7 +8,7 @@ from specontext_vllm.retrieval.checkpoint.aux_layers import (
     describe_aux_layers,
 )
 from specontext_vllm.retrieval.checkpoint.config import read_config
-from specontext_vllm.retrieval.checkpoint.dummy import dummy_checkpoint
+from specontext_vllm.retrieval.checkpoint.dummy import dummy_checkpoint, random_checkpoint
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
 from specontext_vllm.retrieval.checkpoint.fit import check_dtype, check_fits
 from specontext_vllm.retrieval.checkpoint.hub import checkpoint_folder
@@ -29,6 +29,7 @@ __all__ = [
     "describe_aux_layers",
     "dummy_checkpoint",
     "prune_head",
+    "random_checkpoint",
     "read_checkpoint",
     "read_config",
     "save_head",

@@ -1,4 +1,4 @@
-"""A head of random weights."""
+"""Heads of random weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from specontext_vllm.retrieval.checkpoint.aux_layers import default_aux_layers
 from specontext_vllm.retrieval.checkpoint.config import DEFAULT_RMS_NORM_EPS
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.shapes import required_shapes
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
 
@@ -28,9 +29,6 @@ def dummy_checkpoint(
 ) -> HeadCheckpoint:
     """A head of a target's shape with random weights, for benchmarks: it costs what a trained head
     costs, but its selection means nothing.
-
-    Projections have standard deviation 1/sqrt(fan_in) and norms are 1, so q and k are of order 1
-    for any input.
     """
     try:
         ids = default_aux_layers(num_layers)
@@ -40,20 +38,6 @@ def dummy_checkpoint(
             if num_layers < 4
             else (1, num_layers // 2, num_layers - 1)
         )
-    generator = torch.Generator().manual_seed(seed)
-
-    def linear(out_features: int, in_features: int) -> Tensor:
-        return (
-            torch.randn(out_features, in_features, generator=generator) / math.sqrt(in_features)
-        ).to(dtype)
-
-    tensors = {
-        "fc.weight": linear(hidden_size, len(ids) * hidden_size),
-        "embed_norm.weight": torch.ones(hidden_size, dtype=dtype),
-        "feature_norm.weight": torch.ones(hidden_size, dtype=dtype),
-        "q_proj.weight": linear(num_heads * head_dim, 2 * hidden_size),
-        "k_proj.weight": linear(num_kv_heads * head_dim, 2 * hidden_size),
-    }
     spec = HeadSpec(
         format="dummy",
         hidden_size=hidden_size,
@@ -74,5 +58,23 @@ def dummy_checkpoint(
         dtype=dtype,
         aux_layers_from="dummy",
     )
+    return random_checkpoint(spec, seed)
+
+
+def random_checkpoint(spec: HeadSpec, seed: int) -> HeadCheckpoint:
+    """A head of ``spec`` with random weights and no biases.
+
+    Projections have standard deviation 1/sqrt(fan_in) and norms are 1, so q and k are of order 1
+    for any input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in required_shapes(spec).items():
+        values = (
+            torch.ones(shape)
+            if "norm" in name
+            else torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+        )
+        tensors[name] = values.to(spec.dtype)
     kept = [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     return HeadCheckpoint(spec=spec, tensors=tensors, kept=kept, pruned=[])
