@@ -219,9 +219,10 @@ def select_pages(
     ``specontext_vllm.retrieval.reference`` defines them.
 
     Args:
-        page_max, page_lse: ``[NQ, C]`` from ``score_pages``, the same rows, no maximum above its
-            sum. A page for which one of the two is not finite counts as the worst: both become
-            -inf.
+        page_max, page_lse: ``[NQ, C]`` of the same rows, from ``score_pages`` or another rule. A
+            page for which one of the two is not finite counts as the worst, and the kernel may set
+            both to -inf. It looks for such pages only where a sum is NaN or +inf: so a finite sum
+            must have a finite maximum, and a sum of -inf a maximum of -inf.
         order: ``[H, C]`` int32 scratch.
         starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for
             rows that are kept whole.

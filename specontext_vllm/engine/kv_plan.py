@@ -30,12 +30,12 @@ def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int, block_b
         ConfigError: a sentence with the numbers when gpu_kv_gib is too small.
     """
     refuse_less_than_one_request(vllm_config, memory, gpu_bytes, 0)
-    head_bytes = memory.block_pages * memory.shape.head_page_bytes
+    retriever_bytes = memory.block_pages * memory.shape.retriever_page_bytes
     logger.info(
         "SpeContext: the head's caches take %.1f %% of the KV memory.",
-        100 * head_bytes / (block_bytes + head_bytes),
+        100 * retriever_bytes / (block_bytes + retriever_bytes),
     )
-    return gpu_bytes // (block_bytes + head_bytes)
+    return gpu_bytes // (block_bytes + retriever_bytes)
 
 
 def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> TierPlan:

@@ -17,12 +17,12 @@ from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.sizes import in_gib
 
 
-def memory_model(vllm_config: Any, num_layers: int, head_page_bytes: int) -> MemoryModel:
+def memory_model(vllm_config: Any, num_layers: int, retriever_page_bytes: int) -> MemoryModel:
     """The memory model of one worker of this engine.
 
     Args:
         num_layers: layers on our backend.
-        head_page_bytes: what the head's caches and the retriever keep of a page of these layers.
+        retriever_page_bytes: what the retriever keeps of a page of these layers.
     """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
@@ -31,7 +31,7 @@ def memory_model(vllm_config: Any, num_layers: int, head_page_bytes: int) -> Mem
         num_kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
         head_dim=model.get_head_size(),
         itemsize=model.dtype.itemsize,
-        head_page_bytes=head_page_bytes,
+        retriever_page_bytes=retriever_page_bytes,
     )
     return MemoryModel(
         shape,
@@ -55,8 +55,9 @@ def override_pages(vllm_config: Any) -> int | None:
     return None if blocks is None else blocks * block_pages(vllm_config)
 
 
-def head_page_bytes(vllm_config: Any, num_layers: int, spec: HeadSpec | None) -> int:
-    """Bytes that the head's caches and the retriever keep of a page of ``num_layers`` layers.
+def retriever_page_bytes(vllm_config: Any, num_layers: int, spec: HeadSpec | None) -> int:
+    """Bytes that the retriever keeps of a page of ``num_layers`` layers: the head's caches and
+    page vectors.
 
     Args:
         spec: of one worker's head.
@@ -101,7 +102,7 @@ def refuse_small_memory(vllm_config: Any, spec: HeadSpec | None) -> None:
     if not caps:
         return
     layers = num_full_layers(vllm_config.model_config.hf_text_config)
-    memory = memory_model(vllm_config, layers, head_page_bytes(vllm_config, layers, spec))
+    memory = memory_model(vllm_config, layers, retriever_page_bytes(vllm_config, layers, spec))
     engines = vllm_config.additional_config[ENGINES_KEY]
     host_bytes = memory.in_flight_bytes if gib == "auto" else int(gib * 2**30) // engines
     refuse_less_than_one_request(vllm_config, memory, min(caps), host_bytes)

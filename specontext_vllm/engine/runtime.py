@@ -117,8 +117,8 @@ class Runtime:
             model.get_head_size(),
             model.dtype,
         )
-        head_page_bytes = self.retriever.bytes_per_block + kept_per_layer
-        return memory_model(self.vllm_config, len(self.layer_names), head_page_bytes)
+        retriever_page_bytes = self.retriever.bytes_per_block + kept_per_layer
+        return memory_model(self.vllm_config, len(self.layer_names), retriever_page_bytes)
 
     # -- binding, when there is one
 

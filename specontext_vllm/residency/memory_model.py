@@ -34,14 +34,15 @@ class KVShape:
         num_layers: layers that SpeContext serves.
         num_kv_heads, head_dim: KV heads on this worker, and their width.
         itemsize: bytes of one element.
-        head_page_bytes: bytes that the retrieval head's caches take for one page; 0 without a head.
+        retriever_page_bytes: bytes that the retriever keeps of one page of all layers: the head's
+            caches, and the page vectors of a rule that has some.
     """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     itemsize: int
-    head_page_bytes: int
+    retriever_page_bytes: int
 
     @property
     def page_bytes(self) -> int:
@@ -130,7 +131,7 @@ class MemoryModel:
             "resident layers": (shape.num_layers - host_layers) * num_pages * shape.page_bytes,
             "hot buffers": host_layers * hot * shape.page_bytes,
             "staging": 2 * staging * shape.page_bytes,
-            "retrieval head's caches": num_pages * shape.head_page_bytes,
+            "retrieval head's caches": num_pages * shape.retriever_page_bytes,
         }
         if host_layers:
             parts["tables"] = self._table_bytes(num_pages, hot_pages)

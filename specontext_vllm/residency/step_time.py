@@ -43,7 +43,7 @@ class StepTime:
         pages = pages_for(length)
         read = self.weight_bytes + requests * (
             shape.num_layers * min(pages, budget_pages) * shape.page_bytes
-            + (pages > budget_pages) * pages * shape.head_page_bytes
+            + (pages > budget_pages) * pages * shape.retriever_page_bytes
         )
         moved = int(offloaded * requests * min(pages, budget_pages) * miss_rate * shape.page_bytes)
         return self.overhead_s + read / self.gpu_bytes_per_s, moved / self.link_bytes_per_s, moved

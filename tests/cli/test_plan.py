@@ -67,7 +67,7 @@ def test_the_model_is_read_from_its_config(folder):
     (folder / "small").mkdir()
     (folder / "small" / "config.json").write_text(json.dumps(small))
     model = planning.read_model(folder / "small")
-    assert model.kv.head_page_bytes == HeadCache.bytes_per_block(
+    assert model.kv.retriever_page_bytes == HeadCache.bytes_per_block(
         2, 16, 64, torch.bfloat16, torch.float8_e4m3fn
     )
     assert model.head_bytes == pytest.approx(

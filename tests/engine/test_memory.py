@@ -102,7 +102,7 @@ def test_plans_are_of_whole_blocks():
     )
     prepare_vllm_config(config)
     assert override_pages(config) == 36
-    memory = memory_model(config, num_layers=6, head_page_bytes=1000)
+    memory = memory_model(config, num_layers=6, retriever_page_bytes=1000)
     assert memory.max_pages == 4096 // 16
     for gpu_mib in range(30, 60):
         assert memory.plan(gpu_mib << 20, 1 << 28).num_pages % 4 == 0

@@ -99,6 +99,28 @@ def test_kernel_matches_reference(lengths, queries, heads, budget, ties, device)
         torch.testing.assert_close(mass[row], reference_mass, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sums", ["unrelated", "all the same", "-inf where the maximum is"])
+def test_maxima_may_lie_above_their_sums(sums, device):
+    """As those of the rule `recent` do."""
+    heads, tokens, budget = 2, 1000, Budget(8, 1, 2)
+    count = pages_for(tokens)
+    scores = random_scores(4, heads, [count], device, seed=6)
+    if sums == "all the same":
+        scores.page_lse.zero_()
+    else:
+        scores.page_lse[:, :count].normal_(-3.0)
+    if sums.startswith("-inf"):
+        for part in (scores.page_max, scores.page_lse):
+            part[:2, 10:50] = part[:, 20] = float("-inf")
+    assert (scores.page_max > scores.page_lse).any()
+    page_max, page_lse = scores.page_max[:, :count].cpu(), scores.page_lse[:, :count].cpu()
+    kept, reference_mass = select_row(page_max, page_lse, count, heads, budget)
+    table, pages, _, mass = run_kernel(scores, [tokens], heads, budget, device, width=8)
+    for head in range(heads):
+        assert torch.equal(pages[head], (table[0, kept[head]] * heads + head).int())
+    torch.testing.assert_close(mass[0], reference_mass, rtol=1e-4, atol=1e-5)
+
+
 def test_sums_that_stand_for_the_maxima_select_by_mass(device):
     """As the rule `mass` has them: one tensor for both, pages without a finite score included."""
     heads, tokens, budget = 2, 1000, Budget(8, 1, 2)
@@ -135,7 +157,7 @@ def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(e
     others have what they would have alone.
     """
     heads, budget, wider = 2, Budget(8, 1, 2), 12
-    # No maximum lies above its sum.
+    # A sum of -inf has no other maximum.
     kinds = [
         (where, bits)
         for where in WHERE

@@ -30,7 +30,7 @@ SHAPE_8B = KVShape(
     num_kv_heads=8,
     head_dim=128,
     itemsize=2,
-    head_page_bytes=8 * 16 * 128 * 2 + 4096 * 2,
+    retriever_page_bytes=8 * 16 * 128 * 2 + 4096 * 2,
 )
 GIB = 1 << 30
 
@@ -293,7 +293,7 @@ def test_plan_against_what_is_allocated(name):
     small = [tensors.pop(name) for name in ("resident", "step", "count", "capacity", "lanes")]
     assert sum(t.nbytes for t in small) < 4096
     tables = sum(t.nbytes for t in tensors.values())
-    allocated = arena.nbytes + tables + plan.num_pages * shape.head_page_bytes
+    allocated = arena.nbytes + tables + plan.num_pages * shape.retriever_page_bytes
     assert tables == plan.parts["tables"]
     assert allocated == pytest.approx(plan.gpu_bytes, rel=0.01)
     assert tiers.pools.host.nbytes == plan.host_bytes > 0

@@ -120,6 +120,8 @@ class World:
         for row, span in inputs.scored_rows():
             finite = page_max[:, span].isfinite() | ~page_lse[:, span].isfinite()
             assert finite.all(), f"row {row}: page_max is not finite where page_lse is"
+            worst = page_max[:, span].isneginf() | ~page_lse[:, span].isneginf()
+            assert worst.all(), f"row {row}: page_max is not -inf where page_lse is"
         return [part.split(self.counts, -1) for part in (page_max, page_lse)]
 
     def select(self, stickiness=None):

@@ -79,7 +79,7 @@ class Rule:
             What selection reads: ``scores``, or its tensors in other places. Selection takes the
             pages with the largest ``page_max - logsumexp(page_lse)`` of any query head of a group
             (``retrieval/reference.py``). Where ``page_max`` is not finite, ``page_lse`` must not be
-            either.
+            either, and where ``page_lse`` is -inf, ``page_max`` must be, too.
         """
         raise NotImplementedError
 
