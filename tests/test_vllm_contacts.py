@@ -33,7 +33,7 @@ def test_all_kinds_of_contact_are_found(package):
         ("override", "vllm.v1.worker.gpu_worker.Worker.determine_available_memory"),
         ("assignment", "module.allocate_kv_cache"),
         ("assignment", "coordinator.cache_blocks"),
-        ("assignment", "self.use_aux_hidden_state_outputs"),
+        ("assignment", "runner.use_aux_hidden_state_outputs"),
         ("private", "self._init_reorder_batch_threshold"),
         ("use", f"{RUNNER}.execute_model_state"),
     ):

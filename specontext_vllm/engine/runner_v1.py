@@ -11,7 +11,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from specontext_vllm.engine.metadata import SpeContextMetadata
-from specontext_vllm.engine.runtime import Runtime
+from specontext_vllm.engine.runtime import Runtime, attach_runtime
 from specontext_vllm.step_data import StepBatch
 
 
@@ -23,16 +23,12 @@ class SpeContextCPUModelRunner(CPUModelRunner):
     runtime: Runtime
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Make the runtime, and let the model return the hidden states that the head reads.
+        """Makes the runtime, now that there is a model.
 
         Overrides: vllm.v1.worker.cpu_model_runner.CPUModelRunner.load_model
-        Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
-        Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
-        Remove when: a setting of vLLM's asks for auxiliary hidden states.
         """
         super().load_model(*args, **kwargs)
-        self.runtime = Runtime(self.vllm_config, self.model, self.device)
-        self.use_aux_hidden_state_outputs = self.runtime.reads_aux
+        attach_runtime(self)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """With a host pool the layers are bound to our arena; then the runtime is bound.

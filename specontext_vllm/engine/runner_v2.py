@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from specontext_vllm.engine.runtime import Runtime
+from specontext_vllm.engine.runtime import Runtime, attach_runtime
 from specontext_vllm.step_data import StepBatch
 
 
@@ -27,16 +27,12 @@ class SpeContextModelRunnerV2(GPUModelRunner):
     _batch: StepBatch | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Make the runtime, and let the model return the hidden states that the head reads.
+        """Makes the runtime, now that there is a model.
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.load_model
-        Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
-        Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
-        Remove when: a setting of vLLM's asks for auxiliary hidden states.
         """
         super().load_model(*args, **kwargs)
-        self.runtime = Runtime(self.vllm_config, self.model, self.device)
-        self.use_aux_hidden_state_outputs = self.runtime.reads_aux
+        attach_runtime(self)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Counts our own graphs, and the head's work on a whole batch, in the peak of memory that

@@ -258,3 +258,15 @@ class Runtime:
         if self.exporter is not None:
             self.exporter.close()
         self.retriever.close()
+
+
+def attach_runtime(runner: Any) -> None:
+    """Make the runtime of a model runner whose model is loaded, and let the model return the hidden
+    states that the head reads.
+
+    Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
+    Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
+    Remove when: a setting of vLLM's asks for auxiliary hidden states.
+    """
+    runner.runtime = Runtime(runner.vllm_config, runner.model, runner.device)
+    runner.use_aux_hidden_state_outputs = runner.runtime.reads_aux
