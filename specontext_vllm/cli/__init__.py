@@ -11,6 +11,7 @@ from specontext_vllm import __version__
 from specontext_vllm.cli.distill import distill
 from specontext_vllm.cli.inspect import inspect
 from specontext_vllm.cli.plan import plan
+from specontext_vllm.cli.prune import prune
 from specontext_vllm.cli.watch import metrics, top
 from specontext_vllm.versions import SUPPORTED_VLLM
 
@@ -45,5 +46,5 @@ def main(
 
 
 app.callback()(main)
-for command in (inspect, plan, top, metrics, distill):
+for command in (inspect, prune, plan, top, metrics, distill):
     app.command()(command)

@@ -20,7 +20,6 @@ from specontext_vllm.retrieval.checkpoint import (
     aux_layers_of,
     checkpoint_folder,
     describe_aux_layers,
-    prune_head,
     read_checkpoint,
     read_config,
 )
@@ -30,7 +29,7 @@ from specontext_vllm.retrieval.rope import rope_frequencies
 
 def inspect(
     checkpoint: Annotated[
-        str, typer.Argument(help="EAGLE-3 checkpoint: a folder or a Hugging Face hub id.")
+        str, typer.Argument(help="Checkpoint of a head: a folder or a Hugging Face hub id.")
     ],
     target: Annotated[
         Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")
@@ -44,18 +43,12 @@ def inspect(
             "--allow-pickle", help="Open pytorch_model.bin where there are no safetensors."
         ),
     ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--write-pruned", help="New folder for a checkpoint of what the retrieval head keeps."
-        ),
-    ] = None,
 ) -> None:
-    """Show what the retrieval head keeps of an EAGLE-3 checkpoint, and whether it fits a target
-    model.
+    """Show what a retrieval head is like and what it keeps of its checkpoint, and whether it fits
+    a target model.
 
     Exit code 0: readable, and it fits the target if one was given; 1: it does not fit; 2: not a
-    usable checkpoint, or no folder to write to.
+    usable checkpoint.
     """
     with refusals(HeadError):
         folder = checkpoint_folder(
@@ -67,12 +60,11 @@ def inspect(
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
     console.print(_facts_table(head))
-    kept = sum(info.num_bytes for info in head.kept)
-    whole = kept + sum(info.num_bytes for info in head.pruned)
-    if out is None and kept < whole:
+    kept, whole = head.kept_bytes, head.whole_bytes
+    if kept < whole:
         _print(
             console,
-            f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads.",
+            f"`specontext prune` writes the {kept:,} of {whole:,} bytes that selection reads.",
         )
     if served is not None:
         try:
@@ -84,14 +76,6 @@ def inspect(
             _print(console, f"Does not fit {target}: {error}")
             raise typer.Exit(1) from None
         _print(console, f"Fits {target}: reads its layers {layers}.")
-    if out is not None:
-        with refusals(HeadError):
-            prune_head(head, out)
-        _print(
-            console,
-            f"Wrote {out}: {kept:,} of {whole:,} bytes. It selects as the whole head does; it can "
-            "no longer serve as a draft model.",
-        )
 
 
 def _print(console: Console, text: str) -> None:
@@ -158,7 +142,7 @@ def _facts_table(head: HeadCheckpoint) -> Table:
             "the same without embedding and LM head",
             _share(*map(_without_vocabulary, (head.kept, head.pruned))),
         ),
-        ("kept bytes", f"{sum(info.num_bytes for info in head.kept):,}"),
+        ("kept bytes", f"{head.kept_bytes:,}"),
         (
             "kept bytes without embedding",
             f"{sum(info.num_bytes for info in _without_vocabulary(head.kept)):,}",
@@ -180,6 +164,12 @@ def _facts_table(head: HeadCheckpoint) -> Table:
             f"{spec.trained_length}",
         ),
         ("norms", _norms(spec)),
+        (
+            "a key is made from",
+            "its token's embedding, the states before"
+            + (" and its own" if spec.key_states == "own" else ""),
+        ),
+        ("gated MLPs", _mlps(spec)),
     ]
     for name, value in rows:
         table.add_row(name, str(value))
@@ -211,3 +201,9 @@ def _norms(spec: HeadSpec) -> str:
     return ", ".join(
         ["embedding", "feature", *(name for name, present in extra.items() if present)]
     )
+
+
+def _mlps(spec: HeadSpec) -> str:
+    widths = {"queries": spec.q_mlp, "keys": spec.k_mlp}
+    given = [f"{width} wide for {kind}" for kind, width in widths.items() if width]
+    return ", ".join(given) or "none"

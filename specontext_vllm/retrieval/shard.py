@@ -33,7 +33,8 @@ def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> Hea
 
     With more workers than KV heads several workers have the same KV head, each with its own share
     of the query heads, and may choose different pages for it. Everything before the projections is
-    kept whole. A worker scores pages for its own heads only, without communication.
+    kept whole, and so are the inner parts of their MLPs. A worker scores pages for its own heads
+    only, without communication.
 
     Raises:
         HeadError: the head's heads do not divide among the workers.
@@ -41,13 +42,13 @@ def shard_checkpoint(checkpoint: HeadCheckpoint, *, rank: int, size: int) -> Hea
     spec = shard_spec(checkpoint.spec, size)
     replicas = max(1, size // checkpoint.spec.num_kv_heads)
     tensors = dict(checkpoint.tensors)
-    for name, count, place in (
-        ("q_proj", spec.num_heads, rank),
-        ("k_proj", spec.num_kv_heads, rank // replicas),
+    for kind, count, place in (
+        ("q", spec.num_heads, rank),
+        ("k", spec.num_kv_heads, rank // replicas),
     ):
         rows = count * spec.head_dim
-        for part in ("weight", "bias"):
-            key = f"{name}.{part}"
+        for part in ("proj.weight", "proj.bias", "mlp.down_proj.weight"):
+            key = f"{kind}_{part}"
             if key in tensors:
                 tensors[key] = tensors[key][place * rows : (place + 1) * rows]
     return replace(checkpoint, spec=spec, tensors=tensors)

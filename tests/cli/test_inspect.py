@@ -6,8 +6,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from specontext_vllm.retrieval.checkpoint import save_head
 from tests.cli.inspecting import TARGET, run, write_target
 from tests.retrieval.eagle3_files import Layout, make_tensors, write_checkpoint
+from tests.retrieval.own_heads import make_own
 
 
 @pytest.fixture
@@ -34,6 +36,8 @@ def test_report(head):
         "2, L//2, L-3",
         "6, 3, 10",
         "theta 10000, scaling none (YaRN beyond the trained length), trained length 64",
+        "its token's embedding, the states before ",
+        "gated MLPs",
     ):
         assert text in result.output
 
@@ -108,54 +112,25 @@ def test_a_revision_is_asked_of_the_hub_and_no_folder_has_one(head, monkeypatch)
     )
 
 
-def test_the_pruned_head_is_offered_written_and_fits(head, tmp_path):
-    target = write_target(tmp_path)
-    kept = 4 * (40 * 120 + 2 * 40 + (60 + 30) * 80 + 77 * 40)
-    whole = (
-        kept + 4 * (30 * 80 + 40 * 60 + 3 * 56 * 40 + 2 * 40 + 33 * 40) + 8 * 33 + 77
-    )  # d2t and t2d come last
-    offer = f"--write-pruned FOLDER writes the {kept:,} of {whole:,} bytes that selection reads."
-    assert run(head).stdout.endswith(f"{offer}\n")
-    pruned = tmp_path / "pruned"
-    result = run(head, "--target", target, "--write-pruned", pruned)
+def test_a_head_of_our_own_shows_what_is_its_own(tmp_path):
+    made = make_own(q_mlp=12, k_mlp=20, fc_norm=True)
+    save_head(tmp_path / "head", made.spec, made.tensors)
+    result = run(tmp_path / "head", "--target", write_target(tmp_path))
     assert result.exit_code == 0, result.output
-    assert (
-        f"Wrote {pruned}: {kept:,} of {whole:,} bytes. It selects as the whole head does; it "
-        "can no longer serve as a draft model." in result.stdout
-    )
-    result = run(pruned, "--target", target)
-    assert (
-        result.exit_code == 0
-        and f"Fits {target}: reads its layers 2, 6, 9" in result.stdout
-        and "--write-pruned" not in result.stdout
-    )
-
-
-def test_a_head_that_does_not_fit_is_not_written(head, tmp_path):
-    result = run(
-        head,
-        "--target",
-        write_target(tmp_path, num_key_value_heads=2),
-        "--write-pruned",
-        tmp_path / "pruned",
-    )
-    assert result.exit_code == 1 and not (tmp_path / "pruned").exists()
-
-
-@pytest.mark.parametrize(
-    "place, sentence",
-    [
-        ("head", "holds something already"),
-        ("head/config.json/new", "cannot be written (NotADirectoryError"),
-    ],
-)
-def test_a_place_that_cannot_take_the_pruned_head_is_one_line_on_stderr(
-    head, tmp_path, place, sentence
-):
-    before = (head / "config.json").read_bytes()
-    result = run(head, "--write-pruned", tmp_path / place)
-    assert result.exit_code == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
-    assert (head / "config.json").read_bytes() == before
+    for text in (
+        "specontext",
+        "k_mlp.down_proj.weight",
+        "30 x 20",
+        "12, 3, 10",
+        "a key is made from",
+        "its token's embedding, the states before and its own",
+        "12 wide for queries, 20 wide for keys",
+        "embedding, feature, a norm for each layer before fc",
+        "0, 3, 4, 9 (aux_layer_ids)",
+        "Fits ",
+    ):
+        assert text in result.stdout
+    assert "specontext prune" not in result.stdout
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -9,18 +9,32 @@ from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from tests.retrieval.eagle3_files import Layout, write_checkpoint
+from tests.retrieval.own_heads import KINDS, make_own
 
 
 def project(checkpoint):
+    """Queries and keys of some tokens."""
     spec = checkpoint.spec
     generator = torch.Generator().manual_seed(1)
     aux = [
         torch.randn(9, spec.target_hidden_size, generator=generator) for _ in range(spec.num_aux)
     ]
     head = RetrievalHead(checkpoint, max_position=64, dtype=torch.float32, device="cpu")
-    return head.project(
-        torch.randn(9, spec.embed_size, generator=generator), head.fuse(aux), torch.arange(9)
-    )
+    embeds = torch.randn(9, spec.embed_size, generator=generator)
+    fused, positions = head.fuse(aux), torch.arange(9)
+    own = fused if spec.key_states == "own" else None
+    # As if they were those of the tokens before.
+    before = fused.flip(0)
+    return head.queries(embeds, before, positions), head.keys(embeds, before, positions, own)
+
+
+def eagle(tmp_path, kv_heads, **extras):
+    write_checkpoint(tmp_path, Layout(num_kv_heads=kv_heads, **extras))
+    return read_checkpoint(tmp_path)
+
+
+def own(tmp_path, kv_heads, **extras):
+    return make_own(num_heads=6, num_kv_heads=kv_heads, **extras)
 
 
 @pytest.mark.parametrize(
@@ -29,13 +43,18 @@ def project(checkpoint):
     ids=["one-each", "mha", "replicated", "mqa", "mqa-pairs"],
 )
 @pytest.mark.parametrize(
-    "extras",
-    [{}, {"format": "speculators", "bias": True, "qk_norm": True}],
-    ids=["plain", "bias-and-norms"],
+    ("make", "extras"),
+    [
+        pytest.param(eagle, {}, id="plain"),
+        pytest.param(
+            eagle, {"format": "speculators", "bias": True, "qk_norm": True}, id="bias-and-norms"
+        ),
+        pytest.param(own, KINDS["own-all-of-it"], id="own-all-of-it"),
+        pytest.param(own, KINDS["previous-mlps"], id="previous-mlps"),
+    ],
 )
-def test_workers_have_the_heads_that_vllm_gives_them(tmp_path, kv_heads, size, extras):
-    write_checkpoint(tmp_path, Layout(num_kv_heads=kv_heads, **extras))
-    whole = read_checkpoint(tmp_path)
+def test_workers_have_the_heads_that_vllm_gives_them(tmp_path, kv_heads, size, make, extras):
+    whole = make(tmp_path, kv_heads, **extras)
     heads, group = whole.spec.num_heads, whole.spec.num_heads // kv_heads
     q, k = project(whole)
     for rank in range(size):

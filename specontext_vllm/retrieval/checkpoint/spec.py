@@ -104,3 +104,13 @@ class HeadCheckpoint:
     tensors: dict[str, Tensor]
     kept: list[TensorInfo]
     pruned: list[TensorInfo]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the kept tensors, as they are stored."""
+        return sum(info.num_bytes for info in self.kept)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of all tensors, as they are stored."""
+        return self.kept_bytes + sum(info.num_bytes for info in self.pruned)

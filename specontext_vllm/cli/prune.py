@@ -1,0 +1,46 @@
+"""`specontext prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specontext_vllm.cli.refusals import refusals
+from specontext_vllm.retrieval.checkpoint import (
+    HeadError,
+    checkpoint_folder,
+    prune_head,
+    read_checkpoint,
+)
+
+
+def prune(
+    head: Annotated[
+        str, typer.Argument(help="Checkpoint of a head: a folder or a Hugging Face hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="New folder for what the retrieval head keeps.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle", help="Open pytorch_model.bin where there are no safetensors."
+        ),
+    ] = False,
+) -> None:
+    """Write what selection needs of a head, without the LM head and the rest of a draft model.
+
+    Exit code 2: not a usable checkpoint, or no folder to write to.
+    """
+    with refusals(HeadError):
+        folder = checkpoint_folder(head, revision, say=lambda text: typer.echo(text, err=True))
+        checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
+        prune_head(checkpoint, out)
+    kept, whole = checkpoint.kept_bytes, checkpoint.whole_bytes
+    typer.echo(
+        f"Wrote {out}: {kept:,} of {whole:,} bytes. It selects as the whole head does; it cannot "
+        "serve as a draft model."
+    )
