@@ -18,7 +18,8 @@ from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.intervals import of_scores
 from benchmarks.machine import gpus
 from benchmarks.shapes import DEMO_MODEL, Shape
-from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel
 
 REQUESTS = 16
 """vLLM's max_num_seqs."""
@@ -87,21 +88,57 @@ def accuracy(problems: Sequence[Any], replies: Sequence[str]) -> dict[str, Any]:
     return row
 
 
-def apply(worker: Any, setting: Setting) -> None:
-    """Use a setting in a worker from the next step on, and note the misses of each step.
+@dataclass(frozen=True)
+class Room:
+    """Memory for a load of the demo model.
 
-    Raises:
-        RuntimeError: the engine has one tier, in which nothing is fetched.
+    Attributes:
+        pages: pages that the scheduler hands out.
+        max_model_len: longest context, in tokens.
+        gpu_bytes, host_bytes: for KV.
+        fetches: whether some layers are offloaded, so that there is something to fetch.
     """
+
+    pages: int
+    max_model_len: int
+    gpu_bytes: int
+    host_bytes: int
+    fetches: bool
+
+    @classmethod
+    def of(cls, problems: int, tokens: int, budget: int, itemsize: int) -> Room:
+        """Room for all ``problems``, of ``tokens`` tokens each, in elements of ``itemsize`` bytes:
+        on the GPU for the largest hot buffers of all layers, but not for one layer's pages, so that
+        every layer may be offloaded.
+        """
+        shape, config = Shape.named("demo"), SpeContextConfig(budget=budget)
+        pages, max_model_len = (tokens // PAGE_SIZE + 40) * problems, tokens + 1024
+        layers, heads, d = shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
+        retriever_page_bytes = (PAGE_SIZE * heads * d + shape.hidden_size) * itemsize
+        kv = KVShape(layers, heads, d, itemsize, retriever_page_bytes)
+        gpu_bytes = (
+            REQUESTS * 2 * config.budget_pages * layers + pages // 2 + 4 * tokens // PAGE_SIZE
+        ) * kv.page_bytes + pages * 12288
+        host_bytes = (layers + 1) * pages * kv.page_bytes
+        model = MemoryModel(
+            kv,
+            budget_pages=config.budget_pages,
+            table_pages=config.table_pages(max_model_len),
+            max_num_seqs=REQUESTS,
+            max_model_len=max_model_len,
+        )
+        holds_one = gpu_bytes >= model.min_gpu_bytes(host_bytes, max_model_len)
+        holds_one = holds_one and pages > pages_for(max_model_len)
+        fetches = holds_one and model.plan(gpu_bytes, host_bytes, pages).host_layers > 0
+        return cls(pages, max_model_len, gpu_bytes, host_bytes, fetches)
+
+
+def apply(worker: Any, setting: Setting) -> None:
+    """Use a setting in a worker from the next step on, and note the misses of each step."""
     import torch
 
     runtime = worker.model_runner.runtime
     tiers = runtime.tiers
-    if tiers is None:
-        raise RuntimeError(
-            "transfer: the GPU's part of the memory holds all KV of this load, so nothing would be "
-            "fetched; give more --needles or --recitations, or a larger --tokens."
-        )
     runtime.set(stickiness=setting.stickiness)
     slots = int(setting.slots * runtime.config.budget_pages)
     # Not the time law's choice, which depends on the load.
@@ -151,21 +188,12 @@ def run_engine(
     from vllm import LLM, SamplingParams
 
     problems = make_problems(*counts, tokens)
-    shape = Shape.named("demo")
-    page_bytes = (
-        16 * 2 * shape.num_key_value_heads * shape.head_dim * (4 if dtype == "float32" else 2)
-    )
-    pages = (tokens // 16 + 40) * len(problems)
-    # GPU room for the largest hot buffers of all layers, but not for one layer's pages: every layer
-    # may be offloaded.
-    room = (
-        REQUESTS * 2 * (budget // 16) * shape.num_hidden_layers + pages // 2 + 4 * tokens // 16
-    ) * page_bytes + pages * 12288
+    room = Room.of(sum(counts), tokens, budget, itemsize=4 if dtype == "float32" else 2)
     config = {
         "retrieval_head": str(Path(model, "retrieval_head")),
         "budget": budget,
-        "gpu_kv_gib": room / 2**30,
-        "host_kv_gib": (shape.num_hidden_layers + 1) * pages * page_bytes / 2**30,
+        "gpu_kv_gib": room.gpu_bytes / 2**30,
+        "host_kv_gib": room.host_bytes / 2**30,
     }
     arguments: dict[str, Any] = {
         "model": model,
@@ -174,8 +202,8 @@ def run_engine(
         "enable_prefix_caching": True,
         "max_num_seqs": REQUESTS,
         "disable_log_stats": True,
-        "max_model_len": tokens + 1024,
-        "num_gpu_blocks_override": pages,
+        "max_model_len": room.max_model_len,
+        "num_gpu_blocks_override": room.pages,
         "attention_backend": "specontext",
         "additional_config": {"specontext": config},
     }
@@ -255,6 +283,13 @@ def main(
     failed.
     """
     on_gpu = bool(gpus())
+    dtype, itemsize = ("bfloat16", 2) if on_gpu else ("float32", 4)
+    if not Room.of(needles + recitations, tokens, budget, itemsize).fetches:
+        raise typer.BadParameter(
+            f"found {needles} --needles and {recitations} --recitations of {tokens} --tokens, "
+            "which all fit where only the hot buffers should, so that nothing would be fetched; "
+            "give more or longer ones, or a smaller --budget."
+        )
     problems = make_problems(needles, recitations, tokens)
     details: dict[str, Any] = {"budget": budget, "tokens": tokens, "stats": {}, "steady_shares": {}}
     result = report.Report(
@@ -271,7 +306,6 @@ def main(
     )
     env = engine_env(on_gpu, cpu_kv_gib=4)
     log = Path(tempfile.mkdtemp(prefix="specontext-bench-")) / "transfer.log"
-    dtype = "bfloat16" if on_gpu else "float32"
     arguments = (str(DEMO_MODEL), on_gpu, dtype, budget, (needles, recitations), tokens, SETTINGS)
     print(f"starting (log {log})", flush=True)
     try:

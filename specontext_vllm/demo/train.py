@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from specontext_vllm.demo.tokenizer import train_tokenizer
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import WINDOW, alignment_loss, attention_target, draft_loss
 from specontext_vllm.distillation.shape import DraftShape
+
+
+class TrainingError(RuntimeError):
+    """The training has come to nothing; the message is one sentence."""
 
 
 def draft_shape(size: Size, vocabulary: int) -> DraftShape:
@@ -58,7 +63,11 @@ def cosine(rate: float, step: int, warmup: int, progress: float) -> float:
 
 
 def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, log: Log) -> None:
-    """Train at growing lengths; the clock ends each phase."""
+    """Train at growing lengths; the clock ends each phase.
+
+    Raises:
+        TrainingError: the model has not learned to copy in the first phase, on a GPU.
+    """
     size = model.size
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -105,7 +114,7 @@ def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, 
                 shown, shown_tokens = time.time(), tokens
         log(f"model: end of {length} tokens after {steps} steps")
         if device == "cuda" and number == 0 and right < 0.9:
-            raise RuntimeError(
+            raise TrainingError(
                 f"the model did not learn to copy at {length} tokens ({right:.3f} of the answer "
                 "tokens right); longer rows will not help."
             )
@@ -123,7 +132,7 @@ def train_head(
     """Train the head with draft and alignment loss on the frozen model, at mixed lengths.
 
     Raises:
-        RuntimeError: there is no time for a single step.
+        TrainingError: there is no time for a single step.
     """
     size = model.size
     optimizer = torch.optim.AdamW(
@@ -173,7 +182,7 @@ def train_head(
             )
             shown = time.time()
     if step == 0:
-        raise RuntimeError(
+        raise TrainingError(
             "the clock left no time for a step of the head; give the training more --minutes."
         )
     log(
@@ -230,4 +239,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TrainingError as error:
+        sys.exit(f"specontext_vllm.demo.train: {error}")

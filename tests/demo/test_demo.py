@@ -10,6 +10,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from specontext_vllm.demo import __main__ as demo
+from specontext_vllm.demo import train
+from specontext_vllm.demo.model import Model
+from specontext_vllm.demo.sizes import SIZES
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.synthetic.tasks import FACT_ANSWER
 
 
@@ -55,3 +59,11 @@ def test_prompts_that_cannot_be_made_are_refused_in_one_sentence(tokens: int):
         and result.stderr == f"--tokens: found {tokens}; give 256 to 32768.\n"
         and result.stdout == ""
     )
+
+
+def test_a_training_without_time_for_the_head_ends_in_a_sentence():
+    size = SIZES["smoke"]
+    model = Model(size, 64)
+    draft = DraftModel(train.draft_shape(size, 64))
+    with pytest.raises(train.TrainingError, match="no time for a step of the head; give"):
+        train.train_head(model, draft, {}, -1.0, "cpu", print)
