@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.cells import DENSE
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; the markers say the same.
-STYLES = {
-    "dlm": ("#0072B2", "o"),
-    "quest": ("#E69F00", "s"),
-    "oracle": ("#009E73", "^"),
-    "recent": ("#D55E00", "v"),
-    "random": ("#CC79A7", "D"),
-    DENSE: ("#000000", "*"),
-}
-OTHER_STYLE = ("#56B4E9", "P")
+from benchmarks.panels import (
+    OTHER_STYLE,
+    STYLES,
+    add_legend,
+    budget_ticks,
+    make_panels,
+    name_panel,
+)
 
 
 def draw(
@@ -53,44 +50,8 @@ def draw(
     return written
 
 
-PANELS_A_ROW = 3
-
-
-def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure with ``count`` panels, three in a row."""
-    from matplotlib.figure import Figure
-
-    columns = min(PANELS_A_ROW, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    return figure, axes[:count]
-
-
 def _distinct(lines: Sequence[dict[str, Any]], key: str) -> list[Any]:
     return list(dict.fromkeys(line[key] for line in lines))
-
-
-def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, under them."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False
-    )
-
-
-def _panel(axis: Any, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _y_label(kind: str) -> str:
@@ -110,11 +71,11 @@ def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     )
     if not panels:
         return None
-    figure, axes = _panels(len(panels), 3.4, 2.7)
+    figure, axes = make_panels(len(panels), 3.4, 2.7)
     retrievers = [name for name in _distinct(grid, "retriever") if name != DENSE]
     for axis, (context, task) in zip(axes, panels):
         here = [line for line in grid if line["context"] == context and line["task"] == task]
-        _panel(
+        name_panel(
             axis,
             f"{task.replace('_', ' ')}, {context:,} tokens",
             "budget, tokens per KV head",
@@ -133,12 +94,9 @@ def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
                     linewidth=1,
                     label="dense (reads all)",
                 )
-        axis.set_xscale("log", base=2)
-        budgets = sorted({line["budget"] for line in here if line["budget"]})
-        axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets], rotation=45)
-        axis.minorticks_off()
+        budget_ticks(axis, sorted({line["budget"] for line in here if line["budget"]}))
         _y_scale(axis, here[0]["kind"])
-    _legend(figure, axes)
+    add_legend(figure, axes)
     figure.suptitle(f"{model}: accuracy over budget, bars are 95 % intervals", fontsize=12)
     return figure
 
@@ -180,11 +138,11 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
     if not points:
         return None
     contexts = sorted({row["context"] for row in points})
-    figure, axes = _panels(len(contexts), 5.2, 4.0)
+    figure, axes = make_panels(len(contexts), 5.2, 4.0)
     for axis, context in zip(axes, contexts):
         here = [row for row in points if row["context"] == context]
         tasks = max(row["tasks"] for row in here)
-        _panel(
+        name_panel(
             axis,
             f"{context:,} tokens, mean of {tasks} tasks",
             "decode tokens/s (all requests together)",
@@ -221,7 +179,7 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
                 )
         axis.set_ylim(-0.04, 1.08)
         axis.set_xlim(left=0)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     figure.suptitle(
         f"{model}: accuracy over speed, figures are the smallest and largest budget", fontsize=12
     )
@@ -243,14 +201,14 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     ]
     tasks = _distinct(with_threshold, "task")
     contexts = sorted({line["context"] for line in with_threshold})
-    figure, axes = _panels(len(tasks), 3.6, 2.9)
+    figure, axes = make_panels(len(tasks), 3.6, 2.9)
     for axis, task in zip(axes, tasks):
         here = [
             line
             for line in base + with_threshold
             if line["task"] == task and line["fallback_share"] is not None
         ]
-        _panel(
+        name_panel(
             axis,
             task.replace("_", " "),
             "share of decode rows that fell back",
@@ -283,7 +241,7 @@ def _fallback(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
                 )
         axis.set_xlim(-0.05, 1.15)
         _y_scale(axis, here[0]["kind"])
-    _legend(figure, axes)
+    add_legend(figure, axes)
     figure.suptitle(
         f"{model}: confidence fallback of {with_threshold[0]['retriever']} {budget}, figures are "
         "thresholds",

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.real.forced import TASKS
-from benchmarks.real.prompts import Writer, make_groups
 from benchmarks.real.settings import OptionError
-from benchmarks.real.texts import Texts, read_texts
-from specontext_vllm.distillation.teacher import load_teacher, read_config, read_tokenizer
+from benchmarks.real.tasks import Sources, make_groups
+from specontext_vllm.distillation.teacher import load_teacher, read_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = tuple(TASKS)
@@ -39,12 +38,10 @@ def make_prompts(
         raise OptionError(
             f"--context: found {context}, but the model reaches {reach}; use a shorter one."
         )
-    tokenizer = read_tokenizer(model)
-    writer = Writer(tokenizer, Texts(read_texts("--texts", texts), tokenizer), forced)
-    tasks = {kind: TASKS[kind] for kind in kinds}
+    sources = Sources(model, tuple(texts), forced_tokens=forced)
     return {
         group.task: torch.tensor([prompt.tokens + prompt.forced[0] for prompt in group.prompts])
-        for group in make_groups(writer, tasks, [context], pieces, seed)
+        for group in make_groups(sources, kinds, [context], pieces, seed)
     }
 
 

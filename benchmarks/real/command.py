@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
+from benchmarks.accuracy.longbench import LongBenchError
 from benchmarks.fingerprints import code_digest, folder_digest
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.prefilled import EngineSpec
-from benchmarks.real import figures, forced, ruler
+from benchmarks.real import files, forced, labels, ruler, tables
 from benchmarks.real.engine import Generation
-from benchmarks.real.prompts import PromptError, Writer, make_groups
+from benchmarks.real.leaks import WORDS, Training, check_leaks
+from benchmarks.real.prompts import Group, PromptError, Task
 from benchmarks.real.run import Run, fill
 from benchmarks.real.settings import (
     DENSE,
@@ -26,10 +28,13 @@ from benchmarks.real.settings import (
     settings_of,
 )
 from benchmarks.real.store import Store
-from benchmarks.real.tasks import find_tasks
-from benchmarks.real.texts import TextError, Texts, read_texts
+from benchmarks.real.tasks import Sources, make_groups
+from benchmarks.real.texts import TextError
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.retrieval.rules import find_rule
+
+SCORING = (files, forced, labels, ruler)
+"""What scores replies, besides LongBench's metrics."""
 
 WORK = Path(__file__).parents[1] / ".work"
 TASKS = "text,copy,niah_single_2"
@@ -65,6 +70,24 @@ def main(
     forced_tokens: Annotated[
         int, typer.Option("--forced", min=2, help="Tokens of a forced passage.")
     ] = 128,
+    long_tokens: Annotated[int, typer.Option(min=16, help="Tokens that task long writes.")] = 2048,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of long replies; 0: greedy, else drawn from --seed.")
+    ] = 0.0,
+    qa: Annotated[
+        Path | None,
+        typer.Option(help="Folder with squad.json and hotpotqa.json, for RULER's qa_1 and qa_2."),
+    ] = None,
+    longbench: Annotated[
+        Path | None, typer.Option(help="Folder of LongBench's JSONL files.")
+    ] = None,
+    leaks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Files or folders that the head was trained on; prompts that stand there are "
+            "refused."
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto: float32 on a CPU, the model's own on a GPU.")
     ] = "auto",
@@ -91,31 +114,33 @@ def main(
     """A real model on real text: what reading a few pages costs, against dense attention on the
     same prompts. Exit code 1 if anything failed.
     """
-    on_gpu = bool(gpus())
+    on_gpu, generation = bool(gpus()), Generation(temperature, seed)
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
     try:
         heads = parse_heads(model, head or [])
         variants = parse_variants(retrievers, variant or [], heads)
         settings = settings_of(variants, _numbers("--budgets", budgets))
-        known = find_tasks()
+        sources = Sources(model, tuple(texts), qa, longbench, forced_tokens, long_tokens)
+        known, notes = sources.tasks()
         chosen = {name: known[name] for name in _names("--tasks", tasks, known)}
         lengths = _numbers("--contexts", contexts)
         reach = _reach(model, max(lengths))
-        writer = _writer(model, texts, forced_tokens)
         typer.echo("making the prompts")
-        groups = make_groups(writer, chosen, lengths, prompts, seed)
+        groups = make_groups(sources, list(chosen), lengths, prompts, seed)
+        shares = _leaks(model, leaks or [], groups)
         words = [model.resolve().name, *_label(label)]
         machine = facts()
         shared = {
             "model": folder_digest(model),
+            "temperature": generation.temperature,
             "dtype": dtype,
             "head keys": head_keys,
             "device": device_slug(machine),
             "vllm": machine["packages"]["vllm"],
-            "code": code_digest(*(Path(module.__file__ or "") for module in (forced, ruler))),
+            "code": code_digest(*(Path(module.__file__ or "") for module in SCORING)),
         }
-    except (OptionError, PromptError, TextError, ConfigError) as error:
+    except (OptionError, PromptError, TextError, LongBenchError, ConfigError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     folder = work or WORK / "-".join(["real", *words, device_slug(machine)])
@@ -124,7 +149,13 @@ def main(
         f"{' '.join(words)} on real text: {prompts} prompts a cell, seed {seed}",
         {},
         machine=machine,
-        details={"shared": shared, "heads": {name: str(path) for name, path in heads.items()}},
+        details={
+            "shared": shared,
+            "heads": {name: str(path) for name, path in heads.items()},
+            "texts": [str(path) for path in texts],
+            "leaks": shares,
+        },
+        notes=[*_notes(chosen, generation, shares), *notes],
     )
     digests = {name: folder_digest(path) for name, path in heads.items()}
     run = Run(chosen, groups, settings, Store(folder / "cells.jsonl", shared, digests), result, out)
@@ -145,11 +176,11 @@ def main(
                     settings=dict(kind.at_start),
                 )
                 log = folder / f"engine{number}.log"
-                fill(run, spec, mine, Generation(seed=seed), log, engine_seconds)
+                fill(run, spec, mine, sources, generation, log, engine_seconds)
     finally:
         lines = run.write()
     result.show()
-    typer.echo(figures.compact(lines))
+    typer.echo(tables.compact(lines))
     typer.echo(f"written: {out}")
     raise typer.Exit(1 if result.failures else 0)
 
@@ -193,11 +224,42 @@ def _reach(model: Path, longest: int) -> int:
     return min(reach, pages_for(longest + 1) * PAGE_SIZE)
 
 
-def _writer(model: Path, texts: list[Path], forced_tokens: int) -> Writer:
+def _leaks(model: Path, paths: list[Path], groups: list[Group]) -> dict[str, float]:
+    if not paths:
+        return {}
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
-    return Writer(tokenizer, Texts(read_texts("--texts", texts), tokenizer), forced_tokens)
+    typer.echo("comparing the prompts with the training files")
+    return check_leaks(Training(paths), groups, AutoTokenizer.from_pretrained(str(model)))
+
+
+def _notes(tasks: dict[str, Task], generation: Generation, shares: dict[str, float]) -> list[str]:
+    kinds = {task.kind for task in tasks.values()}
+    floors = ", ".join(
+        sorted({f"{task.floor:g}" for task in tasks.values() if task.kind in ("right", "share")})
+    )
+    out = [
+        "Differences to dense attention on the same prompts, with 95 % intervals: Student's t for "
+        "log-probabilities, Agresti and Min for scores. Prefill is dense, and so is the first "
+        "token of each reply, which prefill makes.",
+        *(f"{name}: {task.about}." for name, task in tasks.items()),
+    ]
+    if floors:
+        out.append(
+            f"† dense attention itself scores less than the task's floor ({floors}): the model "
+            "cannot do the task, so it says nothing about a retriever, its other cells and longer "
+            "contexts are left out, and it is not in the means."
+        )
+    if "long" in kinds:
+        how = f"temperature {generation.temperature:g}" if generation.temperature else "greedy"
+        out.append(f"Long replies are {how}, and do not end before their last token.")
+    if shares:
+        parts = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+        out.append(
+            f"Of all {WORDS} words in a row of the prompts, so many stand in the training files: "
+            f"{parts}."
+        )
+    return out
 
 
 def _label(text: str | None) -> list[str]:

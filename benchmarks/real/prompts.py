@@ -51,6 +51,7 @@ class Task:
             tokens, the first left out.
         about: one line for the notes under the tables.
         floor: where dense attention scores less, the task says nothing about a retriever.
+        count: prompts there are; None for as many as one likes.
     """
 
     name: str
@@ -129,29 +130,3 @@ class Writer:
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
         return [*opened, *self.encode(prefix)]
-
-
-def make_groups(
-    writer: Writer, tasks: dict[str, Task], contexts: list[int], prompts: int, seed: int
-) -> list[Group]:
-    """All prompts, the shorter contexts first.
-
-    Args:
-        prompts: of each task and context, fewer where the task has no more.
-        seed: another one draws other prompts.
-
-    Raises:
-        PromptError, TextError: a prompt cannot be made.
-    """
-    return [
-        Group(
-            name,
-            context,
-            [
-                task.make(writer, Random(f"{seed} {name} {context} {number}"), context, number)
-                for number in range(min(prompts, task.count or prompts))
-            ],
-        )
-        for context in contexts
-        for name, task in tasks.items()
-    ]

@@ -11,11 +11,12 @@ import typer
 from benchmarks import report
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.prefilled import EngineSpec
-from benchmarks.real import figures
+from benchmarks.real import figures, plots, tables
 from benchmarks.real.engine import Generation, run_engine
 from benchmarks.real.prompts import Group, Task
-from benchmarks.real.settings import DENSE, Setting
+from benchmarks.real.settings import Setting, dense_setting
 from benchmarks.real.store import Cell, Store
+from benchmarks.real.tasks import Sources
 
 
 @dataclass
@@ -49,9 +50,8 @@ class Run:
         """
         out: list[tuple[Group, list[Setting]]] = []
         failed: set[str] = set()
-        (dense,) = [s for s in self.settings if s.variant.retriever == DENSE]
         for group in self.groups:
-            found = self.store.get(group, dense)
+            found = self.store.get(group, dense_setting())
             if found is not None and self.tasks[group.task].says_nothing(found["scores"]):
                 failed.add(group.task)
             open_ = [s for s in settings if self.store.get(group, s) is None]
@@ -64,10 +64,10 @@ class Run:
         self.store.put(group, setting, {**result, "run": self.result.run()})
 
     def write(self) -> list[dict[str, Any]]:
-        """Tables and CSV of what is there; returns the lines of the CSV."""
+        """Tables, CSV and pictures of what is there; returns the lines of the CSV."""
         cells = self.cells()
         lines = figures.figures(cells, self.tasks)
-        self.result.rows, self.result.tables = figures.rows(lines), figures.tables(lines)
+        self.result.rows, self.result.tables = tables.rows(lines), tables.tables(lines)
         self.result.details["scores"] = {
             cell.name: [round(score, 5) for score in result["scores"]]
             for cell, result in cells.items()
@@ -82,6 +82,7 @@ class Run:
         self.result.notes = [*self.notes, *report.run_notes(made), *left]
         path = self.result.write(self.out)
         figures.write_csv(path.with_suffix(".csv"), lines)
+        plots.draw(lines, path.with_suffix(""), self.result.title.partition(":")[0])
         return lines
 
 
@@ -89,6 +90,7 @@ def fill(
     run: Run,
     spec: EngineSpec,
     settings: list[Setting],
+    sources: Sources,
     generation: Generation,
     log: Path,
     seconds: float,
@@ -107,7 +109,7 @@ def fill(
             run_engine,
             spec,
             missing,
-            run.tasks,
+            sources,
             generation,
             log=log,
             seconds=seconds,

@@ -181,13 +181,18 @@ def _value(text: str) -> Any:
         return text
 
 
+def dense_setting() -> Setting:
+    """Everything is read."""
+    return Setting(Variant(DENSE, DENSE))
+
+
 def settings_of(variants: Sequence[Variant], budgets: Sequence[int]) -> list[Setting]:
     """Dense first, then every variant with every budget.
 
     Raises:
         ConfigError: one cannot be.
     """
-    out = [Setting(Variant(DENSE, DENSE))]
+    out = [dense_setting()]
     out += [Setting(variant, budget) for variant in variants for budget in budgets]
     for setting in out:
         setting.changes()

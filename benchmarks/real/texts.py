@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,17 @@ class TextError(ValueError):
 
 
 def read_texts(option: str, paths: Sequence[Path]) -> list[list[str]]:
-    """The files' contents for each path: a file, or a folder of files ending in ``SUFFIXES``.
+    """The files' contents for each path: a file, or a folder of files ending in ``SUFFIXES``. A
+    JSON file, ``{kind: [text, ...]}``, counts as a path for each kind.
 
     Raises:
         TextError: a path without any text.
     """
     out = []
     for path in paths:
+        if path.suffix == ".json" and path.is_file():
+            out += _read_json(option, path)
+            continue
         files = (
             sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             if path.is_dir()
@@ -45,6 +50,18 @@ def read_texts(option: str, paths: Sequence[Path]) -> list[list[str]]:
             )
         out.append(found)
     return out
+
+
+def _read_json(option: str, path: Path) -> list[list[str]]:
+    try:
+        kinds = [[*map(str, texts)] for texts in json.loads(path.read_text()).values()]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise TextError(
+            f"{option}: {path} is not JSON of the form {{kind: [text, ...]}} ({error})."
+        ) from None
+    if not kinds or not all(any(text.strip() for text in kind) for kind in kinds):
+        raise TextError(f"{option}: found a kind without text in {path}.")
+    return kinds
 
 
 class Texts:
@@ -81,7 +98,7 @@ class Texts:
             (text,) = rng.choices(source, [len(text) - wanted for text in source])
             space = re.compile(r"\s+").search(text, rng.randrange(len(text) - wanted + 1))
             begin = space.end() if space else len(text)
-            # Dense text, such as tables, has fewer characters a token than the sample.
+            # Text of long words has more characters a token than the sample.
             for factor in (1, 2, 4):
                 ids = self.encode(text[begin : begin + factor * wanted])
                 if len(ids) >= tokens:
@@ -98,6 +115,21 @@ class Texts:
             [[" ".join(text.split()) for text in source] for source in self.sources],
             self._tokenizer,
         )
+
+    @cached_property
+    def sentences(self) -> dict[str, list[str]]:
+        """Sentences of 6 to 30 words, each once, by the words of ``words`` that they hold."""
+        known, out = set(self.words[:4000]), defaultdict(list)
+        for sentence in dict.fromkeys(
+            sentence
+            for source in self.flat.sources
+            for text in source
+            for sentence in re.split(r"(?<=[.!?]) ", text)
+            if 5 <= sentence.count(" ") < 30
+        ):
+            for word in sorted(known.intersection(re.findall(r"\b[a-z]{4,10}\b", sentence))):
+                out[word].append(sentence)
+        return dict(out)
 
     @cached_property
     def words(self) -> list[str]:

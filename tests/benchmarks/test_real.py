@@ -4,16 +4,20 @@ and its figures.
 
 import inspect
 import json
+import math
+import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
 import pytest
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.real import figures, forced, ruler
-from benchmarks.real.prompts import Group, Prompt, Writer, make_groups
+from benchmarks.real import figures, files, forced, labels, long, ruler, tables
+from benchmarks.real.leaks import Training, check_leaks
+from benchmarks.real.prompts import Group, Prompt
 from benchmarks.real.settings import (
     DENSE,
     LIVE,
@@ -27,24 +31,24 @@ from benchmarks.real.settings import (
     settings_of,
 )
 from benchmarks.real.store import Cell, Store
-from benchmarks.real.tasks import find_tasks
-from benchmarks.real.texts import TextError, Texts, read_texts
+from benchmarks.real.tasks import Sources, make_groups
+from benchmarks.real.texts import TextError, read_texts
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.config import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONTEXT = 2048
+SOURCES = Sources(DEMO_MODEL, (DOCS,), forced_tokens=32, long_tokens=1024)
+TASKS = SOURCES.tasks()[0]
 
 
 @pytest.fixture(scope="module")
 def writer():
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    return Writer(tokenizer, Texts(read_texts("--texts", [DOCS]), tokenizer), forced_tokens=32)
+    return SOURCES.writer()
 
 
 def one(writer, task, seed=0, context=CONTEXT):
-    (group,) = make_groups(writer, {task: find_tasks()[task]}, [context], 1, seed)
-    return group.prompts[0]
+    return TASKS[task].make(writer, Random(seed), context, 0)
 
 
 # -- prompts
@@ -111,6 +115,119 @@ def test_the_most_frequent_words_are_the_answers(writer):
     counts = sorted(((words.count(word), word) for word in set(words)), reverse=True)
     assert counts[0][1] == "..."
     assert [word for _, word in counts[1:4]] == one(writer, "fwe").answers
+
+
+def test_examples_tell_the_label(writer):
+    prompt = one(writer, "labels", context=1024)
+    assert len(prompt.tokens) + prompt.reply_room <= 1024 < len(prompt.tokens) + 200
+    text = writer.tokenizer.decode(prompt.tokens)
+    options = [writer.tokenizer.decode(ids).removeprefix(":").strip() for ids in prompt.forced]
+    assert len(set(options)) == labels.KINDS == len(prompt.forced)
+    *examples, asked = text.split("Sentence: ")[1:]
+    shown = [example.strip().rsplit("\nKind: ", 1) for example in examples]
+    assert {label for _, label in shown} <= set(options) and asked.endswith("\nKind")
+    sentence = asked.removesuffix("\nKind")
+    assert sentence not in [other for other, _ in shown]
+    # The word that decides stands in the asked sentence and in all examples of its kind only.
+    mine = [other for other, label in shown if label == options[0]]
+    others = [other for other, label in shown if label != options[0]]
+    assert mine and any(
+        all(word in other for other in mine) and not any(word in other for other in others)
+        for word in re.findall(r"[a-z]{4,}", sentence)
+    )
+    scores = [[-9.0] * prompt.unscored + [-float(place)] for place in range(1, 9)]
+    assert labels.most_probable(prompt, scores) == 1
+    assert labels.most_probable(prompt, [*scores[1:], scores[0]]) == 0
+    assert labels.most_probable(prompt, [scores[0], *scores[:7]]) == 0, "a tie"
+
+
+def test_measures_of_long_replies(writer):
+    prompt = one(writer, "long")
+    assert len(prompt.tokens) == prompt.reply_tokens == 1024 and not prompt.forced
+    assert long.repeated([1, 2, 3, 4, 5, 6]) == 0
+    assert long.repeated([1, 2, 3, 4] * 3) == pytest.approx(1 - 4 / 9)
+    assert long.equal_tokens([1, 2, 3], [1, 2, 4]) == 2
+    assert long.equal_tokens([1, 2], [1, 2]) == 2
+    assert long.positions(2048) == [16, 64, 256, 1024]
+    assert long.perplexity([-1.0, -3.0]) == pytest.approx(math.exp(2))
+
+
+def test_questions_of_squad_and_hotpotqa(writer, tmp_path):
+    assert set(files.QA_FILES) == set(files.qa_tasks(None)[1]) == set(files.qa_tasks(tmp_path)[1])
+    paragraphs = [
+        {
+            "context": f"The capital of land {number} is city {number}.",
+            "qas": [
+                {
+                    "question": f"What is the capital of land {number}?",
+                    "answers": [{"text": f"city {number}"}],
+                    "is_impossible": number == 1,
+                }
+            ],
+        }
+        for number in range(30)
+    ]
+    (tmp_path / "dev-v2.0.json").write_text(
+        json.dumps({"data": [{"paragraphs": paragraphs[:2]}, {"paragraphs": paragraphs[2:]}]})
+    )
+    record = {
+        "question": "Who?",
+        "answer": "Ada",
+        "context": [["Ada", ["Ada ", "did."]], ["Bob", ["Bob did not."]]],
+    }
+    (tmp_path / "hotpotqa.json").write_text(json.dumps([record]))
+    found, absent = files.qa_tasks(tmp_path)
+    assert not absent
+    for seed in range(5):
+        prompt = found["qa_1"].make(writer, Random(seed), 512, 0)
+        text = writer.tokenizer.decode(prompt.tokens)
+        number = text.rsplit("capital of land ", 1)[1].split("?")[0]
+        assert number != "1" and prompt.answers == [f"city {number}"]
+        assert f"\nThe capital of land {number} is city {number}." in text
+        assert text.endswith("Answer:") and len(prompt.tokens) <= 512 - 32
+        assert found["qa_1"].score(prompt, [f"It is City {number}"]) == 1
+    text = writer.tokenizer.decode(found["qa_2"].make(writer, Random(0), 512, 0).tokens)
+    assert "Ada\nAda did." in text and "Question: Who?" in text
+    (tmp_path / "squad.json").write_text("[]")
+    with pytest.raises(OptionError, match="--qa"):
+        files.qa_tasks(tmp_path)
+
+
+def test_longbench_is_asked_as_accuracy_asks_it(writer, tmp_path):
+    record = {"context": "Ada wrote it. " * 400, "input": "Who wrote it?", "answers": ["Ada"]}
+    (tmp_path / "hotpotqa.jsonl").write_text(json.dumps(record) + "\n")
+    (task,) = files.longbench_tasks(tmp_path)[0].values()
+    prompt = task.make(writer, Random(0), 512, 0)
+    assert (task.name, task.count, prompt.reply_tokens) == ("longbench/hotpotqa", 1, 32)
+    assert 400 < len(prompt.tokens) <= 480 and task.score(prompt, ["Ada"]) == 1
+
+
+def test_prompts_do_not_depend_on_who_makes_them(monkeypatch):
+    asked = SOURCES, ["niah_single_1", "text"], [512], 30, 7
+    alone = make_groups(*asked)
+    assert [len(group.prompts) for group in alone] == [30, 30]
+    assert make_groups(SOURCES, ["text"], [512], 28, 7)[0].prompts == alone[1].prompts[:28]
+    # One thread in the place of processes, which take seconds to start; what they are sent is that.
+    monkeypatch.setattr("benchmarks.real.tasks.FEW", 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(
+        "benchmarks.real.tasks.ProcessPoolExecutor",
+        lambda processes, context, **start: ThreadPoolExecutor(1, **start),
+    )
+    assert make_groups(*asked) == alone
+    assert pickle.loads(pickle.dumps(SOURCES)) == SOURCES
+
+
+def test_prompts_that_were_trained_on_are_refused(writer, tmp_path):
+    groups = make_groups(SOURCES, ["text"], [512], 3, 0)
+    (tmp_path / "other.txt").write_text("Quite another text, about something else. " * 50)
+    assert check_leaks(Training([tmp_path]), groups, writer.tokenizer) == {"text": 0.0}
+    trained = writer.tokenizer.decode(groups[0].prompts[1].tokens[100:300])
+    line = {"messages": [{"role": "user", "content": trained}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(OptionError, match="--leaks: .*% of all 13 words in a row of task text"):
+        check_leaks(Training([tmp_path]), groups, writer.tokenizer)
+    assert 0.1 < Training([tmp_path]).share([trained[:200], "something else " * 50]) < 0.9
 
 
 def test_texts_that_cannot_be_used(writer, tmp_path):
@@ -227,8 +344,8 @@ def test_figures_are_paired_and_failed_tasks_do_not_count():
         ("cwe", QUEST): [0.0, 0.0, 0.0],
     }
     cells = {Cell(task, 4096, setting): result(s) for (task, setting), s in scores.items()}
-    lines = figures.figures(cells, find_tasks())
-    dense, quest = figures.rows(lines)
+    lines = figures.figures(cells, TASKS)
+    dense, quest = tables.rows(lines)
     assert quest["text"] == pytest.approx(-3.2)
     # Student's t over -0.1, -0.2, -0.3: 0.2 +- 4.303 * 0.1 / sqrt(3).
     assert quest["text_difference_text"] == "-0.200 (-0.448 to +0.048)"
@@ -236,9 +353,37 @@ def test_figures_are_paired_and_failed_tasks_do_not_count():
     assert dense["mean"] == pytest.approx(0.8) and dense["mean_tasks"] == 1
     assert quest["mean_difference"] == pytest.approx(-0.2 / 3)
     assert quest["pages_read"] == 0.25
-    last = figures.compact(lines).splitlines()
+    last = tables.compact(lines).splitlines()
     assert last[1].split() == [DENSE, "-3.000", "0.80", "0.10", "†"]
     assert last[2].split() == ["quest", "128", "-0.200", "-0.067", "-0.100"]
+
+
+def test_long_replies_and_quest_have_tables_of_their_own():
+    dlm = Setting(Variant("dlm", "dlm", "own"), 128)
+    tokens = {DENSE: [1, 2, 3, 4] * 5, "dlm": [1, 2, 3, 4] * 4 + [9, 8, 7, 6]}
+    cells = {
+        Cell("long", 4096, setting): result([score, score]) | {"replies": [tokens[name]] * 2}
+        for name, setting, score in ((DENSE, DENSE_SETTING, -1.0), ("dlm", dlm, -2.0))
+    }
+    cells |= {
+        Cell("copy", 4096, setting): result(scores)
+        for setting, scores in (
+            (DENSE_SETTING, [-1.0, -1.0]),
+            (QUEST, [-3.0, -4.0]),
+            (dlm, [-1.5, -2.5]),
+        )
+    }
+    lines = figures.figures(cells, TASKS)
+    found = {row["name"]: row for row in tables.rows(lines)}
+    assert found["dlm 128"]["equal_16"] == 1.0 and found[DENSE]["repeated"] == 1 - 4 / 17
+    assert found["dlm 128"]["perplexity"] == pytest.approx(math.exp(2))
+    assert found["dlm 128"]["copy_over_rival_text"].startswith("+1.500 (")
+    assert "rival_name" not in found["quest 128"] and "long_name" not in found["quest 128"]
+    assert list(tables.tables(lines)) == [
+        "Dense, and differences to it",
+        "Less quest at the same budget",
+        "Long replies",
+    ]
 
 
 @pytest.mark.parametrize(
