@@ -29,7 +29,8 @@ BOILERPLATE = (
 
 
 NAVIGATION = re.compile(
-    r"^[ \t]*(?:\[ ?<.*\]|(?:Contents|Index|Next|Prev|Previous|Up|Home|Top)\W{0,6}|\* \* \*)[ \t]*$",
+    r"^[ \t]*(?:\[ ?<.*\]|(?:Contents|Index|Next|Prev|Previous|Up|Home|Top)\W{0,6}|\* \* \*)"
+    r"[ \t]*$",
     re.M,
 )
 """Lines of links that no markup tells apart from text."""

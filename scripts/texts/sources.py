@@ -39,6 +39,9 @@ TEST = (
 )
 """Whole works of other kinds than the novels: a lexicon, rules, a tutorial, a book with code."""
 
+PROSE = r"r-cran|anarchism|sword|wesnoth|fortunes|miscfiles|debian-history"
+"""Packages of texts that are no documentation."""
+
 TRAIN = (
     Source(
         "r-cran-janeaustenr",
