@@ -28,6 +28,7 @@ from benchmarks.losses import command as losses
 from benchmarks.marks import command as marks
 from benchmarks.real import command as real
 from benchmarks.rounding import command as rounding
+from benchmarks.selections import command as selections
 from benchmarks.soak import command as soak
 from benchmarks.speed import command as speed
 
@@ -52,6 +53,7 @@ CASES: dict[str, Callable[..., None]] = {
     "overlap": capacity.overlap,
     "real": real.main,
     "rounding": rounding.main,
+    "selections": selections.main,
     "sidecar": sidecar.main,
     "soak": soak.main,
     "timeline": timeline.main,

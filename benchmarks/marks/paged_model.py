@@ -26,7 +26,7 @@ class PagedModel:
     """A frozen model with the KV of ``pieces`` texts of one length.
 
     Args:
-        model: of ``load_teacher``; its attention becomes ``ATTENTION``.
+        model: of transformers; its attention is ``ATTENTION`` until ``close``.
         pieces, length: texts, and tokens of each.
         places: layers whose input states are kept in ``states``; the number of layers means the
             last one's output.
@@ -39,6 +39,7 @@ class PagedModel:
 
     def __init__(self, model: Any, pieces: int, length: int, places: Sequence[int] = ()) -> None:
         register_attention()
+        self._before = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
         self.model, self.pieces, self.length = model, pieces, length
         self.layers = model.base_model.layers
@@ -75,6 +76,7 @@ class PagedModel:
             hook.remove()
         for layer in self.layers:
             del layer.self_attn.reader
+        self.model.set_attn_implementation(self._before)
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Iterator[int]:
@@ -133,6 +135,10 @@ class PagedModel:
                 kept[number] = new.new_empty(size)
             kept[number][self._rows, :, first:end] = new  # type: ignore[index]
         if first == 0:
+            # In float32, torch has a kernel that keeps no matrix of weights only for as many key
+            # heads as query heads.
+            group = query.shape[1] // key.shape[1]
+            key, value = (part.repeat_interleave(group, 1) for part in (key, value))
             return causal_attention(query, key, value, scale).transpose(1, 2)
         keys, values = (
             kept[number][self._rows, :, :end]  # type: ignore[index]
