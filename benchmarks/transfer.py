@@ -96,7 +96,8 @@ class Room:
         pages: pages that the scheduler hands out.
         max_model_len: longest context, in tokens.
         gpu_bytes, host_bytes: for KV.
-        fetches: whether some layers are offloaded, so that there is something to fetch.
+        fetches: whether layers are offloaded, so that there is something to fetch, and the hot
+            buffers of every setting fit.
     """
 
     pages: int
@@ -129,7 +130,11 @@ class Room:
         )
         holds_one = gpu_bytes >= model.min_gpu_bytes(host_bytes, max_model_len)
         holds_one = holds_one and pages > pages_for(max_model_len)
-        fetches = holds_one and model.plan(gpu_bytes, host_bytes, pages).host_layers > 0
+        fetches = False
+        if holds_one:
+            plan = model.plan(gpu_bytes, host_bytes, pages)
+            hot_pages = int(max(setting.slots for setting in SETTINGS) * config.budget_pages)
+            fetches = plan.host_layers > 0 and plan.hot_pages >= hot_pages
         return cls(pages, max_model_len, gpu_bytes, host_bytes, fetches)
 
 
@@ -287,8 +292,8 @@ def main(
     if not Room.of(needles + recitations, tokens, budget, itemsize).fetches:
         raise typer.BadParameter(
             f"found {needles} --needles and {recitations} --recitations of {tokens} --tokens, "
-            "which all fit where only the hot buffers should, so that nothing would be fetched; "
-            "give more or longer ones, or a smaller --budget."
+            "which leave nothing to fetch, or no room for hot buffers of every size; give more or "
+            "longer ones, or a smaller --budget."
         )
     problems = make_problems(needles, recitations, tokens)
     details: dict[str, Any] = {"budget": budget, "tokens": tokens, "stats": {}, "steady_shares": {}}

@@ -19,6 +19,7 @@ def test_the_measured_load_has_to_fetch(itemsize):
         pytest.param((1, 500, 512), id="not one request of full length"),
         pytest.param((2, 500, 512), id="one tier"),
         pytest.param((0, 500, 512), id="none"),
+        pytest.param((4, 2000, 112), id="small hot buffers"),
     ],
 )
 def test_a_load_that_needs_no_fetch_is_refused_in_a_sentence(load):
@@ -27,4 +28,4 @@ def test_a_load_that_needs_no_fetch_is_refused_in_a_sentence(load):
     arguments = ["--needles", needles, "--recitations", "0", "--tokens", tokens]
     result = CliRunner().invoke(app, ["transfer", *arguments, "--budget", budget])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
-    assert "nothing would be fetched" in " ".join(result.output.replace("│", " ").split())
+    assert "leave nothing to fetch" in " ".join(result.output.replace("│", " ").split())
