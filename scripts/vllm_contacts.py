@@ -9,8 +9,10 @@ Four kinds of contact, each with its mark (docs/developer/port_vllm.md):
 - a use of one of vLLM's private names: the docstring of the function or its class says
   ``Symptom:``, ``Reason:`` and ``Remove when:``.
 
-What else a function needs of vLLM without being able to say so in code, such as an undocumented
-attribute, it may name in its docstring: ``Uses: dotted.name``. It is listed and must exist.
+What an expression that is assigned to or read belongs to, the sources do not tell. So a function
+names it in its docstring: ``Uses: dotted.name``, with commas between several. It is listed and must
+exist. The same line may name what else the function needs of vLLM, such as an undocumented
+attribute.
 """
 
 from __future__ import annotations
@@ -204,13 +206,17 @@ def _overrides(
     for method in node.body:
         if isinstance(method, ast.Assign | ast.AnnAssign):
             found += _overridden_values(package, module, method, (*outer, node), members)
-        if not isinstance(method, ast.FunctionDef) or method.name not in members:
+        if not isinstance(method, ast.FunctionDef):
             continue
         docstring = ast.get_docstring(method)
         marks = marks_of(docstring)
-        theirs = f"{members[method.name]}.{method.name}"
+        if method.name not in members and "Overrides" not in marks:
+            continue
+        theirs = f"{members.get(method.name)}.{method.name}"
         missing = None
-        if "Overrides" in marks:
+        if method.name not in members:
+            theirs, missing = marks["Overrides"], "not in the installed vLLM"
+        elif "Overrides" in marks:
             if marks["Overrides"] != theirs:
                 missing = f"the mark names {marks['Overrides']}"
         elif "Implements" not in class_marks:
@@ -312,7 +318,10 @@ def _privates(
     definition, root = _class_around(outer), ast.unparse(node.value)
     if definition is not None and root in ("self", "cls", "super()"):
         if name not in package.members_of_bases(module, definition):
-            return []
+            if name in package.own_names:
+                return []
+            gone = "neither ours nor in the installed vLLM"
+            return [Contact("private", module.place(outer), ast.unparse(node), missing=gone)]
     elif name in package.own_names:
         return []
     marks, summary, missing = _reasons(outer)

@@ -13,13 +13,16 @@ from pathlib import Path
 @cache
 def source_of(module: str) -> ast.Module | None:
     """The parsed source of a module of vLLM; None if there is none."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
+    top, *parts = module.split(".")
+    # Only a package at the top is looked up: below it, find_spec would import what is above.
+    spec = importlib.util.find_spec(top)
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
         return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    return ast.parse(Path(spec.origin).read_text())
+    path = Path(spec.origin).parent.joinpath(*parts)
+    for file in (path / "__init__.py", path.with_name(f"{path.name}.py")):
+        if file.is_file():
+            return ast.parse(file.read_text())
+    return None
 
 
 def imports_of(tree: ast.AST, package: str = "") -> dict[str, str]:

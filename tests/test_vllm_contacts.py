@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -74,6 +76,18 @@ REASONS = "Symptom: it breaks.\n    Reason: no hook.\n    Remove when: there is 
             "the mark names vllm.Other.prepare_attn",
         ),
         (
+            MARKED
+            + "    class R(GPUModelRunner):\n        def renamed_there(self, b):\n"
+            + f'            """A.\n\n            Overrides: {RUNNER}.renamed_there\n'
+            '            """\n',
+            f"{RUNNER}.renamed_there: not in the installed",
+        ),
+        (
+            MARKED + "    class R(GPUModelRunner):\n        def go(self):\n"
+            "            return self._renamed_there()\n",
+            "neither ours nor in the installed",
+        ),
+        (
             MARKED + "    class R(GPUModelRunner):\n        def go(self):\n"
             "            self.execute_model_state = None\n",
             "Remove when:",
@@ -92,6 +106,8 @@ REASONS = "Symptom: it breaks.\n    Reason: no hook.\n    Remove when: there is 
         "import of nothing",
         "override",
         "override of another",
+        "override of nothing",
+        "private of nothing",
         "vLLM's attribute of self",
         "attribute of vLLM's",
         "setattr",
@@ -139,6 +155,14 @@ def test_names_in_vllm_are_found_through_bases_and_imports():
     assert exists_in_vllm(f"{RUNNER}.execute_model_state")
     assert exists_in_vllm("vllm.config.VllmConfig") and exists_in_vllm("vllm.logger.init_logger")
     assert not exists_in_vllm(f"{RUNNER}.no_such") and not exists_in_vllm("vllm.no_such.Name")
+
+
+def test_vllm_is_read_and_not_imported():
+    code = (
+        "import sys; from scripts.vllm_contacts import Package, unmarked; unmarked(Package())\n"
+        "assert not any(name.split('.')[0] in ('vllm', 'torch') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_page_has_every_override_and_reason(package):

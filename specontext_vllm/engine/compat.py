@@ -30,6 +30,9 @@ def choose_worker() -> None:
     """Check the configuration and pick our worker and scheduler classes when the backend is
     SPECONTEXT; else warn of settings that nothing reads.
 
+    Uses: vllm.platforms.interface.Platform.check_and_update_config,
+        vllm.config.parallel.ParallelConfig.worker_cls,
+        vllm.config.scheduler.SchedulerConfig.scheduler_cls
     Symptom: ``parallel_config.worker_cls`` stays vLLM's own and nothing runs the retrieval head.
     Reason: only a platform's ``check_and_update_config`` fills it, and a backend has no say
         (vllm/config/vllm.py). It also has the last word on asynchronous scheduling, by which the
@@ -78,6 +81,7 @@ def choose_worker() -> None:
 def let_cpu_platform_choose_backend() -> None:
     """Let the CPU platform return our backend when it was asked for.
 
+    Uses: vllm.platforms.cpu.CpuPlatform.get_attn_backend_cls
     Symptom: on a CPU, ``--attention-backend specontext`` runs CPU_ATTN.
     Reason: ``CpuPlatform.get_attn_backend_cls`` ignores the selection (vllm/platforms/cpu.py).
     Remove when: the CPU platform honours a registered backend.
@@ -123,6 +127,8 @@ def hide_our_kernels_folder() -> None:
 def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[None]:
     """Within the block, vLLM's KV cache of each of these layers is ``cache``.
 
+    Uses: vllm.v1.worker.gpu_model_runner.allocate_kv_cache,
+        vllm.v1.worker.gpu.attn_utils.allocate_kv_cache
     Symptom: the model runners allocate as many blocks as the scheduler hands out, which with a host
         pool the GPU cannot hold.
     Reason: allocation is one function called by name (vllm/v1/worker/utils.py, allocate_kv_cache),

@@ -33,6 +33,8 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     model returns. So is the number of data-parallel engines on this machine, which share its
     memory: an engine's own configuration no longer has it. Idempotent.
 
+    Uses: vllm.config.vllm.VllmConfig.additional_config, vllm.config.cache.CacheConfig.block_size,
+        vllm.config.cache.CacheConfig.user_specified_block_size
     Symptom: an engine has blocks that hold no whole pages, its workers read different heads, or a
         compiled model of other aux layers is taken from vLLM's cache.
     Reason: vLLM's configuration is all that reaches every process of an engine, and a backend may
@@ -99,6 +101,7 @@ def name_metrics_folder(vllm_config: Any) -> str | None:
     Engine cores check the same configuration again and find it named. Returned is the folder where
     it was named here, else None.
 
+    Uses: vllm.config.vllm.VllmConfig.observability_config
     Symptom: workers do not know where /metrics is read from.
     Reason: they get the configuration alone, wherever they run. Its observability settings are not
         part of vLLM's compile-cache key; an environment variable would reach every child of this

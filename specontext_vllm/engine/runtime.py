@@ -264,6 +264,8 @@ def attach_runtime(runner: Any) -> None:
     """Make the runtime of a model runner whose model is loaded, and let the model return the hidden
     states that the head reads.
 
+    Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.use_aux_hidden_state_outputs,
+        vllm.v1.worker.gpu.model_runner.GPUModelRunner.use_aux_hidden_state_outputs
     Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
     Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
     Remove when: a setting of vLLM's asks for auxiliary hidden states.

@@ -85,7 +85,8 @@ class CachesExactPages(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Replaces the coordinator's ``cache_blocks``.
 
-        Uses: vllm.v1.core.kv_cache_manager.KVCacheManager.coordinator
+        Uses: vllm.v1.core.kv_cache_manager.KVCacheManager.coordinator,
+            vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.cache_blocks
         Overrides: vllm.v1.core.sched.scheduler.Scheduler.__init__
         """
         super().__init__(*args, **kwargs)
@@ -132,6 +133,7 @@ class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
         """A session goes on from the start of its newest page.
 
         Overrides: vllm.v1.core.sched.scheduler.Scheduler._update_request_as_session
+        Uses: vllm.v1.request.Request.num_computed_tokens
         Symptom: a session's next turn is answered otherwise than the same tokens in one prompt.
         Reason: the step that was under way when the last answer ended has run with a token that was
             then discarded, and of that page's tokens the head keeps the latest one's aux alone. At

@@ -18,6 +18,7 @@ class SpeContextCPUWorker(SpeContextWorkerMixin, cpu_worker.CPUWorker):
         """Makes our model runner.
 
         Overrides: vllm.v1.worker.cpu_worker.CPUWorker.init_device
+        Uses: vllm.v1.worker.cpu_worker.CPUModelRunner
         Symptom: the CPU worker runs vLLM's own model runner, and nothing is selected.
         Reason: it names the runner's class in the middle of its ``init_device``.
         Remove when: it makes its runner in a method, as the GPU's worker does.
