@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from openai import OpenAI
 
 from specontext_vllm.demo.server import VllmServer, device_arguments
+from specontext_vllm.retrieval.checkpoint import random_checkpoint, read_checkpoint, save_head
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -132,6 +134,29 @@ def prompts() -> list[list[int]]:
             )
         )
     return [made[0][:1], made[0][:5], made[0][:16], made[0][:17], *made]
+
+
+@pytest.fixture(scope="session")
+def own_head(tmp_path_factory) -> Path:
+    """Folder of a head for the demo model in the format of our own, which makes keys from own
+    states: random weights, but scores that are far apart.
+    """
+    spec = replace(
+        read_checkpoint(DEMO_MODEL / "retrieval_head").spec,
+        num_heads=8,
+        num_aux=4,
+        aux_layer_ids=(0, 2, 3, 5),
+        fc_norm=True,
+        key_states="own",
+        q_mlp=48,
+        k_mlp=80,
+        dtype=torch.float32,
+    )
+    tensors = random_checkpoint(spec, seed=1).tensors
+    tensors["q_proj.weight"] *= 4
+    folder = tmp_path_factory.mktemp("own_head")
+    save_head(folder, spec, tensors, dtype=None)
+    return folder
 
 
 @pytest.fixture(scope="session")

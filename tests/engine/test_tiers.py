@@ -1,5 +1,7 @@
-"""Two tiers give the tokens of one: float32, real weights, frames for a quarter of the tokens,
-given-up frames full of NaN.
+"""Two tiers give the tokens of one: float32, real weights but for the head's, frames for a quarter
+of the tokens, given-up frames full of NaN.
+
+The head makes keys from own states, so a decode row's key is written when its pages have moved.
 """
 
 from __future__ import annotations
@@ -10,14 +12,13 @@ import torch
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
-from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.conftest import engine
 from tests.engine.overflow import beside_an_overflow, check
 from tests.engine.test_exactness import OTHER_WAYS, by_another_way, ids, sampling, scenarios
 from tests.poison import poisoned_tiers, times_poisoned
 
 PAGES = 111
 SETTINGS = {
-    "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
     "budget": 64,
     "sink_tokens": 16,
     "recent_tokens": 16,
@@ -56,8 +57,9 @@ def after_pressure(llm, prompts) -> list[list[int]]:
     )
 
 
-def run(prompts, **settings):
-    with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **settings}}) as llm:
+def run(prompts, head, **settings):
+    settings = {**SETTINGS, "retrieval_head": str(head), **settings}
+    with engine(**SHAPE, additional_config={"specontext": settings}) as llm:
         out = scenarios(llm, prompts)
         out["frames"], out["poisoned"] = (
             llm.collective_rpc(frames)[0],
@@ -76,14 +78,14 @@ def run(prompts, **settings):
 
 
 @pytest.fixture(scope="module")
-def one_tier(prompts):
-    return run(prompts)
+def one_tier(prompts, own_head):
+    return run(prompts, own_head)
 
 
 @pytest.fixture(scope="module")
-def two_tiers(prompts):
+def two_tiers(prompts, own_head):
     with poisoned_tiers():
-        return run(prompts, host_kv_gib=0.25, gpu_kv_gib=0.0036 - SAVED_GIB)
+        return run(prompts, own_head, host_kv_gib=0.25, gpu_kv_gib=0.0036 - SAVED_GIB)
 
 
 def unsettle(worker) -> None:
@@ -118,8 +120,13 @@ def engine_with_slow_returns(patch, settings):
 
 
 @pytest.fixture(scope="module")
-def resizing(prompts):
-    settings = {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0042 - SAVED_GIB}
+def resizing(prompts, own_head):
+    settings = {
+        **SETTINGS,
+        "retrieval_head": str(own_head),
+        "host_kv_gib": 0.25,
+        "gpu_kv_gib": 0.0042 - SAVED_GIB,
+    }
     with (
         poisoned_tiers(),
         pytest.MonkeyPatch.context() as patch,

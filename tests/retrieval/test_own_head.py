@@ -8,8 +8,10 @@ from tests.retrieval.own_heads import KINDS, make_own
 from tests.retrieval.test_head import naive_norm, naive_rope
 
 
-def naive_head(checkpoint, aux, embeds):
-    """``(fused, q, k)`` of a sequence of tokens at positions 0, 1, ..., token by token."""
+def naive_head(checkpoint, aux, embeds, kinds="qk"):
+    """``(fused, q, k)`` of a sequence of tokens at positions 0, 1, ..., token by token; of q and k
+    those that ``kinds`` names.
+    """
     spec, t = checkpoint.spec, {name: w.double() for name, w in checkpoint.tensors.items()}
 
     def heads(kind, x, position):
@@ -25,7 +27,7 @@ def naive_head(checkpoint, aux, embeds):
             rows.append(naive_rope(row, position, spec.rope_theta))
         return torch.stack(rows)
 
-    fused, q, k = [], [], []
+    fused, made = [], {kind: [] for kind in kinds}
     before = torch.zeros(spec.hidden_size).double()
     for token in range(len(embeds)):
         states = [state[token].double() for state in aux]
@@ -34,12 +36,14 @@ def naive_head(checkpoint, aux, embeds):
         own = t["fc.weight"] @ torch.cat(states) + t.get("fc.bias", 0)
         u = naive_norm(embeds[token].double(), t["embed_norm.weight"])
         n_before, n = (naive_norm(f, t["feature_norm.weight"]) for f in (before, own))
-        q.append(heads("q", torch.cat([u, n_before]), token))
-        y = [u, n_before, n] if spec.key_states == "own" else [u, n_before]
-        k.append(heads("k", torch.cat(y), token))
+        x = {"q": [u, n_before], "k": [u, n_before]}
+        if spec.key_states == "own":
+            x["k"].append(n)
+        for kind in kinds:
+            made[kind].append(heads(kind, torch.cat(x[kind]), token))
         fused.append(own)
         before = own
-    return torch.stack(fused), torch.stack(q), torch.stack(k)
+    return torch.stack(fused), *(torch.stack(made[kind]) for kind in kinds)
 
 
 def make_sequence(spec, tokens, seed=3):
