@@ -41,7 +41,8 @@ class SpeContextConfig(BaseModel):
         default=None,
         description=(
             "Folder or hub id of an EAGLE-3 checkpoint (SafeAILab, SpecForge or speculators "
-            "format), or `dummy`: random weights, for benchmarks. Default: `retrieval_head/` in "
+            "format) or of a head in our own format, or `dummy`: random weights, for benchmarks. "
+            "Default: `retrieval_head/` in "
             "the model's folder, else the published head that configs/known_heads.yaml names for "
             "the model."
         ),

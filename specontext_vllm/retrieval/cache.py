@@ -53,7 +53,8 @@ class HeadCache:
 
     Attributes:
         keys: ``[num_blocks, nkv, P, D]`` rotated keys, in the head's dtype or as 8-bit floats
-            (e4m3, cut off at 448); the pair (token p+1, aux p) is stored in the slot of token p+1.
+            (e4m3, cut off at 448); the key of the pair (token p+1, aux p) is stored in the slot of
+            token p+1.
         fused: ``[num_blocks + 1, H]`` fc(aux) of the latest token in each page. A chunk, a prefix
             hit or a resumed request that starts at position p reads the page of p - 1: within a
             page that is the request's own latest token, and at a page boundary the full (perhaps

@@ -68,8 +68,9 @@ class Retriever(Protocol):
     def project(
         self, batch: StepBatch, shape: StepShape, embeds: Tensor | None = None
     ) -> Tensor | None:
-        """Make the head's keys of the decode rows' tokens, and their queries ``[rows, NQ, D]`` if
-        pages are chosen by them.
+        """Make the head's keys of the decode rows' tokens, or prepare them for ``learn`` where they
+        need the tokens' own states; and their queries ``[rows, NQ, D]`` if pages are chosen by
+        them.
 
         Args:
             embeds: from ``embed_outside``.
@@ -94,7 +95,8 @@ class Retriever(Protocol):
         """
 
     def learn(self, batch: StepBatch, rows: int, aux: Sequence[Tensor]) -> None:
-        """Learn the step's tokens from the model's auxiliary hidden states.
+        """Learn the step's tokens from the model's auxiliary hidden states; the decode rows are
+        those of the last ``project``.
 
         Args:
             rows: the decode rows, the padding of a graph included.
