@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.capacity.engine import Load, serve
-from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.driven import DRIVEN, driven
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
@@ -32,58 +32,8 @@ MODES = {
     ),
     "+ adaptive": "the memory model keeps as many layers on the GPU as fit",
 }
-
-
-def replace_method(owner: type, name: str, method: Callable[..., Any]) -> None:
-    """Give a class of this process another method of that name, which it must have."""
-    getattr(owner, name)
-    setattr(owner, name, method)
-
-
-def prepare(mode: str, pages: int) -> None:
-    """Change this process's residency code to the mode; the modes differ in nothing else."""
-    from specontext_vllm.residency import ledger
-    from specontext_vllm.residency.copy_stream import CopyStream
-    from specontext_vllm.residency.hot_buffers import HotBuffers
-    from specontext_vllm.residency.hot_size import HotSizePolicy
-    from specontext_vllm.residency.ledger import Ledger
-    from specontext_vllm.residency.memory_model import MemoryModel
-    from specontext_vllm.residency.tiers import TieredKV
-
-    if mode == "+ adaptive":
-        return
-    begin = Ledger.__init__
-
-    def begin_offloaded(self: Any, **arguments: Any) -> None:
-        begin(self, **arguments)
-        self.resident = self.first_mirrored
-
-    def plan(self: Any, gpu: int, host: int, num_pages: int | None = None) -> Any:
-        return self.size(pages, self.shape.num_layers, 2 * self.table_pages if host else 0)
-
-    replace_method(Ledger, "__init__", begin_offloaded)
-    # No layer ever comes back.
-    ledger.COOLDOWN_STEPS = 10**9
-    replace_method(HotSizePolicy, "choose", lambda self, ledger: self.largest)
-    replace_method(MemoryModel, "plan", plan)
-    if mode == "sparse only":
-        # Each layer fetches for itself, on the stream that computes.
-        replace_method(CopyStream, "start", lambda self, copy: None)
-        replace_method(
-            TieredKV,
-            "await_misses",
-            lambda self, layer: self.fetch_misses(range(layer, layer + 1)),
-        )
-        resolve = HotBuffers.resolve
-
-        def forget_and_resolve(self: Any, *arguments: Any) -> None:
-            import torch
-
-            capacity = self.state.capacity
-            self.reset(torch.arange(len(capacity), device=capacity.device))
-            resolve(self, *arguments)
-
-        replace_method(HotBuffers, "resolve", forget_and_resolve)
+LOADING = {"sparse only": "plain", "+ prefetch and elastic": "elastic", "+ adaptive": "adaptive"}
+"""The setting ``loading`` of each mode; the modes differ in nothing else."""
 
 
 def run_mode(
@@ -95,8 +45,9 @@ def run_mode(
     begin = time.perf_counter()
     from vllm import LLM
 
-    prepare(mode, 1 + requests * -(-(load.prompt_tokens + load.output_tokens) // 16))
-    llm = LLM(**load.arguments("tiered") | {"enable_prefix_caching": False})
+    arguments = load.arguments("tiered") | {"enable_prefix_caching": False}
+    arguments["additional_config"]["specontext"]["loading"] = LOADING[mode]
+    llm = LLM(**arguments)
     yield "ready", {"start_s": round(time.perf_counter() - begin, 1)}
     llm.collective_rpc("specontext_set", kwargs=driven([share]))
     for tokens in samples:
@@ -177,7 +128,7 @@ def main(
             arguments = (load, mode, requests, turnover, samples)
             log = folder / f"{mode.replace(' ', '-')}.log"
             for kind, value in run_child(
-                run_mode, *arguments, log=log, seconds=engine_seconds, env=ENGINE_ENV
+                run_mode, *arguments, log=log, seconds=engine_seconds, env=engine_env(bool(gpus()))
             ):
                 print(f"{mode}: {value}", flush=True)
                 if kind == "step":

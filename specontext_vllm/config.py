@@ -18,6 +18,7 @@ several.
 CONFIG_KEY = "specontext"
 AttentionProviderName = Literal["auto", "flash", "triton", "xformers"]
 HeadKeyDtype = Literal["auto", "fp8", "model"]
+Loading = Literal["adaptive", "elastic", "plain"]
 
 
 class ConfigError(ValueError):
@@ -124,6 +125,14 @@ class SpeContextConfig(BaseModel):
         description=(
             "With a host pool: a page that must be fetched has to score 1 + stickiness times a "
             "page that is on the GPU. 1: twice as much. 0: off."
+        ),
+    )
+    loading: Loading = Field(
+        default="adaptive",
+        description=(
+            "With a host pool: `adaptive` offloads as few layers as the load allows. The others "
+            "are for comparison: `elastic` always offloads every layer; with `plain` each of them "
+            "also fetches, when it runs, all that it reads."
         ),
     )
     cache_generated: bool = Field(

@@ -54,7 +54,8 @@ def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> Tie
     )
     refuse_less_than_one_request(vllm_config, memory, gpu_bytes, host_bytes)
     try:
-        plan = memory.plan(gpu_bytes, host_bytes, override_pages(vllm_config))
+        plans = memory.plan if config.loading == "adaptive" else memory.plan_all_offloaded
+        plan = plans(gpu_bytes, host_bytes, override_pages(vllm_config))
     except MemoryModelError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
     if plan.host_layers:

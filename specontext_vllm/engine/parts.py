@@ -176,6 +176,7 @@ def make_tiers(
             max_pages=pages_for(model.max_model_len),
             keep_unreferenced=bool(vllm_config.cache_config.enable_prefix_caching),
             timed=config.stats,
+            loading=config.loading,
             device=device,
         )
     except HostPoolError as error:

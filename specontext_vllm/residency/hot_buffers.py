@@ -74,6 +74,12 @@ class HotBuffers:
         for tensor in (state.slot_of, state.page_of, state.source_of, state.stamp):
             tensor.index_fill_(0, lanes, -1)
 
+    def forget(self) -> None:
+        """Forget what all lanes hold. Runs on the device alone, so a graph may hold it."""
+        state = self.state
+        for tensor in (state.slot_of, state.page_of, state.source_of, state.stamp):
+            tensor.fill_(-1)
+
     def trim(self) -> None:
         """Forget what lies in slots beyond the lanes' capacities."""
         state, capacity = self.state, self.state.capacity[:, None, None]

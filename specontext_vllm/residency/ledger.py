@@ -48,6 +48,7 @@ class Ledger:
         keep_unreferenced: whether pages without a request keep their content (prefix caching).
         return_pages: pages of a returning layer to copy in one step, in addition to as many as the
             step before wrote.
+        adaptive: layers come and go; else every mirrored layer is offloaded and stays so.
 
     Attributes:
         frames: the tables.
@@ -68,6 +69,7 @@ class Ledger:
         max_requests: int,
         keep_unreferenced: bool,
         return_pages: int,
+        adaptive: bool = True,
     ) -> None:
         self.num_layers, self.num_pages, self.host_layers = num_layers, num_pages, host_layers
         self.keep_unreferenced, self.return_pages = keep_unreferenced, return_pages
@@ -78,7 +80,8 @@ class Ledger:
             num_lanes=max_requests,
             hot_pages=hot_pages,
         )
-        self.resident, self.hot_limit = num_layers, hot_pages
+        self.adaptive, self.hot_limit = adaptive, hot_pages
+        self.resident = num_layers if adaptive else self.first_mirrored
         self.requests = RunningRequests(num_pages, max_requests)
         self.capacity = np.zeros(max_requests, np.int32)
         self._steps_to_return = COOLDOWN_STEPS
@@ -161,7 +164,8 @@ class Ledger:
             self._give_frames(touched_pages, np.array(hits, np.int64), changes)
             self._grow_hot(wanted, changes)
         if self._stale is None:
-            self._maybe_return_layer(changes)
+            if self.adaptive:
+                self._maybe_return_layer(changes)
         else:
             for name, first in step.written:
                 fresh += requests.pages[name][first:]

@@ -213,6 +213,26 @@ class MemoryModel:
             next(best[width] for width in widths if best[width].num_pages >= min_pages), gpu_bytes
         )
 
+    def plan_all_offloaded(
+        self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None
+    ) -> TierPlan:
+        """The plan that mirrors every layer, has the largest hot buffers and no room for a resident
+        layer; arguments as for ``plan``, but None for the pages of all requests in flight.
+
+        Raises:
+            MemoryModelError: it does not fit.
+        """
+        pages = self.block_pages + self.max_num_seqs * self.max_pages
+        plan = self.size(num_pages or pages, self.shape.num_layers, self._widths[0])
+        if plan.gpu_bytes > gpu_bytes or plan.host_bytes > host_bytes:
+            raise MemoryModelError(
+                "{} GiB of memory for KV and {} GiB of host memory are less than the {} and {} "
+                "that every layer offloaded needs; give more, or set loading to adaptive.".format(
+                    *in_gib(gpu_bytes, host_bytes, plan.gpu_bytes, plan.host_bytes)
+                )
+            )
+        return plan
+
     def _with_spare_frames(self, plan: TierPlan, gpu_bytes: int) -> TierPlan:
         """Turn the GPU memory that the worst case leaves into frames, with which lighter loads keep
         more layers resident.

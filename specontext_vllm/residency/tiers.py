@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.config import PAGE_SIZE, Loading
 from specontext_vllm.residency.copy_stream import CopyStream
 from specontext_vllm.residency.figures import TierFigures, TierStatus
 from specontext_vllm.residency.frames import Changes
@@ -63,6 +63,7 @@ class TieredKV:
         max_pages: pages of one request, at the most.
         keep_unreferenced: whether prefix caching is on.
         timed: whether to count late fetches, and by how much they are late.
+        loading: see the setting of that name.
 
     Attributes:
         pools: the KV of both tiers.
@@ -85,10 +86,11 @@ class TieredKV:
         max_pages: int,
         keep_unreferenced: bool,
         timed: bool,
+        loading: Loading = "adaptive",
         device: torch.device,
     ) -> None:
         self.plan, self.num_layers, self.num_kv_heads = plan, num_layers, num_kv_heads
-        self.device = device
+        self.device, self.loading = device, loading
         page = (num_kv_heads, PAGE_SIZE, 2 * head_dim)
         arena = torch.zeros(1 + plan.frames, *page, dtype=dtype, device=device)
         host = allocate_host_pool((plan.host_layers, plan.num_pages, *page), dtype, device)
@@ -105,6 +107,7 @@ class TieredKV:
             max_requests=max_requests,
             keep_unreferenced=keep_unreferenced,
             return_pages=max(1, RETURN_BYTES // arena[0].nbytes),
+            adaptive=loading == "adaptive",
         )
         self._tables = DeviceTables(
             num_layers=num_layers,
@@ -183,7 +186,8 @@ class TieredKV:
         self.copies.check()
         news = self.meter.poll()
         hot_limit = None
-        if news is not None and (rates := miss_rates(news)) is not None:
+        rates = None if news is None else miss_rates(news)
+        if news is not None and rates is not None and self.loading == "adaptive":
             self.hot_size.observe(*rates, late_share(news))
             hot_limit = self.hot_size.choose(self._ledger)
         self.apply(self._ledger.follow(step, hot_limit))
@@ -204,6 +208,8 @@ class TieredKV:
         Args:
             selection: pages counted from the start of their request.
         """
+        if self.loading == "plain":
+            self._hot.forget()
         rows = DecodeRows(self._tables.lanes, batch.seq_lens, batch.block_table)
         self._resolve(selection, rows, batch.table_rows)
 
@@ -212,7 +218,8 @@ class TieredKV:
         on its way back. With no ``table_rows`` nothing was resolved, and no misses are copied.
         """
         if table_rows:
-            self.copies.start(self._fetch_all_misses)
+            if self.loading != "plain":
+                self.copies.start(self._fetch_all_misses)
             self._steps += 1
         else:
             self.misses.count.zero_()
@@ -258,6 +265,9 @@ class TieredKV:
 
     def await_misses(self, layer: int) -> None:
         """Hold the current stream until the layer's misses are there."""
+        if self.loading == "plain":
+            self.fetch_misses(range(layer, layer + 1))
+            return
         self.copies.wait(layer, self._tables.tensors.resident, self._late_counts)
 
     def fetch_misses(self, layers: range, done: Tensor | None = None) -> None:

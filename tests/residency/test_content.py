@@ -11,7 +11,7 @@ from random import Random
 import pytest
 import torch
 
-from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.config import PAGE_SIZE, Loading, pages_for
 from specontext_vllm.residency import tiers as tiers_module
 from specontext_vllm.residency.memory_model import TierPlan
 from specontext_vllm.step_data import (
@@ -48,7 +48,9 @@ class Schedule:
     pages, preemptions, pages taken from the least recently freed.
     """
 
-    def __init__(self, seed: int, slowly: bool, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, slowly: bool, device: torch.device, loading: Loading = "adaptive"
+    ) -> None:
         self.random = Random(seed)
         plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
         self.device = device
@@ -67,6 +69,7 @@ class Schedule:
                 max_pages=LONGEST,
                 keep_unreferenced=True,
                 timed=False,
+                loading=loading,
                 device=device,
             )
         self.tiers.pools.arena.fill_(float("nan"))
@@ -381,6 +384,16 @@ def test_no_step_begins_after_one_whose_copies_did_not_come(device):
         schedule.step()
 
 
+def run_steps(schedule: Schedule) -> None:
+    for step in range(170):
+        # Now and then nobody comes for a while, so that layers come back.
+        if step % 80 < 50 and len(schedule.waiting) < 2 and schedule.random.random() < 0.7:
+            schedule.arrive()
+        schedule.step()
+        assert schedule.tiers.audit()["requests"] == len(schedule.running)
+    assert schedule.tiers.poisoned > 100
+
+
 @pytest.mark.parametrize(
     "slowly", [False, True], ids=["layers return at once", "layers return a page or two a step"]
 )
@@ -388,13 +401,18 @@ def test_every_token_that_is_read_is_the_one_that_was_written(slowly, device):
     seen: Counter[str] = Counter()
     for seed in range(5):
         schedule = Schedule(seed, slowly, device)
-        for step in range(170):
-            # Now and then nobody comes for a while, so that layers come back.
-            if step % 80 < 50 and len(schedule.waiting) < 2 and schedule.random.random() < 0.7:
-                schedule.arrive()
-            schedule.step()
-            assert schedule.tiers.audit()["requests"] == len(schedule.running)
-        assert schedule.tiers.poisoned > 100
+        run_steps(schedule)
         seen.update(schedule.seen)
     assert (seen.pop("came back slowly") > 0) == slowly
     assert all(count > 0 for count in seen.values()), seen
+
+
+@pytest.mark.parametrize("loading", ["elastic", "plain"])
+def test_layers_that_always_are_offloaded_read_the_same(loading, device):
+    schedule = Schedule(1, False, device, loading)
+    run_steps(schedule)
+    stats = schedule.tiers.stats()
+    # They were moved before the first step.
+    assert stats["resident_layers"] == LAYERS - MIRRORED and stats["layer_moves"] == MIRRORED
+    # A page that a step begins holds nothing to fetch, so it is no miss.
+    assert (stats["hit_rate"] < 0.1) == (loading == "plain")

@@ -328,3 +328,17 @@ def test_the_number_of_requests_that_pays_is_the_largest():
     tried = [lanes for lanes in range(50, 75) if plans(lanes)]
     assert tried == list(range(50, tried[-1] + 1)) and len(tried) < 25
     assert set(named) == {tried[-1]}
+
+
+def test_a_plan_with_every_layer_offloaded_holds_all_requests_in_flight_or_is_refused():
+    model = MemoryModel(
+        SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=4, max_model_len=34400
+    )
+    plan = model.plan_all_offloaded(8 * GIB, 20 * GIB)
+    assert plan.num_pages == 1 + 4 * 2150
+    assert plan.host_layers == SHAPE_8B.num_layers and plan.hot_pages == 256
+    assert plan.frames == 32 * 4 * 256 + 2 * plan.staging_pages
+    assert model.plan_all_offloaded(8 * GIB, 20 * GIB, 5000).num_pages == 5000
+    for gpu, host in ((plan.gpu_bytes - 1, 20 * GIB), (8 * GIB, plan.host_bytes - 1)):
+        with pytest.raises(MemoryModelError, match="set loading to adaptive"):
+            model.plan_all_offloaded(gpu, host)
