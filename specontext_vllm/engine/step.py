@@ -113,7 +113,9 @@ class DecodeStep:
             self.tiers.resolve(self.selection, batch)
 
     def after_model(self, batch: StepBatch, aux: Sequence[Tensor] | None) -> None:
-        """Learn the step's tokens from the model's auxiliary hidden states."""
+        """Learn the step's tokens from the model's auxiliary hidden states; None where the
+        retriever reads none.
+        """
         if aux is None:
             return
         with self._timed(self.exporter.learn, batch):

@@ -53,7 +53,7 @@ class Retriever(Protocol):
 
     @property
     def bytes_per_block(self) -> int:
-        """Bytes of the worker's memory for KV that are kept of one page."""
+        """Bytes of the worker's memory for KV that are kept of one page, vLLM's kernel block."""
 
     # -- a step
 
@@ -106,7 +106,7 @@ class Retriever(Protocol):
     # -- an engine
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Allocate what is kept of ``num_blocks`` pages of KV."""
+        """Allocate what is kept of ``num_blocks`` kernel blocks of KV, which are our pages."""
 
     def shrink(self, max_model_len: int, table_pages: int) -> None:
         """Before the first step: contexts are shorter, and the page table narrower, than was said
