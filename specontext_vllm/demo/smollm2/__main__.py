@@ -25,8 +25,8 @@ from specontext_vllm.demo.smollm2.model import smollm2
 from specontext_vllm.demo.smollm2.questions import make_questions
 from specontext_vllm.extras import require_extra
 
-MIN_TOKENS, MAX_TOKENS = 3000, 8000
-"""Of a prompt: the shortest holds the answers to all questions; the model knows 8,192 positions."""
+MIN_TOKENS, MAX_TOKENS = 1000, 8000
+"""Of a prompt: the shortest holds a paragraph to copy; the model knows 8,192 positions."""
 
 
 def main(

@@ -4,7 +4,6 @@ domain).
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 
@@ -35,16 +34,39 @@ FACTS = (
 """Sentences that are put into the text, what asks for them, the answer's beginning and its end."""
 
 OF_THE_TEXT = (
-    ("What was the name of Catherine Morland's father?", "His name was", "Richard"),
-    ("To which town did the Allens take Catherine?", "They took her to", "Bath"),
+    (
+        "What was the name of Catherine Morland's father?",
+        "Catherine Morland's father was a clergyman, and his name was",
+        "Richard",
+    ),
+    (
+        "What was Catherine three months in learning?",
+        'Her mother was three months in teaching her only to repeat the "',
+        "Beggar's Petition",
+    ),
+    (
+        "In which village do the Morlands live?",
+        "The Morlands live in a village called",
+        "Fullerton",
+    ),
+    (
+        "Where in Bath did they lodge?",
+        "They were settled in comfortable lodgings in",
+        "Pulteney Street",
+    ),
 )
-"""Questions that the novel itself answers, the answer's beginning and end."""
+"""What the novel itself answers, in its order: a question, the answer's beginning and its end."""
 
-COPIED = (1 / 5, 3 / 5)
-"""Where in the text the paragraphs stand that are asked for."""
+QUOTED = (
+    "She was fond of all boy's plays, and greatly preferred",
+    "A thousand alarming presentiments of evil to her beloved Catherine from this",
+    "It is now expedient to give some description of Mrs. Allen, that",
+    "The season was full, the room crowded, and the two ladies",
+)
+"""Beginnings of passages that are to be repeated."""
 
-SHOWN, REPEATED = 12, 40
-"""Words of a paragraph that the answer begins with, and words that must follow."""
+REPEATED = 24
+"""Words of a passage that must follow."""
 
 SPARE_TOKENS = 96
 """Of a prompt: the chat template, the question and the answer."""
@@ -63,7 +85,7 @@ def excerpt(tokenizer: Path, tokens: int) -> list[str]:
 
 
 def make_questions(tokenizer: Path, tokens: int) -> list[Question]:
-    """All questions, over prompts that share about ``tokens`` tokens of text.
+    """All questions that the text of the prompt answers; they share about ``tokens`` tokens.
 
     The model is small and was not trained to quote, so each answer is begun for it.
 
@@ -71,30 +93,28 @@ def make_questions(tokenizer: Path, tokens: int) -> list[Question]:
         tokenizer: the model's tokenizer.json.
     """
     paragraphs = excerpt(tokenizer, tokens - SPARE_TOKENS)
-    long = [text for text in paragraphs if len(text.split()) > SHOWN + REPEATED]
-    copied = [long[int(place * len(long))] for place in COPIED]
     for number, (fact, *_) in enumerate(FACTS):
         at = (2 * number + 1) * len(paragraphs) // (2 * len(FACTS))
         paragraphs.insert(at, fact)
     text = "\n\n".join(paragraphs)
     facts = [
-        Question(asked, _messages(text, asked, start), end, partial(_holds, end), 1.0, 16)
+        Question(asked, _messages(text, asked, start), end, partial(_holds, end), 1.0, 12)
         for asked, start, end in [*[fact[1:] for fact in FACTS], *OF_THE_TEXT]
+        if end in text
     ]
-    return [*facts, *[_copy(text, paragraph) for paragraph in copied]]
+    return [*facts, *[_quotation(text, start) for start in QUOTED if start in text]]
 
 
-def _copy(text: str, paragraph: str) -> Question:
-    words = paragraph.split()
-    start, rest = " ".join(words[:SHOWN]), words[SHOWN : SHOWN + REPEATED]
-    asked = f'Repeat the paragraph that begins with "{" ".join(words[:6])}".'
+def _quotation(text: str, start: str) -> Question:
+    following = text[text.index(start) + len(start) :].split()[:REPEATED]
+    asked = f'Repeat the passage that begins with "{start}".'
     return Question(
         asked,
-        _messages(text, asked, start),
-        " ".join(rest),
-        partial(_copied, rest),
+        _messages(text, asked, f"Here is the passage from the text, word for word:\n\n{start}"),
+        " ".join(following),
+        partial(_copied, following),
         0.9,
-        2 * REPEATED,
+        round(1.6 * REPEATED),
     )
 
 
@@ -107,7 +127,7 @@ def _messages(text: str, asked: str, start: str) -> list[dict[str, str]]:
 
 def _holds(end: str, reply: str) -> float:
     """Whether the reply begins with these words."""
-    return float(re.sub(r"\W+", " ", reply).strip().startswith(end))
+    return float(reply.lstrip(' "').startswith(end))
 
 
 def _copied(expected: list[str], reply: str) -> float:
