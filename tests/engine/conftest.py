@@ -138,22 +138,19 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def own_head(tmp_path_factory) -> Path:
-    """Folder of a head for the demo model in the format of our own, which makes keys from own
-    states: random weights, but scores that are far apart.
+    """Folder of a head in the format of our own, which makes keys from own states: the demo model's
+    head, each query head twice, with something random and small beside its projections.
     """
-    spec = replace(
-        read_checkpoint(DEMO_MODEL / "retrieval_head").spec,
-        num_heads=8,
-        num_aux=4,
-        aux_layer_ids=(0, 2, 3, 5),
-        fc_norm=True,
-        key_states="own",
-        q_mlp=48,
-        k_mlp=80,
-        dtype=torch.float32,
-    )
-    tensors = random_checkpoint(spec, seed=1).tensors
-    tensors["q_proj.weight"] *= 4
+    trained = read_checkpoint(DEMO_MODEL / "retrieval_head")
+    spec = replace(trained.spec, num_heads=8, key_states="own", q_mlp=48, k_mlp=80)
+    tensors = random_checkpoint(replace(spec, dtype=torch.float32), seed=1).tensors
+    small = 0.1 * tensors["k_proj.weight"][:, spec.query_width :]
+    for name in ("q_mlp.down_proj.weight", "k_mlp.down_proj.weight"):
+        tensors[name] *= 0.1
+    tensors |= {name: tensor.float() for name, tensor in trained.tensors.items()}
+    queries = tensors["q_proj.weight"].unflatten(0, (spec.num_kv_heads, -1))
+    tensors["q_proj.weight"] = queries.repeat(1, 2, 1).flatten(0, 1)
+    tensors["k_proj.weight"] = torch.cat((tensors["k_proj.weight"], small), 1)
     folder = tmp_path_factory.mktemp("own_head")
     save_head(folder, spec, tensors, dtype=None)
     return folder

@@ -1,7 +1,7 @@
-"""Two tiers give the tokens of one: float32, real weights but for the head's, frames for a quarter
-of the tokens, given-up frames full of NaN.
+"""Two tiers give the tokens of one: float32, real weights, frames for a quarter of the tokens,
+given-up frames full of NaN.
 
-The head makes keys from own states, so a decode row's key is written when its pages have moved.
+The head makes keys from own states: a decode row's key is written when its pages have moved.
 """
 
 from __future__ import annotations
