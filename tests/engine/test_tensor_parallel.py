@@ -36,7 +36,7 @@ def parallel(workers: int) -> dict:
 
 
 @needs_two
-def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(monkeypatch):
+def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head, monkeypatch):
     from vllm import SamplingParams
 
     pages, pool = 520, 0.25
@@ -51,7 +51,7 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(monkeypat
         ("one", 2, {}),
         ("two", 2, {"host_kv_gib": pool, "gpu_kv_gib": 0.0115, "stickiness": 0}),
     ):
-        settings = {"specontext": {"budget": 256, **tiers}}
+        settings = {"specontext": {"retrieval_head": str(own_head), "budget": 256, **tiers}}
         if workers > 1:
             # vLLM's CPU workers want to be told their cores where the machine has no second NUMA
             # node.
