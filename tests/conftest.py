@@ -39,8 +39,16 @@ if str(SUBPROCESSES) not in _paths:
 
 STARTERS = {("tests.engine.conftest", "engine"), ("specontext_vllm.demo.server", "VllmServer")}
 """What tests start vLLM with. A file that imports one of them is slow."""
-SERVER_FILES = ("tests/engine/test_server.py", "tests/engine/test_metrics.py")
-"""Files that share the fixture ``server``."""
+SHARED_STARTS = {"server", "stock", "both_budgets"}
+"""Fixtures that do. So is a test that asks for one of them."""
+TOGETHER = {
+    "tests/engine/test_exactness.py": "scenarios",
+    "tests/engine/test_block_sizes.py": "scenarios",
+    "tests/engine/test_sidecar.py": "scenarios",
+    "tests/engine/test_server.py": "server",
+    "tests/engine/test_metrics.py": "server",
+}
+"""Files that share such a fixture, by which of pytest-xdist's processes runs them."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,7 +89,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "server" if file in SERVER_FILES else file
+            return TOGETHER.get(file, file)
 
     return Scheduling(config, log)
 
@@ -91,7 +99,7 @@ def _starts_engines(item: pytest.Item) -> bool:
         (getattr(value, "__module__", None), getattr(value, "__qualname__", None))
         for value in vars(item.module).values()
     )
-    return "server" in item.fixturenames or not STARTERS.isdisjoint(names)
+    return not SHARED_STARTS.isdisjoint(item.fixturenames) or not STARTERS.isdisjoint(names)
 
 
 @pytest.fixture

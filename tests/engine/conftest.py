@@ -114,6 +114,17 @@ def forked_workers() -> Iterator[None]:
     forkserver._forkserver._stop()
 
 
+@pytest.fixture(scope="module")
+def forking_servers() -> Iterator[None]:
+    """Servers on a CPU fork their processes (tests/subprocesses says how), which vLLM spawns. Other
+    tests' servers do so.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("SPECONTEXT_TEST_FORKS", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Token ids of demo prompts: within a page, ragged, and long enough for several chunks."""
@@ -154,6 +165,22 @@ def own_head(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("own_head")
     save_head(folder, spec, tensors, dtype=None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stock(prompts):
+    """What stock vLLM answers in every scenario."""
+    from tests.engine.shared_runs import run_stock
+
+    return run_stock(prompts)
+
+
+@pytest.fixture(scope="session")
+def both_budgets(prompts):
+    """What one engine answers with a budget over the context and with a small one."""
+    from tests.engine.shared_runs import run_both_budgets
+
+    return run_both_budgets(prompts)
 
 
 @pytest.fixture(scope="session")

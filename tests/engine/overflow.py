@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.test_exactness import ids, sampling
+from tests.engine.scenarios import ids, sampling
 
 TOKEN = 3130
 """In no prompt of the demo and in no answer of its model: only a request that is given it reads its

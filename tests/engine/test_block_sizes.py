@@ -7,20 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine import test_tiers
-from tests.engine.conftest import DEMO_MODEL, STOCK, engine
-from tests.engine.test_exactness import OTHER_WAYS, by_another_way, scenarios
+from tests.engine.conftest import engine
+from tests.engine.scenarios import OTHER_WAYS, by_another_way, scenarios
+from tests.engine.shared_runs import PAGES, SETTINGS, SHAPE, SMALL, WHOLE
+from tests.engine.test_tiers import SAVED_GIB
 from tests.poison import poisoned_tiers, times_poisoned
 
-SMALL = {
-    "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
-    "budget": 64,
-    "sink_tokens": 16,
-    "recent_tokens": 16,
-}
-WHOLE = 2048
-"""A budget over every context."""
-BLOCKS = {16: 100, 32: 50, 64: 26, 128: 12}
+BLOCKS = {32: 50, 64: 26, 128: 12}
 """By their size: so many that the prompts of some requests fit at once and their answers do not,
 and some are preempted.
 """
@@ -35,6 +28,8 @@ SAME_WHATEVER_THE_BLOCKS = [
     "neighbour aborted",
 ]
 """Scenarios whose tokens do not depend on which requests are preempted."""
+COLD = [scenario for scenario in SAME_WHATEVER_THE_BLOCKS if scenario != "next turn"]
+"""Those that hit no generated pages, which are in the cache of the engine that is compared with."""
 
 
 def blocks(size: int, count: int) -> dict[str, int]:
@@ -47,10 +42,10 @@ def run(prompts, block_size: int) -> dict:
         return engine(
             **blocks(block_size, BLOCKS[block_size]),
             attention_backend="specontext",
-            additional_config={"specontext": {**SMALL, "budget": budget}},
+            additional_config={"specontext": {**SETTINGS, "budget": budget}},
         )
 
-    with specontext(SMALL["budget"]) as llm:
+    with specontext(SMALL) as llm:
         out = {"small": scenarios(llm, prompts)}
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
         if not torch.cuda.is_available():
@@ -64,18 +59,7 @@ def run(prompts, block_size: int) -> dict:
     return out
 
 
-@pytest.fixture(scope="module")
-def stock(prompts):
-    with engine(**STOCK) as llm:
-        return scenarios(llm, prompts)
-
-
-@pytest.fixture(scope="module")
-def of_one_page(prompts):
-    return run(prompts, 16)
-
-
-@pytest.fixture(scope="module", params=[32, 64, 128])
+@pytest.fixture(scope="module", params=BLOCKS)
 def of_pages(request, prompts):
     return run(prompts, request.param)
 
@@ -87,11 +71,11 @@ def test_a_whole_budget_s_tokens_equal_stock(stock, of_pages):
         assert whole[scenario] == stock[scenario], scenario
 
 
-def test_a_small_budget_s_tokens_equal_those_of_blocks_of_one_page(of_one_page, of_pages):
+def test_a_small_budget_s_tokens_equal_those_of_blocks_of_one_page(both_budgets, of_pages):
     small = of_pages["small"]
     assert small["preempted"] > 0 and small["cached tokens"] >= 256
-    for scenario in SAME_WHATEVER_THE_BLOCKS:
-        assert small[scenario] == of_one_page["small"][scenario], scenario
+    for scenario in COLD:
+        assert small[scenario] == both_budgets["small budget"][scenario], scenario
     for scenario in OTHER_WAYS:
         tokens, otherwise = by_another_way(small, scenario)
         assert tokens == otherwise, scenario
@@ -102,21 +86,15 @@ def test_a_small_budget_s_tokens_equal_those_of_blocks_of_one_page(of_one_page, 
 
 
 @pytest.mark.parametrize("block_size", [32, 128])
-def test_two_tiers_tokens_equal_those_of_one(prompts, block_size):
-    shape = {**test_tiers.SHAPE, **blocks(block_size, 16 * (test_tiers.PAGES - 1) // block_size)}
-
-    def run_tiers(**settings):
-        settings = {**test_tiers.SETTINGS, **settings}
-        with engine(**shape, additional_config={"specontext": settings}) as llm:
-            out = scenarios(llm, prompts)
-            out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
-            out["stats"] = llm.collective_rpc("specontext_stats")[0]
-            out["audit"] = llm.collective_rpc("specontext_audit")[0]
-            return out
-
-    one = run_tiers()
-    with poisoned_tiers():
-        two = run_tiers(host_kv_gib=0.25, gpu_kv_gib=0.0040 - test_tiers.SAVED_GIB)
-    assert two["stats"]["layer_moves"] > 0 and two["poisoned"] > 0 and two["audit"]
-    for scenario in SAME_WHATEVER_THE_BLOCKS:
-        assert two[scenario] == one[scenario], scenario
+def test_two_tiers_tokens_equal_those_of_one(prompts, both_budgets, block_size):
+    shape = {**SHAPE, **blocks(block_size, 16 * (PAGES - 1) // block_size)}
+    settings = {**SETTINGS, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0040 - SAVED_GIB}
+    with poisoned_tiers(), engine(**shape, additional_config={"specontext": settings}) as llm:
+        two = scenarios(llm, prompts)
+        poisoned = llm.collective_rpc(times_poisoned)[0]
+        stats = llm.collective_rpc("specontext_stats")[0]
+        audit = llm.collective_rpc("specontext_audit")[0]
+    assert stats["layer_moves"] > 0 and poisoned > 0 and audit
+    for scenario in COLD:
+        assert two[scenario] == both_budgets["small budget"][scenario], scenario
+    assert two["next turn"] == two["next turn, cold"]

@@ -42,7 +42,7 @@ def arguments(name: str, pages: int, max_num_seqs: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[VllmServer]:
+def server(forking_servers) -> Iterator[VllmServer]:
     """Two tiers, and pages for a few long requests only. Hot buffers leave room for no more than
     16.
     """
@@ -51,7 +51,7 @@ def server() -> Iterator[VllmServer]:
 
 
 @pytest.fixture(scope="module")
-def following() -> Iterator[VllmServer]:
+def following(forking_servers) -> Iterator[VllmServer]:
     """One tier, with half the benchmark's pages for twice its running requests: few requests
     preempt some too.
     """

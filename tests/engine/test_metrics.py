@@ -178,7 +178,7 @@ def test_top_prints_the_server_s_figures(server):
 
 
 @pytest.fixture(scope="module")
-def two_of_each() -> Iterator[VllmServer]:
+def two_of_each(forking_servers) -> Iterator[VllmServer]:
     """Two API servers, two workers, two tiers."""
     settings = {"budget": 256, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0115}
     arguments = [

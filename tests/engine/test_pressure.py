@@ -11,7 +11,7 @@ from benchmarks.near_tie import NEAR_TIE_CPU, NEAR_TIE_GPU
 from specontext_vllm.synthetic.tasks import make_problem
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.test_exactness import sampling
+from tests.engine.scenarios import sampling
 from tests.poison import poisoned_tiers, times_poisoned
 
 # Two long requests take nearly all of the pages, so that whatever runs beside them is preempted,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.test_exactness import sampling
+from tests.engine.scenarios import sampling
 
 CLOSE = 2e-2 if torch.cuda.is_available() else 1e-3
 """Of log-probabilities; on a GPU float32 products run on tf32 units, in other orders for other

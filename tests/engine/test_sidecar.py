@@ -10,110 +10,45 @@ import time
 
 import pytest
 
-from specontext_vllm.observability.catalog import PREFIX
 from tests.conftest import CUDA
-from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.test_exactness import ids, sampling, scenarios, until_sure
+from tests.engine.conftest import engine
+from tests.engine.shared_runs import SETTINGS, SHAPE, counted_scenarios, outage
 from tests.sidecar.test_remote import SIDECAR, actor_pid
 
-# An engine that starts densely would keep other pages in its prefix cache than one that never was.
-SETTINGS = {
-    "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
-    "budget": 64,
-    "sink_tokens": 16,
-    "recent_tokens": 16,
-    "cache_generated": True,
-}
-# Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
-SHAPE = {
-    "max_model_len": 704,
-    "max_num_seqs": 3,
-    "num_gpu_blocks_override": 111,
-    "attention_backend": "specontext",
-}
-# With a sidecar the page table is as wide as the context. An inline engine that starts densely has
-# the same one, in its captured graphs too, and may become dense again for as long as the sidecar is
-# away.
-INLINE = {"retriever": "dense"}
-STEPS_BEFORE_DEATH = 9
+# The engine that it is compared with has other pages in its prefix cache otherwise.
+BESIDE = {**SETTINGS, "cache_generated": True}
 
 
-def run(prompts, where):
-    with engine(**SHAPE, additional_config={"specontext": {**SETTINGS, **where}}) as llm:
-        llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm"})
-        # On a GPU vLLM has warmed up with requests of its own.
-        llm.collective_rpc("specontext_stats", args=(True,))
-        before = shown(llm)
-        out = scenarios(llm, prompts)
-        # Read first, right after the last answer.
-        out["shown"] = {name: value - before[name] for name, value in shown(llm).items()}
-        out["stats"] = llm.collective_rpc("specontext_stats", args=(True,))[0]
-        out |= outage(llm, prompts, has_actor=where is SIDECAR)
+def run(prompts):
+    with engine(**SHAPE, additional_config={"specontext": {**BESIDE, **SIDECAR}}) as llm:
+        out = counted_scenarios(llm, prompts)
+
+        def kill() -> None:
+            os.kill(actor_pid(), signal.SIGKILL)
+
+        def wait() -> None:
+            deadline = time.monotonic() + 120
+            while not llm.collective_rpc("specontext_stats")[0]["sidecar_up"]:
+                assert time.monotonic() < deadline, "the sidecar did not come back"
+                time.sleep(0.2)
+
+        out |= outage(llm, prompts, kill, wait)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
         return out
 
 
-def shown(llm) -> dict[str, float]:
-    """What ``LLM.get_metrics`` says of the decode steps."""
-    metrics = {
-        metric.name.removeprefix(PREFIX): metric
-        for metric in llm.get_metrics()
-        if metric.name.startswith(PREFIX)
-    }
-    mass = metrics["kept_mass_ratio"]
-    counters = {
-        name: metrics[name].value
-        for name in ("decode_steps", "decode_rows", "head_pages_read", "head_pages_held")
-    }
-    return {**counters, "choosing rows": mass.count, "kept mass": mass.sum}
-
-
-def outage(llm, prompts, has_actor: bool) -> dict[str, list]:
-    """Kill the actor in the middle of a request, let it come back, and ask on; inline, read densely
-    for as long instead.
-    """
-
-    def generate(*chosen):
-        return llm.generate([{"prompt_token_ids": p} for p in chosen], sampling(), use_tqdm=False)
-
-    llm.reset_prefix_cache()
-    generate(prompts[-1])
-    core, tokens, step = llm.llm_engine, [], 0
-    core.add_request("lived", {"prompt_token_ids": prompts[-2]}, sampling(max_tokens=60))
-    while core.has_unfinished_requests():
-        step += 1
-        if step == STEPS_BEFORE_DEATH:
-            if has_actor:
-                os.kill(actor_pid(), signal.SIGKILL)
-            else:
-                llm.collective_rpc("specontext_set", kwargs={"retriever": "dense"})
-        for output in core.step():
-            tokens = until_sure(list(output.outputs[0].token_ids))
-    if has_actor:
-        deadline = time.monotonic() + 120
-        while not llm.collective_rpc("specontext_stats")[0]["sidecar_up"]:
-            assert time.monotonic() < deadline, "the sidecar did not come back"
-            time.sleep(0.2)
-    else:
-        llm.collective_rpc("specontext_set", kwargs={"retriever": "dlm"})
-    # Pages from before the death are hit, and new ones are made.
-    after = generate(prompts[-1], prompts[5], prompts[-2])
-    return {
-        "lived through a death": tokens,
-        "after it": ids(after),
-        "hits after it": [o.num_cached_tokens for o in after],
-    }
-
-
 @pytest.fixture(scope="module")
-def inline(prompts):
-    return run(prompts, INLINE)
+def inline(both_budgets):
+    """The head in the worker. The page table is as wide as the context, in captured graphs too, as
+    with a sidecar; the engine reads densely for as long as the sidecar is away.
+    """
+    return both_budgets["small budget"]
 
 
 @pytest.fixture(scope="module")
 def remote(prompts):
     pytest.importorskip("ray")
-    return run(prompts, SIDECAR)
+    return run(prompts)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +60,7 @@ def remote(prompts):
         "next turn",
         "next turn, cold",
         "neighbour aborted",
-        "lived through a death",
+        "lived through it",
         "after it",
         "hits after it",
     ],

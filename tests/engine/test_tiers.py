@@ -14,7 +14,7 @@ from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
 from tests.engine.overflow import beside_an_overflow, check
-from tests.engine.test_exactness import OTHER_WAYS, by_another_way, ids, sampling, scenarios
+from tests.engine.scenarios import OTHER_WAYS, by_another_way, ids, sampling, scenarios
 from tests.poison import poisoned_tiers, times_poisoned
 
 PAGES = 111

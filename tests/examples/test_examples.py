@@ -20,6 +20,8 @@ import pytest
 
 from specontext_vllm.demo.server import device_arguments, server_environment
 from specontext_vllm.synthetic.tasks import make_problem, score
+from tests.conftest import CUDA
+from tests.engine.conftest import cheap_collections, import_vllm
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -41,11 +43,13 @@ def run_here(monkeypatch, capsys):
         spec.loader.exec_module(module)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", str(DEMO_MODEL), *arguments])
         capsys.readouterr()
-        try:
-            module.main()
-        finally:
-            gc.collect()
-            cleanup_dist_env_and_memory()
+        import_vllm()
+        with cheap_collections():
+            try:
+                module.main()
+            finally:
+                gc.collect()
+                cleanup_dist_env_and_memory()
         return capsys.readouterr().out
 
     return run
@@ -82,6 +86,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = server_environment() | {"STEPS": "2", "CONTEXT": "256"}
+    if not CUDA:
+        env["SPECONTEXT_TEST_FORKS"] = "1"
     env["PATH"] = f"{folder}{os.pathsep}{env['PATH']}"
     options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
     script = [EXAMPLES / "distill_and_serve.sh", DEMO_MODEL, folder / "head", *options]
