@@ -66,7 +66,9 @@ def main(
     ] = "128,256,512,1024",
     contexts: Annotated[str, typer.Option(help="Tokens of a prompt with its reply.")] = "4096,8064",
     prompts: Annotated[int, typer.Option(min=2, help="Of each task and context.")] = 200,
-    seed: Annotated[int, typer.Option(help="Another one draws other prompts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Another one draws other prompts, and joins the result's name.")
+    ] = 0,
     forced_tokens: Annotated[
         int, typer.Option("--forced", min=2, help="Tokens of a forced passage.")
     ] = 128,
@@ -129,7 +131,7 @@ def main(
         typer.echo("making the prompts")
         groups = make_groups(sources, list(chosen), lengths, prompts, seed)
         shares = _leaks(model, leaks or [], groups)
-        words = [model.resolve().name, *_label(label)]
+        words = [model.resolve().name, *_label(label), *([f"seed{seed}"] if seed else [])]
         machine = facts()
         shared = {
             "model": folder_digest(model),

@@ -2,6 +2,7 @@
 and its figures.
 """
 
+import csv
 import inspect
 import json
 import math
@@ -14,10 +15,12 @@ from random import Random
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import report
 from benchmarks.__main__ import app
 from benchmarks.real import figures, files, forced, labels, long, ruler, tables
 from benchmarks.real.leaks import Training, check_leaks
 from benchmarks.real.prompts import Group, Prompt
+from benchmarks.real.run import Run
 from benchmarks.real.settings import (
     DENSE,
     LIVE,
@@ -356,6 +359,49 @@ def test_figures_are_paired_and_failed_tasks_do_not_count():
     last = tables.compact(lines).splitlines()
     assert last[1].split() == [DENSE, "-3.000", "0.80", "0.10", "†"]
     assert last[2].split() == ["quest", "128", "-0.200", "-0.067", "-0.100"]
+
+
+def test_a_run_goes_on_and_writes_what_is_there(tmp_path):
+    groups = [
+        Group(task, context, [Prompt([1, context], [[3, 4]])] * 3)
+        for context in (512, 1024)
+        for task in ("text", "vt")
+    ]
+
+    def run():
+        return Run(
+            TASKS,
+            groups,
+            [DENSE_SETTING, QUEST],
+            Store(tmp_path / "cells.jsonl", {}, {}),
+            report.Report("real-demo", "demo on real text: 3 prompts a cell", {}),
+            tmp_path / "out",
+        )
+
+    first = run()
+    assert [len(open_) for _, open_ in first.missing([DENSE_SETTING, QUEST])] == [2] * 4
+    first.add(groups[0], DENSE_SETTING, result([-2.0, -3.0, -4.0]))
+    first.add(groups[0], QUEST, result([-2.5, -3.0, -4.5]))
+    first.add(groups[1], DENSE_SETTING, result([0.0, 0.2, 0.1]))
+    again = run()
+    # Dense cannot do vt at 512 tokens, so it is asked of nothing from there on.
+    assert [
+        (g.task, g.context, [s.name for s in open_]) for g, open_ in again.missing([QUEST])
+    ] == [("text", 1024, ["quest 128"])]
+    again.write()
+    (text,) = (path.read_text() for path in (tmp_path / "out").glob("real-demo-*.md"))
+    assert "| dense | 512 | -3.000 | " in text and "0.10 †" in text
+    assert "| quest 128 | 512 | -0.333 (" in text
+    assert "2 cells have not been measured" in text
+    (table,) = (tmp_path / "out").glob("*.csv")
+    with table.open() as file:
+        assert [(line["task"], line["setting"]) for line in csv.DictReader(file)] == [
+            ("text", DENSE),
+            ("text", "quest 128"),
+            ("vt", DENSE),
+        ]
+    (picture,) = (tmp_path / "out").glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_long_replies_and_quest_have_tables_of_their_own():
