@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.distillation.llama import causal_attention
 from specontext_vllm.retrieval.reference import grouped_logits, page_scores, reduce_to_pages
 
 ATTENTION = "specontext_paged"
@@ -139,7 +138,9 @@ class PagedModel:
             # heads as query heads.
             group = query.shape[1] // key.shape[1]
             key, value = (part.repeat_interleave(group, 1) for part in (key, value))
-            return causal_attention(query, key, value, scale).transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale
+            ).transpose(1, 2)
         keys, values = (
             kept[number][self._rows, :, :end]  # type: ignore[index]
             for kept in (self._keys, self._values)

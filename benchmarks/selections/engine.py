@@ -13,6 +13,7 @@ from benchmarks.real.settings import OptionError
 from benchmarks.selections.buffers import Policy
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel
+from specontext_vllm.residency.table_rows import default_captured_rows
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.checkpoint import read_checkpoint
 
@@ -74,7 +75,7 @@ class Load:
             table_pages=hot,
             max_num_seqs=self.texts,
             max_model_len=self.context + 1,
-            captured_rows=2 * self.texts,
+            captured_rows=default_captured_rows(self.texts) if self.on_gpu else 0,
         )
         pages = (pages_for(self.context) + 2) * self.texts + 2
         room = memory.size(pages, layers, hot).gpu_bytes
@@ -95,6 +96,7 @@ class Load:
             "seed": 0,
             "enable_prefix_caching": True,
             "max_num_seqs": self.texts,
+            "block_size": PAGE_SIZE,
             "max_model_len": self.context + 1,
             "num_gpu_blocks_override": pages,
             "disable_log_stats": True,

@@ -24,7 +24,7 @@ from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import DEMO_MODEL
 from tests.retrieval.own_heads import make_own
 
-PIECES, LENGTH, SCORED = 2, 150, 21
+PIECES, LENGTH, SCORED = 2, 150, 11
 START = LENGTH - SCORED
 PAGES = -(-LENGTH // PAGE_SIZE)
 BUDGET = Budget(total=4, sinks=1, recents=2)
