@@ -99,7 +99,7 @@ def measure(
     paged = PagedModel(model, len(pieces), length, places)
     try:
         beside = {name: HeadBeside(head, paged) for name, head in choosers.heads.items()}
-        for number in paged.prefill(pieces[:, :start]):
+        for number, _ in enumerate(paged.prefill(pieces[:, :start])):
             for head in beside.values():
                 head.learn_prompt(number, pieces[number, :start])
         ids = pieces[:, start:]

@@ -78,13 +78,12 @@ class PagedModel:
         self.model.set_attn_implementation(self._before)
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor) -> Iterator[int]:
-        """Dense attention over prompts ``ids [B, n]``, one after the other; yields the number of
-        each when its KV and ``states`` are there.
+    def prefill(self, ids: Tensor) -> Iterator[Tensor]:
+        """Dense attention over prompts ``ids [B, n]``, one after the other; when the KV and
+        ``states`` of one are there, yields the logits ``[V]`` behind it.
         """
         for number in range(len(ids)):
-            self._pass(ids[number : number + 1], slice(number, number + 1), 0)
-            yield number
+            yield self._pass(ids[number : number + 1], slice(number, number + 1), 0)[0, -1]
 
     @torch.inference_mode()
     def forward(

@@ -139,14 +139,10 @@ def follow(llm: Any, policy: Policy, course: Course, on_gpu: bool) -> dict[str, 
     llm.collective_rpc(_apply, args=(policy,))
     llm.collective_rpc("specontext_stats", args=(True,))
     count = len(tokens[0]) - start
+    prompts = [{"prompt_token_ids": text[:start]} for text in tokens]
+    params: Any = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
     if forced:
-        prompts = [{"prompt_token_ids": text[:start]} for text in tokens]
-        params: Any = [forcing.forced_params(text[start:], on_gpu) for text in tokens]
-    else:
-        prompts = [{"prompt_token_ids": text[: start + 1]} for text in tokens]
-        params = SamplingParams(
-            temperature=0, max_tokens=count - 1, ignore_eos=True, detokenize=False
-        )
+        params = [forcing.forced_params(text[start:], on_gpu) for text in tokens]
     llm.generate(prompts, params, use_tqdm=False)
     counted = llm.collective_rpc(_noted, args=(policy,))[0]
     return {**counted, "stats": llm.collective_rpc("specontext_stats")[0]}

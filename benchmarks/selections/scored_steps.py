@@ -23,8 +23,8 @@ class Course:
     """What the steps go through.
 
     Attributes:
-        tokens: ``[B, T]``, of which those from ``start`` on are forced; without ``forced`` they are
-            the model's own greedy ones, whatever stands there.
+        tokens: ``[B, T]``, of which those from ``start`` on are forced; without ``forced`` the
+            model's own greedy ones take their places.
         start: tokens of the dense prompt.
     """
 
@@ -61,9 +61,11 @@ def run_steps(
     paged = PagedModel(model, len(tokens), tokens.shape[1], places)
     try:
         beside = None if head is None else HeadBeside(head, paged)
-        for number in paged.prefill(tokens[:, : course.start]):
+        for number, logits in enumerate(paged.prefill(tokens[:, : course.start])):
             if beside is not None:
                 beside.learn_prompt(number, tokens[number, : course.start])
+            if not course.forced:
+                tokens[number, course.start] = logits.argmax()
         if beside is not None:
             beside.rewind()
         look = LastLook() if last_look else None

@@ -3,7 +3,7 @@ its own attention, a head beside it, the command.
 """
 
 import json
-from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -258,7 +258,7 @@ def test_a_head_token_by_token_is_one_that_starts_anew_at_each(name, llama, ids,
         places = HeadBeside(head, PagedModel(llama, PIECES, LENGTH)).places
         paged = PagedModel(llama, PIECES, LENGTH, places)
         beside = HeadBeside(head, paged)
-        for number in paged.prefill(ids[:, :START]):
+        for number, _ in enumerate(paged.prefill(ids[:, :START])):
             beside.learn_prompt(number, ids[number, :START])
         dense = token_log_probs(paged.forward(ids[:, START:-1], START), ids[:, START + 1 :])
         states = beside.fuse_states()
@@ -289,11 +289,16 @@ def test_one_more_mark_only_in_time(llama, ids):
     assert [mark.by for mark in marks] == [DENSE, OWN_SELECTIONS["max"].name]
 
 
-DOCS = Path(__file__).parents[2] / "docs"
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file that stays the same, whatever is written in the docs."""
+    random, path = Random(0), tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(" ".join("".join(random.choices("aeinorst", k=4)) for _ in range(4000)))
+    return path
 
 
-def test_the_command(tmp_path):
-    arguments = ["--model", str(DEMO_MODEL), "--texts", str(DOCS), "--out", str(tmp_path)]
+def test_the_command(texts, tmp_path):
+    arguments = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
     arguments += ["--context", "256"]
     arguments += ["--prompts", "3", "--at-once", "2", "--forced", "4", "--budgets", "112,256"]
     arguments += ["--selections", "max,layer-mass", "--servings", "own-look", "--label", "try"]
@@ -332,7 +337,7 @@ def test_the_command(tmp_path):
     ],
     ids=["context", "kinds", "budget", "numbers", "head"],
 )
-def test_a_wrong_option_ends_with_its_name(arguments, told, tmp_path):
-    given = ["--model", str(DEMO_MODEL), "--texts", str(DOCS), "--out", str(tmp_path)]
+def test_a_wrong_option_ends_with_its_name(arguments, told, texts, tmp_path):
+    given = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["marks", *given, *arguments])
     assert done.exit_code == 2 and told in done.stderr

@@ -2,7 +2,7 @@
 
 import json
 import math
-from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -25,8 +25,15 @@ from specontext_vllm.triton_kernels.counters import MISSED, SELECTED
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import DEMO_MODEL, engine
 
-DOCS = Path(__file__).parents[2] / "docs"
 TEXTS, HEADS, MAX_PAGES = 2, 3, 24
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A file that stays the same, whatever is written in the docs."""
+    random, path = Random(0), tmp_path_factory.mktemp("texts") / "words.txt"
+    path.write_text(" ".join("".join(random.choices("aeinorst", k=4)) for _ in range(4000)))
+    return path
 
 
 class NaiveBuffer:
@@ -123,13 +130,13 @@ def test_repeated_runs_of_tokens():
     assert repeated(circle) == pytest.approx(1 - 4 / 13)
 
 
-def test_generation_is_the_models_own(tmp_path):
+def test_generation_is_the_models_own():
     model = make_model(make_config("llama")).eval().requires_grad_(False)
     ids = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         model.set_attn_implementation("eager")
-        options = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
-        wanted = model.generate(ids[:, :41], pad_token_id=0, eos_token_id=None, **options)
+        options = {"max_new_tokens": 13, "do_sample": False, "use_cache": True}
+        wanted = model.generate(ids[:, :40], pad_token_id=0, eos_token_id=None, **options)
     seen = []
     steps = run_steps(model, None, Course(ids, 40, forced=False), lambda *a: seen.append(a))
     found = torch.stack(list(steps), 1)
@@ -143,10 +150,10 @@ def test_generation_is_the_models_own(tmp_path):
     torch.testing.assert_close(seen[4][0][..., :3].exp(), largest, rtol=1e-3, atol=1e-6)
 
 
-def test_what_the_model_reads_is_what_was_chosen(tmp_path):
+def test_what_the_model_reads_is_what_was_chosen(texts):
     """A head's run over seven pages of twenty gives other tokens than one over all of them."""
     teacher = load_model(DEMO_MODEL, "float32")
-    tokens = make_prompts(DEMO_MODEL, [DOCS], ["text"], 320, 16, 1, 0)["text"]
+    tokens = make_prompts(DEMO_MODEL, [texts], ["text"], 320, 16, 1, 0)["text"]
     head = load_head(DEMO_MODEL / "retrieval_head", teacher, 320)
     budget = Policy(112, 0, 1).pages
 
@@ -177,29 +184,29 @@ def test_the_engine_misses_what_is_missed_in_transformers(forced, demo_engine):
         counted = follow(llm, policy, (tokens.tolist(), start, forced), load.on_gpu)
         assert counted["first_steps"] == 1
         shares = [round(missed / selected, 4) for missed, selected in counted["steps"]]
-        first = 0 if forced else 1
-        if load.on_gpu or not forced:
-            # The prompt's end is dense in one and sparse in the other; on a GPU the dtypes differ.
+        if load.on_gpu:
+            # Half precision chooses otherwise here and there.
             assert np.mean(shares) == pytest.approx(found["share"], abs=0.02)
         else:
-            assert shares == found["shares"][first:][: len(shares)]
-        assert len(shares) == 38 - first and sum(shares) > 0
+            # The last token is emitted and not read any more.
+            assert shares == found["shares"][:-1]
+        assert len(shares) == 38 and sum(shares) > 0
 
 
 @pytest.fixture(scope="module")
-def demo_engine():
+def demo_engine(texts):
     policies = [Policy(112, 0, 1), Policy(160, 1, 1.5)]
     on_gpu = torch.cuda.is_available()
     head = str(DEMO_MODEL / "retrieval_head")
     load = Load(str(DEMO_MODEL), head, "float32", 1, 640, policies, on_gpu)
-    tokens = make_prompts(DEMO_MODEL, [DOCS], ["text"], load.context, 40, 1, 0)["text"]
+    tokens = make_prompts(DEMO_MODEL, [texts], ["text"], load.context, 40, 1, 0)["text"]
     arguments = {**load.arguments(), **forcing.engine_arguments(on_gpu)}
     with engine(**arguments) as llm:
         yield llm, load, tokens
 
 
-def test_the_command(tmp_path):
-    arguments = ["--model", str(DEMO_MODEL), "--texts", str(DOCS), "--out", str(tmp_path)]
+def test_the_command(texts, tmp_path):
+    arguments = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
     arguments += ["--context", "256", "--steps", "16", "--prompts", "1", "--budgets", "112,128"]
     arguments += ["--stickiness", "0,1", "--slots", "1", "--no-engine"]
     done = CliRunner().invoke(app, ["selections", *arguments])
@@ -230,8 +237,8 @@ def test_the_command(tmp_path):
     ],
     ids=["small buffers", "large buffers", "budget", "kinds", "serving"],
 )
-def test_a_wrong_option_ends_with_its_name(arguments, told, tmp_path):
-    given = ["--model", str(DEMO_MODEL), "--texts", str(DOCS), "--out", str(tmp_path)]
+def test_a_wrong_option_ends_with_its_name(arguments, told, texts, tmp_path):
+    given = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
     given += ["--context", "1024", "--steps", "16"]
     done = CliRunner().invoke(app, ["selections", *given, *arguments])
     assert done.exit_code == 2 and told in done.stderr
