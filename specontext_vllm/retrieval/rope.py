@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.retrieval.checkpoint import HeadError, HeadSpec
@@ -57,13 +58,13 @@ def rope_frequencies(spec: HeadSpec, max_position: int) -> tuple[Tensor, float]:
     """
     parameters = rope_parameters(spec, max_position)
     if spec.rope_scaling is not None:
-        _check_scaling(spec.rope_scaling, spec.head_dim)
+        _check_scaling(spec.rope_scaling, spec.rotary_dim)
     if parameters["rope_type"] == "default":
-        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+        exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
         frequencies, attention_factor = spec.rope_theta**-exponents, 1.0
     else:
         frequencies, attention_factor = _scaled_frequencies(spec, parameters, max_position)
-    fits = frequencies.shape == (spec.head_dim // 2,) and frequencies.is_floating_point()
+    fits = frequencies.shape == (spec.rotary_dim // 2,) and frequencies.is_floating_point()
     # Angles grow with the position: if the last one is finite, all are.
     finite = fits and bool(torch.isfinite(frequencies.float() * max_position).all())
     if not finite or not 0 < attention_factor <= torch.finfo(torch.float32).max:
@@ -71,7 +72,9 @@ def rope_frequencies(spec: HeadSpec, max_position: int) -> tuple[Tensor, float]:
             f"No finite rotary angles can be made with the head's {_settings(spec)}: correct the "
             "head's config.json."
         )
-    return frequencies.float(), attention_factor
+    # The other pairs are not turned.
+    unturned = (spec.head_dim - spec.rotary_dim) // 2
+    return F.pad(frequencies.float(), (0, unturned)), attention_factor
 
 
 def rope_table(spec: HeadSpec, max_position: int, device: torch.device | str) -> Tensor:
@@ -116,7 +119,7 @@ def _settings(spec: HeadSpec) -> str:
     )
 
 
-def _check_scaling(scaling: dict[str, Any], head_dim: int) -> None:
+def _check_scaling(scaling: dict[str, Any], rotary_dim: int) -> None:
     """Refuses, naming the field, a number that no frequency can be made with; transformers refuses
     a field that is missing.
 
@@ -139,10 +142,10 @@ def _check_scaling(scaling: dict[str, Any], head_dim: int) -> None:
     if scaling["rope_type"] == "longrope":
         for field in _LONGROPE:
             found = scaling.get(field)
-            if not isinstance(found, list) or len(found) != head_dim // 2:
+            if not isinstance(found, list) or len(found) != rotary_dim // 2:
                 count = len(found) if isinstance(found, list) else "no list"
                 raise HeadError(
-                    f"The head's rope_scaling has {count} of the {head_dim // 2} numbers that "
+                    f"The head's rope_scaling has {count} of the {rotary_dim // 2} numbers that "
                     f"{field} must hold: correct it in the head's "
                     "config.json."
                 )
@@ -164,10 +167,10 @@ def _scaled_frequencies(
         )
     try:
         config = LlamaConfig(
-            hidden_size=spec.num_heads * spec.head_dim,
+            hidden_size=spec.num_heads * spec.rotary_dim,
             num_attention_heads=spec.num_heads,
             num_key_value_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            head_dim=spec.rotary_dim,
             max_position_embeddings=spec.trained_length,
             rope_parameters=parameters,
         )

@@ -105,15 +105,31 @@ def rope_settings(flat: Mapping[str, Any], path: Path) -> tuple[float, dict[str,
             "set."
         )
     theta = scaling.pop("rope_theta", None) or flat.get("rope_theta", DEFAULT_ROPE_THETA)
-    if scaling.get("partial_rotary_factor", flat.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise HeadError(
-            f"{path}: partial_rotary_factor is not 1, which is not supported: use another head."
-        )
     rope_type = _rope_type(scaling, path)
     if rope_type in ("llama3", "longrope", "yarn") and "original_max_position_embeddings" in flat:
         # As in transformers, the outer setting goes before the inner one.
         scaling["original_max_position_embeddings"] = flat["original_max_position_embeddings"]
     return float(theta), None if rope_type == "default" else {**scaling, "rope_type": rope_type}
+
+
+def rotary_share(flat: Mapping[str, Any], layout: str, head_dim: int, path: Path) -> float:
+    """The partial_rotary_factor: 1 in all formats but our own.
+
+    Raises:
+        HeadError: another factor elsewhere, or one that turns no whole number of pairs.
+    """
+    scaling = flat.get("rope_scaling") or flat.get("rope_parameters") or {}
+    share = float(scaling.get("partial_rotary_factor", flat.get("partial_rotary_factor", 1.0)))
+    if share != 1.0 and layout != "specontext":
+        raise HeadError(
+            f"{path}: partial_rotary_factor is not 1, which is not supported: use another head."
+        )
+    if not 0 < share <= 1 or head_dim * share % 2:
+        raise HeadError(
+            f"{path}: partial_rotary_factor is {share:g}, which turns {head_dim * share:g} of "
+            f"{head_dim} values: give a share of an even number of them in config.json."
+        )
+    return share
 
 
 def _rope_type(scaling: dict[str, Any], path: Path) -> str:

@@ -27,6 +27,7 @@ from specontext_vllm.retrieval.checkpoint.config import (
     named_aux_layers,
     read_config,
     rope_settings,
+    rotary_share,
     usable_values,
 )
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
@@ -244,6 +245,7 @@ def _spec(
         rms_norm_eps=rms_norm_eps,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
+        partial_rotary_factor=rotary_share(flat, layout, head_dim, path),
         trained_length=trained_length,
         aux_layer_ids=aux_layer_ids,
         num_aux=num_aux,

@@ -91,6 +91,7 @@ def _config(spec: HeadSpec) -> dict[str, object]:
         "max_position_embeddings": spec.trained_length,
         "rope_theta": spec.rope_theta,
         "rope_scaling": spec.rope_scaling,
+        "partial_rotary_factor": spec.partial_rotary_factor,
         "rms_norm_eps": spec.rms_norm_eps,
         "aux_layer_ids": spec.aux_layer_ids,
         "norm_before_fc": spec.norm_before_fc,

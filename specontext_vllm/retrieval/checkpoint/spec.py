@@ -45,6 +45,8 @@ class HeadSpec:
             None if it has none of these.
         key_states: what a key is made from; see ``KeyStates``.
         q_mlp, k_mlp: inner width of the gated MLP beside q_proj and k_proj; 0 for none.
+        partial_rotary_factor: share of D that RoPE turns; the rest matches whatever the distance.
+            The turned pairs are i and i + D / 2 for the first values of i.
     """
 
     format: str
@@ -70,6 +72,12 @@ class HeadSpec:
     key_states: KeyStates = "previous"
     q_mlp: int = 0
     k_mlp: int = 0
+    partial_rotary_factor: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values of D that RoPE turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def query_width(self) -> int:
