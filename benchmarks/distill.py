@@ -48,6 +48,7 @@ def measure(
 
     from specontext_vllm.distillation.command import make_draft
     from specontext_vllm.distillation.data import ANSWER, TEXT
+    from specontext_vllm.distillation.draft_trainer import DraftDistiller
     from specontext_vllm.distillation.options import make_settings
     from specontext_vllm.distillation.recall import HeldOut
     from specontext_vllm.distillation.teacher import (
@@ -56,7 +57,6 @@ def measure(
         check_teacher,
         register_attention,
     )
-    from specontext_vllm.distillation.trainer import Distiller
 
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no")
     device = accelerator.device
@@ -98,7 +98,7 @@ def measure(
         seed=0,
     )
     draft = make_draft(config, settings, None, None, batches)
-    run = Distiller(
+    run = DraftDistiller(
         Teacher(model, draft.shape.aux_layers),
         draft,
         batches,
@@ -110,7 +110,8 @@ def measure(
     sizes.append(held())
     # The first step makes the optimizer's state and compiles what there is to compile.
     losses = [run.step(*(t.to(device) for t in batches[0]))]
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     sizes.append(held())
     if on_gpu:
         torch.cuda.synchronize()
@@ -118,7 +119,7 @@ def measure(
     losses += [run.step(*(t.to(device) for t in batch)) for batch in batches[1:]]
     seconds = (time.perf_counter() - begin) / steps
     recall = HeldOut(run.teacher, batches[:1], settings.budget, settings.align_positions).recall(
-        run.draft
+        run.head
     )
     row: dict[str, Any] = {
         "context": context,

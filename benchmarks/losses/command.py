@@ -128,7 +128,7 @@ def main(
     decoding = plain_model(teacher)
     base: dict[str, list[dict[int, Recall]]] = {}
     for name, variant in variants.items():
-        draft = variant.run.draft
+        draft = variant.run.head
         with torch.no_grad():
             recalls = {
                 m: [recall_of(draft, Seen.of(s.lessons[m], s.at), BUDGETS) for s in sequences]

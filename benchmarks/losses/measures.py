@@ -14,8 +14,9 @@ from benchmarks.losses.variants import BUDGETS, Collectors, Target
 from benchmarks.questions import answer, questions
 from specontext_vllm.demo.decoder import Decoder
 from specontext_vllm.distillation.data import sample_positions
-from specontext_vllm.distillation.draft import DraftModel, rows_at
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall
+from specontext_vllm.distillation.rows import rows_at
 from specontext_vllm.distillation.teacher import (
     Lesson,
     Teacher,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specontext_vllm.distillation.data import Sequences, sample_positions
 from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.draft_trainer import DraftDistiller
 from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.settings import Settings
 from specontext_vllm.distillation.shape import DraftShape
@@ -20,7 +21,6 @@ from specontext_vllm.distillation.teacher import (
     Lesson,
     Teacher,
 )
-from specontext_vllm.distillation.trainer import Distiller
 
 BUDGETS = (128, 256)
 DRAFT_POSITIONS = 128
@@ -89,11 +89,11 @@ class Collectors:
             target: AttentionTarget(target.window, target.over_layers) for target in self.targets
         }
 
-    def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
-        """The next layer's; see ``AttentionTarget.watch``."""
+    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """The next layer's; see ``AttentionCollector``."""
         for target, collector in self.each.items():
             if self.layer in target.layers:
-                collector.watch(query, key, at, scale)
+                collector.observe(query, key, at, scale)
         self.layer += 1
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ class Collectors:
 class Variant:
     """A head in training and what it is aligned to."""
 
-    run: Distiller
+    run: DraftDistiller
     target: Target
 
 
@@ -163,7 +163,7 @@ def make_variants(
         )
         torch.manual_seed(settings.seed)
         variants[name] = Variant(
-            Distiller(
+            DraftDistiller(
                 teacher, DraftModel(shape, draft_ids), data, data, settings, out, accelerator
             ),
             target,

@@ -25,8 +25,16 @@ def distill(
             help="Text or JSON lines, repeatable, or `synthetic`; see docs/guides/distill.md."
         ),
     ],
+    format: Annotated[
+        Literal["specontext", "eagle3"],
+        typer.Option(
+            help="`specontext`: a head for retrieval alone; `eagle3`: a whole EAGLE-3 draft model, "
+            "whose head finds less."
+        ),
+    ] = "specontext",
     init: Annotated[
-        str | None, typer.Option(help="EAGLE-3 checkpoint to start from: a folder or a hub id.")
+        str | None,
+        typer.Option(help="Head of the same format to start from: a folder or a hub id."),
     ] = None,
     context: Annotated[
         int | None,
@@ -41,15 +49,25 @@ def distill(
     ] = 1.0,
     steps: Annotated[int | None, typer.Option(help="Steps in all, instead of --hours.")] = None,
     loss: Annotated[
-        Literal["both", "draft", "align"],
-        typer.Option(help="What is minimised; see docs/guides/distill.md."),
-    ] = "both",
+        Literal["both", "draft", "align"] | None,
+        typer.Option(help="With --format eagle3: what is minimised; default `both`."),
+    ] = None,
+    copies: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of plain documents in which passages are written again below; default 0.5, "
+            "and 0 for --format eagle3."
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak; default by the model's width.")
     ] = None,
     draft_vocabulary: Annotated[
         int | None,
-        typer.Option(help="Tokens the draft part can propose; default the 32000 commonest."),
+        typer.Option(
+            help="With --format eagle3: tokens the draft part can propose; default the 32000 "
+            "commonest."
+        ),
     ] = None,
     budget: Annotated[
         int | None,
@@ -79,6 +97,7 @@ def distill(
             model,
             data,
             out,
+            format=format,
             init=init,
             draft_vocabulary=draft_vocabulary,
             context=context,
@@ -86,6 +105,7 @@ def distill(
             hours=hours,
             steps=steps,
             loss=loss,
+            copies=copies,
             learning_rate=learning_rate,
             budget=budget,
             loaders=loaders,

@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from specontext_vllm.config import CONFIG_KEY
-from specontext_vllm.distillation.data import Documents, Sequences, Synthetic
+from specontext_vllm.distillation.data import Copies, Documents, Sequences, Synthetic
 from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.draft_trainer import DraftDistiller
+from specontext_vllm.distillation.head_model import HeadModel
+from specontext_vllm.distillation.head_shape import HeadShape
+from specontext_vllm.distillation.head_trainer import HeadDistiller
 from specontext_vllm.distillation.options import OptionError, default_loaders, make_settings
 from specontext_vllm.distillation.run_folder import check_folder, claim_folder, resume
-from specontext_vllm.distillation.settings import Settings
+from specontext_vllm.distillation.settings import Format, Settings
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import (
     Teacher,
@@ -105,11 +109,31 @@ def make_draft(
     return DraftModel(shape, most_frequent(batches, shape.draft_vocabulary) if reduced else None)
 
 
+def make_head(
+    config: Any, settings: Settings, init: str | None, draft_vocabulary: int | None
+) -> HeadModel:
+    """A new head for retrieval alone, or one to train further.
+
+    Raises:
+        HeadError: the head to start from cannot be read, or does not fit.
+        OptionError: an option of draft models was given.
+    """
+    torch.manual_seed(settings.seed)
+    if draft_vocabulary is not None:
+        raise OptionError(
+            f"--draft-vocabulary: found {draft_vocabulary}, but a head for retrieval alone drafts "
+            "nothing; leave it out, or give --format eagle3."
+        )
+    shape = HeadShape.for_target(config, max_position=settings.context)
+    return HeadModel(shape) if init is None else HeadModel.load(checkpoint_folder(init), shape)
+
+
 def distill(
     model: Path,
     data: list[str],
     out: Path,
     *,
+    format: Format = "specontext",
     init: str | None,
     draft_vocabulary: int | None,
     loaders: int | None = None,
@@ -119,6 +143,7 @@ def distill(
     there.
 
     Args:
+        format: a head for retrieval alone, or a whole EAGLE-3 draft model.
         loaders: processes that make batches; None: by the cores.
         options: of ``make_settings``.
     Raises:
@@ -133,7 +158,7 @@ def distill(
     config = read_config(model)
     if loaders is None:
         loaders = default_loaders(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), on_gpu)
-    settings = make_settings(config, loaders=loaders, **options)
+    settings = make_settings(config, loaders=loaders, format=format, **options)
     check_folder(out)
     tokenizer = read_tokenizer(model)
     cache = out / "training" / "tokens"
@@ -142,17 +167,28 @@ def distill(
         if data == ["synthetic"]
         else Files([Path(name) for name in data], tokenizer, cache)
     )
+    if settings.copies:
+        breaks = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        documents = Copies(documents, settings.copies, breaks)
     first = Sequences(documents, settings.lengths, settings.batch_tokens, seed=settings.seed)
-    draft = make_draft(config, settings, init, draft_vocabulary, (first[i] for i in range(COUNTED)))
+    head: HeadModel | DraftModel
+    if format == "specontext":
+        head, drafted = make_head(config, settings, init, draft_vocabulary), 0
+    else:
+        counted = (first[i] for i in range(COUNTED))
+        head = make_draft(config, settings, init, draft_vocabulary, counted)
+        drafted = head.shape.draft_vocabulary
     facts = {
         "model": str(model),
         "data": data,
+        "format": format,
         "init": init,
-        "loss": settings.loss,
+        "loss": settings.loss if format == "eagle3" else "page",
+        "copies": settings.copies,
         "context": settings.context,
         "batch_tokens": settings.batch_tokens,
         "learning_rate": settings.learning_rate,
-        "draft_vocabulary": draft.shape.draft_vocabulary,
+        "draft_vocabulary": drafted,
         "seed": settings.seed,
         "processes": accelerator.num_processes,
     }
@@ -164,9 +200,7 @@ def distill(
     )
     with accelerator.main_process_first():
         claim_folder(out, facts)
-    run = Distiller(
-        Teacher(target, draft.shape.aux_layers),
-        draft,
+    parts = (
         Sequences(
             documents,
             settings.lengths,
@@ -182,6 +216,12 @@ def distill(
         out,
         accelerator,
     )
+    teacher = Teacher(target, head.aux_layers)
+    run: Distiller[Any] = (
+        HeadDistiller(teacher, head, *parts)
+        if isinstance(head, HeadModel)
+        else DraftDistiller(teacher, head, *parts)
+    )
     if resume(run):
         console.print(
             f"Resuming {out} at step {run.progress.step}, after "
@@ -196,7 +236,7 @@ def distill(
     )
 
 
-def show_progress(run: Distiller, console: Console) -> None:
+def show_progress(run: Distiller[Any], console: Console) -> None:
     """Train to the end, with a progress bar on a terminal, else a line for each measurement."""
     columns = (
         BarColumn(20),
@@ -215,7 +255,7 @@ def show_progress(run: Distiller, console: Console) -> None:
                 )
             losses = "".join(
                 f", {name} {figures[f'{name}_loss']:.3f}"
-                for name in ("draft", "align")
+                for name in ("page", "draft", "align")
                 if f"{name}_loss" in figures
             )
             speed = f"{figures.get('tokens_per_s', 0):,} tokens/s"

@@ -51,6 +51,54 @@ class Synthetic:
         return ids[:count], answers[:count]
 
 
+class Copies:
+    """Documents in which passages are written again further down, as in a text that quotes itself.
+
+    What a passage repeats can be read nowhere else, so there a head learns to find things again.
+    Documents with answers of their own stay as they are.
+
+    Args:
+        documents: where text comes from.
+        share: of the documents that are long enough.
+        line_break: ids of what stands around a passage.
+    """
+
+    MIN_TOKENS = 512
+    """Of a document that is changed."""
+
+    def __init__(self, documents: Documents, share: float, line_break: Sequence[int]) -> None:
+        self.documents, self.share = documents, share
+        self.line_break = np.array(line_break, dtype=np.int32)
+
+    def draw(self, rng: Random, count: int, held_out: bool) -> Tokens:
+        """See ``Documents``."""
+        ids, answers = self.documents.draw(rng, count, held_out)
+        if len(ids) < self.MIN_TOKENS or answers.any() or rng.random() >= self.share:
+            return ids, answers
+        ids, answers = ids.copy(), answers.copy()
+        end, gap = len(ids), len(self.line_break)
+        at = rng.randrange(end // 8, end - 100)
+        while True:
+            size = min(int(rng.lognormvariate(4.6, 0.7)) + 16, end - at - 2 * gap - 24)
+            lead = rng.randrange(2, 24)
+            latest = at - size - lead
+            if size < 16 or latest < 16:
+                if end - at < 200:
+                    return ids, answers
+                at += 100
+                continue
+            source, words = rng.randrange(1, latest), rng.randrange(end - lead)
+            new = [self.line_break, ids[words : words + lead], self.line_break]
+            before = np.concatenate([*new, ids[source : source + size]])
+            ids[at : at + len(before)] = before
+            # Nobody can know where the passage is from before its first tokens stand there.
+            known = rng.choice((1, 3, 8))
+            answers[at + len(before) - size + known : at + len(before)] = True
+            at += len(before) + int(rng.expovariate(1 / 400))
+            if end - at < 100:
+                return ids, answers
+
+
 class Sequences(Dataset):
     """Batches of packed sequences. Batch number i is always the same, so that a resumed run trains
     on what it would have trained on.
@@ -100,19 +148,29 @@ class Sequences(Dataset):
 
 
 def sample_positions(
-    weights: Tensor, count: int, generator: torch.Generator, first: int = 0
+    weights: Tensor,
+    count: int,
+    generator: torch.Generator,
+    first: int = 0,
+    *,
+    answers_only: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``(at [B, S], weight [B, S])``: positions to train or measure on, and their weights. Tokens
-    before an answer token are drawn far more often than others.
+    """``(at [B, S], weight [B, S])``: positions to train or measure on, and their weights.
 
     Args:
         weights: ``[B, T]`` of the tokens themselves, token 0 left out.
         first: earliest position.
+        answers_only: tokens before an answer token are drawn far more often than others; else half
+            of the positions are, and the other half lie anywhere.
     """
     # The head drafts a token's successor, and attends to what the successor needs.
     following = torch.roll(weights, -1, 1)
     following[:, -1] = 0.0
-    chance = (following >= ANSWER).float() + 0.02
+    answers = (following >= ANSWER).float()
+    chance = answers + 0.02
+    if not answers_only:
+        share = answers / answers.sum(1, keepdim=True).clamp(min=1)
+        chance = share + 1 / weights.shape[1]
     chance[:, :first] = 0.0
     at = torch.multinomial(chance, min(count, weights.shape[1] - first), generator=generator)
     return at, following.gather(1, at).clamp(min=0.02)

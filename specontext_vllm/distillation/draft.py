@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.llama import causal_attention, gated_mlp, rms_norm, split_heads
+from specontext_vllm.distillation.rows import rows_at
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
@@ -17,6 +20,7 @@ from specontext_vllm.retrieval.checkpoint import (
     read_checkpoint,
 )
 from specontext_vllm.retrieval.checkpoint.tensor_files import list_tensors
+from specontext_vllm.retrieval.reference import grouped_logits, page_scores, reduce_to_pages
 from specontext_vllm.retrieval.rope import rope_parameters, rope_table, rotate_halves
 
 _NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
@@ -36,9 +40,21 @@ _NAMES = {
 """SafeAILab's names -> ``DraftModel``'s."""
 
 
-def rows_at(x: Tensor, at: Tensor) -> Tensor:
-    """Rows ``[B, S, H]`` of ``x [B, T, H]`` at positions ``at [B, S]``."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+def head_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
+    """Scores of the engine's pages under a head, the pages that are newer than the token included.
+
+    Args:
+        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T. at: ``[B, S]``
+            positions among them.
+    Returns:
+        ``[B, nkv, S, pages]``, logarithms.
+    """
+    step = torch.arange(k.shape[2], device=at.device)
+    logits = grouped_logits(q, k, at)
+    logits.masked_fill_(step > at[:, None, :, None, None], float("-inf"))
+    # Index 0 is token 1: with one more in front, pages are the engine's.
+    logits = F.pad(logits, (1, 0), value=float("-inf"))
+    return page_scores(*reduce_to_pages(logits, PAGE_SIZE))[0]
 
 
 class DraftModel(nn.Module):
@@ -86,6 +102,23 @@ class DraftModel(nn.Module):
             "rope", rope_table(shape.head_spec(), shape.max_position, "cpu"), persistent=False
         )
         self.register_buffer("draft_ids", draft_ids)
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Target layers whose input states it reads."""
+        return self.shape.aux_layers
+
+    def page_scores(self, embeds: Tensor, aux: Tensor, at: Tensor) -> Tensor:
+        """Scores of the engine's pages, logarithms ``[B, nkv, S, pages]``; pages that are newer
+        than the token are among them.
+
+        Args:
+            embeds: ``[B, T, H]`` of all tokens. aux: ``[B, T, num_aux * H]``.
+            at: ``[B, S]`` positions, counted without token 0.
+        """
+        place = torch.arange(1, embeds.shape[1], device=at.device)
+        _, q, k, _ = self.queries_keys(embeds[:, 1:], aux[:, :-1], place)
+        return head_scores(q, k, at)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight.to(x.dtype), self.shape.eps)

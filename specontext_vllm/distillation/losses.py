@@ -1,4 +1,4 @@
-"""The losses of a retrieval head: the draft loss and the alignment loss.
+"""The losses of a whole EAGLE-3 draft model: the draft loss and the alignment loss.
 
 The draft loss alone does not teach a head to retrieve. The alignment loss does: for each token the
 head must attend to what the teacher's layers attend to (docs/results/distillation.md).
@@ -34,11 +34,18 @@ def draft_loss(draft_logits: Tensor, teacher_logits: Tensor, weights: Tensor) ->
 class AttentionCollector(Protocol):
     """Collects what the teacher attends to, layer by layer."""
 
-    def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
-        """See ``AttentionTarget.watch``."""
+    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, of all tokens.
+
+        Args:
+            at: ``[B, S]`` the positions that matter, counted without token 0.
+            scale: factor of ``q . k``; None for ``D ** -0.5``.
+        """
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """See ``AttentionTarget.result``."""
+        """What was collected, and its sum at each position: ``[B, nkv, S, ...]``,
+        ``[B, nkv, S]``.
+        """
 
 
 class AttentionTarget:
@@ -46,7 +53,7 @@ class AttentionTarget:
 
     Attention weights are computed for sampled queries only, in chunks, and no layer's are kept, so
     memory is ``nkv * S * T`` for a sequence. Token 0 has no key in the head and is a sink in the
-    teacher: give sequences without it.
+    teacher: the weights are those of a softmax without it.
 
     Args:
         window: newest tokens that do not count, since every selection has them.
@@ -61,6 +68,10 @@ class AttentionTarget:
         self._target: Tensor | None = None
         self._far: Tensor | None = None
         self._layers = 0
+
+    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """See ``AttentionCollector``."""
+        self.watch(query[:, :, 1:], key[:, :, 1:], at, scale)
 
     def watch(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
         """One layer's ``query [B, nh, T, D]`` and ``key [B, nkv, T, D]``, rotated, at positions

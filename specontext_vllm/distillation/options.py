@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from specontext_vllm.distillation.recall import MIN_BUDGET
-from specontext_vllm.distillation.settings import Loss, Settings
+from specontext_vllm.distillation.settings import Format, Loss, Settings
 
 CONTEXT, MIN_CONTEXT = 32768, 256
 MAX_LOADERS = 4
@@ -17,6 +17,8 @@ a second.
 MAX_SEED = 2**32
 DEMO_WIDTH, DEMO_RATE = 256, 1e-3
 """Hidden size and peak learning rate of the demo's head."""
+HEAD_WIDTH, HEAD_RATE = 576, 3e-3
+"""Hidden size of the target and peak learning rate, with Muon, of the head for SmolLM2."""
 
 
 class OptionError(ValueError):
@@ -41,14 +43,17 @@ def make_settings(
     batch_tokens: int | None,
     hours: float,
     steps: int | None,
-    loss: Loss,
+    loss: Loss | None,
     learning_rate: float | None,
     budget: int | None,
     seed: int,
     loaders: int = 0,
+    format: Format = "eagle3",
+    copies: float | None = None,
 ) -> Settings:
     """Settings for a target. Defaults: the target's longest context up to 32768, a budget of a
-    sixteenth of it, and the demo's learning rate scaled down with the width (muP's rule for Adam).
+    sixteenth of it, and the learning rate of the format's first head scaled down with the width
+    (muP's rule for Adam).
 
     Args:
         config: the target's transformers config. The others: the command's options.
@@ -80,18 +85,29 @@ def make_settings(
             f"--budget: found {budget}; give {MIN_BUDGET} tokens, for sinks, recents and one page "
             f"to choose, or more, and less than the context ({context})."
         )
+    if copies is not None and not 0 <= copies <= 1:
+        raise OptionError(f"--copies: found {copies:g}; give a share of 0 to 1.")
+    if format == "specontext" and loss is not None:
+        raise OptionError(
+            f"--loss: found {loss}, but a head for retrieval alone has one loss; leave it out, or "
+            "give --format eagle3."
+        )
     if loaders < 0:
         raise OptionError(f"--loaders: found {loaders}; give 0 or more processes, or leave it out.")
     if not 0 <= seed < MAX_SEED:
         raise OptionError(f"--seed: found {seed}; give 0 to {MAX_SEED - 1}.")
+    width, rate = (HEAD_WIDTH, HEAD_RATE) if format == "specontext" else (DEMO_WIDTH, DEMO_RATE)
+    if copies is None:
+        copies = Settings.copies if format == "specontext" else 0.0
     return Settings(
         context=context,
         batch_tokens=batch_tokens or context,
         budget=budget or max(MIN_BUDGET, context // 16),
         hours=hours,
         steps=steps,
-        loss=loss,
-        learning_rate=learning_rate or DEMO_RATE * min(1.0, DEMO_WIDTH / config.hidden_size),
+        loss=loss or "both",
+        copies=copies,
+        learning_rate=learning_rate or rate * min(1.0, width / config.hidden_size),
         seed=seed,
         loaders=loaders,
     )

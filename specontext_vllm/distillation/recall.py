@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +12,24 @@ from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.distillation.data import sample_positions
-from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 from specontext_vllm.retrieval.reference import (
     Budget,
     chosen_pages,
-    grouped_logits,
-    page_scores,
-    reduce_to_pages,
 )
 
 _SERVED = SpeContextConfig.model_construct()
 RECENT_TOKENS = _SERVED.recent_tokens
 MIN_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
 """Tokens of sinks, recents and one page to choose."""
+
+
+class Scores(Protocol):
+    """A head that is measured."""
+
+    def page_scores(self, embeds: Tensor, aux: Tensor, at: Tensor) -> Tensor:
+        """See ``HeadModel.page_scores``."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +47,6 @@ class Recall:
     found: float
     best: float
     heaviest: float
-
-
-def head_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
-    """Scores of the engine's pages under a head, the pages that are newer than the token included.
-
-    Args:
-        q: ``[B, nh, T, D]``, k: ``[B, nkv, T, D]`` of the head, for tokens 1 to T. at: ``[B, S]``
-            positions among them.
-    Returns:
-        ``[B, nkv, S, pages]``, logarithms.
-    """
-    step = torch.arange(k.shape[2], device=at.device)
-    logits = grouped_logits(q, k, at)
-    logits.masked_fill_(step > at[:, None, :, None, None], float("-inf"))
-    # Index 0 is token 1: with one more in front, pages are the engine's.
-    logits = F.pad(logits, (1, 0), value=float("-inf"))
-    return page_scores(*reduce_to_pages(logits, PAGE_SIZE))[0]
 
 
 def page_sums(target: Tensor) -> Tensor:
@@ -122,13 +109,11 @@ class Seen:
         return Seen(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
-def recall_of(draft: DraftModel, seen: Seen, budgets: Sequence[int]) -> dict[int, Recall]:
+def recall_of(head: Scores, seen: Seen, budgets: Sequence[int]) -> dict[int, Recall]:
     """Recall at each budget (tokens), weighted by the teacher's mass."""
     at, sums = seen.at, seen.sums
-    place = torch.arange(1, seen.embeds.shape[1], device=at.device)
     with torch.autocast(at.device.type, torch.bfloat16, enabled=seen.aux.dtype == torch.bfloat16):
-        _, q, k, _ = draft.queries_keys(seen.embeds[:, 1:], seen.aux[:, :-1], place)
-    scores = head_scores(q, k, at)
+        scores = head.page_scores(seen.embeds, seen.aux, at)
     weight = seen.mass / seen.mass.sum().clamp(min=1e-9)
 
     def recall(budget: int) -> Recall:
@@ -179,12 +164,12 @@ class HeldOut:
             ]
 
     @torch.no_grad()
-    def recall(self, draft: DraftModel) -> Recall:
+    def recall(self, head: Scores) -> Recall:
         """Mean recall over the batches."""
         self.prepare()
         assert self._seen is not None
         rows = [
-            recall_of(draft, seen.to(self.teacher.device), [self.budget])[self.budget]
+            recall_of(head, seen.to(self.teacher.device), [self.budget])[self.budget]
             for seen in self._seen
         ]
         return Recall(

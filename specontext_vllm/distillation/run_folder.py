@@ -63,7 +63,7 @@ def claim_folder(out: Path, facts: dict[str, Any]) -> None:
             part.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def resume(run: Distiller) -> bool:
+def resume(run: Distiller[Any]) -> bool:
     """``Distiller.resume``.
 
     Raises:

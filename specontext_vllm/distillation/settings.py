@@ -9,6 +9,8 @@ from typing import Literal
 from specontext_vllm.distillation.losses import SHARPNESS, WINDOW
 
 Loss = Literal["both", "draft", "align"]
+Format = Literal["specontext", "eagle3"]
+"""A head for retrieval alone, or a whole EAGLE-3 draft model."""
 WARMUP_STEPS, WARMUP_SHARE = 100, 0.05
 """The learning rate reaches its peak after this many steps or this share of the run, whichever is
 sooner.
@@ -29,6 +31,12 @@ class Settings:
         learning_rate: peak; then a cosine down to a tenth, over the hours or steps.
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
         window: newest tokens that alignment leaves out.
+        positions: sampled tokens of a sequence that a head for retrieval alone looks at.
+        stretch: tokens side by side at which it looks as well, with the states of a run that reads
+            what it chooses.
+        recents: newest pages that it does not learn to choose.
+        sharp: the squares' share of its target (``page_loss``).
+        copies: share of plain documents in which passages are written again further down.
         align_weight: factor of the alignment loss (docs/results/distillation.md, losses).
         align_sharpness, align_each_token: how heavy tokens and the query heads of a group count in
             it (losses.py).
@@ -51,6 +59,11 @@ class Settings:
     learning_rate: float = 1e-3
     draft_positions: int = 512
     align_positions: int = 64
+    positions: int = 192
+    stretch: int = 64
+    recents: int = 2
+    sharp: float = 0.75
+    copies: float = 0.5
     window: int = WINDOW
     align_weight: float = 3.0
     align_sharpness: float = SHARPNESS

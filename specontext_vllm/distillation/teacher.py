@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.llama import causal_attention
 from specontext_vllm.distillation.losses import AttentionCollector
 from specontext_vllm.model_config import has_windowed_layers
@@ -31,8 +33,8 @@ class Lesson:
         embeds: ``[B, T, H]`` of the tokens.
         aux: ``[B, T, num_aux * H]`` states that enter the auxiliary layers.
         hidden: ``[B, T, H]`` states that the LM head reads.
-        target, mass: from ``AttentionCollector``, without token 0: ``[B, nkv, S, T - 1]``,
-            ``[B, nkv, S]``.
+        target, mass: from ``AttentionCollector``.
+        cache: transformers' cache of all keys and values, if it was to be kept.
     """
 
     embeds: Tensor
@@ -40,6 +42,7 @@ class Lesson:
     hidden: Tensor
     target: Tensor
     mass: Tensor
+    cache: Any = None
 
 
 def read_config(folder: Path) -> Any:
@@ -171,7 +174,8 @@ def check_teacher(config: Any) -> None:
 
 def register_attention() -> None:
     """Register ``ATTENTION`` with transformers: causal attention that passes queries and keys to
-    the module's ``observer``, if it has one.
+    the module's ``observer``, if it has one, and reads only the pages of its ``chosen``
+    ``[B, nkv, Q, pages]`` (bool), if it has some.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -187,11 +191,30 @@ def register_attention() -> None:
         observer = getattr(module, "observer", None)
         if observer is not None:
             observer(query, key, scaling)
+        chosen = getattr(module, "chosen", None)
+        if chosen is not None:
+            return _paged_attention(query, key, value, chosen, scaling).transpose(1, 2), None
         return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
     AttentionInterface.register(ATTENTION, attend)
     # Rows are packed without padding, so no mask is needed besides the causal one.
     AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+
+
+def _paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of the newest Q tokens to themselves and to what came before, within the chosen
+    pages: ``query [B, nh, Q, D]``, ``key, value [B, nkv, T, D]``.
+    """
+    length, newest = key.shape[2], query.shape[2]
+    read = chosen.repeat_interleave(PAGE_SIZE, -1)[..., :length]
+    token = torch.arange(length, device=key.device)
+    read = read & (token <= token[length - newest :, None])
+    read = read.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=read, scale=scale, enable_gqa=True
+    )
 
 
 class Teacher:
@@ -220,10 +243,66 @@ class Teacher:
         return F.linear(hidden, weight if ids is None else weight[ids])
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, at: Tensor, collector: AttentionCollector) -> Lesson:
+    def __call__(
+        self, ids: Tensor, at: Tensor, collector: AttentionCollector, *, keep_cache: bool = False
+    ) -> Lesson:
         """Run ``ids [B, T]`` and collect where positions ``at [B, S]`` (counted without token 0)
         attend to.
+
+        Args:
+            keep_cache: keep the keys and values, for ``decode``.
         """
+        for layer in self.layers:
+            layer.self_attn.observer = lambda q, k, scale: collector.observe(q, k, at, scale)
+        try:
+            with self._aux_states() as states:
+                output = self.model.base_model(input_ids=ids, use_cache=keep_cache)
+        finally:
+            for layer in self.layers:
+                del layer.self_attn.observer
+        target, mass = collector.result()
+        return Lesson(
+            self.embed(ids),
+            self._joined(states),
+            output.last_hidden_state,
+            target,
+            mass,
+            output.past_key_values if keep_cache else None,
+        )
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, cache: Any, first: int, chosen: Tensor) -> Tensor:
+        """Auxiliary states ``[B, Q, num_aux * H]`` of the tokens ``first`` to ``first + Q - 1``,
+        where all layers read the chosen pages only, over the dense keys and values of what came
+        before.
+
+        Args:
+            ids: ``[B, T]``.
+            cache: of a ``Lesson`` of the same tokens; it stays as it is.
+            chosen: ``[B, nkv, Q, pages]`` bool, the pages that hold tokens up to ``first + Q - 1``.
+        """
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self.model.config)
+        for number, layer in enumerate(cache.layers):
+            past.update(layer.keys[:, :, :first], layer.values[:, :, :first], number)
+        for layer in self.layers:
+            layer.self_attn.chosen = chosen
+        try:
+            with self._aux_states() as states:
+                self.model.base_model(
+                    input_ids=ids[:, first : first + chosen.shape[2]],
+                    past_key_values=past,
+                    use_cache=True,
+                )
+        finally:
+            for layer in self.layers:
+                del layer.self_attn.chosen
+        return self._joined(states)
+
+    @contextmanager
+    def _aux_states(self) -> Iterator[dict[int, Tensor]]:
+        """What enters the auxiliary layers while the model runs."""
         states: dict[int, Tensor] = {}
         hooks = []
         for place in self.aux_layers:
@@ -233,23 +312,11 @@ class Teacher:
                 states[place] = arguments[0] if arguments else named["hidden_states"]
 
             hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-        for layer in self.layers:
-            # Token 0 has no pair in the head, and is a sink in the teacher.
-            layer.self_attn.observer = lambda q, k, scale: collector.watch(
-                q[:, :, 1:], k[:, :, 1:], at, scale
-            )
         try:
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            yield states
         finally:
             for hook in hooks:
                 hook.remove()
-            for layer in self.layers:
-                del layer.self_attn.observer
-        target, mass = collector.result()
-        return Lesson(
-            self.embed(ids),
-            torch.cat([states[place] for place in self.aux_layers], -1),
-            hidden,
-            target,
-            mass,
-        )
+
+    def _joined(self, states: dict[int, Tensor]) -> Tensor:
+        return torch.cat([states[place] for place in self.aux_layers], -1)

@@ -1,4 +1,4 @@
-"""The training loop of `specontext distill`."""
+"""The training loop of `specontext distill`, whatever is trained."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from specontext_vllm.distillation.data import Data, batches, sample_positions
-from specontext_vllm.distillation.draft import DraftModel, rows_at
+from specontext_vllm.distillation.data import Data, batches
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.files import whole_file
-from specontext_vllm.distillation.losses import (
-    AttentionTarget,
-    alignment_loss,
-    draft_loss,
-)
+from specontext_vllm.distillation.head_model import HeadModel
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.settings import Progress, Settings, rate_at
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 
 HELD_OUT_SEQUENCES = 4
+HeadT = TypeVar("HeadT", DraftModel, HeadModel)
 
 
-class Distiller:
-    """One head in training.
+class Distiller(Generic[HeadT]):
+    """One head or draft model in training; a subclass says what it learns from a batch.
 
     Args:
         teacher: the target.
-        draft: the head, the same on every process.
+        head: the same on every process.
         data: batches of this process.
         held_out: batches that recall is measured on.
         settings: how to train.
@@ -43,7 +40,7 @@ class Distiller:
     def __init__(
         self,
         teacher: Teacher,
-        draft: DraftModel,
+        head: HeadT,
         data: Data,
         held_out: Data,
         settings: Settings,
@@ -60,13 +57,16 @@ class Distiller:
         self.settings, self.out, self.accelerator = settings, out, accelerator
         # Not through accelerator.prepare(): the losses call parts of the draft model, and
         # DistributedDataParallel only hooks forward().
-        self.draft = draft.to(accelerator.device)
-        self.optimizer = torch.optim.AdamW(
-            self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95)
-        )
+        self.head: HeadT = head.to(accelerator.device)
+        self.optimizers = self.make_optimizers()
         self.progress = Progress()
         self._measured: int | None = None
         """Step of the last measurement."""
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of all parameters; the learning rate is set in each step."""
+        rate = self.settings.learning_rate
+        return [torch.optim.AdamW(self.head.parameters(), lr=rate, betas=(0.9, 0.95))]
 
     @property
     def state_file(self) -> Path:
@@ -78,14 +78,18 @@ class Distiller:
 
     def step(self, ids: Tensor, weights: Tensor) -> dict[str, float]:
         """Train on one batch ``ids [B, T]``, ``weights [B, T]``, and return its losses."""
-        settings, generator = self.settings, self.generator(ids.device)
-        at, _ = sample_positions(weights[:, 1:], settings.align_positions, generator)
-        return self.learn(
-            self.teacher(ids, at, AttentionTarget(settings.window, settings.over_layers)),
-            at,
-            weights,
-            generator,
-        )
+        raise NotImplementedError
+
+    def losses(
+        self,
+        lesson: Lesson,
+        at: Tensor,
+        weights: Tensor,
+        generator: torch.Generator,
+        **rest: Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses of a batch that the teacher was watched on, at ``at [B, S]``."""
+        raise NotImplementedError
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator that samples the next step's positions."""
@@ -94,62 +98,38 @@ class Distiller:
         )
 
     def learn(
-        self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator
+        self,
+        lesson: Lesson,
+        at: Tensor,
+        weights: Tensor,
+        generator: torch.Generator,
+        **rest: Tensor,
     ) -> dict[str, float]:
-        """Train on one batch that the teacher has seen and was watched on, at ``at [B, S]``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(self.settings, self.progress)
-        found = self.losses(lesson, at, weights, generator)
+        """Train on one batch that the teacher has seen and was watched on, at ``at [B, S]``; the
+        rest is for ``losses``.
+        """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(self.settings, self.progress)
+        found = self.losses(lesson, at, weights, generator, **rest)
         loss = sum(
             value * (self.settings.align_weight if name == "align" else 1.0)
             for name, value in found.items()
         )
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         self._share_gradients()
-        nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.progress.step += 1
         self.progress.tokens += weights.numel() * self.accelerator.num_processes
         return {name: float(value.detach()) for name, value in found.items()}
 
-    def losses(
-        self, lesson: Lesson, at: Tensor, weights: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """The losses of a batch.
-
-        No tensor here or in the teacher is ``T x T`` or ``T x vocabulary``: attention weights are
-        computed for ``align_positions`` only, logits and the draft layer's MLP for
-        ``draft_positions``; the rest is flash attention. docs/results/distillation.md adds up the
-        memory.
-        """
-        settings, draft = self.settings, self.draft
-        with self.accelerator.autocast():
-            # The pair (token p+1, states p) stands at p+1; token 0 has none.
-            positions = torch.arange(1, weights.shape[1], device=weights.device)
-            fused, q, k, inputs = draft.queries_keys(
-                lesson.embeds[:, 1:], lesson.aux[:, :-1], positions
-            )
-            found: dict[str, Tensor] = {}
-            if settings.loss != "align":
-                drafted, weight = sample_positions(
-                    weights[:, 1:], settings.draft_positions, generator
-                )
-                logits = draft.lm_head(draft.states(fused, q, k, inputs, drafted))
-                found["draft"] = draft_loss(
-                    logits,
-                    self.teacher.logits(rows_at(lesson.hidden[:, 1:], drafted), draft.draft_ids),
-                    weight,
-                )
-        if settings.loss != "draft":
-            # Outside autocast, which would round its logits.
-            how = (settings.window, settings.align_sharpness, settings.align_each_token)
-            found["align"] = alignment_loss(q, k, at, lesson.target, lesson.mass, *how)
-        return found
-
     def _share_gradients(self) -> None:
         if self.accelerator.num_processes > 1:
-            for parameter in self.draft.parameters():
+            for parameter in self.head.parameters():
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
@@ -159,21 +139,22 @@ class Distiller:
             return
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            "draft": self.draft.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": asdict(self.progress),
         }
         with whole_file(self.state_file) as part:
             torch.save(state, part)
-        self.draft.save(self.out)
+        self.head.save(self.out)
 
     def resume(self) -> bool:
         """Load the saved state, if there is one, and drop what the curve has beyond it."""
         if not self.state_file.is_file():
             return False
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
-        self.draft.load_state_dict(state["draft"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.head.load_state_dict(state["head"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
         if self.accelerator.is_main_process and self.curve_file.is_file():
             lines = [
@@ -253,7 +234,7 @@ class Distiller:
             return figures, 0.0
         self.held_out.prepare()
         began = time.monotonic()
-        recall = self.held_out.recall(self.draft)
+        recall = self.held_out.recall(self.head)
         figures |= {
             "measured": True,
             "recall": round(recall.found, 4),

@@ -40,8 +40,8 @@ def test_a_target_is_that_of_its_layers_alone(over):
     generator = torch.Generator().manual_seed(0)
     shown = [
         (
-            torch.randn(1, 4, 23, 8, generator=generator),
-            torch.randn(1, 2, 23, 8, generator=generator),
+            torch.randn(1, 4, 24, 8, generator=generator),
+            torch.randn(1, 2, 24, 8, generator=generator),
             torch.tensor([[9, 22]]),
         )
         for _ in range(LAYERS)
@@ -52,12 +52,12 @@ def test_a_target_is_that_of_its_layers_alone(over):
     ]
     collectors = Collectors(targets)
     for arguments in shown:
-        collectors.watch(*arguments)
+        collectors.observe(*arguments)
     found = []
     for target in targets:
         alone = AttentionTarget(5, over)
         for number in target.layers:
-            alone.watch(*shown[number])
+            alone.observe(*shown[number])
         for mine, theirs in zip(collectors.each[target].result(), alone.result(), strict=True):
             torch.testing.assert_close(mine, theirs)
         found.append(alone.result()[0])

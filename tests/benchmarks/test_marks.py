@@ -15,8 +15,7 @@ from benchmarks.marks.measuring import DENSE, Choosers, Size, measure
 from benchmarks.marks.own_attention import OWN_SELECTIONS, Attention, tokens_read
 from benchmarks.marks.paged_model import PagedModel, token_log_probs
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.distillation.draft import DraftModel
-from specontext_vllm.distillation.recall import head_scores
+from specontext_vllm.distillation.draft import DraftModel, head_scores
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import save_head
 from specontext_vllm.retrieval.reference import Budget, chosen_pages

@@ -53,11 +53,16 @@ def test_context_and_budget_follow_the_model(longest, context, expected):
 
 
 def test_learning_rate_falls_with_the_width():
-    rates = [
-        make_settings(make_config("llama", hidden_size=width), context=256, **OPTIONS).learning_rate
-        for width in (128, 256, 4096)
-    ]
-    assert rates == [1e-3, 1e-3, 1e-3 / 16]
+    for format, widths, rate in (
+        ("eagle3", (128, 256, 4096), 1e-3),
+        ("specontext", (128, 576, 9216), 3e-3),
+    ):
+        options = {**OPTIONS, "loss": None, "format": format}
+        rates = [
+            make_settings(make_config("llama", hidden_size=w), context=256, **options).learning_rate
+            for w in widths
+        ]
+        assert rates == [rate, rate, rate / 16]
 
 
 @pytest.mark.parametrize(
@@ -93,11 +98,24 @@ REFUSED = {
     "steps": (["--steps", 0], "--steps: found 0;"),
     "rate": (["--learning-rate", 0], "--learning-rate: found 0;"),
     "budget": (["--budget", 64], "--budget: found 64;"),
-    "vocabulary": (["--draft-vocabulary", 4000], "--draft-vocabulary: found 4000; give 1 to 3136"),
+    "copies": (["--copies", 1.5], "--copies: found 1.5; give a share of 0 to 1"),
+    "loss-of-drafts": (["--loss", "both"], "--loss: found both, but a head for retrieval alone"),
+    "vocabulary-of-drafts": (
+        ["--draft-vocabulary", 100],
+        "--draft-vocabulary: found 100, but a head for retrieval alone drafts nothing",
+    ),
+    "init-of-drafts": (
+        ["--init", DEMO_MODEL / "retrieval_head"],
+        "it has another shape than a new head for this model",
+    ),
+    "vocabulary": (
+        ["--format", "eagle3", "--draft-vocabulary", 4000],
+        "--draft-vocabulary: found 4000; give 1 to 3136",
+    ),
     "init-missing": (["--init", "/no/such/head"], "/no/such/head is no folder here"),
     "init-no-head": (["--init", DEMO_MODEL], "not an EAGLE-3 checkpoint"),
     "init-and-vocabulary": (
-        ["--init", DEMO_MODEL, "--draft-vocabulary", 100],
+        ["--format", "eagle3", "--init", DEMO_MODEL, "--draft-vocabulary", 100],
         "--init brings its own",
     ),
 }

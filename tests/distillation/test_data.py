@@ -3,7 +3,9 @@ what is refused.
 """
 
 from itertools import islice
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -11,6 +13,7 @@ from transformers import AutoTokenizer
 from specontext_vllm.distillation.data import (
     ANSWER,
     TEXT,
+    Copies,
     Sequences,
     Synthetic,
     batches,
@@ -79,3 +82,48 @@ def test_positions_prefer_answers_and_keep_off_the_beginning():
     assert at.min() >= 100 and len(at.unique()) == 20
     assert ((at >= 299) & (at < 319)).float().mean() > 0.5
     assert torch.equal(following, weights[0, at + 1])
+
+
+class Counting:
+    """A document of ascending ids, which tell where a token is from."""
+
+    def __init__(self, length, answers=False):
+        self.length, self.answers = length, answers
+
+    def draw(self, rng, count, held_out):
+        ids = np.arange(1000, 1000 + min(count, self.length), dtype=np.int32)
+        return ids, np.full(len(ids), self.answers)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_stand_further_down_than_what_they_copy(seed):
+    ids, answers = Copies(Counting(4000), 1.0, [7, 7]).draw(Random(seed), 4000, False)
+    assert len(ids) == len(answers) == 4000 and answers.any()
+    copied = np.flatnonzero(answers)
+    # What is marked follows from what stands further up: the token before it and the token itself
+    # stand there side by side.
+    for place in copied:
+        pairs = zip(ids[: place - 1], ids[1:place], strict=True)
+        assert (ids[place - 1], ids[place]) in set(pairs)
+    kept = ids == np.arange(1000, 5000)
+    assert 0.05 < kept.mean() < 1.0 and not answers[kept].any()
+
+
+def test_copies_leave_answers_and_short_documents_alone():
+    for documents in (Counting(4000, answers=True), Counting(Copies.MIN_TOKENS - 1)):
+        ids, _ = Copies(documents, 1.0, [7]).draw(Random(0), 4000, False)
+        assert (ids == 1000 + np.arange(len(ids))).all()
+    untouched = sum(
+        bool((Copies(Counting(4000), 0.5, [7]).draw(Random(s), 4000, False)[0] >= 1000).all())
+        for s in range(200)
+    )
+    assert 70 < untouched < 130
+
+
+def test_half_of_the_positions_lie_anywhere():
+    weights = torch.full((1, 4000), TEXT)
+    weights[:, 1000:1040] = ANSWER
+    generator = torch.Generator().manual_seed(0)
+    at, _ = sample_positions(weights, 60, generator, answers_only=False)
+    before_answers = ((at >= 999) & (at < 1039)).float().mean()
+    assert 0.3 < before_answers < 0.7

@@ -1,5 +1,5 @@
-"""The command from a model folder to a head that both this plugin and vLLM's own EAGLE-3
-speculative decoding serve.
+"""The command from a model folder to a head that this plugin serves, and to a draft model that
+vLLM's own EAGLE-3 speculative decoding serves.
 """
 
 import json
@@ -101,7 +101,8 @@ def test_vllms_own_speculative_decoding_takes_it(tmp_path, asked):
     """From the shipped head on, since a draft part takes longer to train from nothing than a test
     may.
     """
-    head = distill(tmp_path / "head", "--init", DEMO_MODEL / "retrieval_head", "--steps", 2)
+    init = DEMO_MODEL / "retrieval_head"
+    head = distill(tmp_path / "head", "--format", "eagle3", "--init", init, "--steps", 2)
     prompts, replies = asked
     # vLLM's CPU attention takes blocks of its own size, so none is named.
     with engine(

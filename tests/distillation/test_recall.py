@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
+from specontext_vllm.distillation.draft import head_scores
 from specontext_vllm.distillation.recall import (
     Seen,
     choose,
-    head_scores,
     heaviest_pages,
     page_sums,
     recall_of,
@@ -75,7 +75,7 @@ def test_recall_is_the_loops():
         torch.rand(target.shape, generator=torch.Generator().manual_seed(3)) < 0.9, 0.0
     )
     mass = torch.rand(1, KV_HEADS, 2)
-    draft = SimpleNamespace(queries_keys=lambda *_: (None, q, k, None))
+    draft = SimpleNamespace(page_scores=lambda *_: head_scores(q, k, at))
     seen = Seen(
         torch.zeros(1, LENGTH + 1, 1),
         torch.zeros(1, LENGTH + 1, 1),

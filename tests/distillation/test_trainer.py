@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,16 @@ from safetensors.torch import load_file
 
 from specontext_vllm.distillation.data import Sequences, Synthetic
 from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.draft_trainer import DraftDistiller
+from specontext_vllm.distillation.head_model import HeadModel
+from specontext_vllm.distillation.head_shape import HeadShape
+from specontext_vllm.distillation.head_trainer import HeadDistiller
+from specontext_vllm.distillation.page_loss import PageTarget
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.settings import Progress, Settings, rate_at
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
-from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES, Distiller
+from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES
 from tests.engine.conftest import DEMO_MODEL
 
 STEPS, CONTEXT = 10, 256
@@ -35,7 +41,7 @@ SETTINGS = {
 }
 
 
-def make_run(out: Path, **changes) -> Distiller:
+def make_run(out: Path, **changes) -> DraftDistiller:
     settings = Settings(**{**SETTINGS, **changes})
     tokenizer = read_tokenizer(DEMO_MODEL)
     torch.manual_seed(settings.seed)
@@ -47,7 +53,7 @@ def make_run(out: Path, **changes) -> Distiller:
         Sequences(Synthetic(tokenizer), settings.lengths, CONTEXT, held_out=held)
         for held in (False, True)
     )
-    return Distiller(teacher, draft, data, held_out, settings, out, Accelerator(cpu=True))
+    return DraftDistiller(teacher, draft, data, held_out, settings, out, Accelerator(cpu=True))
 
 
 def run_to_the_end(out: Path) -> None:
@@ -160,12 +166,12 @@ TRAINED["both"] = TRAINED["draft"]
 @pytest.mark.parametrize("loss", TRAINED)
 def test_each_loss_trains_its_part(tmp_path, loss):
     run = make_run(tmp_path, loss=loss)
-    before = {name: p.detach().clone() for name, p in run.draft.named_parameters()}
+    before = {name: p.detach().clone() for name, p in run.head.named_parameters()}
     found = run.step(*run.data[0])
     assert set(found) == {"draft", "align"} - {{"align": "draft", "draft": "align"}.get(loss)}
     changed = {
         name.removesuffix(".weight")
-        for name, p in run.draft.named_parameters()
+        for name, p in run.head.named_parameters()
         if not torch.equal(p, before[name])
     }
     assert changed == TRAINED[loss]
@@ -181,7 +187,7 @@ def test_no_tensor_is_sequence_by_sequence_or_sequence_by_vocabulary(tmp_path):
     length, vocabulary = CONTEXT * 4, 3136
     # Flash attention's own CPU kernel is one operation; its inside is not seen, and is not T x T.
     run = make_run(tmp_path, align_positions=8, draft_positions=16)
-    run.draft.rope = torch.zeros(length, run.draft.shape.head_dim)
+    run.head.rope = torch.zeros(length, run.head.shape.head_dim)
     largest = {}
 
     class Watch(TorchDispatchMode):
@@ -220,7 +226,7 @@ def test_the_teacher_sees_held_out_sequences_once_and_the_figures_stay(tmp_path,
             )
             with monkeypatch.context() as unwatched:
                 unwatched.setattr(Teacher, "__call__", ask)
-                anew = fresh.recall(run.draft)
+                anew = fresh.recall(run.head)
             found.append((figures["recall"], figures["recall_best"]))
             assert found[-1] == (round(anew.found, 4), round(anew.best, 4))
     assert steps_of(tmp_path) == [0, 1, 2, 3]
@@ -246,7 +252,7 @@ class Slow(HeldOut):
         return super().recall(draft)
 
 
-def slow_run(out: Path, **changes) -> Distiller:
+def slow_run(out: Path, **changes) -> DraftDistiller:
     run = make_run(out, report_seconds=0.0, save_seconds=1e9, **changes)
     run.held_out = Slow(
         run.teacher, list(run.held_out.batches), run.settings.budget, run.settings.align_positions
@@ -293,8 +299,8 @@ def test_a_run_that_was_over_is_not_measured_again(tmp_path):
 
 def test_what_is_kept_of_held_out_sequences_is_what_the_docstring_says(tmp_path):
     run = make_run(tmp_path)
-    run.held_out.recall(run.draft)
-    hidden, tokens = run.draft.shape.hidden, HELD_OUT_SEQUENCES * CONTEXT
+    run.held_out.recall(run.head)
+    hidden, tokens = run.head.shape.hidden, HELD_OUT_SEQUENCES * CONTEXT
     tensors = [tensor for kept in run.held_out._seen for tensor in vars(kept).values()]
     assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors)
     # A view would hold what it is a view of.
@@ -312,3 +318,49 @@ def test_learning_rate_rises_then_falls_by_steps_or_by_the_clock():
         0.1 * by_clock.learning_rate
     )
     assert Progress(seconds=1800).share(by_clock) == 0.5
+
+
+def make_head_run(out: Path, **changes) -> HeadDistiller:
+    settings = Settings(**{**SETTINGS, "context": 512, "positions": 16, "stretch": 16, **changes})
+    config = read_config(DEMO_MODEL)
+    torch.manual_seed(settings.seed)
+    head = HeadModel(HeadShape.for_target(config, max_position=512))
+    model = load_teacher(DEMO_MODEL, torch.device("cpu"), torch.float32)
+    data, held_out = (
+        Sequences(Synthetic(read_tokenizer(DEMO_MODEL)), [512], 512, held_out=held)
+        for held in (False, True)
+    )
+    teacher = Teacher(model, head.aux_layers)
+    return HeadDistiller(teacher, head, data, held_out, settings, out, Accelerator(cpu=True))
+
+
+def test_a_head_goes_on_where_it_stopped_and_all_of_it_learns(tmp_path):
+    one = make_head_run(tmp_path / "one")
+    before = {name: t.clone() for name, t in one.head.tensors().items()}
+    one.step(*one.data[0])
+    one.save()
+    two = make_head_run(tmp_path / "one")
+    assert two.resume()
+    for run in (one, two):
+        run.step(*run.data[1])
+    for name, tensor in one.head.tensors().items():
+        torch.testing.assert_close(tensor, two.head.tensors()[name], rtol=0, atol=0)
+        assert not torch.equal(tensor, before[name]), name
+
+
+def test_a_stretch_sees_what_is_missing(tmp_path):
+    """The loss differs from that of dense states, unless everything is read."""
+    found = {}
+    for name, changes in {"with": {}, "without": {"stretch": 0}}.items():
+        run = make_head_run(tmp_path / name, **changes)
+        ids, weights = run.data[0]
+        generator = run.generator(ids.device)
+        stretch = torch.arange(300, 316).expand(ids.shape[0], -1)
+        lesson = run.teacher(ids, stretch, PageTarget(2), keep_cache=name == "with")
+        found[name] = run.losses(lesson, stretch, weights, generator, ids=ids)["page"]
+        if name == "with":
+            found["whole"] = run.losses(
+                replace(lesson, cache=None), stretch, weights, generator, ids=ids
+            )["page"]
+    assert found["with"] != found["without"]
+    torch.testing.assert_close(found["whole"], found["without"])

@@ -1,0 +1,109 @@
+"""The training of a head for retrieval alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.distillation.data import sample_positions
+from specontext_vllm.distillation.head_model import HeadModel
+from specontext_vllm.distillation.page_loss import PageTarget, page_loss
+from specontext_vllm.distillation.recall import MIN_BUDGET, choose
+from specontext_vllm.distillation.rows import rows_at
+from specontext_vllm.distillation.teacher import Lesson
+from specontext_vllm.distillation.trainer import Distiller
+
+
+class HeadDistiller(Distiller[HeadModel]):
+    """One head in training, which learns which pages the teacher reads.
+
+    It learns at sampled positions, and at a stretch of tokens that the teacher has run twice: for
+    the target with all pages, and once more with only those that the head chose. The second run
+    gives the states that the head will have in serving, where what it has not chosen is missing
+    from them.
+    """
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for matrices, which here needs about a third of AdamW's steps
+        (docs/results/distillation.md), AdamW for norms.
+        """
+        rate, parameters = self.settings.learning_rate, list(self.head.parameters())
+        return [
+            torch.optim.Muon(
+                [p for p in parameters if p.dim() == 2],
+                lr=rate,
+                weight_decay=0.0,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(
+                [p for p in parameters if p.dim() < 2], lr=rate, betas=(0.9, 0.95), weight_decay=0.0
+            ),
+        ]
+
+    def step(self, ids: Tensor, weights: Tensor) -> dict[str, float]:
+        """Train on one batch ``ids [B, T]``, ``weights [B, T]``, and return its losses."""
+        settings, generator = self.settings, self.generator(ids.device)
+        at, _ = sample_positions(weights[:, 1:], settings.positions, generator, answers_only=False)
+        stretch = self._stretch(ids, generator)
+        if stretch is not None:
+            at = torch.cat([at, stretch], 1)
+        lesson = self.teacher(ids, at, PageTarget(settings.recents), keep_cache=stretch is not None)
+        return self.learn(lesson, at, weights, generator, ids=ids)
+
+    def losses(
+        self,
+        lesson: Lesson,
+        at: Tensor,
+        weights: Tensor,
+        generator: torch.Generator,
+        **rest: Tensor,
+    ) -> dict[str, Tensor]:
+        """The loss of a batch, of which the last positions are the stretch if the lesson has a
+        cache; then ``ids [B, T]`` are needed as well.
+
+        No tensor is ``T x T``: attention weights are computed for the sampled positions only.
+        """
+        settings, head = self.settings, self.head
+        with self.accelerator.autocast():
+            previous = None
+            if lesson.cache is not None:
+                own = at[:, -settings.stretch :]
+                states = self._sparse_states(lesson, own, rest["ids"], generator)
+                dense = rows_at(head.fuse(lesson.aux), at[:, : -settings.stretch + 1])
+                previous = torch.cat([dense, head.fuse(states)[:, :-1]], 1)
+            scores = head.page_scores(lesson.embeds, lesson.aux, at, previous)
+        return {
+            "page": page_loss(
+                scores, lesson.target, lesson.mass, at, settings.recents, settings.sharp
+            )
+        }
+
+    def _stretch(self, ids: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Positions ``[B, stretch]`` side by side, the same in all sequences; None where sequences
+        are too short for a choice.
+        """
+        count, length = self.settings.stretch, ids.shape[1]
+        earliest = max(length // 4, MIN_BUDGET)
+        if not count or earliest + count >= length:
+            return None
+        first = int(
+            torch.randint(
+                earliest, length - count, (1,), generator=generator, device=generator.device
+            )
+        )
+        return (first - 1 + torch.arange(count, device=ids.device)).expand(ids.shape[0], -1)
+
+    @torch.no_grad()
+    def _sparse_states(
+        self, lesson: Lesson, at: Tensor, ids: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The teacher's auxiliary states ``[B, stretch, num_aux * Ht]`` where it reads what the
+        head chooses, within a sixty-fourth to a sixteenth of the context.
+        """
+        share = int(torch.randint(4, 7, (1,), generator=generator, device=generator.device))
+        budget = max(MIN_BUDGET, ids.shape[1] >> share)
+        first, end = int(at[0, 0]) + 1, int(at[0, -1]) + 2
+        scores = self.head.page_scores(lesson.embeds[:, :end], lesson.aux[:, :end], at)
+        chosen = choose(scores, at, budget // PAGE_SIZE)
+        return self.teacher.decode(ids, lesson.cache, first, chosen)
