@@ -58,14 +58,14 @@ OF_THE_TEXT = (
 """What the novel itself answers, in its order: a question, the answer's beginning and its end."""
 
 QUOTED = (
-    "She was fond of all boy's plays, and greatly preferred",
-    "A thousand alarming presentiments of evil to her beloved Catherine from this",
+    "Mr. Allen, who owned the chief of the property about Fullerton, the",
     "It is now expedient to give some description of Mrs. Allen, that",
-    "The season was full, the room crowded, and the two ladies",
+    "Mrs. Allen was so long in dressing that they did not enter the ballroom till late. The season "
+    "was full, the room crowded, and",
 )
 """Beginnings of passages that are to be repeated."""
 
-REPEATED = 24
+REPEATED = 16
 """Words of a passage that must follow."""
 
 SPARE_TOKENS = 96
@@ -107,10 +107,11 @@ def make_questions(tokenizer: Path, tokens: int) -> list[Question]:
 
 def _quotation(text: str, start: str) -> Question:
     following = text[text.index(start) + len(start) :].split()[:REPEATED]
-    asked = f'Repeat the passage that begins with "{start}".'
+    # A question that quotes makes the model talk about the quotation; this one it follows.
+    begun = f"Here is an excerpt from the text above, repeated:\n\n{start}"
     return Question(
-        asked,
-        _messages(text, asked, f"Here is the passage from the text, word for word:\n\n{start}"),
+        f"Repeat the passage. Here is an excerpt from the text above, repeated: {start}",
+        _messages(text, "Repeat the passage.", begun),
         " ".join(following),
         partial(_copied, following),
         0.9,
