@@ -142,6 +142,7 @@ def _facts_table(head: HeadCheckpoint) -> Table:
             "the same without embedding and LM head",
             _share(*map(_without_vocabulary, (head.kept, head.pruned))),
         ),
+        ("stored as", _storage(head.kept)),
         ("kept bytes", f"{head.kept_bytes:,}"),
         (
             "kept bytes without embedding",
@@ -184,6 +185,15 @@ def _share(kept: Sequence[TensorInfo], pruned: Sequence[TensorInfo]) -> str:
     kept_count = sum(info.parameters for info in kept)
     total = kept_count + sum(info.parameters for info in pruned)
     return f"{kept_count:,} of {total:,}: {100 * (total - kept_count) / total:.1f} % pruned"
+
+
+def _storage(kept: Sequence[TensorInfo]) -> str:
+    dtypes = {info.dtype for info in kept if not info.is_scale}
+    return ", ".join(
+        str(dtype).removeprefix("torch.")
+        + (" with a scale for each row" if dtype == torch.int8 else "")
+        for dtype in sorted(dtypes, key=str)
+    )
 
 
 def _scaling(spec: HeadSpec) -> str:

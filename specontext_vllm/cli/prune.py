@@ -21,6 +21,10 @@ def prune(
         str, typer.Argument(help="Checkpoint of a head: a folder or a Hugging Face hub id.")
     ],
     out: Annotated[Path, typer.Argument(help="New folder for what the retrieval head keeps.")],
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Store matrices in 8 bits, with a scale for each row."),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")
     ] = None,
@@ -38,9 +42,10 @@ def prune(
     with refusals(HeadError):
         folder = checkpoint_folder(head, revision, say=lambda text: typer.echo(text, err=True))
         checkpoint = read_checkpoint(folder, allow_pickle=allow_pickle)
-        prune_head(checkpoint, out)
-    kept, whole = checkpoint.kept_bytes, checkpoint.whole_bytes
+        prune_head(checkpoint, out, int8=int8)
+        written = read_checkpoint(out).kept_bytes
+    rounded = int8 and not checkpoint.is_int8
     typer.echo(
-        f"Wrote {out}: {kept:,} of {whole:,} bytes. It selects as the whole head does; it cannot "
-        "serve as a draft model."
+        f"Wrote {out}: {written:,} of {checkpoint.whole_bytes:,} bytes. It selects "
+        f"{'nearly ' if rounded else ''}as the whole head does; it cannot serve as a draft model."
     )

@@ -52,6 +52,32 @@ def test_a_head_of_our_own_keeps_all_that_it_is(tmp_path):
     assert read_checkpoint(tmp_path / "pruned").spec == read_checkpoint(tmp_path / "head").spec
 
 
+def test_a_head_in_8_bits_is_written_and_shown(tmp_path):
+    made = make_own(q_mlp=12)
+    save_head(tmp_path / "head", made.spec, made.tensors)
+    result = run(tmp_path / "head", tmp_path / "pruned", "--int8")
+    assert result.exit_code == 0, result.output
+    weights = sum(tensor.numel() for tensor in made.tensors.values())
+    matrices = [tensor for tensor in made.tensors.values() if tensor.dim() == 2]
+    written = 2 * weights - sum(tensor.numel() - 4 * len(tensor) for tensor in matrices)
+    assert result.stdout == (
+        f"Wrote {tmp_path / 'pruned'}: {written:,} of {2 * weights:,} bytes. It selects nearly as "
+        "the whole head does; it cannot serve as a draft model.\n"
+    )
+    shown = inspect(tmp_path / "pruned", "--target", write_target(tmp_path)).stdout
+    for text in (
+        "bfloat16, int8 with a scale for each row",
+        f"{weights:,} of {weights:,}: 0.0 % pruned",
+        "q_mlp.up_proj.weight.scale",
+        f"{written:,}",
+        "Fits ",
+    ):
+        assert text in shown
+    assert "specontext prune" not in shown
+    again = run(tmp_path / "pruned", tmp_path / "again")
+    assert f"{written:,} of {written:,} bytes. It selects as the whole head does" in again.stdout
+
+
 @pytest.mark.parametrize(
     "place, sentence",
     [

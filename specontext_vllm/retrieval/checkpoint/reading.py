@@ -31,6 +31,7 @@ from specontext_vllm.retrieval.checkpoint.config import (
     usable_values,
 )
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.int8 import dequantize
 from specontext_vllm.retrieval.checkpoint.shapes import check_tensors
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorEntry, list_tensors
@@ -77,7 +78,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
             config,
             flat,
             shapes,
-            entries[found["fc.weight"]].info.dtype,
+            _dtype_read(entries[found["fc.weight"]]),
             _target_vocabulary(entries, flat, layout),
             path,
         )
@@ -88,9 +89,10 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> HeadCheckpoint
     check_tensors(spec, {c: entries[n].info for c, n in found.items()}, path)
 
     kept = set(found.values())
+    stored = {canonical: _load(entries[name], path) for canonical, name in found.items()}
     return HeadCheckpoint(
         spec=spec,
-        tensors={canonical: _load(entries[name], path) for canonical, name in found.items()},
+        tensors=dequantize(stored, path),
         kept=[entry.info for name, entry in entries.items() if name in kept],
         pruned=[entry.info for name, entry in entries.items() if name not in kept],
     )
@@ -112,6 +114,11 @@ def _target_vocabulary(
         return shapes["t2d"][0]
     rows = shapes["lm_head.weight"][0] if "lm_head.weight" in shapes else None
     return rows if rows == flat.get("vocab_size", rows) else None
+
+
+def _dtype_read(entry: TensorEntry) -> torch.dtype:
+    """What a tensor has once it is read: matrices of integers become float32."""
+    return torch.float32 if entry.info.dtype == torch.int8 else entry.info.dtype
 
 
 def _load(entry: TensorEntry, path: Path) -> Tensor:

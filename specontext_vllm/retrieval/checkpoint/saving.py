@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specontext_vllm.retrieval.checkpoint.config import ARCHITECTURE
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.int8 import quantize
 from specontext_vllm.retrieval.checkpoint.shapes import check_tensors
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
@@ -37,7 +38,8 @@ def save_head(
         folder: made if it does not exist.
         spec: of any format; its ``format``, ``dtype`` and ``aux_layers_from`` are not written.
         tensors: under the canonical names of ``HeadCheckpoint``, on any device.
-        dtype: what they are stored in; None: each in its own.
+        dtype: what they are stored in; None: each in its own; torch.int8: matrices in 8 bits with
+            a scale for each row, the rest in bfloat16 (``int8.py``).
 
     Raises:
         HeadError: the tensors are not those of ``spec``.
@@ -45,23 +47,25 @@ def save_head(
     """
     from safetensors.torch import save
 
-    infos = {
-        name: TensorInfo(name, tuple(t.shape), dtype or t.dtype) for name, t in tensors.items()
-    }
+    held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    if dtype == torch.int8:
+        held = quantize(held)
+    elif dtype is not None:
+        held = {name: tensor.to(dtype) for name, tensor in held.items()}
+    infos = {name: TensorInfo(name, tuple(t.shape), t.dtype) for name, t in held.items()}
     check_tensors(replace(spec, format="specontext"), infos, folder)
-    stored = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in tensors.items()
-    }
+    stored = {name: tensor.contiguous() for name, tensor in held.items()}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
     # The config comes last: a folder without one is not taken for a checkpoint.
     _replace(folder / "config.json", (json.dumps(_config(spec), indent=2) + "\n").encode())
 
 
-def prune_head(checkpoint: HeadCheckpoint, folder: Path) -> None:
-    """Write what selection reads of a head, in its own dtypes, into a new folder.
+def prune_head(checkpoint: HeadCheckpoint, folder: Path, *, int8: bool = False) -> None:
+    """Write what selection reads of a head, as it is stored, into a new folder.
 
+    Args:
+        int8: in 8 bits instead; see ``save_head``.
     Raises:
         HeadError: the folder holds something already, or cannot be written.
     """
@@ -70,7 +74,8 @@ def prune_head(checkpoint: HeadCheckpoint, folder: Path) -> None:
             raise HeadError(
                 f"{folder} holds something already: give a new folder for the pruned head."
             )
-        save_head(folder, checkpoint.spec, checkpoint.tensors, dtype=None)
+        dtype = torch.int8 if int8 or checkpoint.is_int8 else None
+        save_head(folder, checkpoint.spec, checkpoint.tensors, dtype=dtype)
     except OSError as error:
         raise HeadError(
             f"{folder} cannot be written ({type(error).__name__}: {error.strerror}): give another "

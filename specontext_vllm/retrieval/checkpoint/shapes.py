@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.int8 import SCALE
 from specontext_vllm.retrieval.checkpoint.spec import HeadSpec
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
 
@@ -55,10 +56,11 @@ def optional_shapes(spec: HeadSpec) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -> None:
-    """Checks that these tensors, by their canonical names, are a head of ``spec``.
+    """Checks that these tensors, by their canonical names, are a head of ``spec``. In our own
+    format matrices may be int8, with their scales.
 
     Raises:
-        HeadError: one is missing, unknown, quantized or of another shape.
+        HeadError: one is missing, unknown, of another shape or of a dtype that is not read.
     """
     expected = required_shapes(spec)
     for canonical in expected:
@@ -68,6 +70,8 @@ def check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -
                 "in full."
             )
     known = expected | optional_shapes(spec)
+    if spec.format == "specontext":
+        known |= _scale_shapes(known, infos, path)
     for canonical, info in infos.items():
         wanted = known.get(canonical)
         if wanted is None:
@@ -78,6 +82,11 @@ def check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -
                 else f"{path}: {info.name} is one input norm too many for the {spec.num_aux} "
                 "hidden states that fc.weight reads: correct target_hidden_size in config.json."
             )
+        if info.shape != wanted and canonical.endswith(SCALE):
+            raise HeadError(
+                f"{path}: {info.name} has shape {list(info.shape)} where {list(wanted)} is needed, "
+                "a scale for each row: copy the head in full, or prune it with --int8 again."
+            )
         if info.shape != wanted:
             also = ", key_states" if spec.format == "specontext" else ""
             raise HeadError(
@@ -85,9 +94,30 @@ def check_tensors(spec: HeadSpec, infos: Mapping[str, TensorInfo], path: Path) -
                 f"check hidden_size, target_hidden_size{also} and the head "
                 "counts in config.json."
             )
-        if info.dtype not in SUPPORTED_DTYPES:
+        if info.dtype not in SUPPORTED_DTYPES and canonical + SCALE not in known:
             raise HeadError(
-                f"{path}: {info.name} is stored as {info.dtype}, and quantized heads are not "
+                f"{path}: {info.name} is stored as {info.dtype}, which is not read here: use the "
+                "bfloat16, float16 or float32 head, or int8 as specontext prune --int8 writes it."
+                if spec.format == "specontext"
+                else f"{path}: {info.name} is stored as {info.dtype}, and quantized heads are not "
                 "supported: use the bfloat16, "
                 "float16 or float32 checkpoint."
             )
+
+
+def _scale_shapes(
+    known: Mapping[str, tuple[int, ...]], infos: Mapping[str, TensorInfo], path: Path
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the scales that the int8 matrices among ``infos`` need."""
+    scales = {
+        name + SCALE: shape[:1]
+        for name, shape in known.items()
+        if len(shape) == 2 and name in infos and infos[name].dtype == torch.int8
+    }
+    for name in scales:
+        if name not in infos:
+            raise HeadError(
+                f"{path} holds no {name}, without which the int8 {name.removesuffix(SCALE)} means "
+                "nothing: copy the head in full, or prune it with --int8 again."
+            )
+    return scales

@@ -38,7 +38,7 @@ class HeadSpec:
         num_aux: auxiliary hidden states that fc concatenates.
         norm_before_fc: one RMSNorm over the concatenation. fc_norm: one RMSNorm for each state.
         qk_norm: RMSNorm over D on q and on k.
-        dtype: dtype of fc in the checkpoint.
+        dtype: dtype of fc, as it is read: float32 if it is stored as int8.
         embed_vocab_size: rows of the head's own token embedding; None if it uses the target's.
         target_vocab_size: tokens of the target it was made for: the length of its `t2d` map, at
             full vocabulary the rows of its LM head, in our own format its config's `vocab_size`;
@@ -105,13 +105,18 @@ class HeadCheckpoint:
         k_mlp.gate_proj.weight, k_mlp.up_proj.weight [Mk, Wk], k_mlp.down_proj.weight [nkv*D, Mk],
         embed_tokens.weight [V, E];
     Wq, Wk are the spec's query_width and key_width. Biases, the input norms, q_norm, k_norm, the
-    MLPs and embed_tokens are optional.
+    MLPs and embed_tokens are optional. Matrices that are stored as int8 are float32 here.
     """
 
     spec: HeadSpec
     tensors: dict[str, Tensor]
     kept: list[TensorInfo]
     pruned: list[TensorInfo]
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether matrices are stored as int8."""
+        return any(info.dtype == torch.int8 for info in self.kept)
 
     @property
     def kept_bytes(self) -> int:

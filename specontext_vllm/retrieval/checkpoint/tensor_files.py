@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
+from specontext_vllm.retrieval.checkpoint.int8 import SCALE
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -41,12 +42,20 @@ class TensorInfo:
 
     @property
     def parameters(self) -> int:
-        """Learned values; none in the vocabulary maps `d2t` and `t2d`."""
-        return math.prod(self.shape) if self.dtype.is_floating_point else 0
+        """Learned values; none in the vocabulary maps `d2t` and `t2d`, nor in the scales of 8-bit
+        matrices.
+        """
+        learned = self.dtype.is_floating_point or self.dtype == torch.int8
+        return math.prod(self.shape) if learned and not self.is_scale else 0
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it scales the rows of an 8-bit matrix."""
+        return self.name.endswith(SCALE)
 
     @property
     def is_vocabulary(self) -> bool:

@@ -55,6 +55,7 @@ def test_the_config_is_plain(tmp_path, rope_scaling):
         "vocab_size": 77,
         "max_position_embeddings": 64,
         "rope_theta": 5e4,
+        "partial_rotary_factor": 1.0,
         "rms_norm_eps": 1e-5,
         "aux_layer_ids": [0, 3, 4, 9],
         "norm_before_fc": False,
