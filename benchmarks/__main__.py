@@ -23,6 +23,7 @@ from benchmarks.accuracy import command as accuracy
 from benchmarks.capacity import command as capacity
 from benchmarks.figures import command as figures
 from benchmarks.fuzz import command as fuzz
+from benchmarks.heads import command as heads
 from benchmarks.host import command as host
 from benchmarks.losses import command as losses
 from benchmarks.marks import command as marks
@@ -45,6 +46,7 @@ CASES: dict[str, Callable[..., None]] = {
     "distill": distill.main,
     "figures": figures.main,
     "fuzz": fuzz.main,
+    "heads": heads.main,
     "host": host.main,
     "link": link.main,
     "losses": losses.main,

@@ -45,7 +45,7 @@ class HeadDistiller(Distiller[HeadModel]):
         """Train on one batch ``ids [B, T]``, ``weights [B, T]``, and return its losses."""
         settings, generator = self.settings, self.generator(ids.device)
         at, _ = sample_positions(weights[:, 1:], settings.positions, generator, answers_only=False)
-        stretch = self._stretch(ids, generator)
+        stretch = stretch_positions(ids, settings.stretch, generator)
         if stretch is not None:
             at = torch.cat([at, stretch], 1)
         lesson = self.teacher(ids, at, PageTarget(settings.recents), keep_cache=stretch is not None)
@@ -66,12 +66,7 @@ class HeadDistiller(Distiller[HeadModel]):
         """
         settings, head = self.settings, self.head
         with self.accelerator.autocast():
-            previous = None
-            if lesson.cache is not None:
-                own = at[:, -settings.stretch :]
-                states = self._sparse_states(lesson, own, rest["ids"], generator)
-                dense = rows_at(head.fuse(lesson.aux), at[:, : -settings.stretch + 1])
-                previous = torch.cat([dense, head.fuse(states)[:, :-1]], 1)
+            previous = self.previous_states(lesson, at, generator, **rest)
             scores = head.page_scores(lesson.embeds, lesson.aux, at, previous)
         return {
             "page": page_loss(
@@ -79,31 +74,46 @@ class HeadDistiller(Distiller[HeadModel]):
             )
         }
 
-    def _stretch(self, ids: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Positions ``[B, stretch]`` side by side, the same in all sequences; None where sequences
-        are too short for a choice.
+    def previous_states(
+        self, lesson: Lesson, at: Tensor, generator: torch.Generator, **rest: Tensor
+    ) -> Tensor | None:
+        """Features ``[B, S, H]`` of the tokens before those at ``at``, those of the stretch from
+        its second run; None without a stretch.
         """
-        count, length = self.settings.stretch, ids.shape[1]
-        earliest = max(length // 4, MIN_BUDGET)
-        if not count or earliest + count >= length:
+        if lesson.cache is None:
             return None
-        first = int(
-            torch.randint(
-                earliest, length - count, (1,), generator=generator, device=generator.device
-            )
-        )
-        return (first - 1 + torch.arange(count, device=ids.device)).expand(ids.shape[0], -1)
+        stretch, head = self.settings.stretch, self.head
+        states = self._sparse_states(lesson, at[:, -stretch:], rest["ids"], generator)
+        dense = rows_at(head.fuse(lesson.aux), at[:, : -stretch + 1])
+        return torch.cat([dense, head.fuse(states)[:, :-1]], 1)
 
     @torch.no_grad()
     def _sparse_states(
         self, lesson: Lesson, at: Tensor, ids: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The teacher's auxiliary states ``[B, stretch, num_aux * Ht]`` where it reads what the
-        head chooses, within a sixty-fourth to a sixteenth of the context.
+        head chooses, within a budget of ``stretch_halvings``.
         """
-        share = int(torch.randint(4, 7, (1,), generator=generator, device=generator.device))
-        budget = max(MIN_BUDGET, ids.shape[1] >> share)
+        least, most = self.settings.stretch_halvings
+        halvings = torch.randint(
+            least, most + 1, (1,), generator=generator, device=generator.device
+        )
+        budget = max(MIN_BUDGET, ids.shape[1] >> int(halvings))
         first, end = int(at[0, 0]) + 1, int(at[0, -1]) + 2
         scores = self.head.page_scores(lesson.embeds[:, :end], lesson.aux[:, :end], at)
         chosen = choose(scores, at, budget // PAGE_SIZE)
         return self.teacher.decode(ids, lesson.cache, first, chosen)
+
+
+def stretch_positions(ids: Tensor, count: int, generator: torch.Generator) -> Tensor | None:
+    """Positions ``[B, count]`` side by side, the same in all sequences of ``ids [B, T]``; None
+    where they are too short for a choice.
+    """
+    length = ids.shape[1]
+    earliest = max(length // 4, MIN_BUDGET)
+    if not count or earliest + count >= length:
+        return None
+    first = int(
+        torch.randint(earliest, length - count, (1,), generator=generator, device=generator.device)
+    )
+    return (first - 1 + torch.arange(count, device=ids.device)).expand(ids.shape[0], -1)

@@ -34,6 +34,7 @@ class Settings:
         positions: sampled tokens of a sequence that a head for retrieval alone looks at.
         stretch: tokens side by side at which it looks as well, with the states of a run that reads
             what it chooses.
+        stretch_halvings: that run's budget is the context, halved at least and at most so often.
         recents: newest pages that it does not learn to choose.
         sharp: the squares' share of its target (``page_loss``).
         copies: share of plain documents in which passages are written again further down.
@@ -61,6 +62,7 @@ class Settings:
     align_positions: int = 64
     positions: int = 192
     stretch: int = 64
+    stretch_halvings: tuple[int, int] = (4, 6)
     recents: int = 2
     sharp: float = 0.75
     copies: float = 0.5

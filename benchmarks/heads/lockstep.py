@@ -1,0 +1,201 @@
+"""All variants in training at once: one pass of the teacher serves all that read the same text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.heads.variants import Variant
+from specontext_vllm.distillation.data import (
+    Copies,
+    Data,
+    Documents,
+    Sequences,
+    batches,
+    sample_positions,
+)
+from specontext_vllm.distillation.head_shape import HeadShape
+from specontext_vllm.distillation.head_trainer import HeadDistiller, stretch_positions
+from specontext_vllm.distillation.losses import AttentionCollector, AttentionTarget
+from specontext_vllm.distillation.page_loss import PageTarget, choosable_pages
+from specontext_vllm.distillation.settings import Settings
+from specontext_vllm.distillation.teacher import Teacher
+
+
+class Collectors:
+    """Collectors by name that watch one pass."""
+
+    def __init__(self, each: Mapping[str, AttentionCollector]) -> None:
+        self.each = each
+
+    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """See ``AttentionCollector``."""
+        for collector in self.each.values():
+            collector.observe(query, key, at, scale)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The first one's."""
+        return next(iter(self.each.values())).result()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A variant in training."""
+
+    variant: Variant
+    run: HeadDistiller
+
+
+def states_of(aux: Tensor, known: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
+    """The states of the ``wanted`` layers, of ``aux [B, T, known layers * Ht]``."""
+    if known == wanted:
+        return aux
+    parts = aux.chunk(len(known), -1)
+    return torch.cat([parts[known.index(layer)] for layer in wanted], -1)
+
+
+class Classroom:
+    """Variants that learn from the same batches.
+
+    Args:
+        model: the teacher's.
+        layers: target layers whose states a variant reads, ascending.
+    """
+
+    def __init__(
+        self, model: Any, layers: tuple[int, ...], pupils: Mapping[str, Trained], data: Data
+    ) -> None:
+        self.teacher, self.pupils = Teacher(model, layers), pupils
+        settings = [pupil.run.settings for pupil in pupils.values()]
+        self._loaders = settings[0].loaders
+        self._positions = max(own.positions for own in settings)
+        self._stretch = max(own.stretch for own in settings)
+        self._aligned = next((p.run.settings for p in pupils.values() if p.variant.aligned), None)
+        self._source = batches(data, 0, self._loaders)
+
+    def step(self) -> dict[str, float]:
+        """Train each on the next batch; their losses."""
+        device = self.teacher.device
+        ids, weights = (t.to(device, non_blocking=True) for t in next(self._source))
+        generator = next(iter(self.pupils.values())).run.generator(device)
+        at, _ = sample_positions(weights[:, 1:], self._positions, generator, answers_only=False)
+        sampled = at.shape[1]
+        stretch = stretch_positions(ids, self._stretch, generator)
+        if stretch is not None:
+            at = torch.cat([at, stretch], 1)
+        collectors = Collectors(self._collectors(self._aligned))
+        lesson = self.teacher(ids, at, collectors, keep_cache=stretch is not None)
+        state = generator.get_state()
+        results = {name: each.result() for name, each in collectors.each.items()}
+        found = {}
+        for name, pupil in self.pupils.items():
+            settings = pupil.run.settings
+            # Positions are drawn one after the other, so that the first ones are a sample too.
+            taken = [torch.arange(min(settings.positions, sampled), device=device)]
+            in_stretch = settings.stretch if stretch is not None else 0
+            taken.append(sampled + torch.arange(in_stretch, device=device))
+            here = torch.cat(taken)
+            own_at = at[:, here]
+            own = replace(
+                lesson,
+                aux=states_of(lesson.aux, self.teacher.aux_layers, pupil.run.head.aux_layers),
+                cache=lesson.cache if in_stretch else None,
+                **_target(results, pupil, own_at, here),
+            )
+            # All draw their stretch's budget alike, and as `specontext distill` does.
+            generator.set_state(state)
+            losses = pupil.run.learn(own, own_at, weights, generator, ids=ids)
+            (found[name],) = losses.values()
+        return found
+
+    @staticmethod
+    def _collectors(aligned: Settings | None) -> dict[str, AttentionCollector]:
+        # Newest pages are left out for each variant by itself.
+        found: dict[str, AttentionCollector] = {"pages": PageTarget(0)}
+        if aligned is not None:
+            found["tokens"] = AttentionTarget(aligned.window, aligned.over_layers)
+        return found
+
+
+def _target(
+    results: dict[str, tuple[Tensor, Tensor]], pupil: Trained, at: Tensor, here: Tensor
+) -> dict[str, Tensor]:
+    """``target`` and ``mass`` of a lesson."""
+    if pupil.variant.aligned:
+        target, mass = (part[:, :, here] for part in results["tokens"])
+        return {"target": target, "mass": mass}
+    pages = results["pages"][0][:, :, here]
+    weights = pages * choosable_pages(at, pages.shape[-1], pupil.run.settings.recents)
+    return {"target": weights, "mass": weights.sum(-1)}
+
+
+def make_pupil(
+    variant: Variant, model: Any, shape: HeadShape, plain: Settings, out: Path, accelerator: Any
+) -> Trained:
+    """A variant before its first step.
+
+    Args:
+        model: the teacher's.
+        shape, plain: the default's.
+    """
+    config = model.config
+    settings = variant.settings(plain, config)
+    head = variant.head(shape, config, settings.seed)
+    teacher = Teacher(model, head.aux_layers)
+    return Trained(variant, variant.trainer(teacher, head, [], [], settings, out, accelerator))
+
+
+def all_layers(pupils: Iterable[Trained]) -> tuple[int, ...]:
+    """Target layers that any of them reads, ascending."""
+    return tuple(sorted({layer for pupil in pupils for layer in pupil.run.head.aux_layers}))
+
+
+def make_classrooms(
+    model: Any, pupils: Mapping[str, Trained], documents: Documents, tokenizer: Any
+) -> list[Classroom]:
+    """One for each share of copies. Batches are numbered and seeded as in `specontext distill`."""
+    shares: dict[float, dict[str, Trained]] = {}
+    for name, pupil in pupils.items():
+        shares.setdefault(pupil.run.settings.copies, {})[name] = pupil
+    rooms = []
+    for copies, group in shares.items():
+        settings = next(iter(pupils.values())).run.settings
+        breaks = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        own = Copies(documents, copies, breaks) if copies else documents
+        data = Sequences(own, settings.lengths, settings.batch_tokens, seed=settings.seed)
+        rooms.append(Classroom(model, all_layers(group.values()), group, data))
+    return rooms
+
+
+def train(
+    classrooms: list[Classroom], settings: Settings, points: int, tell: Callable[[str], None]
+) -> Iterator[dict[str, float]]:
+    """Train all to the end, and yield the last losses at ``points`` places of it, of which the end
+    is the last one. Time that passes there does not count.
+    """
+    runs = [pupil.run for room in classrooms for pupil in room.pupils.values()]
+    progress = runs[0].progress
+    began, reached, told = time.monotonic(), 0, 0.0
+    while reached < points:
+        losses: dict[str, float] = {}
+        for room in classrooms:
+            losses |= room.step()
+        seconds = time.monotonic() - began
+        for run in runs:
+            run.progress.seconds = seconds
+        share = progress.share(settings)
+        if seconds - told > 20:
+            told = seconds
+            tell(f"step {progress.step}, {100 * share:.0f} %, {seconds:.0f} s")
+        if share >= (reached + 1) / points:
+            # Short runs pass several at once.
+            reached = min(points, max(reached + 1, int(share * points)))
+            paused = time.monotonic()
+            yield losses
+            began += time.monotonic() - paused
