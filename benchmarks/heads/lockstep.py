@@ -25,7 +25,10 @@ from specontext_vllm.distillation.head_trainer import HeadDistiller, stretch_pos
 from specontext_vllm.distillation.losses import AttentionCollector, AttentionTarget
 from specontext_vllm.distillation.page_loss import PageTarget, choosable_pages
 from specontext_vllm.distillation.settings import Settings
-from specontext_vllm.distillation.teacher import Teacher
+from specontext_vllm.distillation.teacher import Lesson, Teacher
+
+SIDE_BY_SIDE = 8
+"""Second runs at a time; each needs keys and values of its own."""
 
 
 class Collectors:
@@ -85,33 +88,66 @@ class Classroom:
         ids, weights = (t.to(device, non_blocking=True) for t in next(self._source))
         generator = next(iter(self.pupils.values())).run.generator(device)
         at, _ = sample_positions(weights[:, 1:], self._positions, generator, answers_only=False)
-        sampled = at.shape[1]
         stretch = stretch_positions(ids, self._stretch, generator)
-        if stretch is not None:
-            at = torch.cat([at, stretch], 1)
+        watched = at if stretch is None else torch.cat([at, stretch], 1)
         collectors = Collectors(self._collectors(self._aligned))
-        lesson = self.teacher(ids, at, collectors, keep_cache=stretch is not None)
-        state = generator.get_state()
+        lesson = self.teacher(ids, watched, collectors, keep_cache=stretch is not None)
         results = {name: each.result() for name, each in collectors.each.items()}
-        found = {}
-        for name, pupil in self.pupils.items():
-            settings = pupil.run.settings
-            # Positions are drawn one after the other, so that the first ones are a sample too.
-            taken = [torch.arange(min(settings.positions, sampled), device=device)]
-            in_stretch = settings.stretch if stretch is not None else 0
-            taken.append(sampled + torch.arange(in_stretch, device=device))
-            here = torch.cat(taken)
-            own_at = at[:, here]
-            own = replace(
+        lessons = {
+            name: replace(
                 lesson,
                 aux=states_of(lesson.aux, self.teacher.aux_layers, pupil.run.head.aux_layers),
-                cache=lesson.cache if in_stretch else None,
-                **_target(results, pupil, own_at, here),
             )
-            # All draw their stretch's budget alike, and as `specontext distill` does.
-            generator.set_state(state)
-            losses = pupil.run.learn(own, own_at, weights, generator, ids=ids)
+            for name, pupil in self.pupils.items()
+        }
+        states = {} if stretch is None else self._decode(ids, lessons, stretch, generator)
+        found = {}
+        for name, pupil in self.pupils.items():
+            # Positions are drawn one after the other, so that the first ones are a sample too.
+            own = states.get(name)
+            here = torch.arange(min(pupil.run.settings.positions, at.shape[1]), device=device)
+            if own is not None:
+                in_stretch = at.shape[1] + torch.arange(own.shape[1], device=device)
+                here = torch.cat([here, in_stretch])
+            own_at = watched[:, here]
+            losses = pupil.run.learn(
+                replace(lessons[name], **_target(results, pupil, own_at, here)),
+                own_at,
+                weights,
+                generator,
+                **({} if own is None else {"states": own}),
+            )
             (found[name],) = losses.values()
+        return found
+
+    def _decode(
+        self, ids: Tensor, lessons: dict[str, Lesson], stretch: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The states of each variant's second run of the stretch. They run side by side, as so many
+        sequences, since such short runs take as long for one as for several.
+        """
+        state = generator.get_state()
+        chosen: dict[int, dict[str, Tensor]] = {}
+        for name, lesson in lessons.items():
+            run = self.pupils[name].run
+            if run.settings.stretch:
+                # All draw their budget alike, and as `specontext distill` does.
+                generator.set_state(state)
+                own = stretch[:, : run.settings.stretch]
+                pages = run.stretch_pages(lesson, own, generator)
+                chosen.setdefault(own.shape[1], {})[name] = pages
+        first, found = int(stretch[0, 0]) + 1, {}
+        cache = next(iter(lessons.values())).cache
+        for group in chosen.values():
+            names = list(group)
+            for begin in range(0, len(names), SIDE_BY_SIDE):
+                some = names[begin : begin + SIDE_BY_SIDE]
+                states = self.teacher.decode(
+                    ids.repeat(len(some), 1), cache, first, torch.cat([group[n] for n in some])
+                )
+                for name, part in zip(some, states.chunk(len(some)), strict=True):
+                    layers = self.pupils[name].run.head.aux_layers
+                    found[name] = states_of(part, self.teacher.aux_layers, layers)
         return found
 
     @staticmethod

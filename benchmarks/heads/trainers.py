@@ -43,14 +43,15 @@ class AlignedHead(HeadDistiller):
         settings, head = self.settings, self.head
         with self.accelerator.autocast():
             features = head.fuse(lesson.aux)
-            previous = self.previous_states(lesson, at, generator, **rest)
+            states = rest.get("states")
+            previous = self.previous_features(lesson, at, states)
             previous = rows_at(features, at) if previous is None else previous
             place = at + 1
             queries = head.queries(rows_at(lesson.embeds, place), previous, place)
             keys = head.keys(lesson.embeds, features)[:, :, 1:]
         total = at.new_zeros((), dtype=torch.float32)
         # A position may be among the sampled ones and in the stretch, with another query.
-        stretch = settings.stretch if lesson.cache is not None else 0
+        stretch = 0 if states is None else states.shape[1]
         for part in (slice(0, at.shape[1] - stretch), slice(at.shape[1] - stretch, at.shape[1])):
             here = at[:, part]
             if not here.shape[1]:

@@ -46,10 +46,14 @@ class HeadDistiller(Distiller[HeadModel]):
         settings, generator = self.settings, self.generator(ids.device)
         at, _ = sample_positions(weights[:, 1:], settings.positions, generator, answers_only=False)
         stretch = stretch_positions(ids, settings.stretch, generator)
-        if stretch is not None:
-            at = torch.cat([at, stretch], 1)
-        lesson = self.teacher(ids, at, PageTarget(settings.recents), keep_cache=stretch is not None)
-        return self.learn(lesson, at, weights, generator, ids=ids)
+        target = PageTarget(settings.recents)
+        if stretch is None:
+            return self.learn(self.teacher(ids, at, target), at, weights, generator)
+        at = torch.cat([at, stretch], 1)
+        lesson = self.teacher(ids, at, target, keep_cache=True)
+        chosen = self.stretch_pages(lesson, stretch, generator)
+        states = self.teacher.decode(ids, lesson.cache, int(stretch[0, 0]) + 1, chosen)
+        return self.learn(lesson, at, weights, generator, states=states)
 
     def losses(
         self,
@@ -59,50 +63,46 @@ class HeadDistiller(Distiller[HeadModel]):
         generator: torch.Generator,
         **rest: Tensor,
     ) -> dict[str, Tensor]:
-        """The loss of a batch, of which the last positions are the stretch if the lesson has a
-        cache; then ``ids [B, T]`` are needed as well.
+        """The loss of a batch. With ``states [B, stretch, num_aux * Ht]``, of the second run, the
+        last positions are the stretch.
 
         No tensor is ``T x T``: attention weights are computed for the sampled positions only.
         """
-        settings, head = self.settings, self.head
+        settings = self.settings
         with self.accelerator.autocast():
-            previous = self.previous_states(lesson, at, generator, **rest)
-            scores = head.page_scores(lesson.embeds, lesson.aux, at, previous)
+            previous = self.previous_features(lesson, at, rest.get("states"))
+            scores = self.head.page_scores(lesson.embeds, lesson.aux, at, previous)
         return {
             "page": page_loss(
                 scores, lesson.target, lesson.mass, at, settings.recents, settings.sharp
             )
         }
 
-    def previous_states(
-        self, lesson: Lesson, at: Tensor, generator: torch.Generator, **rest: Tensor
-    ) -> Tensor | None:
-        """Features ``[B, S, H]`` of the tokens before those at ``at``, those of the stretch from
-        its second run; None without a stretch.
+    def previous_features(self, lesson: Lesson, at: Tensor, states: Tensor | None) -> Tensor | None:
+        """Features ``[B, S, H]`` of the tokens before those at ``at``, in the stretch those of the
+        second run's ``states``; None without these.
         """
-        if lesson.cache is None:
+        if states is None:
             return None
-        stretch, head = self.settings.stretch, self.head
-        states = self._sparse_states(lesson, at[:, -stretch:], rest["ids"], generator)
-        dense = rows_at(head.fuse(lesson.aux), at[:, : -stretch + 1])
-        return torch.cat([dense, head.fuse(states)[:, :-1]], 1)
+        # The token before the stretch is dense.
+        dense = at[:, : 1 - states.shape[1]]
+        fused = rows_at(self.head.fuse(lesson.aux), dense)
+        return torch.cat([fused, self.head.fuse(states)[:, :-1]], 1)
 
     @torch.no_grad()
-    def _sparse_states(
-        self, lesson: Lesson, at: Tensor, ids: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """The teacher's auxiliary states ``[B, stretch, num_aux * Ht]`` where it reads what the
-        head chooses, within a budget of ``stretch_halvings``.
+    def stretch_pages(self, lesson: Lesson, stretch: Tensor, generator: torch.Generator) -> Tensor:
+        """The pages that the head chooses at the positions ``stretch [B, Q]``, within a budget of
+        ``stretch_halvings``: ``[B, nkv, Q, pages up to there]`` bool.
         """
         least, most = self.settings.stretch_halvings
         halvings = torch.randint(
             least, most + 1, (1,), generator=generator, device=generator.device
         )
-        budget = max(MIN_BUDGET, ids.shape[1] >> int(halvings))
-        first, end = int(at[0, 0]) + 1, int(at[0, -1]) + 2
-        scores = self.head.page_scores(lesson.embeds[:, :end], lesson.aux[:, :end], at)
-        chosen = choose(scores, at, budget // PAGE_SIZE)
-        return self.teacher.decode(ids, lesson.cache, first, chosen)
+        budget = max(MIN_BUDGET, lesson.embeds.shape[1] >> int(halvings))
+        end = int(stretch[0, -1]) + 2
+        with self.accelerator.autocast():
+            scores = self.head.page_scores(lesson.embeds[:, :end], lesson.aux[:, :end], stretch)
+        return choose(scores, stretch, budget // PAGE_SIZE)
 
 
 def stretch_positions(ids: Tensor, count: int, generator: torch.Generator) -> Tensor | None:

@@ -278,14 +278,21 @@ class Teacher:
 
         Args:
             ids: ``[B, T]``.
-            cache: of a ``Lesson`` of the same tokens; it stays as it is.
+            cache: of a ``Lesson`` of the same tokens, or of those that ``ids`` are several times;
+                it stays as it is.
             chosen: ``[B, nkv, Q, pages]`` bool, the pages that hold tokens up to ``first + Q - 1``.
         """
         from transformers import DynamicCache
 
+        copies = len(ids) // len(cache.layers[0].keys)
+
+        def past_of(whole: Tensor) -> Tensor:
+            before = whole[:, :, :first]
+            return before if copies == 1 else before.repeat(copies, 1, 1, 1)
+
         past = DynamicCache(config=self.model.config)
         for number, layer in enumerate(cache.layers):
-            past.update(layer.keys[:, :, :first], layer.values[:, :, :first], number)
+            past.update(past_of(layer.keys), past_of(layer.values), number)
         for layer in self.layers:
             layer.self_attn.chosen = chosen
         try:
