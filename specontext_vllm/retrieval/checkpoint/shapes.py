@@ -109,7 +109,7 @@ def _scale_shapes(
     known: Mapping[str, tuple[int, ...]], infos: Mapping[str, TensorInfo], path: Path
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the scales that the int8 matrices among ``infos`` need."""
-    scales = {
+    scales: dict[str, tuple[int, ...]] = {
         name + SCALE: shape[:1]
         for name, shape in known.items()
         if len(shape) == 2 and name in infos and infos[name].dtype == torch.int8
