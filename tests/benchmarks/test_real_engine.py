@@ -1,5 +1,5 @@
-"""The case `real` on a published model: a budget that holds the context is dense attention, a
-selection finds a needle in 2,000 tokens, and keeps a copy going.
+"""The case `real` on a published model and its committed head: a budget that holds the context is
+dense attention, a selection finds a needle in 2,000 tokens, and keeps a copy going.
 """
 
 from dataclasses import replace
@@ -14,7 +14,8 @@ from benchmarks.real.engine import Generation, run_engine
 from benchmarks.real.settings import DENSE, Variant, settings_of
 from benchmarks.real.tasks import Sources, make_groups
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+HEAD = ROOT / "models" / "smollm2-head"
 PROMPTS = 2
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def asked(smollm2, tmp_path_factory):
     """(groups by task, scores by task and setting)."""
-    sources = Sources(smollm2, (DOCS,), forced_tokens=16)
+    sources = Sources(smollm2, (ROOT / "docs",), forced_tokens=16)
     groups = {
         name: make_groups(sources, [name], [context], PROMPTS, seed=0)[0]
         for name, context in (("text", 384), ("copy", 512), ("niah_single_1", 2048))
@@ -32,15 +33,15 @@ def asked(smollm2, tmp_path_factory):
     # Long enough to tell the number.
     short = replace(needles.prompts[0], reply_tokens=12)
     groups["niah_single_1"] = replace(needles, prompts=[short])
-    oracle, recent = (Variant(name, name) for name in ("oracle", "recent"))
+    dlm, recent = Variant("dlm", "dlm", "smollm2"), Variant("recent", "recent")
     settings = {
-        "text": settings_of([oracle], [384]),
-        "copy": settings_of([oracle, recent], [128]),
-        "niah_single_1": settings_of([oracle, recent], [512]),
+        "text": settings_of([dlm], [384]),
+        "copy": settings_of([dlm, recent], [128]),
+        "niah_single_1": settings_of([dlm, recent], [512]),
     }
     spec = EngineSpec(
         model=str(smollm2),
-        head=None,
+        head=str(HEAD),
         head_keys="auto",
         retriever=DENSE,
         dtype="float32",
@@ -72,7 +73,7 @@ def test_a_budget_over_the_context_is_dense_and_dense_is_transformers(asked, smo
     from transformers import AutoModelForCausalLM
 
     groups, scores = asked
-    assert scores["text", "oracle 384"] == pytest.approx(scores["text", DENSE], abs=1e-3)
+    assert scores["text", "dlm 384"] == pytest.approx(scores["text", DENSE], abs=1e-3)
     model = AutoModelForCausalLM.from_pretrained(str(smollm2), dtype=torch.float32)
     prompt = groups["text"].prompts[0]
     ids = [*prompt.tokens, *prompt.forced[0]]
@@ -85,15 +86,15 @@ def test_a_budget_over_the_context_is_dense_and_dense_is_transformers(asked, smo
 
 def test_a_copy_goes_on_where_its_pages_are_read(asked):
     _, scores = asked
-    dense, oracle, recent = (
-        sum(scores["copy", name]) / PROMPTS for name in (DENSE, "oracle 128", "recent 128")
+    dense, dlm, recent = (
+        sum(scores["copy", name]) / PROMPTS for name in (DENSE, "dlm 128", "recent 128")
     )
-    assert oracle > dense - 0.3 and recent < oracle - 0.5
+    assert dlm > dense - 0.3 and recent < dlm - 0.5
 
 
 def test_a_needle_is_found_with_a_quarter_of_the_context(asked):
     _, scores = asked
-    dense, oracle, recent = (
-        scores["niah_single_1", name] for name in (DENSE, "oracle 512", "recent 512")
+    dense, dlm, recent = (
+        scores["niah_single_1", name] for name in (DENSE, "dlm 512", "recent 512")
     )
-    assert dense == oracle == [1.0] and recent == [0.0]
+    assert dense == dlm == [1.0] and recent == [0.0]

