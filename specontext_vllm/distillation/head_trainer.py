@@ -85,9 +85,8 @@ class HeadDistiller(Distiller[HeadModel]):
         if states is None:
             return None
         # The token before the stretch is dense.
-        dense = at[:, : 1 - states.shape[1]]
-        fused = rows_at(self.head.fuse(lesson.aux), dense)
-        return torch.cat([fused, self.head.fuse(states)[:, :-1]], 1)
+        dense = rows_at(lesson.aux, at[:, : 1 - states.shape[1]])
+        return self.head.fuse(torch.cat([dense, states[:, :-1]], 1))
 
     @torch.no_grad()
     def stretch_pages(self, lesson: Lesson, stretch: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,37 +23,38 @@ class PageTarget:
 
     def __init__(self, recents: int) -> None:
         self.recents = recents
-        self._weights: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._hidden: Tensor | None = None
         self._at: Tensor | None = None
 
     def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
         """See ``AttentionCollector``."""
         (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
         place = at + 1
-        step = torch.arange(length, device=at.device)
-        if self._weights is None:
+        if self._scores is None or self._hidden is None:
             pages = -(-length // PAGE_SIZE)
             self._at = at
-            self._weights = torch.zeros(
-                batch, kv_heads, at.shape[1], pages, device=query.device, dtype=torch.float32
+            self._hidden = torch.arange(length, device=at.device) > place[:, None, :, None, None]
+            self._scores = torch.full(
+                (batch, kv_heads, at.shape[1], pages), float("-inf"), device=query.device
             )
         chunk = max(1, self.CHUNK // (batch * heads * length))
         for first in range(0, at.shape[1], chunk):
-            here = place[:, first : first + chunk]
-            logits = grouped_logits(query, key, here, scale)
-            logits.masked_fill_(step > here[:, None, :, None, None], float("-inf"))
-            weight = token_scores(logits).exp()
-            weight = F.pad(weight, (0, -length % PAGE_SIZE)).unflatten(-1, (-1, PAGE_SIZE)).amax(-1)
-            known = self._weights[:, :, first : first + chunk]
-            torch.maximum(known, weight, out=known)
+            part = slice(first, first + chunk)
+            logits = grouped_logits(query, key, place[:, part], scale)
+            logits.masked_fill_(self._hidden[:, :, part], float("-inf"))
+            score = F.pad(token_scores(logits), (0, -length % PAGE_SIZE), value=float("-inf"))
+            known = self._scores[:, :, part]
+            torch.maximum(known, score.unflatten(-1, (-1, PAGE_SIZE)).amax(-1), out=known)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """``(weights [B, nkv, S, pages], mass [B, nkv, S])``: weights of pages that can be chosen,
         0 for the others; and their sum.
         """
-        if self._weights is None or self._at is None:
+        if self._scores is None or self._at is None:
             raise ValueError("PageTarget: no layer was watched.")
-        weights = self._weights * choosable_pages(self._at, self._weights.shape[-1], self.recents)
+        choosable = choosable_pages(self._at, self._scores.shape[-1], self.recents)
+        weights = self._scores.exp() * choosable
         return weights, weights.sum(-1)
 
 
