@@ -26,6 +26,8 @@ STYLES = {
 OTHER_STYLE = (SKY, "P")
 
 PANELS_A_ROW = 3
+MOST_IN_A_ROW = 7
+"""Entries of a legend."""
 
 
 def make_panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -48,7 +50,11 @@ def add_legend(figure: Any, axes: Sequence[Any]) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             found.setdefault(label, handle)
     figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=len(found), frameon=False
+        found.values(),
+        found.keys(),
+        loc="outside lower center",
+        ncols=min(len(found), MOST_IN_A_ROW),
+        frameon=False,
     )
 
 

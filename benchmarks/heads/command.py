@@ -66,6 +66,10 @@ def main(
     prompts: Annotated[int, typer.Option(help="Of each kind and context.", min=2)] = 16,
     forced: Annotated[int, typer.Option(help="Tokens of a forced passage.", min=2)] = 32,
     budgets: Annotated[str, typer.Option(help="Tokens per KV head.")] = "128,256,512",
+    forced_budgets: Annotated[
+        str | None,
+        typer.Option(help="Of the forced passages, some of --budgets. Default: the smallest."),
+    ] = None,
     points: Annotated[int, typer.Option(help="Measurements, the last at the end.", min=1)] = 4,
     loaders: Annotated[
         int | None, typer.Option(help="Processes that make batches. Default: by the cores.")
@@ -112,9 +116,21 @@ def main(
                 f"--contexts: found {max(lengths)}, but heads are trained up to "
                 f"{settings.context}; use shorter ones."
             )
-        sizes = [Size(budget, RECENT_TOKENS) for budget in numbers("--budgets", budgets)]
-        for size in sizes:
+        wanted = sorted(numbers("--budgets", budgets))
+        sizes = [
+            Size(budget, RECENT_TOKENS)
+            for budget in (
+                wanted[:1]
+                if forced_budgets is None
+                else numbers("--forced-budgets", forced_budgets)
+            )
+        ]
+        for size in [*sizes, Size(wanted[0], RECENT_TOKENS)]:
             size.check()
+        if beyond := [size.budget for size in sizes if size.budget not in wanted]:
+            raise OptionError(
+                f"--forced-budgets: found {beyond[0]}; give some of --budgets ({budgets})."
+            )
         held = draw(model, test_data, lengths, forced, prompts, seed)
         documents = Files(list(data), tokenizer, work / "tokens")
         teacher = load_teacher(
@@ -149,7 +165,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{result.case}-{machine.device_slug(result.machine)}"
     with stem.with_suffix(".jsonl").open("w") as lines:
-        figures = Results(lines, lengths, KINDS, [size.budget for size in sizes])
+        figures = Results(lines, lengths, KINDS, wanted)
         progress = pupils[DEFAULT].run.progress
         for losses in train(rooms, settings, points, typer.echo):
             measured = seen.measure(heads, figures.budgets)
@@ -159,7 +175,8 @@ def main(
         result.title += f", {progress.step:,} steps, {progress.tokens:,} tokens"
         for name, head in heads.items():
             head.save(work / name)
-        mark(teacher, {name: work / name for name in heads}, held, sizes, figures)
+        longest = [part for part in held if part.context == max(lengths)]
+        mark(teacher, {name: work / name for name in heads}, longest, sizes, figures)
     result.tables = figures.tables()
     result.rows = [
         {**figures.row(name), "parameters": parameters(head) / 1e6} for name, head in heads.items()

@@ -145,16 +145,24 @@ class Results:
                     report.Column("name", "variant"),
                     report.Column("parameters", "M", ".2f"),
                 ]
+                budgets = [
+                    budget
+                    for budget in self.budgets
+                    if measure != "forced"
+                    or any((DEFAULT, (kind, context, budget)) in self._marks for kind in self.kinds)
+                ]
+                if not budgets:
+                    continue
                 for kind in self.kinds:
-                    for budget in self.budgets:
+                    for budget in budgets:
                         key = cell_key((kind, context, budget))
                         columns.append(report.Column(f"{measure}_{key}", f"{kind} {budget}", style))
-                    key = cell_key((kind, context, self.budgets[0]))
+                    key = cell_key((kind, context, budgets[0]))
                     what = "of recall, " if measure == "share" else ""
                     columns.append(
                         report.Column(
                             f"{compared}_{key}_difference",
-                            f"{what}{kind} {self.budgets[0]}, difference",
+                            f"{what}{kind} {budgets[0]}, difference",
                         )
                     )
                 found[f"{heading}, {context:,} tokens"] = tuple(columns)

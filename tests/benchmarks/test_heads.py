@@ -294,6 +294,7 @@ def test_the_command(tmp_path):
     arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     arguments += ["--variants", "eagle3-shape,copies-0", "--tokens", "1024", "--points", "2"]
     arguments += ["--context", "512", "--contexts", "512,384", "--budgets", "112,512"]
+    arguments += ["--forced-budgets", "112,512"]
     arguments += ["--prompts", "2", "--forced", "4", "--loaders", "0"]
     done = CliRunner().invoke(app, ["heads", *arguments])
     assert done.exit_code == 0, done.output
@@ -307,17 +308,19 @@ def test_the_command(tmp_path):
         "copies-0": 0.0,
     }
     for row in rows.values():
+        for kind in ("text", "copy"):
+            assert row[f"forced_{kind}_512_512"] == pytest.approx(0, abs=1e-4)
         for context in (512, 384):
             for kind in ("text", "copy"):
                 # All pages of the context are within the larger budget.
-                assert row[f"forced_{kind}_{context}_512"] == pytest.approx(0, abs=1e-4)
                 assert row[f"share_{kind}_{context}_512"] == pytest.approx(1)
                 assert 0 < row[f"share_{kind}_{context}_112"] < 1
+                assert (f"forced_{kind}_{context}_512" in row) == (context == 512)
     assert rows["eagle3-shape"]["parameters"] != rows[DEFAULT]["parameters"]
     lines = [json.loads(line) for line in next((tmp_path / "out").glob("*.jsonl")).open()]
     curves = [line for line in lines if "share" in line]
     assert len(curves) == 2 * 3 * 2 * 2 * 2 and {line["tokens"] for line in curves} == {512, 1024}
-    assert len(lines) - len(curves) == 4 * (1 + 3 * 2)
+    assert len(lines) - len(curves) == 2 * (1 + 3 * 2)
     assert next((tmp_path / "out").glob("*.png")).stat().st_size > 10_000
 
 
@@ -328,8 +331,9 @@ def test_the_command(tmp_path):
         (["--steps", "1", "--variants", "best"], "--variants: found 'best'"),
         (["--steps", "1", "--context", "512", "--contexts", "1024"], "--contexts: found 1024"),
         (["--steps", "1", "--budgets", "32"], "budget: found 32"),
+        (["--steps", "1", "--forced-budgets", "144"], "--forced-budgets: found 144"),
     ],
-    ids=["length", "variants", "contexts", "budgets"],
+    ids=["length", "variants", "contexts", "budgets", "forced"],
 )
 def test_a_wrong_option_ends_with_its_name(arguments, told, tmp_path):
     given = ["--model", str(DEMO_MODEL), "--data", str(DOCS / "figures.toml")]
