@@ -175,26 +175,29 @@ def main(
         result.title += f", {progress.step:,} steps, {progress.tokens:,} tokens"
         for name, head in heads.items():
             head.save(work / name)
+        result.notes += [
+            "All variants learn from the same batches at the same positions of the same pass of the "
+            "teacher; with another share of copies, from the same documents. Each changes one thing of "
+            f"the first row; M: million parameters. Training took {progress.seconds:,.0f} s for all "
+            "together.",
+            f"Prompts: {prompts} of each kind and context, the same as of `marks`, from texts that "
+            "--data should not hold. Recall is measured where copied tokens are made, or in `text` at as many "
+            "tokens of the second half.",
+            "Differences to the first row are paired by prompt, with 95 % intervals (Student's t).",
+            f"By force: the last {forced} tokens one by one, all layers with the pages that the "
+            "variant chose and hidden states of its own sparse run.",
+        ]
         longest = [part for part in held if part.context == max(lengths)]
-        mark(teacher, {name: work / name for name in heads}, longest, sizes, figures)
-    result.tables = figures.tables()
-    result.rows = [
-        {**figures.row(name), "parameters": parameters(head) / 1e6} for name, head in heads.items()
-    ]
-    result.notes += [
-        "All variants learn from the same batches at the same positions of the same pass of the "
-        "teacher; with another share of copies, from the same documents. Each changes one thing of "
-        f"the first row; M: million parameters. Training took {progress.seconds:,.0f} s for all "
-        "together.",
-        f"Prompts: {prompts} of each kind and context, the same as of `marks`; none of their text "
-        "was trained on. Recall is measured where copied tokens are made, or in `text` at as many "
-        "tokens of the second half.",
-        "Differences to the first row are paired by prompt, with 95 % intervals (Student's t).",
-        f"By force: the last {forced} tokens one by one, all layers with the pages that the "
-        "variant chose and hidden states of its own sparse run.",
-    ]
+        # The forced passages take long; what is known by then is kept.
+        for parts in ([], *([part] for part in longest)):
+            mark(teacher, {name: work / name for name in heads}, parts, sizes, figures)
+            result.tables = figures.tables()
+            result.rows = [
+                {**figures.row(name), "parameters": parameters(head) / 1e6}
+                for name, head in heads.items()
+            ]
+            result.write(out)
     figures.draw(list(heads), result.title, stem.with_suffix(".png"))
-    result.write(out)
     result.show()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.collectors import Collectors
 from benchmarks.heads.variants import Variant
 from specontext_vllm.distillation.data import (
     Copies,
@@ -29,22 +30,6 @@ from specontext_vllm.distillation.teacher import Lesson, Teacher
 
 SIDE_BY_SIDE = 8
 """Second runs at a time; each needs keys and values of its own."""
-
-
-class Collectors:
-    """Collectors by name that watch one pass."""
-
-    def __init__(self, each: Mapping[str, AttentionCollector]) -> None:
-        self.each = each
-
-    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
-        """See ``AttentionCollector``."""
-        for collector in self.each.values():
-            collector.observe(query, key, at, scale)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """The first one's."""
-        return next(iter(self.each.values())).result()
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ class Classroom:
         watched = at if stretch is None else torch.cat([at, stretch], 1)
         collectors = Collectors(self._collectors(self._aligned))
         lesson = self.teacher(ids, watched, collectors, keep_cache=stretch is not None)
-        results = {name: each.result() for name, each in collectors.each.items()}
+        results = collectors.results()
         lessons = {
             name: replace(
                 lesson,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.intervals import bootstrap
-from benchmarks.losses.variants import BUDGETS, Collectors, Target
+from benchmarks.losses.variants import BUDGETS, Target, collectors_of, lessons_of
 from benchmarks.questions import answer, questions
 from specontext_vllm.demo.decoder import Decoder
 from specontext_vllm.distillation.data import sample_positions
@@ -44,14 +44,14 @@ class SeenSequence:
             torch.Generator(device=ids.device).manual_seed(seed),
             first=max(BUDGETS),
         )
-        collectors = Collectors(
+        collectors = collectors_of(
             [Target.of(RECENT_TOKENS, over, "all", len(teacher.layers)) for over in ("max", "mean")]
         )
         return cls(
             at,
             {
                 target.over_layers: lesson
-                for target, lesson in collectors.lessons(teacher(ids, at, collectors)).items()
+                for target, lesson in lessons_of(teacher(ids, at, collectors), collectors).items()
             },
         )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.collectors import Collectors
 from specontext_vllm.distillation.data import Sequences, sample_positions
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.draft_trainer import DraftDistiller
@@ -76,36 +77,20 @@ class Target:
         return cls(window, over_layers, ranges[layers])
 
 
-@dataclass
-class Collectors:
-    """Several ``AttentionTarget``s that watch one forward pass, each its own layers."""
+def collectors_of(targets: Sequence[Target]) -> Collectors[Target]:
+    """An ``AttentionTarget`` for each, which watches its own layers."""
+    return Collectors(
+        {target: AttentionTarget(target.window, target.over_layers) for target in targets},
+        {target: target.layers for target in targets},
+    )
 
-    targets: Sequence[Target]
-    each: dict[Target, AttentionTarget] = field(init=False)
-    layer: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        self.each = {
-            target: AttentionTarget(target.window, target.over_layers) for target in self.targets
-        }
-
-    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
-        """The next layer's; see ``AttentionCollector``."""
-        for target, collector in self.each.items():
-            if self.layer in target.layers:
-                collector.observe(query, key, at, scale)
-        self.layer += 1
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        return next(iter(self.each.values())).result()
-
-    def lessons(self, lesson: Lesson) -> dict[Target, Lesson]:
-        """The lesson with each one's target."""
-        results = {target: collector.result() for target, collector in self.each.items()}
-        return {
-            target: replace(lesson, target=found, mass=mass)
-            for target, (found, mass) in results.items()
-        }
+def lessons_of(lesson: Lesson, collectors: Collectors[Target]) -> dict[Target, Lesson]:
+    """The lesson with each one's target."""
+    return {
+        target: replace(lesson, target=found, mass=mass)
+        for target, (found, mass) in collectors.results().items()
+    }
 
 
 @dataclass(frozen=True)
@@ -129,8 +114,8 @@ def train(
         at, _ = sample_positions(
             weights[:, 1:], sampler.settings.align_positions, sampler.generator(ids.device)
         )
-        collectors = Collectors(targets)
-        lessons = collectors.lessons(teacher(ids, at, collectors))
+        collectors = collectors_of(targets)
+        lessons = lessons_of(teacher(ids, at, collectors), collectors)
         for name, variant in variants.items():
             generator = torch.Generator(device=ids.device).manual_seed(number)
             found[name] = variant.run.learn(lessons[variant.target], at, weights, generator)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.losses import command
-from benchmarks.losses.variants import VARIANTS, Collectors, Target
+from benchmarks.losses.variants import VARIANTS, Target, collectors_of
 from benchmarks.plain_model import plain_model
 from specontext_vllm.distillation.losses import AttentionTarget
 from specontext_vllm.distillation.shape import DraftShape
@@ -50,7 +50,7 @@ def test_a_target_is_that_of_its_layers_alone(over):
         Target.of(5, over, name, LAYERS)
         for name in ("all", "first half", "last half", "every second")
     ]
-    collectors = Collectors(targets)
+    collectors = collectors_of(targets)
     for arguments in shown:
         collectors.observe(*arguments)
     found = []
