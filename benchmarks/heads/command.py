@@ -175,53 +175,51 @@ def main(
         result.title += f", {progress.step:,} steps, {progress.tokens:,} tokens"
         for name, head in heads.items():
             head.save(work / name)
-        result.notes += [
-            "All variants learn from the same batches at the same positions of the same pass of the "
-            "teacher; with another share of copies, from the same documents. Each changes one thing of "
-            f"the first row; M: million parameters. Training took {progress.seconds:,.0f} s for all "
-            "together.",
-            f"Prompts: {prompts} of each kind and context, the same as of `marks`, from texts that "
-            "--data should not hold. Recall is measured where copied tokens are made, or in `text` at as many "
-            "tokens of the second half.",
-            "Differences to the first row are paired by prompt, with 95 % intervals (Student's t).",
-            f"By force: the last {forced} tokens one by one, all layers with the pages that the "
-            "variant chose and hidden states of its own sparse run.",
-        ]
-        longest = [part for part in held if part.context == max(lengths)]
-        # The forced passages take long; what is known by then is kept.
-        for parts in ([], *([part] for part in longest)):
-            mark(teacher, {name: work / name for name in heads}, parts, sizes, figures)
+        result.notes += notes_on(prompts, forced, progress.seconds)
+        figures.draw(list(heads), result.title, stem.with_suffix(".png"))
+
+        def keep() -> None:
             result.tables = figures.tables()
             result.rows = [
                 {**figures.row(name), "parameters": parameters(head) / 1e6}
                 for name, head in heads.items()
             ]
             result.write(out)
-    figures.draw(list(heads), result.title, stem.with_suffix(".png"))
+
+        # The forced passages take long; what is known by then is kept.
+        keep()
+        for part in held:
+            if part.context == max(lengths):
+                mark(teacher, {name: work / name for name in heads}, part, sizes, figures)
+                keep()
     result.show()
 
 
 def mark(
-    teacher: Any,
-    folders: dict[str, Path],
-    held: Sequence[Prompts],
-    sizes: Sequence[Size],
-    figures: Results,
+    teacher: Any, folders: dict[str, Path], part: Prompts, sizes: Sequence[Size], figures: Results
 ) -> None:
     """Log-probabilities of the forced tokens, with the pages that each head in a folder chooses."""
-    for part in held:
-        heads = {name: load_head(path, teacher, part.context) for name, path in folders.items()}
-        named = {f"{name}, {OWN.name}": name for name in heads} | {DENSE: DENSE}
-        marks = measure(
-            teacher,
-            part.ids.to(teacher.device),
-            part.forced,
-            Choosers([], heads, [OWN]),
-            sizes,
-        )
-        for found in marks:
-            figures.add_mark(named[found.by], part.kind, part.context, found)
-        typer.echo(f"forced: {part.kind}, {part.context:,} tokens")
+    heads = {name: load_head(path, teacher, part.context) for name, path in folders.items()}
+    named = {f"{name}, {OWN.name}": name for name in heads} | {DENSE: DENSE}
+    pieces, choosers = part.ids.to(teacher.device), Choosers([], heads, [OWN])
+    for found in measure(teacher, pieces, part.forced, choosers, sizes):
+        figures.add_mark(named[found.by], part.kind, part.context, found)
+    typer.echo(f"forced: {part.kind}, {part.context:,} tokens")
+
+
+def notes_on(prompts: int, forced: int, seconds: float) -> list[str]:
+    """What the tables do not say."""
+    return [
+        "All variants learn from the same batches at the same positions of the same pass of the "
+        "teacher; with another share of copies, from the same documents. Each changes one thing of "
+        f"the first row; M: million parameters. Training took {seconds:,.0f} s for all together.",
+        f"Prompts: {prompts} of each kind and context, the same as of `marks`, from texts that "
+        "--data should not hold. Recall is measured where copied tokens are made, or in `text` at "
+        "as many tokens of the second half.",
+        "Differences to the first row are paired by prompt, with 95 % intervals (Student's t).",
+        f"By force: the last {forced} tokens one by one, all layers with the pages that the "
+        "variant chose and hidden states of its own sparse run.",
+    ]
 
 
 def facts(pupil: Trained) -> dict[str, Any]:
