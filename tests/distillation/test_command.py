@@ -4,9 +4,6 @@ are taken.
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -21,6 +18,7 @@ from specontext_vllm.distillation.options import (
 from specontext_vllm.distillation.run_folder import claim_folder
 from tests.distillation.tiny_models import make_config, write_model
 from tests.engine.conftest import DEMO_MODEL
+from tests.forked import TRAINING, fork_server
 
 OPTIONS = {
     "batch_tokens": None,
@@ -178,48 +176,38 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim_folder(tmp_path / "config.json", {})
 
 
+def torchrun(arguments: list[str]) -> None:
+    from torch.distributed.run import main
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    main(arguments)
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_head_and_go_on(tmp_path):
     """gloo on a CPU: together they take twice the tokens; alone each would train, and overwrite, a
     head of its own.
     """
-    for steps in (2, 3):
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "specontext_vllm.cli",
-        ]
-        options = [
-            "distill",
-            "--model",
-            str(DEMO_MODEL),
-            "--data",
-            "synthetic",
-            "--out",
-            str(tmp_path),
-            "--context",
-            "256",
-        ]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run(
-            [*launch, *options, "--steps", str(steps)],
-            cwd=Path(__file__).parents[2],
-            env=env,
-            check=True,
-            timeout=300,
-        )
+    out, command = tmp_path / "out", tmp_path / "command.py"
+    run = "app(sys.argv[1:], standalone_mode=False)"  # or a worker would exit, not return
+    command.write_text(f"import sys\nfrom specontext_vllm.cli import app\n{run}\n")
+    launch = "--standalone --nproc-per-node 2 --start-method fork --run-path".split()
+    options = ["--model", str(DEMO_MODEL), "--data", "synthetic", "--out", str(out)]
+    distill = ["distill", *options, "--context", "256", "--steps"]
+    with fork_server("torch.distributed.run", *TRAINING) as context:
+        for steps in ("2", "3"):
+            arguments = [*launch, str(command), *distill, steps]
+            process = context.Process(target=torchrun, args=(arguments,))
+            process.start()
+            process.join(300)
+            process.terminate()
+            assert process.exitcode == 0
     curve = [
-        json.loads(line)
-        for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
+        json.loads(line) for line in (out / "training" / "curve.jsonl").read_text().splitlines()
     ]
     assert [(line["step"], line["tokens"]) for line in curve] == [
         (0, 0),
         (2, 2 * 2 * 256),
         (3, 3 * 2 * 256),
     ]
-    assert json.loads((tmp_path / "training" / "run.json").read_text())["processes"] == 2
+    assert json.loads((out / "training" / "run.json").read_text())["processes"] == 2

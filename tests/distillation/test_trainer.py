@@ -3,11 +3,9 @@ trains, and the head learns.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
 from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES
 from tests.engine.conftest import DEMO_MODEL
+from tests.forked import TRAINING, fork_server
 
 STEPS, CONTEXT = 10, 256
 SETTINGS = {
@@ -62,24 +61,31 @@ def run_to_the_end(out: Path) -> None:
     list(run.run())
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
-    """``run_to_the_end`` in a process of its own. In this one vLLM may have bound the threads (its
-    CPU worker takes torch.set_num_threads away), and sums differ in their last bits with the number
-    of threads."""
-    program = (
-        "import sys, pathlib; from tests.distillation.test_trainer import run_to_the_end; "
-        "run_to_the_end(pathlib.Path(sys.argv[1]))"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, str(out)], cwd=Path(__file__).parents[2], env=env
-    )
+@pytest.fixture(scope="module")
+def start() -> Iterator[Callable[[Path], BaseProcess]]:
+    """Starts ``run_to_the_end`` in a process of its own. In this one vLLM may have bound the
+    threads (its CPU worker takes torch.set_num_threads away), and sums differ in their last bits
+    with the number of threads.
+    """
+    with fork_server(__name__, *TRAINING) as context:
+
+        def start(out: Path) -> BaseProcess:
+            process = context.Process(target=run_to_the_end, args=(out,))
+            process.start()
+            return process
+
+        yield start
+
+
+def end(process: BaseProcess) -> None:
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
+def uninterrupted(start, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    assert start(out).wait() == 0
+    end(start(out))
     return out
 
 
@@ -91,22 +97,21 @@ def steps_of(out: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_where_an_uninterrupted_one_does(uninterrupted, tmp_path):
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(start, uninterrupted, tmp_path):
     process = start(tmp_path)
     state = tmp_path / "training" / "state.pt"
     try:
-        while process.poll() is None and not (
+        while process.is_alive() and not (
             state.is_file() and 3 <= torch.load(state, weights_only=True)["progress"]["step"]
         ):
             time.sleep(0.02)
-        assert process.poll() is None, "the run was over before it could be killed"
-        process.send_signal(signal.SIGKILL)
+        assert process.is_alive(), "the run was over before it could be killed"
     finally:
         process.kill()
-        process.wait()
+        process.join()
     stopped = torch.load(state, weights_only=True)["progress"]["step"]
     assert 3 <= stopped < STEPS
-    assert start(tmp_path).wait() == 0
+    end(start(tmp_path))
     for name, tensor in load_file(uninterrupted / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "model.safetensors")[name], tensor), name
     assert steps_of(tmp_path) == steps_of(uninterrupted) == [0, STEPS]

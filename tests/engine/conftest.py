@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from openai import OpenAI
 
 from specontext_vllm.demo.server import VllmServer, device_arguments
 from specontext_vllm.retrieval.checkpoint import random_checkpoint, read_checkpoint, save_head
+from tests.forked import fork_server
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -103,15 +102,10 @@ def forked_workers() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.executor"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
+    imported = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.executor")
+    with fork_server(*imported) as context, pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: context)
         yield
-    # Else it would live as long as this process, and be taken for a leftover.
-    forkserver._forkserver._stop()
 
 
 @pytest.fixture(scope="module")
