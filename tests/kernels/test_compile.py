@@ -35,35 +35,28 @@ def kernels() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def compilers():
-    """One process for each, all at once: most of the time is one core's. What Triton has compiled
-    before of the same source it does not compile again.
+def compiled() -> dict[str, list | str]:
+    """By capability, what a process of its own found. What Triton has compiled before of the same
+    source it does not compile again.
     """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")}
-
-    def start(capability: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.kernels.compile_kernels", str(capability)]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-
-    running = {capability: start(capability) for capability in SHARED_KIB}
-    yield running
-    for process in running.values():
-        process.kill()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_kernels", *map(str, SHARED_KIB)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_CACHE_DIR": str(ROOT / "build" / "triton")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED_KIB)
-def test_every_kernel_compiles_and_fits(compilers, capability):
-    out, errors = compilers[capability].communicate()
-    assert compilers[capability].returncode == 0, errors[-3000:]
-    compiled = json.loads(out.splitlines()[-1])
-    assert {entry["kernel"] for entry in compiled} == kernels()
-    for entry in compiled:
-        assert entry["shared"] <= 1024 * SHARED_KIB[capability], entry
+def test_every_kernel_compiles_and_fits(compiled, capability):
+    found = compiled[str(capability)]
+    assert isinstance(found, list), found[-3000:]
+    assert {entry["kernel"] for entry in found} == kernels()
+    for entry in found:
+        # Without matrix products it takes as much elsewhere, where not each shape is compiled.
+        limits = [SHARED_KIB[capability]] if entry["products"] else SHARED_KIB.values()
+        assert entry["shared"] <= 1024 * min(limits), entry
