@@ -103,8 +103,10 @@ def main(
         console.print("Interrupted; the server was stopped.")
         raise typer.Exit(130) from None
     console.print(compare(questions, sparse, dense))
+    shares = [answer.pages_read for answer in sparse if answer.pages_read is not None]
     console.print(
         f"Right: {sum(answer.right for answer in sparse)} of {len(questions)} with specontext, "
+        f"whose steps read {sum(shares) / max(1, len(shares)):.0%} of the KV pages, "
         f"{sum(answer.right for answer in dense)} with dense attention. The prompts share their "
         "text, which is read once. A model this small gains no speed from reading less KV; "
         "benchmarks/results/ shows where sparsity pays."

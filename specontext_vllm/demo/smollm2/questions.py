@@ -60,10 +60,11 @@ OF_THE_TEXT = (
 QUOTED = (
     "Mr. Allen, who owned the chief of the property about Fullerton, the",
     "It is now expedient to give some description of Mrs. Allen, that",
-    "Mrs. Allen was so long in dressing that they did not enter the ballroom till late. The season "
-    "was full, the room crowded, and",
 )
-"""Beginnings of passages that are to be repeated."""
+"""Beginnings of passages that are to be repeated. At 4,000 tokens dense attention gives each word
+that follows at least 0.1 nats more than any other; where it is less sure, reading less may turn the
+choice.
+"""
 
 REPEATED = 16
 """Words of a passage that must follow."""
