@@ -2,9 +2,7 @@
 
 Importing vLLM makes millions of objects that stay. Python's collector goes through all of them
 again and again meanwhile, which takes a fifth of the time. And vLLM spawns its processes on a CPU,
-each of which imports it anew for ten seconds; where a test says so they are forked instead. In a
-forked process vLLM's own collections, some ten where an engine starts and ends, see what was made
-there, not what was imported before.
+each of which imports it anew for ten seconds; where a test says so they are forked instead.
 """
 
 import gc
@@ -13,14 +11,6 @@ import os
 from multiprocessing import resource_tracker
 
 gc.set_threshold(50_000, 20, 20)
-
-
-def leave_what_was_imported():
-    gc.freeze()
-    gc.unfreeze = lambda: None
-
-
-os.register_at_fork(after_in_child=leave_what_was_imported)
 
 
 def get_context(method=None):
