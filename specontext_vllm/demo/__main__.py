@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.demo.asking import Question, compare, run
-from specontext_vllm.demo.server import ServerError, device_arguments, has_gpu
+from specontext_vllm.demo.asking import Question, ask_both, compare
+from specontext_vllm.demo.server import device_arguments, has_gpu
 from specontext_vllm.extras import require_extra
 from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 
@@ -97,8 +97,6 @@ def main(
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    from openai import OpenAIError
-
     for option, path in (("--model", model / "config.json"), ("--config", config)):
         if not path.exists():
             typer.echo(
@@ -124,24 +122,7 @@ def main(
     # SIGTERM ends the demo as Ctrl-C does, servers included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = ["--config", str(config.resolve()), *device_arguments()]
-    try:
-        sparse = run(console, "specontext", model, arguments, problems, warm_up, sparse=True)
-        # The same options, but for the backend: the later --attention-backend wins.
-        dense = run(
-            console,
-            "dense",
-            model,
-            [*arguments, "--attention-backend", "auto"],
-            problems,
-            warm_up,
-            sparse=False,
-        )
-    except (ServerError, OpenAIError, OSError) as error:
-        console.print(str(error), markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("Interrupted; the server was stopped.")
-        raise typer.Exit(130) from None
+    sparse, dense = ask_both(console, model, arguments, problems, warm_up)
     console.print(compare(problems, sparse, dense))
     if not has_gpu():
         console.print(

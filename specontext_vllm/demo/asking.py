@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -191,6 +192,46 @@ def run(
         with working(console, f"{name}: stopping the server"):
             stack.close()
     return answers
+
+
+def ask_both(
+    console: Console,
+    model: Path,
+    arguments: list[str],
+    questions: Sequence[Question],
+    warm_up: Question,
+    *,
+    sparse_only: Sequence[str] = (),
+) -> tuple[list[Answer], list[Answer]]:
+    """The answers of a server with specontext, and of one without, by the same arguments.
+
+    Args:
+        sparse_only: more arguments of the first.
+    Raises:
+        typer.Exit: a server failed, or the user interrupted; the console says so.
+    """
+    from openai import OpenAIError
+
+    try:
+        sparse = run(
+            console,
+            "specontext",
+            model,
+            [*arguments, *sparse_only],
+            questions,
+            warm_up,
+            sparse=True,
+        )
+        # The same options, but for the backend: the later --attention-backend wins.
+        plain = [*arguments, "--attention-backend", "auto"]
+        dense = run(console, "dense", model, plain, questions, warm_up, sparse=False)
+    except (ServerError, OpenAIError, OSError) as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("Interrupted; the server was stopped.")
+        raise typer.Exit(130) from None
+    return sparse, dense
 
 
 def compare(

@@ -19,8 +19,8 @@ import yaml
 from rich.console import Console
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.demo.asking import compare, run, working
-from specontext_vllm.demo.server import ServerError, device_arguments
+from specontext_vllm.demo.asking import ask_both, compare, working
+from specontext_vllm.demo.server import device_arguments
 from specontext_vllm.demo.smollm2.model import smollm2
 from specontext_vllm.demo.smollm2.questions import make_questions
 from specontext_vllm.extras import require_extra
@@ -65,8 +65,6 @@ def main(
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    from openai import OpenAIError
-
     questions = make_questions(model / "tokenizer.json", tokens)
     console.print(
         f"{len(questions)} questions over {tokens:,} tokens of a novel, to a server with "
@@ -77,31 +75,9 @@ def main(
     settings["specontext"]["retrieval_head"] = str(head.resolve())
     arguments = ["--config", str(config.resolve()), *device_arguments()]
     sparse_only = ["--additional-config", json.dumps(settings)]
-    try:
-        sparse = run(
-            console,
-            "specontext",
-            model,
-            [*arguments, *sparse_only],
-            questions,
-            questions[0],
-            sparse=True,
-        )
-        dense = run(
-            console,
-            "dense",
-            model,
-            [*arguments, "--attention-backend", "auto"],
-            questions,
-            questions[0],
-            sparse=False,
-        )
-    except (ServerError, OpenAIError, OSError) as error:
-        console.print(str(error), markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("Interrupted; the server was stopped.")
-        raise typer.Exit(130) from None
+    sparse, dense = ask_both(
+        console, model, arguments, questions, questions[0], sparse_only=sparse_only
+    )
     console.print(compare(questions, sparse, dense))
     shares = [answer.pages_read for answer in sparse if answer.pages_read is not None]
     console.print(
