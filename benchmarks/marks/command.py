@@ -14,6 +14,7 @@ from benchmarks.marks.inputs import DTYPES, KINDS, load_model, make_prompts, nam
 from benchmarks.marks.measuring import Choosers, Size, measure
 from benchmarks.marks.own_attention import OWN_SELECTIONS
 from benchmarks.marks.results import Results, table
+from benchmarks.real.options import ModelFolder, NamedHeads, TestTexts
 from benchmarks.real.prompts import PromptError
 from benchmarks.real.settings import OptionError, parse_heads
 from benchmarks.real.texts import TextError
@@ -25,15 +26,9 @@ REFUSALS = (ConfigError, HeadError, OptionError, PromptError, TeacherError, Text
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")],
-    texts: Annotated[
-        list[Path],
-        typer.Option(help="Plain text file, or folder of such, that no head was trained on."),
-    ],
-    head: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=FOLDER of a retrieval head. Default: the model's own."),
-    ] = None,
+    model: ModelFolder,
+    texts: TestTexts,
+    head: NamedHeads = None,
     context: Annotated[int, typer.Option(help="Tokens of a prompt.", min=256)] = 4096,
     prompts: Annotated[int, typer.Option(help="Of each kind.", min=2)] = 32,
     forced: Annotated[int, typer.Option(help="Tokens of a forced passage.", min=2)] = 64,

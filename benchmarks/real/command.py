@@ -16,6 +16,7 @@ from benchmarks.prefilled import EngineSpec
 from benchmarks.real import files, forced, labels, ruler, tables
 from benchmarks.real.engine import Generation
 from benchmarks.real.leaks import WORDS, Training, check_leaks
+from benchmarks.real.options import ModelFolder, NamedHeads, TestTexts
 from benchmarks.real.prompts import Group, PromptError, Task
 from benchmarks.real.run import Run, fill
 from benchmarks.real.settings import (
@@ -41,15 +42,9 @@ TASKS = "text,copy,niah_single_2"
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")],
-    texts: Annotated[
-        list[Path],
-        typer.Option(help="Plain text file, or folder of such, that no head was trained on."),
-    ],
-    head: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=FOLDER of a retrieval head. Default: the model's own."),
-    ] = None,
+    model: ModelFolder,
+    texts: TestTexts,
+    head: NamedHeads = None,
     tasks: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = TASKS,
     retrievers: Annotated[
         str, typer.Option(help="Besides dense; those with a head run with each head.")

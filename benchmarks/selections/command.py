@@ -17,6 +17,7 @@ from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.marks.command import REFUSALS
 from benchmarks.marks.heads import load_head
 from benchmarks.marks.inputs import DTYPES, load_model, make_prompts, names, numbers
+from benchmarks.real.options import ModelFolder, NamedHeads, TestTexts
 from benchmarks.real.settings import parse_heads
 from benchmarks.selections import plots
 from benchmarks.selections.buffers import DECILES, Policy
@@ -69,15 +70,9 @@ def tables() -> dict[str, tuple[report.Column, ...]]:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Model folder.")],
-    texts: Annotated[
-        list[Path],
-        typer.Option(help="Plain text file, or folder of such, that no head was trained on."),
-    ],
-    head: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=FOLDER of a retrieval head. Default: the model's own."),
-    ] = None,
+    model: ModelFolder,
+    texts: TestTexts,
+    head: NamedHeads = None,
     context: Annotated[int, typer.Option(help="Tokens of a text.", min=256)] = 8064,
     steps: Annotated[
         int, typer.Option(help="Of these, the last that are decode steps.", min=16)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from specontext_vllm.cli.options import AllowPickle, HeadCheckpointName, Revision
 from specontext_vllm.cli.refusals import refusals
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
@@ -28,21 +29,12 @@ from specontext_vllm.retrieval.rope import rope_frequencies
 
 
 def inspect(
-    checkpoint: Annotated[
-        str, typer.Argument(help="Checkpoint of a head: a folder or a Hugging Face hub id.")
-    ],
+    checkpoint: HeadCheckpointName,
     target: Annotated[
         Path | None, typer.Option(help="Folder of the target model; only its config.json is read.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")
-    ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle", help="Open pytorch_model.bin where there are no safetensors."
-        ),
-    ] = False,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Show what a retrieval head is like and what it keeps of its checkpoint, and whether it fits
     a target model.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from specontext_vllm.cli.options import AllowPickle, HeadCheckpointName, Revision
 from specontext_vllm.cli.refusals import refusals
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
@@ -17,23 +18,14 @@ from specontext_vllm.retrieval.checkpoint import (
 
 
 def prune(
-    head: Annotated[
-        str, typer.Argument(help="Checkpoint of a head: a folder or a Hugging Face hub id.")
-    ],
+    head: HeadCheckpointName,
     out: Annotated[Path, typer.Argument(help="New folder for what the retrieval head keeps.")],
     int8: Annotated[
         bool,
         typer.Option("--int8", help="Store matrices in 8 bits, with a scale for each row."),
     ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Commit, tag or branch of a hub id; default main.")
-    ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle", help="Open pytorch_model.bin where there are no safetensors."
-        ),
-    ] = False,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Write what selection needs of a head, without the LM head and the rest of a draft model.
 
