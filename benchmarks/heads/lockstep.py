@@ -14,12 +14,12 @@ from torch import Tensor
 from benchmarks.collectors import Collectors
 from benchmarks.heads.variants import Variant
 from specontext_vllm.distillation.data import (
-    Copies,
     Data,
     Documents,
     Sequences,
     batches,
     sample_positions,
+    with_copies,
 )
 from specontext_vllm.distillation.head_shape import HeadShape
 from specontext_vllm.distillation.head_trainer import HeadDistiller, stretch_positions
@@ -187,8 +187,7 @@ def make_classrooms(
     rooms = []
     for copies, group in shares.items():
         settings = next(iter(pupils.values())).run.settings
-        breaks = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-        own = Copies(documents, copies, breaks) if copies else documents
+        own = with_copies(documents, copies, tokenizer)
         data = Sequences(own, settings.lengths, settings.batch_tokens, seed=settings.seed)
         rooms.append(Classroom(model, all_layers(group.values()), group, data))
     return rooms

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from specontext_vllm.config import CONFIG_KEY
-from specontext_vllm.distillation.data import Copies, Documents, Sequences, Synthetic
+from specontext_vllm.distillation.data import Documents, Sequences, Synthetic, with_copies
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.draft_trainer import DraftDistiller
 from specontext_vllm.distillation.head_model import HeadModel
@@ -167,9 +167,7 @@ def distill(
         if data == ["synthetic"]
         else Files([Path(name) for name in data], tokenizer, cache)
     )
-    if settings.copies:
-        breaks = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-        documents = Copies(documents, settings.copies, breaks)
+    documents = with_copies(documents, settings.copies, tokenizer)
     first = Sequences(documents, settings.lengths, settings.batch_tokens, seed=settings.seed)
     head: HeadModel | DraftModel
     if format == "specontext":

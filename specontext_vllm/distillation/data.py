@@ -99,6 +99,13 @@ class Copies:
                 return ids, answers
 
 
+def with_copies(documents: Documents, share: float, tokenizer: Any) -> Documents:
+    """The documents, of which a share has ``Copies`` in it; as they are where the share is 0."""
+    if not share:
+        return documents
+    return Copies(documents, share, tokenizer("\n\n", add_special_tokens=False)["input_ids"])
+
+
 class Sequences(Dataset):
     """Batches of packed sequences. Batch number i is always the same, so that a resumed run trains
     on what it would have trained on.

@@ -10,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.distillation.files import whole_file
-from specontext_vllm.distillation.llama import causal_attention, gated_mlp, rms_norm, split_heads
+from specontext_vllm.distillation.llama import (
+    causal_attention,
+    gated_mlp,
+    linear,
+    rms_norm,
+    split_heads,
+)
 from specontext_vllm.distillation.rows import rows_at
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import (
@@ -20,6 +25,7 @@ from specontext_vllm.retrieval.checkpoint import (
     read_checkpoint,
 )
 from specontext_vllm.retrieval.checkpoint.tensor_files import list_tensors
+from specontext_vllm.retrieval.checkpoint.whole_file import whole_file
 from specontext_vllm.retrieval.reference import grouped_logits, page_scores, reduce_to_pages
 from specontext_vllm.retrieval.rope import rope_parameters, rope_table, rotate_halves
 
@@ -75,12 +81,6 @@ class DraftModel(nn.Module):
         super().__init__()
         self.shape = shape
         hidden, width = shape.hidden, shape.head_dim
-
-        def linear(fan_in: int, fan_out: int) -> nn.Linear:
-            layer = nn.Linear(fan_in, fan_out, bias=False)
-            # Outputs of unit size, whatever the width.
-            nn.init.normal_(layer.weight, 0.0, fan_in**-0.5)
-            return layer
 
         def norm() -> nn.Parameter:
             return nn.Parameter(torch.ones(hidden))

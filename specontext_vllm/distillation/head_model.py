@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.head_shape import HeadShape
-from specontext_vllm.distillation.llama import gated_mlp, rms_norm, split_heads
+from specontext_vllm.distillation.llama import gated_mlp, linear, rms_norm, split_heads
 from specontext_vllm.distillation.rows import rows_at
 from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint, save_head
 from specontext_vllm.retrieval.reference import grouped_logits, page_scores, reduce_to_pages
@@ -44,7 +44,7 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, rows: int, inner: int) -> None:
         super().__init__()
-        self.proj = _linear(width, rows)
+        self.proj = linear(width, rows)
         self.mlp = GatedMLP(width, rows, inner) if inner else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, rows: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = _linear(width, inner), _linear(width, inner)
-        self.down_proj = _linear(inner, rows)
+        self.gate_proj, self.up_proj = linear(width, inner), linear(width, inner)
+        self.down_proj = linear(inner, rows)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class HeadModel(nn.Module):
         super().__init__()
         self.shape = shape
         spec = shape.head_spec()
-        self.fc = _linear(len(shape.aux_layers) * shape.target_hidden, shape.hidden)
+        self.fc = linear(len(shape.aux_layers) * shape.target_hidden, shape.hidden)
         self.fc_norm = nn.ModuleList(Norm(shape.target_hidden, shape.eps) for _ in shape.aux_layers)
         self.embed_norm = Norm(shape.target_hidden, shape.eps)
         self.feature_norm = Norm(shape.hidden, shape.eps)
@@ -189,13 +189,6 @@ class HeadModel(nn.Module):
 def before(x: Tensor) -> Tensor:
     """``x [B, T, H]`` of the token before each; zeros before the first."""
     return F.pad(x, (0, 0, 1, 0))[:, :-1]
-
-
-def _linear(width: int, rows: int) -> nn.Linear:
-    layer = nn.Linear(width, rows, bias=False)
-    # Outputs of unit size, whatever the width.
-    nn.init.normal_(layer.weight, 0.0, width**-0.5)
-    return layer
 
 
 def _canonical(name: str) -> str:

@@ -25,7 +25,7 @@ class HeadDistiller(Distiller[HeadModel]):
     """
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for matrices, which here needs about a third of AdamW's steps
+        """Muon for matrices, which here needs about half of AdamW's steps
         (docs/results/distillation.md), AdamW for norms.
         """
         rate, parameters = self.settings.learning_rate, list(self.head.parameters())

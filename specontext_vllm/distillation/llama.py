@@ -6,6 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def linear(width: int, rows: int) -> nn.Linear:
+    """A layer without bias whose outputs are of unit size at first, whatever its width."""
+    layer = nn.Linear(width, rows, bias=False)
+    nn.init.normal_(layer.weight, 0.0, width**-0.5)
+    return layer
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)

@@ -6,6 +6,7 @@ head must attend to what the teacher's layers attend to (docs/results/distillati
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -48,6 +49,30 @@ class AttentionCollector(Protocol):
         """
 
 
+def scores_of_sampled(
+    query: Tensor, key: Tensor, at: Tensor, hidden: Tensor, scale: float | None, chunk: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Token scores of one layer at positions ``at [B, S]``, some of them at a time.
+
+    Args:
+        query, key: ``[B, nh, T, D]``, ``[B, nkv, T, D]``, rotated.
+        hidden: of ``tokens_after``.
+        chunk: attention weights computed at a time.
+    Yields:
+        Places among S, and ``token_scores`` there: ``[B, nkv, places, T]``.
+    """
+    count = max(1, chunk // (query.shape[0] * query.shape[1] * query.shape[2]))
+    for first in range(0, at.shape[1], count):
+        part = slice(first, first + count)
+        logits = grouped_logits(query, key, at[:, part], scale)
+        yield part, token_scores(logits.masked_fill_(hidden[:, :, part], float("-inf")))
+
+
+def tokens_after(at: Tensor, length: int) -> Tensor:
+    """Which of ``length`` tokens come after ``at [B, S]``: ``[B, 1, S, 1, T]`` bool."""
+    return torch.arange(length, device=at.device) > at[:, None, :, None, None]
+
+
 class AttentionTarget:
     """What the teacher attends to, collected layer by layer.
 
@@ -67,6 +92,7 @@ class AttentionTarget:
         self.window, self.over_layers = window, over_layers
         self._target: Tensor | None = None
         self._far: Tensor | None = None
+        self._hidden: Tensor | None = None
         self._layers = 0
 
     def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
@@ -80,19 +106,14 @@ class AttentionTarget:
         Args:
             scale: factor of ``q . k``; None for ``D ** -0.5``.
         """
-        (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
-        step = torch.arange(length, device=at.device)
-        if self._target is None:
+        (batch, _, length, _), kv_heads = query.shape, key.shape[1]
+        if self._target is None or self._hidden is None:
             self._target = torch.zeros(batch, kv_heads, at.shape[1], length, device=query.device)
-            self._far = step < at[:, None, :, None] - self.window
+            self._far = torch.arange(length, device=at.device) < at[:, None, :, None] - self.window
+            self._hidden = tokens_after(at, length)
         self._layers += 1
-        chunk = max(1, self.CHUNK // (batch * heads * length))
-        for first in range(0, at.shape[1], chunk):
-            here = at[:, first : first + chunk]
-            logits = grouped_logits(query, key, here, scale)
-            logits.masked_fill_(step > here[:, None, :, None, None], float("-inf"))
-            weight = token_scores(logits).exp()
-            known = self._target[:, :, first : first + chunk]
+        for part, scores in scores_of_sampled(query, key, at, self._hidden, scale, self.CHUNK):
+            weight, known = scores.exp(), self._target[:, :, part]
             if self.over_layers == "max":
                 torch.maximum(known, weight, out=known)
             else:

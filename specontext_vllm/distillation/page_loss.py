@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.distillation.losses import AttentionTarget
-from specontext_vllm.retrieval.reference import grouped_logits, token_scores
+from specontext_vllm.distillation.losses import (
+    AttentionTarget,
+    scores_of_sampled,
+    tokens_after,
+)
 
 
 class PageTarget:
@@ -29,21 +32,17 @@ class PageTarget:
 
     def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
         """See ``AttentionCollector``."""
-        (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
+        (batch, _, length, _), kv_heads = query.shape, key.shape[1]
         place = at + 1
         if self._scores is None or self._hidden is None:
             pages = -(-length // PAGE_SIZE)
             self._at = at
-            self._hidden = torch.arange(length, device=at.device) > place[:, None, :, None, None]
+            self._hidden = tokens_after(place, length)
             self._scores = torch.full(
                 (batch, kv_heads, at.shape[1], pages), float("-inf"), device=query.device
             )
-        chunk = max(1, self.CHUNK // (batch * heads * length))
-        for first in range(0, at.shape[1], chunk):
-            part = slice(first, first + chunk)
-            logits = grouped_logits(query, key, place[:, part], scale)
-            logits.masked_fill_(self._hidden[:, :, part], float("-inf"))
-            score = F.pad(token_scores(logits), (0, -length % PAGE_SIZE), value=float("-inf"))
+        for part, scores in scores_of_sampled(query, key, place, self._hidden, scale, self.CHUNK):
+            score = F.pad(scores, (0, -length % PAGE_SIZE), value=float("-inf"))
             known = self._scores[:, :, part]
             torch.maximum(known, score.unflatten(-1, (-1, PAGE_SIZE)).amax(-1), out=known)
 

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.options import OptionError
 from specontext_vllm.distillation.trainer import Distiller
+from specontext_vllm.retrieval.checkpoint.whole_file import whole_file
 
 
 def check_folder(out: Path, facts: dict[str, Any] | None = None) -> None:

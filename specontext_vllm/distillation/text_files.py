@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from specontext_vllm.distillation.encoding import Tokens, as_text, encode, encode_turns
-from specontext_vllm.distillation.files import whole_file
+from specontext_vllm.retrieval.checkpoint.whole_file import whole_file
 
 HELD_OUT = 50
 """One document in this many is never trained on."""

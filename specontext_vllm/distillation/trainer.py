@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from specontext_vllm.distillation.data import Data, batches
 from specontext_vllm.distillation.draft import DraftModel
-from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.head_model import HeadModel
 from specontext_vllm.distillation.recall import HeldOut
 from specontext_vllm.distillation.settings import Progress, Settings, rate_at
 from specontext_vllm.distillation.teacher import Lesson, Teacher
+from specontext_vllm.retrieval.checkpoint.whole_file import whole_file
 
 HELD_OUT_SEQUENCES = 4
 HeadT = TypeVar("HeadT", DraftModel, HeadModel)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from specontext_vllm.distillation.command import make_draft, most_frequent
 from specontext_vllm.distillation.draft import DraftModel
-from specontext_vllm.distillation.files import whole_file
 from specontext_vllm.distillation.options import make_settings
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import HeadError, read_checkpoint
+from specontext_vllm.retrieval.checkpoint.whole_file import whole_file
 from specontext_vllm.retrieval.head import RetrievalHead
 from tests.distillation.tiny_models import FAMILIES, make_config
 from tests.paging import assert_close

@@ -6,7 +6,6 @@ An EAGLE-3 head fits into it too, without its LM head, values, output projection
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from specontext_vllm.retrieval.checkpoint.int8 import quantize
 from specontext_vllm.retrieval.checkpoint.shapes import check_tensors
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec
 from specontext_vllm.retrieval.checkpoint.tensor_files import TensorInfo
+from specontext_vllm.retrieval.checkpoint.whole_file import whole_file
 
 
 def save_head(
@@ -56,9 +56,11 @@ def save_head(
     check_tensors(replace(spec, format="specontext"), infos, folder)
     stored = {name: tensor.contiguous() for name, tensor in held.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+    with whole_file(folder / "model.safetensors") as part:
+        part.write_bytes(save(stored, metadata={"format": "pt"}))
     # The config comes last: a folder without one is not taken for a checkpoint.
-    _replace(folder / "config.json", (json.dumps(_config(spec), indent=2) + "\n").encode())
+    with whole_file(folder / "config.json") as part:
+        part.write_text(json.dumps(_config(spec), indent=2) + "\n")
 
 
 def prune_head(checkpoint: HeadCheckpoint, folder: Path, *, int8: bool = False) -> None:
@@ -104,13 +106,3 @@ def _config(spec: HeadSpec) -> dict[str, object]:
         "key_states": spec.key_states,
     }
     return {key: value for key, value in config.items() if value is not None}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write ``path`` so that a kill leaves the old file or the new one."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
