@@ -3,7 +3,6 @@ its own attention, a head beside it, the command.
 """
 
 import json
-from random import Random
 
 import pytest
 import torch
@@ -286,14 +285,6 @@ def test_one_more_mark_only_in_time(llama, ids):
     choosers = Choosers(list(OWN_SELECTIONS.values()), {}, [])
     marks = list(measure(llama, ids, SCORED, choosers, [Size(112, 64)], lambda: next(left)))
     assert [mark.by for mark in marks] == [DENSE, OWN_SELECTIONS["max"].name]
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A file that stays the same, whatever is written in the docs."""
-    random, path = Random(0), tmp_path_factory.mktemp("texts") / "words.txt"
-    path.write_text(" ".join("".join(random.choices("aeinorst", k=4)) for _ in range(4000)))
-    return path
 
 
 def test_the_command(texts, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-from random import Random
 
 import numpy as np
 import pytest
@@ -26,14 +25,6 @@ from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import DEMO_MODEL, engine
 
 TEXTS, HEADS, MAX_PAGES = 2, 3, 24
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A file that stays the same, whatever is written in the docs."""
-    random, path = Random(0), tmp_path_factory.mktemp("texts") / "words.txt"
-    path.write_text(" ".join("".join(random.choices("aeinorst", k=4)) for _ in range(4000)))
-    return path
 
 
 class NaiveBuffer:

@@ -15,21 +15,14 @@ from tests.conftest import CUDA
 from tests.engine.conftest import engine
 from tests.engine.overflow import beside_an_overflow, check
 from tests.engine.scenarios import OTHER_WAYS, by_another_way, ids, sampling, scenarios
+from tests.engine.shared_runs import PAGES, SHAPE
 from tests.poison import poisoned_tiers, times_poisoned
 
-PAGES = 111
 SETTINGS = {
     "budget": 64,
     "sink_tokens": 16,
     "recent_tokens": 16,
     "stickiness": 0,
-}
-# Preemption needs the pages to run out, chunked prefill prompts over 256 tokens.
-SHAPE = {
-    "max_model_len": 704,
-    "max_num_seqs": 3,
-    "num_gpu_blocks_override": PAGES,
-    "attention_backend": "specontext",
 }
 
 # What 8-bit head keys save of the GPU's room, where they are the default: as many frames as with

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, HeadSpec
@@ -66,3 +70,18 @@ def make_own(*, biases: bool = False, seed: int = SEED, **changes) -> HeadCheckp
         kept=[],
         pruned=[],
     )
+
+
+def changed_tensor(
+    name: str, value: Callable[[Tensor | None], Tensor | None]
+) -> Callable[[Path], None]:
+    """Replaces a stored tensor by what ``value`` makes of it; None takes it away."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        changed = value(tensors.pop(name, None))
+        if changed is not None:
+            tensors[name] = changed.contiguous()
+        save_file(tensors, folder / "model.safetensors")
+
+    return change

@@ -23,7 +23,7 @@ from specontext_vllm.retrieval.reference import (
 )
 from tests.retrieval.checkpoint.sentences import assert_one_sentence
 from tests.retrieval.eagle3_files import Layout, write_checkpoint
-from tests.retrieval.own_heads import KINDS, make_own
+from tests.retrieval.own_heads import KINDS, changed_tensor, make_own
 from tests.retrieval.test_own_head import make_sequence
 
 MODEL_SIZED = {
@@ -128,62 +128,49 @@ def test_nearly_the_same_pages_are_chosen_as_in_bfloat16(tmp_path, seed):
     assert 0.95 < kept < 1
 
 
-def tensor(name, value):
-    """Replaces a stored tensor by what ``value`` makes of it; None takes it away."""
-
-    def change(folder):
-        tensors = load_file(folder / "model.safetensors")
-        changed = value(tensors.pop(name, None))
-        if changed is not None:
-            tensors[name] = changed.contiguous()
-        save_file(tensors, folder / "model.safetensors")
-
-    return change
-
-
 def with_value(value):
     return lambda scale: scale.index_fill(0, torch.tensor([2]), value)
 
 
 BAD = {
     "no_scale": (
-        tensor("k_proj.weight.scale", lambda t: None),
+        changed_tensor("k_proj.weight.scale", lambda t: None),
         "holds no k_proj.weight.scale, without which the int8 k_proj.weight means nothing",
     ),
     "scale_of_a_float_matrix": (
-        tensor("k_proj.weight", lambda t: t.bfloat16()),
+        changed_tensor("k_proj.weight", lambda t: t.bfloat16()),
         "k_proj.weight.scale is no tensor of a head in this format",
     ),
     "scale_of_a_norm": (
-        tensor("embed_norm.weight.scale", lambda t: torch.ones(40)),
+        changed_tensor("embed_norm.weight.scale", lambda t: torch.ones(40)),
         "embed_norm.weight.scale is no tensor of a head in this format",
     ),
     "too_few_scales": (
-        tensor("fc.weight.scale", lambda t: t[:-1]),
+        changed_tensor("fc.weight.scale", lambda t: t[:-1]),
         "fc.weight.scale has shape [27] where [28] is needed, a scale for each row",
     ),
     "scales_in_a_column": (
-        tensor("fc.weight.scale", lambda t: t[:, None]),
+        changed_tensor("fc.weight.scale", lambda t: t[:, None]),
         "fc.weight.scale has shape [28, 1] where [28] is needed, a scale for each row",
     ),
     "scales_that_are_integers": (
-        tensor("fc.weight.scale", lambda t: t.int()),
+        changed_tensor("fc.weight.scale", lambda t: t.int()),
         "fc.weight.scale is stored as torch.int32, which is not read here",
     ),
     "scale_not_finite": (
-        tensor("fc.weight.scale", with_value(torch.inf)),
+        changed_tensor("fc.weight.scale", with_value(torch.inf)),
         "fc.weight.scale holds 1 of 28 values that are NaN or infinite",
     ),
     "scale_negative": (
-        tensor("fc.weight.scale", with_value(-0.1)),
+        changed_tensor("fc.weight.scale", with_value(-0.1)),
         "fc.weight.scale holds 1 of 28 scales that are negative",
     ),
     "integers_in_a_norm": (
-        tensor("embed_norm.weight", lambda t: t.to(torch.int8)),
+        changed_tensor("embed_norm.weight", lambda t: t.to(torch.int8)),
         "embed_norm.weight is stored as torch.int8, which is not read here",
     ),
     "wider_integers": (
-        tensor("q_proj.weight", lambda t: t.int()),
+        changed_tensor("q_proj.weight", lambda t: t.int()),
         "q_proj.weight is stored as torch.int32, which is not read here",
     ),
 }

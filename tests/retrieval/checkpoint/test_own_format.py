@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
@@ -16,7 +15,7 @@ from specontext_vllm.retrieval.checkpoint import (
 )
 from specontext_vllm.retrieval.head import RetrievalHead
 from tests.retrieval.eagle3_files import Layout, write_checkpoint
-from tests.retrieval.own_heads import KINDS, make_own
+from tests.retrieval.own_heads import KINDS, changed_tensor, make_own
 from tests.retrieval.test_head import LAYOUTS, LLAMA3, make_inputs
 
 
@@ -73,19 +72,6 @@ def config(**changes):
     return change
 
 
-def tensor(name, value):
-    """Replaces a tensor by what ``value`` makes of it; None takes it away."""
-
-    def change(folder):
-        tensors = load_file(folder / "model.safetensors")
-        changed = value(tensors.pop(name, None))
-        if changed is not None:
-            tensors[name] = changed.contiguous()
-        save_file(tensors, folder / "model.safetensors")
-
-    return change
-
-
 def gone(tensor):
     return None
 
@@ -98,36 +84,41 @@ BAD = {
         "has shape [20, 96] where [20, 68] is needed: check hidden_size, target_hidden_size, "
         "key_states and the head counts",
     ),
-    "no_k_proj": (tensor("k_proj.weight", gone), "holds no k_proj.weight"),
-    "no_feature_norm": (tensor("feature_norm.weight", gone), "holds no feature_norm.weight"),
-    "no_up": (tensor("q_mlp.up_proj.weight", gone), "holds no q_mlp.up_proj.weight"),
-    "no_gate": (tensor("k_mlp.gate_proj.weight", gone), "holds no k_mlp.gate_proj.weight"),
+    "no_k_proj": (changed_tensor("k_proj.weight", gone), "holds no k_proj.weight"),
+    "no_feature_norm": (
+        changed_tensor("feature_norm.weight", gone),
+        "holds no feature_norm.weight",
+    ),
+    "no_up": (changed_tensor("q_mlp.up_proj.weight", gone), "holds no q_mlp.up_proj.weight"),
+    "no_gate": (changed_tensor("k_mlp.gate_proj.weight", gone), "holds no k_mlp.gate_proj.weight"),
     "k_proj_reads_too_little": (
-        tensor("k_proj.weight", lambda t: t[:, :68]),
+        changed_tensor("k_proj.weight", lambda t: t[:, :68]),
         "k_proj.weight has shape [30, 68] where [30, 96] is needed",
     ),
     "mlp_reads_too_much": (
-        tensor("q_mlp.gate_proj.weight", lambda t: torch.cat([t, t], 1)),
+        changed_tensor("q_mlp.gate_proj.weight", lambda t: torch.cat([t, t], 1)),
         "q_mlp.gate_proj.weight has shape [12, 136] where [12, 68] is needed",
     ),
     "mlp_without_a_shape": (
-        tensor("q_mlp.gate_proj.weight", lambda t: t[:, 0]),
+        changed_tensor("q_mlp.gate_proj.weight", lambda t: t[:, 0]),
         "q_mlp.gate_proj.weight has shape [12] where [12, 68] is needed",
     ),
     "down_writes_too_much": (
-        tensor("k_mlp.down_proj.weight", lambda t: torch.cat([t, t])),
+        changed_tensor("k_mlp.down_proj.weight", lambda t: torch.cat([t, t])),
         "k_mlp.down_proj.weight has shape [60, 20] where [30, 20] is needed",
     ),
     "not_finite": (
-        tensor("k_mlp.down_proj.weight", lambda t: t.index_fill(0, torch.tensor([3]), torch.nan)),
+        changed_tensor(
+            "k_mlp.down_proj.weight", lambda t: t.index_fill(0, torch.tensor([3]), torch.nan)
+        ),
         "k_mlp.down_proj.weight holds 20 of 600 values that are NaN or infinite",
     ),
     "quantized": (
-        tensor("q_mlp.up_proj.weight", lambda t: t.to(torch.float8_e4m3fn)),
+        changed_tensor("q_mlp.up_proj.weight", lambda t: t.to(torch.float8_e4m3fn)),
         "q_mlp.up_proj.weight is stored as torch.float8_e4m3fn",
     ),
     "misnamed": (
-        tensor("q_mlp.norm.weight", lambda t: torch.ones(3)),
+        changed_tensor("q_mlp.norm.weight", lambda t: torch.ones(3)),
         "q_mlp.norm.weight is no tensor of a head in this format",
     ),
     "head_dim": (config(head_dim=12), "head_dim is 12 in config.json but q_proj.weight has 12"),
