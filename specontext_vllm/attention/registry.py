@@ -6,13 +6,13 @@ from importlib.util import find_spec
 
 import torch
 
+from specontext_vllm.attention.cpu import CpuProvider
 from specontext_vllm.attention.flash import (
     FlashAttentionProvider,
     flash_attention_takes,
     flash_attention_version,
 )
 from specontext_vllm.attention.provider import SETTING, AttentionProvider
-from specontext_vllm.attention.reference import TorchProvider
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import ConfigError
 
@@ -50,7 +50,7 @@ def choose_provider(
     device_type: str,
 ) -> AttentionProvider:
     """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head
-    size, Triton on other GPUs, torch on a CPU.
+    size, Triton on other GPUs, the CPU's on a CPU.
 
     Raises:
         ConfigError: when the named provider cannot run here.
@@ -58,7 +58,7 @@ def choose_provider(
     arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
     refuse_provider(name, head_dim, dtype, device_type)
     if device_type == "cpu":
-        return TorchProvider(*arguments)
+        return CpuProvider(*arguments)
     if name == "xformers":
         from specontext_vllm.attention.xformers import XformersProvider
 
