@@ -88,6 +88,7 @@ class EngineSpec:
         host_gib: host pool behind the engines of our backend; their selections are then driven, see
             ``benchmarks.driven``.
         turnover: share of the pages that a driven selection scores anew in a step.
+        head: folder of the retrieval head; None: one of EAGLE-3's shape with random weights.
     """
 
     name: str
@@ -102,6 +103,7 @@ class EngineSpec:
     gpu_gib: float | None = None
     host_gib: float = 0.0
     turnover: float = 0.05
+    head: str | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -137,6 +139,8 @@ class EngineSpec:
             )
         if self.is_ours:
             settings: dict[str, Any] = RETRIEVERS[self.name] | {"budget": self.budget}
+            if self.head and "retrieval_head" in settings:
+                settings["retrieval_head"] = self.head
             if self.host_gib:
                 settings |= {"host_kv_gib": self.host_gib, "stickiness": 0}
                 settings |= driven([self.turnover])

@@ -5,13 +5,19 @@ read.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo"
 BYTES = 2
 """Of one weight or one KV element: bfloat16."""
+
+HeadFormat = Literal["eagle3", "specontext"]
+"""What a head of random weights costs: as much as a pruned EAGLE-3 head, or as one that
+`specontext distill` makes.
+"""
 
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -122,14 +128,35 @@ class Shape:
     def kv_bytes_per_token(self) -> int:
         return BYTES * 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
-    @property
-    def head_weight_bytes(self) -> int:
-        """Weights of the dummy retrieval head: fc over three hidden states, W_q, W_k over two."""
+    def write_head(self, folder: Path) -> Path:
+        """Make ``folder`` a head as `specontext distill` makes them, with random weights."""
+        from specontext_vllm.retrieval.checkpoint import random_checkpoint, save_head
+
+        spec = self._own_head()
+        save_head(folder, spec, random_checkpoint(spec, seed=0).tensors)
+        return folder
+
+    def head_weight_bytes(self, head_format: HeadFormat = "eagle3") -> int:
+        """Weights of the retrieval head that a step reads: all its matrices. Of an EAGLE-3 head
+        these are fc over three hidden states, W_q and W_k over two.
+        """
+        if head_format == "specontext":
+            from specontext_vllm.retrieval.checkpoint.shapes import required_shapes
+
+            return BYTES * sum(
+                math.prod(shape) for shape in required_shapes(self._own_head()).values()
+            )
         h = self.hidden_size
         return BYTES * (
             3 * h * h
             + 2 * h * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         )
+
+    def _own_head(self) -> Any:
+        from specontext_vllm.distillation.head_shape import HeadShape
+
+        reach = self.max_position_embeddings
+        return HeadShape.for_target(self, max_position=reach).head_spec()
 
     @property
     def head_key_bytes_per_token(self) -> int:
@@ -141,10 +168,12 @@ class Shape:
         """
         return self.weight_bytes + requests * context * self.kv_bytes_per_token
 
-    def sparse_step_bytes(self, requests: int, context: int, budget: int) -> int:
+    def sparse_step_bytes(
+        self, requests: int, context: int, budget: int, head_format: HeadFormat = "eagle3"
+    ) -> int:
         """Bytes a sparse one must read: KV up to the budget, the head's weights, and, beyond the
         budget, its K cache.
         """
         keys = context * self.head_key_bytes_per_token if context > budget else 0
         per_request = min(context, budget) * self.kv_bytes_per_token + keys
-        return self.weight_bytes + self.head_weight_bytes + requests * per_request
+        return self.weight_bytes + self.head_weight_bytes(head_format) + requests * per_request

@@ -228,7 +228,12 @@ def _make_row(shape: Shape, cell: Cell, details: dict[str, Any], budget: int) ->
         )
         row["sparse_limit"] = (
             1e3
-            * shape.sparse_step_bytes(known["requests"], known["context_tokens"], budget)
+            * shape.sparse_step_bytes(
+                known["requests"],
+                known["context_tokens"],
+                budget,
+                details.get("head_format", "eagle3"),
+            )
             / bandwidth
         )
         if "sparse" in times:

@@ -12,7 +12,7 @@ from benchmarks.engines import EngineSpec
 from benchmarks.hugging_face import MAX_STEPS
 from benchmarks.machine import device_slug, gpus
 from benchmarks.picture import draw_steps
-from benchmarks.shapes import Shape
+from benchmarks.shapes import HeadFormat, Shape
 from benchmarks.speed.options import (
     MAX_REQUESTS,
     Budget,
@@ -73,6 +73,10 @@ def steps(
     max_num_seqs: Annotated[
         int, typer.Option(help="vLLM's; `fit` never exceeds it.")
     ] = MAX_REQUESTS,
+    head_format: Annotated[
+        HeadFormat,
+        typer.Option(help="Whose size the head of random weights has; joins the result's name."),
+    ] = "eagle3",
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -91,12 +95,14 @@ def steps(
         details = {
             "shape": {"name": shape.name, **shape.config},
             "budget": budget,
+            "head_format": head_format,
             "engines": {},
             "stages_ms": {},
             "cells": [],
         }
         title = f"Decode steps, {model_shape} shape, random weights, budget {budget} tokens"
-        result = report.Report("speed-steps", title, TABLES, details=details)
+        case = "speed-steps" if head_format == "eagle3" else "speed-steps-own_head"
+        result = report.Report(case, title, TABLES, details=details)
         result.take_over(out, ("shape", "budget"))
         return (
             shape,
@@ -108,6 +114,9 @@ def steps(
     shape, ordered, chosen, result = refusing(prepare)
     folder, on_gpu = work_folder(work), bool(gpus())
     model = str(shape.write(folder / "model"))
+    head = None
+    if head_format == "specontext":
+        head = str(refusing(lambda: shape.write_head(folder / "head")))
     details = result.details
     details["cells"] += [cell.name for cell in ordered if cell.name not in details["cells"]]
     every = stepping.parse_cells(",".join(details["cells"]), shape, MAX_REQUESTS + max_num_seqs)
@@ -137,15 +146,18 @@ def steps(
         result.write(out)
 
     for name in chosen:
-        spec = EngineSpec(name, model, on_gpu, budget, max_num_seqs, timed, shared_prompts=True)
+        spec = EngineSpec(
+            name, model, on_gpu, budget, max_num_seqs, timed, shared_prompts=True, head=head
+        )
         for _ in stepping.run_into(
             result, spec, ordered, log=folder / f"{name}.log", seconds=engine_seconds
         ):
             save()
-    if "specontext" in chosen:
+    # The stages are those of an EAGLE-3 head.
+    if "specontext" in chosen and head is None:
         for _ in stepping.probe_into(result, shape, ordered, log=folder / "stages.log"):
             save()
-    picture = out / f"speed-steps-{device_slug(result.machine)}.png"
+    picture = out / f"{result.case}-{device_slug(result.machine)}.png"
     if any("context" in row for row in result.rows):  # something was timed
         draw_steps(result.rows, result.title, picture)
     end(result, out)

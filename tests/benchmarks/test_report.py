@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from benchmarks import report, steps
@@ -151,13 +152,15 @@ def test_byte_limits_of_the_8b_shape():
     assert shape.kv_bytes_per_token == 131072
     dense = shape.dense_step_bytes(24, 32768) - shape.weight_bytes
     assert dense == 24 * 32768 * 131072
-    extra = shape.sparse_step_bytes(24, 32768, 2048) - shape.weight_bytes - shape.head_weight_bytes
+    extra = (
+        shape.sparse_step_bytes(24, 32768, 2048) - shape.weight_bytes - shape.head_weight_bytes()
+    )
     # The head's keys are 8-bit floats.
     assert extra == 24 * (2048 * 131072 + 32768 * 1024)
     # Within the budget nothing is scored.
     assert (
         shape.sparse_step_bytes(1, 1024, 2048)
-        == shape.dense_step_bytes(1, 1024) + shape.head_weight_bytes
+        == shape.dense_step_bytes(1, 1024) + shape.head_weight_bytes()
     )
 
 
@@ -295,3 +298,14 @@ def test_a_failing_child_keeps_its_events_and_says_why(tmp_path, capsys):
 def test_a_child_over_its_time_is_stopped(tmp_path):
     with pytest.raises(ChildError, match="time limit"):
         list(run_child(sleeper, log=tmp_path / "log", seconds=8))
+
+
+def test_a_distilled_heads_bytes_are_those_of_its_file(tmp_path):
+    shape = Shape.named("demo")
+    folder = shape.write_head(tmp_path / "head")
+    stored = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    assert shape.head_weight_bytes("specontext") == 2 * stored
+    more = shape.sparse_step_bytes(1, 1024, 512, "specontext") - shape.sparse_step_bytes(
+        1, 1024, 512
+    )
+    assert more == shape.head_weight_bytes("specontext") - shape.head_weight_bytes()
