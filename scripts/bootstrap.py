@@ -16,12 +16,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMP = "specontext-lock.sha256"
+PIPS = 3
+"""Processes of pip that share a lock file: each waits for the network and the disk in turn."""
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -42,10 +45,16 @@ def lock_hash(lock: Path) -> str:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Install with pip, without dependencies, since the lock files name all that is wanted. A
-    failure ends the script.
+    """Install with one process of pip; see ``pips``."""
+    pips(python, [list(arguments)])
 
-    Only pip's warnings and errors are shown, and the seconds that it has run.
+
+def pips(python: Path, installs: list[list[str]]) -> None:
+    """Install with several processes of pip at once, the arguments of each given, without
+    dependencies, since the lock files name all that is wanted. A failure ends the script.
+
+    Only pip's warnings and errors are shown, and the seconds that it has run. Python compiles what
+    it imports; all that pip would compile is some four times as much.
     """
     command = [
         str(python),
@@ -55,25 +64,33 @@ def pip(python: Path, *arguments: str) -> None:
         "--disable-pip-version-check",
         "install",
         "--no-deps",
-        *arguments,
+        "--no-compile",
     ]
-    print("+", " ".join(command), flush=True)
     begin, terminal = time.monotonic(), sys.stdout.isatty()
-    with subprocess.Popen(command) as process:
-        while process.poll() is None:
-            try:
-                process.wait(1 if terminal else 20)
-            except subprocess.TimeoutExpired:
-                print(
-                    f"  {time.monotonic() - begin:.0f} s",
-                    end="\r" if terminal else "\n",
-                    flush=True,
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for arguments in installs:
+            print("+", " ".join(command + arguments), flush=True)
+            processes.append(subprocess.Popen(command + arguments))
+        for arguments, process in zip(installs, processes):
+            while process.poll() is None:
+                try:
+                    process.wait(1 if terminal else 20)
+                except subprocess.TimeoutExpired:
+                    print(
+                        f"  {time.monotonic() - begin:.0f} s",
+                        end="\r" if terminal else "\n",
+                        flush=True,
+                    )
+            if process.returncode:
+                sys.exit(
+                    f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); "
+                    "check the network and run it again."
                 )
-    if process.returncode:
-        sys.exit(
-            f"scripts/bootstrap.py: pip could not install {arguments[-1]} (see above); check the "
-            "network and run it again."
-        )
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
 
 
 def brings_wheels(python: Path) -> bool:
@@ -108,13 +125,25 @@ def install(folder: Path, gpu: bool) -> None:
     """Fill the fresh environment."""
     python = folder / "bin" / "python"
     lock = ROOT / "requirements" / ("gpu.lock" if gpu else "cpu.lock")
+    wanted = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    installs = []
     if not gpu:
-        torch = next(line for line in lock.read_text().splitlines() if line.startswith("torch=="))
+        torch = next(line for line in wanted if line.startswith("torch=="))
         # PyPI's build is for CUDA. The CPU build comes from a folder of wheels, if pip is
         # configured with one, else from PyTorch's index.
         source = [] if brings_wheels(python) else ["--index-url", TORCH_CPU_INDEX]
-        pip(python, *source, torch)
-    pip(python, "-r", str(lock))
+        installs.append([*source, torch])
+        wanted.remove(torch)
+    # The environment has one already, and pip would replace it under the feet of another.
+    setuptools = next(line for line in wanted if line.startswith("setuptools=="))
+    pip(python, setuptools)
+    wanted.remove(setuptools)
+    with tempfile.TemporaryDirectory() as parts:
+        for i in range(PIPS):
+            part = Path(parts, f"{i}-{lock.name}")
+            part.write_text("\n".join(wanted[i::PIPS]))
+            installs.append(["-r", str(part)])
+        pips(python, installs)
     site = Path(
         subprocess.check_output(
             [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True

@@ -61,7 +61,10 @@ def test_bootstrap_shows_pips_errors_and_nothing_else_of_it(capfd):
     said = capfd.readouterr()
     assert said.out.count("\n") == 1 and said.out.startswith("+ ") and said.err == ""
     with pytest.raises(SystemExit, match="pip could not install specontext-no-such-package"):
-        bootstrap.pip(python, "--no-index", "specontext-no-such-package")
+        bootstrap.pips(
+            python,
+            [["--no-index", "--dry-run", "pip"], ["--no-index", "specontext-no-such-package"]],
+        )
     assert "No matching distribution found" in capfd.readouterr().err
 
 
