@@ -183,7 +183,7 @@ class SpeContextConfig(BaseModel):
             "Whose attention kernels run the prefill. Decode over page tables is our own kernel "
             "with `flash` and `triton`; `xformers` (extra of that name) brings its own. `auto`: "
             "FlashAttention where vLLM has it for the GPU, dtype and head size, else Triton; "
-            "torch on a CPU."
+            "vLLM's own C++ attention on a CPU."
         ),
     )
     stats: bool = Field(

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "specontext_vllm"
 KERNELS = "specontext_vllm.triton_kernels"
 SOURCES = {"specontext_vllm": PACKAGE, KERNELS: ROOT / "triton_kernels"}
-# The providers that wrap vLLM's own attention.
+# What wraps vLLM's own attention.
 WRAPPERS = {
+    "specontext_vllm.attention.cpu_prefill",
     "specontext_vllm.attention.flash",
     "specontext_vllm.attention.triton",
 }

@@ -100,6 +100,8 @@ def cpu_attention(layer: Layer) -> Tensor:
     current_platform.import_kernels()
     (tokens, kv_heads, d), dtype = layer.key.shape, layer.query.dtype
     isa = _get_attn_isa(dtype, STOCK_BLOCK, d)
+    if isa == "amx":
+        torch.cpu._init_amx()
     count = -(-tokens // STOCK_BLOCK)
     cache = torch.zeros(count, kv_heads, 2 * STOCK_BLOCK, d, dtype=dtype)
     keys, values = cache.chunk(2, dim=2)

@@ -79,7 +79,7 @@ class AttentionProvider(ABC):
     @abstractmethod
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
         """Causal attention of ``query [N, num_heads, D]`` over the whole context into ``output`` of
-        the same shape.
+        the same shape, which is contiguous.
         """
 
     @abstractmethod

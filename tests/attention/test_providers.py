@@ -1,16 +1,21 @@
-"""Every provider's decode against float32 gather + softmax: other pages for each head, ragged
-tails, NaN where nothing may be read.
+"""Every provider against float32 gather + softmax: other pages for each head, ragged tails, NaN
+where nothing may be read.
 """
+
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 
+from specontext_vllm.attention import cpu_prefill
+from specontext_vllm.attention.cpu import CpuProvider
 from specontext_vllm.attention.provider import PrefillRows
 from specontext_vllm.attention.reference import TorchProvider
 from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.step_data import PageTable
+from tests.conftest import CUDA
 from tests.paging import assert_close, paged_rows, sliced_rows
 
 
@@ -166,37 +171,102 @@ def test_the_parts_of_a_sequence_are_combined_alike_in_whatever_order_they_end(
         assert tokens or not results[0][row].any()
 
 
+CPU_PREFILL = [
+    pytest.param(CpuProvider, dtype, id=f"cpu-{name}")
+    for name, dtype in (
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+    )
+    if not CUDA
+]
+LENGTHS, NEW = [40, 100, 17], [40, 33, 1]
+
+
+def prefill_rows(rows, new, device):
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32, device=device)
+    lengths = rows.seq_lens.tolist()
+    return PrefillRows(
+        starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist()
+    )
+
+
+def causal_reference(query, rows, new, group, head_dim):
+    """``[N, num_heads, D]`` float32: each row's query tokens over its context."""
+    found, at = [], 0
+    for kv, count in zip(rows.dense, new, strict=True):
+        kv, tokens = kv.repeat_interleave(group, 0), kv.shape[1]
+        q = query[at : at + count].float().transpose(0, 1)
+        scores = q @ kv[..., :head_dim].transpose(1, 2) * head_dim**-0.5
+        causal = torch.ones(count, tokens, dtype=torch.bool).tril(tokens - count)
+        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        found.append((weights @ kv[..., head_dim:]).transpose(0, 1))
+        at += count
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize(
     ("provider", "dtype"),
     [p for p in PROVIDERS if "triton" not in p.id]
     + [
         pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
+        *CPU_PREFILL,
     ],
 )
 def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, device):
-    lengths, new, heads, group, head_dim = [40, 100, 17], [40, 33, 1], 2, 2, 64
-    rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=5)
-    starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32, device=device)
-    query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
+    heads, group, head_dim = 2, 2, 64
+    rows = paged_rows(LENGTHS, heads, 2 * head_dim, dtype, device, seed=5)
+    query = torch.randn(sum(NEW), heads * group, head_dim).to(dtype)
     output = torch.full_like(query, float("nan")).to(device)
     attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
-    prefill = PrefillRows(
-        starts, rows.seq_lens, rows.block_table, max(new), max(lengths), starts.tolist()
-    )
-    attention.prefill(query.to(device), rows.cache, prefill, output)
-    at = 0
-    for row, (tokens, count) in enumerate(zip(lengths, new)):
-        kv = rows.dense[row].repeat_interleave(group, 0)
-        q = query[at : at + count].float().transpose(0, 1)
-        scores = q @ kv[..., :head_dim].transpose(1, 2) * head_dim**-0.5
-        causal = torch.ones(count, tokens, dtype=torch.bool).tril(tokens - count)
-        expected = scores.masked_fill(~causal, float("-inf")).softmax(-1) @ kv[..., head_dim:]
-        # vLLM's Triton attention multiplies float32 on tf32 units.
-        exact = dtype == torch.float32 and provider is TorchProvider
-        assert_close(
-            "output", expected.transpose(0, 1), output[at : at + count], 1e-5 if exact else 1e-2
-        )
-        at += count
+    attention.prefill(query.to(device), rows.cache, prefill_rows(rows, NEW, device), output)
+    expected = causal_reference(query, rows, NEW, group, head_dim)
+    # vLLM's Triton attention multiplies float32 on tf32 units.
+    exact = dtype == torch.float32 and provider in (TorchProvider, CpuProvider)
+    for row, (at, end) in enumerate(pairwise(accumulate(NEW, initial=0))):
+        assert_close(f"row {row}", expected[at:end], output[at:end], 1e-5 if exact else 1e-2)
+
+
+@pytest.mark.parametrize(("provider", "dtype"), CPU_PREFILL)
+@pytest.mark.parametrize(
+    ("lengths", "new", "heads", "group", "head_dim"),
+    [
+        pytest.param([300, 5, 129, 64], [300, 5, 129, 64], 1, 8, 128, id="from-the-start"),
+        pytest.param([2500], [470], 3, 3, 64, id="long-history"),
+        pytest.param([127, 33, 400], [1, 0, 111], 2, 1, 32, id="a-row-without-tokens"),
+        # Packed in units of 16.
+        pytest.param([200, 77], [63, 77], 2, 2, 80, id="heads-of-80"),
+        # vLLM's attention does not take these.
+        pytest.param([200, 77], [63, 77], 2, 2, 40, id="heads-of-40"),
+    ],
+)
+def test_prefill_on_a_cpu(provider, dtype, lengths, new, heads, group, head_dim, monkeypatch):
+    cpu = torch.device("cpu")
+    rows = paged_rows(lengths, heads, 2 * head_dim, dtype, cpu, seed=7)
+    query = torch.randn(sum(new), heads * group, head_dim).to(dtype)
+    attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
+    expected = causal_reference(query, rows, new, group, head_dim)
+    ratio = 1e-5 if dtype == torch.float32 else 5e-3
+
+    def attend():
+        output = torch.full_like(query, float("nan"))
+        attention.prefill(sliced_rows(query), rows.cache, prefill_rows(rows, new, cpu), output)
+        assert_close("output", expected, output, ratio)
+        return output
+
+    first = attend()
+    assert (attention.dense is None) == (head_dim == 40)
+    if attention.dense is None:
+        return
+    # Nothing that other rows have left in the copy is read.
+    attention.dense._copy.fill_(float("nan"))
+    assert torch.equal(first, attend())
+    # Less room than for two of the rows: they attend one after the other.
+    attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
+    monkeypatch.setattr(cpu_prefill, "COPY_BYTES", 1)
+    attend()
+    longest = -(-max(lengths) // cpu_prefill.BLOCK_SIZE)
+    assert len(attention.dense._copy) == longest
 
 
 @pytest.mark.parametrize("name", ["flash", "triton", "xformers"])

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from benchmarks.rounding.errors import compare
-from benchmarks.rounding.kernels import ours
+from benchmarks.rounding.kernels import ours, stock
 from benchmarks.rounding.layers import exact, random_layer, relative
 from specontext_vllm.attention.triton import TritonProvider
+from tests.conftest import CUDA
 
 SHAPES = [
     pytest.param(1000, 2, 64, id="small"),
@@ -35,3 +36,11 @@ def test_the_decode_kernel_rounds_the_weights_and_the_output_and_nothing_else(de
     error, _ = relative([ours(layer, TritonProvider)], [reference])
     least, _ = relative([exact(layer, torch.float16).half()], [reference])
     assert error <= 1.05 * least
+
+
+@pytest.mark.skipif(CUDA, reason="is about vLLM's attention for CPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 112])
+def test_prefill_on_a_cpu_gives_stocks_bits(dtype, head_dim):
+    layer = random_layer(dtype, 1000, 3, head_dim, False, torch.device("cpu"))
+    assert torch.equal(ours(layer), stock(layer))
