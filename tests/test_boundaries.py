@@ -19,7 +19,7 @@ WRAPPERS = {
     "specontext_vllm.attention.triton",
 }
 MAY_IMPORT = {
-    "retrieval": {"config", "retrieval", "step_data", "triton_kernels"},
+    "retrieval": {"config", "cpu_kernels", "retrieval", "step_data", "triton_kernels"},
     "retrieval.rules": {"retrieval.rules", "triton_kernels"},
     "residency": {
         "config",
@@ -30,7 +30,8 @@ MAY_IMPORT = {
         "tier_data",
         "triton_kernels",
     },
-    "attention": {"config", "attention", "step_data", "triton_kernels"},
+    "attention": {"config", "attention", "cpu_kernels", "step_data", "triton_kernels"},
+    "cpu_kernels": {"cpu_kernels"},
     "observability": {"observability", "retrieval.counters"},
     "synthetic": {"synthetic"},
     "distillation": {"config", "distillation", "model_config", "retrieval", "synthetic"},

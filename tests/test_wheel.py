@@ -21,6 +21,7 @@ TREE = (
     "specontext_vllm",
     "triton_kernels",
     "configs",
+    "csrc",
     "pyproject.toml",
     "setup.py",
     "MANIFEST.in",
@@ -58,19 +59,24 @@ print("served")
 """
 
 
-def build(backend_call: str, folder: Path) -> Path:
+def build(backend_call: str, folder: Path, **env: str) -> Path:
     """What ``setuptools.build_meta`` makes of ``folder``."""
     out = folder / "dist"
     code = f"import setuptools.build_meta as b; print(b.{backend_call}({str(out)!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return out / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel that is built from the source distribution, as an index's users get it."""
+def source(tmp_path_factory) -> Path:
+    """What the source distribution holds, as an index's users get it."""
     tree = tmp_path_factory.mktemp("tree")
     for name in TREE:
         source = ROOT / name
@@ -79,13 +85,38 @@ def wheel(tmp_path_factory) -> Path:
                 source, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
             )
         else:
-            shutil.copy(source, tree)
+            shutil.copy2(source, tree)
     sdist = build("build_sdist", tree)
     unpacked = tmp_path_factory.mktemp("sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(unpacked, filter="data")
     (folder,) = unpacked.iterdir()
-    return build("build_wheel", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> Path:
+    """The wheel that is built from it. Compiling takes a minute, so it gets the checkout's kernels;
+    bootstrap.py has compiled those.
+    """
+    kernels = Path("specontext_vllm", "cpu_kernels")
+    for library in (ROOT / kernels).glob("*.so"):
+        shutil.copy2(library, source / kernels)
+    return build("build_wheel", source)
+
+
+def test_the_source_holds_what_the_kernels_are_built_from_and_nothing_built(source):
+    for file in (ROOT / "csrc").rglob("*.*"):
+        assert (source / file.relative_to(ROOT)).is_file(), file
+    assert not list(source.rglob("*.so"))
+
+
+def test_without_a_compiler_the_wheel_is_pure_python(source, tmp_path):
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("*.so", "build", "dist"))
+    built = build("build_wheel", tree, CXX="no-such-compiler")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
 
 
 def test_the_wheel_holds_every_module_and_nothing_at_top_level(wheel):

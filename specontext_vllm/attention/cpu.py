@@ -1,18 +1,37 @@
-"""Attention on a CPU."""
+"""Attention on a CPU: our C++ kernels for decode and cache writes, vLLM's for prefill."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
+import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.attention.cpu_prefill import CpuPrefill, cpu_prefill_takes
-from specontext_vllm.attention.provider import PrefillRows
+from specontext_vllm.attention.provider import PrefillRows, head_pages
 from specontext_vllm.attention.reference import TorchProvider
+from specontext_vllm.step_data import PageTable
 
 
 class CpuProvider(TorchProvider):
     """What CPU engines run: the definition in torch, where nothing faster takes its place."""
+
+    def decode(
+        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+    ) -> None:
+        if not cpu_kernels.available():
+            super().decode(query, kv_cache, table, rows, output)
+            return
+        sequences = rows * self.num_kv_heads
+        torch.ops.specontext_cpu.sparse_decode(
+            query,
+            head_pages(kv_cache),
+            table.pages[:sequences],
+            table.lengths[:sequences],
+            output,
+            self.scale,
+        )
 
     @cached_property
     def dense(self) -> CpuPrefill | None:
@@ -28,3 +47,9 @@ class CpuProvider(TorchProvider):
             super().prefill(query, kv_cache, rows, output)
         else:
             self.dense.attend(query, kv_cache, rows, output)
+
+    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+        if not cpu_kernels.available():
+            super().write(key, value, kv_cache, slots)
+            return
+        torch.ops.specontext_cpu.write_kv(key, value, kv_cache, slots)

@@ -15,6 +15,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
+import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
@@ -67,6 +68,8 @@ class Runtime:
         self.config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         # Once more, now that vLLM has settled what it captures.
         refuse_captured_writes(self.config, vllm_config.compilation_config)
+        if device.type == "cpu" and (reason := cpu_kernels.why_not()) is not None:
+            logger.warning("SpeContext: %s", reason)
         self.layer_names = our_layer_names(vllm_config)
         self.retriever = make_retriever(vllm_config, self.config, model, device)
         self.selector: LayerSelector | None = None

@@ -1,5 +1,5 @@
 """Where the pages of a step lie in the scoring workspace, and the scores that attention gives them,
-on a GPU and in plain torch.
+on a GPU, on a CPU and in plain torch.
 """
 
 from __future__ import annotations
@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.reference import grouped_logits, reduce_to_pages
 from specontext_vllm.step_data import PageScores
@@ -78,6 +80,22 @@ class ScoreInputs:
                 min_pages=self.min_pages,
                 first_token=self.first_token,
                 keyless=self.keyless,
+            )
+            return
+        if cpu_kernels.available():
+            torch.ops.specontext_cpu.score_pages(
+                queries,
+                keys,
+                self.block_table,
+                self.seq_lens,
+                self.starts,
+                scores.page_max,
+                scores.page_lse,
+                self.rows.start,
+                len(self.rows),
+                self.min_pages,
+                self.first_token,
+                self.keyless,
             )
             return
         for row, span in self.scored_rows():

@@ -1,5 +1,5 @@
 """Which pages a decode step reads: sinks, recents and the best of the rest, per request and KV head
-(paper C1), on a GPU and in plain torch.
+(paper C1), on a GPU, on a CPU and in plain torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.reference import Budget, chosen_pages, page_scores
 from specontext_vllm.step_data import PageScores, Selection, Stickiness
@@ -88,6 +89,28 @@ def select_rows(
         launch(budget.total, None)
         if fallback is not None:
             launch(fallback.pages, fallback.threshold)
+        return
+    if cpu_kernels.available():
+        torch.ops.specontext_cpu.select_pages(
+            scores.page_max,
+            scores.page_lse,
+            seq_lens,
+            starts,
+            block_table,
+            selection.pages,
+            selection.lengths,
+            selection.kept_mass,
+            rows.start,
+            len(rows),
+            budget.total,
+            budget.sinks,
+            budget.recents,
+            0 if fallback is None else fallback.pages,
+            0.0 if fallback is None else fallback.threshold,
+            None if stickiness is None else stickiness.lanes,
+            None if stickiness is None else stickiness.slot_of,
+            0.0 if stickiness is None else stickiness.margin,
+        )
         return
     for row, start in zip(rows, starts[: len(rows)].tolist(), strict=True):
         tokens = int(seq_lens[row])

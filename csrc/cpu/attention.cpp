@@ -1,0 +1,257 @@
+// Decode attention over page tables.
+//
+// A sequence (row and KV head) is cut into parts of pages, by its length alone, so that the result
+// depends neither on the number of threads nor on the other rows. A part keeps its largest logit, the
+// sum of its weights and the weighted sum of its values; they are combined in order.
+#include "kernels.h"
+#include "vectors.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+namespace specontext {
+namespace {
+
+constexpr int64_t kPartPages = 16;   // The shortest part that is not a sequence's last,
+constexpr int64_t kMostParts = 16;   // and the most of them.
+constexpr int64_t kBlockPages = 4;   // Pages whose weights are made together.
+constexpr int64_t kBlock = kBlockPages * kPage;
+constexpr int64_t kSerialWork = 1 << 14;  // Multiplications that are not worth waking a thread for.
+
+// What is known of a part's softmax: [group] maxima, [group] sums, [group, padded(width)] values.
+struct PartResult {
+  float* largest;
+  float* sum;
+  float* values;
+};
+
+struct Part {
+  int64_t sequence, first_page, pages, tokens;
+};
+
+template <typename T, int G, int Vectors, bool Tail>
+inline void add_values(const T* const* pages, int64_t tokens, int64_t width, int64_t at,
+                       const float* weights, const float* rescale, float* values) {
+  const int64_t row = padded(width);
+  Vec sums[G][Vectors];
+  for (int g = 0; g < G; ++g) {
+    for (int v = 0; v < Vectors; ++v) {
+      sums[g][v] = Vec::loadu(values + g * row + at + v * kLanes) * Vec(rescale[g]);
+    }
+  }
+  for (int64_t first = 0; first < tokens; first += kPage) {
+    const T* from = pages[first / kPage] + width + at;
+    const int64_t end = std::min(tokens - first, kPage);
+    for (int64_t t = 0; t < end; ++t, from += 2 * width) {
+      Vec value[Vectors];
+      for (int v = 0; v < Vectors; ++v) {
+        value[v] = Tail ? widen(from, width - at) : widen(from + v * kLanes);
+      }
+      for (int g = 0; g < G; ++g) {
+        const Vec weight(weights[g * kBlock + first + t]);
+        for (int v = 0; v < Vectors; ++v) {
+          sums[g][v] = at::vec::fmadd(weight, value[v], sums[g][v]);
+        }
+      }
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (int v = 0; v < Vectors; ++v) {
+      sums[g][v].store(values + g * row + at + v * kLanes);
+    }
+  }
+}
+
+// The softmax of `tokens` more tokens joins what G query heads have so far. `ahead` are the pages of
+// the block after it, or null.
+template <typename T, int G>
+inline void attend_block(const float* query, const T* const* pages, const T* const* ahead,
+                         int64_t tokens, int64_t width, float soft_cap, const PartResult& so_far) {
+  const int64_t row = padded(width);
+  alignas(64) float weights[G * kBlock];
+  float rescale[G];
+  for (int64_t first = 0; first < tokens; first += kPage) {
+    dots<T, G>(query, row, pages[first / kPage], 2 * width, std::min(tokens - first, kPage), width,
+               weights + first, kBlock, ahead[first / kPage]);
+  }
+  const int64_t end = ceil_div(tokens, kLanes) * kLanes;
+  for (int g = 0; g < G; ++g) {
+    float* logits = weights + g * kBlock;
+    std::fill(logits + tokens, logits + end, kMinusInfinity);
+    Vec largest(kMinusInfinity);
+    for (int64_t t = 0; t < end; t += kLanes) {
+      Vec logit = Vec::loadu(logits + t);
+      if (soft_cap > 0) {
+        logit = (logit / Vec(soft_cap)).tanh() * Vec(soft_cap);
+        logit.store(logits + t, std::min(tokens - t, kLanes));
+        logit = Vec::loadu(logits + t);
+      }
+      largest = at::vec::maximum(largest, logit);
+    }
+    const float before = so_far.largest[g];
+    const float now = max_of(at::vec::maximum(largest, Vec(before)));
+    Vec sum(0.f);
+    for (int64_t t = 0; t < end; t += kLanes) {
+      const Vec weight = (Vec::loadu(logits + t) - Vec(now)).exp();
+      weight.store(logits + t);
+      sum = sum + weight;
+    }
+    rescale[g] = before == kMinusInfinity ? 0.f : std::exp(before - now);
+    so_far.largest[g] = now;
+    so_far.sum[g] = so_far.sum[g] * rescale[g] + sum_of(sum);
+  }
+  constexpr int kVectors = kLanes == 8 ? 2 : 4;
+  int64_t at = 0;
+  for (; at + kVectors * kLanes <= width; at += kVectors * kLanes) {
+    add_values<T, G, kVectors, false>(pages, tokens, width, at, weights, rescale, so_far.values);
+  }
+  for (; at + kLanes <= width; at += kLanes) {
+    add_values<T, G, 1, false>(pages, tokens, width, at, weights, rescale, so_far.values);
+  }
+  if (at < width) {
+    add_values<T, G, 1, true>(pages, tokens, width, at, weights, rescale, so_far.values);
+  }
+}
+
+template <typename T>
+bool attend_part(const DecodeArgs& args, const Part& part, const PartResult& result,
+                 float* queries) {
+  const int64_t row = padded(args.width), head = part.sequence % args.kv_heads;
+  const int32_t* ids = args.table + part.sequence * args.table_row + part.first_page;
+  for (int64_t page = 0; page < part.pages; ++page) {
+    if (ids[page] < 0 || ids[page] >= args.num_pages) {
+      return false;
+    }
+  }
+  const T* query = static_cast<const T*>(args.query) +
+      part.sequence / args.kv_heads * args.query_row + head * args.group * args.query_head;
+  read_queries(query, args.query_head, args.group, args.width, args.scale, queries);
+  std::fill_n(result.largest, args.group, kMinusInfinity);
+  std::fill_n(result.sum, args.group, 0.f);
+  std::fill_n(result.values, args.group * row, 0.f);
+  const auto page_at = [&](int64_t page) {
+    return page < part.pages
+        ? static_cast<const T*>(args.pages) + ids[page] * (kPage * 2 * args.width)
+        : nullptr;
+  };
+  const T* const none[kBlockPages] = {};
+  const T *pages[kBlockPages], *ahead[kBlockPages];
+  for (int64_t i = 0; i < kBlockPages; ++i) {
+    ahead[i] = page_at(i);
+  }
+  for (int64_t first = 0; first < part.pages; first += kBlockPages) {
+    for (int64_t i = 0; i < kBlockPages; ++i) {
+      pages[i] = ahead[i];
+      ahead[i] = page_at(first + kBlockPages + i);
+    }
+    const int64_t tokens = std::min(part.tokens - first * kPage, kBlock);
+    for (int64_t g = 0; g < args.group; g += kHeadsAtOnce) {
+      with_heads(std::min<int64_t>(args.group - g, kHeadsAtOnce), [&](auto heads) {
+        attend_block<T, heads>(queries + g * row, pages, g == 0 ? ahead : none, tokens, args.width,
+                               args.soft_cap,
+                               {result.largest + g, result.sum + g, result.values + g * row});
+      });
+    }
+  }
+  return true;
+}
+
+// The output of one query head from the parts of its sequence, `stride` floats apart.
+template <typename T>
+void combine(const PartResult& first, int64_t parts, int64_t stride, const float* sink,
+             int64_t width, T* output) {
+  float largest = sink == nullptr ? kMinusInfinity : *sink;
+  for (int64_t part = 0; part < parts; ++part) {
+    largest = std::max(largest, first.largest[part * stride]);
+  }
+  float shares[kMostParts];
+  float sum = sink == nullptr ? 0.f : std::exp(*sink - largest);
+  for (int64_t part = 0; part < parts; ++part) {
+    shares[part] = std::exp(first.largest[part * stride] - largest);
+    sum += first.sum[part * stride] * shares[part];
+  }
+  for (int64_t at = 0; at < width; at += kLanes) {
+    Vec values(0.f);
+    for (int64_t part = 0; part < parts; ++part) {
+      values =
+          at::vec::fmadd(Vec::loadu(first.values + part * stride + at), Vec(shares[part]), values);
+    }
+    store(output + at, values / Vec(sum), std::min(width - at, kLanes));
+  }
+}
+
+template <typename T>
+bool decode(const DecodeArgs& args) {
+  const int64_t row = padded(args.width), sequences = args.rows * args.kv_heads;
+  std::vector<Part> parts;
+  std::vector<int64_t> first_part(sequences + 1, 0);
+  int64_t all_tokens = 0;
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    const int64_t tokens = args.lengths[sequence], pages = ceil_div(tokens, kPage);
+    const int64_t at_once = std::max(kPartPages, ceil_div(pages, kMostParts));
+    for (int64_t page = 0; page < pages; page += at_once) {
+      parts.push_back({sequence, page, std::min(at_once, pages - page),
+                       std::min(tokens - page * kPage, at_once * kPage)});
+    }
+    first_part[sequence + 1] = static_cast<int64_t>(parts.size());
+    all_tokens += tokens;
+  }
+  // A part's maxima, sums and values lie side by side.
+  const int64_t stride = args.group * (2 + row);
+  std::vector<float> workspace(parts.size() * stride);
+  const auto result = [&](int64_t part) {
+    float* at = workspace.data() + part * stride;
+    return PartResult{at, at + args.group, at + 2 * args.group};
+  };
+  std::atomic<bool> in_range{true};
+  const int64_t count = static_cast<int64_t>(parts.size());
+  const bool small = all_tokens * args.group * args.width < kSerialWork;
+  at::parallel_for(0, count, small ? count : 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> queries(args.group * row);
+    for (int64_t part = begin; part < end; ++part) {
+      if (!attend_part<T>(args, parts[part], result(part), queries.data())) {
+        in_range = false;
+      }
+    }
+  });
+  if (!in_range) {
+    return false;
+  }
+  const int64_t grain = std::max<int64_t>(1, kSerialWork / (args.group * row));
+  at::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t sequence = begin; sequence < end; ++sequence) {
+      T* output = static_cast<T*>(args.output) + sequence * args.group * args.width;
+      const int64_t first = first_part[sequence], number = first_part[sequence + 1] - first;
+      if (number == 0) {
+        std::fill_n(output, args.group * args.width, T(0.f));
+        continue;
+      }
+      const PartResult from = result(first);
+      for (int64_t g = 0; g < args.group; ++g) {
+        const int64_t head = sequence % args.kv_heads * args.group + g;
+        combine<T>({from.largest + g, from.sum + g, from.values + g * row}, number, stride,
+                   args.sinks == nullptr ? nullptr : args.sinks + head, args.width,
+                   output + g * args.width);
+      }
+    }
+  });
+  return true;
+}
+
+}  // namespace
+
+bool sparse_decode(const DecodeArgs& args) {
+  switch (args.kind) {
+    case Kind::kFloat:
+      return decode<float>(args);
+    case Kind::kBFloat16:
+      return decode<c10::BFloat16>(args);
+    default:
+      return decode<c10::Half>(args);
+  }
+}
+
+}  // namespace specontext

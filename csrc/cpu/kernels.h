@@ -1,0 +1,79 @@
+// The kernels, on plain memory. bindings.cpp checks the tensors that it comes from.
+//
+// A head page is one page of one KV head, and its id `page * H + head`. Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace specontext {
+
+enum class Kind { kFloat, kBFloat16, kHalf, kFloat8 };
+
+// Attention of one query token a row over the pages of its page table.
+struct DecodeArgs {
+  Kind kind;               // Of query, pages and output.
+  const void* query;       // [rows, H * group, width], rows and heads of any stride
+  int64_t query_row, query_head;
+  const void* pages;       // [num_pages, 16, 2 * width]: keys, then values
+  int64_t num_pages;
+  const int32_t* table;    // [rows * H, table_row]
+  int64_t table_row;
+  const int32_t* lengths;  // [rows * H], tokens
+  const float* sinks;      // [H * group] logits that join the sum of the softmax, or null
+  void* output;            // [rows, H * group, width]
+  int64_t rows, kv_heads, group, width;
+  float scale;
+  float soft_cap;          // Logits become soft_cap * tanh(logit / soft_cap); 0: they stay.
+};
+
+// False if a page id is none of the pages; nothing was read there.
+bool sparse_decode(const DecodeArgs& args);
+
+// The largest logit and the log-sum-exp of each page's tokens, for each query head.
+struct ScoreArgs {
+  Kind query_kind, key_kind;
+  const void* queries;     // [B, NQ, width]
+  int64_t query_row, query_head;
+  const void* keys;        // [blocks, heads, 16, width]
+  int64_t key_block, key_head, key_token, num_blocks;
+  const int32_t* block_table;  // [B, table_row]
+  int64_t table_row;
+  const int32_t* seq_lens;  // [B], tokens
+  const int32_t* starts;    // [num_rows], where the pages of a row begin in the workspace
+  float* page_max;          // [NQ, capacity]
+  float* page_lse;          // [NQ, capacity]
+  int64_t capacity, first_row, num_rows, heads, group, width;
+  int64_t min_pages;        // Rows with no more pages get no scores.
+  int64_t first_token;      // Tokens before it take no part,
+  int64_t keyless;          // nor do the newest ones.
+};
+
+// False if a block id is none of the blocks; nothing was read there.
+bool score_pages(const ScoreArgs& args);
+
+// The pages that rows read, chosen by their scores.
+struct SelectArgs {
+  const float* page_max;  // [heads * group, capacity]
+  const float* page_lse;
+  int64_t capacity;
+  const int32_t* seq_lens;     // [B]
+  const int32_t* starts;       // [num_rows]
+  const int32_t* block_table;  // [B, table_row], what the selection calls each page
+  int64_t table_row;
+  int32_t* pages;  // [B * heads, pages_row]
+  int64_t pages_row;
+  int32_t* lengths;  // [B * heads]
+  float* kept_mass;  // [B, heads]
+  int64_t first_row, num_rows, heads, group;
+  int64_t budget_pages, sink_pages, recent_pages;
+  int64_t fallback_pages;    // For rows whose kept mass is below the threshold; 0: for none.
+  float fallback_threshold;
+  const int32_t* lanes;      // [B], rows of slot_of, or null
+  const int32_t* slot_of;    // [lanes, heads, slot_row], negative for pages that need a fetch
+  int64_t slot_row;
+  float margin;              // Added to the score of a page that needs none.
+};
+
+void select_pages(const SelectArgs& args);
+
+}  // namespace specontext
