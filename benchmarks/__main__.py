@@ -21,6 +21,7 @@ from benchmarks import (
 )
 from benchmarks.accuracy import command as accuracy
 from benchmarks.capacity import command as capacity
+from benchmarks.cpu import command as cpu
 from benchmarks.figures import command as figures
 from benchmarks.fuzz import command as fuzz
 from benchmarks.heads import command as heads
@@ -42,6 +43,7 @@ CASES: dict[str, Callable[..., None]] = {
     "attention": attention.main,
     "capacity": capacity.main,
     "choices": choices.main,
+    "cpu": cpu.main,
     "decode": decode.main,
     "distill": distill.main,
     "figures": figures.main,

@@ -56,6 +56,20 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
+    "smollm2": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 131072,
+        "rope_theta": 100000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -82,8 +96,8 @@ class Shape:
 
     @classmethod
     def named(cls, name: str) -> Shape:
-        """8b and 1b are Llama-3.1-8B's and Llama-3.2-1B's (with its LM head untied); demo is the
-        bundled model's.
+        """8b and 1b are Llama-3.1-8B's and Llama-3.2-1B's (with its LM head untied), smollm2 is
+        SmolLM2-135M's (with more positions), demo is the bundled model's.
 
         Raises:
             ValueError: an unknown name, or no demo model.
@@ -169,11 +183,19 @@ class Shape:
         return self.weight_bytes + requests * context * self.kv_bytes_per_token
 
     def sparse_step_bytes(
-        self, requests: int, context: int, budget: int, head_format: HeadFormat = "eagle3"
+        self,
+        requests: int,
+        context: int,
+        budget: int,
+        head_format: HeadFormat = "eagle3",
+        key_bytes: int = 1,
     ) -> int:
         """Bytes a sparse one must read: KV up to the budget, the head's weights, and, beyond the
         budget, its K cache.
+
+        Args:
+            key_bytes: of an element of the head's keys; 1 for 8-bit floats.
         """
-        keys = context * self.head_key_bytes_per_token if context > budget else 0
+        keys = context * self.head_key_bytes_per_token * key_bytes if context > budget else 0
         per_request = min(context, budget) * self.kv_bytes_per_token + keys
         return self.weight_bytes + self.head_weight_bytes(head_format) + requests * per_request

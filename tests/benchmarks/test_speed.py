@@ -3,8 +3,6 @@ of `steps`.
 """
 
 import json
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +13,6 @@ from benchmarks.__main__ import app
 from benchmarks.children import ChildError
 from benchmarks.engines import Cell, EngineSpec
 from benchmarks.shapes import Shape
-from tests.conftest import CUDA
-from tests.forked import fork_server
 
 
 def timed(context, ms, requests=4, prefill=None, cached=0):
@@ -270,25 +266,6 @@ def test_engines_differ_in_the_backend_alone():
         "rule_settings": {"shares": [0.05]},
         "gpu_kv_gib": 1.0,
     }
-
-
-@pytest.fixture
-def forked_children(monkeypatch) -> Iterator[None]:
-    """Children on a CPU are forked from one that has imported vLLM. ``run_child`` spawns them, as
-    test_report.py's do.
-    """
-    if CUDA:
-        yield
-        return
-    imported = (
-        "vllm.v1.worker.cpu_worker",
-        "vllm.v1.worker.cpu_model_runner",
-        "vllm.v1.engine.core",
-    )
-    with fork_server("vllm.entrypoints.llm", *imported) as context:
-        get_context = SimpleNamespace(get_context=lambda method: context)
-        monkeypatch.setattr("benchmarks.children.multiprocessing", get_context)
-        yield
 
 
 @pytest.mark.slow
