@@ -50,16 +50,13 @@ def run_engine(
         "block_size": llm.llm_engine.vllm_config.cache_config.block_size,
         "arguments": arguments,
     }
+    # All of the memory is touched once before anything is timed.
+    llm.collective_rpc(fill_caches)
     yield "ready", facts
-    filled = False
     for index, (kind, cell) in enumerate(cells):
         if kind == "prefill":
             figures = time_prefills(llm, cell, index, turns)
         else:
-            if not filled:
-                with turns.turn():
-                    llm.collective_rpc(fill_caches)
-                filled = True
             figures = time_steps(llm, cell, index, spec, turns)
         yield "cell", (f"{kind} {cell.name}", figures)
 

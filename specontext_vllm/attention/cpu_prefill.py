@@ -22,7 +22,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 BLOCK_SIZE = 128
 """Tokens of a block of the copy, as many as vLLM's own blocks hold on a CPU."""
 
-GATHERED_PAGES = 128
+GATHERED_PAGES = 256
 """Pages that are gathered at a time: few enough to be packed while they are in the cores' caches.
 """
 
