@@ -23,7 +23,7 @@ needs_two = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
 )
 
-SHAPE = {"attention_backend": "specontext", "max_model_len": 4096, "max_num_batched_tokens": 2048}
+SHAPE = {"attention_backend": "specontext", "max_model_len": 2048, "max_num_batched_tokens": 2048}
 
 
 def parallel(workers: int) -> dict:
@@ -39,9 +39,11 @@ def parallel(workers: int) -> dict:
 def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head, monkeypatch):
     from vllm import SamplingParams
 
-    pages, pool = 520, 0.25
-    problems = [make_problem("needle", seed=40 + i, approx_tokens=2500) for i in range(2)]
-    problems.append(make_problem("recitation", seed=50, approx_tokens=2500))
+    pages, pool = 200, 0.125
+    problems = [
+        make_problem(kind, seed=seed, approx_tokens=1250)
+        for kind, seed in (("needle", 40), ("recitation", 50))
+    ]
     params = [
         SamplingParams(temperature=0, max_tokens=24 + 2 * len(p.answer.split())) for p in problems
     ]
@@ -49,9 +51,9 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head,
     for name, workers, tiers in (
         ("alone", 1, {}),
         ("one", 2, {}),
-        ("two", 2, {"host_kv_gib": pool, "gpu_kv_gib": 0.0115, "stickiness": 0}),
+        ("two", 2, {"host_kv_gib": pool, "gpu_kv_gib": 0.0046, "stickiness": 0}),
     ):
-        settings = {"specontext": {"retrieval_head": str(own_head), "budget": 256, **tiers}}
+        settings = {"specontext": {"retrieval_head": str(own_head), "budget": 128, **tiers}}
         if workers > 1:
             # vLLM's CPU workers want to be told their cores where the machine has no second NUMA
             # node.
@@ -70,7 +72,7 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head,
             # The pool is the machine's: its workers share it.
             assert 0 < sum(worker["host_pool_bytes"] for worker in stats) <= pool * 2**30
             assert all(worker["fetched_bytes"] > 0 for worker in stats)
-    assert [score(p, text) for p, text in zip(problems, texts["one"])] == [1.0] * 3
+    assert [score(p, text) for p, text in zip(problems, texts["one"])] == [1.0] * 2
     assert tokens["two"] == tokens["one"] == tokens["alone"]
 
 

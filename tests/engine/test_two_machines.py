@@ -158,6 +158,7 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
             "GLOO_SOCKET_IFNAME": second.interface,
             "VLLM_HOST_IP": second.address,
             "VLLM_CPU_OMP_THREADS_BIND": "1",
+            "SPECONTEXT_TEST_FORKS": "1",
         }
         worker = second.popen(
             serve_command(DEMO_MODEL, *nodes, "--node-rank", "1", "--headless"), there
@@ -179,6 +180,7 @@ def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
             "GLOO_SOCKET_IFNAME": interface,
             "VLLM_HOST_IP": address,
             "VLLM_CPU_OMP_THREADS_BIND": "0",
+            "SPECONTEXT_TEST_FORKS": "1",
             "TMPDIR": str(folder / "first"),
         }.items():
             patch.setenv(key, value)
