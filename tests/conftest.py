@@ -49,6 +49,26 @@ TOGETHER = {
     "tests/engine/test_metrics.py": "server",
 }
 """Files that share such a fixture, by which of pytest-xdist's processes runs them."""
+SECONDS = {
+    "scenarios": 110,
+    "tests/engine/test_faults.py": 70,
+    "server": 65,
+    "tests/engine/test_tensor_parallel.py": 55,
+    "tests/engine/test_two_machines.py": 45,
+    "tests/kernels/test_compile.py": 45,
+    "tests/engine/test_recall.py": 43,
+    "tests/demo/test_smollm2_demo.py": 42,
+    "tests/examples/test_examples.py": 40,
+    "tests/engine/test_tiers.py": 35,
+    "tests/test_wheel.py": 35,
+    "tests/benchmarks/test_real_engine.py": 30,
+    "tests/engine/test_fuzz.py": 28,
+    "tests/engine/test_architectures.py": 25,
+    "tests/distillation/test_end_to_end.py": 25,
+    "tests/sidecar/test_remote.py": 20,
+    "tests/benchmarks/test_speed.py": 16,
+}
+"""Of those that take longest, whatever the fixtures; other slow ones take some ten."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
         # What takes long first, so that the processes end together.
-        items.sort(key=lambda item: "slow" not in item.keywords)
+        items.sort(key=_seconds, reverse=True)
+
+
+def _seconds(item: pytest.Item) -> float:
+    file = item.nodeid.partition("::")[0]
+    return SECONDS.get(TOGETHER.get(file, file), 10 if "slow" in item.keywords else 0)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,8 +14,8 @@ from benchmarks.fuzz.verdicts import judge
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
 
-ROUNDS = 6
-"""Mixes: about a minute on two quiet cores, three engine starts included."""
+ROUNDS = 4
+"""Mixes."""
 
 
 @pytest.fixture(scope="module")
