@@ -121,8 +121,8 @@ def test_the_most_frequent_words_are_the_answers(writer):
 
 
 def test_examples_tell_the_label(writer):
-    prompt = one(writer, "labels", context=1024)
-    assert len(prompt.tokens) + prompt.reply_room <= 1024 < len(prompt.tokens) + 200
+    prompt = one(writer, "labels")
+    assert len(prompt.tokens) + prompt.reply_room <= CONTEXT < len(prompt.tokens) + 200
     text = writer.tokenizer.decode(prompt.tokens)
     options = [writer.tokenizer.decode(ids).removeprefix(":").strip() for ids in prompt.forced]
     assert len(set(options)) == labels.KINDS == len(prompt.forced)
