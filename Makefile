@@ -12,7 +12,7 @@ endif
 # Several processes share the tests where there is pytest-xdist and no GPU (tests/conftest.py says how many).
 SPREAD = $$($(RUN) -c 'import importlib.util as u; print("-n auto --dist loadfile --no-loadscope-reorder" if u.find_spec("xdist") else "")')
 
-.PHONY: help venv demo demo-smollm2 docs check test test-fast test-gpu test-next clean
+.PHONY: help venv kernels demo demo-smollm2 docs check test test-fast test-gpu test-next clean
 
 help:
 	@echo "make demo      serve the demo model with and without specontext and ask both (a few minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-gpu  only the tests marked gpu"
 	@echo "make test-next tests/engine on a CPU against the next release of vLLM, which is not supported yet"
 	@echo "make docs      write the parts of docs/ that come from the code"
+	@echo "make kernels   compile what has changed of csrc/ (also before the demos and tests)"
 	@echo "make venv      only make $(VENV)"
 	@echo "PYTHON=...     use this interpreter instead of $(VENV)"
 	@echo "PYTEST=...     options of pytest instead of those with which it runs by default"
@@ -30,7 +31,11 @@ help:
 venv:
 	@python3 scripts/bootstrap.py --venv $(VENV)
 
-demo: $(READY)
+# Where they cannot be compiled, a CPU runs plain torch.
+kernels: $(READY)
+	@$(RUN) setup.py --quiet build_ext --inplace
+
+demo: kernels
 	$(RUN) -m specontext_vllm.demo
 
 check: $(READY)
@@ -38,17 +43,17 @@ check: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-demo-smollm2: $(READY)
+demo-smollm2: kernels
 	$(RUN) -m specontext_vllm.demo.smollm2
 
 docs: $(READY)
 	$(RUN) scripts/make_docs.py
 
 # exec: a signal to make reaches pytest itself, which then ends what its tests have started.
-test: $(READY)
+test: kernels
 	exec $(RUN) -m pytest $(or $(PYTEST),$(SPREAD))
 
-test-fast: $(READY)
+test-fast: kernels
 	exec $(RUN) -m pytest -m "not slow" $(or $(PYTEST),$(SPREAD))
 
 test-gpu: $(READY)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from specontext_vllm.observability.catalog import PREFIX
 from tests.engine.conftest import DEMO_MODEL, STOCK, engine
 from tests.engine.scenarios import ids, sampling, scenarios, until_sure
@@ -41,14 +43,29 @@ def run_both_budgets(prompts) -> dict[str, object]:
     with engine(**SHAPE, additional_config={"specontext": settings}) as llm:
         out = counted_scenarios(llm, prompts)
         llm.reset_prefix_cache()
+        out["without kernels"] = without_kernels(llm, prompts)
         llm.collective_rpc("specontext_set", kwargs={"budget": SMALL})
         small = counted_scenarios(llm, prompts)
 
         def read(retriever: str) -> None:
             llm.collective_rpc("specontext_set", kwargs={"retriever": retriever})
 
+        small["without kernels"] = without_kernels(llm, prompts)
         small |= outage(llm, prompts, lambda: read("dense"), lambda: read("dlm"))
         return {**out, "small budget": small}
+
+
+def without_kernels(llm, prompts) -> list[list[int]]:
+    """The scenario ``plain``, a CPU running the definitions in torch instead of its C++ kernels."""
+    llm.reset_prefix_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specontext_vllm.cpu_kernels.available", lambda: False)
+        answers = [
+            ids(llm.generate([{"prompt_token_ids": prompt}], sampling(), use_tqdm=False))[0]
+            for prompt in prompts
+        ]
+    llm.reset_prefix_cache()
+    return answers
 
 
 def counted_scenarios(llm, prompts) -> dict[str, object]:

@@ -32,6 +32,12 @@ def test_tokens_equal_stock(stock, both_budgets, scenario):
     assert both_budgets[scenario] == stock[scenario]
 
 
+def test_tokens_do_not_hang_on_the_cpu_s_kernels(stock, both_budgets):
+    """Float32: with the C++ kernels and with the definitions in torch."""
+    assert both_budgets["without kernels"] == stock["plain"]
+    assert both_budgets["small budget"]["without kernels"] == both_budgets["small budget"]["plain"]
+
+
 def test_the_scenarios_happened(stock, both_budgets):
     """Preemptions, prefix hits and decode steps took place, in both engines."""
     assert stock["preempted"] > 0 and both_budgets["preempted"] > 0

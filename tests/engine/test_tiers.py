@@ -15,7 +15,7 @@ from tests.conftest import CUDA
 from tests.engine.conftest import engine
 from tests.engine.overflow import beside_an_overflow, check
 from tests.engine.scenarios import OTHER_WAYS, by_another_way, ids, sampling, scenarios
-from tests.engine.shared_runs import PAGES, SHAPE
+from tests.engine.shared_runs import PAGES, SHAPE, without_kernels
 from tests.poison import poisoned_tiers, times_poisoned
 
 SETTINGS = {
@@ -67,6 +67,7 @@ def run(prompts, head, **settings):
         out["after pressure"] = after_pressure(llm, prompts)
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
         out["overflow"] = beside_an_overflow(llm, prompts[4:7])
+        out["without kernels"] = without_kernels(llm, prompts)
         return out
 
 
@@ -175,6 +176,12 @@ def test_tokens_are_those_of_one_tier(one_tier, two_tiers, scenario):
 def test_tokens_do_not_hang_on_a_request_s_way(one_tier, scenario):
     tokens, otherwise = by_another_way(one_tier, scenario)
     assert tokens == otherwise
+
+
+@pytest.mark.parametrize("tiers", ["one_tier", "two_tiers"])
+def test_tokens_do_not_hang_on_the_cpu_s_kernels(tiers, request):
+    tokens = request.getfixturevalue(tiers)
+    assert tokens["without kernels"] == tokens["plain"]
 
 
 @pytest.mark.parametrize("tiers", ["one_tier", "two_tiers"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from specontext_vllm import cpu_kernels
+
+if folder := os.environ.get("SPECONTEXT_TEST_KERNELS"):
+    # Built otherwise: test_sanitizer.py.
+    cpu_kernels.FOLDER = Path(folder)
 
 
 @pytest.fixture(scope="module")

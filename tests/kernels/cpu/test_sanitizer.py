@@ -1,0 +1,104 @@
+"""The kernels' tests once more under AddressSanitizer, for both kinds of x86 CPUs; and the sources
+as a machine without a vector width of its own compiles them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[3]
+TESTS = ("test_decode.py", "test_score.py", "test_select.py")
+FLAGS = "-fsanitize=address -fno-omit-frame-pointer -O1"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None or bool(torch.version.cuda),
+        reason="no g++, or a build of torch for GPUs",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """Folder of libraries that AddressSanitizer watches."""
+    tree = tmp_path_factory.mktemp("sanitized")
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    shutil.copy(ROOT / "setup.py", tree)
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "lib"],
+        cwd=tree,
+        env={**os.environ, "CFLAGS": FLAGS, "CXXFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address"},
+        check=True,
+        capture_output=True,
+    )
+    return tree / "lib" / "specontext_vllm" / "cpu_kernels"
+
+
+def run_sanitized(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Python with AddressSanitizer. With libstdc++ beside it, whose exceptions it must find when it
+    starts.
+    """
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **preload, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("capability", ["avx2", "avx512"])
+def test_no_kernel_leaves_its_buffers(sanitized, capability):
+    if not list(sanitized.glob(f"{capability}-*.so")):
+        pytest.skip("no x86 CPU")
+    # -s: pytest would keep the report to itself.
+    done = run_sanitized(
+        *("-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"),
+        *(f"tests/kernels/cpu/{name}" for name in TESTS),
+        ATEN_CPU_CAPABILITY=capability,
+        SPECONTEXT_TEST_KERNELS=str(sanitized),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_the_sanitizer_sees_a_kernel_that_leaves_its_buffer(sanitized):
+    """A tensor that claims more than its memory holds."""
+    code = f"""
+import pathlib, numpy, torch
+import specontext_vllm.cpu_kernels as k
+k.FOLDER = pathlib.Path({str(sanitized)!r})
+assert k.why_not() is None, k.why_not()
+memory = numpy.zeros(64, numpy.float32)
+lies = numpy.lib.stride_tricks.as_strided(memory, (4, 1, 64), (256, 256, 4))
+lies = torch.from_numpy(lies)
+cache = torch.zeros(2, 1, 16, 128)
+torch.ops.specontext_cpu.write_kv(lies, lies, cache, torch.arange(4))
+"""
+    done = run_sanitized("-c", code)
+    assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_sources_compile_without_a_vector_width_of_their_own():
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++20", "-fopenmp", "-fsyntax-only", "-DCPU_CAPABILITY=DEFAULT"]
+    paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.name != "bindings.cpp":
+            subprocess.run(
+                ["g++", *flags, "-DCPU_CAPABILITY_DEFAULT", *paths, str(source)], check=True
+            )
