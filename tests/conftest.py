@@ -68,7 +68,7 @@ SECONDS = {
     "tests/sidecar/test_remote.py": 20,
     "tests/benchmarks/test_speed.py": 16,
 }
-"""Of those that take longest, whatever the fixtures; other slow ones take some ten."""
+"""Roughly, of those that take longest; they only set the order. Other slow ones take some ten."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""A minute of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's, and
+"""Some mixes of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's, and
 none between two tiers and one.
 """
 
@@ -14,7 +14,7 @@ from benchmarks.fuzz.verdicts import judge
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
 
-ROUNDS = 4
+ROUNDS = 6
 """Mixes."""
 
 
