@@ -1,5 +1,5 @@
-"""Some mixes of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's, and
-none between two tiers and one.
+"""Some mixes of the benchmark `fuzz`, anew seeded each time: no token differs from stock vLLM's,
+and none between two tiers and one.
 """
 
 from __future__ import annotations
