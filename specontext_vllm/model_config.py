@@ -18,10 +18,24 @@ def has_windowed_layers(text: Any) -> bool:
     )
 
 
+OTHER_KINDS = {
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+    "mamba",
+    "conv",
+    "recurrent",
+    "mlp",
+    "moe",
+}
+"""What configs call layers that do not attend to the whole context, or not at all."""
+
+
 def num_full_layers(text: Any) -> int:
     """Layers of this text model that attend to the whole context: those our backend may run."""
-    layers = int(text.num_hidden_layers)
-    if not has_windowed_layers(text):
-        return layers
-    types = getattr(text, "layer_types", None)
-    return 0 if types is None else layers - list(types).count("sliding_attention")
+    # Jamba's, Bamba's and Nemotron-H's name for the same list.
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if types is None:
+        return 0 if has_windowed_layers(text) else int(text.num_hidden_layers)
+    others = OTHER_KINDS if has_windowed_layers(text) else OTHER_KINDS - {"sliding_attention"}
+    return sum(kind not in others for kind in types)

@@ -20,7 +20,8 @@ from typing import Any, cast
 from specontext_vllm.engine.backend_choice import (
     is_named,
     is_selected,
-    refuse_backend_per_kind,
+    refuse_other_kinds,
+    take_full_attention,
     warn_of_unread_settings,
 )
 from specontext_vllm.engine.names import BACKEND_NAME, CPU_WORKER, GPU_WORKER, SCHEDULERS
@@ -51,7 +52,8 @@ def choose_worker() -> None:
             from specontext_vllm.engine.last_word import say_last
 
             say_last()
-        refuse_backend_per_kind(vllm_config)
+        refuse_other_kinds(vllm_config)
+        take_full_attention(vllm_config)
         if is_selected(vllm_config):
             from specontext_vllm.engine.memory import refuse_small_memory
             from specontext_vllm.engine.prepare import name_metrics_folder, prepare_vllm_config

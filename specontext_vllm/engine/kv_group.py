@@ -1,11 +1,11 @@
-"""Our layers among the model's, and their group among vLLM's KV-cache groups.
+"""The group of our layers among vLLM's KV-cache groups, and pages within its blocks.
 
 vLLM's scheduler hands out *blocks* of ``--block-size`` tokens. Kernels, page tables, the head's
 caches and the two tiers count *pages* of PAGE_SIZE tokens, which are vLLM's "kernel blocks" of our
 backend: page ``j`` of block ``b`` is ``b * block_pages + j`` (vllm/v1/worker/utils.py,
 AttentionGroup.map_to_kernel_block_table).
 
-vLLM: a model's attention layers, and the rule by which they are grouped.
+vLLM: the rule by which a model's layers are grouped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError
+from specontext_vllm.engine.layers import SEVERAL_GROUPS
 from specontext_vllm.engine.names import BACKEND_NAME
 
 
@@ -69,35 +70,16 @@ class KVGroup:
         return ours[0]
 
 
-SEVERAL_GROUPS = (
-    "model: its layers need more than one attention group (their KV heads or head sizes differ), "
-    "but --attention-backend specontext makes one selection for all layers; serve it with another "
-    "backend."
-)
-
-
-def our_layer_names(vllm_config: Any) -> tuple[str, ...]:
-    """Names of the loaded model's layers that run on our backend, in the model's order."""
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-    ours = [
-        name
-        for name, layer in layers.items()
-        if layer.get_attn_backend().get_name() == BACKEND_NAME
-    ]
-    return tuple(sorted(ours, key=extract_layer_index))
-
-
 def find_kv_group(layer_names: Sequence[str], kv_cache_config: Any) -> KVGroup:
     """The group of our layers in vLLM's KVCacheConfig.
 
     Raises:
         ConfigError: they are in several groups.
     """
-    groups = kv_cache_config.kv_cache_groups
+    return _group_of(layer_names, kv_cache_config.kv_cache_groups)
+
+
+def _group_of(layer_names: Sequence[str], groups: Sequence[Any]) -> KVGroup:
     found = [
         index for index, group in enumerate(groups) if set(layer_names) & set(group.layer_names)
     ]
@@ -107,20 +89,45 @@ def find_kv_group(layer_names: Sequence[str], kv_cache_config: Any) -> KVGroup:
     return KVGroup(index, tuple(layer_names), groups[index].kv_cache_spec.block_size // PAGE_SIZE)
 
 
-def block_bytes(vllm_config: Any, specs: dict[str, Any]) -> int:
-    """GPU memory that vLLM counts for one block, by which it divides what a worker offers.
+@dataclass(frozen=True)
+class Block:
+    """One of vLLM's blocks, before there is a KV cache.
 
-    Groups overlay one another, so it is the largest group's (vllm/v1/core/kv_cache_utils.py,
-    _get_kv_cache_bytes_per_block, for layouts that keep a layer's blocks together, as ours does).
+    Attributes:
+        num_bytes: GPU memory that vLLM counts for it, by which it divides what a worker offers.
+        pages: pages of our group in it.
+        is_ours: no other group uses the same memory.
+    """
+
+    num_bytes: int
+    pages: int
+    is_ours: bool
+
+
+def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequence[str]) -> Block:
+    """What a block will be like.
+
+    Groups overlay one another, so its bytes are the largest group's
+    (vllm/v1/core/kv_cache_utils.py, _get_kv_cache_bytes_per_block, for layouts that keep a layer's
+    blocks together, as ours does). vLLM makes blocks of layers with smaller pages longer, so ours
+    may hold more tokens than --block-size says (unify_kv_cache_spec_page_size).
 
     Args:
         specs: the worker's KV cache specs by layer.
+        layer_names: our layers.
+    Raises:
+        ConfigError: they are in several groups.
     """
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     groups = get_kv_cache_groups(vllm_config, dict(specs))
-    return max(
-        sum(_spec_of(group, name).page_size_bytes for name in group.layer_names) for group in groups
+    return Block(
+        max(
+            sum(_spec_of(group, name).page_size_bytes for name in group.layer_names)
+            for group in groups
+        ),
+        _group_of(layer_names, groups).block_pages,
+        is_ours={name for group in groups for name in group.layer_names} == set(layer_names),
     )
 
 

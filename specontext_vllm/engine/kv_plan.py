@@ -25,7 +25,7 @@ def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int, block_b
     """Blocks that ``gpu_bytes`` of GPU memory hold with what the retriever keeps of them.
 
     Args:
-        block_bytes: what vLLM counts for a block; see ``kv_group.block_bytes``.
+        block_bytes: what vLLM counts for a block; see ``kv_group.expected_block``.
     Raises:
         ConfigError: a sentence with the numbers when gpu_kv_gib is too small.
     """
@@ -55,7 +55,7 @@ def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> Tie
     refuse_less_than_one_request(vllm_config, memory, gpu_bytes, host_bytes)
     try:
         plans = memory.plan if config.loading == "adaptive" else memory.plan_all_offloaded
-        plan = plans(gpu_bytes, host_bytes, override_pages(vllm_config))
+        plan = plans(gpu_bytes, host_bytes, override_pages(vllm_config, memory))
     except MemoryModelError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
     if plan.host_layers:

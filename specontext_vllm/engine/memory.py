@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.names import ENGINES_KEY
 from specontext_vllm.model_config import num_full_layers
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError
@@ -17,19 +18,27 @@ from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.sizes import in_gib
 
 
-def memory_model(vllm_config: Any, num_layers: int, retriever_page_bytes: int) -> MemoryModel:
+def memory_model(
+    vllm_config: Any,
+    num_layers: int,
+    layers: LayerShape,
+    retriever_page_bytes: int,
+    block_pages: int,
+) -> MemoryModel:
     """The memory model of one worker of this engine.
 
     Args:
         num_layers: layers on our backend.
+        layers: their shape.
         retriever_page_bytes: what the retriever keeps of a page of these layers.
+        block_pages: pages of a block.
     """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     shape = KVShape(
         num_layers=num_layers,
-        num_kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
-        head_dim=model.get_head_size(),
+        num_kv_heads=layers.num_kv_heads,
+        head_dim=layers.head_dim,
         itemsize=model.dtype.itemsize,
         retriever_page_bytes=retriever_page_bytes,
     )
@@ -40,19 +49,19 @@ def memory_model(vllm_config: Any, num_layers: int, retriever_page_bytes: int) -
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_model_len=model.max_model_len,
         captured_rows=compilation.max_cudagraph_capture_size or 0,
-        block_pages=block_pages(vllm_config),
+        block_pages=block_pages,
     )
 
 
 def block_pages(vllm_config: Any) -> int:
-    """Pages of one of vLLM's blocks."""
+    """Pages of a block of --block-size tokens."""
     return int(vllm_config.cache_config.block_size) // PAGE_SIZE
 
 
-def override_pages(vllm_config: Any) -> int | None:
+def override_pages(vllm_config: Any, memory: MemoryModel) -> int | None:
     """--num-gpu-blocks-override in pages; None where it was not given."""
     blocks = vllm_config.cache_config.num_gpu_blocks_override
-    return None if blocks is None else blocks * block_pages(vllm_config)
+    return None if blocks is None else blocks * memory.block_pages
 
 
 def retriever_page_bytes(vllm_config: Any, num_layers: int, spec: HeadSpec | None) -> int:
@@ -70,9 +79,9 @@ def retriever_page_bytes(vllm_config: Any, num_layers: int, spec: HeadSpec | Non
         SpeContextConfig.from_additional_config(vllm_config.additional_config),
         vllm_config.model_config,
     )
-    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    layers = LayerShape.expected(vllm_config)
     size = LayerSelector.bytes_per_block(
-        config, num_layers, heads, model.get_head_size(), model.dtype
+        config, num_layers, layers.num_kv_heads, layers.head_dim, model.dtype
     )
     if spec is None or config.sidecar == "ray":  # the actor keeps its own
         return size
@@ -102,7 +111,13 @@ def refuse_small_memory(vllm_config: Any, spec: HeadSpec | None) -> None:
     if not caps:
         return
     layers = num_full_layers(vllm_config.model_config.hf_text_config)
-    memory = memory_model(vllm_config, layers, retriever_page_bytes(vllm_config, layers, spec))
+    memory = memory_model(
+        vllm_config,
+        layers,
+        LayerShape.expected(vllm_config),
+        retriever_page_bytes(vllm_config, layers, spec),
+        block_pages(vllm_config),
+    )
     engines = vllm_config.additional_config[ENGINES_KEY]
     host_bytes = memory.in_flight_bytes if gib == "auto" else int(gib * 2**30) // engines
     refuse_less_than_one_request(vllm_config, memory, min(caps), host_bytes)
@@ -115,7 +130,7 @@ def refuse_small_memory(vllm_config: Any, spec: HeadSpec | None) -> None:
     ):
         return
     try:
-        memory.plan(min(caps), host_bytes, override_pages(vllm_config))
+        memory.plan(min(caps), host_bytes, override_pages(vllm_config, memory))
     except MemoryModelError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
 

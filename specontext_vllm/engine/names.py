@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 BACKEND_NAME = "SPECONTEXT"
+OUR_KIND = "full_attention"
+"""Kind of the layers that run on our backend, as vLLM's KVCacheSpecKind names it."""
 BACKEND_PATH = "specontext_vllm.engine.backend.SpeContextBackend"
 CPU_WORKER = "specontext_vllm.engine.worker_cpu.SpeContextCPUWorker"
 GPU_WORKER = "specontext_vllm.engine.worker_gpu.SpeContextGPUWorker"

@@ -15,6 +15,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.find_head import load_head
+from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from specontext_vllm.residency.host_pool import HostPoolError
@@ -33,17 +34,22 @@ logger = init_logger("vllm.specontext")
 
 
 def make_retriever(
-    vllm_config: Any, config: SpeContextConfig, model: Any, device: torch.device
+    vllm_config: Any,
+    config: SpeContextConfig,
+    model: Any,
+    shape: LayerShape,
+    device: torch.device,
 ) -> Retriever:
     """The retriever of one worker; the model hands out what its head reads from now on.
 
     Args:
         model: the loaded target.
+        shape: of the layers that are selected for.
     Raises:
         ConfigError: the model cannot hand out auxiliary hidden states.
     """
     if config.retrieval_head is None:
-        return _make_local(vllm_config, config, None, model, device)
+        return _make_local(vllm_config, config, None, model, shape, device)
     if not supports_eagle3(model):
         raise ConfigError(
             f"model: {type(model).__name__} cannot hand out the hidden states that an "
@@ -58,7 +64,7 @@ def make_retriever(
     aux_layers = vllm_config.additional_config[AUX_LAYERS_KEY]
     model.set_aux_hidden_state_layers(tuple(aux_layers))
     make = _make_remote if config.sidecar == "ray" else _make_local
-    retriever = make(vllm_config, config, checkpoint, model, device)
+    retriever = make(vllm_config, config, checkpoint, model, shape, device)
     weights = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     logger.info(
         "SpeContext retrieval head: %s, %.1f MB, keys in %s, aux layers %s; settings %s",
@@ -76,6 +82,7 @@ def _make_local(
     config: SpeContextConfig,
     checkpoint: HeadCheckpoint | None,
     model: Any,
+    shape: LayerShape,
     device: torch.device,
 ) -> Retriever:
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -90,7 +97,7 @@ def _make_local(
         config,
         head,
         model.embed_input_ids,
-        num_kv_heads=model_config.get_num_kv_heads(parallel),
+        num_kv_heads=shape.num_kv_heads,
         max_model_len=max_model_len,
         table_pages=config.allocated_table_pages(max_model_len, device.type),
         device=device,
@@ -104,6 +111,7 @@ def _make_remote(
     config: SpeContextConfig,
     checkpoint: HeadCheckpoint,
     model: Any,
+    shape: LayerShape,
     device: torch.device,
 ) -> Retriever:
     model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
@@ -112,7 +120,7 @@ def _make_remote(
         checkpoint,
         model.embed_input_ids,
         vocab_size=model_config.get_vocab_size(),
-        num_kv_heads=model_config.get_num_kv_heads(vllm_config.parallel_config),
+        num_kv_heads=shape.num_kv_heads,
         max_model_len=model_config.max_model_len,
         max_rows=scheduler.max_num_seqs,
         max_tokens=scheduler.max_num_batched_tokens,
@@ -134,16 +142,15 @@ def make_graphs(
 
 
 def make_selector(
-    vllm_config: Any, config: SpeContextConfig, device: torch.device
+    vllm_config: Any, config: SpeContextConfig, shape: LayerShape, device: torch.device
 ) -> LayerSelector:
     """What selects in each layer."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return LayerSelector(
         config,
-        num_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
-        head_dim=model.get_head_size(),
-        max_pages=pages_for(model.max_model_len),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_pages=pages_for(vllm_config.model_config.max_model_len),
         max_rows=max_table_rows(vllm_config),
         device=device,
     )
@@ -155,6 +162,7 @@ def make_tiers(
     config: SpeContextConfig,
     plan: TierPlan,
     num_layers: int,
+    shape: LayerShape,
     device: torch.device,
 ) -> TieredKV:
     """The two tiers of KV of ``num_layers`` layers.
@@ -162,13 +170,13 @@ def make_tiers(
     Raises:
         ConfigError: the host pool cannot be had.
     """
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     try:
         return TieredKV(
             plan,
             num_layers=num_layers,
-            num_kv_heads=model.get_num_kv_heads(parallel),
-            head_dim=model.get_head_size(),
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             dtype=model.dtype,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             max_rows=max_table_rows(vllm_config),

@@ -9,8 +9,9 @@ import importlib.util
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.layers import NO_FULL_LAYER
 from specontext_vllm.engine.names import CPU_WORKER, GPU_WORKER, SCHEDULERS
-from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.model_config import has_windowed_layers, num_full_layers
 from specontext_vllm.residency.host_memory import free_host_memory, machine_memory
 from specontext_vllm.sizes import in_gib
 
@@ -84,11 +85,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
             model.enable_prompt_embeds,
             "--enable-prompt-embeds: on",
             "the retrieval head reads token ids; leave it off",
-        ),
-        (
-            has_windowed_layers(text),
-            f"model: {model.model} has sliding-window layers",
-            "every layer must be full attention",
         ),
         (
             bool(getattr(text, "dual_chunk_attention_config", None)),
@@ -169,6 +165,25 @@ def refuse_unsupported(vllm_config: Any) -> None:
             raise ConfigError(
                 f"{found}, which --attention-backend specontext does not support: {remedy}."
             )
+    if num_full_layers(text) == 0:
+        raise ConfigError(NO_FULL_LAYER.format(model=model.model))
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    if config.host_kv_gib and has_windowed_layers(text):
+        raise ConfigError(mixed_tiers(vllm_config))
+
+
+def mixed_tiers(vllm_config: Any) -> str:
+    """The sentence for a host pool and layers that are not ours.
+
+    vLLM hands out blocks of one pool to layers of every kind, so the others would need GPU memory
+    for as many blocks as both tiers have.
+    """
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    return (
+        f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
+        f"{vllm_config.model_config.model} also has layers that do not attend to the whole "
+        "context, whose blocks vLLM keeps on the GPU; set it to 0."
+    )
 
 
 def refuse_sidecar(parallel: Any) -> None:

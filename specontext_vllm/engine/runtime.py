@@ -19,13 +19,14 @@ import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
-from specontext_vllm.engine.kv_group import KVGroup, find_kv_group, our_layer_names
+from specontext_vllm.engine.kv_group import Block, KVGroup, find_kv_group
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
+from specontext_vllm.engine.layers import our_layer_names, shape_of
 from specontext_vllm.engine.memory import memory_model
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.parts import make_graphs, make_retriever, make_selector, make_tiers
-from specontext_vllm.engine.refusals import refuse_captured_writes
+from specontext_vllm.engine.refusals import mixed_tiers, refuse_captured_writes
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
@@ -49,13 +50,14 @@ class Runtime:
         selector: does so in each layer, for a rule that asks for it.
         tiers: where the pages lie, with a host pool.
         layer_names: layers that run on our backend, in the model's order.
+        shape: what they have in common.
         kv_group: theirs among vLLM's KV-cache groups, from ``own_kv_cache`` on.
         attention_group: vLLM's AttentionGroup of these layers, once ``bind`` has found it.
         step: what happens in a step, once ``bind`` has made it.
         settings: of ``specontext_set``, likewise.
 
     Raises:
-        ConfigError: the model cannot hand out auxiliary hidden states.
+        ConfigError: the model cannot hand out auxiliary hidden states, or has no layer for us.
     """
 
     kv_group: KVGroup
@@ -71,10 +73,11 @@ class Runtime:
         if device.type == "cpu" and (reason := cpu_kernels.why_not()) is not None:
             logger.warning("SpeContext: %s", reason)
         self.layer_names = our_layer_names(vllm_config)
-        self.retriever = make_retriever(vllm_config, self.config, model, device)
+        self.shape = shape_of(vllm_config, self.layer_names)
+        self.retriever = make_retriever(vllm_config, self.config, model, self.shape, device)
         self.selector: LayerSelector | None = None
         if self.config.rule.per_layer:
-            self.selector = make_selector(vllm_config, self.config, device)
+            self.selector = make_selector(vllm_config, self.config, self.shape, device)
         self.tiers: TieredKV | None = None
         self.exporter: Exporter | None = None
         self._graphs = make_graphs(vllm_config, self.config, device)
@@ -95,33 +98,40 @@ class Runtime:
         """GPU memory that graphs of our own may take while the engine serves."""
         return 0 if self._graphs is None else self._graphs.max_bytes
 
-    def plan_blocks(self, gpu_bytes: int, block_bytes: int) -> int:
+    def plan_blocks(self, gpu_bytes: int, block: Block) -> int:
         """Blocks that vLLM's scheduler may hand out when there are ``gpu_bytes`` of GPU memory for
         KV: what they hold beside the head's caches, together with the host pool. All workers must
         call it together.
 
         Args:
-            block_bytes: what vLLM counts for a block; see ``kv_group.block_bytes``.
+            block: what a block is like; see ``kv_group.expected_block``.
         Raises:
-            ConfigError: a sentence with the numbers when that is too little.
+            ConfigError: a sentence with the numbers when that is too little; a host pool beside
+                layers of other kinds.
         """
-        memory = self._memory_model()
+        memory = self._memory_model(block.pages)
         if not self.config.host_kv_gib:
-            return plan_one_tier(self.vllm_config, memory, gpu_bytes, block_bytes)
+            return plan_one_tier(self.vllm_config, memory, gpu_bytes, block.num_bytes)
+        if not block.is_ours:
+            raise ConfigError(mixed_tiers(self.vllm_config))
         self._plan = plan_two_tiers(self.vllm_config, memory, gpu_bytes)
         return self._plan.num_pages // memory.block_pages
 
-    def _memory_model(self) -> MemoryModel:
-        model = self.vllm_config.model_config
+    def _memory_model(self, block_pages: int) -> MemoryModel:
         kept_per_layer = LayerSelector.bytes_per_block(
             self.config,
             len(self.layer_names),
-            model.get_num_kv_heads(self.vllm_config.parallel_config),
-            model.get_head_size(),
-            model.dtype,
+            self.shape.num_kv_heads,
+            self.shape.head_dim,
+            self.vllm_config.model_config.dtype,
         )
-        retriever_page_bytes = self.retriever.bytes_per_block + kept_per_layer
-        return memory_model(self.vllm_config, len(self.layer_names), retriever_page_bytes)
+        return memory_model(
+            self.vllm_config,
+            len(self.layer_names),
+            self.shape,
+            self.retriever.bytes_per_block + kept_per_layer,
+            block_pages,
+        )
 
     # -- binding, when there is one
 
@@ -140,7 +150,7 @@ class Runtime:
             yield
             return
         self.tiers = make_tiers(
-            self.vllm_config, self.config, plan, len(self.layer_names), self.device
+            self.vllm_config, self.config, plan, len(self.layer_names), self.shape, self.device
         )
         with allocate_kv_cache_as(self.tiers.arena, self.layer_names):
             yield
@@ -210,7 +220,7 @@ class Runtime:
             layer.tiers, layer.selector, layer.layer = self.tiers, self.selector, index
 
     def _install_selector(self, config: SpeContextConfig) -> LayerSelector:
-        self.selector = make_selector(self.vllm_config, config, self.device)
+        self.selector = make_selector(self.vllm_config, config, self.shape, self.device)
         for layer in self._layers:
             layer.selector = self.selector
         return self.selector

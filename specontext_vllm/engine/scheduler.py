@@ -145,6 +145,10 @@ class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
         if session.num_computed_tokens % PAGE_SIZE == 0:
             return
         session.num_computed_tokens -= session.num_computed_tokens % PAGE_SIZE
+        if len(self.kv_cache_config.kv_cache_groups) > 1:
+            # Layers with a window may have given up the block that its first tokens need now; the
+            # prefix cache gives back what it has.
+            session.num_computed_tokens = 0
         if session.num_computed_tokens == 0:
             # vLLM takes a request without computed tokens for one without blocks.
             self.kv_cache_manager.free(session)

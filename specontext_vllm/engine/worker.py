@@ -10,7 +10,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.engine.kv_group import block_bytes
+from specontext_vllm.engine.kv_group import expected_block
 from specontext_vllm.engine.last_word import pass_to_front_end
 from specontext_vllm.engine.memory import cap_bytes
 from specontext_vllm.engine.names import METRICS_FOLDER
@@ -50,10 +50,10 @@ class SpeContextWorkerMixin(Worker):
         """
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
-        per_block = block_bytes(self.vllm_config, self.get_kv_cache_spec())
+        block = expected_block(self.vllm_config, self.get_kv_cache_spec(), runtime.layer_names)
         if (cap := cap_bytes(runtime.config)) is not None:
             available = min(available, cap)
-        return runtime.plan_blocks(available, per_block) * per_block
+        return runtime.plan_blocks(available, block) * block.num_bytes
 
     def shutdown(self) -> None:
         """Take the figures out of /metrics and end the sidecar's actor, if there is one, before

@@ -29,6 +29,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
         get_hidden_size=lambda: 256,
         get_total_num_kv_heads=lambda: 2,
         get_num_kv_heads=lambda parallel: 2,
+        get_num_attention_heads=lambda parallel: 4,
         get_head_size=lambda: 64,
         get_vocab_size=lambda: 3136,
         max_model_len=4096,

@@ -20,7 +20,7 @@ from vllm.v1.worker.utils import AttentionGroup, prepare_kernel_block_sizes
 from specontext_vllm.config import PAGE_SIZE, ConfigError
 from specontext_vllm.engine.backend import SpeContextBackend
 from specontext_vllm.engine.compat import allocate_kv_cache_as
-from specontext_vllm.engine.kv_group import KVGroup, block_bytes, find_kv_group
+from specontext_vllm.engine.kv_group import Block, KVGroup, expected_block, find_kv_group
 
 OURS = ("model.layers.1.attn", "model.layers.3.attn")
 OTHERS = ("model.layers.0.attn", "model.layers.2.attn")
@@ -191,13 +191,17 @@ def test_a_block_costs_what_vllm_counts_for_it():
     config = engine_config()
     same = {name: full(32) for name in (*OURS, *OTHERS)}
     page = full(32).page_size_bytes
-    assert block_bytes(config, same) == 4 * page
+    assert expected_block(config, same, OURS) == Block(4 * page, 2, is_ours=False)
+    assert expected_block(config, same, (*OURS, *OTHERS)).is_ours
     # Layers of different widths share one group, with a spec each.
     wider = {OURS[0]: full(32), OURS[1]: full(32, heads=4)}
-    assert block_bytes(config, wider) == 3 * page
+    assert expected_block(config, wider, OURS) == Block(3 * page, 2, is_ours=True)
     # Groups lie over one another.
     window = SlidingWindowSpec(
         block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
     )
     mixed = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(32))
-    assert block_bytes(config, mixed) == 2 * page
+    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, is_ours=False)
+    # vLLM makes blocks of smaller pages longer, until all have the same size.
+    shorter = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(16))
+    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, is_ours=False)

@@ -7,6 +7,7 @@ import torch
 
 from specontext_vllm.config import ConfigError
 from specontext_vllm.engine import refusals
+from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.memory import memory_model, override_pages, refuse_small_memory
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from tests.engine.configs import vllm_config
@@ -101,8 +102,8 @@ def test_plans_are_of_whole_blocks():
         cache={**blocks_of_four, "num_gpu_blocks_override": 9},
     )
     prepare_vllm_config(config)
-    assert override_pages(config) == 36
-    memory = memory_model(config, num_layers=6, retriever_page_bytes=1000)
+    memory = memory_model(config, 6, LayerShape(4, 2, 64), 1000, block_pages=4)
+    assert override_pages(config, memory) == 36
     assert memory.max_pages == 4096 // 16
     for gpu_mib in range(30, 60):
         assert memory.plan(gpu_mib << 20, 1 << 28).num_pages % 4 == 0

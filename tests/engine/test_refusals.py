@@ -26,20 +26,6 @@ from tests.engine.configs import vllm_config
     [
         ({"model": {"use_mla": True}}, "latent attention (MLA)"),
         (
-            {"model": {"hf_text_config": SimpleNamespace(sliding_window=4096)}},
-            "sliding-window layers",
-        ),
-        (
-            {
-                "model": {
-                    "hf_text_config": SimpleNamespace(
-                        layer_types=["sliding_attention", "full_attention"], sliding_window=4096
-                    )
-                }
-            },
-            "sliding-window layers",
-        ),
-        (
             {
                 "model": {
                     "hf_text_config": SimpleNamespace(
@@ -78,6 +64,25 @@ def test_refusals_are_one_sentence(changes, sentence):
         and "--attention-backend specontext does not support" in text
         and "\n" not in text
     )
+
+
+WINDOWED = {"num_hidden_layers": 2, "sliding_window": 4096}
+
+
+@pytest.mark.parametrize("types", [None, ["sliding_attention"] * 2], ids=["all", "all by type"])
+def test_a_model_whose_every_layer_has_a_window_is_refused(types):
+    text = SimpleNamespace(layer_types=types, **WINDOWED)
+    with pytest.raises(ConfigError, match="has no layer that attends to its whole context, so"):
+        refuse_unsupported(vllm_config(model={"hf_text_config": text}))
+
+
+def test_a_host_pool_is_refused_where_some_layers_have_a_window():
+    text = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], **WINDOWED)
+    refuse_unsupported(vllm_config(model={"hf_text_config": text}))
+    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* also has layers that do"):
+        refuse_unsupported(
+            vllm_config({"specontext": {"host_kv_gib": 1}}, model={"hf_text_config": text})
+        )
 
 
 def test_a_pool_that_this_machine_cannot_hold_is_refused_before_anything_is_loaded(monkeypatch):

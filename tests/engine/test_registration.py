@@ -154,31 +154,56 @@ def test_settings_that_another_backend_leaves_unread_are_named(monkeypatch):
     )
 
 
-def test_a_backend_for_each_kind_of_layer_is_refused_where_one_is_ours():
-    from specontext_vllm.config import ConfigError
-    from specontext_vllm.engine.backend_choice import refuse_backend_per_kind
+def attention_config(backend, **kinds):
+    named = {kind: SimpleNamespace(name=name) for kind, name in kinds.items()}
+    chosen = backend and SimpleNamespace(name=backend)
+    return SimpleNamespace(attention_config=SimpleNamespace(backend=chosen, backend_per_kind=named))
 
-    def config(backend, **kinds):
-        named = {kind: SimpleNamespace(name=name) for kind, name in kinds.items()}
-        return SimpleNamespace(
-            attention_config=SimpleNamespace(
-                backend=backend and SimpleNamespace(name=backend), backend_per_kind=named
-            )
-        )
+
+def test_our_backend_takes_the_layers_of_full_attention_and_no_others():
+    from specontext_vllm.engine.backend_choice import is_selected, take_full_attention
+
+    config = attention_config("SPECONTEXT", sliding_window="TRITON_ATTN")
+    for _ in range(2):
+        take_full_attention(config)
+        chosen = config.attention_config
+        assert chosen.backend is None and is_selected(config)
+        assert {kind: b.name for kind, b in chosen.backend_per_kind.items()} == {
+            "sliding_window": "TRITON_ATTN",
+            "full_attention": "SPECONTEXT",
+        }
+    other = attention_config("FLASH_ATTN", sliding_window="TRITON_ATTN")
+    take_full_attention(other)
+    assert other.attention_config.backend.name == "FLASH_ATTN" and not is_selected(other)
+
+
+def test_the_kind_is_one_of_vllm_s():
+    from vllm.v1.attention.selector import get_attn_spec_kind
+
+    from specontext_vllm.engine.names import OUR_KIND
+
+    assert get_attn_spec_kind(False, False, "decoder").value == OUR_KIND
+
+
+def test_layers_of_other_kinds_are_never_ours():
+    from specontext_vllm.config import ConfigError
+    from specontext_vllm.engine.backend_choice import refuse_other_kinds
 
     for backend in (None, "FLASH_ATTN", "SPECONTEXT"):
-        refuse_backend_per_kind(config(backend))
-    refuse_backend_per_kind(config("FLASH_ATTN", full_attention="TRITON_ATTN"))
+        refuse_other_kinds(attention_config(backend))
+    refuse_other_kinds(attention_config("FLASH_ATTN", full_attention="TRITON_ATTN"))
+    refuse_other_kinds(attention_config("SPECONTEXT", sliding_window="TRITON_ATTN"))
+    refuse_other_kinds(attention_config("FLASH_ATTN", full_attention="SPECONTEXT"))
     for wrong in (
-        config(None, full_attention="SPECONTEXT"),
-        config("SPECONTEXT", full_attention="CPU_ATTN"),
-        config("FLASH_ATTN", sliding="SPECONTEXT"),
+        attention_config("SPECONTEXT", full_attention="CPU_ATTN"),
+        attention_config("FLASH_ATTN", sliding_window="SPECONTEXT"),
+        attention_config("SPECONTEXT", mla_attention="SPECONTEXT"),
     ):
         with pytest.raises(
             ConfigError,
             match=(
-                r"^--attention-config.backend_per_kind: found \{.*; leave it out and use "
-                r"--attention-backend specontext\.$"
+                r"^--attention-config.backend_per_kind: found \{.*; use --attention-backend "
+                r"specontext, and name backends of vLLM's for other kinds only\.$"
             ),
         ):
-            refuse_backend_per_kind(wrong)
+            refuse_other_kinds(wrong)

@@ -10,7 +10,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -38,17 +43,23 @@ def vllm_config():
     return args.create_engine_config()
 
 
-def make(vllm_config, cls, block_size=16, **settings):
+def make(vllm_config, cls, block_size=16, *, window=0, **settings):
     given = vllm_config.additional_config
     vllm_config.additional_config = {**given, "specontext": {**given["specontext"], **settings}}
     spec = FullAttentionSpec(
         block_size=block_size, num_kv_heads=2, head_size=64, dtype=torch.float32
     )
-    kv = KVCacheConfig(
-        num_blocks=1600 // block_size,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-    )
+    groups = [KVCacheGroupSpec(["layer"], spec)]
+    if window:
+        sliding = SlidingWindowSpec(
+            block_size=block_size,
+            num_kv_heads=2,
+            head_size=64,
+            dtype=torch.float32,
+            sliding_window=window,
+        )
+        groups.append(KVCacheGroupSpec(["sliding"], sliding))
+    kv = KVCacheConfig(num_blocks=1600 // block_size, kv_cache_tensors=[], kv_cache_groups=groups)
     vllm_config.cache_config.num_gpu_blocks = kv.num_blocks
     try:
         return cls(vllm_config, kv, StructuredOutputManager(vllm_config), block_size=block_size)
@@ -214,3 +225,19 @@ def test_a_session_goes_on_from_a_page_whose_end_the_head_knows(
     assert len(data.block_ids[0]) == -(-(length + 20) // block_size)
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     assert free == 1600 // block_size - 1 - len(data.block_ids[0])
+
+
+def test_a_session_with_windows_starts_from_what_the_prefix_cache_has(vllm_config):
+    """Its newest page's first tokens look back at a block that its windows have given up."""
+    scheduler = make(vllm_config, SpeContextAsyncScheduler, window=16)
+    prompt, more = list(range(100, 170)), list(range(400, 420))
+    scheduler.add_request(request("session", prompt, 50, resumable=True))
+    first, ahead = scheduler.schedule(), scheduler.schedule()
+    finish(scheduler, first, STOP)
+    finish(scheduler, ahead, 11)
+    scheduler.add_request(request("session", more, 3, resumable=True))
+    (data,) = scheduler.schedule().scheduled_new_reqs
+    assert data.num_computed_tokens == 64 and data.prompt_token_ids == prompt + more
+    # Of the windows' layers the last block before these tokens is there, the null block elsewhere.
+    full, sliding = data.block_ids
+    assert 0 not in full and sliding[:3] == [0, 0, 0] and sliding[3] > 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 
 from specontext_vllm.engine import kv_plan
+from specontext_vllm.engine.kv_group import Block
 from tests.engine.conftest import DEMO_MODEL, engine
 
 HEAD = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 128}
@@ -66,7 +67,7 @@ def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(pro
             blocks
             == 101
             == runtime.retriever.cache.keys.shape[0]
-            == runtime.plan_blocks(1 << 29, block_bytes=1)
+            == runtime.plan_blocks(1 << 29, Block(1, pages=1, is_ours=True))
         )
         (output,) = llm.generate([{"prompt_token_ids": prompts[-1]}], sampling, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 8
