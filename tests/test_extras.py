@@ -26,7 +26,9 @@ for name in {PACKAGES}:
     sys.modules[name] = None
 import importlib, pkgutil, specontext_vllm
 for module in pkgutil.walk_packages(specontext_vllm.__path__, "specontext_vllm."):
-    if module.name not in {WORKERS} and not module.name.endswith("__main__"):
+    # What torch loads as a library is no module.
+    library = module.name.startswith("specontext_vllm.cpu_kernels.")
+    if module.name not in {WORKERS} and not module.name.endswith("__main__") and not library:
         importlib.import_module(module.name)
 import specontext_vllm.demo.__main__
 """

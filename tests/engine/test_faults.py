@@ -197,6 +197,7 @@ def end_by_killing(server, client, prompt: list[int], title: str) -> None:
     )
     # As long an answer as can be, so that it is not over before this process, on a busy machine,
     # comes to kill.
+    prompt = prompt[:32]
     stream = complete(
         client,
         prompt,
