@@ -34,13 +34,24 @@ class PageTarget:
         """See ``AttentionCollector``."""
         (batch, _, length, _), kv_heads = query.shape, key.shape[1]
         place = at + 1
-        if self._scores is None or self._hidden is None:
+        if self._scores is None:
             pages = -(-length // PAGE_SIZE)
             self._at = at
-            self._hidden = tokens_after(place, length)
             self._scores = torch.full(
                 (batch, kv_heads, at.shape[1], pages), float("-inf"), device=query.device
             )
+        if query.is_cuda:
+            from specontext_vllm.triton_kernels.page_weights import page_weights
+
+            sampled = query.gather(
+                2, place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+            )
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            score = page_weights(sampled, key, place, scale, PAGE_SIZE)
+            torch.maximum(self._scores, score, out=self._scores)
+            return
+        if self._hidden is None:
+            self._hidden = tokens_after(place, length)
         for part, scores in scores_of_sampled(query, key, place, self._hidden, scale, self.CHUNK):
             score = F.pad(scores, (0, -length % PAGE_SIZE), value=float("-inf"))
             known = self._scores[:, :, part]

@@ -48,6 +48,23 @@ def test_target_is_the_largest_weight_of_a_page(tmp_path, monkeypatch, family, c
     assert (lesson.mass > 0).any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_target_of_a_gpu_is_that_of_a_cpu(dtype):
+    at = torch.stack([torch.randperm(499)[:37] for _ in range(2)])
+    layers = [
+        (torch.randn(2, 6, 500, 64).to(dtype), torch.randn(2, 2, 500, 64).to(dtype))
+        for _ in range(3)
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        target = PageTarget(RECENTS)
+        for query, key in layers:
+            target.observe(query.to(device), key.to(device), at.to(device))
+        found.append([part.cpu() for part in target.result()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
 def test_loss_is_the_loops():
     pages, sharp = 9, 0.75
     at = torch.tensor([[140, 90]])

@@ -41,6 +41,7 @@ from specontext_vllm.triton_kernels.head_rope import rope_and_cache
 from specontext_vllm.triton_kernels.kept_mass import add_kept_mass
 from specontext_vllm.triton_kernels.layer_tables import layer_tables
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
+from specontext_vllm.triton_kernels.page_weights import page_weights
 from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
 from specontext_vllm.triton_kernels.row_starts import row_starts
 from specontext_vllm.triton_kernels.score_pages import score_pages
@@ -239,6 +240,13 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
         page_max,
         page_size=PAGE,
         **some,
+    )
+    page_weights(
+        torch.zeros(1, h * g, 64, d, dtype=dtype),
+        torch.zeros(1, h, 64, d, dtype=dtype),
+        cells(1, 64),
+        d**-0.5,
+        PAGE,
     )
     row_starts(seq_lens, 0, rows, PAGE)
     add_kept_mass(
