@@ -59,6 +59,12 @@ def distill(
             "and 0 for --format eagle3."
         ),
     ] = None,
+    groups: Annotated[
+        int,
+        typer.Option(
+            help="Groups of neighbouring layers that each get queries and a selection of their own."
+        ),
+    ] = 1,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak; default by the model's width.")
     ] = None,
@@ -106,6 +112,7 @@ def distill(
             steps=steps,
             loss=loss,
             copies=copies,
+            groups=groups,
             learning_rate=learning_rate,
             budget=budget,
             loaders=loaders,

@@ -152,6 +152,12 @@ def _facts_table(head: HeadCheckpoint) -> Table:
             f"{spec.num_heads}, {spec.num_kv_heads}, {spec.head_dim}",
         ),
         (
+            "selections of a step",
+            "one for all layers"
+            if spec.layer_groups == 1
+            else f"one for each of {spec.layer_groups} groups of layers",
+        ),
+        (
             "RoPE",
             f"theta {spec.rope_theta:g}, scaling {_scaling(spec)}, trained length "
             f"{spec.trained_length}",

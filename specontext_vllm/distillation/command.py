@@ -110,13 +110,17 @@ def make_draft(
 
 
 def make_head(
-    config: Any, settings: Settings, init: str | None, draft_vocabulary: int | None
+    config: Any,
+    settings: Settings,
+    init: str | None,
+    draft_vocabulary: int | None,
+    groups: int = 1,
 ) -> HeadModel:
     """A new head for retrieval alone, or one to train further.
 
     Raises:
         HeadError: the head to start from cannot be read, or does not fit.
-        OptionError: an option of draft models was given.
+        OptionError: an option of draft models was given, or more groups than the target has layers.
     """
     torch.manual_seed(settings.seed)
     if draft_vocabulary is not None:
@@ -124,7 +128,11 @@ def make_head(
             f"--draft-vocabulary: found {draft_vocabulary}, but a head for retrieval alone drafts "
             "nothing; leave it out, or give --format eagle3."
         )
-    shape = HeadShape.for_target(config, max_position=settings.context)
+    if not 1 <= groups <= config.num_hidden_layers:
+        raise OptionError(
+            f"--groups: found {groups}; give 1 to {config.num_hidden_layers}, the model's layers."
+        )
+    shape = HeadShape.for_target(config, max_position=settings.context, groups=groups)
     return HeadModel(shape) if init is None else HeadModel.load(checkpoint_folder(init), shape)
 
 
@@ -137,6 +145,7 @@ def distill(
     init: str | None,
     draft_vocabulary: int | None,
     loaders: int | None = None,
+    groups: int = 1,
     **options: Any,
 ) -> None:
     """Train a head for the model in a folder and write it to ``out``; resume a run that was stopped
@@ -145,6 +154,7 @@ def distill(
     Args:
         format: a head for retrieval alone, or a whole EAGLE-3 draft model.
         loaders: processes that make batches; None: by the cores.
+        groups: of layers that each have a selection of their own.
         options: of ``make_settings``.
     Raises:
         DistillError: the model, the data, the head to start from or an option cannot be used.
@@ -156,6 +166,11 @@ def distill(
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)
     console = Console(soft_wrap=True, quiet=not accelerator.is_main_process)
     config = read_config(model)
+    if format == "eagle3" and groups != 1:
+        raise OptionError(
+            f"--groups: found {groups}, but a draft model has one set of queries; leave it out, or "
+            "give --format specontext."
+        )
     if loaders is None:
         loaders = default_loaders(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), on_gpu)
     settings = make_settings(config, loaders=loaders, format=format, **options)
@@ -171,7 +186,7 @@ def distill(
     first = Sequences(documents, settings.lengths, settings.batch_tokens, seed=settings.seed)
     head: HeadModel | DraftModel
     if format == "specontext":
-        head, drafted = make_head(config, settings, init, draft_vocabulary), 0
+        head, drafted = make_head(config, settings, init, draft_vocabulary, groups), 0
     else:
         counted = (first[i] for i in range(COUNTED))
         head = make_draft(config, settings, init, draft_vocabulary, counted)
@@ -187,6 +202,7 @@ def distill(
         "batch_tokens": settings.batch_tokens,
         "learning_rate": settings.learning_rate,
         "draft_vocabulary": drafted,
+        "groups": groups,
         "seed": settings.seed,
         "processes": accelerator.num_processes,
     }

@@ -76,6 +76,8 @@ class DraftModel(nn.Module):
     """
 
     draft_ids: Tensor | None
+    groups = 1
+    """One selection for all layers."""
 
     def __init__(self, shape: DraftShape, draft_ids: Tensor | None = None) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ class HeadModel(nn.Module):
         self.fc_norm = nn.ModuleList(Norm(shape.target_hidden, shape.eps) for _ in shape.aux_layers)
         self.embed_norm = Norm(shape.target_hidden, shape.eps)
         self.feature_norm = Norm(shape.hidden, shape.eps)
-        self.q = Projection(spec.query_width, shape.heads * shape.head_dim, shape.mlp)
+        self.q = Projection(spec.query_width, spec.num_heads * shape.head_dim, shape.mlp)
         self.k = Projection(spec.key_width, shape.kv_heads * shape.head_dim, shape.mlp)
         self.rope: Tensor
         self.register_buffer("rope", rope_table(spec, shape.max_position, "cpu"), persistent=False)
@@ -90,6 +90,11 @@ class HeadModel(nn.Module):
         """Target layers whose input states it reads."""
         return self.shape.aux_layers
 
+    @property
+    def groups(self) -> int:
+        """Groups of layers that each have a selection of their own."""
+        return self.shape.groups
+
     def fuse(self, aux: Tensor) -> Tensor:
         """Features ``[B, T, H]`` of auxiliary states ``[B, T, num_aux * Ht]``."""
         parts = aux.chunk(len(self.shape.aux_layers), -1)
@@ -97,7 +102,7 @@ class HeadModel(nn.Module):
         return self.fc(torch.cat(normed, -1))
 
     def queries(self, embeds: Tensor, previous: Tensor, positions: Tensor) -> Tensor:
-        """``[B, nh, S, D]``, rotated.
+        """``[B, nh * G, S, D]``, rotated; the heads in the order of ``HeadSpec``.
 
         Args:
             embeds: ``[B, S, Ht]`` of the tokens.
@@ -123,8 +128,8 @@ class HeadModel(nn.Module):
     def page_scores(
         self, embeds: Tensor, aux: Tensor, at: Tensor, previous: Tensor | None = None
     ) -> Tensor:
-        """Scores of the engine's pages, logarithms ``[B, nkv, S, pages]``; pages that are newer
-        than the token are among them.
+        """Scores of the engine's pages, logarithms ``[B, G * nkv, S, pages]``, one group of layers
+        after the other; pages that are newer than the token are among them.
 
         Args:
             embeds: ``[B, T, Ht]`` of all tokens. aux: ``[B, T, num_aux * Ht]``.
@@ -147,7 +152,9 @@ class HeadModel(nn.Module):
             logits = logits.masked_fill(hidden, OUT_OF_SIGHT)
             missing = -logits.shape[-1] % PAGE_SIZE
             logits = F.pad(logits, (0, missing), value=OUT_OF_SIGHT)
-            return page_scores(*reduce_to_pages(logits, PAGE_SIZE))[0]
+            by_group = logits.unflatten(-2, (self.groups, -1))
+            scores = page_scores(*reduce_to_pages(by_group, PAGE_SIZE))[0]
+            return scores.movedim(-2, 1).flatten(1, 2)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights under the canonical names of ``HeadCheckpoint``."""
@@ -169,7 +176,12 @@ class HeadModel(nn.Module):
         names = {_canonical(name): name for name in model.state_dict()}
         found = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
         wanted = {name: tuple(t.shape) for name, t in model.tensors().items()}
-        if found != wanted or checkpoint.spec.aux_layer_ids != shape.aux_layers:
+        spec = checkpoint.spec
+        if (found, spec.aux_layer_ids, spec.layer_groups) != (
+            wanted,
+            shape.aux_layers,
+            shape.groups,
+        ):
             differing = sorted(
                 name for name in found | wanted if found.get(name) != wanted.get(name)
             )

@@ -38,7 +38,7 @@ class HeadShape:
     Attributes:
         target_hidden: width of the target's hidden states and of its embedding.
         hidden: H, width of the fused feature.
-        heads, kv_heads, head_dim: nh, nkv, D.
+        heads, kv_heads, head_dim: nh, nkv, D; query heads of each group of layers.
         mlp: inner width of the gated MLPs beside the projections of queries and keys; 0: none.
         rotary_share: share of D that RoPE turns.
         own_states: keys are made from the token's own hidden states, besides those of the token
@@ -46,6 +46,7 @@ class HeadShape:
         vocabulary: tokens of the target.
         max_position: positions it is trained for.
         aux_layers: target layers whose input states it reads.
+        groups: G, groups of layers that each have a selection of their own.
     """
 
     target_hidden: int
@@ -61,14 +62,16 @@ class HeadShape:
     eps: float
     max_position: int
     aux_layers: tuple[int, ...]
+    groups: int = 1
 
     @classmethod
-    def for_target(cls, config: Any, *, max_position: int) -> HeadShape:
+    def for_target(cls, config: Any, *, max_position: int, groups: int = 1) -> HeadShape:
         """The shape of a new head.
 
         Args:
             config: the target's transformers config.
             max_position: longest sequence it will be trained on.
+            groups: of layers, each with a selection of its own.
         """
         target = DraftShape.for_target(config, max_position=max_position)
         # The largest power of two that is no wider than the target.
@@ -87,6 +90,7 @@ class HeadShape:
             eps=target.eps,
             max_position=max_position,
             aux_layers=spread_layers(config.num_hidden_layers),
+            groups=groups,
         )
 
     def head_spec(self) -> HeadSpec:
@@ -96,7 +100,7 @@ class HeadShape:
             hidden_size=self.hidden,
             target_hidden_size=self.target_hidden,
             embed_size=self.target_hidden,
-            num_heads=self.heads,
+            num_heads=self.heads * self.groups,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             rms_norm_eps=self.eps,
@@ -114,4 +118,5 @@ class HeadShape:
             q_mlp=self.mlp,
             k_mlp=self.mlp,
             partial_rotary_factor=self.rotary_share,
+            layer_groups=self.groups,
         )

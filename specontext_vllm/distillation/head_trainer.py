@@ -8,11 +8,13 @@ from torch import Tensor
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.data import sample_positions
 from specontext_vllm.distillation.head_model import HeadModel
+from specontext_vllm.distillation.losses import ByGroup
 from specontext_vllm.distillation.page_loss import PageTarget, page_loss
 from specontext_vllm.distillation.recall import MIN_BUDGET, choose
 from specontext_vllm.distillation.rows import rows_at
 from specontext_vllm.distillation.teacher import Lesson
 from specontext_vllm.distillation.trainer import Distiller
+from specontext_vllm.retrieval.checkpoint import layer_groups
 
 
 class HeadDistiller(Distiller[HeadModel]):
@@ -46,7 +48,10 @@ class HeadDistiller(Distiller[HeadModel]):
         settings, generator = self.settings, self.generator(ids.device)
         at, _ = sample_positions(weights[:, 1:], settings.positions, generator, answers_only=False)
         stretch = stretch_positions(ids, settings.stretch, generator)
-        target = PageTarget(settings.recents)
+        target = ByGroup(
+            layer_groups(len(self.teacher.layers), self.head.groups),
+            lambda: PageTarget(settings.recents),
+        )
         if stretch is None:
             return self.learn(self.teacher(ids, at, target), at, weights, generator)
         at = torch.cat([at, stretch], 1)
@@ -91,7 +96,7 @@ class HeadDistiller(Distiller[HeadModel]):
     @torch.no_grad()
     def stretch_pages(self, lesson: Lesson, stretch: Tensor, generator: torch.Generator) -> Tensor:
         """The pages that the head chooses at the positions ``stretch [B, Q]``, within a budget of
-        ``stretch_halvings``: ``[B, nkv, Q, pages up to there]`` bool.
+        ``stretch_halvings``: ``[B, G * nkv, Q, pages up to there]`` bool.
         """
         least, most = self.settings.stretch_halvings
         halvings = torch.randint(

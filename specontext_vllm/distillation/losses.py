@@ -6,7 +6,7 @@ head must attend to what the teacher's layers attend to (docs/results/distillati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -47,6 +47,33 @@ class AttentionCollector(Protocol):
         """What was collected, and its sum at each position: ``[B, nkv, S, ...]``,
         ``[B, nkv, S]``.
         """
+
+
+class ByGroup:
+    """A collector for each group of layers, which watches the layers of its group.
+
+    Args:
+        groups: the group of each layer (``layer_groups``).
+        make: a new collector.
+    """
+
+    def __init__(self, groups: Sequence[int], make: Callable[[], AttentionCollector]) -> None:
+        self._groups = iter(groups)
+        self._each = [make() for _ in range(max(groups) + 1)]
+
+    def observe(self, query: Tensor, key: Tensor, at: Tensor, scale: float | None = None) -> None:
+        """The next layer's; see ``AttentionCollector``."""
+        self._each[next(self._groups)].observe(query, key, at, scale)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Of one group after the other, ``[B, G * nkv, S, ...]``, ``[B, G * nkv, S]``."""
+        found = [collector.result() for collector in self._each]
+        return found[0] if len(found) == 1 else _joined(found)
+
+
+def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    targets, masses = zip(*found, strict=True)
+    return torch.cat(targets, 1), torch.cat(masses, 1)
 
 
 def scores_of_sampled(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.distillation.data import sample_positions
-from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.losses import AttentionTarget, ByGroup
 from specontext_vllm.distillation.teacher import Lesson, Teacher
+from specontext_vllm.retrieval.checkpoint import layer_groups
 from specontext_vllm.retrieval.reference import (
     Budget,
     chosen_pages,
@@ -34,7 +35,7 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Recall:
-    """Means over positions and KV heads, weighted by the teacher's mass there.
+    """Means over positions, KV heads and groups of layers, weighted by the teacher's mass there.
 
     Attributes:
         found: share of the teacher's attention beyond recent tokens that is on the chosen pages.
@@ -82,9 +83,10 @@ class Seen:
         embeds: ``[B, T, H]`` of the tokens.
         aux: ``[B, T, num_aux * H]``, the head's input.
         at: ``[B, S]`` positions that were watched, among tokens 1 to T.
-        sums: ``[B, nkv, S, pages]``, the teacher's weight on each page.
-        heaviest: ``[B, nkv, S]``, of ``heaviest_pages``.
-        mass: ``[B, nkv, S]``, of its attention beyond the recent tokens.
+        sums: ``[B, G * nkv, S, pages]``, the teacher's weight on each page, of one group of layers
+            after the other.
+        heaviest: ``[B, G * nkv, S]``, of ``heaviest_pages``.
+        mass: ``[B, G * nkv, S]``, of its attention beyond the recent tokens.
     """
 
     embeds: Tensor
@@ -107,6 +109,11 @@ class Seen:
 
     def to(self, device: torch.device) -> Seen:
         return Seen(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def recall_target(num_layers: int, groups: int) -> ByGroup:
+    """What recall watches the teacher with, of a head with so many groups of layers."""
+    return ByGroup(layer_groups(num_layers, groups), lambda: AttentionTarget(RECENT_TOKENS))
 
 
 def recall_of(head: Scores, seen: Seen, budgets: Sequence[int]) -> dict[int, Recall]:
@@ -141,6 +148,7 @@ class HeldOut:
         budget: tokens, fewer than T; recall is measured at positions after it.
         positions: how many of a sequence, those before answers first. The newest ``recent_tokens``
             of the context do not count, since every selection has them.
+        groups: of the head that is measured.
     """
 
     def __init__(
@@ -149,9 +157,10 @@ class HeldOut:
         batches: Iterable[tuple[Tensor, Tensor]],
         budget: int,
         positions: int,
+        groups: int = 1,
     ) -> None:
         self.teacher, self.batches = teacher, batches
-        self.budget, self.positions = budget, positions
+        self.budget, self.positions, self.groups = budget, positions, groups
         self._seen: list[Seen] | None = None
 
     @torch.no_grad()
@@ -180,4 +189,5 @@ class HeldOut:
         ids, weights = ids.to(self.teacher.device), weights.to(self.teacher.device)
         generator = torch.Generator(device=ids.device).manual_seed(number)
         at, _ = sample_positions(weights[:, 1:], self.positions, generator, first=self.budget)
-        return Seen.of(self.teacher(ids, at, AttentionTarget(RECENT_TOKENS)), at)
+        target = recall_target(len(self.teacher.layers), self.groups)
+        return Seen.of(self.teacher(ids, at, target), at)

@@ -16,6 +16,7 @@ from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.llama import causal_attention
 from specontext_vllm.distillation.losses import AttentionCollector
 from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.retrieval.checkpoint import layer_groups
 
 ATTENTION = "specontext_teacher"
 """Name in transformers of the attention function that can be watched."""
@@ -273,14 +274,15 @@ class Teacher:
     @torch.no_grad()
     def decode(self, ids: Tensor, cache: Any, first: int, chosen: Tensor) -> Tensor:
         """Auxiliary states ``[B, Q, num_aux * H]`` of the tokens ``first`` to ``first + Q - 1``,
-        where all layers read the chosen pages only, over the dense keys and values of what came
+        where the layers read the chosen pages only, over the dense keys and values of what came
         before.
 
         Args:
             ids: ``[B, T]``.
             cache: of a ``Lesson`` of the same tokens, or of those that ``ids`` are several times;
                 it stays as it is.
-            chosen: ``[B, nkv, Q, pages]`` bool, the pages that hold tokens up to ``first + Q - 1``.
+            chosen: ``[B, G * nkv, Q, pages]`` bool, the pages that hold tokens up to
+                ``first + Q - 1``, of one group of layers after the other.
         """
         from transformers import DynamicCache
 
@@ -293,8 +295,9 @@ class Teacher:
         past = DynamicCache(config=self.model.config)
         for number, layer in enumerate(cache.layers):
             past.update(past_of(layer.keys), past_of(layer.values), number)
-        for layer in self.layers:
-            layer.self_attn.chosen = chosen
+        each = chosen.split(cache.layers[0].keys.shape[1], 1)
+        for layer, group in zip(self.layers, layer_groups(len(self.layers), len(each))):
+            layer.self_attn.chosen = each[group]
         try:
             with self._aux_states() as states:
                 self.model.base_model(

@@ -53,6 +53,7 @@ class Distiller(Generic[HeadT]):
             (held_out[i] for i in range(HELD_OUT_SEQUENCES)),
             settings.budget,
             settings.align_positions,
+            head.groups,
         )
         self.settings, self.out, self.accelerator = settings, out, accelerator
         # Not through accelerator.prepare(): the losses call parts of the draft model, and

@@ -20,6 +20,12 @@ def shard_spec(spec: HeadSpec, size: int) -> HeadSpec:
             f"{spec.num_kv_heads} KV heads and {spec.num_heads} query heads; use a divisor or a "
             "multiple of the KV heads that divides the query heads."
         )
+    if spec.layer_groups > 1 and replicas > 1:
+        raise HeadError(
+            f"--tensor-parallel-size: found {size}, but a head with queries for groups of layers "
+            f"cannot be cut further than into its {spec.num_kv_heads} KV heads; use a divisor of "
+            "them."
+        )
     return replace(
         spec,
         num_heads=spec.num_heads // size,

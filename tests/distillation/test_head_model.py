@@ -1,5 +1,7 @@
 """A head for retrieval alone: what is trained is what is served."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -27,9 +29,9 @@ def make_head(seed=0, **changes):
 
 
 @pytest.mark.parametrize("own_states", [True, False])
-@pytest.mark.parametrize("mlp", [12, 0])
-def test_scores_are_those_of_the_served_head(tmp_path, own_states, mlp):
-    model = make_head(own_states=own_states, mlp=mlp)
+@pytest.mark.parametrize(("mlp", "groups"), [(12, 1), (0, 1), (12, 3)])
+def test_scores_are_those_of_the_served_head(tmp_path, own_states, mlp, groups):
+    model = make_head(own_states=own_states, mlp=mlp, groups=groups)
     shape = model.shape
     embeds = torch.randn(1, LENGTH, shape.target_hidden)
     aux = torch.randn(1, LENGTH, len(shape.aux_layers) * shape.target_hidden) * 3
@@ -53,14 +55,16 @@ def test_scores_are_those_of_the_served_head(tmp_path, own_states, mlp):
     for s, p in enumerate(at[0].tolist()):
         token = p + 1
         newest = token - 1 if own_states else token
-        for h in range(shape.kv_heads):
-            q = queries[p, h * group : (h + 1) * group]
+        for r, h in product(range(groups), range(shape.kv_heads)):
+            first = (h * groups + r) * group
+            q = queries[p, first : first + group]
             logits = torch.full((group, LENGTH), float("-inf"))
             logits[:, 1 : newest + 1] = q @ keys[:newest, h].T * shape.head_dim**-0.5
             wanted = page_scores(*reduce_to_pages(logits, PAGE_SIZE))[0]
             seen = wanted.isfinite()
-            torch.testing.assert_close(rounded[0, h, s][seen], wanted[seen], rtol=1e-3, atol=1e-3)
-            assert (rounded[0, h, s][~seen] < -1e20).all()
+            row = rounded[0, r * shape.kv_heads + h, s]
+            torch.testing.assert_close(row[seen], wanted[seen], rtol=1e-3, atol=1e-3)
+            assert (row[~seen] < -1e20).all()
 
 
 def test_states_of_tokens_that_are_not_there_yet_change_nothing():
@@ -86,8 +90,9 @@ def test_states_of_tokens_that_are_not_there_yet_change_nothing():
 
 def test_another_shape_is_not_trained_further(tmp_path):
     make_head().save(tmp_path)
-    with pytest.raises(HeadError, match="--init .*another shape than a new head"):
-        HeadModel.load(tmp_path, make_head(mlp=16).shape)
+    for changes in ({"mlp": 16}, {"groups": 2}):
+        with pytest.raises(HeadError, match="--init .*another shape than a new head"):
+            HeadModel.load(tmp_path, make_head(**changes).shape)
 
 
 def test_layers_are_spread():

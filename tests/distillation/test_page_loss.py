@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.distillation.losses import ByGroup
 from specontext_vllm.distillation.page_loss import PageTarget, page_loss
 from specontext_vllm.distillation.teacher import Teacher, load_teacher
 from tests.distillation.tiny_models import FAMILIES, make_config, write_model
@@ -46,6 +47,39 @@ def test_target_is_the_largest_weight_of_a_page(tmp_path, monkeypatch, family, c
                 )
     torch.testing.assert_close(lesson.mass, lesson.target.sum(-1))
     assert (lesson.mass > 0).any()
+
+
+def test_groups_of_layers_have_targets_and_pages_of_their_own(tmp_path):
+    """Each group as if the others' layers were not there; with one group, bit for bit as before."""
+    write_model(tmp_path, make_config("llama", num_key_value_heads=2))
+    model = load_teacher(tmp_path, torch.device("cpu"), torch.float32)
+    teacher, first = Teacher(model, (1, 3, 5)), 49
+    ids, at = torch.randint(0, 97, (2, LENGTH)), torch.tensor([[68, 33], [12, 60]])
+
+    def lesson(groups):
+        return teacher(ids, at, ByGroup(groups, lambda: PageTarget(RECENTS)), keep_cache=True)
+
+    plain = teacher(ids, at, PageTarget(RECENTS))
+    one, two = lesson([0] * 5), lesson([0, 0, 0, 1, 1])
+    assert torch.equal(one.target, plain.target) and torch.equal(one.mass, plain.mass)
+    assert two.target.shape[1] == 4 and two.mass.shape == (2, 4, 2)
+    each = two.target.split(2, 1)
+    assert torch.equal(torch.maximum(*each), plain.target)
+    assert not torch.equal(each[0], plain.target) and not torch.equal(each[1], plain.target)
+
+    everything = torch.ones(2, 2, 9, 4, dtype=torch.bool)
+    few = everything.clone()
+    few[..., 1:3] = False
+    whole, late, early = (
+        teacher.decode(ids, two.cache, first, torch.cat(pages, 1)).chunk(3, -1)
+        for pages in ((everything, everything), (everything, few), (few, everything))
+    )
+    # States enter layers 1 and 3, and leave layer 4; layers 3 and 4 are the second group.
+    assert [torch.equal(a, b) for a, b in zip(whole, late)] == [True, True, False]
+    assert [torch.equal(a, b) for a, b in zip(whole, early)] == [False, False, False]
+    shared = teacher.decode(ids, two.cache, first, few)
+    again = teacher.decode(ids, two.cache, first, torch.cat([few, few], 1))
+    assert torch.equal(shared, again) and not torch.equal(shared, torch.cat(whole, -1))
 
 
 @pytest.mark.gpu

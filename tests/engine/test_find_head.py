@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.distillation.head_model import HeadModel
+from specontext_vllm.distillation.head_shape import HeadShape
+from specontext_vllm.distillation.teacher import read_config
 from specontext_vllm.engine.find_head import find_head
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from specontext_vllm.engine.prepare import prepare_vllm_config
@@ -46,6 +49,14 @@ def test_a_head_for_another_model_does_not_fit():
 def test_heads_that_workers_cannot_divide_are_refused():
     with pytest.raises(ConfigError, match="--tensor-parallel-size: found 3"):
         prepare_vllm_config(vllm_config(parallel={"tensor_parallel_size": 3}))
+
+
+def test_a_head_with_queries_for_groups_of_layers_is_refused(tmp_path):
+    config = read_config(DEMO_MODEL)
+    shape = HeadShape.for_target(config, max_position=config.max_position_embeddings, groups=3)
+    HeadModel(shape).save(tmp_path)
+    with pytest.raises(ConfigError, match="has queries for 3 groups of layers"):
+        prepare_vllm_config(vllm_config({"specontext": {"retrieval_head": str(tmp_path)}}))
 
 
 @pytest.mark.parametrize("retriever", ["recent", "quest"])

@@ -65,6 +65,17 @@ def test_workers_have_the_heads_that_vllm_gives_them(tmp_path, kv_heads, size, m
         torch.testing.assert_close(own_k, k[:, mine.start // group : (mine.stop - 1) // group + 1])
 
 
+def test_a_head_with_groups_is_cut_into_its_kv_heads_at_most():
+    whole = make_own(num_heads=24, num_kv_heads=3, layer_groups=2)
+    q, _ = project(whole)
+    for rank in range(3):
+        part = shard_checkpoint(whole, rank=rank, size=3)
+        assert part.spec.layer_groups == 2
+        torch.testing.assert_close(project(part)[0], q[:, 8 * rank : 8 * rank + 8])
+    with pytest.raises(HeadError, match="--tensor-parallel-size: found 6, but a head with queries"):
+        shard_checkpoint(whole, rank=0, size=6)
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "size"), [(2, 4), (6, 4), (3, 2)], ids=["query-heads", "both", "kv-heads"]
 )

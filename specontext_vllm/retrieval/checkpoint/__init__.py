@@ -12,6 +12,7 @@ from specontext_vllm.retrieval.checkpoint.dummy import dummy_checkpoint, random_
 from specontext_vllm.retrieval.checkpoint.errors import HeadError
 from specontext_vllm.retrieval.checkpoint.fit import check_dtype, check_fits
 from specontext_vllm.retrieval.checkpoint.hub import checkpoint_folder
+from specontext_vllm.retrieval.checkpoint.layer_groups import layer_groups
 from specontext_vllm.retrieval.checkpoint.reading import read_checkpoint
 from specontext_vllm.retrieval.checkpoint.saving import prune_head, save_head
 from specontext_vllm.retrieval.checkpoint.spec import HeadCheckpoint, HeadSpec, KeyStates
@@ -28,6 +29,7 @@ __all__ = [
     "default_aux_layers",
     "describe_aux_layers",
     "dummy_checkpoint",
+    "layer_groups",
     "prune_head",
     "random_checkpoint",
     "read_checkpoint",

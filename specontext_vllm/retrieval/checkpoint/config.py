@@ -209,6 +209,17 @@ def named_aux_layers(
     return ids, place
 
 
+def layer_groups_of(flat: Mapping[str, Any], num_heads: int, num_kv_heads: int, path: Path) -> int:
+    """`layer_groups` of a head in our own format; every other head has one selection for all."""
+    count = flat.get("layer_groups", 1)
+    if type(count) is not int or count < 1 or num_heads % (num_kv_heads * count):
+        raise HeadError(
+            f"{path}: layer_groups is {count!r} in config.json, which does not divide the "
+            f"{num_heads // num_kv_heads} query heads of a KV head: correct it."
+        )
+    return count
+
+
 def key_states_of(flat: Mapping[str, Any], path: Path) -> KeyStates:
     """`key_states` of a head in our own format; every other head has "previous"."""
     named = flat.get("key_states")

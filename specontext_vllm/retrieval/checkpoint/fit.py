@@ -17,7 +17,8 @@ def check_fits(
     The head has as many KV heads as the target, or g times as many. Then target KV head j is scored
     by the element-wise maximum over the head's KV heads j*g .. j*g+g-1 and their query heads, the
     paper's rule for GQA. Fewer KV heads are refused, since several target heads would share one
-    selection. The head dimension may differ: only the head's own scores depend on it.
+    selection; a head with queries for groups of layers must have as many. The head dimension may
+    differ: only the head's own scores depend on it.
 
     Args:
         target_hidden_size, num_layers, num_kv_heads, vocab_size: of the target, before any
@@ -55,6 +56,17 @@ def check_fits(
         raise HeadError(
             f"The head has {spec.num_kv_heads} KV heads, which is neither the target's "
             f"{num_kv_heads} nor a multiple of it: "
+            "use a head that was trained for this target."
+        )
+    if spec.layer_groups > num_layers:
+        raise HeadError(
+            f"The head has queries for {spec.layer_groups} groups of layers, but the target has "
+            f"only {num_layers} layers: use a head that was trained for this target."
+        )
+    if spec.layer_groups > 1 and spec.num_kv_heads != num_kv_heads:
+        raise HeadError(
+            f"The head has queries for {spec.layer_groups} groups of layers and "
+            f"{spec.num_kv_heads} KV heads, where such a head needs the target's {num_kv_heads}: "
             "use a head that was trained for this target."
         )
     aux_layers_of(spec, num_layers)

@@ -23,6 +23,7 @@ from specontext_vllm.retrieval.checkpoint.config import (
     DEFAULT_TRAINED_LENGTH,
     flatten,
     key_states_of,
+    layer_groups_of,
     layout_of,
     named_aux_layers,
     read_config,
@@ -264,6 +265,9 @@ def _spec(
         target_vocab_size=target_vocab_size,
         aux_layers_from=aux_layers_from,
         key_states=key_states_of(flat, path) if layout == "specontext" else "previous",
+        layer_groups=(
+            layer_groups_of(flat, num_heads, num_kv_heads, path) if layout == "specontext" else 1
+        ),
         q_mlp=_mlp_width("q_mlp", shapes),
         k_mlp=_mlp_width("k_mlp", shapes),
     )

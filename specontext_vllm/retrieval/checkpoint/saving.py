@@ -104,5 +104,6 @@ def _config(spec: HeadSpec) -> dict[str, object]:
         "norm_before_fc": spec.norm_before_fc,
         "fc_norm": spec.fc_norm,
         "key_states": spec.key_states,
+        "layer_groups": spec.layer_groups if spec.layer_groups > 1 else None,
     }
     return {key: value for key, value in config.items() if value is not None}

@@ -26,7 +26,8 @@ class HeadSpec:
         hidden_size: H, width of the fused feature.
         target_hidden_size: width of one auxiliary hidden state of the target.
         embed_size: E, width of the token embedding.
-        num_heads, num_kv_heads, head_dim: nh, nkv, D of the head's attention.
+        num_heads, num_kv_heads, head_dim: nh, nkv, D of the head's attention; the query heads of
+            all groups of layers together.
         rope_theta: RoPE base.
         rope_scaling: the checkpoint's own RoPE scaling in transformers' terms, or None.
         trained_length: positions that it was trained for (`max_position_embeddings`).
@@ -47,6 +48,9 @@ class HeadSpec:
         q_mlp, k_mlp: inner width of the gated MLP beside q_proj and k_proj; 0 for none.
         partial_rotary_factor: share of D that RoPE turns; the rest matches whatever the distance.
             The turned pairs are i and i + D / 2 for the first values of i.
+        layer_groups: G, groups of the target's layers (``layer_groups``) that each have a selection
+            and query heads of their own. A KV head's query heads are those of the first group,
+            then those of the second, and so on.
     """
 
     format: str
@@ -73,6 +77,7 @@ class HeadSpec:
     q_mlp: int = 0
     k_mlp: int = 0
     partial_rotary_factor: float = 1.0
+    layer_groups: int = 1
 
     @property
     def rotary_dim(self) -> int:

@@ -12,6 +12,7 @@ from specontext_vllm.retrieval.checkpoint import (
     check_fits,
     default_aux_layers,
     dummy_checkpoint,
+    layer_groups,
     read_checkpoint,
 )
 from tests.retrieval.checkpoint.sentences import assert_one_sentence
@@ -31,11 +32,23 @@ def test_default_aux_layers_of_small_targets_are_refused(num_layers):
         default_aux_layers(num_layers)
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 5, 30, 32])
+def test_groups_of_layers_are_neighbours_of_about_one_size(num_layers):
+    for count in range(1, num_layers + 1):
+        parts = torch.arange(num_layers).tensor_split(count)
+        wanted = tuple(group for group, part in enumerate(parts) for _ in part)
+        assert layer_groups(num_layers, count) == wanted
+    for count in (0, num_layers + 1):
+        with pytest.raises(ValueError, match="cannot be"):
+            layer_groups(num_layers, count)
+
+
 TARGET = {"target_hidden_size": 40, "num_layers": 12, "num_kv_heads": 3, "vocab_size": 77}
 
 FITS = {
     "same": ({}, {}),
     "one_target_head_takes_three": ({}, {"num_kv_heads": 1}),
+    "groups_of_layers": ({"layer_groups": 2}, {}),
     "last_layer_output": ({"aux_layer_ids": (2, 6, 12)}, {}),
     "no_vocabulary_map": ({"target_vocab_size": None}, {"vocab_size": 80}),
     "own_embedding_of_other_width": ({"embed_size": 24, "embed_vocab_size": 80}, {}),
@@ -54,6 +67,12 @@ MISFITS = {
     "fewer_kv_heads": ({"num_kv_heads": 2}, {"num_kv_heads": 4}, "head has 2 KV heads"),
     "kv_heads_no_multiple": ({}, {"num_kv_heads": 2}, "neither the target's 2 nor a multiple"),
     "aux_beyond": ({"aux_layer_ids": (2, 6, 13)}, {}, "only 12 layers"),
+    "more_groups_than_layers": ({"layer_groups": 13}, {}, "13 groups of layers, but the target"),
+    "groups_and_more_kv_heads": (
+        {"layer_groups": 2},
+        {"num_kv_heads": 1},
+        "2 groups of layers and 3 KV heads, where such a head needs the target's 1",
+    ),
     "aux_default_too_small": ({}, {"num_layers": 6}, "distinct and ascending"),
 }
 

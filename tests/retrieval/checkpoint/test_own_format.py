@@ -20,8 +20,9 @@ from tests.retrieval.test_head import LAYOUTS, LLAMA3, make_inputs
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read_again(tmp_path, kind):
-    made = make_own(**KINDS[kind])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_written_is_read_again(tmp_path, kind, groups):
+    made = make_own(layer_groups=groups, **KINDS[kind])
     save_head(tmp_path / "new" / "head", made.spec, made.tensors)
     read = read_checkpoint(tmp_path / "new" / "head")
     assert read.spec == replace(made.spec, dtype=torch.bfloat16)
@@ -121,6 +122,12 @@ BAD = {
         changed_tensor("q_mlp.norm.weight", lambda t: torch.ones(3)),
         "q_mlp.norm.weight is no tensor of a head in this format",
     ),
+    "groups_that_do_not_divide": (
+        config(layer_groups=3),
+        "layer_groups is 3 in config.json, which does not divide the 4 query heads of a KV head",
+    ),
+    "groups_of_nothing": (config(layer_groups=0), "layer_groups is 0 in config.json"),
+    "groups_in_words": (config(layer_groups="two"), "layer_groups is 'two' in config.json"),
     "head_dim": (config(head_dim=12), "head_dim is 12 in config.json but q_proj.weight has 12"),
     "heads": (config(num_attention_heads=7), "do not divide into num_attention_heads 7"),
     "hidden_size": (config(hidden_size=30), "hidden_size is 30 in config.json but fc.weight has"),
