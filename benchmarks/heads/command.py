@@ -145,7 +145,8 @@ def main(
     }
     rooms = make_classrooms(teacher, pupils, documents, tokenizer)
     heads = {name: pupil.run.head for name, pupil in pupils.items()}
-    seen = HeldOut(Teacher(teacher, all_layers(pupils.values())), held)
+    groups = (head.groups for head in heads.values())
+    seen = HeldOut(Teacher(teacher, all_layers(pupils.values())), held, groups)
 
     result = report.Report(
         "-".join(["heads", model.resolve().name, *([label] if label else [])]),

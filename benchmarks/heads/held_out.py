@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.collectors import Collectors
 from benchmarks.heads.lockstep import states_of
 from benchmarks.marks.inputs import KINDS, make_prompts
 from specontext_vllm.distillation.head_model import HeadModel
-from specontext_vllm.distillation.losses import AttentionTarget
-from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall, Seen, recall_of
+from specontext_vllm.distillation.recall import Recall, Seen, recall_of, recall_target
 from specontext_vllm.distillation.teacher import Teacher
 
 
@@ -73,12 +73,16 @@ class HeldOut:
 
     Args:
         teacher: watched for all layers that a head reads.
+        groups: of layers, the numbers of them that heads have.
     """
 
-    def __init__(self, teacher: Teacher, prompts: Sequence[Prompts]) -> None:
+    def __init__(
+        self, teacher: Teacher, prompts: Sequence[Prompts], groups: Iterable[int] = (1,)
+    ) -> None:
         self.layers, self._device = teacher.aux_layers, teacher.device
+        counts = sorted(set(groups))
         self._seen = [
-            (part, number, _see(teacher, part, number).to(torch.device("cpu")))
+            (part, number, _see(teacher, part, number, counts))
             for part in prompts
             for number in range(len(part.ids))
         ]
@@ -88,9 +92,15 @@ class HeldOut:
         """Of each head, prompt and budget."""
         found = []
         for part, number, kept in self._seen:
-            seen = kept.to(self._device)
+            first = next(iter(kept.values())).to(self._device)
+            seen = {
+                groups: replace(own.to(self._device), embeds=first.embeds, aux=first.aux)
+                for groups, own in kept.items()
+            }
             for name, head in heads.items():
-                own = replace(seen, aux=states_of(seen.aux, self.layers, head.aux_layers))
+                own = replace(
+                    seen[head.groups], aux=states_of(first.aux, self.layers, head.aux_layers)
+                )
                 found += [
                     Point(name, part.kind, part.context, budget, number, recall)
                     for budget, recall in recall_of(head, own, budgets).items()
@@ -98,7 +108,19 @@ class HeldOut:
         return found
 
 
-def _see(teacher: Teacher, prompts: Prompts, number: int) -> Seen:
+def _see(teacher: Teacher, prompts: Prompts, number: int, counts: Sequence[int]) -> dict[int, Seen]:
+    """What was seen, on the CPU, by the number of groups of layers; the states are the first one's
+    alone.
+    """
     ids = prompts.ids[number : number + 1].to(teacher.device)
     at = prompts.watched[None].to(teacher.device)
-    return Seen.of(teacher(ids, at, AttentionTarget(RECENT_TOKENS)), at)
+    layers = len(teacher.layers)
+    collectors = Collectors({groups: recall_target(layers, groups) for groups in counts})
+    lesson = teacher(ids, at, collectors)
+    found: dict[int, Seen] = {}
+    for groups, (target, mass) in collectors.results().items():
+        seen = Seen.of(replace(lesson, target=target, mass=mass), at)
+        if found:
+            seen = replace(seen, embeds=lesson.embeds[:, :0], aux=lesson.aux[:, :0])
+        found[groups] = seen.to(torch.device("cpu"))
+    return found

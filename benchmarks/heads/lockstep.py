@@ -23,10 +23,11 @@ from specontext_vllm.distillation.data import (
 )
 from specontext_vllm.distillation.head_shape import HeadShape
 from specontext_vllm.distillation.head_trainer import HeadDistiller, stretch_positions
-from specontext_vllm.distillation.losses import AttentionCollector, AttentionTarget
+from specontext_vllm.distillation.losses import AttentionCollector, AttentionTarget, ByGroup
 from specontext_vllm.distillation.page_loss import PageTarget, choosable_pages
 from specontext_vllm.distillation.settings import Settings
 from specontext_vllm.distillation.teacher import Lesson, Teacher
+from specontext_vllm.retrieval.checkpoint import layer_groups
 
 SIDE_BY_SIDE = 8
 """Second runs at a time; each needs keys and values of its own."""
@@ -75,7 +76,7 @@ class Classroom:
         at, _ = sample_positions(weights[:, 1:], self._positions, generator, answers_only=False)
         stretch = stretch_positions(ids, self._stretch, generator)
         watched = at if stretch is None else torch.cat([at, stretch], 1)
-        collectors = Collectors(self._collectors(self._aligned))
+        collectors = Collectors(self._collectors())
         lesson = self.teacher(ids, watched, collectors, keep_cache=stretch is not None)
         results = collectors.results()
         lessons = {
@@ -112,7 +113,7 @@ class Classroom:
         sequences, since such short runs take as long for one as for several.
         """
         state = generator.get_state()
-        chosen: dict[int, dict[str, Tensor]] = {}
+        chosen: dict[tuple[int, int], dict[str, Tensor]] = {}
         for name, lesson in lessons.items():
             run = self.pupils[name].run
             if run.settings.stretch:
@@ -120,7 +121,8 @@ class Classroom:
                 generator.set_state(state)
                 own = stretch[:, : run.settings.stretch]
                 pages = run.stretch_pages(lesson, own, generator)
-                chosen.setdefault(own.shape[1], {})[name] = pages
+                alike = own.shape[1], run.head.groups
+                chosen.setdefault(alike, {})[name] = pages
         first, found = int(stretch[0, 0]) + 1, {}
         cache = next(iter(lessons.values())).cache
         for group in chosen.values():
@@ -135,23 +137,27 @@ class Classroom:
                     found[name] = states_of(part, self.teacher.aux_layers, layers)
         return found
 
-    @staticmethod
-    def _collectors(aligned: Settings | None) -> dict[str, AttentionCollector]:
+    def _collectors(self) -> dict[str | int, AttentionCollector]:
+        """Of pages by the number of groups of layers, and of tokens."""
+        layers, aligned = len(self.teacher.layers), self._aligned
         # Newest pages are left out for each variant by itself.
-        found: dict[str, AttentionCollector] = {"pages": PageTarget(0)}
+        found: dict[str | int, AttentionCollector] = {
+            groups: ByGroup(layer_groups(layers, groups), lambda: PageTarget(0))
+            for groups in sorted({pupil.run.head.groups for pupil in self.pupils.values()})
+        }
         if aligned is not None:
             found["tokens"] = AttentionTarget(aligned.window, aligned.over_layers)
         return found
 
 
 def _target(
-    results: dict[str, tuple[Tensor, Tensor]], pupil: Trained, at: Tensor, here: Tensor
+    results: dict[str | int, tuple[Tensor, Tensor]], pupil: Trained, at: Tensor, here: Tensor
 ) -> dict[str, Tensor]:
     """``target`` and ``mass`` of a lesson."""
     if pupil.variant.aligned:
         target, mass = (part[:, :, here] for part in results["tokens"])
         return {"target": target, "mass": mass}
-    pages = results["pages"][0][:, :, here]
+    pages = results[pupil.run.head.groups][0][:, :, here]
     weights = pages * choosable_pages(at, pages.shape[-1], pupil.run.settings.recents)
     return {"target": weights, "mass": weights.sum(-1)}
 

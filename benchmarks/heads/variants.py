@@ -82,6 +82,10 @@ def layers(count: int, first: float = 0.0, last: float = 1.0) -> Change:
     return change
 
 
+def _at_most_layers(groups: int) -> Change:
+    return lambda _, config: min(groups, config.num_hidden_layers)
+
+
 def _own(name: str) -> Change:
     return lambda _, config: getattr(DraftShape.for_target(config, max_position=1), name)
 
@@ -120,6 +124,7 @@ VARIANTS: dict[str, Variant] = {
     **{f"recents-{pages}": Variant({"recents": pages}) for pages in (1, 2, 5)},
     **{f"copies-{share:g}": Variant({"copies": share}) for share in (0.0, 0.25, 0.5)},
     **{f"positions-{count}": Variant({"positions": count}) for count in (64, 192, 512)},
+    **{f"groups-{count}": Variant({"groups": _at_most_layers(count)}) for count in (3, 5)},
     "rate-half": Variant({"learning_rate": times(0.5)}),
     "rate-double": Variant({"learning_rate": times(2.0)}),
     "adamw": Variant({"learning_rate": _ADAMW_RATE}, AdamWHead),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.marks.paged_model import PagedModel, token_log_probs
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.retrieval.checkpoint import aux_layers_of, read_checkpoint
+from specontext_vllm.retrieval.checkpoint import aux_layers_of, layer_groups, read_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead, check_head
 from specontext_vllm.retrieval.reference import (
     Budget,
@@ -78,13 +79,15 @@ class HeadBeside:
 
     Attributes:
         places: the layers that it reads, of ``aux_layers_of``; the model keeps their states.
+        groups: of each of the model's layers, the group whose selection it reads.
 
-    B texts, H the model's KV heads, K the head's fused width.
+    B texts, G groups of layers, H the model's KV heads, K the head's fused width.
     """
 
     def __init__(self, head: RetrievalHead, model: PagedModel) -> None:
         self.head, self.model = head, model
         self.places = aux_layers_of(head.spec, len(model.layers))
+        self.groups = layer_groups(len(model.layers), head.spec.layer_groups)
         self.keys_follow = head.spec.key_states == "own"
         spec, options = head.spec, {"dtype": model.model.dtype, "device": model.device}
         self._keys = torch.zeros(
@@ -108,7 +111,7 @@ class HeadBeside:
 
     @torch.inference_mode()
     def scores(self, ids: Tensor, position: int) -> Tensor:
-        """The pages' scores ``[B, H, pages]`` for the tokens ``ids [B]`` at ``position``."""
+        """The pages' scores ``[G, B, H, pages]`` for the tokens ``ids [B]`` at ``position``."""
         place = torch.full_like(ids, position)
         query = self.head.queries(self._embed(ids), self._last, place)
         # A key that is made from the token's own states does not exist yet.
@@ -119,9 +122,10 @@ class HeadBeside:
         # Token 0 has no pair.
         token = torch.arange(self.model.length, device=ids.device)
         logits.masked_fill_((token > newest) | (token == 0), float("-inf"))
-        # Several KV heads of the head may stand for one of the model's.
+        # Several KV heads of the head may stand for one of the model's, if it has no groups.
         by_target = logits.unflatten(1, (self.model.kv_heads, -1)).flatten(2, 3)
-        return page_scores(*reduce_to_pages(by_target, PAGE_SIZE))[0]
+        by_group = by_target.unflatten(2, (self.head.spec.layer_groups, -1))
+        return page_scores(*reduce_to_pages(by_group, PAGE_SIZE))[0].movedim(2, 0)
 
     @torch.inference_mode()
     def learn(self, ids: Tensor, position: int, fused: Tensor | None = None) -> None:
@@ -154,19 +158,30 @@ class HeadBeside:
 
 
 class LastLook:
-    """The largest weight that any layer gave each page in the latest step, as a score."""
+    """The largest weight that any layer of a group gave each page in the latest step, as a score.
 
-    def __init__(self) -> None:
-        self._seen: Tensor | None = None
-        self._now: Tensor | None = None
+    Args:
+        groups: of ``HeadBeside``.
+    """
+
+    def __init__(self, groups: Sequence[int]) -> None:
+        self._groups = groups
+        self._now: dict[int, Tensor] = {}
 
     def watch(self, number: int, scores: Tensor, mass: Tensor) -> None:
         """See ``paged_model.Watch``; a page that was not read has no score."""
-        self._now = scores if number == 0 or self._now is None else self._now.maximum(scores)
+        if number == 0:
+            self._now = {}
+        group = self._groups[number]
+        known = self._now.get(group)
+        self._now[group] = scores if known is None else known.maximum(scores)
 
     def blend(self, scores: Tensor) -> Tensor:
-        """The larger of a page's ``scores [B, H, pages]`` and of what was seen of it."""
-        return scores if self._now is None else scores.maximum(self._now[:, :, 0])
+        """The larger of a page's ``scores [G, B, H, pages]`` and of what was seen of it."""
+        if not self._now:
+            return scores
+        seen = torch.stack([self._now[group][:, :, 0] for group in range(len(scores))])
+        return scores.maximum(seen)
 
 
 def forced(
@@ -185,18 +200,18 @@ def forced(
         dense_states: ``[B, S - 1, K]`` fused states of the dense run.
     """
     beside.rewind()
-    look = LastLook() if serving.last_look else None
+    look = LastLook(beside.groups) if serving.last_look else None
     found = []
     for step in range(ids.shape[1] - 1):
         position = start + step
         scores = beside.scores(ids[:, step], position)
         if look is not None:
             scores = look.blend(scores)
-        chosen = chosen_pages(scores, position // PAGE_SIZE + 1, budget)[:, :, None]
+        chosen = chosen_pages(scores, position // PAGE_SIZE + 1, budget)[:, :, :, None]
         logits = model.forward(
             ids[:, step : step + 1],
             position,
-            [chosen] * len(model.layers),
+            [chosen[group] for group in beside.groups],
             None if look is None else look.watch,
         )
         found.append(token_log_probs(logits, ids[:, step + 1 : step + 2]))

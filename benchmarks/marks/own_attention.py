@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.retrieval.checkpoint import layer_groups
 from specontext_vllm.retrieval.reference import Budget, chosen_pages
 
 LayerScores = list[Tensor | None]
@@ -80,13 +81,16 @@ def tokens_read(reads: list[Tensor | None], positions: Tensor) -> float:
 
 
 def in_groups(number: int) -> Callable[[Attention], LayerScores]:
-    """The layers in so many groups of neighbours (or each for itself, where there are fewer), which
-    differ by one layer at most; each by its maximum.
+    """The layers in so many ``layer_groups`` (or each for itself, where there are fewer); each
+    group by its maximum.
     """
 
     def score(attention: Attention) -> LayerScores:
-        parts = attention.scores.tensor_split(min(number, len(attention.scores)))
-        return [shared for part in parts for shared in [part.amax(0)] * len(part)]
+        layers = len(attention.scores)
+        groups = layer_groups(layers, min(number, layers))
+        sizes = [groups.count(group) for group in range(groups[-1] + 1)]
+        best = [part.amax(0) for part in attention.scores.split(sizes)]
+        return [best[group] for group in groups]
 
     return score
 
@@ -118,7 +122,7 @@ OWN_SELECTIONS = {
     ),
     **{
         f"groups-{n}": OwnSelection(f"{n} groups of layers, maximum", in_groups(n))
-        for n in (2, 5, 10)
+        for n in (2, 3, 5, 10)
     },
     "layer-max": OwnSelection("each layer its own, maximum", lambda a: list(a.scores)),
     "layer-mass": OwnSelection("each layer its own, mass", lambda a: list(a.mass)),

@@ -18,7 +18,7 @@ from benchmarks.marks.command import REFUSALS
 from benchmarks.marks.heads import load_head
 from benchmarks.marks.inputs import DTYPES, load_model, make_prompts, names, numbers
 from benchmarks.real.options import ModelFolder, NamedHeads, TestTexts
-from benchmarks.real.settings import parse_heads
+from benchmarks.real.settings import OptionError, parse_heads
 from benchmarks.selections import plots
 from benchmarks.selections.buffers import DECILES, Policy
 from benchmarks.selections.emulated import Chooser, measure
@@ -182,12 +182,14 @@ def main(
         teacher = load_model(model, dtype)
         choosers = [Chooser(ATTENTION)] if attention else []
         try:
-            choosers += [
-                Chooser(
-                    key, load_head(folder, teacher, context), served != "dense", "look" in served
-                )
-                for key, folder in folders.items()
-            ]
+            for key, folder in folders.items():
+                loaded = load_head(folder, teacher, context)
+                if loaded.spec.layer_groups > 1:
+                    raise OptionError(
+                        f"--head: {folder} has queries for {loaded.spec.layer_groups} groups of "
+                        "layers, and this case follows one selection; give another head."
+                    )
+                choosers.append(Chooser(key, loaded, served != "dense", "look" in served))
         except REFUSALS as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from None

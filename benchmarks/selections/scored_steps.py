@@ -50,8 +50,9 @@ def run_steps(
     """Go through a course; yields the tokens ``[B]`` that follow each step.
 
     Args:
-        head: gives the pages their scores. None: the model's own attention does, with all pages in
-            sight; then ``choose`` is asked behind the step, and its answer is not read.
+        head: gives the pages their scores, the same for all layers. None: the model's own attention
+            does, with all pages in sight; then ``choose`` is asked behind the step, and its answer
+            is not read.
         last_look: a page that the step before read also scores by what it got there.
     """
     tokens = course.tokens.clone()
@@ -68,7 +69,7 @@ def run_steps(
                 tokens[number, course.start] = logits.argmax()
         if beside is not None:
             beside.rewind()
-        look = LastLook() if last_look else None
+        look = LastLook(beside.groups) if beside is not None and last_look else None
         for position in range(course.start, tokens.shape[1]):
             ids = tokens[:, position]
             if beside is None:
@@ -77,7 +78,8 @@ def run_steps(
                 choose(own.scores[:, :, 0], position)
             else:
                 scores = beside.scores(ids, position)
-                chosen = choose(scores if look is None else look.blend(scores), position)
+                (shared,) = scores if look is None else look.blend(scores)
+                chosen = choose(shared, position)
                 reads = None if chosen is None else [chosen[:, :, None]] * len(paged.layers)
                 logits = paged.forward(
                     ids[:, None], position, reads, None if look is None else look.watch

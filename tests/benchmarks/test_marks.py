@@ -129,7 +129,7 @@ def test_selections_share_what_they_say(llama, ids):
     weight, mass = attention.scores.exp(), attention.mass
     positions = torch.arange(START, LENGTH)
     alone = ("groups-5", "groups-10", "layer-max", "layer-mass")
-    split = {"groups-2": [3, 2], **{name: [1] * 5 for name in alone}}
+    split = {"groups-2": [3, 2], "groups-3": [2, 2, 1], **{name: [1] * 5 for name in alone}}
 
     def page_value(name, layers, head, piece, token, page):
         place = (piece, head, token, page)
@@ -185,15 +185,23 @@ OWN_HEAD = {
 """With two KV heads for each of the model's."""
 
 
-@pytest.fixture(scope="module", params=["eagle", "own"])
+GROUPED_HEAD = {**OWN_HEAD, "num_heads": 8, "num_kv_heads": 2, "layer_groups": 2}
+"""With two query heads for each KV head and group."""
+GROUPS = [0, 0, 0, 1, 1]
+
+
+@pytest.fixture(scope="module", params=["eagle", "own", "groups"])
 def head_folder(request, llama, tmp_path_factory):
-    """Folders of a head whose keys are made before the model runs, and after it."""
+    """Folders of a head whose keys are made before the model runs, after it, and of one with
+    queries for groups of layers.
+    """
     folder = tmp_path_factory.mktemp("head")
     if request.param == "eagle":
         torch.manual_seed(1)
         DraftModel(DraftShape.for_target(llama.config, max_position=LENGTH)).save(folder)
     else:
-        checkpoint = make_own(q_mlp=12, **OWN_HEAD)
+        changes = OWN_HEAD if request.param == "own" else GROUPED_HEAD
+        checkpoint = make_own(q_mlp=12, **changes)
         save_head(folder, checkpoint.spec, checkpoint.tensors, dtype=None)
     return folder
 
@@ -203,17 +211,20 @@ def naive_run(paged, beside, ids, serving):
     pages chosen so far, and the head's queries and keys of all of them.
     """
     layers, head = len(paged.layers), beside.head
-    reads, looked = [], None
+    count_of_groups = head.spec.layer_groups
+    groups = GROUPS if count_of_groups == 2 else [0] * layers
+    reads, looked = [[] for _ in range(count_of_groups)], None
     prompts = [
         [paged.states[place][0] for place in beside.places] for _ in paged.prefill(ids[:, :START])
     ]
     for step in range(SCORED - 1):
         later = [torch.empty(len(ids), 0, head.spec.target_hidden_size)] * 3
         if step:
-            given = [torch.stack(reads, 2)] * layers if serving.own_states else None
+            read = [torch.stack(reads[group], 2) for group in groups]
+            given = read if serving.own_states else None
             paged.forward(ids[:, START : START + step], START, given)
             later = [paged.states[place] for place in beside.places]
-        chosen = []
+        chosen = [[] for _ in range(count_of_groups)]
         for piece in range(len(ids)):
             aux = [
                 torch.cat([part, more[piece]])
@@ -228,24 +239,33 @@ def naive_run(paged, beside, ids, serving):
                 keys = head.keys(embeds[:-1], fused[:-1], place[:-1], fused[1:])
             else:
                 keys = head.keys(embeds, fused, place)
-            q = query.expand(len(keys), -1, -1).transpose(0, 1)[None]
             at = torch.tensor([[len(keys) - 1]])
-            scores = head_scores(q, keys.transpose(0, 1)[None], at)[0, :, 0]
-            count = (START + step) // PAGE_SIZE + 1
-            missing = count - scores.shape[-1]
-            scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
-            # The larger score of the head's KV heads that stand for one of the model's.
-            scores = scores.unflatten(0, (2, -1)).amax(1)
-            if looked is not None and serving.last_look:
-                old = looked[piece][:, : scores.shape[-1]]
-                scores[:, : old.shape[-1]] = scores[:, : old.shape[-1]].maximum(old)
-            pages = chosen_pages(scores, count, BUDGET)
-            chosen.append(torch.nn.functional.pad(pages, (0, PAGES - pages.shape[-1])))
-        reads.append(torch.stack(chosen))
+            for group in range(count_of_groups):
+                # Of each KV head the group's own query heads.
+                own = query.unflatten(1, (head.spec.num_kv_heads, count_of_groups, -1))[:, :, group]
+                q = own.flatten(1, 2).expand(len(keys), -1, -1).transpose(0, 1)[None]
+                scores = head_scores(q, keys.transpose(0, 1)[None], at)[0, :, 0]
+                count = (START + step) // PAGE_SIZE + 1
+                missing = count - scores.shape[-1]
+                scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
+                # The larger score of the head's KV heads that stand for one of the model's.
+                scores = scores.unflatten(0, (2, -1)).amax(1)
+                if looked is not None and serving.last_look:
+                    old = looked[group][piece][:, : scores.shape[-1]]
+                    scores[:, : old.shape[-1]] = scores[:, : old.shape[-1]].maximum(old)
+                pages = chosen_pages(scores, count, BUDGET)
+                pages = torch.nn.functional.pad(pages, (0, PAGES - pages.shape[-1]))
+                chosen[group].append(pages)
+        for group in range(count_of_groups):
+            reads[group].append(torch.stack(chosen[group]))
         attention = Attention(layers)
-        given = [torch.stack(reads, 2)] * layers
+        given = [torch.stack(reads[group], 2) for group in groups]
         logits = paged.forward(ids[:, START : START + step + 1], START, given, attention.watch)
-        looked = attention.scores.amax(0)[:, :, -1]
+        looked = [
+            attention.scores[[layer for layer in range(layers) if groups[layer] == group]].amax(0)
+            for group in range(count_of_groups)
+        ]
+        looked = [part[:, :, -1] for part in looked]
     return token_log_probs(logits, ids[:, START + 1 :])
 
 
