@@ -47,7 +47,11 @@ class KVGroup:
         """
         if block_ids is None:
             return []
-        blocks, count = block_ids[self.index], self.block_pages
+        return self.pages_of(block_ids[self.index])
+
+    def pages_of(self, blocks: Sequence[int]) -> list[int]:
+        """Page ids of blocks of our group."""
+        count = self.block_pages
         if count == 1:
             return list(blocks)
         return [page for block in blocks for page in range(block * count, (block + 1) * count)]

@@ -67,9 +67,9 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "its latent pages are not served yet",
         ),
         (
-            model.is_hybrid or model.is_attention_free,
-            f"model: {model.model} has layers that keep no KV pages (Mamba or linear)",
-            "every layer must be full attention",
+            model.is_attention_free,
+            f"model: {model.model} keeps no KV (Mamba or linear attention in every layer)",
+            "there is nothing to select from",
         ),
         (
             model.is_encoder_decoder,
@@ -168,7 +168,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
     if num_full_layers(text) == 0:
         raise ConfigError(NO_FULL_LAYER.format(model=model.model))
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
-    if config.host_kv_gib and has_windowed_layers(text):
+    if config.host_kv_gib and (model.is_hybrid or has_windowed_layers(text)):
         raise ConfigError(mixed_tiers(vllm_config))
 
 

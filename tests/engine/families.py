@@ -81,6 +81,113 @@ def mistral(*types: str) -> Any:
     return config
 
 
+def qwen3_next() -> Any:
+    """Gated linear attention in three of four layers, gated attention with RoPE on a quarter."""
+    from transformers import Qwen3NextConfig
+
+    linear = {f"linear_{kind}_head_dim": 128 for kind in ("key", "value")}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return Qwen3NextConfig(
+        **SHAPE,
+        **experts,
+        **linear,
+        num_hidden_layers=4,
+        shared_expert_intermediate_size=64,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+    )
+
+
+def granite_hybrid() -> Any:
+    """Mamba 2 and attention in turns."""
+    from transformers import GraniteMoeHybridConfig
+
+    return GraniteMoeHybridConfig(
+        **WIDTHS,
+        num_hidden_layers=4,
+        layer_types=["mamba", "attention"] * 2,
+        num_local_experts=0,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        shared_intermediate_size=192,
+    )
+
+
+def falcon_h1() -> Any:
+    """Mamba 2 and attention side by side in each layer."""
+    from transformers import FalconH1Config
+
+    return FalconH1Config(
+        **SHAPE,
+        num_hidden_layers=2,
+        mamba_d_ssm=128,
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+    )
+
+
+def nemotron_h() -> Any:
+    """Layers of Mamba 2, of attention and of an MLP."""
+    from transformers import NemotronHConfig
+
+    return NemotronHConfig(
+        **SHAPE,
+        num_hidden_layers=5,
+        hybrid_override_pattern="MM*-M",
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+    )
+
+
+def smollm3() -> Any:
+    """No RoPE in every second layer."""
+    from transformers import SmolLM3Config
+
+    return SmolLM3Config(**WIDTHS, num_hidden_layers=2, no_rope_layers=[1, 0])
+
+
+def glm4() -> Any:
+    """RoPE on half of the dimensions, and two norms more in a layer."""
+    from transformers import Glm4Config
+
+    return Glm4Config(**SHAPE, num_hidden_layers=2)
+
+
+def glm4_moe() -> Any:
+    """RoPE on half of the dimensions, norms of queries and keys, experts."""
+    from transformers import Glm4MoeConfig
+
+    return Glm4MoeConfig(
+        **SHAPE,
+        num_hidden_layers=2,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        partial_rotary_factor=0.5,
+        use_qk_norm=True,
+    )
+
+
+def granite() -> Any:
+    """A scale of attention of its own."""
+    from transformers import GraniteConfig
+
+    return GraniteConfig(**WIDTHS, num_hidden_layers=2, attention_multiplier=0.3)
+
+
+HYBRID: dict[str, Callable[[], Any]] = {
+    family.__name__: family for family in (qwen3_next, granite_hybrid, falcon_h1, nemotron_h)
+}
+PLAIN: dict[str, Callable[[], Any]] = {
+    family.__name__: family for family in (smollm3, glm4, glm4_moe, granite)
+}
 WINDOWED: dict[str, Callable[[], Any]] = {
     family.__name__: family for family in (gemma3, olmo3, cohere2, exaone4, llama)
 }
@@ -91,8 +198,13 @@ def write(folder: Path, config: Any, seed: int = 0) -> torch.nn.Module:
     model = make_model(config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "gemma" in config.model_type and "norm" in name:
+            adds_one = "gemma" in config.model_type or config.model_type == "qwen3_next"
+            if adds_one and "norm" in name and "linear_attn" not in name:
                 parameter.sub_(1.0)  # which the norms add
+            elif name.endswith("A_log"):
+                parameter.copy_(torch.rand_like(parameter))
+            elif name.endswith("dt_bias"):
+                parameter.copy_(torch.rand_like(parameter) - 3)  # states that last
             elif "gemma" in config.model_type and "embed_tokens" in name:
                 parameter.mul_(0.05)  # tied, so that a token would be its own successor
     model.save_pretrained(folder)
@@ -139,7 +251,8 @@ class Asked:
         """Change settings, with a cold prefix cache and counters at zero."""
         self.llm.collective_rpc("specontext_set", kwargs=changes)
         self.llm.collective_rpc("specontext_stats", args=(True,))
-        self.llm.reset_prefix_cache()
+        if self.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+            self.llm.reset_prefix_cache()
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -11,7 +11,18 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.engine import refusals
-from tests.engine.families import FULL, SLIDING, WINDOW, WINDOWED, mistral, serving, write
+from specontext_vllm.model_config import num_full_layers
+from tests.engine.families import (
+    FULL,
+    HYBRID,
+    PLAIN,
+    SLIDING,
+    WINDOW,
+    WINDOWED,
+    mistral,
+    serving,
+    write,
+)
 from tests.engine.scenarios import preemptions
 
 BUDGET, TOKENS = 64, 20
@@ -155,6 +166,30 @@ def test_a_small_budget_is_for_the_layers_of_full_attention_alone(served):
 
 def test_pages_that_were_not_chosen_are_not_read(served):
     assert served["poisoned pages"] > 0 and served["poisoned"] == served["recent"]
+
+
+@pytest.mark.parametrize("family", [*HYBRID, *PLAIN])
+def test_a_family_s_tokens_are_stock_s_where_the_budget_covers_the_context(family, tmp_path):
+    """State-space and linear layers beside ours, on a CPU as far as vLLM runs them there: linear
+    attention in bfloat16 only, and Mamba 2 without a prefix cache. And what families do within a
+    layer.
+    """
+    arguments: dict[str, Any] = {"enable_prefix_caching": family not in HYBRID}
+    if family == "qwen3_next":
+        arguments["dtype"] = "bfloat16"
+    model = write(tmp_path, (HYBRID | PLAIN)[family]())
+    with serving(tmp_path, **arguments) as stock:
+        expected = scenarios(stock)
+    settings = {**SETTINGS, "retriever": "quest"}
+    with serving(tmp_path, settings=settings, **arguments) as ours:
+        assert scenarios(ours) == expected
+        is_shared = len(ours.runner.kv_cache_config.kv_cache_groups) > 1
+        assert is_shared is (family in HYBRID)
+        assert len(ours.runner.runtime.layer_names) == num_full_layers(model.config)
+        ours.set(budget=BUDGET)
+        sparse, stats = ours.answer(PROMPTS, TOKENS), ours.stats
+    assert sparse[0] == expected["first"][0] and sparse[-1] != expected["first"][-1]
+    assert 0 < stats["pages_read"] < 0.4 * stats["pages_total"]
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from tests.engine.configs import vllm_config
             },
             "has dual chunk attention",
         ),
-        ({"model": {"is_hybrid": True}}, "keep no KV pages"),
+        ({"model": {"is_attention_free": True}}, "keeps no KV"),
         ({"model": {"is_multimodal_model": True}}, "takes images or audio"),
         ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
         ({"model": {"runner_type": "pooling"}}, "--runner: found 'pooling'"),
@@ -76,12 +76,17 @@ def test_a_model_whose_every_layer_has_a_window_is_refused(types):
         refuse_unsupported(vllm_config(model={"hf_text_config": text}))
 
 
-def test_a_host_pool_is_refused_where_some_layers_have_a_window():
+def test_a_host_pool_is_refused_beside_layers_of_other_kinds():
     text = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], **WINDOWED)
     refuse_unsupported(vllm_config(model={"hf_text_config": text}))
     with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* also has layers that do"):
         refuse_unsupported(
             vllm_config({"specontext": {"host_kv_gib": 1}}, model={"hf_text_config": text})
+        )
+    refuse_unsupported(vllm_config(model={"is_hybrid": True}))
+    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* also has layers that do"):
+        refuse_unsupported(
+            vllm_config({"specontext": {"host_kv_gib": 1}}, model={"is_hybrid": True})
         )
 
 
