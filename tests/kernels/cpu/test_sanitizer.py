@@ -1,9 +1,10 @@
 """The kernels' tests once more under AddressSanitizer, for both kinds of x86 CPUs; and the sources
-as a machine without a vector width of its own compiles them.
+as a machine without a vector width of its own compiles them, and as an Arm machine does.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[3]
 TESTS = ("test_decode.py", "test_score.py", "test_select.py")
+SOURCES = ROOT / "csrc" / "cpu"
 FLAGS = "-fsanitize=address -fno-omit-frame-pointer -O1"
 
 pytestmark = [
@@ -93,12 +95,30 @@ torch.ops.specontext_cpu.write_kv(lies, lies, cache, torch.arange(4))
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stderr[-2000:]
 
 
-def test_the_sources_compile_without_a_vector_width_of_their_own():
+def compile_sources(*compiler: str, names: set[str]) -> None:
     include = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++20", "-fopenmp", "-fsyntax-only", "-DCPU_CAPABILITY=DEFAULT"]
+    flags = ["-std=c++20", "-fopenmp", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
     paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if source.name != "bindings.cpp":
-            subprocess.run(
-                ["g++", *flags, "-DCPU_CAPABILITY_DEFAULT", *paths, str(source)], check=True
-            )
+    for name in sorted(names):
+        subprocess.run([*compiler, *flags, *paths, str(SOURCES / name)], check=True)
+
+
+def test_the_sources_compile_without_a_vector_width_of_their_own():
+    names = {source.name for source in SOURCES.glob("*.cpp")} - {"bindings.cpp"}
+    compile_sources("g++", "-fsyntax-only", names=names)
+
+
+def test_the_sources_compile_for_arm(tmp_path):
+    """NEON is what every such CPU has."""
+    out = ("-c", "-o", str(tmp_path / "made.o"))
+    names = {source.name for source in SOURCES.glob("*.cpp")}
+    if shutil.which("aarch64-linux-gnu-g++"):
+        compile_sources("aarch64-linux-gnu-g++", *out, names=names)
+    elif importlib.util.find_spec("ziglang"):
+        # It brings no omp.h; GCC's is the same for all machines.
+        omp = subprocess.check_output(["g++", "-print-file-name=include/omp.h"], text=True).strip()
+        shutil.copy(omp, tmp_path)
+        zig = (sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu")
+        compile_sources(*zig, *out, f"-I{tmp_path}", names=names)
+    else:
+        pytest.skip("no aarch64-linux-gnu-g++, and no ziglang of the package index")
