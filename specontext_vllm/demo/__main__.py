@@ -1,9 +1,9 @@
 """`python -m specontext_vllm.demo`: asks for facts and a passage out of 8,000 tokens, with sparse
 and with dense attention.
 
-Starts `vllm serve` with the specontext backend, asks through the OpenAI client, stops the server,
-and does the same with vLLM's own backend. Exit code 0: every answer of the specontext server was
-right; 1: one was not, or a server failed.
+Starts `vllm serve` with the specontext backend and once more with vLLM's own, asks both in turns
+through the OpenAI client, then measures how fast each answers all questions at once. Exit code 0:
+every answer of the specontext server was right, however fast; 1: one was not, or a server failed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import typer
 from rich.console import Console
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.demo.asking import Question, ask_both, compare
-from specontext_vllm.demo.server import device_arguments, has_gpu
+from specontext_vllm.demo.asking import Question, ask_both, both_servers, compare
+from specontext_vllm.demo.server import device_arguments
+from specontext_vllm.demo.speed import measure
 from specontext_vllm.extras import require_extra
 from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 
@@ -122,23 +123,15 @@ def main(
     # SIGTERM ends the demo as Ctrl-C does, servers included.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = ["--config", str(config.resolve()), *device_arguments()]
-    sparse, dense = ask_both(console, model, arguments, problems, warm_up)
+    with both_servers(console, model, arguments) as servers:
+        sparse, dense = ask_both(console, servers, problems, warm_up)
+        speeds = measure(console, servers, problems)
     console.print(compare(problems, sparse, dense))
-    if not has_gpu():
-        console.print(
-            "The speeds above say nothing about a GPU: this is a model of a few million parameters "
-            "on a CPU, where the specontext backend's attention is plain torch. "
-            "benchmarks/results/ has measurements on a GPU."
-        )
-    else:
-        console.print(
-            "A model this small gains nothing from reading less KV; benchmarks/results/ shows "
-            "where sparsity pays."
-        )
     wrong = sum(not answer.right for answer in sparse)
     console.print(
         f"{len(sparse) - wrong} of {len(sparse)} answers of the specontext server are right."
     )
+    console.print(speeds.sentences())
     raise typer.Exit(1 if wrong else 0)
 
 

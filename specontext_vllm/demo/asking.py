@@ -9,13 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from specontext_vllm.demo.server import ServerError, VllmServer
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+SPARSE, DENSE = "specontext", "dense"
+"""The servers' names in what is printed."""
 
 PROGRESS_SECONDS = 10.0
 """How often a line says that a step still runs, where there is no terminal for a spinner."""
@@ -44,8 +50,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A streamed reply; times in seconds, ``log_prob`` the mean of its tokens' natural logarithms
-    of their probabilities, for the server that chose them.
+    """A streamed reply; ``first_token`` in seconds, ``log_prob`` the mean of its tokens' natural
+    logarithms of their probabilities, for the server that chose them.
     """
 
     text: str
@@ -53,15 +59,8 @@ class Answer:
     right: bool
     log_prob: float
     first_token: float
-    tokens: int
     prompt_tokens: int
-    decode: float
     pages_read: float | None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Of the decode, without the first token; None for a reply of one token."""
-        return (self.tokens - 1) / self.decode if self.tokens > 1 and self.decode > 0 else None
 
 
 def ask(
@@ -73,32 +72,25 @@ def ask(
     max_tokens: int | None = None,
 ) -> Answer:
     """Stream one reply and measure it."""
-    from openai import OpenAI
-
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    client = client_of(server)
     if sparse:
         server.rpc("specontext_stats", reset=True)
     begin = time.perf_counter()
-    first = last = None
-    text, usage = "", None
+    first, text, usage = None, "", None
     log_probs: list[float] = []
-    messages: Any = question.messages
-    continues = messages[-1]["role"] == "assistant"
+    arguments: Any = reply_arguments(question)
     stream = client.chat.completions.create(
         model=model,
-        messages=messages,
-        temperature=0,
         stream=True,
         stream_options={"include_usage": True},
         logprobs=True,
         max_tokens=max_tokens or question.max_tokens,
-        extra_body={"add_generation_prompt": not continues, "continue_final_message": continues},
+        **arguments,
     )
     for chunk in stream:
         usage = chunk.usage or usage
         if chunk.choices and chunk.choices[0].delta.content:
-            last = time.perf_counter()
-            first = first or last
+            first = first or time.perf_counter()
             text += chunk.choices[0].delta.content
         if chunk.choices and chunk.choices[0].logprobs:
             log_probs += [token.logprob for token in chunk.choices[0].logprobs.content or ()]
@@ -109,19 +101,49 @@ def ask(
     if sparse:
         stats = server.rpc("specontext_stats")
         share = stats["pages_read"] / stats["pages_total"] if stats["pages_total"] else None
-    first, last = first or end, last or end
     score = question.score(text)
     return Answer(
         text.strip(),
         score,
         score >= question.least,
         sum(log_probs) / max(1, len(log_probs)),
-        first - begin,
-        usage.completion_tokens,
+        (first or end) - begin,
         usage.prompt_tokens,
-        last - first,
         share,
     )
+
+
+def client_of(server: VllmServer) -> OpenAI:
+    """A client that asks once and waits."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+
+
+def reply_arguments(question: Question) -> dict[str, Any]:
+    """What a reply to the question is asked for with, but for model and length."""
+    continues = question.messages[-1]["role"] == "assistant"
+    return {
+        "messages": question.messages,
+        "temperature": 0,
+        "extra_body": {
+            "add_generation_prompt": not continues,
+            "continue_final_message": continues,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Both servers, and the name under which they serve the model."""
+
+    sparse: VllmServer
+    dense: VllmServer
+    model: str
+
+    @property
+    def named(self) -> tuple[tuple[str, VllmServer], ...]:
+        return (SPARSE, self.sparse), (DENSE, self.dense)
 
 
 @contextmanager
@@ -153,85 +175,74 @@ def working(console: Console, what: str) -> Iterator[None]:
             thread.join()
 
 
-def run(
-    console: Console,
-    name: str,
-    model: Path,
-    arguments: list[str],
-    questions: Sequence[Question],
-    warm_up: Question,
-    *,
-    sparse: bool,
-) -> list[Answer]:
-    """Start one server, ask everything, stop it."""
-    from openai import OpenAI
-
-    console.print(f"{name}: vllm serve {model} {' '.join(arguments)}", markup=False, soft_wrap=True)
-    with ExitStack() as stack:
-        with working(console, f"{name}: starting the server"):
-            server = stack.enter_context(VllmServer(model, arguments))
-        console.print(
-            f"{name}: ready after {server.start_seconds:.0f} s", markup=False, soft_wrap=True
-        )
-        served = OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list().data[0].id
-        with working(console, f"{name}: warming up"):
-            ask(server, served, warm_up, sparse=sparse, max_tokens=16)
-        answers = []
-        for number, question in enumerate(questions, 1):
-            with working(console, f"{name}: question {number} of {len(questions)}"):
-                answer = ask(server, served, question, sparse=sparse)
-            answers.append(answer)
-            rate = answer.tokens_per_second
-            console.print(
-                f"{name}: {shortened(question.asked)} -> {shortened(answer.text)} "
-                f"({answer.prompt_tokens:,} tokens read in {answer.first_token:.2f} "
-                f"s{'' if rate is None else f', then {rate:.0f} tokens/s'})",
-                markup=False,
-                soft_wrap=True,
-            )
-        with working(console, f"{name}: stopping the server"):
-            stack.close()
-    return answers
-
-
-def ask_both(
-    console: Console,
-    model: Path,
-    arguments: list[str],
-    questions: Sequence[Question],
-    warm_up: Question,
-    *,
-    sparse_only: Sequence[str] = (),
-) -> tuple[list[Answer], list[Answer]]:
-    """The answers of a server with specontext, and of one without, by the same arguments.
+@contextmanager
+def both_servers(
+    console: Console, model: Path, arguments: list[str], sparse_only: Sequence[str] = ()
+) -> Iterator[Servers]:
+    """A server with specontext and one without, by the same arguments. Both are there at once, so
+    that they can take turns; one that is not asked waits without work.
 
     Args:
         sparse_only: more arguments of the first.
     Raises:
-        typer.Exit: a server failed, or the user interrupted; the console says so.
+        typer.Exit: a server failed, here or in the body, or the user interrupted; the console says
+            so.
     """
     from openai import OpenAIError
 
+    # The same options, but for the backend: the later --attention-backend wins.
+    options = {
+        SPARSE: [*arguments, *sparse_only],
+        DENSE: [*arguments, "--attention-backend", "auto"],
+    }
     try:
-        sparse = run(
-            console,
-            "specontext",
-            model,
-            [*arguments, *sparse_only],
-            questions,
-            warm_up,
-            sparse=True,
-        )
-        # The same options, but for the backend: the later --attention-backend wins.
-        plain = [*arguments, "--attention-backend", "auto"]
-        dense = run(console, "dense", model, plain, questions, warm_up, sparse=False)
+        with ExitStack() as stack:
+            servers = []
+            for name, own in options.items():
+                _say(console, name, f"vllm serve {model} {' '.join(own)}")
+                with working(console, f"{name}: starting the server"):
+                    servers.append(stack.enter_context(VllmServer(model, own)))
+                _say(console, name, f"ready after {servers[-1].start_seconds:.0f} s")
+            served = client_of(servers[0]).models.list().data[0].id
+            sparse, dense = servers
+            yield Servers(sparse, dense, served)
+            with working(console, "stopping the servers"):
+                stack.close()
     except (ServerError, OpenAIError, OSError) as error:
         console.print(str(error), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print("Interrupted; the server was stopped.")
+        console.print("Interrupted; the servers were stopped.")
         raise typer.Exit(130) from None
-    return sparse, dense
+
+
+def ask_both(
+    console: Console, servers: Servers, questions: Sequence[Question], warm_up: Question
+) -> tuple[list[Answer], list[Answer]]:
+    """The answers of the server with specontext, and of the one without: one question after the
+    other, each server in its turn.
+    """
+    answers: dict[str, list[Answer]] = {}
+    for name, server in servers.named:
+        with working(console, f"{name}: warming up"):
+            ask(server, servers.model, warm_up, sparse=name == SPARSE, max_tokens=16)
+        answers[name] = []
+    for number, question in enumerate(questions, 1):
+        for name, server in servers.named:
+            with working(console, f"{name}: question {number} of {len(questions)}"):
+                answer = ask(server, servers.model, question, sparse=name == SPARSE)
+            answers[name].append(answer)
+            _say(
+                console,
+                name,
+                f"{shortened(question.asked)} -> {shortened(answer.text)} "
+                f"({answer.prompt_tokens:,} tokens read in {answer.first_token:.2f} s)",
+            )
+    return answers[SPARSE], answers[DENSE]
+
+
+def _say(console: Console, name: str, text: str) -> None:
+    console.print(f"{name}: {text}", markup=False, soft_wrap=True)
 
 
 def compare(
@@ -245,8 +256,8 @@ def compare(
     table.add_column("right?", ratio=1)
     for heading in (
         "KV pages\nread",
-        "specontext\nfirst token\ntokens/s\nlog-prob",
-        "dense\nfirst token\ntokens/s\nlog-prob",
+        "specontext\nfirst token\nlog-prob",
+        "dense\nfirst token\nlog-prob",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for question, ours, theirs in zip(questions, sparse, dense, strict=True):
@@ -272,6 +283,4 @@ def shortened(text: str) -> str:
 
 
 def _figures(answer: Answer) -> str:
-    rate = answer.tokens_per_second
-    rate_text = "–" if rate is None else f"{rate:.0f}/s"
-    return f"{answer.first_token:.2f} s\n{rate_text}\n{answer.log_prob:.3f}"
+    return f"{answer.first_token:.2f} s\n{answer.log_prob:.3f}"

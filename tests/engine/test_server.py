@@ -4,16 +4,22 @@ must fail.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from rich.console import Console
 
+from specontext_vllm.demo.__main__ import question
+from specontext_vllm.demo.asking import Servers
 from specontext_vllm.demo.server import device_arguments, serve_command, server_environment
+from specontext_vllm.demo.speed import answer_all, measure
 from specontext_vllm.synthetic.tasks import Problem, make_problem, score
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +61,20 @@ def test_a_chat_finds_the_needle_and_reads_few_pages(server, client):
     assert stats["decode_rows"] >= answer.usage.completion_tokens - 1
     # 512 of about 3,000 tokens.
     assert 0.1 < stats["pages_read"] / stats["pages_total"] < 0.25
+
+
+def test_replies_at_once_are_as_long_as_asked(server):
+    questions = [question(needle(seed, 1000)) for seed in (3, 4)]
+    begin = time.perf_counter()
+    # The answers themselves would end after some ten tokens.
+    rate, prompt = answer_all(server, "demo", questions, 48)
+    assert rate >= 2 * 48 / (time.perf_counter() - begin) and 700 < prompt < 1400
+    said = io.StringIO()
+    both = Servers(server, server, "demo")
+    speeds = measure(Console(file=said, width=160), both, questions, rounds=1, tokens=24)
+    assert (speeds.requests, speeds.prompt_tokens, speeds.tokens) == (2, prompt, 24)
+    assert len(speeds.sparse) == len(speeds.dense) == 1
+    assert "round 1 of 1: specontext " in said.getvalue()
 
 
 def test_streaming_gives_the_same_text_piece_by_piece(client):
