@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from specontext_vllm.demo.smollm2 import __main__ as demo
 from specontext_vllm.demo.smollm2.questions import FACTS, OF_THE_TEXT, QUOTED, TEXT, make_questions
+from specontext_vllm.demo.speed import measure
 from tests.conftest import CUDA
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +93,7 @@ def test_within_the_budget_the_model_answers_as_with_dense_attention(
         monkeypatch.setenv("SPECONTEXT_TEST_FORKS", "1")
     # A fact that is put into the novel and one of its own; the others take as long again.
     monkeypatch.setattr(demo, "make_questions", lambda *asked: make_questions(*asked)[::3])
+    monkeypatch.setattr(demo, "measure", partial(measure, rounds=1, tokens=8))
     settings = yaml.safe_load(CONFIG.read_text())
     settings["additional-config"]["specontext"]["budget"] = 1024
     config = tmp_path / "smollm2.yaml"
@@ -107,3 +111,5 @@ def test_within_the_budget_the_model_answers_as_with_dense_attention(
     assert answers["specontext"] == answers["dense"]
     assert "-> 471133" in answers["dense"][0]
     assert "100.0%" in result.stdout
+    assert re.search(r"round 1 of 1: specontext \d+ tokens/s, dense \d+ tokens/s", result.stdout)
+    assert "replies of 8 tokens at once" in result.stdout
