@@ -250,6 +250,20 @@ class Misses:
 
 
 @dataclass(frozen=True)
+class RowQueries:
+    """Query tokens of decode rows that verify drafts: the row's newest tokens, each of which reads
+    the row's list of pages up to itself.
+
+    Attributes:
+        starts: ``[rows + 1]`` int32 offsets of the rows' tokens; a row of padding has none.
+        max_len: upper bound of a row's tokens.
+    """
+
+    starts: Tensor
+    max_len: int
+
+
+@dataclass(frozen=True)
 class PageTable:
     """What decode attention of a layer reads: one sequence of head pages per (row, KV head).
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from specontext_vllm.step_data import RowQueries
+
 MAX_SPLITS = 64
 """Maximum number of parts of a sequence."""
 
@@ -38,6 +40,7 @@ def _sparse_decode_kernel(
     p_kv,
     p_pages,
     p_lengths,
+    p_starts,
     p_out,
     p_partial,
     p_lse,
@@ -48,13 +51,14 @@ def _sparse_decode_kernel(
     num_kv_heads,
     splits,
     G: tl.constexpr,
-    G_PAD: tl.constexpr,
+    Q: tl.constexpr,
+    M_PAD: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     STEP: tl.constexpr,
     MIN_STEPS: tl.constexpr,
-    G_OUT: tl.constexpr,
+    M_OUT: tl.constexpr,
     COMBINED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -70,17 +74,26 @@ def _sparse_decode_kernel(
         return
     first = i_split * per_split
     last = tl.minimum(first + per_split, pages)
-    o_g = tl.arange(0, G_PAD)
+    # A tile's rows are the group's heads, for each of the row's query tokens.
+    o_m = tl.arange(0, M_PAD)
     o_d = tl.arange(0, D_PAD)
-    m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
-    # [G_PAD, D_PAD]
-    p_q = p_query + (i_seq // num_kv_heads) * s_query + (i_seq % num_kv_heads) * G * D
-    b_q = tl.load(p_q + o_g[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
-    b_acc = tl.zeros((G_PAD, D_PAD), tl.float32)
-    b_top = tl.full((G_PAD,), float("-inf"), tl.float32)
+    i_row = i_seq // num_kv_heads
+    start, new = i_row, 1
+    if Q > 1:
+        start = tl.load(p_starts + i_row).to(tl.int64)
+        new = tl.load(p_starts + i_row + 1).to(tl.int32) - start.to(tl.int32)
+    m_m = o_m < new * G
+    m_q = m_m[:, None] & (o_d < D)[None, :]
+    # [M_PAD, D_PAD]
+    o_q = (start + o_m // G) * s_query + ((i_seq % num_kv_heads) * G + o_m % G) * D
+    b_q = tl.load(p_query + o_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    # [M_PAD] tokens that each query reads.
+    b_seen = length - new + 1 + o_m // G
+    b_acc = tl.zeros((M_PAD, D_PAD), tl.float32)
+    b_top = tl.full((M_PAD,), float("-inf"), tl.float32)
     # Summed over tokens only once, at the end: a sum across warps would synchronize them in every
     # step.
-    b_sums = tl.zeros((G_PAD, STEP * P), tl.float32)
+    b_sums = tl.zeros((M_PAD, STEP * P), tl.float32)
     o_t = tl.arange(0, STEP * P)
     for page in tl.range(first, last, STEP, num_stages=STAGES):
         # [STEP * P]
@@ -92,40 +105,49 @@ def _sparse_decode_kernel(
         m_kv = m_t[:, None] & (o_d < D)[None, :]
         b_k = tl.load(p_k, mask=m_kv, other=0.0)
         b_v = tl.load(p_k + D, mask=m_kv, other=0.0)
-        # [G_PAD, STEP * P] logits in powers of two: the scale includes log2(e).
+        # [M_PAD, STEP * P] logits in powers of two: the scale includes log2(e).
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        b_s = tl.where(m_t[None, :], b_s, float("-inf"))
+        if Q > 1:
+            m_s = m_t[None, :] & ((page * P + o_t)[None, :] < b_seen[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        else:
+            b_s = tl.where(m_t[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, axis=1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_scale = tl.exp2(b_top - b_new)
+        b_safe = b_new
+        if Q > 1:
+            # A part with none but the newest tokens has nothing for the queries before them.
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_safe[:, None])
+        b_scale = tl.exp2(b_top - b_safe)
         b_sums = b_sums * b_scale[:, None] + b_p
         b_acc = b_acc * b_scale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         b_top = b_new
     b_sum = tl.sum(b_sums, axis=1)
     # A padding row has no token; its output is 0.
     b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    p_o = p_out + i_seq * G * D + o_g[:, None] * D + o_d[None, :]
+    o_out = ((start + o_m // G) * num_kv_heads + i_seq % num_kv_heads) * G + o_m % G
+    p_o = p_out + o_out[:, None] * D + o_d[None, :]
     if parts == 1:
         tl.store(p_o, b_acc.to(p_out.dtype.element_ty), mask=m_q)
         return
-    o_part = (i_seq * splits + i_split) * G + o_g
+    o_part = (i_seq * splits + i_split) * (Q * G) + o_m
     tl.store(p_partial + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
-    tl.store(p_lse + o_part, b_top + tl.log2(b_sum), mask=o_g < G)
+    tl.store(p_lse + o_part, b_top + tl.log2(b_sum), mask=m_m)
     # All threads have stored the part before one of them counts it.
     tl.debug_barrier()
     ended = tl.atomic_add(p_ended + i_seq, 1, sem="acq_rel", scope="gpu")
     if ended == parts - 1:
         tl.store(p_ended + i_seq, 0)
-        o_c = tl.arange(0, G_OUT)
-        c_top = tl.full((G_OUT,), float("-inf"), tl.float32)
-        c_sum = tl.zeros((G_OUT,), tl.float32)
-        # [G_OUT, D_PAD]; each thread adds up its own elements of all parts
-        c_acc = tl.zeros((G_OUT, D_PAD), tl.float32)
+        o_c = tl.arange(0, M_OUT)
+        c_top = tl.full((M_OUT,), float("-inf"), tl.float32)
+        c_sum = tl.zeros((M_OUT,), tl.float32)
+        # [M_OUT, D_PAD]; each thread adds up its own elements of all parts
+        c_acc = tl.zeros((M_OUT, D_PAD), tl.float32)
         for part in range(0, parts, COMBINED):
             for i in tl.static_range(COMBINED):
-                o_all = (i_seq * splits + part + i) * G + o_c
-                m_all = o_c < tl.where(part + i < parts, G, 0)
-                # [G_OUT] and [G_OUT, D_PAD]; .cg skips the L1 cache, which does not see other
+                o_all = (i_seq * splits + part + i) * (Q * G) + o_c
+                m_all = o_c < tl.where(part + i < parts, new * G, 0)
+                # [M_OUT] and [M_OUT, D_PAD]; .cg skips the L1 cache, which does not see other
                 # programs' stores.
                 b_lse = tl.load(
                     p_lse + o_all, mask=m_all, other=float("-inf"), cache_modifier=".cg"
@@ -144,8 +166,9 @@ def _sparse_decode_kernel(
                 c_sum = c_sum * c_scale + b_w
                 c_acc = c_acc * c_scale[:, None] + b_x * b_w[:, None]
                 c_top = c_new
-        p_c = p_out + (i_seq * G + o_c)[:, None] * D + o_d[None, :]
-        m_c = (o_c < G)[:, None] & (o_d < D)[None, :]
+        o_row = ((start + o_c // G) * num_kv_heads + i_seq % num_kv_heads) * G + o_c % G
+        p_c = p_out + o_row[:, None] * D + o_d[None, :]
+        m_c = (o_c < new * G)[:, None] & (o_d < D)[None, :]
         tl.store(
             p_c,
             (c_acc / tl.where(c_sum == 0.0, 1.0, c_sum)[:, None]).to(p_out.dtype.element_ty),
@@ -174,7 +197,7 @@ class SplitWorkspace:
     def allocate(
         cls, parts: int, group: int, head_dim: int, device: torch.device
     ) -> SplitWorkspace:
-        """For any number of sequences of ``group`` query heads."""
+        """For any number of sequences of ``group`` query heads, over all query tokens of a row."""
         # With two parts or more each, there are at most parts / 1.5 sequences, and rounding adds
         # at most half a part to each.
         size = 2 * parts * group
@@ -198,20 +221,26 @@ def sparse_decode(
     output: torch.Tensor,
     scale: float,
     workspace: SplitWorkspace,
+    queries: RowQueries | None = None,
 ) -> None:
-    """Attention of one query token a row; each KV head of a row is a sequence with its own list of
-    pages.
+    """Attention of the query tokens of R rows; each KV head of a row is a sequence with its own
+    list of pages.
 
     Args:
-        query: ``[R, H * G, D]``; the row stride is free; copied if its rows are not contiguous.
+        query: ``[N, H * G, D]``; the row stride is free; copied if its rows are not contiguous.
         head_pages: ``[num_blocks * H, P, 2 * D]`` contiguous, keys then values in the last axis.
         pages: ``[R * H, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a sequence
             are read.
         lengths: ``[R * H]`` int32 tokens; the last page may be partly filled; 0 gives zeros.
-        output: ``[R, H * G, D]`` contiguous, written.
+        output: ``[N, H * G, D]`` contiguous, written.
         scale: factor on ``q . k``.
+        workspace: for ``G * queries.max_len`` query heads.
+        queries: which tokens are whose, each reading the list up to itself; None: one a row.
     """
-    rows, heads, d = query.shape
+    tokens, heads, d = query.shape
+    rows, most = tokens, 1
+    if queries is not None:
+        rows, most = queries.starts.shape[0] - 1, queries.max_len
     if query.stride()[1:] != (d, 1):
         query = query.contiguous()
     sequences = lengths.shape[0]
@@ -226,6 +255,7 @@ def sparse_decode(
         head_pages,
         pages,
         lengths,
+        lengths if queries is None else queries.starts,
         output,
         workspace.partial,
         workspace.lse,
@@ -236,13 +266,14 @@ def sparse_decode(
         num_kv_heads,
         splits,
         G=group,
-        G_PAD=max(16, triton.next_power_of_2(group)),
+        Q=most,
+        M_PAD=max(16, triton.next_power_of_2(group * most)),
         P=page_size,
         D=d,
         D_PAD=d_pad,
         STEP=step,
         MIN_STEPS=MIN_STEPS,
-        G_OUT=triton.next_power_of_2(group),
+        M_OUT=triton.next_power_of_2(group * most),
         COMBINED=COMBINED,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=3,

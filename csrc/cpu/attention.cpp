@@ -1,8 +1,9 @@
 // Decode attention over page tables.
 //
 // A sequence (row and KV head) is cut into parts of pages, by its length alone, so that the result
-// depends neither on the number of threads nor on the other rows. A part keeps its largest logit, the
-// sum of its weights and the weighted sum of its values; they are combined in order.
+// depends neither on the number of threads nor on the other rows. A part keeps, for each query head of
+// each of the row's tokens, its largest logit, the sum of its weights and the weighted sum of its
+// values; they are combined in order.
 #include "kernels.h"
 #include "vectors.h"
 
@@ -21,16 +22,30 @@ constexpr int64_t kBlockPages = 4;   // Pages whose weights are made together.
 constexpr int64_t kBlock = kBlockPages * kPage;
 constexpr int64_t kSerialWork = 1 << 14;  // Multiplications that are not worth waking a thread for.
 
-// What is known of a part's softmax: [group] maxima, [group] sums, [group, padded(width)] values.
+// What is known of a part's softmax, for as many queries (query heads of all of the row's tokens): their
+// maxima, sums, and values [queries, padded(width)].
 struct PartResult {
   float* largest;
   float* sum;
   float* values;
 };
 
+// `result` is its place in the workspace, in floats.
 struct Part {
-  int64_t sequence, first_page, pages, tokens;
+  int64_t sequence, first_page, pages, tokens, result;
 };
+
+// The tokens of a row that ask: [first, first + count).
+struct Asking {
+  int64_t first, count;
+};
+
+inline Asking asking(const DecodeArgs& args, int64_t sequence) {
+  const int64_t row = sequence / args.kv_heads;
+  return args.starts == nullptr
+      ? Asking{row, 1}
+      : Asking{args.starts[row], args.starts[row + 1] - args.starts[row]};
+}
 
 template <typename T, int G, int Vectors, bool Tail>
 inline void add_values(const T* const* pages, int64_t tokens, int64_t width, int64_t at,
@@ -126,12 +141,20 @@ bool attend_part(const DecodeArgs& args, const Part& part, const PartResult& res
       return false;
     }
   }
-  const T* query = static_cast<const T*>(args.query) +
-      part.sequence / args.kv_heads * args.query_row + head * args.group * args.query_head;
-  read_queries(query, args.query_head, args.group, args.width, args.scale, queries);
-  std::fill_n(result.largest, args.group, kMinusInfinity);
-  std::fill_n(result.sum, args.group, 0.f);
-  std::fill_n(result.values, args.group * row, 0.f);
+  const Asking own = asking(args, part.sequence);
+  for (int64_t i = 0; i < own.count; ++i) {
+    const T* query = static_cast<const T*>(args.query) + (own.first + i) * args.query_token +
+        head * args.group * args.query_head;
+    read_queries(query, args.query_head, args.group, args.width, args.scale,
+                 queries + i * args.group * row);
+  }
+  const int64_t count = own.count * args.group;
+  std::fill_n(result.largest, count, kMinusInfinity);
+  std::fill_n(result.sum, count, 0.f);
+  std::fill_n(result.values, count * row, 0.f);
+  // Tokens of the part that the row's first query reads; each of the others reads one more.
+  const int64_t seen =
+      args.lengths[part.sequence] - own.count + 1 - part.first_page * kPage;
   const auto page_at = [&](int64_t page) {
     return page < part.pages
         ? static_cast<const T*>(args.pages) + ids[page] * (kPage * 2 * args.width)
@@ -147,19 +170,25 @@ bool attend_part(const DecodeArgs& args, const Part& part, const PartResult& res
       pages[i] = ahead[i];
       ahead[i] = page_at(first + kBlockPages + i);
     }
-    const int64_t tokens = std::min(part.tokens - first * kPage, kBlock);
-    for (int64_t g = 0; g < args.group; g += kHeadsAtOnce) {
-      with_heads(std::min<int64_t>(args.group - g, kHeadsAtOnce), [&](auto heads) {
-        attend_block<T, heads>(queries + g * row, pages, g == 0 ? ahead : none, tokens, args.width,
-                               args.soft_cap,
-                               {result.largest + g, result.sum + g, result.values + g * row});
-      });
+    for (int64_t i = 0; i < own.count; ++i) {
+      const int64_t tokens = std::min(std::min(part.tokens, seen + i) - first * kPage, kBlock);
+      if (tokens <= 0) {
+        continue;
+      }
+      for (int64_t g = 0; g < args.group; g += kHeadsAtOnce) {
+        const int64_t at = i * args.group + g;
+        with_heads(std::min<int64_t>(args.group - g, kHeadsAtOnce), [&](auto heads) {
+          attend_block<T, heads>(queries + at * row, pages, at == 0 ? ahead : none, tokens,
+                                 args.width, args.soft_cap,
+                                 {result.largest + at, result.sum + at, result.values + at * row});
+        });
+      }
     }
   }
   return true;
 }
 
-// The output of one query head from the parts of its sequence, `stride` floats apart.
+// The output of one query from the parts of its sequence, `stride` floats apart.
 template <typename T>
 void combine(const PartResult& first, int64_t parts, int64_t stride, const float* sink,
              int64_t width, T* output) {
@@ -188,31 +217,34 @@ bool decode(const DecodeArgs& args) {
   const int64_t row = padded(args.width), sequences = args.rows * args.kv_heads;
   std::vector<Part> parts;
   std::vector<int64_t> first_part(sequences + 1, 0);
-  int64_t all_tokens = 0;
+  int64_t multiplied = 0, floats = 0, most = 1;
   for (int64_t sequence = 0; sequence < sequences; ++sequence) {
     const int64_t tokens = args.lengths[sequence], pages = ceil_div(tokens, kPage);
     const int64_t at_once = std::max(kPartPages, ceil_div(pages, kMostParts));
-    for (int64_t page = 0; page < pages; page += at_once) {
+    const int64_t count = asking(args, sequence).count * args.group;
+    for (int64_t page = 0; page < pages && count > 0; page += at_once) {
       parts.push_back({sequence, page, std::min(at_once, pages - page),
-                       std::min(tokens - page * kPage, at_once * kPage)});
+                       std::min(tokens - page * kPage, at_once * kPage), floats});
+      floats += count * (2 + row);
     }
     first_part[sequence + 1] = static_cast<int64_t>(parts.size());
-    all_tokens += tokens;
+    multiplied += tokens * count * args.width;
+    most = std::max(most, count);
   }
   // A part's maxima, sums and values lie side by side.
-  const int64_t stride = args.group * (2 + row);
-  std::vector<float> workspace(parts.size() * stride);
-  const auto result = [&](int64_t part) {
-    float* at = workspace.data() + part * stride;
-    return PartResult{at, at + args.group, at + 2 * args.group};
+  std::vector<float> workspace(floats);
+  const auto result = [&](const Part& part) {
+    const int64_t count = asking(args, part.sequence).count * args.group;
+    float* at = workspace.data() + part.result;
+    return PartResult{at, at + count, at + 2 * count};
   };
   std::atomic<bool> in_range{true};
   const int64_t count = static_cast<int64_t>(parts.size());
-  const bool small = all_tokens * args.group * args.width < kSerialWork;
+  const bool small = multiplied < kSerialWork;
   at::parallel_for(0, count, small ? count : 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> queries(args.group * row);
+    std::vector<float> queries(most * row);
     for (int64_t part = begin; part < end; ++part) {
-      if (!attend_part<T>(args, parts[part], result(part), queries.data())) {
+      if (!attend_part<T>(args, parts[part], result(parts[part]), queries.data())) {
         in_range = false;
       }
     }
@@ -220,21 +252,27 @@ bool decode(const DecodeArgs& args) {
   if (!in_range) {
     return false;
   }
-  const int64_t grain = std::max<int64_t>(1, kSerialWork / (args.group * row));
+  const int64_t grain = std::max<int64_t>(1, kSerialWork / (most * row));
   at::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
     for (int64_t sequence = begin; sequence < end; ++sequence) {
-      T* output = static_cast<T*>(args.output) + sequence * args.group * args.width;
+      const Asking own = asking(args, sequence);
+      const int64_t head = sequence % args.kv_heads * args.group;
       const int64_t first = first_part[sequence], number = first_part[sequence + 1] - first;
-      if (number == 0) {
-        std::fill_n(output, args.group * args.width, T(0.f));
-        continue;
-      }
-      const PartResult from = result(first);
-      for (int64_t g = 0; g < args.group; ++g) {
-        const int64_t head = sequence % args.kv_heads * args.group + g;
-        combine<T>({from.largest + g, from.sum + g, from.values + g * row}, number, stride,
-                   args.sinks == nullptr ? nullptr : args.sinks + head, args.width,
-                   output + g * args.width);
+      const int64_t stride = own.count * args.group * (2 + row);
+      for (int64_t i = 0; i < own.count; ++i) {
+        T* output = static_cast<T*>(args.output) +
+            ((own.first + i) * args.kv_heads * args.group + head) * args.width;
+        if (number == 0) {
+          std::fill_n(output, args.group * args.width, T(0.f));
+          continue;
+        }
+        const PartResult from = result(parts[first]);
+        for (int64_t g = 0; g < args.group; ++g) {
+          const int64_t at = i * args.group + g;
+          combine<T>({from.largest + at, from.sum + at, from.values + at * row}, number, stride,
+                     args.sinks == nullptr ? nullptr : args.sinks + head + g, args.width,
+                     output + g * args.width);
+        }
       }
     }
   });

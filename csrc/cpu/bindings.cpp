@@ -50,15 +50,18 @@ void check_floats(const Tensor& tensor, const char* name, int64_t dims) {
 
 void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& table,
                       const Tensor& lengths, const Tensor& output, double scale, double soft_cap,
-                      const std::optional<Tensor>& sinks) {
+                      const std::optional<Tensor>& sinks, const std::optional<Tensor>& starts) {
   check(query, "query", 3);
   check(pages, "pages", 3);
   check_ints(table, "table", 2);
   check_ints(lengths, "lengths", 1);
   check(output, "output", 3);
   const Kind kind = kind_of(query, "query");
-  const int64_t rows = query.size(0), heads = query.size(1), width = query.size(2);
-  const int64_t sequences = lengths.size(0);
+  const int64_t heads = query.size(1), width = query.size(2), sequences = lengths.size(0);
+  if (starts) {
+    check_ints(*starts, "starts", 1);
+  }
+  const int64_t rows = starts ? starts->size(0) - 1 : query.size(0);
   TORCH_CHECK(kind != Kind::kFloat8 && pages.scalar_type() == query.scalar_type() &&
                   output.scalar_type() == query.scalar_type(),
               "query, pages and output must have one dtype of 16 or 32 bits, found ",
@@ -67,7 +70,7 @@ void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& ta
               "pages: needed a contiguous [n, 16, ", 2 * width, "], found ", pages.sizes());
   TORCH_CHECK(output.is_contiguous() && output.sizes() == query.sizes(),
               "output: needed a contiguous tensor of query's shape, found ", output.sizes());
-  if (rows == 0) {
+  if (rows <= 0) {
     return;
   }
   TORCH_CHECK(sequences % rows == 0 && sequences > 0 && heads % (sequences / rows) == 0 &&
@@ -80,6 +83,16 @@ void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& ta
     TORCH_CHECK(0 <= tokens[i] && (tokens[i] + 15) / 16 <= table.size(1), "lengths: found ",
                 tokens[i], " tokens in a table of ", table.size(1), " pages");
   }
+  if (starts) {
+    const int32_t* first = starts->const_data_ptr<int32_t>();
+    TORCH_CHECK(first[0] == 0 && first[rows] <= query.size(0), "starts: found ", first[0], " to ",
+                first[rows], " for ", query.size(0), " tokens");
+    for (int64_t i = 0; i < sequences; ++i) {
+      const int32_t own = first[i / kv_heads + 1] - first[i / kv_heads];
+      TORCH_CHECK(0 <= own && (tokens[i] == 0 || own <= tokens[i]), "starts: found ", own,
+                  " query tokens in a row that reads ", tokens[i]);
+    }
+  }
   if (sinks) {
     check_floats(*sinks, "sinks", 1);
     TORCH_CHECK(sinks->size(0) == heads, "sinks: found ", sinks->size(0), ", needed ", heads);
@@ -89,6 +102,7 @@ void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& ta
       query.const_data_ptr(),
       query.stride(0),
       query.stride(1),
+      starts ? starts->const_data_ptr<int32_t>() : nullptr,
       pages.const_data_ptr(),
       pages.size(0),
       table.const_data_ptr<int32_t>(),
@@ -301,7 +315,7 @@ void select_pages_op(const Tensor& page_max, const Tensor& page_lse, const Tenso
 TORCH_LIBRARY(specontext_cpu, library) {
   library.def(
       "sparse_decode(Tensor query, Tensor pages, Tensor table, Tensor lengths, Tensor(a!) output, "
-      "float scale, float soft_cap=0.0, Tensor? sinks=None) -> ()");
+      "float scale, float soft_cap=0.0, Tensor? sinks=None, Tensor? starts=None) -> ()");
   library.def("write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slots) -> ()");
   library.def(
       "score_pages(Tensor queries, Tensor keys, Tensor block_table, Tensor seq_lens, Tensor starts, "

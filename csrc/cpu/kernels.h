@@ -9,18 +9,20 @@ namespace specontext {
 
 enum class Kind { kFloat, kBFloat16, kHalf, kFloat8 };
 
-// Attention of one query token a row over the pages of its page table.
+// Attention of a row's newest tokens, nearly always one, over the pages of its page table; each reads
+// up to itself.
 struct DecodeArgs {
   Kind kind;               // Of query, pages and output.
-  const void* query;       // [rows, H * group, width], rows and heads of any stride
-  int64_t query_row, query_head;
+  const void* query;       // [N, H * group, width], tokens and heads of any stride
+  int64_t query_token, query_head;
+  const int32_t* starts;   // [rows + 1], where the tokens of a row begin; null: one token a row
   const void* pages;       // [num_pages, 16, 2 * width]: keys, then values
   int64_t num_pages;
   const int32_t* table;    // [rows * H, table_row]
   int64_t table_row;
   const int32_t* lengths;  // [rows * H], tokens
   const float* sinks;      // [H * group] logits that join the sum of the softmax, or null
-  void* output;            // [rows, H * group, width]
+  void* output;            // [N, H * group, width]
   int64_t rows, kv_heads, group, width;
   float scale;
   float soft_cap;          // Logits become soft_cap * tanh(logit / soft_cap); 0: they stay.

@@ -11,17 +11,23 @@ import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.attention.cpu_prefill import CpuPrefill, cpu_prefill_takes
 from specontext_vllm.attention.provider import PrefillRows, head_pages
 from specontext_vllm.attention.reference import TorchProvider
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 
 
 class CpuProvider(TorchProvider):
     """What CPU engines run: the definition in torch, where nothing faster takes its place."""
 
     def decode(
-        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        table: PageTable,
+        rows: int,
+        output: Tensor,
+        queries: RowQueries | None = None,
     ) -> None:
         if not cpu_kernels.available():
-            super().decode(query, kv_cache, table, rows, output)
+            super().decode(query, kv_cache, table, rows, output, queries)
             return
         sequences = rows * self.num_kv_heads
         torch.ops.specontext_cpu.sparse_decode(
@@ -31,6 +37,7 @@ class CpuProvider(TorchProvider):
             table.lengths[:sequences],
             output,
             self.scale,
+            starts=None if queries is None else queries.starts,
         )
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 
 SETTING = f"additional_config.{CONFIG_KEY}.attention_provider"
 """The setting that names a provider, as messages spell it."""
@@ -39,7 +39,12 @@ class PrefillRows:
 class AttentionProvider(ABC):
     """Attention over paged KV ``[num_blocks, H, P, 2 * D]`` (contiguous; keys then values in the
     last axis).
+
+    Attributes:
+        max_queries: upper bound of a decode row's query tokens; more than 1 with drafts.
     """
+
+    max_queries: int = 1
 
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
@@ -67,13 +72,23 @@ class AttentionProvider(ABC):
 
     @abstractmethod
     def decode(
-        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        table: PageTable,
+        rows: int,
+        output: Tensor,
+        queries: RowQueries | None = None,
     ) -> None:
-        """Attend ``query [rows, num_heads, D]`` over the table's pages into ``output`` of the same
+        """Attend ``query [N, num_heads, D]`` over the table's pages into ``output`` of the same
         shape.
 
         ``output`` is contiguous. ``query`` may be a slice of a fused projection, with a larger row
         stride.
+
+        Args:
+            queries: which of the N tokens are whose; None: one a row. The last token of a row reads
+                its whole list, the one before it all but one token, and so on.
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
 from specontext_vllm.config import PAGE_SIZE, pages_for
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 
 
 class TorchProvider(AttentionProvider):
@@ -20,26 +20,40 @@ class TorchProvider(AttentionProvider):
     """
 
     def decode(
-        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        table: PageTable,
+        rows: int,
+        output: Tensor,
+        queries: RowQueries | None = None,
     ) -> None:
         heads, d = self.num_kv_heads, self.head_dim
         flat = head_pages(kv_cache)
         lengths = table.lengths[: rows * heads].view(rows, heads).tolist()
+        starts = list(range(rows + 1)) if queries is None else queries.starts.tolist()
         for row in range(rows):
+            span = slice(starts[row], starts[row + 1])
+            new = span.stop - span.start
             # Each KV head has pages of its own, and maybe another number of them.
             for head, tokens in enumerate(lengths[row]):
                 group = slice(head * self.group, (head + 1) * self.group)
-                if tokens == 0:
-                    output[row, group] = 0
+                if tokens == 0 or new == 0:
+                    output[span, group] = 0
                     continue
                 page_ids = table.pages[row * heads + head, : pages_for(tokens)].long()
                 kv = flat[page_ids].view(-1, 2 * d)[:tokens].float()
-                output[row, group] = F.scaled_dot_product_attention(
-                    query[row, group].float()[None],
+                mask = None
+                if new > 1:
+                    mask = torch.ones(new, tokens, dtype=torch.bool, device=kv.device)
+                    mask = mask.tril(tokens - new)
+                output[span, group] = F.scaled_dot_product_attention(
+                    query[span, group].float().transpose(0, 1),
                     kv[None, :, :d],
                     kv[None, :, d:],
+                    attn_mask=mask,
                     scale=self.scale,
-                )[0]
+                ).transpose(0, 1)
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
         starts, seq_lens = rows.starts.tolist(), rows.seq_lens.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
 
 PARTS_PER_PROCESSOR = 3
@@ -38,11 +38,11 @@ class TritonProvider(AttentionProvider):
             parts = (
                 PARTS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
             )
-        return SplitWorkspace.allocate(parts, self.group, self.head_dim, device)
+        return SplitWorkspace.allocate(parts, self.group * self.max_queries, self.head_dim, device)
 
     def warm_up(self, table: PageTable) -> None:
-        """Run one row that reads nothing: Triton compiles the decode kernel, and the workspace is
-        allocated outside any captured graph.
+        """Run one row that reads nothing: Triton compiles the decode kernel, for rows with drafts
+        too, and the workspace is allocated outside any captured graph.
         """
         device = table.pages.device
         query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
@@ -51,9 +51,19 @@ class TritonProvider(AttentionProvider):
         )
         table.lengths.zero_()
         self.decode(query, kv_cache, table, 1, torch.empty_like(query))
+        if self.max_queries > 1:
+            starts = torch.arange(2, dtype=torch.int32, device=device)
+            queries = RowQueries(starts, self.max_queries)
+            self.decode(query, kv_cache, table, 1, torch.empty_like(query), queries)
 
     def decode(
-        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        table: PageTable,
+        rows: int,
+        output: Tensor,
+        queries: RowQueries | None = None,
     ) -> None:
         sequences = rows * self.num_kv_heads
         sparse_decode(
@@ -64,6 +74,7 @@ class TritonProvider(AttentionProvider):
             output,
             self.scale,
             self.workspace,
+            queries,
         )
 
     def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:

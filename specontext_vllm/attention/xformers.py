@@ -16,7 +16,7 @@ from torch import Tensor
 from specontext_vllm.attention.provider import SETTING, PrefillRows, head_pages
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 
 
 @cache
@@ -124,8 +124,15 @@ class XformersProvider(TritonProvider):
         self._masks.clear()
 
     def decode(
-        self, query: Tensor, kv_cache: Tensor, table: PageTable, rows: int, output: Tensor
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        table: PageTable,
+        rows: int,
+        output: Tensor,
+        queries: RowQueries | None = None,
     ) -> None:
+        assert queries is None, "drafts are refused with this provider"
         self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 
     def plan(self, table: PageTable, rows: int) -> None:

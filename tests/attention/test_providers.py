@@ -14,7 +14,7 @@ from specontext_vllm.attention.reference import TorchProvider
 from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 from tests.conftest import CUDA
 from tests.paging import assert_close, paged_rows, sliced_rows
 
@@ -125,6 +125,79 @@ def test_decode_reads_the_tables_pages_and_nothing_else(
     attention.decode(sliced_rows(query.to(device)), rows.cache, table, len(lengths), output)
     expected = reference(query, rows, kept, heads, head_dim, scale)
     assert_close("output", expected, output, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [p for p in PROVIDERS if "xformers" not in p.id]
+    + [
+        pytest.param(CpuProvider, dtype, id=f"cpu-{name}")
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        if not CUDA
+    ],
+)
+@pytest.mark.parametrize(
+    ("lengths", "new", "heads", "group", "head_dim"),
+    [
+        # A row without drafts among others, whose tokens lie on two pages; a row of padding.
+        pytest.param([70, 33, 200, 1], [4, 2, 1, 0], 2, 2, 64, id="gqa"),
+        # All that the row has is new.
+        pytest.param([4, 17, 35], [4, 4, 4], 4, 1, 32, id="mha-uniform"),
+        # Parts that only the last queries read anything of.
+        pytest.param([1030, 1026], [8, 3], 1, 5, 40, id="mqa-odd"),
+    ],
+)
+def test_each_of_a_row_s_tokens_reads_the_list_up_to_itself(
+    provider, dtype, lengths, new, heads, group, head_dim, device
+):
+    rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=len(lengths))
+    generator = torch.Generator().manual_seed(4)
+    table = PageTable.allocate(len(lengths), heads, max(map(pages_for, lengths)), rows.cache.device)
+    # The pages of the new tokens, and some of those before.
+    kept = {}
+    for row, tokens in enumerate(lengths):
+        for head in range(heads):
+            own = (tokens - max(new[row], 1)) // PAGE_SIZE
+            old = torch.randperm(own, generator=generator)[: (own + 1) // 2].sort().values
+            pages = torch.cat((old, torch.arange(own, pages_for(tokens))))
+            sequence = row * heads + head
+            table.pages[sequence, : len(pages)] = (
+                rows.block_table[row].cpu()[pages] * heads + head
+            ).to(device)
+            places = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
+            kept[row, head] = places[places < tokens]
+            table.lengths[sequence] = len(kept[row, head]) if new[row] else 0
+    named = torch.zeros(rows.cache.shape[:2], dtype=torch.bool)
+    for sequence in range(len(lengths) * heads):
+        ids = table.pages[sequence, : pages_for(int(table.lengths[sequence]))].cpu()
+        named[ids // heads, ids % heads] = True
+    rows.cache[~named.to(device)] = float("nan")
+    starts = list(accumulate(new, initial=0))
+    query = torch.randn(starts[-1], heads * group, head_dim).to(dtype)
+    output = torch.full_like(query, float("nan")).to(device)
+    attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype)
+    attention.max_queries = max(new)
+    queries = RowQueries(torch.tensor(starts, dtype=torch.int32, device=device), max(new))
+    attention.decode(
+        sliced_rows(query.to(device)), rows.cache, table, len(lengths), output, queries
+    )
+    for row, count in enumerate(new):
+        for i in range(count):
+            seen = {
+                (0, head): kept[row, head][: len(kept[row, head]) - (count - 1 - i)]
+                for head in range(heads)
+            }
+            token = starts[row] + i
+            rows_of_one = type(rows)(**{**vars(rows), "dense": [rows.dense[row]]})
+            expected = reference(
+                query[token : token + 1], rows_of_one, seen, heads, head_dim, head_dim**-0.5
+            )
+            assert_close(
+                f"row {row} token {i}",
+                expected,
+                output[token : token + 1],
+                1e-5 if dtype == torch.float32 else 1e-2,
+            )
 
 
 @pytest.mark.parametrize(

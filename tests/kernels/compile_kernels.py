@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from specontext_vllm.step_data import Misses, PageTable, Selection, Stickiness
+from specontext_vllm.step_data import Misses, PageTable, RowQueries, Selection, Stickiness
 from specontext_vllm.tier_data import (
     CopyProgress,
     DecodeRows,
@@ -50,6 +50,8 @@ from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
 PAGE, BLOCKS, LAYERS, HOT, WIDTH = 16, 8, 2, 256, 8192
+DRAFTED = 4
+"""Query tokens of a row with three drafts."""
 
 
 @dataclass(frozen=True)
@@ -262,15 +264,18 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     )
     update_bounds(kv_cache, slots, bounds)
     score_bounds(queries, bounds, block_table, seq_lens, starts, page_max, page_size=PAGE, **some)
-    sparse_decode(
-        queries,
-        kv_cache.view(BLOCKS * h, PAGE, 2 * d),
-        pages,
-        lengths,
-        torch.zeros_like(queries),
-        d**-0.5,
-        SplitWorkspace.allocate(96, g, d, torch.device("cpu")),
-    )
+    kv_pages, scale = kv_cache.view(BLOCKS * h, PAGE, 2 * d), d**-0.5
+    for most in (1, DRAFTED) if choices else (1,):
+        sparse_decode(
+            queries.repeat(most, 1, 1),
+            kv_pages,
+            pages,
+            lengths,
+            torch.zeros_like(queries).repeat(most, 1, 1),
+            scale,
+            SplitWorkspace.allocate(96, g * most, d, torch.device("cpu")),
+            None if most == 1 else RowQueries(cells(rows + 1), most),
+        )
 
     hot, words = cells(LAYERS, rows, HOT), PAGE * 2 * d * dtype.itemsize // 4
     selection = Selection(pages, lengths, torch.zeros(rows, h))
