@@ -33,6 +33,11 @@ COMBINED = 8
 
 LOG2_E = 1.4426950408889634
 
+MOST = 100.0
+"""Logarithm, base 2, of the most that a sink adds to the tokens' sum: they count for nothing then,
+and nothing overflows.
+"""
+
 
 @triton.jit(do_not_specialize=["num_kv_heads", "splits"])
 def _sparse_decode_kernel(
@@ -41,11 +46,13 @@ def _sparse_decode_kernel(
     p_pages,
     p_lengths,
     p_starts,
+    p_sinks,
     p_out,
     p_partial,
     p_lse,
     p_ended,
     scale,
+    soft_cap,
     s_query,
     s_pages,
     num_kv_heads,
@@ -62,6 +69,10 @@ def _sparse_decode_kernel(
     COMBINED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
+    LOG2_E: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     # A grid of one axis: the others are limited to 65,535 programs.
     i_split = tl.program_id(0) % splits
@@ -107,6 +118,10 @@ def _sparse_decode_kernel(
         b_v = tl.load(p_k + D, mask=m_kv, other=0.0)
         # [M_PAD, STEP * P] logits in powers of two: the scale includes log2(e).
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        if CAPPED:
+            # soft_cap * tanh(logit / soft_cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1), which
+            # overflows nowhere; exp(2 x) in powers of two is exp2(2 b_s / soft_cap).
+            b_s = soft_cap * LOG2_E * (1.0 - 2.0 / (tl.exp2(b_s * (2.0 / soft_cap)) + 1.0))
         if Q > 1:
             m_s = m_t[None, :] & ((page * P + o_t)[None, :] < b_seen[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
@@ -123,6 +138,11 @@ def _sparse_decode_kernel(
         b_acc = b_acc * b_scale[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
         b_top = b_new
     b_sum = tl.sum(b_sums, axis=1)
+    if SINKS:
+        # Joins the sum once a head: here, or where the parts are combined.
+        o_head = (i_seq % num_kv_heads) * G + o_m % G
+        b_sink = tl.load(p_sinks + o_head) * LOG2_E
+        b_sum += tl.where(parts == 1, tl.exp2(tl.minimum(b_sink - b_top, MOST)), 0.0)
     # A padding row has no token; its output is 0.
     b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     o_out = ((start + o_m // G) * num_kv_heads + i_seq % num_kv_heads) * G + o_m % G
@@ -166,6 +186,9 @@ def _sparse_decode_kernel(
                 c_sum = c_sum * c_scale + b_w
                 c_acc = c_acc * c_scale[:, None] + b_x * b_w[:, None]
                 c_top = c_new
+        if SINKS:
+            c_sink = tl.load(p_sinks + (i_seq % num_kv_heads) * G + o_c % G) * LOG2_E
+            c_sum += tl.exp2(tl.minimum(c_sink - c_top, MOST))
         o_row = ((start + o_c // G) * num_kv_heads + i_seq % num_kv_heads) * G + o_c % G
         p_c = p_out + o_row[:, None] * D + o_d[None, :]
         m_c = (o_c < new * G)[:, None] & (o_d < D)[None, :]
@@ -222,6 +245,8 @@ def sparse_decode(
     scale: float,
     workspace: SplitWorkspace,
     queries: RowQueries | None = None,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of the query tokens of R rows; each KV head of a row is a sequence with its own
     list of pages.
@@ -236,6 +261,8 @@ def sparse_decode(
         scale: factor on ``q . k``.
         workspace: for ``G * queries.max_len`` query heads.
         queries: which tokens are whose, each reading the list up to itself; None: one a row.
+        soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)``; 0: they stay.
+        sinks: ``[H * G]`` float32, of each head a logit that joins the sum of the softmax.
     """
     tokens, heads, d = query.shape
     rows, most = tokens, 1
@@ -256,11 +283,13 @@ def sparse_decode(
         pages,
         lengths,
         lengths if queries is None else queries.starts,
+        lengths if sinks is None else sinks,
         output,
         workspace.partial,
         workspace.lse,
         workspace.ended,
         scale * LOG2_E,
+        soft_cap,
         query.stride(0),
         pages.stride(0),
         num_kv_heads,
@@ -277,5 +306,9 @@ def sparse_decode(
         COMBINED=COMBINED,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         STAGES=3,
+        CAPPED=bool(soft_cap),
+        SINKS=sinks is not None,
+        LOG2_E=LOG2_E,
+        MOST=MOST,
         num_warps=4,
     )

@@ -25,9 +25,10 @@ class CpuProvider(TorchProvider):
         rows: int,
         output: Tensor,
         queries: RowQueries | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         if not cpu_kernels.available():
-            super().decode(query, kv_cache, table, rows, output, queries)
+            super().decode(query, kv_cache, table, rows, output, queries, sinks)
             return
         sequences = rows * self.num_kv_heads
         torch.ops.specontext_cpu.sparse_decode(
@@ -37,6 +38,8 @@ class CpuProvider(TorchProvider):
             table.lengths[:sequences],
             output,
             self.scale,
+            self.soft_cap,
+            sinks,
             starts=None if queries is None else queries.starts,
         )
 
@@ -47,13 +50,27 @@ class CpuProvider(TorchProvider):
         """
         if not cpu_prefill_takes(self.head_dim, self.dtype):
             return None
-        return CpuPrefill(self.num_heads, self.num_kv_heads, self.head_dim, self.scale, self.dtype)
+        return CpuPrefill(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.scale,
+            self.dtype,
+            self.soft_cap,
+        )
 
-    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def prefill(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         if self.dense is None:
-            super().prefill(query, kv_cache, rows, output)
+            super().prefill(query, kv_cache, rows, output, sinks)
         else:
-            self.dense.attend(query, kv_cache, rows, output)
+            self.dense.attend(query, kv_cache, rows, output, sinks)
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         if not cpu_kernels.available():

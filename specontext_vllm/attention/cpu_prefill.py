@@ -76,7 +76,13 @@ class CpuPrefill:
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        dtype: torch.dtype,
+        soft_cap: float = 0.0,
     ) -> None:
         from vllm import _custom_ops as ops
         from vllm import envs
@@ -89,6 +95,7 @@ class CpuPrefill:
             scale,
             dtype,
         )
+        self.soft_cap = soft_cap
         self._ops, self._split_kv = ops, envs.VLLM_CPU_ATTN_SPLIT_KV
         self.isa = _get_attn_isa(dtype, BLOCK_SIZE, head_dim, "auto")
         if self.isa == "amx":
@@ -101,7 +108,14 @@ class CpuPrefill:
         # All layers of a step ask for the same.
         self._groups = lru_cache(PLANS)(self._make_groups)
 
-    def attend(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def attend(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         """``AttentionProvider.prefill``."""
         for group in self._groups(tuple(rows.offsets), tuple(rows.seq_lens.tolist())):
             keys, values = self._copy_context(kv_cache, rows.block_table, group)
@@ -117,9 +131,9 @@ class CpuPrefill:
                 alibi_slopes=None,
                 sliding_window=-1,
                 block_table=group.table,
-                softcap=0.0,
+                softcap=self.soft_cap,
                 scheduler_metadata=group.schedule,
-                s_aux=None,
+                s_aux=sinks,
             )
 
     def _copy_context(

@@ -18,8 +18,12 @@ def flash_attention_takes(head_dim: int, dtype: torch.dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
 
-def flash_attention_version(head_dim: int, dtype: torch.dtype) -> int | None:
-    """3 or 2 where vLLM's FlashAttention runs this dtype and head size on this GPU, else None."""
+def flash_attention_version(
+    head_dim: int, dtype: torch.dtype, *, has_sinks: bool = False
+) -> int | None:
+    """3 or 2 where vLLM's FlashAttention runs this dtype and head size on this GPU, else None.
+    With sinks it is 3 alone.
+    """
     from vllm.v1.attention.backends.fa_utils import (
         get_flash_attn_version,
         is_flash_attn_varlen_func_available,
@@ -27,8 +31,8 @@ def flash_attention_version(head_dim: int, dtype: torch.dtype) -> int | None:
 
     if not flash_attention_takes(head_dim, dtype) or not is_flash_attn_varlen_func_available():
         return None
-    version = get_flash_attn_version(head_size=head_dim)
-    return version if version in (2, 3) else None
+    version = get_flash_attn_version(head_size=head_dim, has_sinks=has_sinks)
+    return version if version in ((3,) if has_sinks else (2, 3)) else None
 
 
 class FlashAttentionProvider(TritonProvider):
@@ -39,9 +43,15 @@ class FlashAttentionProvider(TritonProvider):
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        dtype: torch.dtype,
+        soft_cap: float = 0.0,
     ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
+        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype, soft_cap)
         from vllm.v1.attention.backends.fa_utils import (
             flash_attn_varlen_func,
             reshape_and_cache_flash,
@@ -51,7 +61,14 @@ class FlashAttentionProvider(TritonProvider):
         self.version = flash_attention_version(head_dim, dtype)
         self._one: Tensor | None = None
 
-    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def prefill(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         d = self.head_dim
         blocks, heads = kv_cache.shape[:2]
         shape = (blocks, PAGE_SIZE, heads, d)
@@ -70,7 +87,9 @@ class FlashAttentionProvider(TritonProvider):
             block_table=rows.block_table,
             causal=True,
             softmax_scale=self.scale,
+            softcap=self.soft_cap,
             fa_version=self.version,
+            s_aux=sinks,
         )
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:

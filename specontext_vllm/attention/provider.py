@@ -40,6 +40,11 @@ class AttentionProvider(ABC):
     """Attention over paged KV ``[num_blocks, H, P, 2 * D]`` (contiguous; keys then values in the
     last axis).
 
+    Args:
+        scale: factor on ``q . k``.
+        dtype: of queries, keys and values.
+        soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)``; 0: they stay.
+
     Attributes:
         max_queries: upper bound of a decode row's query tokens; more than 1 with drafts.
     """
@@ -47,7 +52,13 @@ class AttentionProvider(ABC):
     max_queries: int = 1
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        dtype: torch.dtype,
+        soft_cap: float = 0.0,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim, self.scale, self.dtype = (
             num_heads,
@@ -56,6 +67,7 @@ class AttentionProvider(ABC):
             scale,
             dtype,
         )
+        self.soft_cap = soft_cap
         self.group = num_heads // num_kv_heads
 
     def warm_up(self, table: PageTable) -> None:
@@ -79,6 +91,7 @@ class AttentionProvider(ABC):
         rows: int,
         output: Tensor,
         queries: RowQueries | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """Attend ``query [N, num_heads, D]`` over the table's pages into ``output`` of the same
         shape.
@@ -89,12 +102,21 @@ class AttentionProvider(ABC):
         Args:
             queries: which of the N tokens are whose; None: one a row. The last token of a row reads
                 its whole list, the one before it all but one token, and so on.
+            sinks: ``[num_heads]`` float32, of each head a logit that joins the sum of the softmax
+                and has no value; None: there are none.
         """
 
     @abstractmethod
-    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def prefill(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         """Causal attention of ``query [N, num_heads, D]`` over the whole context into ``output`` of
-        the same shape, which is contiguous.
+        the same shape, which is contiguous. ``sinks`` are those of ``decode``.
         """
 
     @abstractmethod

@@ -27,6 +27,7 @@ class TorchProvider(AttentionProvider):
         rows: int,
         output: Tensor,
         queries: RowQueries | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         heads, d = self.num_kv_heads, self.head_dim
         flat = head_pages(kv_cache)
@@ -47,15 +48,49 @@ class TorchProvider(AttentionProvider):
                 if new > 1:
                     mask = torch.ones(new, tokens, dtype=torch.bool, device=kv.device)
                     mask = mask.tril(tokens - new)
-                output[span, group] = F.scaled_dot_product_attention(
+                output[span, group] = self._attend(
                     query[span, group].float().transpose(0, 1),
-                    kv[None, :, :d],
-                    kv[None, :, d:],
-                    attn_mask=mask,
-                    scale=self.scale,
+                    kv[None],
+                    mask,
+                    None if sinks is None else sinks[group],
                 ).transpose(0, 1)
 
-    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def _attend(
+        self, query: Tensor, kv: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        """``query [num_heads, S, D]`` over ``kv [H, T, 2 * D]``, whose tokens each head reads as
+        ``mask [S, T]`` allows.
+        """
+        keys, values = kv.chunk(2, dim=-1)
+        if not self.soft_cap and sinks is None:
+            return F.scaled_dot_product_attention(
+                query[None],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                scale=self.scale,
+                enable_gqa=True,
+            )[0]
+        group = query.shape[0] // kv.shape[0]
+        logits = query @ keys.repeat_interleave(group, 0).transpose(1, 2) * self.scale
+        if self.soft_cap:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            own = sinks.float()[:, None, None].expand(-1, logits.shape[1], 1)
+            logits = torch.cat((logits, own), dim=-1)
+        weights = logits.softmax(-1)[..., : keys.shape[1]]
+        return weights @ values.repeat_interleave(group, 0)
+
+    def prefill(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         starts, seq_lens = rows.starts.tolist(), rows.seq_lens.tolist()
         for row, context in enumerate(seq_lens):
             span = slice(starts[row], starts[row + 1])
@@ -70,22 +105,10 @@ class TorchProvider(AttentionProvider):
                 .reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
                 .float()
             )
-            mask = (
-                torch.ones(new, context, dtype=torch.bool, device=query.device).tril(
-                    diagonal=context - new
-                )
-                if context > new
-                else None
-            )
-            output[span] = F.scaled_dot_product_attention(
-                query[span].float().transpose(0, 1)[None],
-                kv[None, ..., : self.head_dim],
-                kv[None, ..., self.head_dim :],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            mask = torch.ones(new, context, dtype=torch.bool, device=query.device)
+            output[span] = self._attend(
+                query[span].float().transpose(0, 1), kv, mask.tril(context - new), sinks
+            ).transpose(0, 1)
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         real = slots >= 0

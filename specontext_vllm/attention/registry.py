@@ -48,26 +48,36 @@ def choose_provider(
     scale: float,
     dtype: torch.dtype,
     device_type: str,
+    *,
+    soft_cap: float = 0.0,
+    has_sinks: bool = False,
 ) -> AttentionProvider:
     """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head
     size, Triton on other GPUs, the CPU's on a CPU.
 
+    Args:
+        soft_cap, has_sinks: what else the layers' attention does; see ``AttentionProvider``.
     Raises:
         ConfigError: when the named provider cannot run here.
     """
-    arguments = (num_heads, num_kv_heads, head_dim, scale, dtype)
+    arguments = (num_heads, num_kv_heads, head_dim, scale, dtype, soft_cap)
     refuse_provider(name, head_dim, dtype, device_type)
     if device_type == "cpu":
         return CpuProvider(*arguments)
     if name == "xformers":
+        if has_sinks:
+            raise ConfigError(
+                f"{SETTING}: found 'xformers', which knows no attention sinks, as this model has; "
+                "use auto."
+            )
         from specontext_vllm.attention.xformers import XformersProvider
 
         return XformersProvider(*arguments)
-    has_flash = flash_attention_version(head_dim, dtype) is not None
+    has_flash = flash_attention_version(head_dim, dtype, has_sinks=has_sinks) is not None
     if name == "flash" and not has_flash:
         raise ConfigError(
             f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads "
-            f"of {head_dim} on this GPU; use auto."
+            f"of {head_dim}{' and sinks' if has_sinks else ''} on this GPU; use auto."
         )
     if has_flash and name != "triton":
         return FlashAttentionProvider(*arguments)

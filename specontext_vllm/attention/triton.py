@@ -64,6 +64,7 @@ class TritonProvider(AttentionProvider):
         rows: int,
         output: Tensor,
         queries: RowQueries | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         sequences = rows * self.num_kv_heads
         sparse_decode(
@@ -75,9 +76,18 @@ class TritonProvider(AttentionProvider):
             self.scale,
             self.workspace,
             queries,
+            self.soft_cap,
+            sinks,
         )
 
-    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def prefill(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
         keys, values = kv_cache.transpose(1, 2).split(self.head_dim, dim=-1)
@@ -94,10 +104,11 @@ class TritonProvider(AttentionProvider):
             causal=True,
             window_size=(-1, -1),
             block_table=rows.block_table,
-            softcap=0.0,
+            softcap=self.soft_cap,
             q_descale=None,
             k_descale=None,
             v_descale=None,
+            sinks=sinks,
         )
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:

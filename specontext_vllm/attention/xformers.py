@@ -63,8 +63,19 @@ class XformersProvider(TritonProvider):
     """
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        dtype: torch.dtype,
+        soft_cap: float = 0.0,
     ) -> None:
+        if soft_cap:
+            raise ConfigError(
+                f"{SETTING}: found 'xformers', which does not cap attention logits, as this model "
+                "does; use auto."
+            )
         super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
         load_cuda_runtime_12()
         try:
@@ -131,8 +142,10 @@ class XformersProvider(TritonProvider):
         rows: int,
         output: Tensor,
         queries: RowQueries | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         assert queries is None, "drafts are refused with this provider"
+        assert sinks is None, "sinks are refused with this provider"
         self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 
     def plan(self, table: PageTable, rows: int) -> None:
@@ -183,7 +196,14 @@ class XformersProvider(TritonProvider):
             pages = pages[table.pages[:sequences].long()]
         self._attend(query.reshape(shape), pages, mask, output.view(shape), op)
 
-    def prefill(self, query: Tensor, kv_cache: Tensor, rows: PrefillRows, output: Tensor) -> None:
+    def prefill(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: PrefillRows,
+        output: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
         heads, d = self.num_kv_heads, self.head_dim
         width = pages_for(rows.max_seq_len)
         for row, (start, end) in enumerate(zip(rows.offsets, rows.offsets[1:])):

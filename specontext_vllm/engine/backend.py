@@ -77,6 +77,7 @@ class SpeContextImpl(AttentionImpl):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = (
@@ -86,10 +87,11 @@ class SpeContextImpl(AttentionImpl):
             num_kv_heads,
         )
         self.kv_cache_dtype = kv_cache_dtype
+        # A parameter of the layer's, whose values are loaded later.
+        self.sinks = sinks
         unsupported = {
             "ALiBi slopes": alibi_slopes is not None,
             "a sliding window": sliding_window is not None,
-            "a cap on attention logits": bool(logits_soft_cap),
             "an attention type other than decoder": attn_type != AttentionType.DECODER,
             "KV sharing between layers": kv_sharing_target_layer_name is not None,
         } | {name: value is not None and value is not False for name, value in extra.items()}
@@ -115,7 +117,17 @@ class SpeContextImpl(AttentionImpl):
             self.scale,
             torch.get_default_dtype(),
             current_platform.device_type,
+            soft_cap=float(logits_soft_cap or 0.0),
+            has_sinks=sinks is not None,
         )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """The kernels take sinks in float32.
+
+        Overrides: vllm.v1.attention.backend.AttentionImplBase.process_weights_after_loading
+        """
+        if self.sinks is not None:
+            self.sinks = self.sinks.detach().float()
 
     def forward(
         self,
@@ -157,7 +169,9 @@ class SpeContextImpl(AttentionImpl):
                 table.lengths,
             )
         if decodes:
-            self.provider.decode(query[:decodes], kv_cache, table, decodes, output[:decodes])
+            self.provider.decode(
+                query[:decodes], kv_cache, table, decodes, output[:decodes], sinks=self.sinks
+            )
         if prefill is not None:
             span = slice(decodes, attn_metadata.num_tokens)
             self._prefill(query[span], key[span], value[span], kv_cache, prefill, output[span])
@@ -174,12 +188,13 @@ class SpeContextImpl(AttentionImpl):
     ) -> None:
         """Prompt rows attend densely, with two tiers over the frames of their pages."""
         if self.tiers is None:
-            self.provider.prefill(query, kv_cache, prefill, output)
+            self.provider.prefill(query, kv_cache, prefill, output, self.sinks)
         elif self.tiers.is_staged(self.layer):
             self._prefill_staged(self.tiers, query, key, value, kv_cache, prefill, output)
         else:
             frames = self.tiers.prompt_block_table(self.layer, prefill.block_table)
-            self.provider.prefill(query, kv_cache, replace(prefill, block_table=frames), output)
+            rows = replace(prefill, block_table=frames)
+            self.provider.prefill(query, kv_cache, rows, output, self.sinks)
 
     def _prefill_staged(
         self,
@@ -205,7 +220,9 @@ class SpeContextImpl(AttentionImpl):
                 block_table=stage.block_table,
                 offsets=[at - offsets[0] for at in offsets],
             )
-            self.provider.prefill(query[stage.tokens], arena, rows, output[stage.tokens])
+            self.provider.prefill(
+                query[stage.tokens], arena, rows, output[stage.tokens], self.sinks
+            )
 
     def do_kv_cache_update(
         self,

@@ -80,17 +80,17 @@ def shape_of(vllm_config: Any, layer_names: tuple[str, ...]) -> LayerShape:
         ConfigError: they differ.
     """
     layers = vllm_config.compilation_config.static_forward_context
-    shapes = {
-        LayerShape(impl.num_heads, impl.num_kv_heads, impl.head_size)
-        for impl in (layers[name].impl for name in layer_names)
-    }
-    if len(shapes) > 1:
+    impls = [layers[name].impl for name in layer_names]
+    shapes = {LayerShape(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in impls}
+    # One provider attends for all of them.
+    if len(shapes) > 1 or len({(impl.scale, impl.provider.soft_cap) for impl in impls}) > 1:
         raise ConfigError(SEVERAL_GROUPS)
     return shapes.pop()
 
 
 SEVERAL_GROUPS = (
-    "model: its layers of full attention need more than one attention group (their KV heads or "
-    "head sizes differ, or they outnumber its other layers), but --attention-backend specontext "
-    "writes one page table for all layers; serve it with another backend."
+    "model: its layers of full attention need more than one attention group (their KV heads, "
+    "head sizes, scales or caps on logits differ, or they outnumber its other layers), but "
+    "--attention-backend specontext writes one page table for all of them; serve it with another "
+    "backend."
 )

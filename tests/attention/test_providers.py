@@ -50,15 +50,27 @@ def random_table(rows, heads, device, seed, drop_tail=False):
     return table, kept
 
 
-def reference(query, rows, kept, heads, head_dim, scale):
+def reference(query, rows, kept, heads, head_dim, scale, soft_cap=0.0, sinks=None):
     group = query.shape[1] // heads
     out = torch.zeros(query.shape, dtype=torch.float32)
     for (row, head), tokens in kept.items():
         kv = rows.dense[row][head, tokens]
         for g in range(group):
-            weight = (kv[:, :head_dim] @ query[row, head * group + g].float() * scale).softmax(0)
+            logits = kv[:, :head_dim] @ query[row, head * group + g].float() * scale
+            weight = weights_of(
+                logits, soft_cap, None if sinks is None else sinks[head * group + g]
+            )
             out[row, head * group + g] = weight @ kv[:, head_dim:]
     return out
+
+
+def weights_of(logits, soft_cap, sink):
+    """The softmax of capped logits ``[..., T]``, beside a logit ``[...]`` that has no value."""
+    if soft_cap:
+        logits = soft_cap * (logits / soft_cap).tanh()
+    if sink is None:
+        return logits.softmax(-1)
+    return torch.cat((logits, sink.expand(*logits.shape[:-1], 1)), -1).softmax(-1)[..., :-1]
 
 
 PROVIDERS = [
@@ -256,6 +268,59 @@ CPU_PREFILL = [
 LENGTHS, NEW = [40, 100, 17], [40, 33, 1]
 
 
+CAPS_AND_SINKS = pytest.mark.parametrize(
+    ("soft_cap", "has_sinks"),
+    [(2.0, False), (0.0, True), (2.0, True)],
+    ids=["cap", "sinks", "both"],
+)
+
+
+def make_sinks(heads):
+    """Of each head another one: negligible, as heavy as a token, and heavier than all of them."""
+    return torch.tensor([-200.0, 0.5, 3.0, 200.0])[torch.arange(heads) % 4]
+
+
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [p for p in PROVIDERS if "xformers" not in p.id]
+    + ([] if CUDA else [pytest.param(CpuProvider, torch.float32, id="cpu-fp32")]),
+)
+@CAPS_AND_SINKS
+@pytest.mark.parametrize("drafts", [0, 2], ids=["one token", "drafts"])
+def test_decode_caps_logits_and_counts_sinks_once_a_head(
+    provider, dtype, soft_cap, has_sinks, drafts, device
+):
+    """Rows of one part and of several; a row of padding."""
+    lengths, heads, group, head_dim = [40, 1000, 16], 2, 2, 64
+    rows = paged_rows(lengths, heads, 2 * head_dim, dtype, device, seed=6)
+    table, kept = random_table(rows, heads, device, seed=12)
+    table.lengths[-heads:] = 0
+    query = 3 * torch.randn(len(lengths) + 1, heads * group, head_dim)
+    query, scale = query.to(dtype), head_dim**-0.5
+    sinks = make_sinks(heads * group) if has_sinks else None
+    attention = provider(heads * group, heads, head_dim, scale, dtype, soft_cap)
+    attention.max_queries = 1 + drafts
+    queries = None
+    if drafts:
+        # One token a row, of as many as there may be.
+        starts = torch.arange(len(lengths) + 2, dtype=torch.int32, device=device)
+        queries = RowQueries(starts, 1 + drafts)
+    output = torch.full_like(query, float("nan")).to(device)
+    attention.decode(
+        query.to(device),
+        rows.cache,
+        table,
+        len(lengths) + 1,
+        output,
+        queries,
+        None if sinks is None else sinks.to(device),
+    )
+    expected = reference(query, rows, kept, heads, head_dim, scale, soft_cap, sinks)
+    assert_close("output", expected, output, 1e-5 if dtype == torch.float32 else 1e-2)
+    plain = reference(query, rows, kept, heads, head_dim, scale)
+    assert (expected - plain).abs().max() > 0.1
+
+
 def prefill_rows(rows, new, device):
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0)], dtype=torch.int32, device=device)
     lengths = rows.seq_lens.tolist()
@@ -264,7 +329,7 @@ def prefill_rows(rows, new, device):
     )
 
 
-def causal_reference(query, rows, new, group, head_dim):
+def causal_reference(query, rows, new, group, head_dim, soft_cap=0.0, sinks=None):
     """``[N, num_heads, D]`` float32: each row's query tokens over its context."""
     found, at = [], 0
     for kv, count in zip(rows.dense, new, strict=True):
@@ -272,7 +337,10 @@ def causal_reference(query, rows, new, group, head_dim):
         q = query[at : at + count].float().transpose(0, 1)
         scores = q @ kv[..., :head_dim].transpose(1, 2) * head_dim**-0.5
         causal = torch.ones(count, tokens, dtype=torch.bool).tril(tokens - count)
-        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        own = None if sinks is None else sinks[:, None, None]
+        weights = weights_of(scores.masked_fill(~causal, float("-inf")), 0.0, own)
         found.append((weights @ kv[..., head_dim:]).transpose(0, 1))
         at += count
     return torch.cat(found)
@@ -298,6 +366,34 @@ def test_prefill_is_causal_attention_over_the_whole_context(provider, dtype, dev
     exact = dtype == torch.float32 and provider in (TorchProvider, CpuProvider)
     for row, (at, end) in enumerate(pairwise(accumulate(NEW, initial=0))):
         assert_close(f"row {row}", expected[at:end], output[at:end], 1e-5 if exact else 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("provider", "dtype"),
+    [p for p in PROVIDERS if "triton" not in p.id and "xformers" not in p.id]
+    + [
+        pytest.param(TritonProvider, torch.float32, id="triton-fp32", marks=pytest.mark.gpu),
+        *CPU_PREFILL,
+    ],
+)
+@CAPS_AND_SINKS
+def test_prefill_caps_logits_and_counts_sinks(provider, dtype, soft_cap, has_sinks, device):
+    heads, group, head_dim = 2, 2, 64
+    rows = paged_rows(LENGTHS, heads, 2 * head_dim, dtype, device, seed=5)
+    query = (3 * torch.randn(sum(NEW), heads * group, head_dim)).to(dtype)
+    sinks = make_sinks(heads * group) if has_sinks else None
+    output = torch.full_like(query, float("nan")).to(device)
+    attention = provider(heads * group, heads, head_dim, head_dim**-0.5, dtype, soft_cap)
+    attention.prefill(
+        query.to(device),
+        rows.cache,
+        prefill_rows(rows, NEW, device),
+        output,
+        None if sinks is None else sinks.to(device),
+    )
+    expected = causal_reference(query, rows, NEW, group, head_dim, soft_cap, sinks)
+    exact = dtype == torch.float32 and provider in (TorchProvider, CpuProvider)
+    assert_close("output", expected, output, 1e-5 if exact else 1e-2)
 
 
 @pytest.mark.parametrize(("provider", "dtype"), CPU_PREFILL)

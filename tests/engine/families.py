@@ -43,6 +43,41 @@ def gemma3() -> Any:
     return Gemma3TextConfig(**SHAPE, query_pre_attn_scalar=32, **layers(SLIDING, FULL, SLIDING))
 
 
+def gemma2() -> Any:
+    """A cap on attention logits, low enough to be felt."""
+    from transformers import Gemma2Config
+
+    return Gemma2Config(
+        **SHAPE,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",
+        **layers(SLIDING, FULL, SLIDING, FULL),
+    )
+
+
+def gpt_oss() -> Any:
+    """Learned sinks, experts, and a window in every second layer."""
+    from transformers import GptOssConfig
+
+    return GptOssConfig(
+        **{**SHAPE, "intermediate_size": 64},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 512,
+        },
+        attn_implementation="eager",
+        **layers(SLIDING, FULL, SLIDING, FULL),
+    )
+
+
 def olmo3() -> Any:
     from transformers import Olmo3Config
 
@@ -189,7 +224,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
     family.__name__: family for family in (smollm3, glm4, glm4_moe, granite)
 }
 WINDOWED: dict[str, Callable[[], Any]] = {
-    family.__name__: family for family in (gemma3, olmo3, cohere2, exaone4, llama)
+    family.__name__: family for family in (gemma2, gemma3, gpt_oss, olmo3, cohere2, exaone4, llama)
 }
 
 
@@ -201,6 +236,8 @@ def write(folder: Path, config: Any, seed: int = 0) -> torch.nn.Module:
             adds_one = "gemma" in config.model_type or config.model_type == "qwen3_next"
             if adds_one and "norm" in name and "linear_attn" not in name:
                 parameter.sub_(1.0)  # which the norms add
+            elif name.endswith("sinks"):
+                parameter.mul_(10)  # some far above every logit, some far below
             elif name.endswith("A_log"):
                 parameter.copy_(torch.rand_like(parameter))
             elif name.endswith("dt_bias"):

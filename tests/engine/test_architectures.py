@@ -14,6 +14,7 @@ from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from tests.distillation.tiny_models import FAMILIES, make_config, make_model
 from tests.engine.conftest import engine
+from tests.engine.families import inspecting_here
 
 SHAPE = {
     "hidden_size": 128,
@@ -47,11 +48,39 @@ def make_mixture() -> object:
     )
 
 
+def make_gpt_oss() -> object:
+    """Windows in every second layer, learned sinks, and a mixture of experts."""
+    from transformers import GptOssConfig
+
+    return GptOssConfig(
+        **{**SHAPE, "intermediate_size": 64},
+        vocab_size=97,
+        num_hidden_layers=5,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=48,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 512,
+        },
+        attn_implementation="eager",
+    )
+
+
+MIXTURES = {"qwen3_moe": make_mixture, "gpt_oss": make_gpt_oss}
+
+
 def write_with_head(folder: Path, family: str) -> torch.nn.Module:
     """The family's random model, in a folder with a random head of its own."""
     config = (
-        make_mixture()
-        if family == "qwen3_moe"
+        MIXTURES[family]()
+        if family in MIXTURES
         else make_config(family, **SHAPE, **OWN.get(family, {}))
     )
     model = make_model(config)
@@ -90,7 +119,7 @@ def keys_of(
         )
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_states(
     family, tmp_path
 ):
@@ -107,7 +136,7 @@ def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_sta
         "skip_tokenizer_init": True,
         "max_model_len": 1024,
     }
-    with engine(**arguments, additional_config={"specontext": settings}) as llm:
+    with inspecting_here(), engine(**arguments, additional_config={"specontext": settings}) as llm:
 
         def answer(asked: list[list[int]]) -> list[list[int]]:
             replies = llm.generate(
@@ -115,12 +144,19 @@ def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_sta
             )
             return [list(reply.outputs[0].token_ids) for reply in replies]
 
-        # Alone and first: its pages are the first that vLLM hands out, after the null block.
-        assert answer(prompts[-1:]) == [continue_densely(model, prompts[-1])]
-        retriever = (
-            llm.llm_engine.model_executor.driver_worker.worker.model_runner.runtime.retriever
-        )
-        stored = retriever.cache.keys_at(torch.arange(16 + 1, 16 + len(prompts[-1])))
+        runtime = llm.llm_engine.model_executor.driver_worker.worker.model_runner.runtime
+        retriever, pages = runtime.retriever, []
+        with pytest.MonkeyPatch.context() as patch:
+            before = runtime.step.before_model
+
+            def before_model(batch):
+                pages[:] = batch.block_table[0].tolist()
+                before(batch)
+
+            patch.setattr(runtime.step, "before_model", before_model)
+            assert answer(prompts[-1:]) == [continue_densely(model, prompts[-1])]
+        positions = torch.arange(1, len(prompts[-1]))
+        stored = retriever.cache.keys_at(torch.tensor(pages)[positions // 16] * 16 + positions % 16)
         aux_layers = llm.llm_engine.vllm_config.additional_config[AUX_LAYERS_KEY]
         torch.testing.assert_close(
             stored,

@@ -99,7 +99,7 @@ def test_the_attention_group_is_found_by_its_backend():
     group = KVGroup(0, OURS, 2)
     assert group.attention_group([[other, ours]]) is ours
     wider = AttentionGroup(SpeContextBackend, list(OTHERS), full(32, heads=4), 0)
-    with pytest.raises(ConfigError, match="KV heads or head sizes differ"):
+    with pytest.raises(ConfigError, match="KV heads, head sizes, scales or caps"):
         group.attention_group([[ours, wider]])
 
 

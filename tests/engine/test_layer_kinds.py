@@ -101,7 +101,20 @@ def served(request, tmp_path_factory) -> dict[str, Any]:
         ours.llm.reset_prefix_cache()
         poison_unread(ours.runner, out)
         out["poisoned"] = ours.answer(PROMPTS, TOKENS)
+        out["forgetful"] = forget_caps_and_sinks(ours)
     return out
+
+
+def forget_caps_and_sinks(ours: Any) -> list[list[int]] | None:
+    """The answers without them; None where the model has none."""
+    context = ours.runner.vllm_config.compilation_config.static_forward_context
+    impls = [context[name].impl for name in ours.runner.runtime.layer_names]
+    if not impls[0].provider.soft_cap and impls[0].sinks is None:
+        return None
+    for impl in impls:
+        impl.sinks, impl.provider.soft_cap = None, 0.0
+    ours.set(retriever="dense")
+    return ours.answer(PROMPTS, TOKENS)
 
 
 def poison_unread(runner: Any, out: dict[str, Any]) -> None:
@@ -148,6 +161,12 @@ def test_layers_with_windows_are_left_to_vllm_and_tokens_are_stock_s(served):
     assert served["ours"] == served["stock"] and max(served["ours"]["hits"]) > 300
     # The windows count, so that a layer that ignored its own would be seen.
     assert served["without windows"][-1] != served["stock"]["first"][-1]
+
+
+def test_caps_on_logits_and_sinks_count(served):
+    forgetful = served["forgetful"]
+    assert (forgetful is not None) is (served["family"] in ("gemma2", "gpt_oss"))
+    assert forgetful is None or forgetful[-1] != served["stock"]["first"][-1]
 
 
 def test_a_small_budget_is_for_the_layers_of_full_attention_alone(served):

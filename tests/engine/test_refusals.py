@@ -223,10 +223,12 @@ def test_a_layer_has_the_last_word_on_what_its_model_asks_for():
     from specontext_vllm.engine.backend import SpeContextImpl
 
     with set_current_vllm_config(VllmConfig()):
-        harmless = SpeContextImpl(4, 64, 0.125, 2, use_alibi_sqrt=False, sinks=None)
+        harmless = SpeContextImpl(
+            4, 64, 0.125, 2, use_alibi_sqrt=False, sinks=torch.zeros(4), logits_soft_cap=30.0
+        )
         assert harmless.num_kv_heads == 2
         for asked, named in (
-            ({"sinks": torch.zeros(4), "use_alibi_sqrt": False}, "sinks"),
+            ({"alibi_slopes": [0.5] * 4, "use_alibi_sqrt": False}, "ALiBi slopes"),
             ({"sliding_window": 64}, "a sliding window"),
         ):
             with pytest.raises(

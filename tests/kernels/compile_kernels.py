@@ -276,6 +276,18 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
             SplitWorkspace.allocate(96, g * most, d, torch.device("cpu")),
             None if most == 1 else RowQueries(cells(rows + 1), most),
         )
+    if choices:
+        sparse_decode(
+            queries,
+            kv_pages,
+            pages,
+            lengths,
+            torch.zeros_like(queries),
+            scale,
+            SplitWorkspace.allocate(96, g, d, torch.device("cpu")),
+            soft_cap=50.0,
+            sinks=torch.zeros(g * h),
+        )
 
     hot, words = cells(LAYERS, rows, HOT), PAGE * 2 * d * dtype.itemsize // 4
     selection = Selection(pages, lengths, torch.zeros(rows, h))
