@@ -17,6 +17,7 @@ from specontext_vllm.distillation.data import sample_positions
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.recall import RECENT_TOKENS, Recall
 from specontext_vllm.distillation.rows import rows_at
+from specontext_vllm.distillation.steps_ahead import Pairs, states_ahead
 from specontext_vllm.distillation.teacher import (
     Lesson,
     Teacher,
@@ -62,10 +63,8 @@ def agreement(teacher: Teacher, draft: DraftModel, held_out: Sequence[SeenSequen
     right = []
     for sequence in held_out:
         lesson, at = sequence.lessons["max"], sequence.at
-        place = torch.arange(1, lesson.embeds.shape[1], device=at.device)
-        drafted = draft.lm_head(
-            draft.states(*draft.queries_keys(lesson.embeds[:, 1:], lesson.aux[:, :-1], place), at)
-        ).argmax(-1)
+        pairs = Pairs.of(draft, lesson.embeds, lesson.aux)
+        drafted = draft.lm_head(next(states_ahead(draft, pairs, at, 1))).argmax(-1)
         first = drafted if draft.draft_ids is None else draft.draft_ids[drafted]
         right.append(
             (first == teacher.logits(rows_at(lesson.hidden[:, 1:], at)).argmax(-1)).float().mean()

@@ -29,7 +29,7 @@ def distill(
         Literal["specontext", "eagle3"],
         typer.Option(
             help="`specontext`: a head for retrieval alone; `eagle3`: a whole EAGLE-3 draft model, "
-            "whose head finds less."
+            "whose head finds less. Only the second can draft tokens."
         ),
     ] = "specontext",
     init: Annotated[
@@ -52,6 +52,21 @@ def distill(
         Literal["both", "draft", "align"] | None,
         typer.Option(help="With --format eagle3: what is minimised; default `both`."),
     ] = None,
+    steps_ahead: Annotated[
+        int | None,
+        typer.Option(
+            help="With --format eagle3: drafts in a row that it is trained for, on its own outputs "
+            "after the first; default 7, 1 for a head that drafts one token at a time."
+        ),
+    ] = None,
+    freeze_retrieval: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-retrieval",
+            help="With --format eagle3 and --init: train what drafts alone, so that the head "
+            "chooses the same pages as before.",
+        ),
+    ] = False,
     copies: Annotated[
         float | None,
         typer.Option(
@@ -111,6 +126,8 @@ def distill(
             hours=hours,
             steps=steps,
             loss=loss,
+            steps_ahead=steps_ahead,
+            freeze_retrieval=freeze_retrieval,
             copies=copies,
             groups=groups,
             learning_rate=learning_rate,

@@ -169,6 +169,7 @@ def _facts_table(head: HeadCheckpoint) -> Table:
             + (" and its own" if spec.key_states == "own" else ""),
         ),
         ("gated MLPs", _mlps(spec)),
+        ("drafts tokens", _drafts(head)),
     ]
     for name, value in rows:
         table.add_row(name, str(value))
@@ -209,6 +210,14 @@ def _norms(spec: HeadSpec) -> str:
     return ", ".join(
         ["embedding", "feature", *(name for name, present in extra.items() if present)]
     )
+
+
+def _drafts(head: HeadCheckpoint) -> str:
+    if head.spec.format == "specontext":
+        return "no: a head for retrieval alone; `specontext distill --format eagle3` makes both"
+    if any(info.name.endswith("v_proj.weight") for info in head.pruned):
+        return "yes: a whole draft model"
+    return "no: what only drafts is not in it"
 
 
 def _mlps(spec: HeadSpec) -> str:

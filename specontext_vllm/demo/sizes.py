@@ -13,6 +13,8 @@ class Size:
         phases: of the model's training: (batch, tokens, share of its time, share of drill rows).
         model_until, head_until: shares of all time at which the model's and the head's training
             end.
+        head_queries, head_chains: positions of a row that the head is aligned at, and that several
+            drafts in a row start from.
         align_weight: factor of the alignment loss; the draft loss has 1.
     """
 
@@ -38,6 +40,7 @@ class Size:
     )
     head_batches: tuple[tuple[int, int], ...] = ((8, 4096), (4, 8192), (8, 4096), (2, 12288))
     head_queries: int = 48
+    head_chains: int = 64
     model_until: float = 0.66
     head_until: float = 0.86
     align_weight: float = 1.0

@@ -28,7 +28,9 @@ from specontext_vllm.demo.sizes import SIZES, Size
 from specontext_vllm.demo.tokenizer import train_tokenizer
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import WINDOW, alignment_loss, attention_target, draft_loss
+from specontext_vllm.distillation.settings import Settings
 from specontext_vllm.distillation.shape import DraftShape
+from specontext_vllm.distillation.steps_ahead import Pairs, draft_losses
 
 
 class TrainingError(RuntimeError):
@@ -129,7 +131,8 @@ def right_share(logits: Tensor, ids: Tensor, weights: Tensor) -> float:
 def train_head(
     model: Model, draft: DraftModel, ids: dict[str, int], seconds: float, device: str, log: Log
 ) -> None:
-    """Train the head with draft and alignment loss on the frozen model, at mixed lengths.
+    """Train the head with draft and alignment loss on the frozen model, at mixed lengths: the first
+    draft at every token, those after it at sampled ones.
 
     Raises:
         TrainingError: there is no time for a single step.
@@ -153,14 +156,16 @@ def train_head(
         ):  # emulated on most CPUs
             layers = model.watch(x)
             teacher = model.head(layers.output)
-            # The pair (token p+1, aux p) stands at p+1; token 0 has none.
-            positions = torch.arange(1, x.shape[1], device=device)
-            fused, q, k, inputs = draft.queries_keys(
-                model.embed_tokens(x[:, 1:]).detach(), layers.aux[:, :-1], positions
-            )
+            pairs = Pairs.of(draft, model.embed_tokens(x).detach(), layers.aux)
+            fused, q, k, inputs = pairs.fused, pairs.q, pairs.k, pairs.inputs
             # Tokens whose successor is an answer token weigh most.
             drafted = torch.roll(w[:, 1:], -1, 1) + 0.02
             loss_draft = draft_loss(draft.logits(fused, q, k, inputs), teacher[:, 1:], drafted)
+            chains = torch.multinomial(drafted, size.head_chains)
+            how = (Settings.steps_ahead, size.head_chains)
+            loss_ahead = draft_losses(draft, pairs, chains, w, layers.output, model.head, *how)[
+                "ahead"
+            ]
             hot = (drafted > 0.5).float() + 0.05 * (w[:, 1:] > 0).float() + 1e-4
             at = torch.multinomial(hot, size.head_queries)
             target, mass = attention_target(
@@ -171,13 +176,14 @@ def train_head(
             )
             loss_align = alignment_loss(q, k, at, target, mass, WINDOW)
         optimizer.zero_grad(set_to_none=True)
-        (loss_draft + size.align_weight * loss_align).backward()
+        (loss_draft + loss_ahead + size.align_weight * loss_align).backward()
         nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         optimizer.step()
         step += 1
         if time.time() - shown > 5:
             log(
-                f"head: step {step}, draft loss {loss_draft.item():.3f}, alignment loss "
+                f"head: step {step}, draft loss {loss_draft.item():.3f}, of those ahead "
+                f"{loss_ahead.item():.3f}, alignment loss "
                 f"{loss_align.item():.3f}"
             )
             shown = time.time()
@@ -186,7 +192,8 @@ def train_head(
             "the clock left no time for a step of the head; give the training more --minutes."
         )
     log(
-        f"head: {step} steps, draft loss {loss_draft.item():.3f}, alignment loss "
+        f"head: {step} steps, draft loss {loss_draft.item():.3f}, of those ahead "
+        f"{loss_ahead.item():.3f}, alignment loss "
         f"{loss_align.item():.3f}"
     )
 

@@ -173,7 +173,7 @@ def distill(
         )
     if loaders is None:
         loaders = default_loaders(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), on_gpu)
-    settings = make_settings(config, loaders=loaders, format=format, **options)
+    settings = make_settings(config, loaders=loaders, format=format, new=init is None, **options)
     check_folder(out)
     tokenizer = read_tokenizer(model)
     cache = out / "training" / "tokens"
@@ -197,6 +197,14 @@ def distill(
         "format": format,
         "init": init,
         "loss": settings.loss if format == "eagle3" else "page",
+        **(
+            {
+                "steps_ahead": settings.steps_ahead,
+                "freeze_retrieval": settings.freeze_retrieval,
+            }
+            if format == "eagle3"
+            else {}
+        ),
         "copies": settings.copies,
         "context": settings.context,
         "batch_tokens": settings.batch_tokens,
@@ -267,9 +275,12 @@ def show_progress(run: Distiller[Any], console: Console) -> None:
                     f", recall {figures['recall']:.3f} of {figures['recall_best']:.3f}, heaviest "
                     f"page {figures['heaviest']:.3f}"
                 )
+            if "accepted" in figures:
+                one, _, three, _, five = figures["accepted"]
+                recall += f", accepted {one:.2f} of 1, {three:.2f} of 3, {five:.2f} of 5 drafts"
             losses = "".join(
                 f", {name} {figures[f'{name}_loss']:.3f}"
-                for name in ("page", "draft", "align")
+                for name in ("page", "draft", "ahead", "align")
                 if f"{name}_loss" in figures
             )
             speed = f"{figures.get('tokens_per_s', 0):,} tokens/s"

@@ -17,7 +17,6 @@ from specontext_vllm.distillation.llama import (
     rms_norm,
     split_heads,
 )
-from specontext_vllm.distillation.rows import rows_at
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.retrieval.checkpoint import (
     HeadError,
@@ -44,6 +43,10 @@ _NAMES = {
     **{f"midlayer.{k}": v for k, v in _LAYER.items()},
 }
 """SafeAILab's names -> ``DraftModel``'s."""
+
+
+RETRIEVAL = ("fc.weight", "input_layernorm", "hidden_norm", "q_proj.weight", "k_proj.weight")
+"""What of a draft model chooses pages; the rest only drafts."""
 
 
 def head_scores(q: Tensor, k: Tensor, at: Tensor) -> Tensor:
@@ -126,45 +129,62 @@ class DraftModel(nn.Module):
         return rms_norm(x, weight.to(x.dtype), self.shape.eps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self.rope[positions].chunk(2, -1)
+        cos, sin = self.rope[positions].unsqueeze(-3).chunk(2, -1)
         return rotate_halves(x.float(), cos, sin).to(x.dtype)
 
     def queries_keys(
         self, embeds: Tensor, aux: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(fused [B, T, H], q [B, nh, T, D], k [B, nkv, T, D], inputs [B, T, 2H])`` of
-        ``embeds``, ``aux [B, T, 3H]``.
+        ``embeds``, ``aux [B, T, 3H]``, ``positions [T]``.
         """
         fused = self.fc(aux)
-        inputs = torch.cat(
-            [self._norm(embeds, self.input_layernorm), self._norm(fused, self.hidden_norm)], -1
-        )
+        return fused, *self.project(embeds, fused, positions)
 
-        q = self._rotate(split_heads(self.q_proj(inputs), self.shape.head_dim), positions)
-        k = self._rotate(split_heads(self.k_proj(inputs), self.shape.head_dim), positions)
-        return fused, q, k, inputs
-
-    def states(
-        self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor, at: Tensor | None = None
-    ) -> Tensor:
-        """What the LM head reads: values, output projection, MLP and final norm, all of which the
-        retrieval head does without.
+    def project(
+        self, embeds: Tensor, features: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(q [B, nh, T, D], k [B, nkv, T, D], inputs [B, T, 2H])``.
 
         Args:
-            fused, q, k, inputs: from ``queries_keys``.
-            at: ``[B, S]`` the positions that are wanted, so that the MLP, whose activations are the
-                widest, computes no others; None for all.
-        Returns:
-            ``[B, S, H]``, or ``[B, T, H]``.
+            embeds: ``[B, T, H]`` of the tokens.
+            features: ``[B, T, H]``: fused auxiliary states, or the layer's own outputs one token
+                before, where the target has not been yet.
+            positions: ``[T]`` or ``[B, T]``.
         """
-        v = split_heads(self.v_proj(inputs), self.shape.head_dim)
-        attended = causal_attention(q, k, v).transpose(1, 2).flatten(-2)
-        if at is not None:
-            fused, attended = rows_at(fused, at), rows_at(attended, at)
-        h = fused + self.o_proj(attended)
+        inputs = torch.cat(
+            [self._norm(embeds, self.input_layernorm), self._norm(features, self.hidden_norm)], -1
+        )
+        q = self._rotate(split_heads(self.q_proj(inputs), self.shape.head_dim), positions)
+        k = self._rotate(split_heads(self.k_proj(inputs), self.shape.head_dim), positions)
+        return q, k, inputs
+
+    def values(self, inputs: Tensor) -> Tensor:
+        """``[B, nkv, T, D]`` of the third that ``project`` returns."""
+        return split_heads(self.v_proj(inputs), self.shape.head_dim)
+
+    def outputs(self, features: Tensor, attended: Tensor) -> Tensor:
+        """The layer's outputs ``[B, T, H]``, before the final norm.
+
+        Args:
+            features: ``[B, T, H]``, as in ``project``: the residual.
+            attended: ``[B, nh, T, D]``, what attention gave.
+        """
+        h = features + self.o_proj(attended.transpose(1, 2).flatten(-2))
         y = self._norm(h, self.post_attention_layernorm)
-        h = h + gated_mlp(y, self.gate_proj, self.up_proj, self.down_proj)
-        return self._norm(h, self.norm)
+        return h + gated_mlp(y, self.gate_proj, self.up_proj, self.down_proj)
+
+    def final_norm(self, outputs: Tensor) -> Tensor:
+        """What the LM head reads."""
+        return self._norm(outputs, self.norm)
+
+    def states(self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor) -> Tensor:
+        """What the LM head reads at every token, ``[B, T, H]``; the arguments are from
+        ``queries_keys``. Values, output projection, MLP and final norm are what the retrieval head
+        does without.
+        """
+        attended = causal_attention(q, k, self.values(inputs))
+        return self.final_norm(self.outputs(fused, attended))
 
     def logits(self, fused: Tensor, q: Tensor, k: Tensor, inputs: Tensor) -> Tensor:
         """Draft logits ``[B, T, draft_vocabulary]``."""

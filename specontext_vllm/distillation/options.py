@@ -15,6 +15,7 @@ MAX_LOADERS = 4
 tokens before, one makes millions of tokens a second; the first time four make about one million.
 """
 MAX_SEED = 2**32
+MAX_STEPS_AHEAD = 16
 DEMO_WIDTH, DEMO_RATE = 256, 1e-3
 """Hidden size and peak learning rate of the demo's head."""
 HEAD_WIDTH, HEAD_RATE = 576, 3e-3
@@ -50,13 +51,18 @@ def make_settings(
     loaders: int = 0,
     format: Format = "eagle3",
     copies: float | None = None,
+    steps_ahead: int | None = None,
+    freeze_retrieval: bool = False,
+    new: bool = True,
 ) -> Settings:
     """Settings for a target. Defaults: the target's longest context up to 32768, a budget of a
     sixteenth of it, and the learning rate of the format's first head scaled down with the width
     (muP's rule for Adam).
 
     Args:
-        config: the target's transformers config. The others: the command's options.
+        config: the target's transformers config.
+        new: the head starts from nothing.
+        The others: the command's options.
     Raises:
         OptionError: a value out of range.
     """
@@ -92,6 +98,33 @@ def make_settings(
             f"--loss: found {loss}, but a head for retrieval alone has one loss; leave it out, or "
             "give --format eagle3."
         )
+    if steps_ahead is not None:
+        if format == "specontext":
+            raise OptionError(
+                f"--steps-ahead: found {steps_ahead}, but a head for retrieval alone drafts "
+                "nothing; leave it out, or give --format eagle3."
+            )
+        if loss == "align":
+            raise OptionError(
+                f"--steps-ahead: found {steps_ahead}, but --loss align trains no drafts; leave one "
+                "of the two out."
+            )
+        if not 1 <= steps_ahead <= MAX_STEPS_AHEAD:
+            raise OptionError(
+                f"--steps-ahead: found {steps_ahead}; give 1 to {MAX_STEPS_AHEAD} drafts in a row."
+            )
+    if freeze_retrieval:
+        if format == "specontext" or new:
+            raise OptionError(
+                "--freeze-retrieval: there is nothing to leave as it is; give --format eagle3 and "
+                "--init, or leave it out."
+            )
+        if loss not in (None, "draft"):
+            raise OptionError(
+                f"--freeze-retrieval: found --loss {loss}, which trains what it is to leave as it "
+                "is; leave one of the two out."
+            )
+        loss = "draft"
     if loaders < 0:
         raise OptionError(f"--loaders: found {loaders}; give 0 or more processes, or leave it out.")
     if not 0 <= seed < MAX_SEED:
@@ -107,6 +140,8 @@ def make_settings(
         steps=steps,
         loss=loss or "both",
         copies=copies,
+        steps_ahead=steps_ahead or Settings.steps_ahead,
+        freeze_retrieval=freeze_retrieval,
         learning_rate=learning_rate or rate * min(1.0, width / config.hidden_size),
         seed=seed,
         loaders=loaders,

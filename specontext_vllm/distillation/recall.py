@@ -1,4 +1,6 @@
-"""Recall: how much of the teacher's attention is on the pages that a head chooses."""
+"""What is measured of a head while it trains: recall, how much of the teacher's attention is on the
+pages that it chooses, and how many of a draft model's drafts the teacher takes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.distillation.data import sample_positions
+from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.losses import AttentionTarget, ByGroup
+from specontext_vllm.distillation.steps_ahead import (
+    Choices,
+    Pairs,
+    accepted_drafts,
+    agreement,
+)
 from specontext_vllm.distillation.teacher import Lesson, Teacher
 from specontext_vllm.retrieval.checkpoint import layer_groups
 from specontext_vllm.retrieval.reference import (
@@ -22,6 +31,8 @@ from specontext_vllm.retrieval.reference import (
 
 _SERVED = SpeContextConfig.model_construct()
 RECENT_TOKENS = _SERVED.recent_tokens
+DRAFTED = 128
+"""Positions of a held-out sequence that drafts start from."""
 MIN_BUDGET = PAGE_SIZE * (_SERVED.sink_pages + _SERVED.recent_pages + 1)
 """Tokens of sinks, recents and one page to choose."""
 
@@ -119,7 +130,7 @@ def recall_target(num_layers: int, groups: int) -> ByGroup:
 def recall_of(head: Scores, seen: Seen, budgets: Sequence[int]) -> dict[int, Recall]:
     """Recall at each budget (tokens), weighted by the teacher's mass."""
     at, sums = seen.at, seen.sums
-    with torch.autocast(at.device.type, torch.bfloat16, enabled=seen.aux.dtype == torch.bfloat16):
+    with _autocast(seen.aux):
         scores = head.page_scores(seen.embeds, seen.aux, at)
     weight = seen.mass / seen.mass.sum().clamp(min=1e-9)
 
@@ -136,6 +147,13 @@ def recall_of(head: Scores, seen: Seen, budgets: Sequence[int]) -> dict[int, Rec
     return {budget: recall(budget) for budget in budgets}
 
 
+def _autocast(states: Tensor) -> torch.autocast:
+    """In the teacher's own precision."""
+    return torch.autocast(
+        states.device.type, torch.bfloat16, enabled=states.dtype == torch.bfloat16
+    )
+
+
 class HeldOut:
     """Held-out batches that recall is measured on repeatedly; the teacher sees each of them once.
 
@@ -149,6 +167,7 @@ class HeldOut:
         positions: how many of a sequence, those before answers first. The newest ``recent_tokens``
             of the context do not count, since every selection has them.
         groups: of the head that is measured.
+        drafts: keep the teacher's choices, for ``accepted``.
     """
 
     def __init__(
@@ -158,10 +177,13 @@ class HeldOut:
         budget: int,
         positions: int,
         groups: int = 1,
+        drafts: bool = False,
     ) -> None:
         self.teacher, self.batches = teacher, batches
         self.budget, self.positions, self.groups = budget, positions, groups
+        self.drafts = drafts
         self._seen: list[Seen] | None = None
+        self._choices: list[Choices] = []
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -185,9 +207,28 @@ class HeldOut:
             *(sum(getattr(row, field.name) for row in rows) / len(rows) for field in fields(Recall))
         )
 
+    @torch.no_grad()
+    def accepted(self, draft: DraftModel) -> list[float]:
+        """``accepted_drafts`` over the batches."""
+        self.prepare()
+        assert self._seen is not None
+        counts = []
+        for seen, choices in zip(self._seen, self._choices, strict=True):
+            embeds, aux = (t.to(self.teacher.device) for t in (seen.embeds, seen.aux))
+            with _autocast(aux):
+                pairs = Pairs.of(draft, embeds, aux)
+                counts.append(agreement(draft, pairs, choices.to(self.teacher.device)))
+        agreed, asked = (torch.stack(column).sum(0) for column in zip(*counts, strict=True))
+        return accepted_drafts(agreed, asked)
+
     def _see(self, number: int, ids: Tensor, weights: Tensor) -> Seen:
         ids, weights = ids.to(self.teacher.device), weights.to(self.teacher.device)
         generator = torch.Generator(device=ids.device).manual_seed(number)
         at, _ = sample_positions(weights[:, 1:], self.positions, generator, first=self.budget)
         target = recall_target(len(self.teacher.layers), self.groups)
-        return Seen.of(self.teacher(ids, at, target), at)
+        lesson = self.teacher(ids, at, target)
+        if self.drafts:
+            starts, _ = sample_positions(weights[:, 1:], DRAFTED, generator, first=self.budget)
+            choices = Choices.of(self.teacher, ids, lesson.hidden, starts)
+            self._choices.append(choices.to(torch.device("cpu")))
+        return Seen.of(lesson, at)

@@ -29,7 +29,10 @@ class Settings:
             the end.
         loss: what is minimised.
         learning_rate: peak; then a cosine down to a tenth, over the hours or steps.
+        freeze_retrieval: train what drafts alone, and leave what chooses pages as it is.
         draft_positions, align_positions: sampled tokens of a sequence that each loss looks at.
+        steps_ahead: drafts in a row that a draft model is trained for.
+        chain_positions: how many of ``draft_positions`` go on after the first draft.
         window: newest tokens that alignment leaves out.
         positions: sampled tokens of a sequence that a head for retrieval alone looks at.
         stretch: tokens side by side at which it looks as well, with the states of a run that reads
@@ -58,8 +61,11 @@ class Settings:
     steps: int | None = None
     loss: Loss = "both"
     learning_rate: float = 1e-3
+    freeze_retrieval: bool = False
     draft_positions: int = 512
     align_positions: int = 64
+    steps_ahead: int = 7
+    chain_positions: int = 128
     positions: int = 192
     stretch: int = 64
     stretch_halvings: tuple[int, int] = (4, 6)

@@ -54,6 +54,7 @@ class Distiller(Generic[HeadT]):
             settings.budget,
             settings.align_positions,
             head.groups,
+            drafts=isinstance(head, DraftModel) and settings.loss != "align",
         )
         self.settings, self.out, self.accelerator = settings, out, accelerator
         # Not through accelerator.prepare(): the losses call parts of the draft model, and
@@ -65,9 +66,10 @@ class Distiller(Generic[HeadT]):
         """Step of the last measurement."""
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of all parameters; the learning rate is set in each step."""
+        """Of all parameters that learn; the learning rate is set in each step."""
         rate = self.settings.learning_rate
-        return [torch.optim.AdamW(self.head.parameters(), lr=rate, betas=(0.9, 0.95))]
+        learning = [p for p in self.head.parameters() if p.requires_grad]
+        return [torch.optim.AdamW(learning, lr=rate, betas=(0.9, 0.95))]
 
     @property
     def state_file(self) -> Path:
@@ -113,10 +115,8 @@ class Distiller(Generic[HeadT]):
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(self.settings, self.progress)
         found = self.losses(lesson, at, weights, generator, **rest)
-        loss = sum(
-            value * (self.settings.align_weight if name == "align" else 1.0)
-            for name, value in found.items()
-        )
+        weight = {"align": self.settings.align_weight}
+        loss = sum(value * weight.get(name, 1.0) for name, value in found.items())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -225,8 +225,8 @@ class Distiller(Generic[HeadT]):
         }
 
     def _report(self, found: dict[str, float]) -> tuple[dict[str, Any], float]:
-        """Figures with the recall on held-out sequences, also written to the curve, and the seconds
-        that this took; other processes wait.
+        """Figures with the recall on held-out sequences, and the drafts accepted there, also
+        written to the curve, and the seconds that this took; other processes wait.
 
         A step is measured once, even if a finished run is started again.
         """
@@ -242,6 +242,8 @@ class Distiller(Generic[HeadT]):
             "recall_best": round(recall.best, 4),
             "heaviest": round(recall.heaviest, 4),
         }
+        if isinstance(self.head, DraftModel) and self.held_out.drafts:
+            figures["accepted"] = [round(n, 3) for n in self.held_out.accepted(self.head)]
         if self.teacher.device.type == "cuda":
             figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.curve_file.parent.mkdir(parents=True, exist_ok=True)

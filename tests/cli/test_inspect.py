@@ -38,6 +38,7 @@ def test_report(head):
         "theta 10000, scaling none (YaRN beyond the trained length), trained length 64",
         "its token's embedding, the states before ",
         "gated MLPs",
+        "yes: a whole draft model",
     ):
         assert text in result.output
 
@@ -126,6 +127,7 @@ def test_a_head_of_our_own_shows_what_is_its_own(tmp_path):
         "its token's embedding, the states before and its own",
         "12 wide for queries, 20 wide for keys",
         "embedding, feature, a norm for each layer before fc",
+        "no: a head for retrieval alone",
         "0, 3, 4, 9 (aux_layer_ids)",
         "Fits ",
     ):

@@ -112,6 +112,26 @@ REFUSED = {
         ["--init", DEMO_MODEL / "retrieval_head"],
         "it has another shape than a new head for this model",
     ),
+    "steps-ahead-of-drafts": (
+        ["--steps-ahead", 3],
+        "--steps-ahead: found 3, but a head for retrieval alone drafts nothing",
+    ),
+    "steps-ahead": (
+        ["--format", "eagle3", "--steps-ahead", 17],
+        "--steps-ahead: found 17; give 1 to 16 drafts in a row",
+    ),
+    "steps-ahead-align": (
+        ["--format", "eagle3", "--loss", "align", "--steps-ahead", 3],
+        "--steps-ahead: found 3, but --loss align trains no drafts",
+    ),
+    "freeze-nothing": (
+        ["--format", "eagle3", "--freeze-retrieval"],
+        "--freeze-retrieval: there is nothing to leave as it is",
+    ),
+    "freeze-and-align": (
+        ["--format", "eagle3", "--init", DEMO_MODEL, "--freeze-retrieval", "--loss", "both"],
+        "--freeze-retrieval: found --loss both",
+    ),
     "vocabulary": (
         ["--format", "eagle3", "--draft-vocabulary", 4000],
         "--draft-vocabulary: found 4000; give 1 to 3136",

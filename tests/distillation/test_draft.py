@@ -90,16 +90,6 @@ def test_a_reduced_vocabulary_is_written_as_offsets(tmp_path):
         DraftModel.load(tmp_path, max_position=64, num_layers=5, vocabulary=97)
 
 
-def test_states_of_some_positions_are_those_of_all():
-    draft = make(make_config("qwen3"))
-    parts = draft.queries_keys(torch.randn(2, 20, 32), torch.randn(2, 20, 96), torch.arange(1, 21))
-    at = torch.tensor([[3, 19, 0], [7, 7, 12]])
-    every = draft.states(*parts)
-    torch.testing.assert_close(
-        draft.states(*parts, at), torch.stack([every[b, at[b]] for b in range(2)])
-    )
-
-
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

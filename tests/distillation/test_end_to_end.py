@@ -10,10 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from specontext_vllm.cli import app
+from specontext_vllm.distillation.draft import DraftModel
+from specontext_vllm.distillation.losses import AttentionTarget
+from specontext_vllm.distillation.steps_ahead import Pairs, states_ahead
+from specontext_vllm.distillation.teacher import Teacher, load_teacher
 from specontext_vllm.synthetic.tasks import make_problem
 from tests.engine.conftest import DEMO_MODEL, engine
 
-TOKENS = 40
+TOKENS, DRAFTS = 40, 3
 
 
 def distill(out, *options):
@@ -97,24 +101,52 @@ def test_the_plugin_serves_it(head, asked):
     assert 0 < stats["pages_read"] < 0.5 * stats["pages_total"]
 
 
-def test_vllms_own_speculative_decoding_takes_it(tmp_path, asked):
-    """From the shipped head on, since a draft part takes longer to train from nothing than a test
-    may.
+@torch.no_grad()
+def drafts_accepted(folder, prompts, replies):
+    """How many first, second, ... drafts greedy verification accepts, by the draft model that is
+    trained: ``(rounds, [DRAFTS])``.
+    """
+    model = load_teacher(DEMO_MODEL, torch.device("cpu"), torch.float32)
+    layers, width = model.config.num_hidden_layers, model.config.vocab_size
+    draft = DraftModel.load(folder, max_position=1024, num_layers=layers, vocabulary=width)
+    rounds, accepted = 0, [0] * DRAFTS
+    for prompt, reply in zip(prompts, replies, strict=True):
+        last = len(prompt) + len(reply) - 1
+        ids = torch.tensor([prompt + reply])
+        # Drafts may be accepted beyond the end.
+        for _ in range(DRAFTS):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        nowhere = torch.zeros(1, 1, dtype=torch.long)
+        lesson = Teacher(model, draft.aux_layers)(ids, nowhere, AttentionTarget(0))
+        pairs = Pairs.of(draft, lesson.embeds, lesson.aux)
+        # The newest token is one that the target has chosen: at first, the reply's first.
+        newest = len(prompt)
+        while newest < last:
+            start = torch.tensor([[newest - 1]])
+            rounds += 1
+            for step, states in enumerate(states_ahead(draft, pairs, start, DRAFTS)):
+                if draft.lm_head(states).argmax() != ids[0, newest + 1]:
+                    break
+                accepted[step] += 1
+                newest += 1
+            newest += 1
+    return rounds, accepted
+
+
+def test_vllms_own_speculative_decoding_accepts_what_training_says(tmp_path, asked):
+    """Draft by draft. From the shipped head on, since a draft part takes longer to train from
+    nothing than a test may.
     """
     init = DEMO_MODEL / "retrieval_head"
     head = distill(tmp_path / "head", "--format", "eagle3", "--init", init, "--steps", 2)
     prompts, replies = asked
+    rounds, expected = drafts_accepted(head, prompts, replies)
+    method = {"method": "eagle3", "model": str(head), "num_speculative_tokens": DRAFTS}
     # vLLM's CPU attention takes blocks of its own size, so none is named.
-    with engine(
-        speculative_config={"method": "eagle3", "model": str(head), "num_speculative_tokens": 1},
-        block_size=None,
-        num_gpu_blocks_override=None,
-    ) as llm:
+    with engine(speculative_config=method, block_size=None, num_gpu_blocks_override=None) as llm:
         assert generate(llm, prompts) == replies
-        counts = {
-            metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")
-        }
-    drafted, accepted = (
-        counts[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted")
-    )
-    assert accepted > 0.5 * drafted > 0
+        counts = {metric.name: metric for metric in llm.get_metrics()}
+    name = "vllm:spec_decode_num"
+    assert counts[f"{name}_drafts"].value == rounds
+    assert counts[f"{name}_accepted_tokens_per_pos"].values == expected
+    assert expected[0] > 0.5 * rounds > 0

@@ -172,7 +172,8 @@ def test_each_loss_trains_its_part(tmp_path, loss):
     run = make_run(tmp_path, loss=loss)
     before = {name: p.detach().clone() for name, p in run.head.named_parameters()}
     found = run.step(*run.data[0])
-    assert set(found) == {"draft", "align"} - {{"align": "draft", "draft": "align"}.get(loss)}
+    drafts = {"draft", "ahead"}
+    assert set(found) == {"align": {"align"}, "draft": drafts, "both": drafts | {"align"}}[loss]
     changed = {
         name.removesuffix(".weight")
         for name, p in run.head.named_parameters()
@@ -180,6 +181,32 @@ def test_each_loss_trains_its_part(tmp_path, loss):
     }
     assert changed == TRAINED[loss]
     assert all(p.grad is None for p in run.teacher.model.parameters())
+
+
+def test_a_frozen_head_learns_to_draft_alone(tmp_path):
+    run = make_run(tmp_path, loss="draft", freeze_retrieval=True)
+    before = {name: p.detach().clone() for name, p in run.head.named_parameters()}
+    for number in range(2):
+        run.step(*run.data[number])
+    for name, parameter in run.head.named_parameters():
+        frozen = name.removesuffix(".weight") in TRAINED["align"]
+        assert torch.equal(parameter, before[name]) == frozen, name
+    run.save()
+    again = make_run(tmp_path, loss="draft", freeze_retrieval=True)
+    assert again.resume() and again.progress.step == 2
+
+
+def test_what_is_drafted_is_measured_beside_recall(tmp_path):
+    """Unless there is nothing that drafts."""
+    for loss, steps in (("both", 1), ("align", 2)):
+        out = tmp_path / loss
+        list(make_run(out, loss=loss, steps=steps).run())
+        lines = (out / "training" / "curve.jsonl").read_text().splitlines()
+        accepted = [json.loads(line).get("accepted") for line in lines]
+        if loss == "align":
+            assert accepted == [None, None]
+        else:
+            assert len(accepted) == 2 and all(len(of_drafts) == 5 for of_drafts in accepted)
 
 
 def test_no_tensor_is_sequence_by_sequence_or_sequence_by_vocabulary(tmp_path):
