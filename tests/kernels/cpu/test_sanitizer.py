@@ -122,3 +122,28 @@ def test_the_sources_compile_for_arm(tmp_path):
         compile_sources(*zig, *out, f"-I{tmp_path}", names=names)
     else:
         pytest.skip("no aarch64-linux-gnu-g++, and no ziglang of the package index")
+
+
+def test_the_kernels_compute_the_same_on_arm(tmp_path):
+    """Emulated, with one thread; writes are torch's part."""
+    if not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64-static")):
+        pytest.skip("no aarch64-linux-gnu-g++ and qemu-aarch64-static")
+    include = Path(torch.__file__).parent / "include"
+    said = {}
+    for compiler, *runner in (("aarch64-linux-gnu-g++", "qemu-aarch64-static"), ("g++",)):
+        program = tmp_path / compiler
+        subprocess.run(
+            [
+                *(compiler, "-static", "-std=c++20", "-O1", "-w", "-o", str(program)),
+                *("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
+                *(f"-I{SOURCES}", f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"),
+                str(Path(__file__).with_name("arm.cpp")),
+                *(str(SOURCES / f"{name}.cpp") for name in ("attention", "score", "select")),
+            ],
+            check=True,
+        )
+        done = subprocess.run([*runner, program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[:3000]
+        *said[compiler], last = done.stdout.splitlines()
+        assert last.endswith(": 108 cases, 0 wrong")
+    assert len(said["g++"]) == 15 and said["g++"] == said["aarch64-linux-gnu-g++"]
