@@ -1,4 +1,4 @@
-"""Writes what docs/ takes from the code: settings, metrics and commands (`make docs`).
+"""Writes what docs/ takes from the code: settings, metrics, commands, models (`make docs`).
 
 A page holds prose written by hand and, between two marker lines, a part that is made here:
 
@@ -158,11 +158,21 @@ def vllm_contacts() -> str:
     return as_markdown()
 
 
+def models() -> str:
+    """Which of vLLM's architectures are served."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    from scripts.model_table import as_markdown
+
+    return as_markdown()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "metrics": metrics,
     "commands": commands,
     "vllm-contacts": vllm_contacts,
+    "models": models,
 }
 
 
