@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.model_config import num_full_layers
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
@@ -71,13 +71,16 @@ def read_model(path: Path) -> Model:
             f"transformers knows: {reason}"
         ) from None
     for found, what in (
-        (has_windowed_layers(text), "sliding windows"),
+        (
+            num_full_layers(text) < layers,
+            "layers that do not attend to the whole context (sliding windows, states)",
+        ),
         (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)"),
     ):
         if found:
             raise ConfigError(
-                f"--model: {folder}/config.json is of a model with {what}, which specontext "
-                "refuses to serve; plan for another one."
+                f"--model: {folder}/config.json is of a model with {what}, whose memory plan does "
+                "not know; plan for another one."
             )
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
     # The head: fc over three hidden states, q and k over two. Its cache: keys, and one fused aux

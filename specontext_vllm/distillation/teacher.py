@@ -125,8 +125,7 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def check_teacher(config: Any) -> None:
-    """Refuse models that the specontext backend does not serve either, or whose layers cannot be
-    watched.
+    """Refuse models whose layers cannot be watched, or not all in the same way.
 
     Raises:
         TeacherError: this is one.
@@ -168,8 +167,8 @@ def check_teacher(config: Any) -> None:
     for refused, found, wanted in refusals:
         if refused:
             raise TeacherError(
-                f"--model: {config.model_type} {found}, which the specontext backend does not "
-                f"serve; give {wanted}."
+                f"--model: {config.model_type} {found}, for which distill makes no heads; give "
+                f"{wanted}."
             )
 
 
