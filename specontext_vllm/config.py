@@ -334,25 +334,27 @@ class SpeContextConfig(BaseModel):
         tokens = 4 * self.budget if self.fallback_budget is None else self.fallback_budget
         return tokens // PAGE_SIZE
 
-    def table_pages(self, max_model_len: int) -> int:
-        """Columns of the page table: the most pages one KV head of one request may read in a step.
+    def table_pages(self, max_model_len: int, num_drafts: int = 0) -> int:
+        """Columns of the page table: the most pages one KV head of one request may read in a step,
+        those that its drafts begin included.
 
         With a sidecar that is its whole context, since requests are read whole while the actor is
         away.
         """
-        return (
-            pages_for(max_model_len)
-            if self.sidecar == "ray"
-            else self.selection_pages(max_model_len)
-        )
+        whole = pages_for(max_model_len)
+        if self.sidecar == "ray":
+            return whole
+        return min(whole, self.selection_pages(max_model_len) + pages_for(num_drafts))
 
-    def allocated_table_pages(self, max_model_len: int, device_type: str) -> int:
+    def allocated_table_pages(
+        self, max_model_len: int, device_type: str, num_drafts: int = 0
+    ) -> int:
         """Columns that the page table has from the start. On a CPU without a host pool nothing is
         captured and memory is plenty: whole contexts fit, and any budget may be set later.
         """
         if device_type == "cpu" and not self.host_kv_gib:
             return pages_for(max_model_len)
-        return self.table_pages(max_model_len)
+        return self.table_pages(max_model_len, num_drafts)
 
     def selection_pages(self, max_model_len: int) -> int:
         """Pages that the rule may select for one KV head of one request."""

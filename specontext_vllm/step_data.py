@@ -8,7 +8,7 @@ page of one KV head; its id is ``page * H + head``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -57,8 +57,8 @@ class ScheduledStep:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The rows of a step, decode rows first: those whose one query token was generated. The other
-    rows hold prompt tokens, even if only one.
+    """The rows of a step, decode rows first: those whose query tokens were generated, nearly always
+    one, or one and the drafts after it. The other rows hold prompt tokens, even if only one.
 
     Attributes:
         token_ids: ``[>= N]`` ids of the step's tokens.
@@ -74,8 +74,12 @@ class StepBatch:
         num_tokens: N.
         names: R request ids.
         query_lens: R host integers, the rows' query tokens.
-        replayable: every row is a decode row, the tensors of tokens hold ``table_rows`` of them,
-            and all tensors lie where those of every such step with as many rows do.
+        max_queries: the most query tokens of a decode row; more than 1: rows verify drafts.
+        kept: ``[>= R]`` int32, how many of each row's tokens belong to its request, known once the
+            step has sampled: the others are drafts that were rejected. None: all.
+        replayable: every row is a decode row of ``max_queries`` tokens, the tensors of tokens hold
+            those of ``table_rows`` rows, and all tensors lie where those of every such step with as
+            many rows do.
     """
 
     token_ids: Tensor
@@ -90,12 +94,38 @@ class StepBatch:
     num_tokens: int
     names: Sequence[str] = ()
     query_lens: Sequence[int] = ()
+    max_queries: int = 1
+    kept: Tensor | None = None
     replayable: bool = False
 
     @property
     def num_rows(self) -> int:
         """R."""
         return len(self.seq_lens_bound)
+
+    def without_drafts(self) -> StepBatch:
+        """The ``table_rows`` as they would be if nothing had been drafted: of each row its first
+        token, and the context up to that. Nothing waits for the device.
+        """
+        if self.max_queries == 1:
+            return self
+        starts = self.query_starts[: self.table_rows + 1]
+        first = starts[:-1].long()
+        return replace(
+            self,
+            token_ids=self.token_ids[first],
+            positions=self.positions[first],
+            slots=self.slots[first],
+            seq_lens=self.seq_lens[: self.table_rows] - drafts_of(starts),
+            max_queries=1,
+        )
+
+
+def drafts_of(starts: Tensor) -> Tensor:
+    """``[rows]`` drafts of rows whose query tokens start at ``starts [rows + 1]``; none where a row
+    of padding has no token.
+    """
+    return (starts.diff() - 1).clamp(min=0)
 
 
 class RowPart(NamedTuple):
@@ -118,18 +148,21 @@ class StepShape(NamedTuple):
         rows: leading rows whose tokens get keys: the decode rows, and in a graph the padding rows.
         chooses: some row may have more pages than the budget; if none has, all are read whole.
         parts: the rows in parts whose scores fit the workspace; none without decode rows.
+        max_queries: see ``StepBatch``.
     """
 
     rows: int
     chooses: bool
     parts: tuple[RowPart, ...]
+    max_queries: int = 1
 
     def padded(self, table_rows: int) -> StepShape:
         """The shape that a graph is captured for: its ``table_rows`` rows include the padding's,
         which read nothing and write to nowhere, and its bound of the pages is one of few.
         """
         max_pages = bucket(self.parts[0].max_pages) if self.chooses else 1
-        return StepShape(table_rows, self.chooses, (RowPart(range(table_rows), max_pages),))
+        part = RowPart(range(table_rows), max_pages)
+        return StepShape(table_rows, self.chooses, (part,), self.max_queries)
 
 
 def bucket(pages: int) -> int:

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from specontext_vllm.attention.provider import PrefillRows
 from specontext_vllm.attention.registry import choose_provider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.metadata import SpeContextMetadata, SpeContextMetadataBuilder
 from specontext_vllm.engine.names import BACKEND_NAME
 from specontext_vllm.residency.tiers import TieredKV
@@ -103,12 +104,13 @@ class SpeContextImpl(AttentionImpl):
                 )
         from vllm.platforms import current_platform
 
+        # Until the runtime says so, it might be a drafter's layer.
+        self.is_selected_for = False
         self.tiers: TieredKV | None = None
         self.selector: LayerSelector | None = None
         self.layer = 0
-        config = SpeContextConfig.from_additional_config(
-            get_current_vllm_config().additional_config
-        )
+        vllm_config = get_current_vllm_config()
+        config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         self.provider = choose_provider(
             config.attention_provider,
             num_heads,
@@ -120,6 +122,7 @@ class SpeContextImpl(AttentionImpl):
             soft_cap=float(logits_soft_cap or 0.0),
             has_sinks=sinks is not None,
         )
+        self.provider.max_queries = 1 + num_drafts(vllm_config)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """The kernels take sinks in float32.
@@ -150,8 +153,9 @@ class SpeContextImpl(AttentionImpl):
             raise NotImplementedError(
                 "specontext: fused output quantization is not supported; turn that fusion off."
             )
-        decodes, table, prefill = (
+        decodes, tokens, table, prefill = (
             attn_metadata.num_decodes,
+            attn_metadata.decode_tokens,
             attn_metadata.table,
             attn_metadata.prefill,
         )
@@ -170,10 +174,16 @@ class SpeContextImpl(AttentionImpl):
             )
         if decodes:
             self.provider.decode(
-                query[:decodes], kv_cache, table, decodes, output[:decodes], sinks=self.sinks
+                query[:tokens],
+                kv_cache,
+                table,
+                decodes,
+                output[:tokens],
+                attn_metadata.queries,
+                sinks=self.sinks,
             )
         if prefill is not None:
-            span = slice(decodes, attn_metadata.num_tokens)
+            span = slice(tokens, attn_metadata.num_tokens)
             self._prefill(query[span], key[span], value[span], kv_cache, prefill, output[span])
         return output
 

@@ -27,6 +27,14 @@ def is_named(vllm_config: Any) -> bool:
     )
 
 
+def is_drafters(vllm_config: Any) -> bool:
+    """Whether this is the configuration of a drafter, which vLLM derives from that of its engine,
+    and whose model and layers are not for us to judge.
+    """
+    model = vllm_config.model_config
+    return model is not None and model.runner_type == "draft"
+
+
 def refuse_other_kinds(vllm_config: Any) -> None:
     """Raise a ConfigError where layers of another kind than full attention were given to our
     backend, or those to another one beside it.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from specontext_vllm.engine.backend_choice import (
+    is_drafters,
     is_named,
     is_selected,
     refuse_other_kinds,
@@ -54,6 +55,9 @@ def choose_worker() -> None:
             say_last()
         refuse_other_kinds(vllm_config)
         take_full_attention(vllm_config)
+        if is_drafters(vllm_config):
+            original(cls, vllm_config)
+            return
         if is_selected(vllm_config):
             from specontext_vllm.engine.memory import refuse_small_memory
             from specontext_vllm.engine.prepare import name_metrics_folder, prepare_vllm_config

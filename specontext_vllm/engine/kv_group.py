@@ -68,6 +68,7 @@ class KVGroup:
             group
             for group in attention_groups[self.index]
             if group.backend.get_name() == BACKEND_NAME
+            and not set(group.layer_names).isdisjoint(self.layer_names)
         ]
         if len(ours) != 1:
             raise ConfigError(SEVERAL_GROUPS)

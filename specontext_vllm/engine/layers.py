@@ -36,8 +36,9 @@ class LayerShape:
         )
 
 
-def our_layer_names(vllm_config: Any) -> tuple[str, ...]:
-    """Names of the loaded model's layers that run on our backend, in the model's order.
+def our_layer_names(vllm_config: Any, model: Any) -> tuple[str, ...]:
+    """Names of the loaded model's layers that run on our backend, in the model's order. Those of a
+    drafter, which vLLM keeps beside them, are not among them.
 
     Raises:
         ConfigError: there are none, or some attend in a way of their own on top of our backend.
@@ -48,7 +49,12 @@ def our_layer_names(vllm_config: Any) -> tuple[str, ...]:
 
     from specontext_vllm.engine.backend import SpeContextBackend
 
-    found = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    modules = set(map(id, model.modules()))
+    found = {
+        name: layer
+        for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).items()
+        if id(layer) in modules
+    }
     backends = {name: layer.get_attn_backend() for name, layer in found.items()}
     ours = [name for name, backend in backends.items() if backend is SpeContextBackend]
     others = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.names import ENGINES_KEY
 from specontext_vllm.model_config import num_full_layers
@@ -45,7 +46,7 @@ def memory_model(
     return MemoryModel(
         shape,
         budget_pages=config.budget_pages,
-        table_pages=config.table_pages(model.max_model_len),
+        table_pages=config.table_pages(model.max_model_len, num_drafts(vllm_config)),
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
         max_model_len=model.max_model_len,
         captured_rows=compilation.max_cudagraph_capture_size or 0,

@@ -17,8 +17,9 @@ from vllm.v1.attention.backend import (
 
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows
 from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.residency.table_rows import table_rows
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 
 
 @dataclass
@@ -26,7 +27,9 @@ class SpeContextMetadata:
     """One step's attention, shared by all layers.
 
     Attributes:
-        num_decodes: leading rows that decode, one query token each; they read ``table``.
+        num_decodes: leading rows that decode; they read ``table``.
+        decode_tokens: their query tokens.
+        queries: which of these are whose; None: one a row.
         table: the page table, filled before the first layer.
         prefill: the prompt rows after them, or None.
         num_tokens: query tokens of the step (with a FULL graph: padding included).
@@ -35,6 +38,8 @@ class SpeContextMetadata:
     """
 
     num_decodes: int
+    decode_tokens: int
+    queries: RowQueries | None
     table: PageTable
     prefill: PrefillRows | None
     num_tokens: int
@@ -51,13 +56,12 @@ def max_table_rows(vllm_config: Any) -> int:
 
 class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
     """Owns the page table and the provider that plans; the runtime fills the table in each step.
+    One of layers that nobody selects for, a drafter's, has all rows attend densely.
 
     Implements: vllm.v1.attention.backend.AttentionMetadataBuilder
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -72,10 +76,11 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # Decode rows lead the batch, then prompt rows of one token (the V1 runner sorts by this
         # threshold; the V2 runner by our adapter).
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.max_queries = 1 + num_drafts(vllm_config)
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         max_model_len = vllm_config.model_config.max_model_len
-        width = config.allocated_table_pages(max_model_len, device.type)
+        width = config.allocated_table_pages(max_model_len, device.type, num_drafts(vllm_config))
         self.table = PageTable.allocate(
             max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device
         )
@@ -87,6 +92,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self.provider: AttentionProvider = layers[0].impl.provider
         for layer in layers:
             layer.impl.provider = self.provider
+        self.is_dense = not any(layer.impl.is_selected_for for layer in layers)
 
     def build(
         self,
@@ -95,9 +101,13 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         fast_build: bool = False,
     ) -> SpeContextMetadata:
         common = common_attn_metadata
-        decodes = self._leading_decodes(common)
-        # One token each, or none in padding.
-        decode_tokens = int(common.query_start_loc_cpu[decodes])
+        decodes = 0 if self.is_dense else self._leading_decodes(common)
+        decode_tokens, queries = decodes, None
+        if decodes and common.max_query_len > 1:
+            starts = common.query_start_loc_cpu[: decodes + 1]
+            if int(starts.diff().max()) > 1:
+                decode_tokens = int(starts[-1])
+                queries = RowQueries(common.query_start_loc[: decodes + 1], self.max_queries)
         prefill = None
         if decodes < common.num_reqs:
             starts = common.query_start_loc[decodes : common.num_reqs + 1]
@@ -111,26 +121,35 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
                     common.query_start_loc_cpu[decodes : common.num_reqs + 1] - decode_tokens
                 ).tolist(),
             )
-        return SpeContextMetadata(decodes, self.table, prefill, common.num_actual_tokens, common)
+        return SpeContextMetadata(
+            decodes,
+            decode_tokens,
+            queries,
+            self.table,
+            prefill,
+            common.num_actual_tokens,
+            common,
+        )
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> SpeContextMetadata:
         metadata = self.build(0, common_attn_metadata)
-        # Captured kernels also run once: give them something harmless to read, one token of block 0
-        # a row.
+        # Captured kernels also run once: give them something harmless to read, the first tokens of
+        # block 0.
         self.table.pages.zero_()
-        self.table.lengths.fill_(1)
+        self.table.lengths.fill_(1 if metadata.queries is None else self.max_queries)
         self.provider.plan(self.table, metadata.num_decodes)
         return metadata
 
-    @staticmethod
-    def _leading_decodes(common: CommonAttentionMetadata) -> int:
-        """Rows, padding included, in front of the first with prompt tokens or several tokens."""
+    def _leading_decodes(self, common: CommonAttentionMetadata) -> int:
+        """Rows, padding included, in front of the first with prompt tokens or with more than a
+        token and its drafts.
+        """
         prompts = common.is_prefilling
         if common.max_query_len <= 1 and (prompts is None or not prompts.any()):
             return common.num_reqs
-        is_prefill = common.query_start_loc_cpu.diff()[: common.num_reqs] > 1
+        is_prefill = common.query_start_loc_cpu.diff()[: common.num_reqs] > self.max_queries
         if prompts is not None:
             # Not told of padding.
             is_prefill[: len(prompts)] |= prompts[: len(is_prefill)]

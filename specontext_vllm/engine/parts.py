@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_eagle3
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.engine.drafts import num_drafts, refuse_other_aux_layers
 from specontext_vllm.engine.find_head import load_head
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
@@ -62,6 +63,7 @@ def make_retriever(
     if tp > 1:
         checkpoint = shard_checkpoint(checkpoint, rank=get_tensor_model_parallel_rank(), size=tp)
     aux_layers = vllm_config.additional_config[AUX_LAYERS_KEY]
+    refuse_other_aux_layers(vllm_config, model, aux_layers)
     model.set_aux_hidden_state_layers(tuple(aux_layers))
     make = _make_remote if config.sidecar == "ray" else _make_local
     retriever = make(vllm_config, config, checkpoint, model, shape, device)
@@ -99,10 +101,13 @@ def _make_local(
         model.embed_input_ids,
         num_kv_heads=shape.num_kv_heads,
         max_model_len=max_model_len,
-        table_pages=config.allocated_table_pages(max_model_len, device.type),
+        table_pages=config.allocated_table_pages(
+            max_model_len, device.type, num_drafts(vllm_config)
+        ),
         device=device,
         max_rows=max_table_rows(vllm_config),
         embeds_outside=exchanges,
+        num_drafts=num_drafts(vllm_config),
     )
 
 
@@ -180,7 +185,7 @@ def make_tiers(
             dtype=model.dtype,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             max_rows=max_table_rows(vllm_config),
-            table_pages=config.table_pages(model.max_model_len),
+            table_pages=config.table_pages(model.max_model_len, num_drafts(vllm_config)),
             max_pages=pages_for(model.max_model_len),
             keep_unreferenced=bool(vllm_config.cache_config.enable_prefix_caching),
             timed=config.stats,

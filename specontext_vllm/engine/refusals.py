@@ -9,6 +9,7 @@ import importlib.util
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.drafts import refuse_drafts
 from specontext_vllm.engine.layers import NO_FULL_LAYER
 from specontext_vllm.engine.names import CPU_WORKER, GPU_WORKER, SCHEDULERS
 from specontext_vllm.model_config import has_windowed_layers, num_full_layers
@@ -92,11 +93,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "every layer must be full attention",
         ),
         (
-            vllm_config.speculative_config is not None,
-            "--speculative-config: found one",
-            "speculative decoding is not served yet; leave it out",
-        ),
-        (
             vllm_config.scheduler_config.scheduler_cls not in (None, *SCHEDULERS.values()),
             f"--scheduler-cls: found {vllm_config.scheduler_config.scheduler_cls}",
             "it brings a scheduler of its own; leave it out",
@@ -170,6 +166,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     if config.host_kv_gib and (model.is_hybrid or has_windowed_layers(text)):
         raise ConfigError(mixed_tiers(vllm_config))
+    if vllm_config.speculative_config is not None:
+        refuse_drafts(vllm_config, config)
 
 
 def mixed_tiers(vllm_config: Any) -> str:

@@ -5,8 +5,11 @@ vLLM: the runner to derive from, and the step's metadata while the model runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -16,11 +19,12 @@ from specontext_vllm.step_data import StepBatch
 
 
 class SpeContextCPUModelRunner(CPUModelRunner):
-    """Selects and learns around ``_model_forward``; warm-up batches carry no metadata and pass
-    through.
+    """Selects before the model runs, in ``_model_forward``, and learns when it is known which
+    tokens stay. Warm-up batches carry no metadata and pass through.
     """
 
     runtime: Runtime
+    _to_learn: tuple[StepBatch, list[Tensor] | None] | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Makes the runtime, now that there is a model.
@@ -61,7 +65,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
     def _model_forward(
         self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Select before the model runs, learn after it.
+        """Select before the model runs.
 
         Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward
         Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch
@@ -72,6 +76,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         metadata: SpeContextMetadata = by_layer[self.runtime.layer_names[0]]
         common = metadata.common
         tokens = int(common.query_start_loc_cpu[common.num_reqs])
+        query_lens = common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist()
         batch = StepBatch(
             token_ids=input_ids[:tokens],
             positions=positions[:tokens],
@@ -83,12 +88,31 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             num_decodes=metadata.num_decodes,
             table_rows=metadata.num_decodes,
             names=self.input_batch.req_ids[: common.num_reqs],
-            query_lens=common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist(),
+            query_lens=query_lens,
+            max_queries=max(query_lens[: metadata.num_decodes], default=1),
             num_tokens=tokens,
         )
         self.runtime.step.before_model(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)
-        self.runtime.step.after_model(
-            batch, output[1] if self.use_aux_hidden_state_outputs else None
-        )
+        self._to_learn = batch, output[1] if self.use_aux_hidden_state_outputs else None
         return output
+
+    def _update_states_after_model_execute(
+        self, output_token_ids: Tensor, scheduler_output: Any
+    ) -> None:
+        """Learn, now that the step has sampled, and before a drafter changes the step's tensors.
+
+        Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states_after_model_execute
+        """
+        super()._update_states_after_model_execute(output_token_ids, scheduler_output)
+        if self._to_learn is None:
+            return
+        (batch, aux), self._to_learn = self._to_learn, None
+        if drafted := scheduler_output.scheduled_spec_decode_tokens:
+            has_drafts = torch.tensor([bool(drafted.get(name)) for name in batch.names])
+            # A row's sampled tokens are its accepted drafts and one more, -1 behind them; of its
+            # own tokens, the first and the accepted drafts stay.
+            sampled = (output_token_ids != -1).sum(1)
+            kept = torch.where(has_drafts, sampled, torch.tensor(batch.query_lens)).int()
+            batch = replace(batch, kept=kept)
+        self.runtime.step.after_model(batch, aux)

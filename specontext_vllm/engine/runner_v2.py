@@ -5,19 +5,22 @@ vLLM: the runner to derive from.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.runtime import Runtime, attach_runtime
 from specontext_vllm.step_data import StepBatch
 
 
 class SpeContextModelRunnerV2(GPUModelRunner):
     """Selects pages in ``prepare_attn`` (real batches only, before metadata and graph replay) and
-    learns in ``sample_tokens``.
+    learns in ``postprocess_sampled``, when it is known which drafts stay and before the drafter
+    runs: its steps rewrite the slots and tables that a step's batch refers to.
 
     Both enqueue on the main stream; vLLM's captured graph only reads the page table, and what our
     own graphs read lies on the device, so nothing that is replayed can be stale.
@@ -25,6 +28,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
     runtime: Runtime
     _batch: StepBatch | None = None
+    _aux: list[torch.Tensor] | None = None
+    _kept: torch.Tensor | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Makes the runtime, now that there is a model.
@@ -33,6 +38,10 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         """
         super().load_model(*args, **kwargs)
         attach_runtime(self)
+        if self.speculative_config is not None:
+            # It persists, since graphs of our own point at it.
+            rows = max_table_rows(self.vllm_config)
+            self._kept = torch.zeros(rows, dtype=torch.int32, device=self.device)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Counts our own graphs, and the head's work on a whole batch, in the peak of memory that
@@ -114,6 +123,12 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
         decodes = int((~input_batch.is_prefilling_np[:rows]).sum())
         max_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        query_lens = input_batch.num_scheduled_tokens[:rows].tolist()
+        most = max(query_lens[:decodes], default=1)
+        padded_rows = input_batch.num_reqs_after_padding
+        padded_tokens = input_batch.num_tokens_after_padding
+        # Rows with other numbers of drafts than their neighbours are in no graph.
+        is_uniform = tokens == rows * most and padded_tokens >= padded_rows * most
         self._batch = StepBatch(
             token_ids=input_batch.input_ids,
             positions=input_batch.positions,
@@ -125,27 +140,48 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             seq_lens_bound=input_batch.seq_lens_cpu_upper_bound[:rows].tolist(),
             num_decodes=decodes,
             # Only a batch of decodes alone is padded to a captured size.
-            table_rows=input_batch.num_reqs_after_padding if decodes == rows else decodes,
+            table_rows=padded_rows if decodes == rows else decodes,
             names=input_batch.req_ids[:rows],
-            query_lens=input_batch.num_scheduled_tokens[:rows].tolist(),
+            query_lens=query_lens,
+            max_queries=most,
             num_tokens=tokens,
             # vLLM's own graphs read these buffers, so they persist. Steps of more rows than it
             # captures are not padded, and nearly each of them would need a graph of its own.
-            replayable=decodes == rows and input_batch.num_reqs_after_padding <= max_captured,
+            replayable=decodes == rows and padded_rows * most <= max_captured and is_uniform,
         )
         self.runtime.step.before_model(self._batch)
         return block_tables, slot_mappings
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Learn from the step's hidden states, which vLLM keeps until it has sampled.
+        """Keep the step's hidden states, which vLLM forgets when it begins to sample.
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens
         Uses: vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model_state
         """
-        state, batch = self.execute_model_state, self._batch
-        output = super().sample_tokens(grammar_output)
-        self._batch = None
-        if state is not None and batch is not None:
-            self.runtime.step.after_model(batch, state.aux_hidden_states)
-        return output
+        state = self.execute_model_state
+        self._aux = None if state is None else state.aux_hidden_states
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            self._batch = self._aux = None
+
+    def postprocess_sampled(self, idx_mapping: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Learn from the step's hidden states, now that the requests have moved on.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.postprocess_sampled
+        Uses: vllm.v1.worker.gpu.states.RequestState.num_computed_tokens
+        """
+        super().postprocess_sampled(idx_mapping, *args, **kwargs)
+        batch = self._batch
+        if batch is None:
+            return
+        if self._kept is not None and batch.num_tokens > batch.num_rows:
+            # By how many tokens each request has grown; the device alone knows.
+            rows = batch.num_rows
+            first = batch.positions[batch.query_starts[:rows].long()]
+            computed = self.req_states.num_computed_tokens.gpu[idx_mapping]
+            kept = self._kept[: max(rows, batch.table_rows)]
+            kept[:rows].copy_(computed - first)
+            batch = replace(batch, kept=kept)
+        self.runtime.step.after_model(batch, self._aux)

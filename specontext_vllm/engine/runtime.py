@@ -19,6 +19,7 @@ import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
+from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.kv_group import Block, KVGroup, find_kv_group
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
 from specontext_vllm.engine.layers import our_layer_names, shape_of
@@ -72,8 +73,11 @@ class Runtime:
         refuse_captured_writes(self.config, vllm_config.compilation_config)
         if device.type == "cpu" and (reason := cpu_kernels.why_not()) is not None:
             logger.warning("SpeContext: %s", reason)
-        self.layer_names = our_layer_names(vllm_config)
+        self.layer_names = our_layer_names(vllm_config, model)
         self.shape = shape_of(vllm_config, self.layer_names)
+        layers = vllm_config.compilation_config.static_forward_context
+        for name in self.layer_names:
+            layers[name].impl.is_selected_for = True
         self.retriever = make_retriever(vllm_config, self.config, model, self.shape, device)
         self.selector: LayerSelector | None = None
         if self.config.rule.per_layer:
@@ -160,7 +164,9 @@ class Runtime:
             return None
         if is_profiling:
             # vLLM captures a few graphs to learn what they take; they read the null frame only.
-            hot = self.config.table_pages(self.vllm_config.model_config.max_model_len)
+            hot = self.config.table_pages(
+                self.vllm_config.model_config.max_model_len, num_drafts(self.vllm_config)
+            )
             return TierPlan(num_pages, len(self.layer_names), hot, 1, 0, 0, 0, {})
         assert self._plan is not None
         return replace(self._plan, num_pages=min(self._plan.num_pages, num_pages))
@@ -197,7 +203,8 @@ class Runtime:
         fitted, asked = self.vllm_config.model_config.max_model_len, self._max_model_len
         if fitted >= asked:
             return
-        if self.tiers is not None and table.max_pages < self.config.table_pages(asked):
+        needed = self.config.table_pages(asked, num_drafts(self.vllm_config))
+        if self.tiers is not None and table.max_pages < needed:
             raise ConfigError(
                 f"--max-model-len: found auto, which vLLM fitted to {fitted}, less than the "
                 "budget for which the two tiers were laid out; "
@@ -244,6 +251,7 @@ class Runtime:
             graphs=self._graphs,
             exporter=self.exporter,
             kv_group=self.kv_group,
+            num_drafts=num_drafts(self.vllm_config),
         )
         self.step.warm_up()
 
@@ -284,4 +292,4 @@ def attach_runtime(runner: Any) -> None:
     Remove when: a setting of vLLM's asks for auxiliary hidden states.
     """
     runner.runtime = Runtime(runner.vllm_config, runner.model, runner.device)
-    runner.use_aux_hidden_state_outputs = runner.runtime.reads_aux
+    runner.use_aux_hidden_state_outputs |= runner.runtime.reads_aux

@@ -14,10 +14,11 @@ class ScheduleReader:
 
     Args:
         group: of our layers, whose blocks are read.
+        num_drafts: drafts of a row, at the most.
     """
 
-    def __init__(self, group: KVGroup) -> None:
-        self._group = group
+    def __init__(self, group: KVGroup, num_drafts: int = 0) -> None:
+        self._group, self._num_drafts = group, num_drafts
         self._prefill_ends: dict[str, int] = {}
         """Of the requests in flight: tokens that are computed as a prompt."""
 
@@ -49,10 +50,13 @@ class ScheduleReader:
                 step.released.append(name)
                 step.started.append(StartedRequest(name, pages, pages_for(computed)))
                 continue
-            step.written.append((name, computed // PAGE_SIZE))
+            # Scheduled ahead, the drafts of the step before are counted, and may be rejected yet.
+            step.written.append((name, max(0, computed - self._num_drafts) // PAGE_SIZE))
             if pages:
                 step.grown.append((name, pages))
         for name, tokens in output.num_scheduled_tokens.items():
-            is_prefill = tokens > 1 or computed_tokens[name] < self._prefill_ends[name]
+            is_prefill = (
+                tokens > 1 + self._num_drafts or computed_tokens[name] < self._prefill_ends[name]
+            )
             (step.prefilling if is_prefill else step.decoding).append(name)
         return step

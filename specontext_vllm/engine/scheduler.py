@@ -122,12 +122,10 @@ class CachesExactPages(Scheduler):
         super()._update_request_as_session(session, update)
 
 
-class SpeContextScheduler(CachesExactPages, WaitsForPages, Scheduler):
-    """vLLM's scheduler."""
-
-
-class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
-    """vLLM's scheduler that runs ahead of the GPU."""
+class GoesOnFromPages(Scheduler):
+    """A session goes on from the start of its newest page, where its last answer may have ended
+    before the last token that a step computed.
+    """
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """A session goes on from the start of its newest page.
@@ -136,11 +134,14 @@ class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
         Uses: vllm.v1.request.Request.num_computed_tokens
         Symptom: a session's next turn is answered otherwise than the same tokens in one prompt.
         Reason: the step that was under way when the last answer ended has run with a token that was
-            then discarded, and of that page's tokens the head keeps the latest one's aux alone. At
-            a page's start the next key is made from the page before.
+            then discarded, or the answer ended among drafts that were accepted; and of that page's
+            tokens the head keeps the latest one's aux alone. At a page's start the next key is made
+            from the page before.
         Remove when: vLLM does not run ahead of a session's end.
         """
         super()._update_request_as_session(session, update)
+        if not (isinstance(self, AsyncScheduler) or self.num_spec_tokens):
+            return
         # Within a block, too: vLLM lets a session go on at any token, and pages are smaller.
         if session.num_computed_tokens % PAGE_SIZE == 0:
             return
@@ -152,3 +153,11 @@ class SpeContextAsyncScheduler(CachesExactPages, WaitsForPages, AsyncScheduler):
         if session.num_computed_tokens == 0:
             # vLLM takes a request without computed tokens for one without blocks.
             self.kv_cache_manager.free(session)
+
+
+class SpeContextScheduler(GoesOnFromPages, CachesExactPages, WaitsForPages, Scheduler):
+    """vLLM's scheduler."""
+
+
+class SpeContextAsyncScheduler(GoesOnFromPages, CachesExactPages, WaitsForPages, AsyncScheduler):
+    """vLLM's scheduler that runs ahead of the GPU."""

@@ -88,6 +88,12 @@ class LiveSettings:
     def _refuse_per_layer(self, config: SpeContextConfig) -> None:
         """Refuse what a rule that selects per layer cannot change any more."""
         before = self._step.retriever.config
+        if config.rule.per_layer and self._step.num_drafts:
+            raise ConfigError(
+                f"specontext: retriever {config.retriever} selects in each layer, for one query "
+                "token a row, and this engine verifies drafts; start it without "
+                "--speculative-config."
+            )
         selector = self._selector
         knows_pages = selector is not None and selector.knows_pages_for(config.rule)
         if config.rule.page_vectors and not knows_pages:

@@ -1,7 +1,7 @@
 """One decode step, in the order in which it happens. Nothing here waits for the GPU.
 
     begin         follow    what the scheduler decided: the tiers hand out and take back frames
-    before_model  project   the rows' new tokens: the head's keys, and queries
+    before_model  project   the rows' first new tokens: the head's keys, and queries
                   score     all pages by the queries                          -> PageScores
                   select    the pages that each row reads, within its budget  -> Selection
                   resolve   which of them the hot buffers lack                -> Misses
@@ -10,7 +10,7 @@
                   stage     start to copy the history of prompt rows
                   plan      what all layers' attention shares
     (vLLM runs the model)
-    after_model   learn     keys and fused states, from the hidden states of the step's tokens
+    after_model   learn     keys and fused states, from the hidden states of the tokens that stay
 
 With one tier of KV there is nothing to follow, resolve, fetch or stage: the selection itself is the
 page table. What passes from one stage to the next is described in ``step_data.py``.
@@ -18,6 +18,9 @@ page table. What passes from one stage to the next is described in ``step_data.p
 ``batch.num_decodes`` of a step's rows are decode rows. ``batch.table_rows`` is as many, or more
 where vLLM replays its CUDA graph of a larger batch: the rows beyond are padding, which reads
 nothing.
+
+A decode row that verifies drafts has its newest token and the drafts after it. Its pages are chosen
+for the first of them, as they would be without drafts; then its list is lengthened.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.protocol import Retriever
+from specontext_vllm.retrieval.selection import add_drafts
 from specontext_vllm.step_data import PageTable, Selection, StepBatch, StepShape, Stickiness
 
 
@@ -54,6 +58,7 @@ class DecodeStep:
         tiers: where the pages lie, with a host pool; None without one.
         graphs: replay steps without prompt tokens; None: everything is launched one by one.
         kv_group: whose blocks the scheduler's output is read for.
+        num_drafts: drafts of a row, at the most.
     """
 
     def __init__(
@@ -67,11 +72,13 @@ class DecodeStep:
         kv_group: KVGroup,
         tiers: TieredKV | None = None,
         graphs: StepGraphs | None = None,
+        num_drafts: int = 0,
     ) -> None:
         self.retriever, self.selection = retriever, selection
         self.table, self.provider = table, provider
         self.tiers, self.graphs, self.exporter = tiers, graphs, exporter
-        self._schedule = ScheduleReader(kv_group)
+        self.num_drafts = num_drafts
+        self._schedule = ScheduleReader(kv_group, num_drafts)
 
     @torch.inference_mode()
     def begin(self, scheduler_output: Any) -> None:
@@ -104,26 +111,33 @@ class DecodeStep:
             shape: what the host knows of the rows.
             embeds: ``[rows, E]`` embeddings of their tokens that were made outside of the graph.
         """
-        queries = self.retriever.project(batch, shape, embeds)
+        rows = batch.without_drafts()
+        queries = self.retriever.project(rows, shape, embeds)
         # A part: consecutive rows whose scores fit the workspace together. Nearly always one.
         for part in shape.parts:
-            scores = self.retriever.score(batch, shape, part, queries)
-            self.retriever.select(batch, shape, part, scores, self.selection, self._stickiness())
+            scores = self.retriever.score(rows, shape, part, queries)
+            self.retriever.select(rows, shape, part, scores, self.selection, self._stickiness())
+        if batch.max_queries > 1:
+            add_drafts(self.selection, batch)
         if self.tiers is not None and batch.table_rows:
             self.tiers.resolve(self.selection, batch)
 
     def after_model(self, batch: StepBatch, aux: Sequence[Tensor] | None) -> None:
         """Learn the step's tokens from the model's auxiliary hidden states; None where the
-        retriever reads none.
+        retriever reads none. Once the step has sampled: ``batch.kept`` says what stays.
         """
         if aux is None:
             return
         with self._timed(self.exporter.learn, batch):
             graphs, padded_rows = self._graphs_for(batch), batch.table_rows
-            if graphs is not None and aux[0].shape[0] >= padded_rows:
+            if batch.max_queries > 1 and self.retriever.embeds_outside:
+                # The drafts are embedded here, in an exchange that no graph may hold.
+                graphs = None
+            if graphs is not None and aux[0].shape[0] >= padded_rows * batch.max_queries:
                 # One graph serves all steps of as many rows with padding, so it learns the padding
                 # too: that goes to a row of the head's cache that nobody reads.
-                name, inputs = ("learn", padded_rows), (batch.positions, batch.slots, *aux)
+                name = ("learn", padded_rows, batch.max_queries)
+                inputs = (batch.positions, batch.slots, *aux, *self._inputs_of_drafts(batch))
                 graphs.run(name, inputs, self.retriever.learn, batch, padded_rows, aux)
             else:
                 self.retriever.learn(batch, batch.num_decodes, aux)
@@ -149,7 +163,7 @@ class DecodeStep:
         # Padding rows included and contexts rounded up, so that many steps share this graph.
         shape = shape.padded(batch.table_rows)
         # Only where workers exchange something in the embedding, which no graph may hold.
-        embeds = self.retriever.embed_outside(batch, shape.rows)
+        embeds = self.retriever.embed_outside(batch.without_drafts(), shape.rows)
         name, inputs = ("choose", shape), self._inputs(batch)
         graphs.run(name, inputs, self.choose_pages, batch, shape, embeds)
 
@@ -167,7 +181,16 @@ class DecodeStep:
             batch.block_table,
             self.selection.pages,
             self.selection.lengths,
+            *self._inputs_of_drafts(batch),
         )
+
+    @staticmethod
+    def _inputs_of_drafts(batch: StepBatch) -> tuple[Tensor, ...]:
+        """Those that only steps with drafts read, before the model or after it."""
+        if batch.max_queries == 1:
+            return ()
+        kept = () if batch.kept is None else (batch.kept,)
+        return batch.token_ids, batch.query_starts, batch.block_table, *kept
 
     def _stickiness(self) -> Stickiness | None:
         """By how much a page that must be fetched has to beat one that is in a hot buffer; None

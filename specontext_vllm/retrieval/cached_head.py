@@ -142,20 +142,35 @@ class CachedHead:
             )
         self._finish(head.keys_alone, inputs, batch, num_queries=0)
 
-    def learn_prompts(self, batch: StepBatch, aux: Sequence[Tensor]) -> None:
-        """Write the keys of the prompt rows' tokens and remember the fused aux of their pages.
+    def learn_rows(
+        self, batch: StepBatch, first_row: int, last_row: int, aux: Sequence[Tensor]
+    ) -> None:
+        """Write the keys of the tokens of rows ``first_row`` to ``last_row - 1``, which are the
+        step's last, and remember the fused aux of their pages: prompt rows, and rows with drafts.
 
         Whatever the head, their keys are made after the forward pass: that of token p+1 needs the
-        aux of token p from this very pass.
+        aux of token p from this very pass. Tokens that were not kept get keys as well, which nobody
+        reads before their slots are written anew; of a page only kept tokens are remembered.
+
+        Rows beyond the batch's are padding, of a graph.
         """
-        decodes = batch.num_decodes
-        rows = slice(decodes, batch.num_rows)
+        rows = slice(first_row, last_row)
+        # Rows of one token each come before the others.
+        first, tokens = first_row, batch.num_tokens
+        slots = batch.slots
+        if last_row > batch.num_rows or batch.replayable:
+            tokens = last_row * batch.max_queries
+            # Block 0 is never handed out.
+            slots = slots[:tokens].clamp(min=0)
         starts = batch.query_starts[rows].long()
-        last = batch.query_starts[decodes + 1 : batch.num_rows + 1].long() - 1
+        ends = batch.query_starts[first_row + 1 : last_row + 1].long()
+        last = ends - 1
+        if batch.kept is not None:
+            last = torch.where(ends > starts, starts + batch.kept[rows] - 1, -1)
         before_first = self.cache.previous(batch.block_table[rows], batch.positions[starts])
         newest = None
-        for begin in range(decodes, batch.num_tokens, PREFILL_CHUNK):
-            end = min(begin + PREFILL_CHUNK, batch.num_tokens)
+        for begin in range(first, tokens, PREFILL_CHUNK):
+            end = min(begin + PREFILL_CHUNK, tokens)
             fused = self.head.fuse([state[begin:end] for state in aux])
             previous = torch.cat([fused[:1] if newest is None else newest, fused[:-1]])
             previous = _scatter_inside(previous, starts - begin, before_first)
@@ -163,15 +178,17 @@ class CachedHead:
             embeds = self.embed(batch.token_ids[span]).to(fused.dtype)
             own = fused if self.keys_follow else None
             keys = self.head.keys(embeds, previous, batch.positions[span], own)
-            self.cache.write_keys(keys, batch.slots[span])
+            self.cache.write_keys(keys, slots[span])
             is_last = (
-                _scatter_inside(
-                    torch.zeros_like(batch.slots[span]), last - begin, torch.ones_like(last)
-                )
+                _scatter_inside(torch.zeros_like(slots[span]), last - begin, torch.ones_like(last))
                 > 0
             )
             page_end = (batch.positions[span] + 1) % PAGE_SIZE == 0
-            self.cache.remember(fused, batch.slots[span], page_end | is_last)
+            if batch.kept is not None:
+                places = torch.arange(begin, end, device=self.device)
+                row = torch.bucketize(places, ends, right=True).clamp(max=len(last) - 1)
+                page_end &= places <= last[row]
+            self.cache.remember(fused, slots[span], page_end | is_last)
             newest = fused[-1:]
 
     def _decode_inputs(self, batch: StepBatch, rows: int, embeds: Tensor) -> Tensor:

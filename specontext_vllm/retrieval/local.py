@@ -40,6 +40,7 @@ class LocalRetriever:
         device: where everything lives.
         max_rows: the largest number of decode rows of a step, padding included.
         embeds_outside: no graph may hold ``embed``, because workers exchange something in it.
+        num_drafts: drafts of a row, at the most.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class LocalRetriever:
         device: torch.device,
         max_rows: int,
         embeds_outside: bool = False,
+        num_drafts: int = 0,
     ) -> None:
+        self.embeds_outside, self.num_drafts = embeds_outside, num_drafts
         self.config, self.num_kv_heads, self.device = config, num_kv_heads, device
         self.head = (
             None
@@ -131,8 +134,11 @@ class LocalRetriever:
                 heads * sum(bounds),
             )
         if not chooses or self.rule.per_layer:
-            return StepShape(decodes, chooses, (RowPart(range(batch.table_rows), 1),))
-        return StepShape(decodes, chooses, tuple(self._parts(bounds, batch.table_rows)))
+            return StepShape(
+                decodes, chooses, (RowPart(range(batch.table_rows), 1),), batch.max_queries
+            )
+        parts = tuple(self._parts(bounds, batch.table_rows))
+        return StepShape(decodes, chooses, parts, batch.max_queries)
 
     def embed_outside(self, batch: StepBatch, rows: int) -> Tensor | None:
         """See ``Retriever.embed_outside``."""
@@ -217,10 +223,14 @@ class LocalRetriever:
         """See ``Retriever.learn``."""
         if self.head is None:
             return
+        if batch.max_queries > 1:
+            # What was kept of the rows with drafts is known only now.
+            self.head.learn_rows(batch, 0, max(rows, batch.num_rows), aux)
+            return
         if rows:
             self.head.learn_decodes(batch, rows, aux)
         if rows < batch.num_rows:
-            self.head.learn_prompts(batch, aux)
+            self.head.learn_rows(batch, batch.num_decodes, batch.num_rows, aux)
 
     def _parts(self, bounds: list[int], table_rows: int) -> Iterator[RowPart]:
         """Consecutive rows whose pages fit the workspace; padding rows join the last part."""
@@ -261,7 +271,7 @@ class LocalRetriever:
 
     def configure(self, config: SpeContextConfig) -> None:
         """See ``Retriever.configure``."""
-        needed = config.table_pages(self.max_pages * PAGE_SIZE)
+        needed = config.table_pages(self.max_pages * PAGE_SIZE, self.num_drafts)
         if needed > self.table_pages:
             raise ConfigError(
                 f"specontext: this engine's page table holds {self.table_pages * PAGE_SIZE} tokens "

@@ -48,6 +48,10 @@ class Retriever(Protocol):
         """Whether ``learn`` wants the model's auxiliary hidden states."""
 
     @property
+    def embeds_outside(self) -> bool:
+        """Whether no graph may hold the target's embedding."""
+
+    @property
     def capturable(self) -> bool:
         """Whether CUDA graphs may hold ``project``, ``score``, ``select`` and ``learn``."""
 
@@ -95,8 +99,8 @@ class Retriever(Protocol):
         """
 
     def learn(self, batch: StepBatch, rows: int, aux: Sequence[Tensor]) -> None:
-        """Learn the step's tokens from the model's auxiliary hidden states; the decode rows are
-        those of the last ``project``.
+        """Learn the tokens that the step has kept from the model's auxiliary hidden states; the
+        decode rows are those of the last ``project``.
 
         Args:
             rows: the decode rows, the padding of a graph included.

@@ -12,7 +12,7 @@ from torch import Tensor
 import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.reference import Budget, chosen_pages, page_scores
-from specontext_vllm.step_data import PageScores, Selection, Stickiness
+from specontext_vllm.step_data import PageScores, Selection, StepBatch, Stickiness, drafts_of
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,30 @@ def fill_lengths(seq_lens: Tensor, selection: Selection, budget: Budget) -> None
     beyond = (budget.total - 1) * PAGE_SIZE + (seq_lens - 1) % PAGE_SIZE + 1
     kept = torch.where(seq_lens <= budget.total * PAGE_SIZE, seq_lens, beyond)
     selection.lengths[: len(seq_lens) * heads].view(-1, heads).copy_(kept[:, None])
+
+
+def add_drafts(selection: Selection, batch: StepBatch) -> None:
+    """Let rows that were selected for without their drafts read the drafts too: the lists grow by
+    the drafts' tokens, and by the pages that these begin. Runs on the device alone, so a graph may
+    hold it.
+    """
+    rows, heads = batch.table_rows, selection.num_kv_heads
+    page_ids = batch.block_table if selection.page_ids is None else selection.page_ids
+    drafts = drafts_of(batch.query_starts[: rows + 1])
+    seq_lens = batch.seq_lens[:rows]
+    newest = (seq_lens - drafts - 1) // PAGE_SIZE
+    lengths = selection.lengths[: rows * heads].view(rows, heads)
+    pages = selection.pages[: rows * heads].view(rows, heads, -1)
+    last_column = (lengths + PAGE_SIZE - 1) // PAGE_SIZE - 1
+    head = torch.arange(heads, dtype=torch.int32, device=pages.device)
+    for ahead in range(1, pages_for(batch.max_queries - 1) + 1):
+        page = newest + ahead
+        begun = page * PAGE_SIZE < seq_lens
+        ids = page_ids[:rows].gather(1, page.clamp(0, page_ids.shape[1] - 1).long()[:, None])
+        column = (last_column + ahead).clamp(0, pages.shape[2] - 1).long()[..., None]
+        ids = torch.where(begun[:, None], ids * heads + head, pages.gather(2, column)[..., 0])
+        pages.scatter_(2, column, ids[..., None])
+    lengths += drafts[:, None]
 
 
 def select_row(

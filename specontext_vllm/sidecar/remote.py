@@ -64,6 +64,8 @@ class RemoteRetriever:
     bytes_per_block = 0
     """Of the worker's KV memory: the head's caches are the actor's."""
 
+    embeds_outside = False
+
     def __init__(
         self,
         config: SpeContextConfig,

@@ -54,7 +54,8 @@ def tensor_of(names):
 def engine_config(rows=4, max_model_len=512):
     """What metadata builders and block tables read of vLLM's configuration."""
     layers = {
-        name: SimpleNamespace(impl=SimpleNamespace(provider=None)) for name in (*OURS, *OTHERS)
+        name: SimpleNamespace(impl=SimpleNamespace(provider=None, is_selected_for=name in OURS))
+        for name in (*OURS, *OTHERS)
     }
     return SimpleNamespace(
         additional_config={},
@@ -99,6 +100,9 @@ def test_the_attention_group_is_found_by_its_backend():
     group = KVGroup(0, OURS, 2)
     assert group.attention_group([[other, ours]]) is ours
     wider = AttentionGroup(SpeContextBackend, list(OTHERS), full(32, heads=4), 0)
+    # Of a drafter, or of the model itself.
+    assert group.attention_group([[wider, ours]]) is ours
+    group = KVGroup(0, (*OURS, *OTHERS), 2)
     with pytest.raises(ConfigError, match="KV heads, head sizes, scales or caps"):
         group.attention_group([[ours, wider]])
 
@@ -166,6 +170,7 @@ def test_the_v2_runner_selects_over_pages_of_our_group(monkeypatch, block_size):
             num_reqs=2,
             num_tokens=2,
             num_reqs_after_padding=2,
+            num_tokens_after_padding=2,
             is_prefilling_np=np.array([False, False]),
             input_ids=torch.tensor([11, 12]),
             positions=torch.tensor([block_size + 1, 0]),

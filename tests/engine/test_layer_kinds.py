@@ -23,6 +23,7 @@ from tests.engine.families import (
     serving,
     write,
 )
+from tests.engine.poison import poison_unread
 from tests.engine.scenarios import preemptions
 
 BUDGET, TOKENS = 64, 20
@@ -115,43 +116,6 @@ def forget_caps_and_sinks(ours: Any) -> list[list[int]] | None:
         impl.sinks, impl.provider.soft_cap = None, 0.0
     ours.set(retriever="dense")
     return ours.answer(PROMPTS, TOKENS)
-
-
-def poison_unread(runner: Any, out: dict[str, Any]) -> None:
-    """From now on the head pages of a step's requests that are in no page table are NaN while the
-    model runs, in every layer of ours.
-    """
-    runtime, step = runner.runtime, runner.runtime.step
-    context = runtime.vllm_config.compilation_config.static_forward_context
-    caches = [context[name].kv_cache for name in runtime.layer_names]
-    before, after, kept = step.before_model, step.after_model, []
-
-    def before_model(batch: Any) -> None:
-        before(batch)
-        kept.clear()
-        if batch.num_decodes < batch.num_rows:
-            return
-        heads = step.table.num_kv_heads
-        unread = torch.zeros(caches[0].shape[0] * heads, dtype=torch.bool)
-        for row, tokens in enumerate(batch.seq_lens_bound):
-            pages = batch.block_table[row, : pages_for(tokens)].long()
-            unread[(pages[:, None] * heads + torch.arange(heads)).flatten()] = True
-        for sequence in range(batch.num_rows * heads):
-            count = pages_for(int(step.table.lengths[sequence]))
-            unread[step.table.pages[sequence, :count].long()] = False
-        out["poisoned pages"] = out.get("poisoned pages", 0) + int(unread.sum())
-        for cache in caches:
-            pages = cache.view(-1, *cache.shape[2:])
-            kept.append((pages, unread, pages[unread].clone()))
-            pages[unread] = float("nan")
-
-    def after_model(batch: Any, aux: Any) -> None:
-        for pages, unread, content in kept:
-            pages[unread] = content
-        kept.clear()
-        after(batch, aux)
-
-    step.before_model, step.after_model = before_model, after_model
 
 
 def test_layers_with_windows_are_left_to_vllm_and_tokens_are_stock_s(served):

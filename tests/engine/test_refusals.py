@@ -21,6 +21,41 @@ from specontext_vllm.engine.refusals import (
 from tests.engine.configs import vllm_config
 
 
+def drafts(**changes):
+    """A --speculative-config that is served but for the changes."""
+    fields = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "parallel_drafting": False,
+        "enable_adaptive_verification": False,
+        "num_speculative_tokens_per_batch_size": None,
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "sentence"),
+    [
+        ({}, {"parallel_drafting": True}, "found parallel_drafting True, with which rows"),
+        (
+            {},
+            {"num_speculative_tokens_per_batch_size": [(1, 4, 2)]},
+            "found num_speculative_tokens_per_batch_size",
+        ),
+        ({"retriever": "quest"}, {}, "retriever: found 'quest' with --speculative-config ngram"),
+        ({"sidecar": "ray"}, {}, "sidecar: found 'ray' with --speculative-config ngram"),
+        ({"attention_provider": "xformers"}, {}, "attention_provider: found 'xformers' with"),
+        ({"host_kv_gib": 1}, {}, "host_kv_gib: found 1.0 with --speculative-config ngram"),
+    ],
+)
+def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sentence):
+    config = vllm_config({"specontext": settings}, speculative_config=drafts(**changes))
+    with pytest.raises(ConfigError) as error:
+        refuse_unsupported(config)
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    refuse_unsupported(vllm_config(speculative_config=drafts()))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -39,7 +74,11 @@ from tests.engine.configs import vllm_config
         ({"model": {"is_multimodal_model": True}}, "takes images or audio"),
         ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
         ({"model": {"runner_type": "pooling"}}, "--runner: found 'pooling'"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": drafts(method="medusa")}, "found method 'medusa'"),
+        (
+            {"speculative_config": drafts(), "model": {"is_hybrid": True}},
+            "keep a state instead of KV",
+        ),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),

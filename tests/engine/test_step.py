@@ -135,7 +135,7 @@ def test_what_is_learned_of_decode_rows_is_captured_too(calls):
     graphs = Graphs(calls)
     step = make(calls, one_part(3), graphs=graphs)
     step.after_model(batch(3, table_rows=4, replayable=True), [torch.zeros(4, 1)])
-    assert calls == ["graph", "learn", "end of graph"] and graphs.names == [("learn", 4)]
+    assert calls == ["graph", "learn", "end of graph"] and graphs.names == [("learn", 4, 1)]
     # A model that returns no padding, or prompt rows.
     step.after_model(batch(3, table_rows=4, replayable=True), [torch.zeros(3, 1)])
     step.after_model(batch(3, prompts=1), [torch.zeros(4, 1)])

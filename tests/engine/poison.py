@@ -1,0 +1,72 @@
+"""NaN where nothing may be read, while an engine answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from specontext_vllm.config import PAGE_SIZE, pages_for
+
+
+def poison_unread(runner: Any, out: dict[str, Any]) -> None:
+    """From now on the head pages of a step's requests that are in no page table are NaN while the
+    model runs, in every layer of ours.
+    """
+    runtime, step = runner.runtime, runner.runtime.step
+    context = runtime.vllm_config.compilation_config.static_forward_context
+    caches = [context[name].kv_cache for name in runtime.layer_names]
+    before, after, kept = step.before_model, step.after_model, []
+
+    def before_model(batch: Any) -> None:
+        before(batch)
+        kept.clear()
+        if batch.num_decodes < batch.num_rows:
+            return
+        heads = step.table.num_kv_heads
+        unread = torch.zeros(caches[0].shape[0] * heads, dtype=torch.bool)
+        for row, tokens in enumerate(batch.seq_lens_bound):
+            pages = batch.block_table[row, : pages_for(tokens)].long()
+            unread[(pages[:, None] * heads + torch.arange(heads)).flatten()] = True
+        for sequence in range(batch.num_rows * heads):
+            count = pages_for(int(step.table.lengths[sequence]))
+            unread[step.table.pages[sequence, :count].long()] = False
+        out["poisoned pages"] = out.get("poisoned pages", 0) + int(unread.sum())
+        for cache in caches:
+            pages = cache.view(-1, *cache.shape[2:])
+            kept.append((pages, unread, pages[unread].clone()))
+            pages[unread] = float("nan")
+
+    def after_model(batch: Any, aux: Any) -> None:
+        for pages, unread, content in kept:
+            pages[unread] = content
+        kept.clear()
+        after(batch, aux)
+
+    step.before_model, step.after_model = before_model, after_model
+
+
+def poison_stale(runner: Any, out: dict[str, Any]) -> None:
+    """From now on what decode rows have in place of tokens that are not computed yet is NaN when a
+    step begins, as drafts that were rejected might have left it: the head's keys and fused states,
+    and keys and values of our layers.
+    """
+    runtime, step = runner.runtime, runner.runtime.step
+    context = runtime.vllm_config.compilation_config.static_forward_context
+    caches = [context[name].kv_cache for name in runtime.layer_names]
+    before, cache = step.before_model, runtime.retriever.cache
+
+    def before_model(batch: Any) -> None:
+        starts = batch.query_starts.tolist()
+        for row in range(batch.num_decodes):
+            first = int(batch.positions[starts[row]])
+            places = torch.arange(first, pages_for(batch.seq_lens_bound[row]) * PAGE_SIZE)
+            pages = batch.block_table[row, places // PAGE_SIZE].long()
+            for kv in (*caches, cache.keys):
+                kv[pages, :, places % PAGE_SIZE] = float("nan")
+            begun = places[places % PAGE_SIZE == 0] // PAGE_SIZE
+            cache.fused[batch.block_table[row, begun].long()] = float("nan")
+            out["stale places"] = out.get("stale places", 0) + len(places)
+        before(batch)
+
+    step.before_model = before_model
