@@ -142,15 +142,15 @@ class Shape:
     def kv_bytes_per_token(self) -> int:
         return BYTES * 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
-    def write_head(self, folder: Path) -> Path:
+    def write_head(self, folder: Path, groups: int = 1) -> Path:
         """Make ``folder`` a head as `specontext distill` makes them, with random weights."""
         from specontext_vllm.retrieval.checkpoint import random_checkpoint, save_head
 
-        spec = self._own_head()
+        spec = self._own_head(groups)
         save_head(folder, spec, random_checkpoint(spec, seed=0).tensors)
         return folder
 
-    def head_weight_bytes(self, head_format: HeadFormat = "eagle3") -> int:
+    def head_weight_bytes(self, head_format: HeadFormat = "eagle3", groups: int = 1) -> int:
         """Weights of the retrieval head that a step reads: all its matrices. Of an EAGLE-3 head
         these are fc over three hidden states, W_q and W_k over two.
         """
@@ -158,7 +158,7 @@ class Shape:
             from specontext_vllm.retrieval.checkpoint.shapes import required_shapes
 
             return BYTES * sum(
-                math.prod(shape) for shape in required_shapes(self._own_head()).values()
+                math.prod(shape) for shape in required_shapes(self._own_head(groups)).values()
             )
         h = self.hidden_size
         return BYTES * (
@@ -166,11 +166,11 @@ class Shape:
             + 2 * h * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         )
 
-    def _own_head(self) -> Any:
+    def _own_head(self, groups: int) -> Any:
         from specontext_vllm.distillation.head_shape import HeadShape
 
         reach = self.max_position_embeddings
-        return HeadShape.for_target(self, max_position=reach).head_spec()
+        return HeadShape.for_target(self, max_position=reach, groups=groups).head_spec()
 
     @property
     def head_key_bytes_per_token(self) -> int:
@@ -189,13 +189,16 @@ class Shape:
         budget: int,
         head_format: HeadFormat = "eagle3",
         key_bytes: int = 1,
+        groups: int = 1,
     ) -> int:
         """Bytes a sparse one must read: KV up to the budget, the head's weights, and, beyond the
         budget, its K cache.
 
         Args:
             key_bytes: of an element of the head's keys; 1 for 8-bit floats.
+            groups: of layers that the head has queries for.
         """
         keys = context * self.head_key_bytes_per_token * key_bytes if context > budget else 0
         per_request = min(context, budget) * self.kv_bytes_per_token + keys
-        return self.weight_bytes + self.head_weight_bytes(head_format) + requests * per_request
+        head = self.head_weight_bytes(head_format, groups)
+        return self.weight_bytes + head + requests * per_request

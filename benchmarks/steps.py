@@ -233,6 +233,7 @@ def _make_row(shape: Shape, cell: Cell, details: dict[str, Any], budget: int) ->
                 known["context_tokens"],
                 budget,
                 details.get("head_format", "eagle3"),
+                groups=details.get("head_groups", 1),
             )
             / bandwidth
         )

@@ -183,7 +183,7 @@ class PageScores:
         page_max: ``[NQ, C]`` float32, largest ``q . k / sqrt(D)`` of a page's tokens, per query
             head of the scoring model.
         page_lse: ``[NQ, C]`` float32, log-sum-exp of the same.
-        order: ``[H, C]`` int32 scratch of the selection.
+        order: ``[H * G, C]`` int32 scratch of the selection.
         starts: ``[rows]`` int32, where the pages of each scored row start; None before scoring.
     """
 
@@ -226,24 +226,27 @@ class Stickiness:
 
 @dataclass(frozen=True)
 class Selection:
-    """The head pages that the decode rows read, one sequence of them per (row, KV head).
+    """The head pages that the decode rows read, one sequence of them per (group of layers, row, KV
+    head). There is one group, unless the head has queries for several.
 
     Persistent buffers, which captured CUDA graphs point at. With one tier they are those of the
     page table; with two, ``resolve`` makes a page table of each layer from them.
 
     Attributes:
-        pages: ``[rows * H, K]`` int32 ids ``page * H + head`` in ascending order of position. A
+        pages: ``[G * rows * H, K]`` int32 ids ``page * H + head`` in ascending order of position. A
             page is a block of vLLM's with one tier, and counted from the request's start with two.
-        lengths: ``[rows * H]`` int32 tokens in them; 0 for padding rows.
-        kept_mass: ``[rows, H]`` float32, share of the scoring model's attention on these pages.
+        lengths: ``[G * rows * H]`` int32 tokens in them, alike in all groups; 0 for padding rows.
+        kept_mass: ``[rows, H * G]`` float32, share of the scoring model's attention on these pages.
         page_ids: ``[rows, W]`` int32, what each row's pages are called in ``pages``; None: as in
             the step's block table.
+        groups: G, groups of layers.
     """
 
     pages: Tensor
     lengths: Tensor
     kept_mass: Tensor
     page_ids: Tensor | None = None
+    groups: int = 1
 
     @classmethod
     def into(cls, table: PageTable, *, count_from_start: int = 0) -> Selection:
@@ -254,17 +257,19 @@ class Selection:
                 then counted from its start.
         """
         device = table.pages.device
-        kept_mass = torch.ones(table.rows, table.num_kv_heads, dtype=torch.float32, device=device)
+        kept_mass = torch.ones(
+            table.rows, table.num_kv_heads * table.groups, dtype=torch.float32, device=device
+        )
         page_ids = None
         if count_from_start:
             counted = torch.arange(count_from_start, dtype=torch.int32, device=device)
             page_ids = counted.expand(table.rows, -1)
-        return cls(table.pages, table.lengths, kept_mass, page_ids)
+        return cls(table.pages, table.lengths, kept_mass, page_ids, table.groups)
 
     @property
     def num_kv_heads(self) -> int:
         """H."""
-        return self.kept_mass.shape[1]
+        return self.kept_mass.shape[1] // self.groups
 
 
 @dataclass(frozen=True)
@@ -298,38 +303,48 @@ class RowQueries:
 
 @dataclass(frozen=True)
 class PageTable:
-    """What decode attention of a layer reads: one sequence of head pages per (row, KV head).
+    """What decode attention of a layer reads: one sequence of head pages per (row, KV head); or
+    what each of several groups of layers reads, one group after the other.
 
     Persistent buffers, which captured CUDA graphs point at.
 
     Attributes:
-        pages: ``[rows * H, K]`` int32 head pages (``block * H + head``) in ascending order of
+        pages: ``[G * rows * H, K]`` int32 head pages (``block * H + head``) in ascending order of
             position.
-        lengths: ``[rows * H]`` int32 tokens in them; only the last page may be partly filled; 0 for
-            padding rows.
+        lengths: ``[G * rows * H]`` int32 tokens in them; only the last page may be partly filled; 0
+            for padding rows.
         num_kv_heads: H.
+        groups: G.
     """
 
     pages: Tensor
     lengths: Tensor
     num_kv_heads: int
+    groups: int = 1
 
     @classmethod
     def allocate(
-        cls, rows: int, num_kv_heads: int, max_pages: int, device: torch.device
+        cls, rows: int, num_kv_heads: int, max_pages: int, device: torch.device, groups: int = 1
     ) -> PageTable:
         """An empty table for ``rows`` requests of up to ``max_pages`` pages a head."""
-        sequences = rows * num_kv_heads
+        sequences = groups * rows * num_kv_heads
         return cls(
             torch.zeros(sequences, max_pages, dtype=torch.int32, device=device),
             torch.zeros(sequences, dtype=torch.int32, device=device),
             num_kv_heads,
+            groups,
         )
+
+    def of_group(self, group: int) -> PageTable:
+        """What the layers of one group read: the same buffers."""
+        size = self.rows * self.num_kv_heads
+        span = slice(group * size, (group + 1) * size)
+        return PageTable(self.pages[span], self.lengths[span], self.num_kv_heads)
 
     @property
     def rows(self) -> int:
         """Requests the buffers hold."""
-        return self.lengths.shape[0] // self.num_kv_heads
+        return self.lengths.shape[0] // (self.num_kv_heads * self.groups)
 
     @property
     def max_pages(self) -> int:

@@ -27,6 +27,7 @@ def _select_pages_kernel(
     s_scores,
     s_pages,
     s_slots,
+    s_group,
     first_row,
     budget,
     sinks,
@@ -35,6 +36,7 @@ def _select_pages_kernel(
     margin,
     H: tl.constexpr,
     H_PAD: tl.constexpr,
+    GROUPS: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     P: tl.constexpr,
@@ -50,7 +52,12 @@ def _select_pages_kernel(
     seq_len = tl.load(p_seq_lens + i_row)
     pages = (seq_len + P - 1) // P
     p_table = p_block_table + i_row * s_table
-    p_out = p_pages + (i_row * H + i_head) * s_pages
+    # Of H heads, each KV head has one for each group of layers. What it is called, and its row
+    # among all groups' ones:
+    KV: tl.constexpr = H // GROUPS
+    i_kv = i_head // GROUPS
+    i_out = (i_head % GROUPS).to(tl.int64) * s_group + i_row * KV + i_kv
+    p_out = p_pages + i_out * s_pages
     active = True
     if FALLBACK:
         # [H_PAD]
@@ -64,8 +71,8 @@ def _select_pages_kernel(
             for first in range(0, pages, BLOCK):
                 o_p = first + o_block
                 b_id = tl.load(p_table + o_p, mask=o_p < pages, other=0)
-                tl.store(p_out + o_p, b_id * H + i_head, mask=o_p < pages)
-            tl.store(p_lengths + i_row * H + i_head, seq_len)
+                tl.store(p_out + o_p, b_id * KV + i_kv, mask=o_p < pages)
+            tl.store(p_lengths + i_out, seq_len)
             if not FALLBACK:
                 tl.store(p_mass + i_row * H + i_head, 1.0)
         else:
@@ -178,7 +185,7 @@ def _select_pages_kernel(
                 b_id = tl.load(p_table + o_p, mask=m_keep, other=0)
                 # Never beyond the row, whatever the scores are.
                 o_out = taken + tl.cumsum(b_keep, axis=0) - 1
-                tl.store(p_out + o_out, b_id * H + i_head, mask=m_keep & (o_out < budget))
+                tl.store(p_out + o_out, b_id * KV + i_kv, mask=m_keep & (o_out < budget))
                 taken += tl.sum(b_keep)
                 tied += tl.sum(b_tie)
                 b_lse = tl.load(
@@ -188,7 +195,7 @@ def _select_pages_kernel(
                     tl.where(m_g[:, None] & m_keep[None, :], tl.exp(b_lse - b_total[:, None]), 0.0),
                     axis=1,
                 )
-            tl.store(p_lengths + i_row * H + i_head, (budget - 1) * P + (seq_len - 1) % P + 1)
+            tl.store(p_lengths + i_out, (budget - 1) * P + (seq_len - 1) % P + 1)
             if not FALLBACK:
                 tl.store(p_mass + i_row * H + i_head, tl.sum(tl.where(m_g, b_kept, 0.0)) / G)
 
@@ -206,6 +213,7 @@ def select_pages(
     *,
     page_size: int,
     num_kv_heads: int,
+    groups: int = 1,
     first_row: int,
     num_rows: int,
     max_pages: int,
@@ -223,20 +231,22 @@ def select_pages(
             page for which one of the two is not finite counts as the worst, and the kernel may set
             both to -inf. It looks for such pages only where a sum is NaN or +inf: so a finite sum
             must have a finite maximum, and a sum of -inf a maximum of -inf.
-        order: ``[H, C]`` int32 scratch.
+        order: ``[H * G, C]`` int32 scratch.
         starts: ``[num_rows]`` int32, where each row's pages start in the workspace; not read for
             rows that are kept whole.
         max_pages: upper bound of a row's pages in this engine. It sets the tile size, so that an
             engine compiles one kernel.
         seq_lens, block_table: ``[>= B]`` int32, ``[>= B, W]`` int32.
-        pages: ``[B * H, K]`` int32 head pages, written in ascending order of position.
-        lengths: ``[B * H]`` int32 tokens in them, written.
-        kept_mass: ``[B, H]`` float32 attention mass kept, written; read only when
+        groups: G, groups of layers with a selection each; a KV head's queries are those of one
+            group after the other.
+        pages: ``[G * B * H, K]`` int32 head pages, written in ascending order of position.
+        lengths: ``[G * B * H]`` int32 tokens in them, written.
+        kept_mass: ``[B, H * G]`` float32 attention mass kept, written; read only when
             ``fallback_threshold`` is given, which rewrites the rows whose mean mass lies under it
             with ``budget_pages`` pages.
-        stickiness: pages with a slot score ``margin`` more; None: no page does.
+        stickiness: pages with a slot score ``margin`` more; None: no page does. With one group.
     """
-    heads = num_kv_heads
+    heads = num_kv_heads * groups
     group = page_max.shape[0] // heads
     # Not read without stickiness, but a kernel needs some pointer.
     sticky = stickiness or Stickiness(seq_lens, seq_lens, 0.0)
@@ -256,6 +266,7 @@ def select_pages(
         page_max.stride(0),
         pages.stride(0),
         sticky.slot_of.shape[-1],
+        pages.shape[0] // groups,
         first_row,
         budget_pages,
         sink_pages,
@@ -263,6 +274,7 @@ def select_pages(
         0.0 if fallback_threshold is None else fallback_threshold,
         sticky.margin,
         H=heads,
+        GROUPS=groups,
         H_PAD=triton.next_power_of_2(heads),
         G=group,
         G_PAD=triton.next_power_of_2(group),

@@ -77,6 +77,14 @@ def steps(
         HeadFormat,
         typer.Option(help="Whose size the head of random weights has; joins the result's name."),
     ] = "eagle3",
+    head_groups: Annotated[
+        int,
+        typer.Option(
+            help="With --head-format specontext: groups of layers that it selects for; joins the "
+            "result's name.",
+            min=1,
+        ),
+    ] = 1,
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -96,12 +104,20 @@ def steps(
             "shape": {"name": shape.name, **shape.config},
             "budget": budget,
             "head_format": head_format,
+            "head_groups": head_groups,
             "engines": {},
             "stages_ms": {},
             "cells": [],
         }
         title = f"Decode steps, {model_shape} shape, random weights, budget {budget} tokens"
         case = "speed-steps" if head_format == "eagle3" else "speed-steps-own_head"
+        if head_groups > 1:
+            if head_format == "eagle3":
+                raise ValueError(
+                    f"--head-groups: found {head_groups}, but a head of EAGLE-3's format has one; "
+                    "give --head-format specontext."
+                )
+            case += f"-groups_{head_groups}"
         result = report.Report(case, title, TABLES, details=details)
         result.take_over(out, ("shape", "budget"))
         return (
@@ -116,7 +132,7 @@ def steps(
     model = str(shape.write(folder / "model"))
     head = None
     if head_format == "specontext":
-        head = str(refusing(lambda: shape.write_head(folder / "head")))
+        head = str(refusing(lambda: shape.write_head(folder / "head", head_groups)))
     details = result.details
     details["cells"] += [cell.name for cell in ordered if cell.name not in details["cells"]]
     every = stepping.parse_cells(",".join(details["cells"]), shape, MAX_REQUESTS + max_num_seqs)

@@ -23,6 +23,7 @@ from specontext_vllm.engine.metadata import SpeContextMetadata, SpeContextMetada
 from specontext_vllm.engine.names import BACKEND_NAME
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.step_data import PageTable
 
 
 class SpeContextBackend(AttentionBackend):
@@ -109,6 +110,7 @@ class SpeContextImpl(AttentionImpl):
         self.tiers: TieredKV | None = None
         self.selector: LayerSelector | None = None
         self.layer = 0
+        self.group_table: PageTable | None = None
         vllm_config = get_current_vllm_config()
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         self.provider = choose_provider(
@@ -161,6 +163,8 @@ class SpeContextImpl(AttentionImpl):
         )
         if self.tiers is not None:
             table = self.tiers.page_table(self.layer)
+        elif self.group_table is not None:
+            table = self.group_table
         if decodes and self.selector is not None and self.selector.active:
             common = attn_metadata.common
             self.selector.select(

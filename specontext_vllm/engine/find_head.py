@@ -93,12 +93,6 @@ def load_head(head: str, vllm_config: Any) -> HeadCheckpoint:
         )
     except HeadError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.retrieval_head: {error}") from None
-    if checkpoint.spec.layer_groups > 1:
-        raise ConfigError(
-            f"additional_config.{CONFIG_KEY}.retrieval_head: {head} has queries for "
-            f"{checkpoint.spec.layer_groups} groups of layers, and an engine makes one selection "
-            "for all; use a head that was trained with --groups 1."
-        )
     return checkpoint
 
 

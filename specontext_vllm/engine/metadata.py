@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows
 from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.engine.drafts import num_drafts
+from specontext_vllm.engine.names import LAYER_GROUPS_KEY
 from specontext_vllm.residency.table_rows import table_rows
 from specontext_vllm.step_data import PageTable, RowQueries
 
@@ -30,7 +31,8 @@ class SpeContextMetadata:
         num_decodes: leading rows that decode; they read ``table``.
         decode_tokens: their query tokens.
         queries: which of these are whose; None: one a row.
-        table: the page table, filled before the first layer.
+        table: the page table, filled before the first layer; where the head has queries for groups
+            of layers, the tables of all of them.
         prefill: the prompt rows after them, or None.
         num_tokens: query tokens of the step (with a FULL graph: padding included).
         common: vLLM's own description of the step, for retrievers that select per layer and the
@@ -82,7 +84,11 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         max_model_len = vllm_config.model_config.max_model_len
         width = config.allocated_table_pages(max_model_len, device.type, num_drafts(vllm_config))
         self.table = PageTable.allocate(
-            max_table_rows(vllm_config), kv_cache_spec.num_kv_heads, width, device
+            max_table_rows(vllm_config),
+            kv_cache_spec.num_kv_heads,
+            width,
+            device,
+            groups=vllm_config.additional_config.get(LAYER_GROUPS_KEY, 1),
         )
         layers = [
             vllm_config.compilation_config.static_forward_context[name] for name in layer_names

@@ -16,6 +16,9 @@ SCHEDULERS = {
 
 AUX_LAYERS_KEY = "specontext_aux_layers"
 """In ``additional_config``: target layers whose inputs the head reads."""
+LAYER_GROUPS_KEY = "specontext_layer_groups"
+"""In ``additional_config``: groups of layers for which the head has queries, if there are several.
+"""
 ENGINES_KEY = "specontext_engines_per_machine"
 """In ``additional_config``: data-parallel engines that share this machine's memory."""
 METRICS_FOLDER = "specontext_metrics_folder"

@@ -10,14 +10,21 @@ from typing import Any
 from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
-from specontext_vllm.engine.names import AUX_LAYERS_KEY, ENGINES_KEY, METRICS_FOLDER
+from specontext_vllm.engine.names import (
+    AUX_LAYERS_KEY,
+    ENGINES_KEY,
+    LAYER_GROUPS_KEY,
+    METRICS_FOLDER,
+)
 from specontext_vllm.engine.refusals import (
     refuse_captured_writes,
+    refuse_groups,
     refuse_impossible_pool,
     refuse_platform,
     refuse_sidecar,
     refuse_unsupported,
 )
+from specontext_vllm.model_config import num_full_layers
 from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import HeadSpec, aux_layers_of
 from specontext_vllm.retrieval.shard import shard_spec
@@ -91,6 +98,10 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         additional[CONFIG_KEY] = {**additional.get(CONFIG_KEY, {}), "retrieval_head": head}
         additional[CONFIG_KEY].pop("retrieval_head_revision", None)  # the folder is that revision's
         additional[AUX_LAYERS_KEY] = list(aux_layers)
+        if checkpoint.spec.layer_groups > 1:
+            layers = num_full_layers(model.hf_text_config)
+            refuse_groups(config, checkpoint.spec.layer_groups, layers)
+            additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional
     return spec
 

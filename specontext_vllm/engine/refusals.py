@@ -206,6 +206,28 @@ def refuse_sidecar(parallel: Any) -> None:
         )
 
 
+def refuse_groups(config: SpeContextConfig, groups: int, num_layers: int) -> None:
+    """Raise a ConfigError where a head cannot select for several groups of ``num_layers`` layers of
+    full attention.
+    """
+    if groups > num_layers:
+        raise ConfigError(
+            f"additional_config.{CONFIG_KEY}.retrieval_head: it has queries for {groups} groups of "
+            f"layers, but only {num_layers} layers of this model attend to the whole context; use "
+            "a head that was trained with --groups 1."
+        )
+    for setting, found in (
+        ("host_kv_gib", config.host_kv_gib or None),
+        ("sidecar", None if config.sidecar == "inline" else config.sidecar),
+    ):
+        if found is not None:
+            raise ConfigError(
+                f"additional_config.{CONFIG_KEY}.{setting}: found {found}, which works with one "
+                f"selection for all layers, but the head has queries for {groups} groups of them; "
+                "leave it out, or use a head that was trained with --groups 1."
+            )
+
+
 def refuse_impossible_pool(config: SpeContextConfig, parallel: Any, *, free: bool) -> None:
     """Raise a ConfigError, before anything is loaded, for a host pool that this machine cannot
     hold; workers ask again.

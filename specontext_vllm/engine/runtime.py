@@ -32,6 +32,7 @@ from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.checkpoint import layer_groups
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.step_data import PageTable, Selection
 
@@ -185,7 +186,7 @@ class Runtime:
         num_pages = self.kv_group.num_pages(num_blocks)
         self._fit_length(builder.table)
         self.retriever.allocate_cache(num_pages)
-        self._bind_layers(num_pages)
+        self._bind_layers(num_pages, builder.table)
         self._make_step(builder)
         self.settings = LiveSettings(
             self.config,
@@ -217,7 +218,7 @@ class Runtime:
             logger.warning(sentence)
         self.retriever.shrink(fitted, table.max_pages)
 
-    def _bind_layers(self, num_pages: int) -> None:
+    def _bind_layers(self, num_pages: int, table: PageTable) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [layers[name].impl for name in self.layer_names]
         if self.selector is not None:
@@ -225,6 +226,12 @@ class Runtime:
             self.selector.allocate(len(self._layers), num_pages, dtype)
         for index, layer in enumerate(self._layers):
             layer.tiers, layer.selector, layer.layer = self.tiers, self.selector, index
+        if table.groups > 1:
+            # vLLM counts a model's other layers too; the head was trained for those that are ours.
+            groups = layer_groups(len(self._layers), table.groups)
+            tables = [table.of_group(group) for group in range(table.groups)]
+            for layer, group in zip(self._layers, groups, strict=True):
+                layer.group_table = tables[group]
 
     def _install_selector(self, config: SpeContextConfig) -> LayerSelector:
         self.selector = make_selector(self.vllm_config, config, self.shape, self.device)

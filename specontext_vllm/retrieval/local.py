@@ -67,8 +67,10 @@ class LocalRetriever:
         self.max_model_len, self.max_pages = max_model_len, pages_for(max_model_len)
         self.table_pages = table_pages
         queries = num_kv_heads if head is None else head.spec.num_heads
-        capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries))
-        self.scores = PageScores.allocate(queries, num_kv_heads, capacity, device)
+        # As many rows at once whatever the groups: a graph holds no second part.
+        groups = 1 if head is None else head.spec.layer_groups
+        capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries // groups))
+        self.scores = PageScores.allocate(queries, num_kv_heads * groups, capacity, device)
         self._take_settings(config)
         self.counters = Counters(device)
         self._embeds: Tensor | None = None

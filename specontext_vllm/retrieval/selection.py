@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ def select_rows(
         stickiness: pages that need no fetch score more by a margin.
     """
     num_kv_heads = selection.num_kv_heads
+    assert stickiness is None or selection.groups == 1
     if selection.pages.is_cuda:
         from specontext_vllm.triton_kernels.select_pages import select_pages
 
@@ -76,6 +77,7 @@ def select_rows(
                 *buffers,
                 page_size=PAGE_SIZE,
                 num_kv_heads=num_kv_heads,
+                groups=selection.groups,
                 first_row=rows.start,
                 num_rows=len(rows),
                 max_pages=block_table.shape[1],
@@ -89,6 +91,18 @@ def select_rows(
         launch(budget.total, None)
         if fallback is not None:
             launch(fallback.pages, fallback.threshold)
+        return
+    if selection.groups > 1:
+        arguments = scores, seq_lens, starts, block_table, selection
+        _select_by_group(*arguments, budget, rows)
+        if fallback is not None:
+            wider = replace(budget, total=fallback.pages)
+            mass = selection.kept_mass.clone()
+            for place, row in enumerate(rows):
+                if mass[row].mean() < fallback.threshold:
+                    own = scores, seq_lens, starts[place:], block_table, selection
+                    _select_by_group(*own, wider, range(row, row + 1))
+            selection.kept_mass.copy_(mass)
         return
     if cpu_kernels.available():
         torch.ops.specontext_cpu.select_pages(
@@ -132,12 +146,42 @@ def select_rows(
         selection.kept_mass[row] = mass
 
 
+def _select_by_group(
+    scores: PageScores,
+    seq_lens: Tensor,
+    starts: Tensor,
+    block_table: Tensor,
+    selection: Selection,
+    budget: Budget,
+    rows: range,
+) -> None:
+    """``select_rows`` for one group of layers after the other, on a CPU."""
+    groups, heads = selection.groups, selection.num_kv_heads
+    each = [part.unflatten(0, (heads, groups, -1)) for part in (scores.page_max, scores.page_lse)]
+    tables = zip(selection.pages.chunk(groups), selection.lengths.chunk(groups), strict=True)
+    for group, (pages, lengths) in enumerate(tables):
+        page_max, page_lse = (part[:, group].flatten(0, 1) for part in each)
+        mass = selection.kept_mass[:, group::groups].contiguous()
+        own = replace(scores, page_max=page_max, page_lse=page_lse)
+        select_rows(
+            own,
+            seq_lens,
+            starts,
+            block_table,
+            Selection(pages, lengths, mass),
+            budget,
+            rows=rows,
+        )
+        selection.kept_mass[:, group::groups] = mass
+
+
 def fill_lengths(seq_lens: Tensor, selection: Selection, budget: Budget) -> None:
     """Fill the selection's lengths, which depend on the contexts alone: ``seq_lens [B]`` int32."""
     heads = selection.num_kv_heads
     beyond = (budget.total - 1) * PAGE_SIZE + (seq_lens - 1) % PAGE_SIZE + 1
     kept = torch.where(seq_lens <= budget.total * PAGE_SIZE, seq_lens, beyond)
-    selection.lengths[: len(seq_lens) * heads].view(-1, heads).copy_(kept[:, None])
+    by_row = selection.lengths.view(selection.groups, -1, heads)
+    by_row[:, : len(seq_lens)].copy_(kept[:, None])
 
 
 def add_drafts(selection: Selection, batch: StepBatch) -> None:
@@ -150,17 +194,18 @@ def add_drafts(selection: Selection, batch: StepBatch) -> None:
     drafts = drafts_of(batch.query_starts[: rows + 1])
     seq_lens = batch.seq_lens[:rows]
     newest = (seq_lens - drafts - 1) // PAGE_SIZE
-    lengths = selection.lengths[: rows * heads].view(rows, heads)
-    pages = selection.pages[: rows * heads].view(rows, heads, -1)
+    # [G, rows, H], [G, rows, H, K]
+    lengths = selection.lengths.view(selection.groups, -1, heads)[:, :rows]
+    pages = selection.pages.unflatten(0, (selection.groups, -1, heads))[:, :rows]
     last_column = (lengths + PAGE_SIZE - 1) // PAGE_SIZE - 1
     head = torch.arange(heads, dtype=torch.int32, device=pages.device)
     for ahead in range(1, pages_for(batch.max_queries - 1) + 1):
         page = newest + ahead
         begun = page * PAGE_SIZE < seq_lens
         ids = page_ids[:rows].gather(1, page.clamp(0, page_ids.shape[1] - 1).long()[:, None])
-        column = (last_column + ahead).clamp(0, pages.shape[2] - 1).long()[..., None]
-        ids = torch.where(begun[:, None], ids * heads + head, pages.gather(2, column)[..., 0])
-        pages.scatter_(2, column, ids[..., None])
+        column = (last_column + ahead).clamp(0, pages.shape[3] - 1).long()[..., None]
+        ids = torch.where(begun[:, None], ids * heads + head, pages.gather(3, column)[..., 0])
+        pages.scatter_(3, column, ids[..., None])
     lengths += drafts[:, None]
 
 

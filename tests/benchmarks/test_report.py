@@ -300,12 +300,13 @@ def test_a_child_over_its_time_is_stopped(tmp_path):
         list(run_child(sleeper, log=tmp_path / "log", seconds=8))
 
 
-def test_a_distilled_heads_bytes_are_those_of_its_file(tmp_path):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_distilled_heads_bytes_are_those_of_its_file(tmp_path, groups):
     shape = Shape.named("demo")
-    folder = shape.write_head(tmp_path / "head")
+    folder = shape.write_head(tmp_path / "head", groups)
     stored = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
-    assert shape.head_weight_bytes("specontext") == 2 * stored
-    more = shape.sparse_step_bytes(1, 1024, 512, "specontext") - shape.sparse_step_bytes(
-        1, 1024, 512
-    )
-    assert more == shape.head_weight_bytes("specontext") - shape.head_weight_bytes()
+    weights = shape.head_weight_bytes("specontext", groups)
+    assert weights == 2 * stored
+    step = shape.sparse_step_bytes(1, 1024, 512, "specontext", groups=groups)
+    more = step - shape.sparse_step_bytes(1, 1024, 512)
+    assert more == weights - shape.head_weight_bytes()

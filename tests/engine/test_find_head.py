@@ -9,7 +9,7 @@ from specontext_vllm.distillation.head_model import HeadModel
 from specontext_vllm.distillation.head_shape import HeadShape
 from specontext_vllm.distillation.teacher import read_config
 from specontext_vllm.engine.find_head import find_head
-from specontext_vllm.engine.names import AUX_LAYERS_KEY
+from specontext_vllm.engine.names import AUX_LAYERS_KEY, LAYER_GROUPS_KEY
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from tests.engine.configs import vllm_config
 from tests.engine.conftest import DEMO_MODEL
@@ -51,12 +51,26 @@ def test_heads_that_workers_cannot_divide_are_refused():
         prepare_vllm_config(vllm_config(parallel={"tensor_parallel_size": 3}))
 
 
-def test_a_head_with_queries_for_groups_of_layers_is_refused(tmp_path):
+def test_a_head_with_queries_for_groups_of_layers_needs_one_tier_here(tmp_path):
     config = read_config(DEMO_MODEL)
     shape = HeadShape.for_target(config, max_position=config.max_position_embeddings, groups=3)
     HeadModel(shape).save(tmp_path)
-    with pytest.raises(ConfigError, match="has queries for 3 groups of layers"):
-        prepare_vllm_config(vllm_config({"specontext": {"retrieval_head": str(tmp_path)}}))
+
+    def prepared(layer_types=None, **settings):
+        given = {"retrieval_head": str(tmp_path), **settings}
+        served = vllm_config({"specontext": given})
+        text = served.model_config.hf_text_config
+        text.layer_types, text.sliding_window = layer_types, layer_types and 64
+        prepare_vllm_config(served)
+        return served.additional_config
+
+    assert prepared()[LAYER_GROUPS_KEY] == 3
+    two = ["full_attention", "sliding_attention"] * 2 + ["sliding_attention"] * 2
+    with pytest.raises(ConfigError, match="3 groups of layers, but only 2 layers of this model"):
+        prepared(two)
+    for setting, value in (("host_kv_gib", 0.1), ("sidecar", "ray")):
+        with pytest.raises(ConfigError, match=f"{setting}: found {value}.* queries for 3 groups"):
+            prepared(**{setting: value})
 
 
 @pytest.mark.parametrize("retriever", ["recent", "quest"])

@@ -209,20 +209,22 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 keyless=keyless,
             )
     sticky = Stickiness(lanes, cells(rows, h, WIDTH), 0.5)
-    for stickiness in (None, sticky)[0 if choices else 1 :]:
+    # The last is of a head with queries for groups of layers, one query each.
+    for stickiness, groups in ((None, 1), (sticky, 1), (None, g))[0 if choices else 1 :]:
         for threshold in (None, 0.5)[0 if choices else 1 :]:
             select_pages(
                 page_max,
                 page_lse,
-                cells(h, 64),
+                cells(groups * h, 64),
                 seq_lens,
                 starts,
                 block_table,
-                pages,
-                lengths,
-                torch.zeros(rows, h),
+                cells(groups * rows * h, kept),
+                cells(groups * rows * h),
+                torch.zeros(rows, groups * h),
                 page_size=PAGE,
                 num_kv_heads=h,
+                groups=groups,
                 first_row=0,
                 num_rows=rows,
                 max_pages=WIDTH,

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.scoring import row_starts
-from specontext_vllm.retrieval.selection import Fallback, select_row, select_rows
-from specontext_vllm.step_data import PageScores, Selection, Stickiness
+from specontext_vllm.retrieval.selection import Fallback, add_drafts, select_row, select_rows
+from specontext_vllm.step_data import PageScores, PageTable, Selection, StepBatch, Stickiness
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float
 
@@ -97,6 +98,121 @@ def test_kernel_matches_reference(lengths, queries, heads, budget, ties, device)
             assert (pages[row * heads + head, n:] == -7).all(), "wrote beyond the selection"
             assert out[row * heads + head] == tokens - (count - n) * PAGE_SIZE
         torch.testing.assert_close(mass[row], reference_mass, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["kernel", "cpu", "torch"])
+@pytest.mark.parametrize("threshold", [None, 0.8])
+def test_groups_of_layers_select_for_themselves(path, threshold, device, monkeypatch):
+    """As if each group's queries were all there are; a fallback is one for all groups."""
+    if path != "kernel" and device.type != "cpu":
+        pytest.skip("selects in the kernel on a GPU")
+    if path == "cpu" and not cpu_kernels.available():
+        pytest.skip("no C++ kernels here")
+    if path == "torch":
+        monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    lengths, heads, groups, each = [5, 333, 0, 1000, 700], 2, 3, 2
+    budget, wide = Budget(8, 1, 2), 30
+    counts = [pages_for(n) for n in lengths]
+    scores = random_scores(heads * groups * each, heads * groups, counts, device, seed=8)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    names = torch.stack([torch.randperm(80) for _ in lengths]).int().to(device)
+    starts = row_starts(seq_lens, range(len(lengths)))
+    page_max, page_lse = scores.page_max.clone(), scores.page_lse.clone()
+
+    table = PageTable.allocate(len(lengths), heads, wide + 1, device, groups)
+    table.pages.fill_(-7)
+    found = Selection.into(table)
+    fallback = None if threshold is None else Fallback(threshold, wide)
+    if path == "kernel":
+        arguments = scores.page_max, scores.page_lse, scores.order, seq_lens, starts, names
+        for pages, under in [(budget.total, None)] + ([(wide, threshold)] if threshold else []):
+            select_pages(
+                *arguments,
+                found.pages,
+                found.lengths,
+                found.kept_mass,
+                page_size=PAGE_SIZE,
+                num_kv_heads=heads,
+                groups=groups,
+                first_row=0,
+                num_rows=len(lengths),
+                max_pages=max(counts),
+                budget_pages=pages,
+                sink_pages=budget.sinks,
+                recent_pages=budget.recents,
+                fallback_threshold=under,
+            )
+    else:
+        rows = range(len(lengths))
+        select_rows(scores, seq_lens, starts, names, found, budget, rows=rows, fallback=fallback)
+
+    fell_back = []
+    for row, (tokens, count) in enumerate(zip(lengths, counts, strict=True)):
+        span = slice(int(starts[row]), int(starts[row]) + count)
+        own = [
+            part[:, span].cpu().view(heads, groups, each, count) for part in (page_max, page_lse)
+        ]
+
+        def select(group, total, own=own, count=count):
+            parts = (part[:, group].flatten(0, 1) for part in own)
+            return select_row(*parts, count, heads, replace(budget, total=total))
+
+        mass = torch.stack([select(group, budget.total)[1] for group in range(groups)], 1)
+        torch.testing.assert_close(
+            found.kept_mass[row].cpu(), mass.flatten() if count else mass.flatten() * 0 + 1
+        )
+        falls = threshold is not None and bool(mass.mean() < threshold)
+        fell_back.append(falls)
+        for group in range(groups):
+            kept, _ = select(group, wide if falls else budget.total)
+            part = table.of_group(group)
+            for head in range(heads):
+                sequence = row * heads + head
+                wanted = names[row].cpu()[kept[head]] * heads + head
+                assert torch.equal(part.pages[sequence, : len(wanted)].cpu(), wanted.int())
+                assert (part.pages[sequence, len(wanted) :] == -7).all()
+                assert part.lengths[sequence] == tokens - (count - len(wanted)) * PAGE_SIZE
+    if threshold is not None:
+        assert any(fell_back) and not all(fell_back)
+
+
+def test_drafts_join_the_lists_of_each_group(device):
+    """As if each group's lists were all there are."""
+    rows, heads, groups, starts, lengths = 3, 2, 2, [0, 4, 5, 9], [1000, 300, 97]
+    batch = StepBatch(
+        token_ids=torch.zeros(9, dtype=torch.int64, device=device),
+        positions=torch.zeros(9, dtype=torch.int64, device=device),
+        slots=torch.zeros(9, dtype=torch.int64, device=device),
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table=torch.stack([torch.randperm(80) for _ in range(rows)]).int().to(device),
+        seq_lens_bound=lengths,
+        num_decodes=rows,
+        table_rows=rows,
+        num_tokens=9,
+        max_queries=4,
+    )
+    table = PageTable.allocate(rows + 2, heads, 12, device, groups)
+    table.pages.random_(1000)
+    drafts = torch.tensor([3, 0, 3])
+    before = torch.tensor(lengths) - drafts
+    for group in range(groups):
+        part = table.of_group(group).lengths.view(-1, heads)[:rows]
+        # Eight pages, of which the last ends where the context does.
+        part.copy_((7 * PAGE_SIZE + (before - 1) % PAGE_SIZE + 1)[:, None])
+    alone = []
+    for group in range(groups):
+        own = table.of_group(group)
+        copy = PageTable(own.pages.clone(), own.lengths.clone(), heads)
+        add_drafts(Selection.into(copy), batch)
+        alone.append(copy)
+    untouched = table.pages.clone()
+    add_drafts(Selection.into(table), batch)
+    for group, copy in enumerate(alone):
+        assert torch.equal(table.of_group(group).pages, copy.pages)
+        assert torch.equal(table.of_group(group).lengths, copy.lengths)
+    # The third row's drafts begin a page, in each group.
+    assert (table.pages != untouched).sum() == heads * groups
 
 
 @pytest.mark.parametrize("sums", ["unrelated", "all the same", "-inf where the maximum is"])
