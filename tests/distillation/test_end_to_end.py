@@ -138,7 +138,8 @@ def test_vllms_own_speculative_decoding_accepts_what_training_says(tmp_path, ask
     nothing than a test may.
     """
     init = DEMO_MODEL / "retrieval_head"
-    head = distill(tmp_path / "head", "--format", "eagle3", "--init", init, "--steps", 2)
+    options = ("--steps", 2, "--learning-rate", 1e-5)
+    head = distill(tmp_path / "head", "--format", "eagle3", "--init", init, *options)
     prompts, replies = asked
     rounds, expected = drafts_accepted(head, prompts, replies)
     method = {"method": "eagle3", "model": str(head), "num_speculative_tokens": DRAFTS}
@@ -149,4 +150,5 @@ def test_vllms_own_speculative_decoding_accepts_what_training_says(tmp_path, ask
     name = "vllm:spec_decode_num"
     assert counts[f"{name}_drafts"].value == rounds
     assert counts[f"{name}_accepted_tokens_per_pos"].values == expected
-    assert expected[0] > 0.5 * rounds > 0
+    # Of a head trained one step ahead 26, 1 and 0 of 26 were.
+    assert expected[0] > 0.5 * rounds > 0 and expected[1] > 0.2 * rounds and expected[2] > 0
