@@ -63,7 +63,9 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
     Implements: vllm.v1.attention.backend.AttentionMetadataBuilder
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -99,6 +101,13 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         for layer in layers:
             layer.impl.provider = self.provider
         self.is_dense = not any(layer.impl.is_selected_for for layer in layers)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decode rows of one token, or of as many drafts each."""
+        if num_drafts(vllm_config):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return cls._cudagraph_support
 
     def build(
         self,
