@@ -75,12 +75,12 @@ tests() {
     test_files gpu-tests 400 tests/attention tests/kernels tests/residency tests/retrieval \
         tests/engine/test_exactness.py tests/engine/test_tiers.py tests/engine/test_recall.py
 }
-step_kernels() { test_files kernels 240 tests/kernels; }
+kernels() { test_files kernels 240 tests/kernels; }
 providers() { test_files providers 240 tests/attention tests/distillation/test_page_loss.py tests/retrieval/test_graphs.py; }
 exactness() { test_files exactness 240 tests/engine/test_exactness.py; }
 drafts() { test_files drafts 240 tests/engine/test_drafts.py tests/engine/test_drafts_v2.py; }
 layer_kinds() { test_files layer-kinds 240 tests/engine/test_layer_kinds_gpu.py tests/engine/test_layer_groups.py; }
-graphs() { test_files step-graphs 200 tests/retrieval/test_graphs.py tests/retrieval/test_counters.py tests/kernels/test_row_starts.py tests/kernels/test_kept_mass.py tests/kernels/test_head_input.py tests/residency; }
+step_graphs() { test_files step-graphs 200 tests/retrieval/test_graphs.py tests/retrieval/test_counters.py tests/kernels/test_row_starts.py tests/kernels/test_kept_mass.py tests/kernels/test_head_input.py tests/residency; }
 graphs() { test_files gpu-graphs 500 tests/engine/test_quest_graphs.py tests/engine/test_compile_cache.py; }
 service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
 pressure() { test_files pressure 250 tests/engine/test_pressure.py; }

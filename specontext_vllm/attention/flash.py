@@ -89,7 +89,8 @@ class FlashAttentionProvider(TritonProvider):
             softmax_scale=self.scale,
             softcap=self.soft_cap,
             fa_version=self.version,
-            s_aux=sinks,
+            # It takes them in no other dtype.
+            s_aux=None if sinks is None else sinks.to(torch.bfloat16),
         )
 
     def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
