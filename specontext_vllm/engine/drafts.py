@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
+from specontext_vllm.model_config import has_windowed_layers
 
 DRAFTERS = ("eagle3", "ngram", "draft_model")
 """Methods of --speculative-config that are served."""
@@ -44,6 +45,13 @@ def refuse_drafts(vllm_config: Any, config: SpeContextConfig) -> None:
     if model.is_hybrid:
         raise ConfigError(
             f"{found} with {model.model}, some of whose layers keep a state instead of KV, which "
+            "--attention-backend specontext does not support: leave the drafts out."
+        )
+    if has_windowed_layers(model.hf_text_config):
+        # vLLM cuts a step's rows as the backend wants that takes the fewest tokens a decode row,
+        # so drafted rows could be taken for prompts, which are dense.
+        raise ConfigError(
+            f"{found} with {model.model}, some of whose layers have a sliding window, which "
             "--attention-backend specontext does not support: leave the drafts out."
         )
     if config.rule.per_layer:

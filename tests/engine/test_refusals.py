@@ -79,6 +79,19 @@ def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sent
             {"speculative_config": drafts(), "model": {"is_hybrid": True}},
             "keep a state instead of KV",
         ),
+        (
+            {
+                "speculative_config": drafts(),
+                "model": {
+                    "hf_text_config": SimpleNamespace(
+                        num_hidden_layers=2,
+                        sliding_window=128,
+                        layer_types=["sliding_attention", "full_attention"],
+                    )
+                },
+            },
+            "have a sliding window",
+        ),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),
