@@ -53,7 +53,9 @@ def random_selection(generator: torch.Generator, lanes: Any, seq_lens: list[int]
 
 def to_device(data: Any, device: torch.device) -> Any:
     """A dataclass of tensors, on a device."""
-    return type(data)(*(t if t is None else t.to(device) for t in vars(data).values()))
+    return type(data)(
+        *(t.to(device) if isinstance(t, torch.Tensor) else t for t in vars(data).values())
+    )
 
 
 def listed(misses: Misses) -> list[tuple[int, int]]:

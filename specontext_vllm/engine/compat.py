@@ -145,7 +145,8 @@ def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[N
     from vllm.v1.worker.gpu import attn_utils
 
     original = attn_utils.allocate_kv_cache
-    modules = (gpu_model_runner, attn_utils)
+    # Each gets back what it had: a test may have replaced one of them.
+    had = {module: module.allocate_kv_cache for module in (gpu_model_runner, attn_utils)}
 
     def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         others = [
@@ -156,13 +157,13 @@ def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[N
         rest = original(replace(kv_cache_config, kv_cache_tensors=others), *args, **kwargs)
         return rest | dict.fromkeys(layer_names, cache)
 
-    for module in modules:
+    for module in had:
         module.allocate_kv_cache = allocate
     try:
         yield
     finally:
-        for module in modules:
-            module.allocate_kv_cache = original
+        for module, function in had.items():
+            module.allocate_kv_cache = function
 
 
 def _mark_as_ours(function: Any) -> None:

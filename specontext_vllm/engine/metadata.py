@@ -107,7 +107,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         """Decode rows of one token, or of as many drafts each."""
         if num_drafts(vllm_config):
             return AttentionCGSupport.UNIFORM_BATCH
-        return cls._cudagraph_support
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self,

@@ -78,7 +78,8 @@ def test_a_copy_goes_on_with_its_passage(writer):
     assert prompt.tokens[len(body) : -len(shown)] == again
     passage = [*shown, *copied]
     places = [at for at in range(len(body)) if body[at : at + len(passage)] == passage]
-    assert places and 200 <= places[0] < len(body) - 256 - len(passage)
+    # The words are few, so the passage may stand elsewhere, too.
+    assert any(200 <= at < len(body) - 256 - len(passage) for at in places)
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)
