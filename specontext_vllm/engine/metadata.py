@@ -6,7 +6,7 @@ vLLM: the interface of a metadata builder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import (
@@ -62,10 +62,6 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
 
     Implements: vllm.v1.attention.backend.AttentionMetadataBuilder
     """
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device

@@ -30,6 +30,22 @@ WIDTHS = {
     "pad_token_id": 0,
 }
 SHAPE = {**WIDTHS, "head_dim": 32}
+GPT_OSS = {
+    "intermediate_size": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 512,
+    },
+    "attn_implementation": "eager",
+}
+"""What a small gpt-oss has besides its widths and layers."""
 
 
 def layers(*types: str) -> dict[str, Any]:
@@ -61,19 +77,7 @@ def gpt_oss() -> Any:
     from transformers import GptOssConfig
 
     return GptOssConfig(
-        **{**SHAPE, "intermediate_size": 64},
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 2.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 512,
-        },
-        attn_implementation="eager",
+        **{**SHAPE, **GPT_OSS},
         **layers(SLIDING, FULL, SLIDING, FULL),
     )
 

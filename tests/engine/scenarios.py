@@ -7,6 +7,18 @@ import torch
 MAX_TOKENS = 16
 """A page: each answer goes on in another."""
 END_TOKEN = 2  # <|end|> of the demo model
+SCENARIOS = (
+    "plain",
+    "ragged",
+    "prefix hit",
+    "next turn",
+    "next turn, cold",
+    "chunk of one",
+    "chunk of one behind a hit",
+    "twins",
+    "neighbour aborted",
+)
+"""Of what ``scenarios`` returns, the tokens."""
 
 
 def sampling(**changes):

@@ -14,7 +14,7 @@ from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from tests.distillation.tiny_models import FAMILIES, make_config, make_model
 from tests.engine.conftest import engine
-from tests.engine.families import inspecting_here
+from tests.engine.families import GPT_OSS, inspecting_here
 
 SHAPE = {
     "hidden_size": 128,
@@ -53,23 +53,11 @@ def make_gpt_oss() -> object:
     from transformers import GptOssConfig
 
     return GptOssConfig(
-        **{**SHAPE, "intermediate_size": 64},
+        **{**SHAPE, **GPT_OSS},
         vocab_size=97,
         num_hidden_layers=5,
-        num_local_experts=4,
-        num_experts_per_tok=2,
         sliding_window=48,
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 2.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 512,
-        },
-        attn_implementation="eager",
     )
 
 

@@ -12,7 +12,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.poison import poison_stale, poison_unread
-from tests.engine.scenarios import ids, sampling, scenarios
+from tests.engine.scenarios import SCENARIOS, ids, sampling, scenarios
 from tests.engine.shared_runs import SETTINGS, SHAPE, SMALL, WHOLE
 
 HEAD = str(DEMO_MODEL / "retrieval_head")
@@ -119,20 +119,7 @@ def drafted(request, prompts) -> dict[str, Any]:
         return out
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "plain",
-        "ragged",
-        "prefix hit",
-        "next turn",
-        "next turn, cold",
-        "chunk of one",
-        "chunk of one behind a hit",
-        "twins",
-        "neighbour aborted",
-    ],
-)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_tokens_equal_stock_without_drafts(stock, drafted, scenario):
     assert drafted[scenario] == stock[scenario]
 

@@ -9,25 +9,12 @@ import torch
 
 from specontext_vllm.retrieval.checkpoint import read_checkpoint
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.scenarios import OTHER_WAYS, by_another_way, ids, sampling
+from tests.engine.scenarios import OTHER_WAYS, SCENARIOS, by_another_way, ids, sampling
 from tests.paging import assert_close
 from tests.retrieval.test_own_head import naive_head
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "plain",
-        "ragged",
-        "prefix hit",
-        "next turn",
-        "next turn, cold",
-        "chunk of one",
-        "chunk of one behind a hit",
-        "twins",
-        "neighbour aborted",
-    ],
-)
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_tokens_equal_stock(stock, both_budgets, scenario):
     assert both_budgets[scenario] == stock[scenario]
 

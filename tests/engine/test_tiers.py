@@ -14,7 +14,7 @@ from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
 from tests.engine.overflow import beside_an_overflow, check
-from tests.engine.scenarios import OTHER_WAYS, by_another_way, ids, sampling, scenarios
+from tests.engine.scenarios import OTHER_WAYS, SCENARIOS, by_another_way, ids, sampling, scenarios
 from tests.engine.shared_runs import PAGES, SHAPE, without_kernels
 from tests.poison import poisoned_tiers, times_poisoned
 
@@ -153,21 +153,7 @@ def test_tokens_survive_hot_buffers_that_change_their_size_and_layers_that_come_
     assert resizing[scenario] == one_tier[scenario]
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "plain",
-        "ragged",
-        "prefix hit",
-        "next turn",
-        "next turn, cold",
-        "chunk of one",
-        "chunk of one behind a hit",
-        "twins",
-        "neighbour aborted",
-        "after pressure",
-    ],
-)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "after pressure"])
 def test_tokens_are_those_of_one_tier(one_tier, two_tiers, scenario):
     assert two_tiers[scenario] == one_tier[scenario]
 
