@@ -182,6 +182,18 @@ smollm2_head() {
     cp "$head-whole/training/curve.jsonl" "$head-whole/training/run.json" "$head/"
     tar czf "$OUT/smollm2-${NAME:-head}.tar.gz" -C "$head" .
 }
+# Several heads at once, which share the teacher: VARIANTS of `heads`. Each comes home pruned.
+smollm2_heads() {
+    local work=$SMOLLM2/heads-$LABEL train=$SMOLLM2/texts/train name
+    bench "heads-$LABEL" 580 heads --model $SMOLLM2/model --data $train/train.jsonl --data $train/chats.jsonl --data $train/repeats.jsonl \
+        --test-data $SMOLLM2/texts/test --work "$work" --context 8192 --batch-tokens 49152 --loaders 8 --label "$LABEL" \
+        --contexts 4096 --prompts 24 --forced 64 --points 2 --variants "$VARIANTS" --minutes "$MINUTES"
+    for name in "$work"/*/; do
+        name=$(basename "$name")
+        if [ -e "$work/$name/model.safetensors" ]; then python3 -m specontext_vllm.cli prune "$work/$name" "$SMOLLM2/$name-$LABEL" --int8; fi
+    done
+    tar czf "$OUT/smollm2-heads-$LABEL.tar.gz" -C $SMOLLM2 $(cd $SMOLLM2 && ls -d -- *-"$LABEL" | grep -v "^heads-")
+}
 # $1: name of the cells; then options. Three of these go side by side.
 smollm2_real() {
     bench "real-$1" 500 real --model $SMOLLM2/model --texts $SMOLLM2/texts/test --leaks $SMOLLM2/texts/train --head own="$SMOLLM2/${NAME:-head}" \
