@@ -21,7 +21,8 @@ class DecodeRows:
 
     Attributes:
         lanes: ``[>= B]`` int32; -1 for padding rows.
-        seq_lens: ``[>= B]`` int32 context lengths, the new token included.
+        seq_lens: ``[>= B]`` int32 context lengths up to the row's first new token: the places after
+            it are for drafts.
         block_table: ``[>= B, W]`` int32 logical pages.
     """
 
@@ -100,7 +101,7 @@ class LayerMemory:
 
     Attributes:
         layer: its index.
-        table: its page table. The new token of a decode row is the last of the row's last page.
+        table: its page table. The new tokens of a decode row are the last ones of the row's list.
         frames: ``[T]`` int32 frames of its pages, for prompt tokens while it is resident. While it
             is offloaded they go to the mirror alone.
         resident: ``[1]`` int32 number of resident layers.

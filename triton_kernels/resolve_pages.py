@@ -87,9 +87,8 @@ def _resolve_pages_kernel(
         tl.store(p_stamp + buffer + b_new, step, mask=m_miss)
         tl.store(p_of + b_page, b_new, mask=m_miss)
         tl.store(p_slots + i_seq * s_selection + o_k, tl.where(m_miss, b_new, b_slot), mask=m_k)
-        # The page that this step begins holds nothing to fetch yet.
-        begun = tl.where((seq_len - 1) % P == 0, (seq_len - 1) // P, -1)
-        m_fetch = m_miss & (b_page != begun)
+        # The pages that this step begins hold nothing to fetch yet.
+        m_fetch = m_miss & (b_page * P < seq_len - 1)
         b_fetch = m_fetch.to(tl.int32)
         missed = tl.sum(b_fetch)
         base = tl.atomic_add(p_count, missed)

@@ -4,24 +4,27 @@ import torch
 import triton
 import triton.language as tl
 
+from specontext_vllm.step_data import RowQueries
 from specontext_vllm.tier_data import LayerMemory
 
 
 @triton.jit(
-    do_not_specialize=["num_decodes", "layer"],
-    do_not_specialize_on_alignment=["p_tables", "p_frames"],
+    do_not_specialize=["decode_tokens", "rows", "layer"],
+    do_not_specialize_on_alignment=["p_tables", "p_frames", "p_starts"],
 )
 def _write_tiered_kernel(
     p_key,
     p_value,
     p_slots,
+    p_starts,
     p_tables,
     p_lengths,
     p_frames,
     p_resident,
     p_arena,
     p_host,
-    num_decodes,
+    decode_tokens,
+    rows,
     s_key,
     s_value,
     s_table,
@@ -30,6 +33,7 @@ def _write_tiered_kernel(
     P: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    R_PAD: tl.constexpr,
     MIRRORED: tl.constexpr,
 ):
     i_token = tl.program_id(0).to(tl.int64)
@@ -43,12 +47,20 @@ def _write_tiered_kernel(
         b_v = tl.load(p_value + i_token * s_value + i_head * D + o_d, mask=m_d, other=0.0)
         place = (slot // P * H + i_head) * P + slot % P
         target = tl.full((), -1, tl.int64)
-        if i_token < num_decodes:
-            # The newest page is the last one in the row's page table.
-            i_seq = i_token * H + i_head
-            length = tl.load(p_lengths + i_seq)
-            head_page = tl.load(p_tables + i_seq * s_table + (length - 1) // P).to(tl.int64)
-            target = head_page * P + (length - 1) % P
+        if i_token < decode_tokens:
+            # A row's new tokens are the last ones in its list.
+            i_row, from_end = i_token, tl.full((), 1, tl.int64)
+            if R_PAD:
+                # [R_PAD] ends of the rows' tokens: as many lie at or before the token as there are
+                # rows before its own.
+                o_r = tl.arange(0, R_PAD)
+                b_end = tl.load(p_starts + 1 + o_r, mask=o_r < rows, other=0x7FFFFFFF)
+                i_row = tl.sum((b_end <= i_token).to(tl.int64))
+                from_end = tl.load(p_starts + 1 + i_row) - i_token
+            i_seq = i_row * H + i_head
+            at = tl.load(p_lengths + i_seq) - from_end
+            head_page = tl.load(p_tables + i_seq * s_table + at // P).to(tl.int64)
+            target = head_page * P + at % P
         elif layer < tl.load(p_resident):
             frame = tl.load(p_frames + slot // P).to(tl.int64)
             target = (frame * H + i_head) * P + slot % P
@@ -66,7 +78,8 @@ def write_tiered(
     slots: torch.Tensor,
     memory: LayerMemory,
     *,
-    num_decodes: int,
+    decode_tokens: int,
+    queries: RowQueries | None = None,
 ) -> None:
     """Write one layer's new tokens.
 
@@ -74,21 +87,25 @@ def write_tiered(
         key, value: ``[>= N, H, D]``, the last two axes contiguous.
         slots: ``[N]`` int64 logical slots, ``page * P + offset``; negative ones are padding.
         memory: where the layer writes.
-        num_decodes: leading tokens that belong to decode rows.
+        decode_tokens: leading tokens that belong to decode rows.
+        queries: which of these are whose; None: one a row.
     """
+    rows = 0 if queries is None else queries.starts.shape[0] - 1
     arena, mirror = memory.arena, memory.mirror
     _, heads, page_size, width = arena.shape
     _write_tiered_kernel[(slots.shape[0], heads)](
         key,
         value,
         slots,
+        slots if queries is None else queries.starts,
         memory.table.pages,
         memory.table.lengths,
         memory.frames,
         memory.resident,
         arena,
         arena if mirror is None else mirror,
-        num_decodes,
+        decode_tokens,
+        rows,
         key.stride(0),
         value.stride(0),
         memory.table.pages.stride(0),
@@ -97,6 +114,7 @@ def write_tiered(
         P=page_size,
         D=width // 2,
         D_PAD=triton.next_power_of_2(width // 2),
+        R_PAD=triton.next_power_of_2(rows) if rows else 0,
         MIRRORED=mirror is not None,
         num_warps=1,
     )

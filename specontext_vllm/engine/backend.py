@@ -251,10 +251,16 @@ class SpeContextImpl(AttentionImpl):
         Uses: vllm.model_executor.layers.attention.attention.unified_kv_cache_update
         """
         if self.tiers is not None:
-            metadata = get_forward_context().attn_metadata
-            if metadata is not None:
+            by_layer = get_forward_context().attn_metadata
+            if by_layer is not None:
+                metadata: SpeContextMetadata = by_layer[layer.layer_name]
                 self.tiers.write(
-                    self.layer, key, value, slot_mapping, metadata[layer.layer_name].num_decodes
+                    self.layer,
+                    key,
+                    value,
+                    slot_mapping,
+                    metadata.decode_tokens,
+                    metadata.queries,
                 )
         elif kv_cache.numel():
             self.provider.write(key, value, kv_cache, slot_mapping)

@@ -131,7 +131,8 @@ def hide_our_kernels_folder() -> None:
 
 @contextmanager
 def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[None]:
-    """Within the block, vLLM's KV cache of each of these layers is ``cache``.
+    """Within the block, vLLM's KV cache of each of these layers is ``cache``; layers beside them, a
+    drafter's, get memory of their own.
 
     Uses: vllm.v1.worker.gpu_model_runner.allocate_kv_cache,
         vllm.v1.worker.gpu.attn_utils.allocate_kv_cache
@@ -149,13 +150,15 @@ def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[N
     had = {module: module.allocate_kv_cache for module in (gpu_model_runner, attn_utils)}
 
     def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        others = [
-            tensor
-            for tensor in kv_cache_config.kv_cache_tensors
-            if set(tensor.layers).isdisjoint(layer_names)
-        ]
-        rest = original(replace(kv_cache_config, kv_cache_tensors=others), *args, **kwargs)
-        return rest | dict.fromkeys(layer_names, cache)
+        others, size = [], 0
+        for tensor in kv_cache_config.kv_cache_tensors:
+            if rest := [name for name in tensor.layers if name not in layer_names]:
+                # In our layout a layer's blocks lie together; all layers share one allocation.
+                others.append(replace(tensor, layers=rest, offset=size))
+                size += len(rest) * tensor.layer_stride
+        others = [replace(tensor, size=size) for tensor in others]
+        caches = original(replace(kv_cache_config, kv_cache_tensors=others), *args, **kwargs)
+        return caches | dict.fromkeys(layer_names, cache)
 
     for module in had:
         module.allocate_kv_cache = allocate

@@ -69,11 +69,6 @@ def refuse_drafts(vllm_config: Any, config: SpeContextConfig) -> None:
             f"{setting}.attention_provider: found 'xformers' with {found}, but it has one query "
             "token a row; use auto."
         )
-    if config.host_kv_gib:
-        raise ConfigError(
-            f"{setting}.host_kv_gib: found {config.host_kv_gib} with {found}, which two tiers do "
-            "not serve yet; set it to 0."
-        )
 
 
 def refuse_other_aux_layers(vllm_config: Any, model: Any, aux_layers: list[int]) -> None:

@@ -101,12 +101,14 @@ class Block:
     Attributes:
         num_bytes: GPU memory that vLLM counts for it, by which it divides what a worker offers.
         pages: pages of our group in it.
-        is_ours: no other group uses the same memory.
+        other_bytes: of it in our group's other layers, a drafter's.
+        is_shared: other groups use the same memory.
     """
 
     num_bytes: int
     pages: int
-    is_ours: bool
+    other_bytes: int
+    is_shared: bool
 
 
 def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequence[str]) -> Block:
@@ -126,13 +128,16 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     groups = get_kv_cache_groups(vllm_config, dict(specs))
+    ours = _group_of(layer_names, groups)
+    sizes = [
+        {name: _spec_of(group, name).page_size_bytes for name in group.layer_names}
+        for group in groups
+    ]
     return Block(
-        max(
-            sum(_spec_of(group, name).page_size_bytes for name in group.layer_names)
-            for group in groups
-        ),
-        _group_of(layer_names, groups).block_pages,
-        is_ours={name for group in groups for name in group.layer_names} == set(layer_names),
+        max(sum(by_layer.values()) for by_layer in sizes),
+        ours.block_pages,
+        sum(size for name, size in sizes[ours.index].items() if name not in layer_names),
+        is_shared=len(groups) > 1,
     )
 
 

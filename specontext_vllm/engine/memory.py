@@ -25,6 +25,7 @@ def memory_model(
     layers: LayerShape,
     retriever_page_bytes: int,
     block_pages: int,
+    drafter_page_bytes: int = 0,
 ) -> MemoryModel:
     """The memory model of one worker of this engine.
 
@@ -33,6 +34,7 @@ def memory_model(
         layers: their shape.
         retriever_page_bytes: what the retriever keeps of a page of these layers.
         block_pages: pages of a block.
+        drafter_page_bytes: KV of a page in a drafter's layers, once they are there.
     """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
@@ -42,6 +44,7 @@ def memory_model(
         head_dim=layers.head_dim,
         itemsize=model.dtype.itemsize,
         retriever_page_bytes=retriever_page_bytes,
+        drafter_page_bytes=drafter_page_bytes,
     )
     return MemoryModel(
         shape,

@@ -114,15 +114,15 @@ class Runtime:
             ConfigError: a sentence with the numbers when that is too little; a host pool beside
                 layers of other kinds.
         """
-        memory = self._memory_model(block.pages)
+        memory = self._memory_model(block)
         if not self.config.host_kv_gib:
             return plan_one_tier(self.vllm_config, memory, gpu_bytes, block.num_bytes)
-        if not block.is_ours:
+        if block.is_shared:
             raise ConfigError(mixed_tiers(self.vllm_config))
         self._plan = plan_two_tiers(self.vllm_config, memory, gpu_bytes)
         return self._plan.num_pages // memory.block_pages
 
-    def _memory_model(self, block_pages: int) -> MemoryModel:
+    def _memory_model(self, block: Block) -> MemoryModel:
         kept_per_layer = LayerSelector.bytes_per_block(
             self.config,
             len(self.layer_names),
@@ -135,7 +135,8 @@ class Runtime:
             len(self.layer_names),
             self.shape,
             self.retriever.bytes_per_block + kept_per_layer,
-            block_pages,
+            block.pages,
+            block.other_bytes // block.pages,
         )
 
     # -- binding, when there is one
@@ -243,6 +244,9 @@ class Runtime:
         max_pages = 0 if self.tiers is None else pages_for(self._max_model_len)
         selection = Selection.into(builder.table, count_from_start=max_pages)
         if self.tiers is not None:
+            if set(self.attention_group.layer_names) > set(self.layer_names):
+                # A drafter's layers read vLLM's own pages of the same selection.
+                selection = replace(selection, pages=torch.zeros_like(selection.pages))
             self.tiers.bind(selection)
         if self._graphs is not None:
             self._graphs.clear()

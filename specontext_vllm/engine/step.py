@@ -39,6 +39,7 @@ from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.scheduled import ScheduleReader
 from specontext_vllm.engine.stopwatch import Stopwatch
+from specontext_vllm.residency.tables import name_blocks
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.protocol import Retriever
@@ -52,7 +53,8 @@ class DecodeStep:
     Args:
         retriever: chooses the pages that decode rows read, and learns each step's tokens.
         selection: those pages.
-        table: the page table that attention reads.
+        table: the page table that attention reads; with two tiers, where layers have tables of
+            their own, that of a drafter's layers, whose pages are not the selection's.
         provider: the attention over it.
         exporter: publishes what is counted and timed.
         tiers: where the pages lie, with a host pool; None without one.
@@ -120,7 +122,9 @@ class DecodeStep:
         if batch.max_queries > 1:
             add_drafts(self.selection, batch)
         if self.tiers is not None and batch.table_rows:
-            self.tiers.resolve(self.selection, batch)
+            self.tiers.resolve(self.selection, rows)
+            if self.table.pages is not self.selection.pages:
+                name_blocks(self.selection, batch.block_table, self.table, batch.table_rows)
 
     def after_model(self, batch: StepBatch, aux: Sequence[Tensor] | None) -> None:
         """Learn the step's tokens from the model's auxiliary hidden states; None where the

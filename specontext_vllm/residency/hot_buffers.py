@@ -152,9 +152,8 @@ class HotBuffers:
         )
         slot_of[missing] = taken.int()
         state.slots[sequence, : len(pages)] = slot_of[pages]
-        # The page that this step begins holds nothing to fetch yet.
-        newest, offset = divmod(seq_len - 1, PAGE_SIZE)
-        fetched = (missing != newest) | (offset != 0)
+        # The pages that this step begins hold nothing to fetch yet.
+        fetched = missing * PAGE_SIZE < seq_len - 1
         start = int(misses.count)
         end = start + int(fetched.sum())
         misses.sources[start:end] = sources[fetched].int()

@@ -36,6 +36,7 @@ class KVShape:
         itemsize: bytes of one element.
         retriever_page_bytes: bytes that the retriever keeps of one page of all layers: the head's
             caches, and the page vectors of a rule that has some.
+        drafter_page_bytes: KV of one page in a drafter's layers, which stay on the GPU.
     """
 
     num_layers: int
@@ -43,6 +44,7 @@ class KVShape:
     head_dim: int
     itemsize: int
     retriever_page_bytes: int
+    drafter_page_bytes: int = 0
 
     @property
     def page_bytes(self) -> int:
@@ -133,6 +135,8 @@ class MemoryModel:
             "staging": 2 * staging * shape.page_bytes,
             "retrieval head's caches": num_pages * shape.retriever_page_bytes,
         }
+        if shape.drafter_page_bytes:
+            parts["drafter's KV"] = num_pages * shape.drafter_page_bytes
         if host_layers:
             parts["tables"] = self._table_bytes(num_pages, hot_pages)
         return TierPlan(

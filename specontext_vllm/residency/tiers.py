@@ -28,6 +28,7 @@ from specontext_vllm.residency.transfer import fetch, write
 from specontext_vllm.step_data import (
     Misses,
     PageTable,
+    RowQueries,
     ScheduledStep,
     Selection,
     StepBatch,
@@ -206,7 +207,8 @@ class TieredKV:
         graph may hold it; ``batch.table_rows`` must be at least 1.
 
         Args:
-            selection: pages counted from the start of their request.
+            selection: pages counted from the start of their request, those of drafts included.
+            batch: the rows without their drafts.
         """
         if self.loading == "plain":
             self._hot.forget()
@@ -233,19 +235,26 @@ class TieredKV:
     # -- once a layer
 
     def write(
-        self, layer: int, key: Tensor, value: Tensor, slots: Tensor, num_decodes: int
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        decode_tokens: int,
+        queries: RowQueries | None = None,
     ) -> None:
         """Write a layer's new tokens, once its misses have arrived.
 
         Args:
             key, value: ``[>= N, H, D]``.
             slots: ``[N]`` int64 logical slots, ``page * PAGE_SIZE + offset``; negative for padding.
-            num_decodes: leading tokens that belong to decode rows.
+            decode_tokens: leading tokens that belong to decode rows.
+            queries: which of these are whose; None: one a row.
         """
         memory = self._layers[layer]
-        if num_decodes and memory.mirror is not None:
+        if decode_tokens and memory.mirror is not None:
             self.await_misses(layer)
-        write(key, value, slots, memory, num_decodes=num_decodes)
+        write(key, value, slots, memory, decode_tokens=decode_tokens, queries=queries)
 
     def page_table(self, layer: int) -> PageTable:
         """What the layer's decode rows read."""

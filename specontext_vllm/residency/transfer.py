@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.step_data import Misses
+from specontext_vllm.step_data import Misses, RowQueries
 from specontext_vllm.tier_data import KVPools, LayerMemory
 
 
@@ -68,20 +68,27 @@ def fetch(
 
 
 def write(
-    key: Tensor, value: Tensor, slots: Tensor, memory: LayerMemory, *, num_decodes: int
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    memory: LayerMemory,
+    *,
+    decode_tokens: int,
+    queries: RowQueries | None = None,
 ) -> None:
     """Write one layer's new tokens into their frames and into its mirror.
 
     Args:
         key, value: ``[>= N, H, D]``.
         slots: ``[N]`` int64 logical slots, ``page * P + offset``; negative ones are padding.
-        num_decodes: leading tokens that belong to decode rows.
+        decode_tokens: leading tokens that belong to decode rows.
+        queries: which of these are whose; None: one a row.
     """
     arena, mirror = memory.arena, memory.mirror
     if arena.is_cuda:
         from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
-        write_tiered(key, value, slots, memory, num_decodes=num_decodes)
+        write_tiered(key, value, slots, memory, decode_tokens=decode_tokens, queries=queries)
         return
     real = torch.nonzero(slots >= 0).flatten()
     kv = torch.cat([key[real], value[real]], dim=-1).to(arena.dtype)
@@ -89,11 +96,17 @@ def write(
     if mirror is not None:
         mirror[page, :, offset] = kv
     heads = arena.shape[1]
-    decode = real < num_decodes
+    decode = real < decode_tokens
     head_pages = arena.view(-1, *arena.shape[2:])
-    sequences = real[decode][:, None] * heads + torch.arange(heads)
-    last = memory.table.lengths[sequences].long() - 1
-    newest = memory.table.pages[sequences, last // PAGE_SIZE].long()
-    head_pages[newest, last % PAGE_SIZE] = kv[decode]
+    rows, from_end = real[decode], torch.ones(1, dtype=torch.int64)
+    if queries is not None:
+        # Of a row's tokens, whose places are the last of its list, each finds its own.
+        ends = queries.starts[1:].long()
+        tokens, rows = rows, torch.searchsorted(ends, rows, right=True)
+        from_end = ends[rows] - tokens
+    sequences = rows[:, None] * heads + torch.arange(heads)
+    places = memory.table.lengths[sequences].long() - from_end[:, None]
+    pages = memory.table.pages[sequences, places // PAGE_SIZE].long()
+    head_pages[pages, places % PAGE_SIZE] = kv[decode]
     if memory.layer < int(memory.resident):
         arena[memory.frames[page[~decode]].long(), :, offset[~decode]] = kv[~decode]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.poison import poison_stale, poison_unread
-from tests.engine.scenarios import SCENARIOS, ids, sampling, scenarios
+from tests.engine.scenarios import SCENARIOS, ids, preemptions, sampling, scenarios
 from tests.engine.shared_runs import SETTINGS, SHAPE, SMALL, WHOLE
+from tests.poison import poisoned_tiers, times_poisoned
 
 HEAD = str(DEMO_MODEL / "retrieval_head")
 DRAFTS = {
@@ -39,6 +41,7 @@ class Watched:
         self.step = self.runner.runtime.step
         self.slots: dict[int, int] = {}
         self.firsts: dict[int, int] = {}
+        self.kept: Counter[int] = Counter()
         after, self.keep_all = self.step.after_model, False
 
         def after_model(batch: Any, aux: Any) -> None:
@@ -49,6 +52,7 @@ class Watched:
                 positions = batch.positions[tokens].tolist()
                 self.slots.update(zip(positions, batch.slots[tokens].tolist(), strict=True))
                 if row < batch.num_decodes:
+                    self.kept[kept] += batch.query_lens[row] == batch.max_queries > 1
                     self.firsts |= dict.fromkeys(positions, positions[0])
             after(replace(batch, kept=None) if self.keep_all else batch, aux)
 
@@ -83,6 +87,21 @@ class Watched:
         self.llm.collective_rpc("specontext_set", kwargs=changes)
 
 
+def crowd(llm: Any, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    """More requests than the engine has pages for; a prefix hit, and a turn behind it."""
+
+    def answer(*chosen: list[int], count: int = 20) -> list[list[int]]:
+        asked = [{"prompt_token_ids": prompt} for prompt in chosen]
+        return ids(llm.generate(asked, sampling(max_tokens=count), use_tqdm=False))
+
+    llm.reset_prefix_cache()
+    out = {"crowd": answer(*prompts[::-1], count=90)}
+    answer(prompts[-1], count=1)
+    out["prefix hit"] = answer(prompts[-1])
+    out["next turn"] = answer(prompts[-1] + out["prefix hit"][0] + prompts[4][:40])
+    return out
+
+
 @pytest.fixture(scope="module", params=DRAFTS)
 def drafted(request, prompts) -> dict[str, Any]:
     settings = {**SETTINGS, "budget": WHOLE, "head_key_dtype": "model"}
@@ -106,6 +125,8 @@ def drafted(request, prompts) -> dict[str, Any]:
         llm.collective_rpc("specontext_stats", args=(True,))
         out["small budget"] = watched.answer(prompts[-1], 60)
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
+        if request.param == "eagle3":
+            out |= {f"small {name}": tokens for name, tokens in crowd(llm, prompts).items()}
         if CUDA:
             return out
         watched.set(retriever="recent")
@@ -175,3 +196,73 @@ def test_each_token_reads_the_pages_of_its_row_s_first_token_and_those_after_it(
             logits = model(torch.tensor([sequence]), attention_mask=mask[None, None]).logits
         assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == reply
     assert crossed > 0
+
+
+MIDDLE = 256
+"""A budget over the context of some prompts, with which hot buffers are smaller than contexts."""
+
+
+@pytest.fixture(scope="module")
+def tiered(prompts) -> dict[str, Any]:
+    """Two tiers with frames for six tenths of the tokens; given-up places are NaN."""
+    settings = {**SETTINGS, "budget": MIDDLE, "head_key_dtype": "model"}
+    settings |= {"host_kv_gib": 0.25, "gpu_kv_gib": 0.009}
+    with (
+        poisoned_tiers(),
+        engine(
+            **SHAPE,
+            speculative_config=DRAFTS["eagle3"],
+            additional_config={"specontext": settings},
+        ) as llm,
+    ):
+        watched = Watched(llm)
+        tiers, decoding = watched.runner.runtime.tiers, set()
+        follow, before = tiers.follow, watched.step.before_model
+
+        def note(step: Any) -> None:
+            decoding.clear()
+            decoding.update(step.decoding)
+            follow(step)
+
+        def compare(batch: Any) -> None:
+            # What the scheduler's output was read as, and what the rows are.
+            assert decoding == set(batch.names[: batch.num_decodes])
+            before(batch)
+
+        tiers.follow, watched.step.before_model = note, compare
+        within = [prompt for prompt in prompts if len(prompt) + 16 <= MIDDLE]
+        out: dict[str, Any] = {"within the budget": [watched.answer(p, 16) for p in within]}
+        watched.set(budget=SMALL)
+        before_crowd = preemptions(llm)
+        out |= crowd(llm, prompts)
+        out["preempted"] = preemptions(llm) - before_crowd
+        out["kept"], out["counts"] = watched.kept, watched.counts()
+        out["stats"] = llm.collective_rpc("specontext_stats")[0]
+        out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
+        out["plan"], out["held"] = tiers.plan, llm.collective_rpc("specontext_audit")[0]
+        names = watched.runner.runtime.attention_group.layer_names
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        out["caches"] = {name: layers[name].kv_cache.data_ptr() for name in names}
+        return out
+
+
+def test_two_tiers_give_the_tokens_of_stock_within_the_budget(stock, tiered):
+    answers = tiered["within the budget"]
+    assert len(answers) >= 5 and answers == stock["plain"][: len(answers)]
+
+
+@pytest.mark.parametrize("drafted", ["eagle3"], indirect=True)
+@pytest.mark.parametrize("scenario", ["crowd", "prefix hit", "next turn"])
+def test_two_tiers_give_the_tokens_of_one(drafted, tiered, scenario):
+    assert tiered[scenario] == drafted[f"small {scenario}"]
+
+
+def test_the_two_tiers_were_used(tiered):
+    """Drafts were kept and rejected at every place, layers were offloaded, requests preempted."""
+    assert all(tiered["kept"][count] > 0 for count in range(1, 5))
+    stats, plan = tiered["stats"], tiered["plan"]
+    assert stats["layer_moves"] > 0 and stats["missed_head_pages"] > 0 and tiered["preempted"] > 0
+    assert plan.frames < 0.65 * plan.num_pages * 6 and tiered["poisoned"] > 100
+    # The drafter's layer keeps its KV on the GPU, beside the frames that all others share.
+    assert plan.parts["drafter's KV"] == plan.num_pages * 2 * PAGE_SIZE * 2 * 64 * 4
+    assert len(tiered["caches"]) == 7 and len(set(tiered["caches"].values())) == 2

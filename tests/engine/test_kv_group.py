@@ -145,6 +145,23 @@ def test_our_layers_alone_are_bound_to_our_arena(monkeypatch):
     assert attn_utils.allocate_kv_cache is of_vllm
 
 
+def test_a_drafter_s_layers_get_memory_for_themselves_alone():
+    """vLLM lists layers of one shape together, in one allocation for all."""
+    from vllm.v1.worker.gpu import attn_utils
+
+    spec, drafter = full(16), "model.layers.4.attn"
+    config = config_of(((*OURS, drafter), spec))
+    each = config.num_blocks * spec.page_size_bytes
+    tensor = KVCacheTensor(3 * each, [OURS[0], drafter, OURS[1]], each, spec.page_size_bytes)
+    config.kv_cache_tensors = [tensor]
+    with allocate_kv_cache_as("arena", OURS):
+        given = attn_utils.allocate_kv_cache(config, CPU, KVCacheLayout.LBHNC, [16])
+    cache = given.pop(drafter)
+    assert given == dict.fromkeys(OURS, "arena")
+    assert cache.shape == (config.num_blocks, 2, 16, 128)
+    assert cache.untyped_storage().nbytes() == each
+
+
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_the_v2_runner_selects_over_pages_of_our_group(monkeypatch, block_size):
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -196,17 +213,18 @@ def test_a_block_costs_what_vllm_counts_for_it():
     config = engine_config()
     same = {name: full(32) for name in (*OURS, *OTHERS)}
     page = full(32).page_size_bytes
-    assert expected_block(config, same, OURS) == Block(4 * page, 2, is_ours=False)
-    assert expected_block(config, same, (*OURS, *OTHERS)).is_ours
+    # A drafter's layers stand beside ours.
+    assert expected_block(config, same, OURS) == Block(4 * page, 2, 2 * page, is_shared=False)
+    assert expected_block(config, same, (*OURS, *OTHERS)).other_bytes == 0
     # Layers of different widths share one group, with a spec each.
     wider = {OURS[0]: full(32), OURS[1]: full(32, heads=4)}
-    assert expected_block(config, wider, OURS) == Block(3 * page, 2, is_ours=True)
+    assert expected_block(config, wider, OURS) == Block(3 * page, 2, 0, is_shared=False)
     # Groups lie over one another.
     window = SlidingWindowSpec(
         block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
     )
     mixed = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(32))
-    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, is_ours=False)
+    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, 0, is_shared=True)
     # vLLM makes blocks of smaller pages longer, until all have the same size.
     shorter = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(16))
-    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, is_ours=False)
+    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, 0, is_shared=True)

@@ -45,7 +45,6 @@ def drafts(**changes):
         ({"retriever": "quest"}, {}, "retriever: found 'quest' with --speculative-config ngram"),
         ({"sidecar": "ray"}, {}, "sidecar: found 'ray' with --speculative-config ngram"),
         ({"attention_provider": "xformers"}, {}, "attention_provider: found 'xformers' with"),
-        ({"host_kv_gib": 1}, {}, "host_kv_gib: found 1.0 with --speculative-config ngram"),
     ],
 )
 def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sentence):

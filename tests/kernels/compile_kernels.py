@@ -343,7 +343,8 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     for counted in (None, counts):
         progress = CopyProgress(cells(LAYERS), step, cells(1))
         await_pages(progress, resident, counted, layer=1, seconds=20)
-    for host in (None, kv_cache):
+    drafted = RowQueries(cells(rows + 1), 4)
+    for host, queries in ((None, None), (kv_cache, None), (kv_cache, drafted)):
         write_tiered(
             new,
             new,
@@ -356,7 +357,8 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 arena=kv_cache,
                 mirror=host,
             ),
-            num_decodes=1,
+            decode_tokens=1,
+            queries=queries,
         )
 
 

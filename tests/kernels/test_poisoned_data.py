@@ -371,7 +371,7 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
                 arena=arena,
                 mirror=mirror,
             ),
-            num_decodes=3,
+            decode_tokens=3,
         )
         for guard in guards:
             guard.check()

@@ -5,7 +5,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.transfer import write
-from specontext_vllm.step_data import PageTable
+from specontext_vllm.step_data import PageTable, RowQueries
 from specontext_vllm.tier_data import LayerMemory
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
@@ -46,7 +46,7 @@ def test_write_kernel_matches_reference(mirrored, resident, device):
             arena=arena,
             mirror=mirror if mirrored else None,
         ),
-        num_decodes=decodes,
+        decode_tokens=decodes,
     )
     write_tiered(
         *(t.to(device) for t in (key, value, slots)),
@@ -58,7 +58,7 @@ def test_write_kernel_matches_reference(mirrored, resident, device):
             arena=mine,
             mirror=my_mirror if mirrored else None,
         ),
-        num_decodes=decodes,
+        decode_tokens=decodes,
     )
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -107,7 +107,7 @@ def test_tokens_go_where_their_layer_reads_them_and_to_the_mirror(
         on_device,
         mirror_there if mirrored else None,
     )
-    write_tiered(key.to(device), value.to(device), slots.to(device), memory, num_decodes=decodes)
+    write_tiered(key.to(device), value.to(device), slots.to(device), memory, decode_tokens=decodes)
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
@@ -124,3 +124,46 @@ def test_tokens_go_where_their_layer_reads_them_and_to_the_mirror(
                 arena[int(frames[page]), head, offset] = new[head]
     torch.testing.assert_close(on_device.cpu(), arena, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(mirror_there.cpu(), mirror, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("padding", [0, 2], ids=["as many rows", "rows of padding"])
+def test_drafts_go_behind_their_row_s_first_token_on_the_page_before_too(padding, device):
+    """The kernel and the torch path; a row of each number of tokens, pages crossed."""
+    query_lens, lengths = [1, 4, 3, 2], [17, 34, 48, 16]
+    rows, tokens, d = len(query_lens), sum(query_lens), 4
+    starts = torch.tensor([0, 1, 5, 8, 10, *[10] * padding], dtype=torch.int32)
+    table = PageTable.allocate(rows + padding, HEADS, 3, device)
+    table.pages.copy_(torch.randperm(table.pages.numel()).view(table.pages.shape))
+    table.lengths[: rows * HEADS] = torch.tensor(lengths).repeat_interleave(HEADS).int().to(device)
+    slots = torch.full((tokens + 3,), -1)
+    slots[:tokens] = torch.randperm(PAGES * PAGE_SIZE)[:tokens]
+    key, value = torch.randn(2, tokens + 3, HEADS, d)
+    shape = (table.pages.numel() // HEADS, HEADS, PAGE_SIZE, 2 * d)
+    expected = torch.full(shape, float("nan"))
+    token = 0
+    for row, count in enumerate(query_lens):
+        for place in range(lengths[row] - count, lengths[row]):
+            for head in range(HEADS):
+                page = int(table.pages[row * HEADS + head, place // PAGE_SIZE])
+                new = torch.cat([key[token, head], value[token, head]])
+                expected.view(-1, PAGE_SIZE, 2 * d)[page, place % PAGE_SIZE] = new
+            token += 1
+    for function, where in ((write_tiered, device), (write, torch.device("cpu"))):
+        arena = torch.full(shape, float("nan"), device=where)
+        memory = LayerMemory(
+            layer=0,
+            table=PageTable(table.pages.to(where), table.lengths.to(where), HEADS),
+            frames=torch.zeros(PAGES, dtype=torch.int32, device=where),
+            resident=torch.zeros(1, dtype=torch.int32, device=where),
+            arena=arena,
+            mirror=None,
+        )
+        function(
+            key.to(where),
+            value.to(where),
+            slots.to(where),
+            memory,
+            decode_tokens=tokens,
+            queries=RowQueries(starts.to(where), max(query_lens)),
+        )
+        torch.testing.assert_close(arena.cpu(), expected, rtol=0, atol=0, equal_nan=True)

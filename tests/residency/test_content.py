@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 from random import Random
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, Loading, pages_for
 from specontext_vllm.residency import tiers as tiers_module
 from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.retrieval.selection import add_drafts
 from specontext_vllm.step_data import (
     PageTable,
+    RowQueries,
     ScheduledStep,
     Selection,
     StartedRequest,
@@ -23,7 +26,9 @@ from specontext_vllm.step_data import (
 )
 from tests.poison import PoisonedTieredKV
 
-LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 4, 3, 2, 2, 14, 3, 3, 4, 8
+LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 4, 3, 2, 2, 17, 3, 3, 5, 8
+DRAFTS = 3
+TABLE = BUDGET + pages_for(DRAFTS)
 STAGING = LONGEST
 FRAMES = (LAYERS - MIRRORED) * PAGES + MIRRORED * min(PAGES, LANES * HOT) + 2 * STAGING
 STEP_TOKENS = 40
@@ -33,19 +38,20 @@ PAGE_BYTES = HEADS * PAGE_SIZE * 2 * DIM * 4
 @dataclass
 class Request:
     """``tokens``: what makes each token's KV, prompt first; ``computed`` of them have been written;
-    ``answer`` more are wanted.
+    ``answer`` more are wanted. During a step the last ``drafts`` are drafts.
     """
 
     name: str
     tokens: list[int]
     answer: int
     computed: int = 0
+    drafts: int = 0
     pages: list[int] = field(default_factory=list)
 
 
 class Schedule:
     """vLLM's scheduler in small: chunks of any size, one token included, prefix hits on computed
-    pages, preemptions, pages taken from the least recently freed.
+    pages, preemptions, pages taken from the least recently freed, drafts of which some are kept.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class Schedule:
                 dtype=torch.float32,
                 max_requests=LANES,
                 max_rows=LANES,
-                table_pages=BUDGET,
+                table_pages=TABLE,
                 max_pages=LONGEST,
                 keep_unreferenced=True,
                 timed=False,
@@ -74,8 +80,9 @@ class Schedule:
             )
         self.tiers.pools.arena.fill_(float("nan"))
         self.tiers.pools.host.fill_(float("nan"))
-        self.tiers.hot_size.choose = lambda ledger: self.random.choice((BUDGET, HOT))
-        self.selection = Selection.into(PageTable.allocate(LANES, HEADS, BUDGET, device))
+        self.tiers.hot_size.choose = lambda ledger: self.random.choice((TABLE, HOT))
+        table = PageTable.allocate(LANES, HEADS, TABLE, device)
+        self.selection = Selection.into(table, count_from_start=LONGEST)
         self.tiers.bind(self.selection)
         self.free = list(range(PAGES))
         self.held: dict[int, list[int]] = {}
@@ -93,6 +100,9 @@ class Schedule:
                 "decoded": 0,
                 "came back": 0,
                 "came back slowly": 0,
+                "kept drafts": 0,
+                "rejected drafts": 0,
+                "pages begun by drafts": 0,
             }
         )
 
@@ -163,7 +173,12 @@ class Schedule:
                 request.answer -= 1
             left = len(request.tokens) - request.computed
             chunk = min(room, self.random.choice((1, 2, 7, 16, left, left)), left)
-            need = pages_for(request.computed + chunk) - len(request.pages)
+            if left == 1 and request.answer:
+                wanted = self.random.choice((0, 1, 2, 3))
+                request.drafts = min(wanted, request.answer, room - 1)
+                request.tokens += self.new_tokens(request.drafts)
+                chunk += request.drafts
+            need = max(0, pages_for(request.computed + chunk) - len(request.pages))
             while (taken := self.take(need)) is None:
                 victim = next(
                     (
@@ -181,6 +196,7 @@ class Schedule:
                 self.waiting.insert(0, victim)
                 self.seen["preempted"] += 1
             if taken is None:
+                self.reject(request, request.drafts)
                 continue
             request.pages += taken
             if taken:
@@ -215,6 +231,14 @@ class Schedule:
             room -= chunk
         self.run(released, started, grown, [chunks[name] for name in chunks])
 
+    @staticmethod
+    def reject(request: Request, count: int) -> None:
+        """Take back the last ``count`` of its tokens, which are drafts; the others are answer."""
+        if count:
+            del request.tokens[-count:]
+        request.answer -= request.drafts - count
+        request.drafts = 0
+
     # -- the model
 
     @staticmethod
@@ -240,10 +264,10 @@ class Schedule:
 
     def run(self, released, started, grown, chunks) -> None:
         tiers = self.tiers
-        chunks.sort(key=lambda entry: entry[1] != 1)
-        decodes = [request for request, chunk in chunks if chunk == 1]
+        chunks.sort(key=lambda entry: entry[1] != 1 + entry[0].drafts)
+        decodes = [request for request, chunk in chunks if chunk == 1 + request.drafts]
         self.seen["chunks of one"] += sum(
-            request.computed + 1 < len(request.tokens) for request in decodes
+            request.computed + 1 + request.drafts < len(request.tokens) for request in decodes
         )
         self.seen["decoded"] += len(decodes)
         before, slowly = tiers.status().resident_layers, tiers.is_returning
@@ -255,7 +279,7 @@ class Schedule:
                 started=started,
                 grown=grown,
                 decoding=[r.name for r in decodes],
-                prefilling=[r.name for r, chunk in chunks if chunk > 1],
+                prefilling=[r.name for r, chunk in chunks if chunk > 1 + r.drafts],
                 written=written,
             )
         )
@@ -284,40 +308,51 @@ class Schedule:
         selected = self.select(decodes)
         table, slots = table.to(self.device), slots.to(self.device)
         positions = torch.tensor(positions, device=self.device)
+        query_lens = [chunk for _, chunk in chunks]
+        starts = torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=self.device)
         batch = StepBatch(
             token_ids=torch.zeros_like(positions),
             positions=positions,
             slots=slots,
-            query_starts=torch.zeros(rows + 1, dtype=torch.int32, device=self.device),
+            query_starts=starts,
             seq_lens=torch.tensor(ends, dtype=torch.int32, device=self.device),
             block_table=table,
             seq_lens_bound=ends,
             num_decodes=len(decodes),
             table_rows=len(decodes),
             num_tokens=len(positions),
-            query_lens=[chunk for _, chunk in chunks],
+            query_lens=query_lens,
+            max_queries=max((1 + request.drafts for request in decodes), default=1),
         )
+        queries = None
+        if batch.max_queries > 1:
+            add_drafts(self.selection, batch)
+            queries = RowQueries(starts[: len(decodes) + 1], batch.max_queries)
         if decodes:
-            tiers.resolve(self.selection, batch)
+            tiers.resolve(self.selection, batch.without_drafts())
         tiers.fetch(len(decodes))
         tiers.stage(batch)
-        tokens = len(decodes)
-        prefills = chunks[tokens:]
+        tokens = sum(query_lens[: len(decodes)])
+        prefills = chunks[len(decodes) :]
         for layer in range(LAYERS):
             new = self.kv(written_tokens, layer).to(self.device)
-            tiers.write(layer, new, new, slots, tokens)
+            tiers.write(layer, new, new, slots, tokens, queries)
             self.read_decodes(layer, decodes, selected)
-            self.read_prefills(layer, prefills, table[tokens:], new[tokens:])
+            self.read_prefills(layer, prefills, table[len(decodes) :], new[tokens:])
         for request, chunk in chunks:
-            request.computed += chunk
+            rejected = self.random.randint(0, request.drafts)
+            self.seen["kept drafts"] += request.drafts - rejected
+            self.seen["rejected drafts"] += rejected
+            self.reject(request, rejected)
+            request.computed += chunk - rejected
             for index in range(request.computed // PAGE_SIZE):
                 self.held[request.pages[index]] = request.tokens[
                     index * PAGE_SIZE : (index + 1) * PAGE_SIZE
                 ]
 
     def select(self, decodes: list[Request]) -> list[list[int]]:
-        """The first, the last and some pages in between, for each row and head; fills the page
-        table.
+        """The first, the last and some pages in between, for each row and head, and then those that
+        its drafts begin; fills the page table, without these.
         """
         chosen = []
         for sequence in range(len(decodes) * HEADS):
@@ -332,7 +367,9 @@ class Schedule:
             self.selection.lengths[sequence] = (
                 (len(pages) - 1) * PAGE_SIZE + (length - 1) % PAGE_SIZE + 1
             )
-            chosen.append(pages)
+            begun = range(count, pages_for(length + decodes[sequence // HEADS].drafts))
+            self.seen["pages begun by drafts"] += len(begun)
+            chosen.append([*pages, *begun])
         return chosen
 
     def read_decodes(self, layer: int, decodes: list[Request], selected: list[list[int]]) -> None:
@@ -343,7 +380,8 @@ class Schedule:
         for sequence, pages in enumerate(selected):
             request, head = decodes[sequence // HEADS], sequence % HEADS
             for column, page in enumerate(pages):
-                first, last = page * PAGE_SIZE, min((page + 1) * PAGE_SIZE, request.computed + 1)
+                first = page * PAGE_SIZE
+                last = min(first + PAGE_SIZE, request.computed + 1 + request.drafts)
                 found = head_pages[tables[sequence, column].long(), : last - first]
                 self.check_kv(found, request, first, last, layer, head)
 
