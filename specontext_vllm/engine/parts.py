@@ -40,12 +40,14 @@ def make_retriever(
     model: Any,
     shape: LayerShape,
     device: torch.device,
+    drafter: torch.nn.Module | None = None,
 ) -> Retriever:
     """The retriever of one worker; the model hands out what its head reads from now on.
 
     Args:
         model: the loaded target.
         shape: of the layers that are selected for.
+        drafter: a loaded EAGLE-3 draft model, some of whose weights may be the head's.
     Raises:
         ConfigError: the model cannot hand out auxiliary hidden states.
     """
@@ -65,8 +67,10 @@ def make_retriever(
     aux_layers = vllm_config.additional_config[AUX_LAYERS_KEY]
     refuse_other_aux_layers(vllm_config, model, aux_layers)
     model.set_aux_hidden_state_layers(tuple(aux_layers))
-    make = _make_remote if config.sidecar == "ray" else _make_local
-    retriever = make(vllm_config, config, checkpoint, model, shape, device)
+    if config.sidecar == "ray":
+        retriever: Retriever = _make_remote(vllm_config, config, checkpoint, model, shape, device)
+    else:
+        retriever = _make_local(vllm_config, config, checkpoint, model, shape, device, drafter)
     weights = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     logger.info(
         "SpeContext retrieval head: %s, %.1f MB, keys in %s, aux layers %s; settings %s",
@@ -86,13 +90,24 @@ def _make_local(
     model: Any,
     shape: LayerShape,
     device: torch.device,
+    drafter: torch.nn.Module | None = None,
 ) -> Retriever:
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     max_model_len, head = model_config.max_model_len, None
     if checkpoint is not None:
         head = RetrievalHead(
-            checkpoint, max_position=max_model_len, dtype=model_config.dtype, device=device
+            checkpoint,
+            max_position=max_model_len,
+            dtype=model_config.dtype,
+            device=device,
+            others=() if drafter is None else list(drafter.parameters()),
         )
+        if head.shared_bytes:
+            logger.info(
+                "SpeContext: %.1f of the head's %.1f MB are the drafter's own weights.",
+                head.shared_bytes / 1e6,
+                head.num_bytes / 1e6,
+            )
     # Captured by us, vLLM's exchange between workers would want a context of its own.
     exchanges = parallel.tensor_parallel_size > 1
     return LocalRetriever(

@@ -46,6 +46,7 @@ class Runtime:
         vllm_config: the engine's configuration, settled by ``prepare_vllm_config``.
         model: the loaded target.
         device: the worker's device.
+        drafter: the loaded EAGLE-3 draft model, where the engine has one.
 
     Attributes:
         retriever: chooses the pages that decode rows read.
@@ -67,7 +68,13 @@ class Runtime:
     step: DecodeStep
     settings: LiveSettings
 
-    def __init__(self, vllm_config: Any, model: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        model: Any,
+        device: torch.device,
+        drafter: torch.nn.Module | None = None,
+    ) -> None:
         self.vllm_config, self.device = vllm_config, device
         self.config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         # Once more, now that vLLM has settled what it captures.
@@ -79,7 +86,9 @@ class Runtime:
         layers = vllm_config.compilation_config.static_forward_context
         for name in self.layer_names:
             layers[name].impl.is_selected_for = True
-        self.retriever = make_retriever(vllm_config, self.config, model, self.shape, device)
+        self.retriever = make_retriever(
+            vllm_config, self.config, model, self.shape, device, drafter
+        )
         self.selector: LayerSelector | None = None
         if self.config.rule.per_layer:
             self.selector = make_selector(vllm_config, self.config, self.shape, device)
@@ -293,14 +302,20 @@ class Runtime:
 
 
 def attach_runtime(runner: Any) -> None:
-    """Make the runtime of a model runner whose model is loaded, and let the model return the hidden
-    states that the head reads.
+    """Make the runtime of a model runner whose models are loaded, and let the target return the
+    hidden states that the head reads.
 
     Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.use_aux_hidden_state_outputs,
-        vllm.v1.worker.gpu.model_runner.GPUModelRunner.use_aux_hidden_state_outputs
+        vllm.v1.worker.gpu.model_runner.GPUModelRunner.use_aux_hidden_state_outputs,
+        vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter,
+        vllm.v1.worker.gpu.model_runner.GPUModelRunner.speculator
     Symptom: the head learns nothing, since the model returns no auxiliary hidden states.
     Reason: the runner asks for them (use_aux_hidden_state_outputs) for its own drafter only.
     Remove when: a setting of vLLM's asks for auxiliary hidden states.
     """
-    runner.runtime = Runtime(runner.vllm_config, runner.model, runner.device)
+    config, drafter = runner.vllm_config, None
+    if config.speculative_config is not None and config.speculative_config.method == "eagle3":
+        holder = runner.speculator if config.use_v2_model_runner else runner.drafter
+        drafter = holder.model
+    runner.runtime = Runtime(config, runner.model, runner.device, drafter)
     runner.use_aux_hidden_state_outputs |= runner.runtime.reads_aux

@@ -62,8 +62,11 @@ class RetrievalHead(nn.Module):
         max_position: number of positions, from 0 (the engine's max_model_len).
         dtype: of weights, q and k. Norms and RoPE are computed in float32.
         device: of the weights and the rotary table.
+        others: matrices of another model on ``device``, a drafter of the same checkpoint; a matrix
+            of the head that is the first rows of one of them is a view of it.
 
     Attributes:
+        shared_bytes: bytes of the weights that are such views.
         queries_and_keys: the projection of both from one input; None where they have two, because
             keys are made from own states.
         queries_alone, keys_alone: the projection of each.
@@ -79,13 +82,20 @@ class RetrievalHead(nn.Module):
         max_position: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        others: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.spec = spec = checkpoint.spec
         tensors = checkpoint.tensors
 
+        self.shared_bytes = 0
+
         def keep(tensor: Tensor) -> nn.Parameter:
-            return nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            own = tensor.to(device, dtype)
+            if (shared := _first_rows(others, own)) is not None:
+                self.shared_bytes += own.nbytes
+                own = shared
+            return nn.Parameter(own, requires_grad=False)
 
         def keep_given(tensor: Tensor | None) -> nn.Parameter | None:
             return None if tensor is None else keep(tensor)
@@ -229,3 +239,17 @@ class RetrievalHead(nn.Module):
         x = x.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.spec.rms_norm_eps)
         return weight * x.to(weight.dtype)
+
+
+def _first_rows(others: Sequence[Tensor], matrix: Tensor) -> Tensor | None:
+    """``matrix`` as a view of the one among ``others`` that begins with it; None if none does."""
+    for other in others:
+        if (
+            matrix.dim() == other.dim() == 2
+            and matrix.dtype == other.dtype
+            and matrix.device == other.device
+            and matrix.shape[1] == other.shape[1]
+            and torch.equal(matrix, (rows := other[: len(matrix)]))
+        ):
+            return rows.detach()
+    return None

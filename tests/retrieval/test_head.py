@@ -343,3 +343,31 @@ def test_unusable_scaling_is_refused(tmp_path, scaling, sentence):
     spec = replace(read_checkpoint(write_checkpoint(tmp_path, Layout())).spec, rope_scaling=scaling)
     with pytest.raises(HeadError, match=sentence):
         rope_table(spec, 100, "cpu")
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["the drafter's", "of another training"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_matrices_that_a_drafter_has_are_views_of_its_own(tmp_path, layout, is_same):
+    """Of a drafter's fc, and of its projection of queries, keys and values the first rows."""
+    alone = make_head(tmp_path, layout)
+    fc, qk = alone.fc_weight.detach().clone(), alone.queries_and_keys.weight
+    qkv = torch.cat((qk, torch.randn(9, qk.shape[1])))
+    if not is_same:
+        fc[-1, -1] += 1e-3
+        qkv[len(qk) - 1, 0] += 1e-3
+    drafter = [torch.ones(4), qkv[:3].clone(), fc[:, 1:].clone(), fc, qkv]
+    checkpoint = read_checkpoint(tmp_path)
+    head = RetrievalHead(
+        checkpoint, max_position=64, dtype=torch.float32, device="cpu", others=drafter
+    )
+    assert head.shared_bytes == (fc.nbytes + qk.nbytes if is_same else 0)
+    assert head.num_bytes == alone.num_bytes
+    places = head.fc_weight.data_ptr(), head.queries_and_keys.weight.data_ptr()
+    assert (places == (fc.data_ptr(), qkv.data_ptr())) is is_same
+    aux, embeds, positions = make_inputs(layout, 5)
+    for got, want in zip(
+        head.project(embeds, head.fuse(aux), positions),
+        alone.project(embeds, alone.fuse(aux), positions),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
