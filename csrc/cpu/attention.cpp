@@ -47,9 +47,10 @@ inline Asking asking(const DecodeArgs& args, int64_t sequence) {
       : Asking{args.starts[row], args.starts[row + 1] - args.starts[row]};
 }
 
+// Adds `Vectors` vectors of the values of `tokens` tokens, from element `at` of each on.
 template <typename T, int G, int Vectors, bool Tail>
-inline void add_values(const T* const* pages, int64_t tokens, int64_t width, int64_t at,
-                       const float* weights, const float* rescale, float* values) {
+inline void add_values(const T* const* pages, const T* const* ahead, int64_t tokens, int64_t width,
+                       int64_t at, const float* weights, const float* rescale, float* values) {
   const int64_t row = padded(width);
   Vec sums[G][Vectors];
   for (int g = 0; g < G; ++g) {
@@ -59,8 +60,12 @@ inline void add_values(const T* const* pages, int64_t tokens, int64_t width, int
   }
   for (int64_t first = 0; first < tokens; first += kPage) {
     const T* from = pages[first / kPage] + width + at;
+    const T* next = ahead[first / kPage];
     const int64_t end = std::min(tokens - first, kPage);
     for (int64_t t = 0; t < end; ++t, from += 2 * width) {
+      if (next != nullptr && t % 2 == 0) {
+        ask_for(next + (kPage + t) * width, 2 * width);
+      }
       Vec value[Vectors];
       for (int v = 0; v < Vectors; ++v) {
         value[v] = Tail ? widen(from, width - at) : widen(from + v * kLanes);
@@ -88,9 +93,11 @@ inline void attend_block(const float* query, const T* const* pages, const T* con
   const int64_t row = padded(width);
   alignas(64) float weights[G * kBlock];
   float rescale[G];
+  // The first half of each page ahead is asked for between the products, the second between the sums:
+  // so that there is always something on its way.
   for (int64_t first = 0; first < tokens; first += kPage) {
     dots<T, G>(query, row, pages[first / kPage], 2 * width, std::min(tokens - first, kPage), width,
-               weights + first, kBlock, ahead[first / kPage]);
+               weights + first, kBlock, ahead[first / kPage], width);
   }
   const int64_t end = ceil_div(tokens, kLanes) * kLanes;
   for (int g = 0; g < G; ++g) {
@@ -120,24 +127,38 @@ inline void attend_block(const float* query, const T* const* pages, const T* con
   }
   constexpr int kVectors = kLanes == 8 ? 2 : 4;
   int64_t at = 0;
+  const T* const none[kBlockPages] = {};
   for (; at + kVectors * kLanes <= width; at += kVectors * kLanes) {
-    add_values<T, G, kVectors, false>(pages, tokens, width, at, weights, rescale, so_far.values);
+    add_values<T, G, kVectors, false>(pages, at == 0 ? ahead : none, tokens, width, at, weights,
+                                      rescale, so_far.values);
   }
   for (; at + kLanes <= width; at += kLanes) {
-    add_values<T, G, 1, false>(pages, tokens, width, at, weights, rescale, so_far.values);
+    add_values<T, G, 1, false>(pages, at == 0 ? ahead : none, tokens, width, at, weights, rescale, so_far.values);
   }
   if (at < width) {
-    add_values<T, G, 1, true>(pages, tokens, width, at, weights, rescale, so_far.values);
+    add_values<T, G, 1, true>(pages, at == 0 ? ahead : none, tokens, width, at, weights, rescale, so_far.values);
   }
 }
 
+// A page of a part; null beyond its end, and for an id that is none of the pages.
 template <typename T>
-bool attend_part(const DecodeArgs& args, const Part& part, const PartResult& result,
-                 float* queries) {
+inline const T* page_of(const DecodeArgs& args, const Part& part, int64_t page) {
+  if (page >= part.pages) {
+    return nullptr;
+  }
+  const int32_t id = args.table[part.sequence * args.table_row + part.first_page + page];
+  return id < 0 || id >= args.num_pages
+      ? nullptr
+      : static_cast<const T*>(args.pages) + id * (kPage * 2 * args.width);
+}
+
+// `next` is the part that this thread goes on with, or null: its first pages are asked for.
+template <typename T>
+bool attend_part(const DecodeArgs& args, const Part& part, const Part* next,
+                 const PartResult& result, float* queries) {
   const int64_t row = padded(args.width), head = part.sequence % args.kv_heads;
-  const int32_t* ids = args.table + part.sequence * args.table_row + part.first_page;
   for (int64_t page = 0; page < part.pages; ++page) {
-    if (ids[page] < 0 || ids[page] >= args.num_pages) {
+    if (page_of<T>(args, part, page) == nullptr) {
       return false;
     }
   }
@@ -155,20 +176,15 @@ bool attend_part(const DecodeArgs& args, const Part& part, const PartResult& res
   // Tokens of the part that the row's first query reads; each of the others reads one more.
   const int64_t seen =
       args.lengths[part.sequence] - own.count + 1 - part.first_page * kPage;
-  const auto page_at = [&](int64_t page) {
-    return page < part.pages
-        ? static_cast<const T*>(args.pages) + ids[page] * (kPage * 2 * args.width)
-        : nullptr;
-  };
   const T* const none[kBlockPages] = {};
   const T *pages[kBlockPages], *ahead[kBlockPages];
-  for (int64_t i = 0; i < kBlockPages; ++i) {
-    ahead[i] = page_at(i);
-  }
   for (int64_t first = 0; first < part.pages; first += kBlockPages) {
+    const bool is_last = first + kBlockPages >= part.pages;
     for (int64_t i = 0; i < kBlockPages; ++i) {
-      pages[i] = ahead[i];
-      ahead[i] = page_at(first + kBlockPages + i);
+      pages[i] = page_of<T>(args, part, first + i);
+      ahead[i] = !is_last     ? page_of<T>(args, part, first + kBlockPages + i)
+          : next != nullptr ? page_of<T>(args, *next, i)
+                            : nullptr;
     }
     for (int64_t i = 0; i < own.count; ++i) {
       const int64_t tokens = std::min(std::min(part.tokens, seen + i) - first * kPage, kBlock);
@@ -244,7 +260,8 @@ bool decode(const DecodeArgs& args) {
   at::parallel_for(0, count, small ? count : 1, [&](int64_t begin, int64_t end) {
     std::vector<float> queries(most * row);
     for (int64_t part = begin; part < end; ++part) {
-      if (!attend_part<T>(args, parts[part], result(parts[part]), queries.data())) {
+      const Part* next = part + 1 < end ? &parts[part + 1] : nullptr;
+      if (!attend_part<T>(args, parts[part], next, result(parts[part]), queries.data())) {
         in_range = false;
       }
     }

@@ -84,7 +84,7 @@ void score_span(const ScoreArgs& args, const Span& span, const float* queries, f
                                 logits + begin, kPage);
         } else {
           dots<K, constant>(queries + g * row, row, keys, args.key_token, end - begin, args.width,
-                            logits + begin, kPage, g == 0 ? ahead : nullptr);
+                            logits + begin, kPage, g == 0 ? ahead : nullptr, args.key_token);
         }
       });
       for (int64_t head = 0; head < heads; ++head) {

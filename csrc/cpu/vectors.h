@@ -145,15 +145,15 @@ inline void ask_for(const T* from, int64_t elements) {
 }
 
 // Dot products of G queries (rows of `padded(width)` float32, zeros at the end) with `tokens` keys.
-// `ahead`, if it is not null, is asked for meanwhile: as many tokens, `key_stride` elements each.
+// `ahead`, if it is not null, is asked for meanwhile: `ahead_width` elements a token.
 template <typename T, int G>
 inline void dots(const float* query, int64_t query_stride, const T* keys, int64_t key_stride,
                  int64_t tokens, int64_t width, float* out, int64_t out_stride,
-                 const T* ahead = nullptr) {
+                 const T* ahead = nullptr, int64_t ahead_width = 0) {
   int64_t t = 0;
   for (; t + kTokensAtOnce <= tokens; t += kTokensAtOnce) {
     if (ahead != nullptr) {
-      ask_for(ahead + t * key_stride, kTokensAtOnce * key_stride);
+      ask_for(ahead + t * ahead_width, kTokensAtOnce * ahead_width);
     }
     dot_block<T, G, kTokensAtOnce>(query, query_stride, keys + t * key_stride, key_stride, width,
                                    out + t, out_stride);

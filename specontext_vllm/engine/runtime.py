@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 
 import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.drafts import num_drafts
@@ -231,6 +232,8 @@ class Runtime:
     def _bind_layers(self, num_pages: int, table: PageTable) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [layers[name].impl for name in self.layer_names]
+        if self.device.type == "cpu":
+            use_huge_pages(layers[name].kv_cache for name in self.layer_names)
         if self.selector is not None:
             dtype = self.vllm_config.model_config.dtype
             self.selector.allocate(len(self._layers), num_pages, dtype)

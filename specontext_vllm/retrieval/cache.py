@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, HeadKeyDtype
+from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (9, 0)
@@ -76,12 +77,13 @@ class HeadCache:
         device: torch.device,
     ) -> HeadCache:
         """Zero-filled caches for ``num_blocks`` pages."""
-        return cls(
-            torch.zeros(
-                num_blocks, num_kv_heads, PAGE_SIZE, head_dim, dtype=key_dtype, device=device
-            ),
-            torch.zeros(num_blocks + 1, hidden_size, dtype=dtype, device=device),
+        keys = torch.zeros(
+            num_blocks, num_kv_heads, PAGE_SIZE, head_dim, dtype=key_dtype, device=device
         )
+        fused = torch.zeros(num_blocks + 1, hidden_size, dtype=dtype, device=device)
+        if device.type == "cpu":
+            use_huge_pages((keys, fused))
+        return cls(keys, fused)
 
     @staticmethod
     def bytes_per_block(
