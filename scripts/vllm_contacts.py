@@ -63,7 +63,7 @@ class Contact:
 def marks_of(docstring: str | None) -> dict[str, str]:
     """The marks in a docstring: a line ``Name: text``, and the indented lines after it."""
     found = {}
-    pattern = r"^(vLLM|Overrides|Implements|Uses|Symptom|Reason|Remove when): (.+(?:\n +\S.*)*)"
+    pattern = r"^(vLLM|Overrides|Implements|Uses|Symptom|Reason|Remove when):\s+(.+(?:\n +\S.*)*)"
     for name, text in re.findall(pattern, docstring or "", re.M):
         found[name] = " ".join(text.split())
     return found

@@ -19,6 +19,7 @@ CONFIG_KEY = "specontext"
 AttentionProviderName = Literal["auto", "flash", "triton", "xformers"]
 HeadKeyDtype = Literal["auto", "fp8", "model"]
 Loading = Literal["adaptive", "elastic", "plain"]
+Mode = Literal["sparse", "lossless"]
 
 
 class ConfigError(ValueError):
@@ -55,6 +56,14 @@ class SpeContextConfig(BaseModel):
             "Tokens per KV head that a decode step reads, sink and recent tokens included. A "
             "context within the budget is read whole. At least the sink pages, the recent pages "
             "and one page more: 112 with the defaults."
+        ),
+    )
+    mode: Mode = Field(
+        default="sparse",
+        description=(
+            "`sparse`: answers are made over the selected pages. `lossless`: only drafts are; "
+            "the model verifies them over the whole context, and the answers are those of dense "
+            "attention (on a CPU)."
         ),
     )
     sink_tokens: int = Field(
@@ -262,6 +271,30 @@ class SpeContextConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _lossless_fits(self) -> SpeContextConfig:
+        if not self.is_lossless:
+            return self
+        for setting, refused, remedy in (
+            ("host_kv_gib", bool(self.host_kv_gib), "verification reads all pages: set it to 0"),
+            ("sidecar", self.sidecar == "ray", "its actor is not told of drafts: use inline"),
+            ("cache_generated", self.cache_generated, "all pages are exact there: leave it out"),
+            (
+                "attention_provider",
+                self.attention_provider == "xformers",
+                "it has one query token a row: use auto",
+            ),
+            (
+                "retriever",
+                self.rule.reads_everything,
+                "its drafts would cost as much as answers: use another one",
+            ),
+        ):
+            if refused:
+                found = getattr(self, setting)
+                raise ValueError(f"{setting}: found {found!r} with mode lossless; {remedy}.")
+        return self
+
+    @model_validator(mode="after")
     def _sidecar_fits(self) -> SpeContextConfig:
         if self.sidecar == "inline":
             for key in ("sidecar_gpus", "sidecar_cpus"):
@@ -300,6 +333,11 @@ class SpeContextConfig(BaseModel):
         """The rule that ``retriever`` names, to ask for its needs."""
         return find_rule(self.retriever)
 
+    @property
+    def is_lossless(self) -> bool:
+        """Whether selected pages make drafts only."""
+        return self.mode == "lossless"
+
     def reading_everything(self) -> SpeContextConfig:
         """These settings, with every decode step reading its whole context."""
         return self.model_copy(update={"retriever": "dense", "rule_settings": {}})
@@ -309,12 +347,12 @@ class SpeContextConfig(BaseModel):
         return self.budget // PAGE_SIZE
 
     def exact_tokens(self, max_model_len: int) -> int:
-        """Leading tokens of a context whose KV decode steps make as dense attention does, since
-        they read all of it.
+        """Leading tokens of a context whose KV is that of dense attention, since the steps that
+        make it read all of it.
         """
         return (
             max_model_len
-            if self.rule.reads_everything
+            if self.rule.reads_everything or self.is_lossless
             else min(max_model_len, self.budget_pages * PAGE_SIZE)
         )
 
@@ -339,10 +377,10 @@ class SpeContextConfig(BaseModel):
         those that its drafts begin included.
 
         With a sidecar that is its whole context, since requests are read whole while the actor is
-        away.
+        away, and so it is where drafts are verified over all of it.
         """
         whole = pages_for(max_model_len)
-        if self.sidecar == "ray":
+        if self.sidecar == "ray" or self.is_lossless:
             return whole
         return min(whole, self.selection_pages(max_model_len) + pages_for(num_drafts))
 

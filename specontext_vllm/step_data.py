@@ -77,6 +77,7 @@ class StepBatch:
         max_queries: the most query tokens of a decode row; more than 1: rows verify drafts.
         kept: ``[>= R]`` int32, how many of each row's tokens belong to its request, known once the
             step has sampled: the others are drafts that were rejected. None: all.
+        dense: every decode row reads its whole context, whatever the rule.
         replayable: every row is a decode row of ``max_queries`` tokens, the tensors of tokens hold
             those of ``table_rows`` rows, and all tensors lie where those of every such step with as
             many rows do.
@@ -96,6 +97,7 @@ class StepBatch:
     query_lens: Sequence[int] = ()
     max_queries: int = 1
     kept: Tensor | None = None
+    dense: bool = False
     replayable: bool = False
 
     @property
@@ -148,13 +150,14 @@ class StepShape(NamedTuple):
         rows: leading rows whose tokens get keys: the decode rows, and in a graph the padding rows.
         chooses: some row may have more pages than the budget; if none has, all are read whole.
         parts: the rows in parts whose scores fit the workspace; none without decode rows.
-        max_queries: see ``StepBatch``.
+        max_queries, dense: see ``StepBatch``.
     """
 
     rows: int
     chooses: bool
     parts: tuple[RowPart, ...]
     max_queries: int = 1
+    dense: bool = False
 
     def padded(self, table_rows: int) -> StepShape:
         """The shape that a graph is captured for: its ``table_rows`` rows include the padding's,
@@ -162,7 +165,7 @@ class StepShape(NamedTuple):
         """
         max_pages = bucket(self.parts[0].max_pages) if self.chooses else 1
         part = RowPart(range(table_rows), max_pages)
-        return StepShape(table_rows, self.chooses, (part,), self.max_queries)
+        return self._replace(rows=table_rows, parts=(part,))
 
 
 def bucket(pages: int) -> int:

@@ -45,12 +45,13 @@ TOGETHER = {
     "tests/engine/test_exactness.py": "scenarios",
     "tests/engine/test_block_sizes.py": "scenarios",
     "tests/engine/test_sidecar.py": "scenarios",
+    "tests/engine/test_lossless.py": "scenarios",
     "tests/engine/test_server.py": "server",
     "tests/engine/test_metrics.py": "server",
 }
 """Files that share such a fixture, by which of pytest-xdist's processes runs them."""
 SECONDS = {
-    "scenarios": 110,
+    "scenarios": 170,
     "tests/engine/test_faults.py": 70,
     "server": 65,
     "tests/engine/test_tensor_parallel.py": 55,

@@ -88,6 +88,24 @@ from specontext_vllm.retrieval.rules import listed_rules
             {"sidecar": "ray", "sidecar_cpus": 0},
             "sidecar_cpus: found 0; input should be greater than or equal to 1",
         ),
+        ({"mode": "exact"}, "mode: found 'exact'; input should be 'sparse' or 'lossless'"),
+        (
+            {"mode": "lossless", "host_kv_gib": 1},
+            "host_kv_gib: found 1.0 with mode lossless; verification reads all pages",
+        ),
+        ({"mode": "lossless", "sidecar": "ray"}, "sidecar: found 'ray' with mode lossless;"),
+        (
+            {"mode": "lossless", "cache_generated": True},
+            "cache_generated: found True with mode lossless;",
+        ),
+        (
+            {"mode": "lossless", "attention_provider": "xformers"},
+            "attention_provider: found 'xformers' with mode lossless;",
+        ),
+        (
+            {"mode": "lossless", "retriever": "dense"},
+            "retriever: found 'dense' with mode lossless; its drafts would cost",
+        ),
         (
             {"sidecar": "ray", "retriever": "recent"},
             "sidecar: found 'ray' with retriever 'recent', which has no head",
@@ -151,6 +169,13 @@ def test_table_is_as_wide_as_the_widest_selection():
     # Rows are read whole while the sidecar is away, but what it selects is no wider than ever.
     assert SpeContextConfig(sidecar="ray").table_pages(131072) == 8192
     assert SpeContextConfig(sidecar="ray").selection_pages(131072) == 128
+
+
+def test_in_lossless_mode_every_page_may_be_read_and_is_exact():
+    config = SpeContextConfig(mode="lossless", budget=128)
+    assert config.table_pages(1000, num_drafts=3) == 63
+    assert config.exact_tokens(1000) == 1000
+    assert SpeContextConfig(budget=128).exact_tokens(1000) == 128
 
 
 def test_keys_of_a_head_that_another_retriever_leaves_idle_may_be_named():

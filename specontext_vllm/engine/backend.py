@@ -165,7 +165,7 @@ class SpeContextImpl(AttentionImpl):
             table = self.tiers.page_table(self.layer)
         elif self.group_table is not None:
             table = self.group_table
-        if decodes and self.selector is not None and self.selector.active:
+        if decodes and attn_metadata.selects and self.selector is not None and self.selector.active:
             common = attn_metadata.common
             self.selector.select(
                 self.layer,

@@ -35,6 +35,18 @@ def is_drafters(vllm_config: Any) -> bool:
     return model is not None and model.runner_type == "draft"
 
 
+def is_lossless(vllm_config: Any) -> bool:
+    """Whether this engine runs on the specontext backend in lossless mode, as far as can be told
+    before its settings were validated.
+    """
+    if not is_selected(vllm_config) or vllm_config.model_config is None:
+        return False
+    from specontext_vllm.config import CONFIG_KEY
+
+    settings = (vllm_config.additional_config or {}).get(CONFIG_KEY)
+    return isinstance(settings, dict) and settings.get("mode") == "lossless"
+
+
 def refuse_other_kinds(vllm_config: Any) -> None:
     """Raise a ConfigError where layers of another kind than full attention were given to our
     backend, or those to another one beside it.

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from specontext_vllm.engine.backend_choice import (
     is_drafters,
+    is_lossless,
     is_named,
     is_selected,
     refuse_other_kinds,
@@ -84,6 +85,31 @@ def choose_worker() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def draft_with_target_in_lossless_mode() -> None:
+    """Give an engine in lossless mode its speculative configuration.
+
+    Uses: vllm.platforms.interface.Platform.apply_config_platform_defaults
+    Symptom: vLLM has sized its graphs without drafts when ``check_and_update_config`` is called.
+    Reason: of what it calls of a platform this alone comes before that (vllm/config/vllm.py).
+    Remove when: a backend can ask for a speculative configuration.
+    """
+    platform = _platform_class()
+    original = platform.apply_config_platform_defaults.__func__
+    if _is_ours(original):
+        return
+
+    @functools.wraps(original)
+    def apply_config_platform_defaults(cls: Any, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        if is_lossless(vllm_config):
+            from specontext_vllm.engine.lossless import draft_with_target
+
+            draft_with_target(vllm_config)
+
+    _mark_as_ours(apply_config_platform_defaults)
+    platform.apply_config_platform_defaults = classmethod(apply_config_platform_defaults)
+
+
 def let_cpu_platform_choose_backend() -> None:
     """Let the CPU platform return our backend when it was asked for.
 
@@ -109,6 +135,28 @@ def let_cpu_platform_choose_backend() -> None:
 
     _mark_as_ours(get_attn_backend_cls)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def expand_sampling_settings_on_a_cpu() -> None:
+    """Give each draft the temperature, top_k and top_p of its request.
+
+    Uses: vllm.v1.sample.rejection_sampler.expand_batch_to_tokens
+    Symptom: on a CPU, sampled requests with drafts follow other distributions than without, or the
+        engine ends with "selected index k out of range".
+    Reason: vLLM's C++ writes what it expands into a copy as 64-bit integers, and the result is
+        memory that nobody wrote (vllm/utils/cpu_triton_utils.py, _expand_kernel_impl).
+    Remove when: it copies the result back, as it does in the functions around it.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    def expand_batch_to_tokens(
+        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        expanded = x.repeat_interleave(counts, output_size=num_tokens)
+        return expanded.masked_fill(expanded == replace_from, replace_to)
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
 def hide_our_kernels_folder() -> None:

@@ -5,7 +5,7 @@ vLLM: the interface of a metadata builder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class SpeContextMetadata:
         num_tokens: query tokens of the step (with a FULL graph: padding included).
         common: vLLM's own description of the step, for retrievers that select per layer and the
             adapter of the V1 runner.
+        selects: whether retrievers that select per layer do so in this step.
     """
 
     num_decodes: int
@@ -46,6 +47,7 @@ class SpeContextMetadata:
     prefill: PrefillRows | None
     num_tokens: int
     common: CommonAttentionMetadata
+    selects: bool = True
 
 
 def max_table_rows(vllm_config: Any) -> int:
@@ -96,6 +98,7 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         self.provider: AttentionProvider = layers[0].impl.provider
         for layer in layers:
             layer.impl.provider = self.provider
+        self.is_lossless = config.is_lossless
         self.is_dense = not any(layer.impl.is_selected_for for layer in layers)
 
     @classmethod
@@ -140,7 +143,12 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
             prefill,
             common.num_actual_tokens,
             common,
+            selects=not self.is_lossless,
         )
+
+    def build_draft(self, common: CommonAttentionMetadata) -> SpeContextMetadata:
+        """Lossless mode: metadata of a pass in which rows of one token each make drafts."""
+        return replace(self.build(0, common), selects=True)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata

@@ -10,6 +10,7 @@ from typing import Any
 from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
+from specontext_vllm.engine.lossless import refuse_groups_of_layers, refuse_lossless
 from specontext_vllm.engine.names import (
     AUX_LAYERS_KEY,
     ENGINES_KEY,
@@ -77,6 +78,8 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         )
     if config.sidecar == "ray":
         refuse_sidecar(vllm_config.parallel_config)
+    if config.is_lossless:
+        refuse_lossless(vllm_config, is_cpu=current_platform.is_cpu())
     refuse_impossible_pool(config, vllm_config.parallel_config, free=is_first)
     refuse_captured_writes(config, vllm_config.compilation_config)
     if is_first and (sentence := config.reads_everything(model.max_model_len)) is not None:
@@ -101,6 +104,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         if checkpoint.spec.layer_groups > 1:
             layers = num_full_layers(model.hf_text_config)
             refuse_groups(config, checkpoint.spec.layer_groups, layers)
+            refuse_groups_of_layers(config, checkpoint.spec.layer_groups)
             additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional
     return spec

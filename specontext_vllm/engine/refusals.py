@@ -166,7 +166,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     if config.host_kv_gib and (model.is_hybrid or has_windowed_layers(text)):
         raise ConfigError(mixed_tiers(vllm_config))
-    if vllm_config.speculative_config is not None:
+    if vllm_config.speculative_config is not None and not config.is_lossless:
         refuse_drafts(vllm_config, config)
 
 

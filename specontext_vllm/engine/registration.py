@@ -40,6 +40,7 @@ def _register() -> None:
     _done = True
     compat.hide_our_kernels_folder()
     compat.choose_worker()
+    compat.draft_with_target_in_lossless_mode()
     compat.let_cpu_platform_choose_backend()
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import SpeContextMetadata
 from specontext_vllm.engine.runtime import Runtime, attach_runtime
+from specontext_vllm.engine.self_drafter import SelfDrafter
 from specontext_vllm.step_data import StepBatch
 
 
@@ -25,6 +27,25 @@ class SpeContextCPUModelRunner(CPUModelRunner):
 
     runtime: Runtime
     _to_learn: tuple[StepBatch, list[Tensor] | None] | None = None
+    _learned: StepBatch | None = None
+    _self_drafts: SelfDrafts | None = None
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        """In lossless mode the target is the drafter.
+
+        Overrides: vllm.v1.worker.cpu_model_runner.CPUModelRunner.__init__
+        Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.drafter,
+            vllm.v1.worker.gpu_model_runner.GPUModelRunner.effective_drafter_max_model_len
+        Symptom: the target's weights are loaded twice; near the longest context rows get made-up
+            drafts.
+        Reason: the runner makes the drafter by its method's name; and it takes a drafter to need
+            room for all drafts.
+        Remove when: a plugin can bring a drafter.
+        """
+        super().__init__(vllm_config, device)
+        if drafts_itself(vllm_config):
+            self.drafter = SelfDrafter(vllm_config, device, self)
+            self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Makes the runtime, now that there is a model.
@@ -42,6 +63,8 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         with self.runtime.own_kv_cache(kv_cache_config, is_profiling=False):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks)
+        if drafts_itself(self.vllm_config):
+            self._self_drafts = self.runtime.self_drafts(self.model)
 
     def _zero_block_ids(self, block_ids: list[int]) -> None:
         """Zeroes the pages of new blocks, which is asked for beside state-space layers.
@@ -91,11 +114,26 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             query_lens=query_lens,
             max_queries=max(query_lens[: metadata.num_decodes], default=1),
             num_tokens=tokens,
+            dense=self._self_drafts is not None,
         )
         self.runtime.step.before_model(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)
         self._to_learn = batch, output[1] if self.use_aux_hidden_state_outputs else None
         return output
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Samples as without drafts where no row has any.
+
+        Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner._sample
+        Symptom: with drafts and top_k, a step in which nothing was drafted, as the first, ends the
+            engine: max(): Expected reduction dim to be specified for input.numel() == 0.
+        Reason: the rejection sampler cuts the logits of no drafts, too
+            (vllm/v1/sample/rejection_sampler.py, apply_sampling_constraints).
+        Remove when: it leaves out what is empty.
+        """
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
 
     def _update_states_after_model_execute(
         self, output_token_ids: Tensor, scheduler_output: Any
@@ -116,3 +154,35 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             kept = torch.where(has_drafts, sampled, torch.tensor(batch.query_lens)).int()
             batch = replace(batch, kept=kept)
         self.runtime.step.after_model(batch, aux)
+        self._learned = batch
+
+    def propose_draft_token_ids(
+        self, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In lossless mode, drafts of the target itself for the rows that have a next token.
+
+        Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner.propose_draft_token_ids
+        Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.discard_request_mask
+        """
+        if self._self_drafts is None:
+            return super().propose_draft_token_ids(
+                scheduler_output, sampled_token_ids, *args, **kwargs
+            )
+        batch, count = self._learned, scheduler_output.num_spec_tokens_to_schedule
+        assert batch is not None
+        rows = (~self.discard_request_mask.gpu[: batch.num_rows]).nonzero()[:, 0]
+        drafts = torch.zeros(batch.num_rows, count, dtype=torch.int32)
+        if count and len(rows):
+            starts = batch.query_starts.long()
+            kept = starts.diff() if batch.kept is None else batch.kept.long()
+            known = batch.positions[starts[:-1]] + kept
+            sampled = sampled_token_ids[rows]
+            newest = (sampled != -1).sum(1, keepdim=True) - 1
+            drafts[rows] = self._self_drafts.draft(
+                count,
+                sampled.gather(1, newest)[:, 0].int(),
+                known[rows],
+                batch.block_table[rows],
+                [batch.names[row] for row in rows.tolist()],
+            )
+        return drafts

@@ -24,6 +24,7 @@ from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.kv_group import Block, KVGroup, find_kv_group
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
 from specontext_vllm.engine.layers import our_layer_names, shape_of
+from specontext_vllm.engine.lossless import SelfDrafts
 from specontext_vllm.engine.memory import memory_model
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
@@ -35,6 +36,7 @@ from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.checkpoint import layer_groups
 from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.step_data import PageTable, Selection
 
 logger = init_logger("vllm.specontext")
@@ -277,6 +279,18 @@ class Runtime:
             num_drafts=num_drafts(self.vllm_config),
         )
         self.step.warm_up()
+
+    def self_drafts(self, model: Any) -> SelfDrafts:
+        """What drafts with the target ``model`` in lossless mode."""
+        head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
+        return SelfDrafts(
+            self.step,
+            self.attention_group.get_metadata_builder(),
+            self.layer_names,
+            model,
+            self.vllm_config,
+            None if head is None else head.cache,
+        )
 
     # -- while it serves
 

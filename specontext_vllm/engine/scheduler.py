@@ -15,6 +15,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
+from specontext_vllm.engine.draft_length import DraftLength
+from specontext_vllm.engine.lossless import step_bytes
 
 
 class WaitsForPages(Scheduler):
@@ -155,9 +157,69 @@ class GoesOnFromPages(Scheduler):
             self.kv_cache_manager.free(session)
 
 
-class SpeContextScheduler(GoesOnFromPages, CachesExactPages, WaitsForPages, Scheduler):
+class ChoosesDrafts(Scheduler):
+    """In lossless mode each step makes as many drafts as pay.
+
+    Symptom: steps make as many drafts as the configuration says, whatever becomes of them.
+    Reason: vLLM chooses the number by the size of the batch alone.
+    Remove when: a scheduler can say how many drafts a step makes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Makes what chooses.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler.__init__
+        """
+        super().__init__(*args, **kwargs)
+        self.draft_length: DraftLength | None = None
+        config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
+        if config.is_lossless:
+            self.draft_length = DraftLength(step_bytes(self.vllm_config, self.kv_cache_config))
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        """Says how many drafts the step makes, for the next one to verify.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler._update_after_schedule
+        Uses: vllm.v1.core.sched.output.SchedulerOutput.num_spec_tokens_to_schedule
+        """
+        if self.draft_length is not None:
+            scheduled = scheduler_output.num_scheduled_tokens
+            decoding = [
+                request.num_tokens
+                for name, tokens in scheduled.items()
+                if (request := self.requests[name]).num_computed_tokens + tokens
+                >= request.num_tokens
+            ]
+            chosen = self.draft_length.choose(decoding)
+            scheduler_output.num_spec_tokens_to_schedule = chosen
+        super()._update_after_schedule(scheduler_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Learns what became of a row's drafts.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler.make_spec_decoding_stats
+        """
+        if self.draft_length is not None:
+            self.draft_length.observe(num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs
+        )
+
+
+class SpeContextScheduler(
+    ChoosesDrafts, GoesOnFromPages, CachesExactPages, WaitsForPages, Scheduler
+):
     """vLLM's scheduler."""
 
 
-class SpeContextAsyncScheduler(GoesOnFromPages, CachesExactPages, WaitsForPages, AsyncScheduler):
+class SpeContextAsyncScheduler(
+    ChoosesDrafts, GoesOnFromPages, CachesExactPages, WaitsForPages, AsyncScheduler
+):
     """vLLM's scheduler that runs ahead of the GPU."""

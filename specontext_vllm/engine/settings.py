@@ -88,7 +88,7 @@ class LiveSettings:
     def _refuse_per_layer(self, config: SpeContextConfig) -> None:
         """Refuse what a rule that selects per layer cannot change any more."""
         before = self._step.retriever.config
-        if config.rule.per_layer and self._step.num_drafts:
+        if config.rule.per_layer and self._step.num_drafts and not config.is_lossless:
             raise ConfigError(
                 f"specontext: retriever {config.retriever} selects in each layer, for one query "
                 "token a row, and this engine verifies drafts; start it without "

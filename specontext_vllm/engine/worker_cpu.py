@@ -23,8 +23,10 @@ class SpeContextCPUWorker(SpeContextWorkerMixin, cpu_worker.CPUWorker):
         Reason: it names the runner's class in the middle of its ``init_device``.
         Remove when: it makes its runner in a method, as the GPU's worker does.
         """
+        from specontext_vllm.engine.compat import expand_sampling_settings_on_a_cpu
         from specontext_vllm.engine.runner_v1 import SpeContextCPUModelRunner
 
+        expand_sampling_settings_on_a_cpu()
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = SpeContextCPUModelRunner
         try:

@@ -125,7 +125,7 @@ class LocalRetriever:
             return StepShape(0, chooses=False, parts=())
         decodes = batch.num_decodes
         bounds = [pages_for(n) for n in batch.seq_lens_bound[:decodes]]
-        total = self._budget.total
+        total = self._budget_of(batch.dense).total
         chooses = max(bounds, default=0) > total
         if self.config.stats:
             heads = self.num_kv_heads
@@ -136,11 +136,10 @@ class LocalRetriever:
                 heads * sum(bounds),
             )
         if not chooses or self.rule.per_layer:
-            return StepShape(
-                decodes, chooses, (RowPart(range(batch.table_rows), 1),), batch.max_queries
-            )
-        parts = tuple(self._parts(bounds, batch.table_rows))
-        return StepShape(decodes, chooses, parts, batch.max_queries)
+            parts: tuple[RowPart, ...] = (RowPart(range(batch.table_rows), 1),)
+        else:
+            parts = tuple(self._parts(bounds, batch.table_rows))
+        return StepShape(decodes, chooses, parts, batch.max_queries, batch.dense)
 
     def embed_outside(self, batch: StepBatch, rows: int) -> Tensor | None:
         """See ``Retriever.embed_outside``."""
@@ -191,7 +190,7 @@ class LocalRetriever:
         stickiness: Stickiness | None = None,
     ) -> None:
         """See ``Retriever.select``."""
-        if self.rule.per_layer:
+        if self.rule.per_layer and not shape.dense:
             fill_lengths(batch.seq_lens[: batch.table_rows], selection, self._budget)
             return
         fallback = self._fallback if shape.chooses else None
@@ -201,7 +200,7 @@ class LocalRetriever:
             batch.seq_lens if scores.starts is None else scores.starts,
             batch.block_table if selection.page_ids is None else selection.page_ids,
             selection,
-            self._budget,
+            self._budget_of(shape.dense),
             rows=part.rows,
             fallback=fallback,
             stickiness=stickiness,
@@ -233,6 +232,9 @@ class LocalRetriever:
             self.head.learn_decodes(batch, rows, aux)
         if rows < batch.num_rows:
             self.head.learn_rows(batch, batch.num_decodes, batch.num_rows, aux)
+
+    def _budget_of(self, dense: bool) -> Budget:
+        return Budget.everything(self.max_pages) if dense else self._budget
 
     def _parts(self, bounds: list[int], table_rows: int) -> Iterator[RowPart]:
         """Consecutive rows whose pages fit the workspace; padding rows join the last part."""

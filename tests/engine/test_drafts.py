@@ -113,6 +113,8 @@ def drafted(request, prompts) -> dict[str, Any]:
         watched = Watched(llm)
         out: dict[str, Any] = scenarios(llm, prompts)
         out["counts"] = watched.counts()
+        cut = sampling(temperature=1, top_k=3, max_tokens=4)
+        out["top k"] = llm.generate([{"prompt_token_ids": prompts[3]}], cut, use_tqdm=False)[0]
         # What the head learns, and what it would learn if all drafts were taken for kept.
         for name in ("with drafts", "all kept"):
             watched.keep_all = name == "all kept"
@@ -149,6 +151,10 @@ def test_drafts_were_accepted_and_rejected_and_requests_preempted(drafted):
     counts = drafted["counts"]
     assert 0 < counts["accepted_tokens"] < counts["draft_tokens"]
     assert drafted["preempted"] > 0 and drafted["cached tokens"] >= 256
+
+
+def test_a_step_without_drafts_samples_from_the_likeliest(drafted):
+    assert len(drafted["top k"].outputs[0].token_ids) == 4
 
 
 def test_the_head_learns_what_was_kept(drafted):

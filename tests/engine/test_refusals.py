@@ -10,6 +10,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import refusals
+from specontext_vllm.engine.lossless import refuse_groups_of_layers, refuse_lossless
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from specontext_vllm.engine.refusals import (
     KV_UPDATE,
@@ -53,6 +54,36 @@ def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sent
         refuse_unsupported(config)
     assert sentence in str(error.value) and "\n" not in str(error.value)
     refuse_unsupported(vllm_config(speculative_config=drafts()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"speculative_config": drafts()}, "with --speculative-config ngram, but the model drafts"),
+        ({"model": {"is_hybrid": True}}, "some of whose layers keep a state instead of KV"),
+        ({"model": {"hf_text_config": SimpleNamespace(sliding_window=8)}}, "a sliding window"),
+        ({"parallel": {"data_parallel_size": 2}}, "with --data-parallel-size 2"),
+        ({"parallel": {"tensor_parallel_size": 2}}, "with --tensor-parallel-size 2"),
+    ],
+)
+def test_engines_that_cannot_draft_with_their_target_are_refused(changes, sentence):
+    parallel = {"data_parallel_size": 1, **changes.pop("parallel", {})}
+    with pytest.raises(ConfigError) as error:
+        refuse_lossless(vllm_config(parallel=parallel, **changes), is_cpu=True)
+    text = str(error.value)
+    assert text.startswith("additional_config.specontext.mode: found 'lossless' with")
+    assert sentence in text and "\n" not in text
+    refuse_lossless(vllm_config(parallel={"data_parallel_size": 1}), is_cpu=True)
+
+
+def test_lossless_mode_is_refused_on_a_gpu_and_with_groups_of_layers():
+    with pytest.raises(ConfigError, match="found 'lossless' on a GPU, where it is not served yet"):
+        refuse_lossless(vllm_config(), is_cpu=False)
+    config = SpeContextConfig(mode="lossless")
+    with pytest.raises(ConfigError, match="the head has queries for 3 groups of layers"):
+        refuse_groups_of_layers(config, 3)
+    refuse_groups_of_layers(config, 1)
+    refuse_groups_of_layers(SpeContextConfig(), 3)
 
 
 @pytest.mark.parametrize(

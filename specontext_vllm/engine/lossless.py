@@ -1,0 +1,247 @@
+"""The lossless mode: the model drafts over its selected pages and verifies over all of them, so the
+tokens, and the KV that stays, are those of dense attention (docs/how-it-works/lossless.md).
+
+For vLLM this is speculative decoding with a draft model that happens to be the target.
+
+vLLM: its speculative configuration, its estimate of what a model reads, and the context in which a
+model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.draft_length import MAX_DRAFTS, StepBytes
+from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
+from specontext_vllm.engine.step import DecodeStep
+from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.step_data import StepBatch
+
+SETTING = f"additional_config.{CONFIG_KEY}.mode: found 'lossless'"
+
+
+def drafts_itself(vllm_config: Any) -> bool:
+    """Whether the engine's drafts are those of ``draft_with_target``."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and (
+        speculative.method == "draft_model"
+        and speculative.draft_model_config is speculative.target_model_config
+    )
+
+
+def draft_with_target(vllm_config: Any) -> None:
+    """In lossless mode, tell vLLM that the target is its own draft model. Idempotent.
+
+    The rows' places for drafts, their verification and its figures are vLLM's then.
+
+    Uses: vllm.config.vllm.VllmConfig.speculative_config,
+        vllm.config.speculative.SpeculativeConfig.method,
+        vllm.config.speculative.SpeculativeConfig.num_speculative_tokens_per_batch_size
+    Symptom: a draft model of the target's own path is loaded a second time.
+    Reason: vLLM knows no drafter that is the target. Made as one that needs no model, and renamed,
+        the configuration refers to the target's own.
+    Remove when: it does.
+    """
+    if vllm_config.speculative_config is not None:
+        return
+    from vllm.config import SpeculativeConfig
+
+    model = vllm_config.model_config
+    made = SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=MAX_DRAFTS,
+        target_model_config=model,
+        target_parallel_config=vllm_config.parallel_config,
+    )
+    made.method, made.model = "draft_model", model.model
+    # Rows then have as many drafts as the scheduler says, and none are padded with made-up ones.
+    requests = vllm_config.scheduler_config.max_num_seqs
+    made.num_speculative_tokens_per_batch_size = [(1, requests, MAX_DRAFTS)]
+    vllm_config.speculative_config = made
+
+
+def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
+    """Raise a ConfigError for an engine that cannot draft with its target."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if not is_cpu:
+        raise ConfigError(f"{SETTING} on a GPU, where it is not served yet; use mode sparse.")
+    if vllm_config.speculative_config is not None and not drafts_itself(vllm_config):
+        raise ConfigError(
+            f"{SETTING} with --speculative-config {vllm_config.speculative_config.method}, but the "
+            "model drafts for itself there: leave one of the two out."
+        )
+    for kind, refused in (
+        ("keep a state instead of KV", model.is_hybrid),
+        ("have a sliding window", has_windowed_layers(model.hf_text_config)),
+    ):
+        if refused:
+            raise ConfigError(
+                f"{SETTING} with {model.model}, some of whose layers {kind}, which is not "
+                "supported; use mode sparse."
+            )
+    for option, size in (
+        ("--data-parallel-size", parallel.data_parallel_size),
+        ("--tensor-parallel-size", parallel.tensor_parallel_size),
+    ):
+        if size > 1:
+            raise ConfigError(
+                f"{SETTING} with {option} {size}, which is not supported; use mode sparse."
+            )
+
+
+def refuse_groups_of_layers(config: SpeContextConfig, groups: int) -> None:
+    """Raise a ConfigError where a head has queries for several groups of layers."""
+    if config.is_lossless and groups > 1:
+        raise ConfigError(
+            f"{SETTING}, but the head has queries for {groups} groups of layers, which is not "
+            "supported there; use a head that was trained with --groups 1."
+        )
+
+
+def step_bytes(vllm_config: Any, kv_cache_config: Any) -> StepBytes:
+    """What this engine's steps read.
+
+    Uses: vllm.v1.metrics.perf.ModelMetrics, vllm.v1.metrics.perf.ExecutionContext
+    Symptom: the scheduler does not know at which lengths drafts pay.
+    Reason: the weights are the workers'; vLLM estimates what a step reads, for its own figures.
+    Remove when: a worker can tell the scheduler.
+    """
+    from vllm.logger import suppress_logging
+    from vllm.v1.metrics.perf import ExecutionContext, ModelMetrics
+
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    groups = kv_cache_config.kv_cache_groups
+    layers = sum(len(group.layer_names) for group in groups)
+    spec = groups[0].kv_cache_spec
+    a_layer = spec.page_size_bytes / spec.block_size
+    with suppress_logging():
+        estimate = ModelMetrics(vllm_config)
+    weights = estimate.get_read_bytes(ExecutionContext.from_single_request(1, 1, is_prefill=False))
+    scores = 0.0
+    if config.rule.needs_head:
+        # Keys of one layer, if the head's are like the target's.
+        scores = a_layer / 2
+    elif config.rule.per_layer:
+        scores = layers * a_layer * (config.rule.page_vectors / (2 * PAGE_SIZE) or 0.5)
+    return StepBytes(weights, layers * a_layer, scores, config.budget)
+
+
+class SelfDrafts:
+    """Drafts of one worker: the model runs one token a row ahead of its answers, over the pages
+    selected for each.
+
+    What it leaves in the KV cache and among the head's keys lies behind the rows' ends, where the
+    next step writes before anything reads. Only what a page remembers of its latest token is put
+    back.
+
+    Args:
+        step: selects and learns.
+        builder: makes the metadata of our layers.
+        layer_names: those layers.
+        model: the target.
+        vllm_config: the engine's configuration.
+        head_cache: what the head remembers, if there is a head.
+    """
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        builder: SpeContextMetadataBuilder,
+        layer_names: Sequence[str],
+        model: Any,
+        vllm_config: Any,
+        head_cache: HeadCache | None,
+    ) -> None:
+        self.step, self.builder, self.layer_names = step, builder, layer_names
+        self.model, self.vllm_config = model, vllm_config
+        self.head_cache = head_cache
+        self.max_model_len = vllm_config.model_config.max_model_len
+
+    def draft(
+        self,
+        count: int,
+        tokens: Tensor,
+        known: Tensor,
+        block_table: Tensor,
+        names: Sequence[str],
+    ) -> Tensor:
+        """``[R, count]`` drafts of R requests, each of which has a next token without KV.
+
+        Args:
+            tokens: ``[R]`` those tokens, of the dtype of the drafts.
+            known: ``[R]`` int64 tokens that have KV; the next one's position.
+            block_table: ``[R, W]`` int32 pages, with room for the drafts.
+            names: R request ids.
+        """
+        last_pages = block_table.gather(1, ((known - 1) // PAGE_SIZE)[:, None]).squeeze(1).long()
+        fused = None if self.head_cache is None else self.head_cache.fused
+        latest = None if fused is None else fused[last_pages]
+        drafts = []
+        for ahead in range(count):
+            # Beyond the longest context nothing is ever verified.
+            positions = (known + ahead).clamp(max=self.max_model_len - 1)
+            tokens = self._next(tokens, positions, block_table, names)
+            drafts.append(tokens)
+        if fused is not None and latest is not None:
+            fused[last_pages] = latest
+        return torch.stack(drafts, 1)
+
+    def _next(
+        self, tokens: Tensor, positions: Tensor, block_table: Tensor, names: Sequence[str]
+    ) -> Tensor:
+        """The likeliest tokens ``[R]`` after ``tokens [R]`` at ``positions [R]``."""
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        rows = len(tokens)
+        pages = block_table.gather(1, (positions // PAGE_SIZE)[:, None]).squeeze(1).long()
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        seq_lens = (positions + 1).int()
+        bounds = seq_lens.tolist()
+        batch = StepBatch(
+            token_ids=tokens,
+            positions=positions,
+            slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
+            query_starts=starts,
+            seq_lens=seq_lens,
+            block_table=block_table,
+            seq_lens_bound=bounds,
+            num_decodes=rows,
+            table_rows=rows,
+            num_tokens=rows,
+            names=names,
+            query_lens=[1] * rows,
+        )
+        common = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            num_reqs=rows,
+            num_actual_tokens=rows,
+            max_query_len=1,
+            max_seq_len=max(bounds),
+            block_table_tensor=block_table,
+            slot_mapping=batch.slots,
+        )
+        metadata = self.builder.build_draft(common)
+        self.step.before_model(batch)
+        with set_forward_context(
+            dict.fromkeys(self.layer_names, metadata),
+            self.vllm_config,
+            num_tokens=rows,
+            slot_mapping=dict.fromkeys(self.layer_names, batch.slots),
+        ):
+            hidden = self.model(
+                input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            )
+        aux = None
+        if isinstance(hidden, tuple):
+            hidden, aux = hidden
+        self.step.after_model(batch, aux)
+        return self.model.compute_logits(hidden).argmax(-1).to(tokens.dtype)
