@@ -113,30 +113,28 @@ class Classroom:
         sequences, since such short runs take as long for one as for several.
         """
         state = generator.get_state()
-        first, cache = int(stretch[0, 0]) + 1, next(iter(lessons.values())).cache
-        budgets, found = {}, dict[str, Tensor]()
-        for name in lessons:
-            # All draw their budget alike, and as `specontext distill` does.
-            generator.set_state(state)
-            budgets[name] = self.pupils[name].run.stretch_budget(ids, generator)
-        for turn in range(max(pupil.run.settings.stretch_runs for pupil in self.pupils.values())):
-            chosen: dict[tuple[int, int], dict[str, Tensor]] = {}
-            for name, lesson in lessons.items():
-                run = self.pupils[name].run
-                if run.settings.stretch and turn < run.settings.stretch_runs:
-                    own = stretch[:, : run.settings.stretch]
-                    pages = run.stretch_pages(lesson, own, budgets[name], found.get(name))
-                    chosen.setdefault((own.shape[1], run.head.groups), {})[name] = pages
-            for group in chosen.values():
-                names = list(group)
-                for begin in range(0, len(names), SIDE_BY_SIDE):
-                    some = names[begin : begin + SIDE_BY_SIDE]
-                    states = self.teacher.decode(
-                        ids.repeat(len(some), 1), cache, first, torch.cat([group[n] for n in some])
-                    )
-                    for name, part in zip(some, states.chunk(len(some)), strict=True):
-                        layers = self.pupils[name].run.head.aux_layers
-                        found[name] = states_of(part, self.teacher.aux_layers, layers)
+        chosen: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for name, lesson in lessons.items():
+            run = self.pupils[name].run
+            if run.settings.stretch:
+                # All draw their budget alike, and as `specontext distill` does.
+                generator.set_state(state)
+                own = stretch[:, : run.settings.stretch]
+                pages = run.stretch_pages(lesson, own, generator)
+                alike = own.shape[1], run.head.groups
+                chosen.setdefault(alike, {})[name] = pages
+        first, found = int(stretch[0, 0]) + 1, {}
+        cache = next(iter(lessons.values())).cache
+        for group in chosen.values():
+            names = list(group)
+            for begin in range(0, len(names), SIDE_BY_SIDE):
+                some = names[begin : begin + SIDE_BY_SIDE]
+                states = self.teacher.decode(
+                    ids.repeat(len(some), 1), cache, first, torch.cat([group[n] for n in some])
+                )
+                for name, part in zip(some, states.chunk(len(some)), strict=True):
+                    layers = self.pupils[name].run.head.aux_layers
+                    found[name] = states_of(part, self.teacher.aux_layers, layers)
         return found
 
     def _collectors(self) -> dict[str | int, AttentionCollector]:

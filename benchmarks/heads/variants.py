@@ -118,7 +118,6 @@ VARIANTS: dict[str, Variant] = {
     "aux-last": Variant({"aux_layers": layers(AUX_LAYERS, first=0.6)}),
     "stretch-none": Variant({"stretch": 0}),
     "stretch-128": Variant({"stretch": 128}),
-    "stretch-twice": Variant({"stretch_runs": 2}),
     "stretch-small-budgets": Variant({"stretch_halvings": (6, 7)}),
     "stretch-large-budgets": Variant({"stretch_halvings": (3, 4)}),
     **{f"sharp-{share:g}": Variant({"sharp": share}) for share in (0.0, 0.5, 0.75, 1.0)},
@@ -126,10 +125,6 @@ VARIANTS: dict[str, Variant] = {
     **{f"copies-{share:g}": Variant({"copies": share}) for share in (0.0, 0.25, 0.5)},
     **{f"positions-{count}": Variant({"positions": count}) for count in (64, 192, 512)},
     **{f"groups-{count}": Variant({"groups": _at_most_layers(count)}) for count in (3, 5)},
-    **{
-        f"groups-{count}-twice": Variant({"groups": _at_most_layers(count), "stretch_runs": 2})
-        for count in (3, 5)
-    },
     "rate-half": Variant({"learning_rate": times(0.5)}),
     "rate-double": Variant({"learning_rate": times(2.0)}),
     "adamw": Variant({"learning_rate": _ADAMW_RATE}, AdamWHead),

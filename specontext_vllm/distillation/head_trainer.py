@@ -23,8 +23,7 @@ class HeadDistiller(Distiller[HeadModel]):
     It learns at sampled positions, and at a stretch of tokens that the teacher has run twice: for
     the target with all pages, and once more with only those that the head chose. The second run
     gives the states that the head will have in serving, where what it has not chosen is missing
-    from them. In serving those states choose the next pages, so the second run can be made again
-    with what the head chooses by its states (``stretch_runs``).
+    from them.
     """
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -57,11 +56,8 @@ class HeadDistiller(Distiller[HeadModel]):
             return self.learn(self.teacher(ids, at, target), at, weights, generator)
         at = torch.cat([at, stretch], 1)
         lesson = self.teacher(ids, at, target, keep_cache=True)
-        budget, states = self.stretch_budget(ids, generator), None
-        for _ in range(settings.stretch_runs):
-            chosen = self.stretch_pages(lesson, stretch, budget, states)
-            states = self.teacher.decode(ids, lesson.cache, int(stretch[0, 0]) + 1, chosen)
-        assert states is not None
+        chosen = self.stretch_pages(lesson, stretch, generator)
+        states = self.teacher.decode(ids, lesson.cache, int(stretch[0, 0]) + 1, chosen)
         return self.learn(lesson, at, weights, generator, states=states)
 
     def losses(
@@ -97,34 +93,19 @@ class HeadDistiller(Distiller[HeadModel]):
         dense = rows_at(lesson.aux, at[:, : 1 - states.shape[1]])
         return self.head.fuse(torch.cat([dense, states[:, :-1]], 1))
 
-    def stretch_budget(self, ids: Tensor, generator: torch.Generator) -> int:
-        """Tokens that the second run of a batch ``ids [B, T]`` may read, of
-        ``stretch_halvings``.
+    @torch.no_grad()
+    def stretch_pages(self, lesson: Lesson, stretch: Tensor, generator: torch.Generator) -> Tensor:
+        """The pages that the head chooses at the positions ``stretch [B, Q]``, within a budget of
+        ``stretch_halvings``: ``[B, G * nkv, Q, pages up to there]`` bool.
         """
         least, most = self.settings.stretch_halvings
         halvings = torch.randint(
             least, most + 1, (1,), generator=generator, device=generator.device
         )
-        return max(MIN_BUDGET, ids.shape[1] >> int(halvings))
-
-    @torch.no_grad()
-    def stretch_pages(
-        self, lesson: Lesson, stretch: Tensor, budget: int, states: Tensor | None = None
-    ) -> Tensor:
-        """The pages that the head chooses at the positions ``stretch [B, Q]``:
-        ``[B, G * nkv, Q, pages up to there]`` bool.
-
-        Args:
-            budget: tokens.
-            states: ``[B, Q, num_aux * Ht]`` of the stretch, of a run that has read a choice
-                already; None: those of the dense run.
-        """
+        budget = max(MIN_BUDGET, lesson.embeds.shape[1] >> int(halvings))
         end = int(stretch[0, -1]) + 2
         with self.accelerator.autocast():
-            previous = self.previous_features(lesson, stretch, states)
-            scores = self.head.page_scores(
-                lesson.embeds[:, :end], lesson.aux[:, :end], stretch, previous
-            )
+            scores = self.head.page_scores(lesson.embeds[:, :end], lesson.aux[:, :end], stretch)
         return choose(scores, stretch, budget // PAGE_SIZE)
 
 

@@ -38,7 +38,6 @@ class Settings:
         stretch: tokens side by side at which it looks as well, with the states of a run that reads
             what it chooses.
         stretch_halvings: that run's budget is the context, halved at least and at most so often.
-        stretch_runs: how often it is run, each time with what is chosen by the states of the last.
         recents: newest pages that it does not learn to choose.
         sharp: the squares' share of its target (``page_loss``).
         copies: share of plain documents in which passages are written again further down.
@@ -70,7 +69,6 @@ class Settings:
     positions: int = 192
     stretch: int = 64
     stretch_halvings: tuple[int, int] = (4, 6)
-    stretch_runs: int = 1
     recents: int = 2
     sharp: float = 0.75
     copies: float = 0.5

@@ -386,7 +386,7 @@ def test_a_stretch_sees_what_is_missing(tmp_path):
     generator = run.generator(ids.device)
     stretch = torch.arange(300, 316).expand(ids.shape[0], -1)
     lesson = run.teacher(ids, stretch, PageTarget(2), keep_cache=True)
-    chosen = run.stretch_pages(lesson, stretch, run.stretch_budget(ids, generator))
+    chosen = run.stretch_pages(lesson, stretch, generator)
     few, all_pages = (
         run.losses(
             lesson,
@@ -400,28 +400,3 @@ def test_a_stretch_sees_what_is_missing(tmp_path):
     dense = run.losses(lesson, stretch, weights, generator)["page"]
     assert few != dense
     torch.testing.assert_close(all_pages, dense)
-
-
-def test_a_repeated_run_reads_what_the_states_of_the_last_one_choose(tmp_path):
-    run = make_head_run(tmp_path, stretch_runs=3, stretch_halvings=(3, 3))
-    runs = []
-    decode = run.teacher.decode
-
-    def watch(ids, cache, first, chosen):
-        runs.append((cache, first, chosen, decode(ids, cache, first, chosen)))
-        return runs[-1][-1]
-
-    run.teacher.decode = watch
-    before = {name: tensor.clone() for name, tensor in run.head.state_dict().items()}
-    ids, weights = run.data[0]
-    run.step(ids, weights)
-    run.head.load_state_dict(before)
-    assert len(runs) == 3
-    cache, first = runs[0][:2]
-    stretch = torch.arange(first - 1, first + 15).expand(ids.shape[0], -1)
-    lesson = run.teacher(ids, stretch, PageTarget(2), keep_cache=True)
-    states = None
-    for _, _, chosen, found in runs:
-        torch.testing.assert_close(chosen, run.stretch_pages(lesson, stretch, 112, states))
-        states = found
-    assert (runs[0][2] != runs[1][2]).any()
