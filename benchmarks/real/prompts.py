@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from random import Random
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ class Group:
     context: int
     prompts: list[Prompt]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of everything that is asked."""
         content = json.dumps([asdict(prompt) for prompt in self.prompts])
