@@ -309,6 +309,50 @@ void select_pages_op(const Tensor& page_max, const Tensor& page_lse, const Tenso
   });
 }
 
+void pack_pages_op(const Tensor& kv_cache, const Tensor& pages, const Tensor& tokens,
+                   const Tensor& places, const Tensor& copy, bool in_pairs) {
+  check(kv_cache, "kv_cache", 4);
+  check_ints(pages, "pages", 1);
+  check_ints(tokens, "tokens", 1);
+  check_ints(places, "places", 1);
+  check(copy, "copy", 4);
+  const int64_t count = pages.size(0), heads = kv_cache.size(1), width = kv_cache.size(3) / 2;
+  const int64_t bytes = kv_cache.element_size(), block = copy.size(2) / 2;
+  TORCH_CHECK(kv_cache.is_contiguous() && kv_cache.size(2) == 16 && kv_cache.size(3) == 2 * width &&
+                  width % (in_pairs ? 32 : 16) == 0 && (bytes == 4 || bytes == 2) &&
+                  (bytes == 2 || !in_pairs),
+              "kv_cache: needed contiguous pages of 16 tokens, 2 or 4 bytes an element, heads of ",
+              in_pairs ? 32 : 16, " elements or a multiple, found ", kv_cache.sizes(), " of ",
+              bytes, " bytes");
+  TORCH_CHECK(copy.is_contiguous() && copy.scalar_type() == kv_cache.scalar_type() &&
+                  copy.size(1) == heads && copy.size(3) == width && block % 16 == 0 &&
+                  copy.size(2) == 2 * block,
+              "copy: found ", copy.sizes(), " for pages of ", kv_cache.sizes());
+  TORCH_CHECK(tokens.size(0) == count && places.size(0) == count, "tokens, places: found ",
+              tokens.size(0), " and ", places.size(0), " for ", count, " pages");
+  const PackArgs args{bytes,
+                      kv_cache.const_data_ptr(),
+                      pages.const_data_ptr<int32_t>(),
+                      tokens.const_data_ptr<int32_t>(),
+                      places.const_data_ptr<int32_t>(),
+                      copy.mutable_data_ptr(),
+                      count,
+                      heads,
+                      width,
+                      block,
+                      in_pairs};
+  const int64_t room = copy.size(0) * block / 16;
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK(args.pages[i] >= 0 && args.pages[i] < kv_cache.size(0),
+                "pages: found one that is none of the ", kv_cache.size(0));
+    TORCH_CHECK(args.tokens[i] >= 0 && args.tokens[i] <= 16 && args.places[i] >= 0 &&
+                    args.places[i] < room,
+                "tokens, places: found ", args.tokens[i], " tokens at ", args.places[i], " of ",
+                room);
+  }
+  pack_pages(args);
+}
+
 }  // namespace
 }  // namespace specontext
 
@@ -327,6 +371,9 @@ TORCH_LIBRARY(specontext_cpu, library) {
       "int first_row, int num_rows, int budget_pages, int sink_pages, int recent_pages, "
       "int fallback_pages=0, float fallback_threshold=0.0, Tensor? lanes=None, "
       "Tensor? slot_of=None, float margin=0.0) -> ()");
+  library.def(
+      "pack_pages(Tensor kv_cache, Tensor pages, Tensor tokens, Tensor places, Tensor(a!) copy, "
+      "bool in_pairs) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(specontext_cpu, CPU, library) {
@@ -334,4 +381,5 @@ TORCH_LIBRARY_IMPL(specontext_cpu, CPU, library) {
   library.impl("write_kv", &specontext::write_kv_op);
   library.impl("score_pages", &specontext::score_pages_op);
   library.impl("select_pages", &specontext::select_pages_op);
+  library.impl("pack_pages", &specontext::pack_pages_op);
 }

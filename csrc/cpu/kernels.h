@@ -78,4 +78,18 @@ struct SelectArgs {
 
 void select_pages(const SelectArgs& args);
 
+// Pages that vLLM's attention for prompts is to read, copied into its packing.
+struct PackArgs {
+  int64_t element_bytes;  // 2 or 4
+  const void* cache;      // [blocks, heads, 16, 2 * width]
+  const int32_t* pages;   // [count], blocks of the cache
+  const int32_t* tokens;  // [count], of each page; zeros take the place of the others
+  const int32_t* places;  // [count], where each goes, in pages from the start of the copy
+  void* copy;             // [n, heads, 2 * block, width]: keys, then values
+  int64_t count, heads, width, block;
+  bool in_pairs;          // As matrix units take them; only with 2 bytes.
+};
+
+void pack_pages(const PackArgs& args);
+
 }  // namespace specontext

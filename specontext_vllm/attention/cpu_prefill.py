@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.attention.provider import PrefillRows
 from specontext_vllm.config import PAGE_SIZE, pages_for
 
@@ -23,8 +24,12 @@ BLOCK_SIZE = 128
 """Tokens of a block of the copy, as many as vLLM's own blocks hold on a CPU."""
 
 GATHERED_PAGES = 256
-"""Pages that are gathered at a time: few enough to be packed while they are in the cores' caches.
+"""Pages that are gathered at a time where vLLM's own operator packs them: few enough to be packed
+while they are in the cores' caches.
 """
+
+IN_PAIRS = {"vec": False, "vec16": False, "amx": True}
+"""The packings that our operator knows, by vLLM's names, and whether elements lie in pairs."""
 
 COPY_BYTES = 64 * 2**20
 """What the rows that attend at once may take in the copy; a longer row is alone in it."""
@@ -44,6 +49,8 @@ class _Group:
         table: ``[R, W]`` int32, the rows' blocks of the copy.
         schedule: how vLLM divides the work among its threads.
         page_rows, page_columns: ``[N]`` int64, where each page stands in the step's block table.
+        page_tokens: ``[N]`` int32, tokens of each page.
+        places: ``[N]`` int32, the copy's place of each page, in pages.
         slots: ``[N * P]`` int64, the copy's place of each token of these pages; -1 behind a row's
             end.
         last_blocks: ``[R]`` int64, the last block of each row.
@@ -57,6 +64,8 @@ class _Group:
     schedule: Tensor
     page_rows: Tensor
     page_columns: Tensor
+    page_tokens: Tensor
+    places: Tensor
     slots: Tensor
     last_blocks: Tensor
     num_blocks: int
@@ -145,8 +154,13 @@ class CpuPrefill:
         keys, values = self._copy.chunk(2, dim=2)
         # What lies behind a row's end has no weight, but must be finite.
         self._copy[group.last_blocks] = 0
-        by_token = kv_cache.transpose(1, 2)
         pages = block_table[group.page_rows, group.page_columns]
+        if self.isa in IN_PAIRS and cpu_kernels.available():
+            torch.ops.specontext_cpu.pack_pages(
+                kv_cache, pages, group.page_tokens, group.places, self._copy, IN_PAIRS[self.isa]
+            )
+            return keys, values
+        by_token = kv_cache.transpose(1, 2)
         for first in range(0, len(pages), GATHERED_PAGES):
             piece = pages[first : first + GATHERED_PAGES]
             gathered = self._gathered[: len(piece)]
@@ -217,6 +231,8 @@ class CpuPrefill:
             schedule=schedule,
             page_rows=torch.tensor(rows)[owner],
             page_columns=columns,
+            page_tokens=(seq_lens[owner] - positions[:, 0]).clamp(max=PAGE_SIZE).int(),
+            places=(first_blocks[owner] * (BLOCK_SIZE // PAGE_SIZE) + columns).int(),
             slots=slots.masked_fill(positions >= seq_lens[owner, None], -1).flatten(),
             last_blocks=ends - 1,
             num_blocks=int(ends[-1]),

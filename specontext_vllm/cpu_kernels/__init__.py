@@ -13,7 +13,7 @@ from pathlib import Path
 SWITCH = "SPECONTEXT_CPU_KERNELS"
 """Environment variable; 0: run the definitions in torch instead, to compare."""
 
-OPERATORS = ("sparse_decode", "write_kv", "score_pages", "select_pages")
+OPERATORS = ("sparse_decode", "write_kv", "score_pages", "select_pages", "pack_pages")
 FOLDER = Path(__file__).parent
 
 

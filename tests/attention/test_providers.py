@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
+from specontext_vllm import cpu_kernels
 from specontext_vllm.attention import cpu_prefill
 from specontext_vllm.attention.cpu import CpuProvider
 from specontext_vllm.attention.provider import PrefillRows
@@ -436,6 +437,37 @@ def test_prefill_on_a_cpu(provider, dtype, lengths, new, heads, group, head_dim,
     attend()
     longest = -(-max(lengths) // cpu_prefill.BLOCK_SIZE)
     assert len(attention.dense._copy) == longest
+
+
+@pytest.mark.parametrize(
+    ("isa", "head_dim", "dtype"),
+    [
+        ("vec", 64, torch.bfloat16),
+        ("vec", 128, torch.float32),
+        ("vec16", 80, torch.float16),
+        ("amx", 64, torch.bfloat16),
+    ],
+)
+def test_our_packing_is_vllm_s(isa, head_dim, dtype, monkeypatch):
+    if not cpu_kernels.available():
+        pytest.skip(str(cpu_kernels.why_not()))
+    cpu, lengths, new = torch.device("cpu"), [300, 5, 129, 64], [1, 5, 100, 64]
+    rows = paged_rows(lengths, 2, 2 * head_dim, dtype, cpu, seed=7)
+    dense = CpuProvider(4, 2, head_dim, 1.0, dtype).dense
+    assert dense is not None and set(cpu_prefill.IN_PAIRS) >= {dense.isa}
+    dense.isa = isa
+    step = prefill_rows(rows, new, cpu)
+    (group,) = dense._groups(tuple(step.offsets), tuple(lengths))
+
+    def packed():
+        dense._copy_context(rows.cache, step.block_table, group)
+        taken, dense._copy = dense._copy, torch.empty(0, *dense._copy.shape[1:], dtype=dtype)
+        assert taken[: group.num_blocks].isfinite().all()
+        return taken
+
+    ours = packed()
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    assert torch.equal(ours, packed())
 
 
 @pytest.mark.parametrize("name", ["flash", "triton", "xformers"])

@@ -60,12 +60,14 @@ def test_operators_say_to_torch_what_they_write(ops):
     chosen = (pages, lengths, torch.ones(1, 2), 0, 1, 4, 1, 1)
     queries, keys = torch.randn(1, 4, 32), torch.randn(8, 2, PAGE_SIZE, 32)
     page_max, page_lse = torch.zeros(4, 8), torch.zeros(4, 8)
+    packed = torch.zeros(1, 2, 128, 32)
     rows = (table, lens, starts)
     for name, arguments in {
         "sparse_decode": decode_arguments(),
         "write_kv": (key, key, cache, slots),
         "score_pages": (queries, keys, *rows, page_max, page_lse, 0, 1, 0, 1, 0),
         "select_pages": (scores, scores, lens, starts, table, *chosen),
+        "pack_pages": (cache, table[0, :4], lengths.repeat(2), table[0, :4], packed, False),
     }.items():
         torch.library.opcheck(getattr(ops, name).default, arguments)
 

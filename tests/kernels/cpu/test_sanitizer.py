@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[3]
-TESTS = ("test_decode.py", "test_score.py", "test_select.py")
+TESTS = ("test_decode.py", "test_score.py", "test_select.py", "test_pack.py")
 SOURCES = ROOT / "csrc" / "cpu"
 FLAGS = "-fsanitize=address -fno-omit-frame-pointer -O1"
 
