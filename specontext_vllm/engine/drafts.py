@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
-from specontext_vllm.model_config import has_windowed_layers
 
 DRAFTERS = ("eagle3", "ngram", "draft_model")
 """Methods of --speculative-config that are served."""
@@ -43,15 +42,10 @@ def refuse_drafts(vllm_config: Any, config: SpeContextConfig) -> None:
             )
     setting, found = f"additional_config.{CONFIG_KEY}", f"{where} {speculative.method}"
     if model.is_hybrid:
+        # Rejected drafts cannot be taken back from it everywhere: on a CPU vLLM itself answers
+        # otherwise with drafts.
         raise ConfigError(
             f"{found} with {model.model}, some of whose layers keep a state instead of KV, which "
-            "--attention-backend specontext does not support: leave the drafts out."
-        )
-    if has_windowed_layers(model.hf_text_config):
-        # vLLM cuts a step's rows as the backend wants that takes the fewest tokens a decode row,
-        # so drafted rows could be taken for prompts, which are dense.
-        raise ConfigError(
-            f"{found} with {model.model}, some of whose layers have a sliding window, which "
             "--attention-backend specontext does not support: leave the drafts out."
         )
     if config.rule.per_layer:

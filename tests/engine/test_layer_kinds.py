@@ -12,6 +12,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.engine import refusals
 from specontext_vllm.model_config import num_full_layers
+from tests.engine import scripted
 from tests.engine.families import (
     FULL,
     HYBRID,
@@ -25,10 +26,13 @@ from tests.engine.families import (
 )
 from tests.engine.poison import poison_unread
 from tests.engine.scenarios import preemptions
+from tests.engine.scripted import Script, scripted_drafts
 
 BUDGET, TOKENS = 64, 20
 """Tokens: four pages, one of sinks and two of recents; an answer goes on in another page."""
 SETTINGS = {"budget": 1024, "sink_tokens": 16, "recent_tokens": 16}
+DRAFTED = "gpt_oss"
+"""The family that is served with drafts, too: windows and learned sinks."""
 generator = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(5, 97, (n,), generator=generator).tolist() for n in (1, 130, 400)]
 pytestmark = pytest.mark.skipif(
@@ -47,15 +51,18 @@ def scenarios(asked: Any) -> dict[str, Any]:
     return out
 
 
-def allowed(kind: str, prompt: int, total: int, window: int) -> torch.Tensor:
+def allowed(
+    kind: str, prompt: int, total: int, window: int, firsts: dict[int, int]
+) -> torch.Tensor:
     """``[total, total]`` bool, which tokens each one reads: prompts densely, generated tokens the
-    pages of ``recent`` under the small budget; within the window where the layers have one.
+    pages of ``recent`` under the small budget; within the window where the layers have one. Drafts
+    read what their row's first token does, which ``firsts`` has by position.
     """
     read = torch.ones(total, total, dtype=torch.bool).tril()
     if kind == SLIDING:
         return read & ~torch.ones_like(read).tril(-window)
     for position in range(prompt, total):
-        pages = pages_for(position + 1)
+        pages = pages_for(firsts.get(position, position) + 1)
         read[
             position, PAGE_SIZE : max(PAGE_SIZE, (pages - BUDGET // PAGE_SIZE + 1) * PAGE_SIZE)
         ] = False
@@ -63,7 +70,11 @@ def allowed(kind: str, prompt: int, total: int, window: int) -> torch.Tensor:
 
 
 def expected_by_transformers(
-    model: Any, prompt: list[int], reply: list[int], window: int
+    model: Any,
+    prompt: list[int],
+    reply: list[int],
+    window: int,
+    firsts: dict[int, int] | None = None,
 ) -> list[int]:
     """The tokens that transformers' model gives where every token reads what it may."""
     # vLLM's own backend for transformers' models wraps their classes.
@@ -72,7 +83,7 @@ def expected_by_transformers(
     total = ids.shape[1]
     masks = {
         kind: torch.zeros(total, total).masked_fill(
-            ~allowed(kind, len(prompt), total, window), torch.finfo(torch.float32).min
+            ~allowed(kind, len(prompt), total, window, firsts or {}), torch.finfo(torch.float32).min
         )[None, None]
         for kind in (FULL, SLIDING)
     }
@@ -103,7 +114,26 @@ def served(request, tmp_path_factory) -> dict[str, Any]:
         poison_unread(ours.runner, out)
         out["poisoned"] = ours.answer(PROMPTS, TOKENS)
         out["forgetful"] = forget_caps_and_sinks(ours)
+    if request.param == DRAFTED:
+        out["script"] = with_drafts(folder, out)
     return out
+
+
+def with_drafts(folder: Path, out: dict[str, Any]) -> Script:
+    """What is answered when drafts are verified: at the whole budget and at the small one."""
+    settings = {**SETTINGS, "retriever": "recent"}
+    with (
+        scripted_drafts() as script,
+        serving(folder, settings=settings, speculative_config=scripted.CONFIG) as ours,
+    ):
+        script.watch(ours.runner)
+        script.follow(PROMPTS, out["stock"]["first"])
+        out["drafted"] = scenarios(ours)
+        ours.set(budget=BUDGET)
+        script.follow(PROMPTS, out["recent"])
+        script.firsts.clear()
+        out["drafted recent"] = ours.answer(PROMPTS, TOKENS)
+    return script
 
 
 def forget_caps_and_sinks(ours: Any) -> list[list[int]] | None:
@@ -149,6 +179,22 @@ def test_a_small_budget_is_for_the_layers_of_full_attention_alone(served):
 
 def test_pages_that_were_not_chosen_are_not_read(served):
     assert served["poisoned pages"] > 0 and served["poisoned"] == served["recent"]
+
+
+@pytest.mark.parametrize("served", [DRAFTED], indirect=True)
+def test_drafts_are_verified_beside_layers_with_windows(served):
+    """Rejected at every place; below the budget each reads what its row's first token chose."""
+    assert served["drafted"] == served["stock"]
+    script = served["script"]
+    assert all(script.kept[count] > 0 for count in range(1, 2 + scripted.DRAFTS))
+    names = sorted(script.firsts, key=lambda name: int(name.split("-")[0]))
+    crossed = 0
+    for prompt, reply, name in zip(PROMPTS, served["drafted recent"], names, strict=True):
+        firsts = script.firsts[name]
+        crossed += sum(p // PAGE_SIZE != first // PAGE_SIZE for p, first in firsts.items())
+        expected = expected_by_transformers(served["model"], prompt, reply, WINDOW, firsts)
+        assert expected == reply
+    assert crossed > 0
 
 
 @pytest.mark.parametrize("family", [*HYBRID, *PLAIN])

@@ -109,19 +109,6 @@ def test_lossless_mode_is_refused_on_a_gpu_and_with_groups_of_layers():
             {"speculative_config": drafts(), "model": {"is_hybrid": True}},
             "keep a state instead of KV",
         ),
-        (
-            {
-                "speculative_config": drafts(),
-                "model": {
-                    "hf_text_config": SimpleNamespace(
-                        num_hidden_layers=2,
-                        sliding_window=128,
-                        layer_types=["sliding_attention", "full_attention"],
-                    )
-                },
-            },
-            "have a sliding window",
-        ),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),
