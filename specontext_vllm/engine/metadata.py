@@ -20,6 +20,7 @@ from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.names import LAYER_GROUPS_KEY
 from specontext_vllm.residency.table_rows import table_rows
+from specontext_vllm.retrieval.draft_lists import DraftLists
 from specontext_vllm.step_data import PageTable, RowQueries
 
 
@@ -60,10 +61,13 @@ def max_table_rows(vllm_config: Any) -> int:
 
 class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
     """Owns the page table and the provider that plans; the runtime fills the table in each step.
-    One of layers that nobody selects for, a drafter's, has all rows attend densely.
+    One of layers that nobody selects for, a drafter's, has all rows attend densely, or with
+    ``draft_lists`` those of one token read these.
 
     Implements: vllm.v1.attention.backend.AttentionMetadataBuilder
     """
+
+    draft_lists: DraftLists | None = None
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -115,6 +119,11 @@ class SpeContextMetadataBuilder(AttentionMetadataBuilder[SpeContextMetadata]):
         fast_build: bool = False,
     ) -> SpeContextMetadata:
         common = common_attn_metadata
+        if self.draft_lists is not None and common.max_query_len == 1:
+            self.draft_lists.lengthen(common.seq_lens[: common.num_reqs])
+            table, rows = self.draft_lists.table, common.num_reqs
+            tokens = common.num_actual_tokens
+            return SpeContextMetadata(rows, rows, None, table, None, tokens, common)
         decodes = 0 if self.is_dense else self._leading_decodes(common)
         decode_tokens, queries = decodes, None
         if decodes and common.max_query_len > 1:

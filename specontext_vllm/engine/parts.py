@@ -5,6 +5,7 @@ vLLM: this worker's rank, what a model can hand out, and its log.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from specontext_vllm.engine.drafts import num_drafts, refuse_other_aux_layers
 from specontext_vllm.engine.find_head import load_head
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
-from specontext_vllm.engine.names import AUX_LAYERS_KEY
+from specontext_vllm.engine.names import AUX_LAYERS_KEY, BACKEND_NAME
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.memory_model import TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint, describe_aux_layers
+from specontext_vllm.retrieval.draft_lists import DraftLists
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.layer_selection import LayerSelector
@@ -30,6 +32,7 @@ from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.retrieval.shard import shard_checkpoint
 from specontext_vllm.sidecar.remote import RemoteRetriever
+from specontext_vllm.step_data import PageTable
 
 logger = init_logger("vllm.specontext")
 
@@ -209,3 +212,43 @@ def make_tiers(
         )
     except HostPoolError as error:
         raise ConfigError(f"additional_config.{CONFIG_KEY}.{error}") from None
+
+
+def make_draft_lists(
+    vllm_config: Any,
+    config: SpeContextConfig,
+    table: PageTable,
+    kv_group: int,
+    drafters_groups: Sequence[Any],
+) -> DraftLists | None:
+    """Let an EAGLE-3 drafter read the target's pages, where its KV is laid out as the target's: in
+    the same blocks and with as many KV heads. None: it reads all.
+
+    Args:
+        table: the target's.
+        kv_group: the index of our layers' KV-cache group.
+        drafters_groups: the AttentionGroups with which it drafts token after token.
+    """
+    drafts, speculative = num_drafts(vllm_config), vllm_config.speculative_config
+    builders = [
+        group.get_metadata_builder()
+        for group in drafters_groups
+        if group.backend.get_name() == BACKEND_NAME
+        and group.kv_cache_group_id == kv_group
+        and group.kv_cache_spec.num_kv_heads == table.num_kv_heads
+    ]
+    # The first draft is made with the target's own step.
+    if not builders or drafts == 1 or speculative.method != "eagle3" or table.groups > 1:
+        return None
+    lists = DraftLists(
+        table.rows,
+        table.num_kv_heads,
+        table.max_pages,
+        num_drafts=drafts,
+        sink_pages=pages_for(config.sink_tokens),
+        device=table.pages.device,
+    )
+    for builder in builders:
+        builder.draft_lists = lists
+        builder.provider.warm_up(lists.table)
+    return lists

@@ -59,10 +59,12 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         """With a host pool the layers are bound to our arena; then the runtime is bound.
 
         Overrides: vllm.v1.worker.cpu_model_runner.CPUModelRunner.initialize_kv_cache
+        Uses: vllm.v1.spec_decode.llm_base_proposer.SpecDecodeBaseProposer.draft_attn_groups
         """
         with self.runtime.own_kv_cache(kv_cache_config, is_profiling=False):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks)
+        groups = getattr(getattr(self, "drafter", None), "draft_attn_groups", [])
+        self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks, groups)
         if drafts_itself(self.vllm_config):
             self._self_drafts = self.runtime.self_drafts(self.model)
 

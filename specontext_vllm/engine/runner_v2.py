@@ -60,10 +60,12 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         """With a host pool the layers are bound to our arena; then the runtime is bound.
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache
+        Uses: vllm.v1.worker.gpu.spec_decode.speculator.DraftModelSpeculator.attn_groups
         """
         with self.runtime.own_kv_cache(kv_cache_config, is_profiling):
             super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
-        self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks)
+        groups = [g for of_kind in getattr(self.speculator, "attn_groups", []) for g in of_kind]
+        self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks, groups)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """The two tiers follow the scheduler before anything of the step is launched.

@@ -28,13 +28,20 @@ from specontext_vllm.engine.lossless import SelfDrafts
 from specontext_vllm.engine.memory import memory_model
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
-from specontext_vllm.engine.parts import make_graphs, make_retriever, make_selector, make_tiers
+from specontext_vllm.engine.parts import (
+    make_draft_lists,
+    make_graphs,
+    make_retriever,
+    make_selector,
+    make_tiers,
+)
 from specontext_vllm.engine.refusals import mixed_tiers, refuse_captured_writes
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.checkpoint import layer_groups
+from specontext_vllm.retrieval.draft_lists import DraftLists
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.step_data import PageTable, Selection
@@ -186,11 +193,17 @@ class Runtime:
         return replace(self._plan, num_pages=min(self._plan.num_pages, num_pages))
 
     @torch.inference_mode()
-    def bind(self, attention_groups: Sequence[Sequence[Any]], num_blocks: int) -> None:
+    def bind(
+        self,
+        attention_groups: Sequence[Sequence[Any]],
+        num_blocks: int,
+        drafters_groups: Sequence[Any] = (),
+    ) -> None:
         """Take over the page table of our layers and make the head's caches.
 
         Args:
             attention_groups: the model runner's ``attn_groups``.
+            drafters_groups: the AttentionGroups with which a drafter drafts token after token.
         Raises:
             ConfigError: our layers do not share one KV shape.
         """
@@ -200,7 +213,10 @@ class Runtime:
         self._fit_length(builder.table)
         self.retriever.allocate_cache(num_pages)
         self._bind_layers(num_pages, builder.table)
-        self._make_step(builder)
+        draft_lists = make_draft_lists(
+            self.vllm_config, self.config, builder.table, self.kv_group.index, drafters_groups
+        )
+        self._make_step(builder, draft_lists)
         self.settings = LiveSettings(
             self.config,
             self._max_model_len,
@@ -254,11 +270,14 @@ class Runtime:
             layer.selector = self.selector
         return self.selector
 
-    def _make_step(self, builder: SpeContextMetadataBuilder) -> None:
+    def _make_step(
+        self, builder: SpeContextMetadataBuilder, draft_lists: DraftLists | None
+    ) -> None:
         max_pages = 0 if self.tiers is None else pages_for(self._max_model_len)
         selection = Selection.into(builder.table, count_from_start=max_pages)
         if self.tiers is not None:
-            if set(self.attention_group.layer_names) > set(self.layer_names):
+            beside_ours = set(self.attention_group.layer_names) > set(self.layer_names)
+            if draft_lists is not None or beside_ours:
                 # A drafter's layers read vLLM's own pages of the same selection.
                 selection = replace(selection, pages=torch.zeros_like(selection.pages))
             self.tiers.bind(selection)
@@ -277,6 +296,7 @@ class Runtime:
             exporter=self.exporter,
             kv_group=self.kv_group,
             num_drafts=num_drafts(self.vllm_config),
+            draft_lists=draft_lists,
         )
         self.step.warm_up()
 

@@ -41,6 +41,7 @@ from specontext_vllm.engine.scheduled import ScheduleReader
 from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.residency.tables import name_blocks
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.draft_lists import DraftLists
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.retrieval.selection import add_drafts
@@ -61,6 +62,7 @@ class DecodeStep:
         graphs: replay steps without prompt tokens; None: everything is launched one by one.
         kv_group: whose blocks the scheduler's output is read for.
         num_drafts: drafts of a row, at the most.
+        draft_lists: what a drafter's layers read beside this step's pages; None: they read all.
     """
 
     def __init__(
@@ -75,11 +77,12 @@ class DecodeStep:
         tiers: TieredKV | None = None,
         graphs: StepGraphs | None = None,
         num_drafts: int = 0,
+        draft_lists: DraftLists | None = None,
     ) -> None:
         self.retriever, self.selection = retriever, selection
         self.table, self.provider = table, provider
         self.tiers, self.graphs, self.exporter = tiers, graphs, exporter
-        self.num_drafts = num_drafts
+        self.num_drafts, self.draft_lists = num_drafts, draft_lists
         self._schedule = ScheduleReader(kv_group, num_drafts)
 
     @torch.inference_mode()
@@ -97,6 +100,8 @@ class DecodeStep:
             self._choose_or_replay(batch)
             if self.tiers is not None:
                 self.tiers.fetch(batch.table_rows)
+        if self.draft_lists is not None and batch.num_decodes < batch.num_rows:
+            self.draft_lists.take_prompts(batch)
         # The host has counted the step's rows: /metrics has them before their tokens are made.
         self.exporter.end_selection()
         if self.tiers is not None:
@@ -125,6 +130,8 @@ class DecodeStep:
             self.tiers.resolve(self.selection, rows)
             if self.table.pages is not self.selection.pages:
                 name_blocks(self.selection, batch.block_table, self.table, batch.table_rows)
+        if self.draft_lists is not None and batch.table_rows:
+            self.draft_lists.take_decodes(self.table, batch)
 
     def after_model(self, batch: StepBatch, aux: Sequence[Tensor] | None) -> None:
         """Learn the step's tokens from the model's auxiliary hidden states; None where the

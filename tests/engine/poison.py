@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
@@ -70,3 +74,40 @@ def poison_stale(runner: Any, out: dict[str, Any]) -> None:
         before(batch)
 
     step.before_model = before_model
+
+
+@contextmanager
+def poisoned_drafts(runner: Any) -> Iterator[Counter[str]]:
+    """Within the block, while a drafter's layer reads lists of pages, all of its KV that is in no
+    list is NaN. Yielded is how many pages of the rows' contexts that were, of how many.
+    """
+    lists, seen = runner.runtime.step.draft_lists, Counter[str]()
+    heads = lists.table.num_kv_heads
+
+    def reading_lists(original: Any) -> Any:
+        def forward(*args: Any, **to: Any) -> Any:
+            _, _, _, _, cache, metadata = args
+            if metadata is None or metadata.table is not lists.table:
+                return original(*args, **to)
+            pages = cache.view(-1, *cache.shape[2:])
+            unread = torch.ones(len(pages), dtype=torch.bool)
+            for sequence in range(metadata.num_decodes * heads):
+                count = pages_for(int(lists.table.lengths[sequence]))
+                unread[lists.table.pages[sequence, :count].long()] = False
+                seen["read"] += count
+                seen["held"] += pages_for(int(metadata.common.seq_lens[sequence // heads]))
+            kept = pages[unread].clone()
+            pages[unread] = float("nan")
+            result = original(*args, **to)
+            pages[unread] = kept
+            return result
+
+        return forward
+
+    context = runner.vllm_config.compilation_config.static_forward_context
+    ours = set(runner.runtime.layer_names)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(runner.runtime.attention_group.layer_names) - ours:
+            impl = context[name].impl
+            patch.setattr(impl, "forward", reading_lists(impl.forward))
+        yield seen
