@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from specontext_vllm.observability.catalog import PREFIX
+from tests.engine.asked import asked
 from tests.engine.conftest import DEMO_MODEL, STOCK, engine
 from tests.engine.scenarios import ids, sampling, scenarios, until_sure
 
@@ -32,7 +33,7 @@ STEPS_BEFORE_OUTAGE = 9
 
 def run_stock(prompts) -> dict[str, object]:
     with engine(**STOCK) as llm:
-        return scenarios(llm, prompts)
+        return scenarios(llm, prompts) | {"asked": asked(llm, prompts)}
 
 
 def run_both_budgets(prompts) -> dict[str, object]:

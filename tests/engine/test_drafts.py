@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from vllm.v1.sample import rejection_sampler
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from tests.conftest import CUDA
+from tests.engine.asked import asked, chance_of_pairs, expected_pairs, sampled
 from tests.engine.conftest import DEMO_MODEL, engine
-from tests.engine.poison import poison_stale, poison_unread
+from tests.engine.poison import poison_stale, poison_unread, poisoned_drafts
 from tests.engine.scenarios import SCENARIOS, ids, preemptions, sampling, scenarios
 from tests.engine.shared_runs import SETTINGS, SHAPE, SMALL, WHOLE
 from tests.poison import poisoned_tiers, times_poisoned
@@ -83,6 +87,12 @@ class Watched:
             if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
         }
 
+    def counting(self, ask: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+        """What ``ask`` returns, and what ``counts`` gains by it."""
+        before = self.counts()
+        answer = ask()
+        return answer, {name: value - before[name] for name, value in self.counts().items()}
+
     def set(self, **changes: Any) -> None:
         self.llm.collective_rpc("specontext_set", kwargs=changes)
 
@@ -102,6 +112,32 @@ def crowd(llm: Any, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
     return out
 
 
+def densely(builder: Any, common: Any, draft_index: int) -> Any:
+    """A drafter's metadata as it is without lists."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "draft_lists", None)
+        return builder.build(0, common)
+
+
+def keep_all_drafts(
+    drafts: torch.Tensor,
+    counts: list[int],
+    most: int,
+    ends: Any,
+    probs: Any,
+    logits: Any,
+    bonus: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """A verification that verifies nothing."""
+    tokens = torch.full((len(counts), most + 1), -1, dtype=torch.int32)
+    for row, of_row in enumerate(drafts.split(counts)):
+        tokens[row, : len(of_row)] = of_row
+        tokens[row, len(of_row)] = bonus[row, 0]
+    return tokens
+
+
 @pytest.fixture(scope="module", params=DRAFTS)
 def drafted(request, prompts) -> dict[str, Any]:
     settings = {**SETTINGS, "budget": WHOLE, "head_key_dtype": "model"}
@@ -115,6 +151,15 @@ def drafted(request, prompts) -> dict[str, Any]:
         out["counts"] = watched.counts()
         cut = sampling(temperature=1, top_k=3, max_tokens=4)
         out["top k"] = llm.generate([{"prompt_token_ids": prompts[3]}], cut, use_tqdm=False)[0]
+        head = watched.runner.runtime.retriever.head.head
+        out["head bytes"] = head.shared_bytes, head.num_bytes
+        if not CUDA:
+            out["asked"] = asked(llm, prompts)
+        if not CUDA and request.param == "ngram":
+            out["sampled"], out["sampled counts"] = watched.counting(lambda: sampled(llm, 120))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(rejection_sampler, "rejection_sample", keep_all_drafts)
+                out["sampled unverified"] = sampled(llm, 40)
         # What the head learns, and what it would learn if all drafts were taken for kept.
         for name in ("with drafts", "all kept"):
             watched.keep_all = name == "all kept"
@@ -123,14 +168,24 @@ def drafted(request, prompts) -> dict[str, Any]:
         watched.keep_all = False
         watched.answer(prompts[-1] + out["answer"][:-1], 1)
         out["as a prompt"] = watched.learned()
+        if not CUDA and request.param == "eagle3":
+            _, out["over lists"] = watched.counting(lambda: watched.answer(prompts[-1], 60))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(SpeContextMetadataBuilder, "build_for_drafting", densely)
+                _, out["over all"] = watched.counting(lambda: watched.answer(prompts[-1], 60))
         watched.set(budget=SMALL)
         llm.collective_rpc("specontext_stats", args=(True,))
-        out["small budget"] = watched.answer(prompts[-1], 60)
+        out["small budget"], out["over few"] = watched.counting(
+            lambda: watched.answer(prompts[-1], 60)
+        )
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
         if request.param == "eagle3":
             out |= {f"small {name}": tokens for name, tokens in crowd(llm, prompts).items()}
         if CUDA:
             return out
+        if request.param == "eagle3":
+            with poisoned_drafts(watched.runner) as out["draft pages"]:
+                _, out["the rest NaN"] = watched.counting(lambda: watched.answer(prompts[-1], 60))
         watched.set(retriever="recent")
         out["recent"] = [(p, watched.answer(p, 40), dict(watched.firsts)) for p in prompts[-2:]]
         watched.set(retriever="random")
@@ -171,8 +226,46 @@ def test_the_head_learns_what_was_kept(drafted):
 
 
 def test_a_small_budget_reads_less(drafted):
+    assert 0 < drafted["over few"]["accepted_tokens"] < drafted["over few"]["draft_tokens"]
     assert drafted["stats"]["pages_read"] < 0.6 * drafted["stats"]["pages_total"]
     assert 0 < drafted["stats"]["kept_mass_mean"] < 1
+
+
+@cpu_only
+@pytest.mark.parametrize("what", ["tokens", "several", "stopped", "within a grammar"])
+def test_what_requests_ask_for_is_stock_s(stock, drafted, what):
+    assert drafted["asked"][what] == stock["asked"][what]
+    if what == "stopped":
+        assert len({len(tokens) for _, tokens, _ in drafted["asked"][what]}) > 5
+
+
+@cpu_only
+def test_log_probabilities_are_stock_s(stock, drafted):
+    for found, wanted in zip(drafted["asked"]["logprobs"], stock["asked"]["logprobs"], strict=True):
+        assert found == pytest.approx(wanted, abs=1e-3)
+
+
+@cpu_only
+@pytest.mark.parametrize("drafted", ["ngram"], indirect=True)
+def test_what_is_drawn_is_drawn_from_the_target_s_distribution(drafted):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    expected = expected_pairs(model)
+    counts = drafted["sampled counts"]
+    assert 20 < counts["accepted_tokens"] < counts["draft_tokens"] - 20
+    assert chance_of_pairs(drafted["sampled"], expected) > 0.01
+    # The test would see it if drafts were not verified.
+    assert chance_of_pairs(drafted["sampled unverified"], expected) < 1e-6
+
+
+@cpu_only
+@pytest.mark.parametrize("drafted", ["eagle3"], indirect=True)
+def test_the_drafter_reads_the_target_s_pages(drafted):
+    """At the whole budget it drafts what it drafts densely, at a small one it reads no other."""
+    assert drafted["over lists"] == drafted["over all"]
+    assert drafted["the rest NaN"] == drafted["over few"]
+    assert 0 < drafted["draft pages"]["read"] < 0.3 * drafted["draft pages"]["held"]
 
 
 @cpu_only
@@ -202,6 +295,14 @@ def test_each_token_reads_the_pages_of_its_row_s_first_token_and_those_after_it(
             logits = model(torch.tensor([sequence]), attention_mask=mask[None, None]).logits
         assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == reply
     assert crossed > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drafted", ["eagle3"], indirect=True)
+def test_the_head_s_matrices_are_the_drafter_s(drafted):
+    """On a CPU vLLM packs a drafter's weights, and keeps none that could be shared."""
+    shared, all_of_it = drafted["head bytes"]
+    assert shared > 0.95 * all_of_it
 
 
 MIDDLE = 256
@@ -272,3 +373,25 @@ def test_the_two_tiers_were_used(tiered):
     # The drafter's layer keeps its KV on the GPU, beside the frames that all others share.
     assert plan.parts["drafter's KV"] == plan.num_pages * 2 * PAGE_SIZE * 2 * 64 * 4
     assert len(tiered["caches"]) == 7 and len(set(tiered["caches"].values())) == 2
+
+
+@cpu_only
+def test_a_draft_model_keeps_all_of_its_layers_outside_of_the_two_tiers(stock, prompts):
+    """The target drafts for itself: where all is read nearly every draft stays."""
+    drafter = {"method": "draft_model", "model": str(DEMO_MODEL), "num_speculative_tokens": 3}
+    settings = {**SETTINGS, "budget": MIDDLE, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0175}
+    with (
+        poisoned_tiers(),
+        engine(
+            **SHAPE, speculative_config=drafter, additional_config={"specontext": settings}
+        ) as llm,
+    ):
+        watched = Watched(llm)
+        within = [prompt for prompt in prompts if len(prompt) + 16 <= MIDDLE]
+        answers = [watched.answer(prompt, 16) for prompt in within]
+        assert answers == stock["plain"][: len(within)]
+        assert watched.counts()["accepted_tokens"] > 0.7 * watched.counts()["draft_tokens"]
+        tiers = watched.runner.runtime.tiers
+        assert tiers.plan.parts["drafter's KV"] == 6 * tiers.plan.num_pages * tiers.arena[0].nbytes
+        assert tiers.plan.host_layers > 0
+        tiers.audit()

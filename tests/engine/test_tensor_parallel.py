@@ -122,6 +122,8 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
         ("dense", 1, 2, 2048),
         ("alone", 1, 2, 128),
         ("two", 2, 1, 128),
+        # Drafts of the head's own checkpoint, which both workers draft together.
+        ("drafted", 2, 1, 2048),
     ):
         model = random_model(tmp_path / name, kv_heads)
         settings = {
@@ -130,6 +132,13 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
         if workers > 1:
             monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         shape = {**SHAPE, "max_model_len": 1024, "skip_tokenizer_init": True}
+        if name == "drafted":
+            drafter = str(model / "retrieval_head")
+            shape["speculative_config"] = {
+                "method": "eagle3",
+                "model": drafter,
+                "num_speculative_tokens": 2,
+            }
         with engine(
             **{**shape, "model": str(model)},
             **parallel(workers),
@@ -143,7 +152,7 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
             assert len(stats) == workers and all(
                 0 < worker["pages_read"] < 0.5 * worker["pages_total"] for worker in stats
             )
-    assert tokens["two"] == tokens["alone"]
+    assert tokens["two"] == tokens["alone"] and tokens["drafted"] == tokens["dense"]
     assert all(a != b for a, b in zip(tokens["alone"], tokens["dense"], strict=True)), (
         "the pages that were left out mattered"
     )
