@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from specontext_vllm.engine.kv_group import KVGroup
+from specontext_vllm.retrieval.draft_lists import DraftLists
+from specontext_vllm.step_data import PageTable
+from tests.engine.test_kv_group import OTHERS, attention_group
 
 
 @pytest.fixture
@@ -104,3 +107,48 @@ def test_what_was_kept_is_by_how_much_the_requests_have_grown(runner, monkeypatc
     runner.prepare_attn(input_batch([1, 1], [21, 37]))
     runner.sample_tokens(None)
     assert runner.learned[-1][0].kept is None and runner._batch is None
+
+
+def draft_step(seq_lens, query_lens):
+    """What vLLM says of a drafter's step."""
+    starts = np.cumsum([0, *query_lens])
+    return SimpleNamespace(
+        num_reqs=len(query_lens),
+        num_actual_tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_table_tensor=torch.arange(40, dtype=torch.int32).view(-1, 10)[: len(query_lens)],
+        is_prefilling=None,
+    )
+
+
+def test_a_drafter_s_rows_of_one_token_read_the_lists_captured_or_not():
+    builder = attention_group(16, OTHERS).get_metadata_builder()
+    builder.provider = SimpleNamespace(plan=lambda table, rows: None)
+    assert builder.is_dense and builder.build(0, draft_step([40, 9], [1, 1])).prefill is not None
+    lists = builder.draft_lists = DraftLists(
+        4, 2, 3, num_drafts=3, sink_pages=1, device=torch.device("cpu")
+    )
+    # A row that reads two of its three pages, one of padding, and vLLM's warm-up before any step.
+    captured = builder.build_for_cudagraph_capture(draft_step([9999] * 3, [1, 1, 1]))
+    assert captured.table is lists.table and captured.num_decodes == 3
+    assert lists.table.lengths.max() <= lists.table.max_pages * 16
+    table = PageTable.allocate(4, 2, 3, torch.device("cpu"))
+    table.pages[:2, :2] = torch.tensor([[0, 4], [1, 5]], dtype=torch.int32)
+    table.lengths[:2] = 40 - 16
+    step = draft_step([40, 0], [4, 0])
+    lists.take_decodes(
+        table,
+        SimpleNamespace(table_rows=2, seq_lens=step.seq_lens, block_table=step.block_table_tensor),
+    )
+    for ahead in range(1, 12):
+        metadata = builder.build(0, draft_step([40 + ahead, 0], [1, 1]))
+        assert metadata.table is captured.table and metadata.prefill is None
+        assert metadata.table.lengths[:4].tolist() == [24 + ahead] * 2 + [0] * 2
+    # Page 3 of the row's own pages is begun by the ninth token.
+    assert metadata.table.pages[:2, :3].tolist() == [[0, 4, 6], [1, 5, 7]]
+    # Its first tokens of a step attend densely.
+    assert builder.build(0, draft_step([40, 9], [4, 1])).prefill is not None
