@@ -146,6 +146,35 @@ def test_capacity_of_the_paper_shape():
     assert model.offloaded_layers(both, 16384, 20) < model.offloaded_layers(both, 32768, 20)
 
 
+@pytest.mark.parametrize("host", [0, 100 * GIB], ids=["one tier", "two tiers"])
+def test_a_drafter_s_kv_lies_on_the_gpu_for_every_page(host):
+    """A layer of the target's shape: with one tier as dear as one of its layers, and never in the
+    host pool.
+    """
+    page = SHAPE_8B.page_bytes
+    plans = []
+    for drafter in (0, page):
+        model = MemoryModel(
+            replace(SHAPE_8B, drafter_page_bytes=drafter),
+            budget_pages=128,
+            table_pages=129,
+            max_num_seqs=8,
+            max_model_len=32768,
+        )
+        plans.append(model.plan(40 * GIB, host))
+        assert plans[-1].gpu_bytes <= 40 * GIB and plans[-1].host_bytes <= host
+        assert sum(plans[-1].parts.values()) == plans[-1].gpu_bytes
+    alone, beside = plans
+    assert "drafter's KV" not in alone.parts
+    assert beside.parts["drafter's KV"] == beside.num_pages * page
+    assert (beside.host_layers > 0) == (host > 0)
+    if not host:
+        each = 32 * page + SHAPE_8B.retriever_page_bytes
+        assert beside.num_pages == 40 * GIB // (each + page) < alone.num_pages == 40 * GIB // each
+    else:
+        assert beside.num_pages < alone.num_pages
+
+
 def test_all_layers_offloaded_need_no_more_than_their_hot_buffers():
     model = MemoryModel(
         KVShape(6, 2, 64, 4, 9216),
