@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch is first imported: the models are tiny, and several processes share the machine's
 # cores.
@@ -16,6 +20,15 @@ import pytest
 import torch
 
 from tests import leftovers
+from tests.forked import ForkServer, ServerProcess
+
+ROOT = Path(__file__).parents[1]
+if sys.dont_write_bytecode:
+    # Each of the many processes that import vLLM would compile all of it, half of the time that
+    # an import takes.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / "build" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -27,6 +40,8 @@ if not CUDA:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# vLLM looks up n-grams in Python that numba would compile for twenty seconds.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 SUBPROCESSES = Path(__file__).parent / "subprocesses"
@@ -37,6 +52,7 @@ _paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 if str(SUBPROCESSES) not in _paths:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SUBPROCESSES), *filter(None, _paths)])
 
+FORK_SERVER = pytest.StashKey[ForkServer]()
 STARTERS = {("tests.engine.conftest", "engine"), ("specontext_vllm.demo.server", "VllmServer")}
 """What tests start vLLM with. A file that imports one of them is slow."""
 SHARED_STARTS = {"server", "stock", "both_budgets"}
@@ -51,29 +67,48 @@ TOGETHER = {
 }
 """Files that share such a fixture, by which of pytest-xdist's processes runs them."""
 SECONDS = {
-    "scenarios": 170,
-    "tests/engine/test_faults.py": 70,
-    "server": 65,
-    "tests/engine/test_tensor_parallel.py": 55,
-    "tests/engine/test_two_machines.py": 45,
-    "tests/kernels/test_compile.py": 45,
-    "tests/engine/test_recall.py": 43,
-    "tests/demo/test_smollm2_demo.py": 42,
-    "tests/examples/test_examples.py": 40,
-    "tests/engine/test_tiers.py": 35,
-    "tests/test_wheel.py": 35,
-    "tests/benchmarks/test_real_engine.py": 30,
-    "tests/engine/test_fuzz.py": 28,
-    "tests/engine/test_architectures.py": 25,
-    "tests/distillation/test_end_to_end.py": 25,
-    "tests/sidecar/test_remote.py": 20,
-    "tests/benchmarks/test_speed.py": 16,
+    "scenarios": 125,
+    "tests/engine/test_faults.py": 75,
+    "tests/kernels/cpu/test_sanitizer.py": 70,
+    "tests/kernels/test_compile.py": 50,
+    "server": 50,
+    "tests/engine/test_drafts.py": 40,
+    "tests/engine/test_recall.py": 35,
+    "tests/engine/test_layer_kinds.py": 32,
+    "tests/examples/test_examples.py": 31,
+    "tests/test_wheel.py": 30,
+    "tests/demo/test_smollm2_demo.py": 30,
+    "tests/engine/test_two_machines.py": 28,
+    "tests/engine/test_tiers.py": 27,
+    "tests/sidecar/test_remote.py": 26,
+    "tests/engine/test_layer_groups.py": 25,
+    "tests/engine/test_tensor_parallel.py": 24,
+    "tests/distillation/test_trainer.py": 23,
+    "tests/distillation/test_end_to_end.py": 22,
+    "tests/engine/test_fuzz.py": 21,
+    "tests/test_extras.py": 20,
+    "tests/test_leftovers.py": 19,
+    "tests/test_vllm_contacts.py": 18,
+    "tests/benchmarks/test_speed.py": 17,
+    "tests/engine/test_registration.py": 16,
+    "tests/observability/test_files.py": 15,
+    "tests/benchmarks/test_report.py": 14,
+    "tests/benchmarks/test_choices.py": 13,
+    "tests/retrieval/test_local.py": 12,
+    "tests/kernels/test_poisoned_data.py": 12,
 }
 """Roughly, of those that take longest; they only set the order. Other slow ones take some ten."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     leftovers.pytest_configure(config)
+    if not hasattr(config, "workerinput"):
+        config.stash[FORK_SERVER] = ForkServer()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (server := config.stash.get(FORK_SERVER, None)) is not None:
+        server.close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -132,6 +167,18 @@ def _starts_engines(item: pytest.Item) -> bool:
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU through Triton's interpreter."""
     return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(scope="module")
+def forking_servers() -> Iterator[None]:
+    """Servers on a CPU are forked from one process that has imported vLLM, and fork their own
+    processes. The fixture ``server`` is one that is started as users start it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not CUDA:
+            stand_in = SimpleNamespace(**{**vars(subprocess), "Popen": ServerProcess})
+            patch.setattr("specontext_vllm.demo.server.subprocess", stand_in)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
 """What tests of several benchmarks share."""
 
-from collections.abc import Iterator
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import CUDA
-from tests.forked import fork_server
+from tests.forked import context
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +18,11 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture
-def forked_children(monkeypatch) -> Iterator[None]:
+def forked_children(monkeypatch) -> None:
     """Children on a CPU are forked from one that has imported vLLM. ``run_child`` spawns them, as
     test_report.py's do.
     """
     if CUDA:
-        yield
         return
-    imported = (
-        "vllm.v1.worker.cpu_worker",
-        "vllm.v1.worker.cpu_model_runner",
-        "vllm.v1.engine.core",
-    )
-    with fork_server("vllm.entrypoints.llm", *imported) as context:
-        get_context = SimpleNamespace(get_context=lambda method: context)
-        monkeypatch.setattr("benchmarks.children.multiprocessing", get_context)
-        yield
+    stand_in = SimpleNamespace(get_context=lambda method: context())
+    monkeypatch.setattr("benchmarks.children.multiprocessing", stand_in)

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from specontext_vllm.demo.smollm2 import __main__ as demo
 from specontext_vllm.demo.smollm2.questions import FACTS, OF_THE_TEXT, QUOTED, TEXT, make_questions
 from specontext_vllm.demo.speed import measure
-from tests.conftest import CUDA
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "models" / "demo" / "tokenizer.json"
@@ -86,11 +85,8 @@ def test_the_demo_says_that_there_is_no_index(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_within_the_budget_the_model_answers_as_with_dense_attention(
-    smollm2, tmp_path, monkeypatch
+    smollm2, forking_servers, tmp_path, monkeypatch
 ):
-    if not CUDA:
-        # Their processes are forked (tests/subprocesses says how).
-        monkeypatch.setenv("SPECONTEXT_TEST_FORKS", "1")
     # A fact that is put into the novel and one of its own; the others take as long again.
     monkeypatch.setattr(demo, "make_questions", lambda *asked: make_questions(*asked)[::3])
     monkeypatch.setattr(demo, "measure", partial(measure, rounds=1, tokens=8))

@@ -18,7 +18,7 @@ from specontext_vllm.distillation.options import (
 from specontext_vllm.distillation.run_folder import claim_folder
 from tests.distillation.tiny_models import make_config, write_model
 from tests.engine.conftest import DEMO_MODEL
-from tests.forked import TRAINING, fork_server
+from tests.forked import context
 
 OPTIONS = {
     "batch_tokens": None,
@@ -220,14 +220,13 @@ def test_two_processes_train_one_head_and_go_on(tmp_path):
     launch = "--standalone --nproc-per-node 2 --start-method fork --run-path".split()
     options = ["--model", str(DEMO_MODEL), "--data", "synthetic", "--out", str(out)]
     distill = ["distill", *options, "--context", "256", "--steps"]
-    with fork_server("torch.distributed.run", *TRAINING) as context:
-        for steps in ("2", "3"):
-            arguments = [*launch, str(command), *distill, steps]
-            process = context.Process(target=torchrun, args=(arguments,))
-            process.start()
-            process.join(300)
-            process.terminate()
-            assert process.exitcode == 0
+    for steps in ("2", "3"):
+        arguments = [*launch, str(command), *distill, steps]
+        process = context().Process(target=torchrun, args=(arguments,))
+        process.start()
+        process.join(300)
+        process.terminate()
+        assert process.exitcode == 0
     curve = [
         json.loads(line) for line in (out / "training" / "curve.jsonl").read_text().splitlines()
     ]

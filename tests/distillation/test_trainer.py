@@ -4,7 +4,7 @@ trains, and the head learns.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import Teacher, load_teacher, read_config, read_tokenizer
 from specontext_vllm.distillation.trainer import HELD_OUT_SEQUENCES
 from tests.engine.conftest import DEMO_MODEL
-from tests.forked import TRAINING, fork_server
+from tests.forked import context
 
 STEPS, CONTEXT = 10, 256
 SETTINGS = {
@@ -62,19 +62,18 @@ def run_to_the_end(out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[[Path], BaseProcess]]:
+def start() -> Callable[[Path], BaseProcess]:
     """Starts ``run_to_the_end`` in a process of its own. In this one vLLM may have bound the
     threads (its CPU worker takes torch.set_num_threads away), and sums differ in their last bits
     with the number of threads.
     """
-    with fork_server(__name__, *TRAINING) as context:
 
-        def start(out: Path) -> BaseProcess:
-            process = context.Process(target=run_to_the_end, args=(out,))
-            process.start()
-            return process
+    def start(out: Path) -> BaseProcess:
+        process = context().Process(target=run_to_the_end, args=(out,))
+        process.start()
+        return process
 
-        yield start
+    return start
 
 
 def end(process: BaseProcess) -> None:

@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from specontext_vllm.demo.server import VllmServer, device_arguments
 from specontext_vllm.retrieval.checkpoint import random_checkpoint, read_checkpoint, save_head
-from tests.forked import fork_server
+from tests.forked import context
 
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "models" / "demo"
@@ -49,16 +49,19 @@ STOCK = {} if torch.cuda.is_available() else {"block_size": 32, "num_gpu_blocks_
 
 @cache
 def import_vllm() -> None:
-    """Import what an engine runs; vLLM's kernels for CPUs take their places once, not at each
-    engine's start, since it goes through all modules for that.
+    """Import what an engine runs. vLLM's kernels for CPUs take their places once, not at each
+    engine's start, since it goes through all modules for that; and it looks at a model's class in
+    this process: for that alone it would start one that imports all of it anew.
     """
     from vllm import LLM  # noqa: F401
+    from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
     from vllm.v1.engine import core  # noqa: F401
 
     current_platform.register_triton_kernel_overrides = cache(
         current_platform.register_triton_kernel_overrides
     )
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 @contextmanager
@@ -97,25 +100,11 @@ def engine(**overrides) -> Iterator:
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
     """Engines of several workers on a CPU fork them from one process that has imported vLLM. vLLM
-    spawns them, so that each would import it anew; servers, which other tests start, do so.
-    """
-    if torch.cuda.is_available():
-        yield
-        return
-    imported = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.executor")
-    with fork_server(*imported) as context, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", lambda: context)
-        yield
-
-
-@pytest.fixture(scope="module")
-def forking_servers() -> Iterator[None]:
-    """Servers on a CPU fork their processes (tests/subprocesses says how), which vLLM spawns. Other
-    tests' servers do so.
+    spawns them, so that each would import it anew; the fixture ``server`` does so.
     """
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            patch.setenv("SPECONTEXT_TEST_FORKS", "1")
+            patch.setattr("vllm.v1.executor.multiproc_executor.get_mp_context", context)
         yield
 
 

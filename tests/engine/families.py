@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from tests.distillation.tiny_models import make_model
@@ -252,21 +251,6 @@ def write(folder: Path, config: Any, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-@contextmanager
-def inspecting_here() -> Iterator[None]:
-    """vLLM looks at a model's class in this process: for that alone it starts one that imports all
-    of it anew.
-    """
-    from vllm.model_executor.models import registry
-
-    def inspect(lazy: Any) -> Any:
-        return registry._ModelInfo.from_model_cls(lazy.load_model_cls())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry._LazyRegisteredModel, "inspect_model_cls", inspect)
-        yield
-
-
 class Asked:
     """An engine with one of these models, and what it answers."""
 
@@ -322,5 +306,5 @@ def serving(folder: Path, **arguments: Any) -> Iterator[Asked]:
         "num_gpu_blocks_override": 200,
         **arguments,
     }
-    with inspecting_here(), engine(**given) as llm:
+    with engine(**given) as llm:
         yield Asked(llm)

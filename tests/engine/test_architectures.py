@@ -14,7 +14,7 @@ from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
 from tests.distillation.tiny_models import FAMILIES, make_config, make_model
 from tests.engine.conftest import engine
-from tests.engine.families import GPT_OSS, inspecting_here
+from tests.engine.families import GPT_OSS
 
 SHAPE = {
     "hidden_size": 128,
@@ -124,7 +124,7 @@ def test_a_family_s_model_answers_as_transformers_does_and_its_head_sees_its_sta
         "skip_tokenizer_init": True,
         "max_model_len": 1024,
     }
-    with inspecting_here(), engine(**arguments, additional_config={"specontext": settings}) as llm:
+    with engine(**arguments, additional_config={"specontext": settings}) as llm:
 
         def answer(asked: list[list[int]]) -> list[list[int]]:
             replies = llm.generate(

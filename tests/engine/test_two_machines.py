@@ -123,7 +123,7 @@ def cable(tmp: Path) -> Iterator[tuple[str, str, Second]]:
 
 
 @pytest.fixture(scope="module")
-def two_machines(tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
+def two_machines(forking_servers, tmp_path_factory) -> Iterator[tuple[VllmServer, str]]:
     """The server on the first machine, and where the second one's `specontext metrics` is."""
     folder = tmp_path_factory.mktemp("machines")
     (folder / "first").mkdir()
