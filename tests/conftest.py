@@ -4,13 +4,15 @@ nothing outlives them.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 # Before torch is first imported: the models are tiny, and several processes share the machine's
 # cores.
@@ -122,6 +124,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         # What takes long first, so that the processes end together.
         items.sort(key=_seconds, reverse=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Breaks off a test that is marked with ``seconds``, its fixtures and their ends included, and
+    shows where its threads were. Where it cannot be broken off, the whole process ends.
+    """
+    mark = item.get_closest_marker("seconds")
+    if mark is None:
+        return (yield)
+    (limit,) = mark.args
+
+    def break_off(number: int, frame: FrameType | None) -> None:
+        faulthandler.dump_traceback(sys.__stderr__)
+        raise TimeoutError(f"a test has taken {limit} s; its threads' places are in its stderr")
+
+    before = signal.signal(signal.SIGALRM, break_off)
+    # Again and again, for code that takes the error for its own.
+    signal.setitimer(signal.ITIMER_REAL, limit, 10)
+    faulthandler.dump_traceback_later(limit + 60, exit=True)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _seconds(item: pytest.Item) -> float:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SUBPROCESSES
+
 ROOT = Path(__file__).parents[1]
 TREE = (
     "specontext_vllm",
@@ -160,7 +162,8 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_an_installed_wheel_serves_the_demo_without_the_extras(installed, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Its processes are forked (tests/subprocesses says how).
+    env = {**os.environ, "PYTHONPATH": str(SUBPROCESSES), "SPECONTEXT_TEST_FORKS": "1"}
     done = subprocess.run(
         [installed, "-c", SERVE, ROOT / "models" / "demo", ROOT / "configs" / "demo.yaml"],
         cwd=tmp_path,

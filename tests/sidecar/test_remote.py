@@ -25,6 +25,8 @@ from tests.conftest import CUDA
 from tests.retrieval.test_local import KV_HEADS, MAX_LEN, VOCAB, World, new_selection
 from tests.steps import bare_step
 
+# Longer than each of its own waits. Some of Ray's have no bound, as that for a graph's last task.
+pytestmark = pytest.mark.seconds(240)
 BLOCKS = 200
 SIDECAR = {"sidecar": "ray", **({"sidecar_gpus": 0.25} if CUDA else {})}
 """On the device of the inline head that it is compared with: on a machine with one GPU, the same
