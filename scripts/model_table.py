@@ -112,7 +112,9 @@ def rows() -> dict[str, list[str]]:
     listed = {name for names in [*refused.values(), *untried.values()] for name in names}
     rest = [name for name in architectures() if name not in listed]
     free = [name for name in rest if derives_from(name, ATTENTION_FREE)]
-    images = [name for name in rest if derives_from(name, MULTIMODAL)]
+    images = [
+        name for name in rest if derives_from(name, MULTIMODAL) and name not in table["tested"]
+    ]
     served = [name for name in rest if name not in {*free, *images}]
     with_head = [name for name in served if derives_from(name, EAGLE3)]
     return {
@@ -120,7 +122,7 @@ def rows() -> dict[str, list[str]]:
         "served without a head (`quest`)": [name for name in served if name not in with_head],
         **refused,
         "refused: no attention, nothing to select from": free,
-        "refused: images or audio": images,
+        "not tried: images or audio beside the layers of a text model": images,
         **untried,
     }
 

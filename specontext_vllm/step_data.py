@@ -68,6 +68,8 @@ class StepBatch:
         seq_lens: ``[>= R]`` int32 context lengths after the step; 0 for the padding rows of a
             graph.
         block_table: ``[>= R, W]`` int32; tails beyond a row's pages may be stale.
+        other_block_tables: where vLLM keeps the layers that are selected for in several groups, the
+            same of each further one.
         seq_lens_bound: R host integers, each at least the row's context length.
         num_decodes: leading decode rows.
         table_rows: rows of the page table to fill, padding included.
@@ -99,6 +101,7 @@ class StepBatch:
     kept: Tensor | None = None
     dense: bool = False
     replayable: bool = False
+    other_block_tables: tuple[Tensor, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -237,7 +240,7 @@ class Selection:
 
     Attributes:
         pages: ``[G * rows * H, K]`` int32 ids ``page * H + head`` in ascending order of position. A
-            page is a block of vLLM's with one tier, and counted from the request's start with two.
+            page is a block of vLLM's, or counted from the request's start; see ``page_ids``.
         lengths: ``[G * rows * H]`` int32 tokens in them, alike in all groups; 0 for padding rows.
         kept_mass: ``[rows, H * G]`` float32, share of the scoring model's attention on these pages.
         page_ids: ``[rows, W]`` int32, what each row's pages are called in ``pages``; None: as in
@@ -256,8 +259,8 @@ class Selection:
         """A selection in the buffers of ``table``.
 
         Args:
-            count_from_start: with two tiers the largest number of pages of a request, which are
-                then counted from its start.
+            count_from_start: with two tiers, or page tables of several KV groups, the largest
+                number of pages of a request, which are then counted from its start.
         """
         device = table.pages.device
         kept_mass = torch.ones(

@@ -91,11 +91,12 @@ class SpeContextImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         # A parameter of the layer's, whose values are loaded later.
         self.sinks = sinks
+        # A layer whose KV cache is also this one's, which then writes none.
+        self.kv_owner = kv_sharing_target_layer_name
         unsupported = {
             "ALiBi slopes": alibi_slopes is not None,
             "a sliding window": sliding_window is not None,
             "an attention type other than decoder": attn_type != AttentionType.DECODER,
-            "KV sharing between layers": kv_sharing_target_layer_name is not None,
         } | {name: value is not None and value is not False for name, value in extra.items()}
         for what, found in unsupported.items():
             if found:
@@ -138,8 +139,8 @@ class SpeContextImpl(AttentionImpl):
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: SpeContextMetadata | None,
         output: torch.Tensor,
@@ -188,14 +189,16 @@ class SpeContextImpl(AttentionImpl):
             )
         if prefill is not None:
             span = slice(tokens, attn_metadata.num_tokens)
-            self._prefill(query[span], key[span], value[span], kv_cache, prefill, output[span])
+            # A layer that reads another one's KV has no keys.
+            keys, values = (None if new is None else new[span] for new in (key, value))
+            self._prefill(query[span], keys, values, kv_cache, prefill, output[span])
         return output
 
     def _prefill(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         prefill: PrefillRows,
         output: torch.Tensor,
@@ -204,6 +207,7 @@ class SpeContextImpl(AttentionImpl):
         if self.tiers is None:
             self.provider.prefill(query, kv_cache, prefill, output, self.sinks)
         elif self.tiers.is_staged(self.layer):
+            assert key is not None and value is not None
             self._prefill_staged(self.tiers, query, key, value, kv_cache, prefill, output)
         else:
             frames = self.tiers.prompt_block_table(self.layer, prefill.block_table)

@@ -48,6 +48,11 @@ def refuse_drafts(vllm_config: Any, config: SpeContextConfig) -> None:
             f"{found} with {model.model}, some of whose layers keep a state instead of KV, which "
             "--attention-backend specontext does not support: leave the drafts out."
         )
+    if model.is_multimodal_model:
+        raise ConfigError(
+            f"{found} with {model.model}, which takes images or audio, which --attention-backend "
+            "specontext does not support: leave the drafts out."
+        )
     if config.rule.per_layer:
         raise ConfigError(
             f"{setting}.retriever: found {config.retriever!r} with {found}, but what selects in "

@@ -1,4 +1,4 @@
-"""The group of our layers among vLLM's KV-cache groups, and pages within its blocks.
+"""The groups of our layers among vLLM's KV-cache groups, and pages within their blocks.
 
 vLLM's scheduler hands out *blocks* of ``--block-size`` tokens. Kernels, page tables, the head's
 caches and the two tiers count *pages* of PAGE_SIZE tokens, which are vLLM's "kernel blocks" of our
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError
-from specontext_vllm.engine.layers import SEVERAL_GROUPS
+from specontext_vllm.engine.layers import OTHER_SHAPES
 from specontext_vllm.engine.names import BACKEND_NAME
 
 
 @dataclass(frozen=True)
 class KVGroup:
-    """The KV-cache group of the layers that run on our backend.
+    """A KV-cache group of layers that run on our backend; nearly always they are all in one.
 
     Attributes:
         index: its place in what vLLM keeps per group: block tables, slot mappings, a request's
             block ids.
-        layer_names: our layers, in the model's order.
+        layer_names: our layers in it that keep KV, in the model's order.
         block_pages: pages of a block.
     """
 
@@ -71,27 +71,27 @@ class KVGroup:
             and not set(group.layer_names).isdisjoint(self.layer_names)
         ]
         if len(ours) != 1:
-            raise ConfigError(SEVERAL_GROUPS)
+            raise ConfigError(OTHER_SHAPES)
         return ours[0]
 
 
-def find_kv_group(layer_names: Sequence[str], kv_cache_config: Any) -> KVGroup:
-    """The group of our layers in vLLM's KVCacheConfig.
+def find_kv_groups(layer_names: Sequence[str], groups: Sequence[Any]) -> tuple[KVGroup, ...]:
+    """The groups that our layers are in: one, or several where they outnumber the model's others
+    one and a half times, since vLLM makes all of its groups equally large.
 
+    Args:
+        layer_names: our layers that keep KV.
+        groups: ``kv_cache_groups`` of vLLM's KVCacheConfig.
     Raises:
-        ConfigError: they are in several groups.
+        ConfigError: their blocks differ.
     """
-    return _group_of(layer_names, kv_cache_config.kv_cache_groups)
-
-
-def _group_of(layer_names: Sequence[str], groups: Sequence[Any]) -> KVGroup:
-    found = [
-        index for index, group in enumerate(groups) if set(layer_names) & set(group.layer_names)
-    ]
-    if len(found) != 1:
-        raise ConfigError(SEVERAL_GROUPS)
-    (index,) = found
-    return KVGroup(index, tuple(layer_names), groups[index].kv_cache_spec.block_size // PAGE_SIZE)
+    found = []
+    for index, group in enumerate(groups):
+        if names := tuple(name for name in layer_names if name in group.layer_names):
+            found.append(KVGroup(index, names, group.kv_cache_spec.block_size // PAGE_SIZE))
+    if len({group.block_pages for group in found}) != 1:
+        raise ConfigError(OTHER_SHAPES)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,17 @@ class Block:
 
     Attributes:
         num_bytes: GPU memory that vLLM counts for it, by which it divides what a worker offers.
-        pages: pages of our group in it.
-        other_bytes: of it in our group's other layers, a drafter's.
+        pages: pages of ours in it.
+        other_bytes: of it in other layers of our group, a drafter's.
         is_shared: other groups use the same memory.
+        layers: our layers that a block holds pages of, at the most.
     """
 
     num_bytes: int
     pages: int
     other_bytes: int
     is_shared: bool
+    layers: int
 
 
 def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequence[str]) -> Block:
@@ -121,23 +123,24 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
 
     Args:
         specs: the worker's KV cache specs by layer.
-        layer_names: our layers.
+        layer_names: our layers that keep KV.
     Raises:
-        ConfigError: they are in several groups.
+        ConfigError: their blocks differ.
     """
     from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
     groups = get_kv_cache_groups(vllm_config, dict(specs))
-    ours = _group_of(layer_names, groups)
+    ours = find_kv_groups(layer_names, groups)
     sizes = [
         {name: _spec_of(group, name).page_size_bytes for name in group.layer_names}
         for group in groups
     ]
     return Block(
         max(sum(by_layer.values()) for by_layer in sizes),
-        ours.block_pages,
-        sum(size for name, size in sizes[ours.index].items() if name not in layer_names),
+        ours[0].block_pages,
+        sum(size for name, size in sizes[ours[0].index].items() if name not in layer_names),
         is_shared=len(groups) > 1,
+        layers=max(len(group.layer_names) for group in ours),
     )
 
 

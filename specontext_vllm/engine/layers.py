@@ -90,13 +90,12 @@ def shape_of(vllm_config: Any, layer_names: tuple[str, ...]) -> LayerShape:
     shapes = {LayerShape(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in impls}
     # One provider attends for all of them.
     if len(shapes) > 1 or len({(impl.scale, impl.provider.soft_cap) for impl in impls}) > 1:
-        raise ConfigError(SEVERAL_GROUPS)
+        raise ConfigError(OTHER_SHAPES)
     return shapes.pop()
 
 
-SEVERAL_GROUPS = (
-    "model: its layers of full attention need more than one attention group (their KV heads, "
-    "head sizes, scales or caps on logits differ, or they outnumber its other layers), but "
-    "--attention-backend specontext writes one page table for all of them; serve it with another "
-    "backend."
+OTHER_SHAPES = (
+    "model: its layers of full attention differ in their KV heads, head sizes, scales or caps on "
+    "logits, but --attention-backend specontext chooses pages for all of them at once; serve it "
+    "with another backend."
 )

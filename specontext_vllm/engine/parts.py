@@ -5,14 +5,15 @@ vLLM: this worker's rank, what a model can hand out, and its log.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.model_executor.models.interfaces import supports_eagle3
+from vllm.model_executor.models.interfaces import supports_eagle3, supports_multimodal
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.drafts import num_drafts, refuse_other_aux_layers
@@ -116,7 +117,7 @@ def _make_local(
     return LocalRetriever(
         config,
         head,
-        model.embed_input_ids,
+        embedding_of(model, model_config.get_vocab_size()),
         num_kv_heads=shape.num_kv_heads,
         max_model_len=max_model_len,
         table_pages=config.allocated_table_pages(
@@ -141,7 +142,7 @@ def _make_remote(
     return RemoteRetriever(
         config,
         checkpoint,
-        model.embed_input_ids,
+        embedding_of(model, model_config.get_vocab_size()),
         vocab_size=model_config.get_vocab_size(),
         num_kv_heads=shape.num_kv_heads,
         max_model_len=model_config.max_model_len,
@@ -150,6 +151,18 @@ def _make_remote(
         dtype=model_config.dtype,
         device=device,
     )
+
+
+def embedding_of(model: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
+    """What embeds token ids ``[N]`` -> ``[N, E]``; of a model that takes images, its text model's.
+
+    The place of an image is held by one token, again and again, which may be none of the text
+    model's; as in vLLM, such are embedded as token 0.
+    """
+    if not supports_multimodal(model):
+        return model.embed_input_ids
+    embed = model.get_language_model().embed_input_ids
+    return lambda ids: embed(ids.masked_fill(ids >= vocab_size, 0))
 
 
 def make_graphs(

@@ -78,9 +78,10 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "it serves decoder-only models",
         ),
         (
-            model.is_multimodal_model,
-            f"model: {model.model} takes images or audio",
-            "the retrieval head reads token ids; serve a text model",
+            model.is_mm_prefix_lm,
+            f"model: {model.model} lets the tokens of an image attend to later ones",
+            "prompts are causal here; serve its text alone (--language-model-only), or another "
+            "model",
         ),
         (
             model.enable_prompt_embeds,
@@ -135,6 +136,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             f"additional_config.{CONFIG_KEY}.host_kv_gib",
         ),
         (
+            cache.kv_sharing_fast_prefill,
+            "--kv-sharing-fast-prefill: on",
+            "it leaves prompt tokens out of layers that share KV; leave it off",
+        ),
+        (
             vllm_config.lora_config is not None,
             "--enable-lora: on",
             "the head embeds tokens before vLLM sets the step's adapters; leave it out",
@@ -180,7 +186,7 @@ def mixed_tiers(vllm_config: Any) -> str:
     return (
         f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
         f"{vllm_config.model_config.model} also has layers that do not attend to the whole "
-        "context, whose blocks vLLM keeps on the GPU; set it to 0."
+        "context, or read the KV of another one, whose blocks vLLM keeps on the GPU; set it to 0."
     )
 
 
@@ -204,6 +210,24 @@ def refuse_sidecar(parallel: Any) -> None:
             "the devices and the placement of vLLM's own "
             f"actors: use sidecar inline, or the executor uni or mp."
         )
+
+
+def refuse_kv_groups(config: SpeContextConfig, count: int, drafts: int) -> None:
+    """Raise a ConfigError where the layers that are selected for are in ``count`` KV-cache groups,
+    and the selection is made, or read, where the pages of one are known.
+    """
+    for setting, is_set in (
+        (
+            f"additional_config.{CONFIG_KEY}.sidecar: found {config.sidecar!r}",
+            config.sidecar != "inline",
+        ),
+        (f"--speculative-config: found {drafts} drafts", drafts > 0),
+    ):
+        if count > 1 and is_set:
+            raise ConfigError(
+                f"{setting}, but vLLM keeps this model's layers of full attention in {count} "
+                "groups, and what that reads is the pages of one; leave it out."
+            )
 
 
 def refuse_groups(config: SpeContextConfig, groups: int, num_layers: int) -> None:

@@ -77,7 +77,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             are smaller. Its zeroing for GPUs minds that (vllm/v1/worker/utils.py, KVBlockZeroer).
         Remove when: the CPU's does, too.
         """
-        super()._zero_block_ids(self.runtime.kv_group.pages_of(block_ids))
+        super()._zero_block_ids(self.runtime.kv_groups[0].pages_of(block_ids))
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """The two tiers follow the scheduler before anything of the step is launched.
@@ -93,18 +93,23 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         """Select before the model runs.
 
         Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward
-        Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch
+        Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_batch,
+            vllm.v1.worker.gpu_model_runner.GPUModelRunner.input_ids,
+            vllm.v1.worker.gpu_model_runner.GPUModelRunner.positions
         """
         by_layer = get_forward_context().attn_metadata
         if not by_layer:
             return super()._model_forward(input_ids, positions, *args, **kwargs)
-        metadata: SpeContextMetadata = by_layer[self.runtime.layer_names[0]]
+        metadata: SpeContextMetadata
+        metadata, *others = (by_layer[group.layer_names[0]] for group in self.runtime.kv_groups)
         common = metadata.common
         tokens = int(common.query_start_loc_cpu[common.num_reqs])
         query_lens = common.query_start_loc_cpu[: common.num_reqs + 1].diff().tolist()
         batch = StepBatch(
-            token_ids=input_ids[:tokens],
-            positions=positions[:tokens],
+            # A model that takes images is given embeddings, and may count positions in three
+            # dimensions.
+            token_ids=self.input_ids.gpu[:tokens],
+            positions=self.positions[:tokens],
             slots=common.slot_mapping[:tokens],
             query_starts=common.query_start_loc,
             seq_lens=common.seq_lens,
@@ -117,6 +122,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
             max_queries=max(query_lens[: metadata.num_decodes], default=1),
             num_tokens=tokens,
             dense=self._self_drafts is not None,
+            other_block_tables=tuple(other.common.block_table_tensor for other in others),
         )
         self.runtime.step.before_model(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)

@@ -121,7 +121,12 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         Uses: vllm.v1.worker.utils.AttentionGroup.map_to_kernel_block_table
         """
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        group, attention = self.runtime.kv_group, self.runtime.attention_group
+        groups = self.runtime.kv_groups
+        # In blocks; attention reads kernel blocks, our pages.
+        tables = [
+            attention.map_to_kernel_block_table(block_tables[group.index])
+            for group, attention in zip(groups, self.runtime.attention_groups, strict=True)
+        ]
         rows, tokens = input_batch.num_reqs, input_batch.num_tokens
         decodes = int((~input_batch.is_prefilling_np[:rows]).sum())
         max_captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -134,11 +139,11 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         self._batch = StepBatch(
             token_ids=input_batch.input_ids,
             positions=input_batch.positions,
-            slots=slot_mappings[group.index],
+            slots=slot_mappings[groups[0].index],
             query_starts=input_batch.query_start_loc,
             seq_lens=input_batch.seq_lens,
-            # Here in blocks; attention reads kernel blocks, our pages.
-            block_table=attention.map_to_kernel_block_table(block_tables[group.index]),
+            block_table=tables[0],
+            other_block_tables=tuple(tables[1:]),
             seq_lens_bound=input_batch.seq_lens_cpu_upper_bound[:rows].tolist(),
             num_decodes=decodes,
             # Only a batch of decodes alone is padded to a captured size.

@@ -21,7 +21,7 @@ from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.drafts import num_drafts
-from specontext_vllm.engine.kv_group import Block, KVGroup, find_kv_group
+from specontext_vllm.engine.kv_group import Block, KVGroup, find_kv_groups
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
 from specontext_vllm.engine.layers import our_layer_names, shape_of
 from specontext_vllm.engine.lossless import SelfDrafts
@@ -35,7 +35,7 @@ from specontext_vllm.engine.parts import (
     make_selector,
     make_tiers,
 )
-from specontext_vllm.engine.refusals import mixed_tiers, refuse_captured_writes
+from specontext_vllm.engine.refusals import mixed_tiers, refuse_captured_writes, refuse_kv_groups
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
@@ -63,9 +63,11 @@ class Runtime:
         selector: does so in each layer, for a rule that asks for it.
         tiers: where the pages lie, with a host pool.
         layer_names: layers that run on our backend, in the model's order.
+        kv_names: those of them that keep KV; the others read that of one of these.
         shape: what they have in common.
-        kv_group: theirs among vLLM's KV-cache groups, from ``own_kv_cache`` on.
-        attention_group: vLLM's AttentionGroup of these layers, once ``bind`` has found it.
+        kv_groups: theirs among vLLM's KV-cache groups, from ``own_kv_cache`` on. The head's caches
+            are addressed by the pages of the first.
+        attention_groups: vLLM's AttentionGroup of each of these, once ``bind`` has found them.
         step: what happens in a step, once ``bind`` has made it.
         settings: of ``specontext_set``, likewise.
 
@@ -73,8 +75,8 @@ class Runtime:
         ConfigError: the model cannot hand out auxiliary hidden states, or has no layer for us.
     """
 
-    kv_group: KVGroup
-    attention_group: Any
+    kv_groups: tuple[KVGroup, ...]
+    attention_groups: list[Any]
     step: DecodeStep
     settings: LiveSettings
 
@@ -96,6 +98,7 @@ class Runtime:
         layers = vllm_config.compilation_config.static_forward_context
         for name in self.layer_names:
             layers[name].impl.is_selected_for = True
+        self.kv_names = [n for n in self.layer_names if layers[n].impl.kv_owner is None]
         self.retriever = make_retriever(
             vllm_config, self.config, model, self.shape, device, drafter
         )
@@ -136,7 +139,7 @@ class Runtime:
         memory = self._memory_model(block)
         if not self.config.host_kv_gib:
             return plan_one_tier(self.vllm_config, memory, gpu_bytes, block.num_bytes)
-        if block.is_shared:
+        if block.is_shared or len(self.kv_names) < len(self.layer_names):
             raise ConfigError(mixed_tiers(self.vllm_config))
         self._plan = plan_two_tiers(self.vllm_config, memory, gpu_bytes)
         return self._plan.num_pages // memory.block_pages
@@ -144,14 +147,14 @@ class Runtime:
     def _memory_model(self, block: Block) -> MemoryModel:
         kept_per_layer = LayerSelector.bytes_per_block(
             self.config,
-            len(self.layer_names),
+            block.layers,
             self.shape.num_kv_heads,
             self.shape.head_dim,
             self.vllm_config.model_config.dtype,
         )
         return memory_model(
             self.vllm_config,
-            len(self.layer_names),
+            len(self.kv_names),
             self.shape,
             self.retriever.bytes_per_block + kept_per_layer,
             block.pages,
@@ -166,18 +169,20 @@ class Runtime:
         tiers.
 
         Raises:
-            ConfigError: our layers are in several groups, or the host pool cannot be had.
+            ConfigError: blocks of our layers differ, or the host pool cannot be had.
         """
-        self.kv_group = find_kv_group(self.layer_names, kv_cache_config)
+        self.kv_groups = find_kv_groups(self.kv_names, kv_cache_config.kv_cache_groups)
+        refuse_kv_groups(self.config, len(self.kv_groups), num_drafts(self.vllm_config))
         self.tiers = None
-        plan = self._tier_plan(self.kv_group.num_pages(kv_cache_config.num_blocks), is_profiling)
+        num_pages = self.kv_groups[0].num_pages(kv_cache_config.num_blocks)
+        plan = self._tier_plan(num_pages, is_profiling)
         if plan is None:
             yield
             return
         self.tiers = make_tiers(
-            self.vllm_config, self.config, plan, len(self.layer_names), self.shape, self.device
+            self.vllm_config, self.config, plan, len(self.kv_names), self.shape, self.device
         )
-        with allocate_kv_cache_as(self.tiers.arena, self.layer_names):
+        with allocate_kv_cache_as(self.tiers.arena, self.kv_names):
             yield
 
     def _tier_plan(self, num_pages: int, is_profiling: bool) -> TierPlan | None:
@@ -188,7 +193,7 @@ class Runtime:
             hot = self.config.table_pages(
                 self.vllm_config.model_config.max_model_len, num_drafts(self.vllm_config)
             )
-            return TierPlan(num_pages, len(self.layer_names), hot, 1, 0, 0, 0, {})
+            return TierPlan(num_pages, len(self.kv_names), hot, 1, 0, 0, 0, {})
         assert self._plan is not None
         return replace(self._plan, num_pages=min(self._plan.num_pages, num_pages))
 
@@ -199,7 +204,7 @@ class Runtime:
         num_blocks: int,
         drafters_groups: Sequence[Any] = (),
     ) -> None:
-        """Take over the page table of our layers and make the head's caches.
+        """Take over the page tables of our layers and make the head's caches.
 
         Args:
             attention_groups: the model runner's ``attn_groups``.
@@ -207,16 +212,22 @@ class Runtime:
         Raises:
             ConfigError: our layers do not share one KV shape.
         """
-        self.attention_group = self.kv_group.attention_group(attention_groups)
-        builder = self.attention_group.get_metadata_builder()
-        num_pages = self.kv_group.num_pages(num_blocks)
-        self._fit_length(builder.table)
+        self.attention_groups = [
+            group.attention_group(attention_groups) for group in self.kv_groups
+        ]
+        builders = [group.get_metadata_builder() for group in self.attention_groups]
+        num_pages = self.kv_groups[0].num_pages(num_blocks)
+        self._fit_length(builders[0].table)
         self.retriever.allocate_cache(num_pages)
-        self._bind_layers(num_pages, builder.table)
+        self._bind_layers(num_pages, [builder.table for builder in builders])
         draft_lists = make_draft_lists(
-            self.vllm_config, self.config, builder.table, self.kv_group.index, drafters_groups
+            self.vllm_config,
+            self.config,
+            builders[0].table,
+            self.kv_groups[0].index,
+            drafters_groups,
         )
-        self._make_step(builder, draft_lists)
+        self._make_step(builders, draft_lists)
         self.settings = LiveSettings(
             self.config,
             self._max_model_len,
@@ -247,22 +258,28 @@ class Runtime:
             logger.warning(sentence)
         self.retriever.shrink(fitted, table.max_pages)
 
-    def _bind_layers(self, num_pages: int, table: PageTable) -> None:
+    def _bind_layers(self, num_pages: int, tables: list[PageTable]) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
         self._layers = [layers[name].impl for name in self.layer_names]
         if self.device.type == "cpu":
             use_huge_pages(layers[name].kv_cache for name in self.layer_names)
         if self.selector is not None:
             dtype = self.vllm_config.model_config.dtype
-            self.selector.allocate(len(self._layers), num_pages, dtype)
-        for index, layer in enumerate(self._layers):
-            layer.tiers, layer.selector, layer.layer = self.tiers, self.selector, index
-        if table.groups > 1:
-            # vLLM counts a model's other layers too; the head was trained for those that are ours.
-            groups = layer_groups(len(self._layers), table.groups)
-            tables = [table.of_group(group) for group in range(table.groups)]
-            for layer, group in zip(self._layers, groups, strict=True):
-                layer.group_table = tables[group]
+            # A block is one KV group's at a time, so their layers share what is kept of it.
+            most = max(len(group.layer_names) for group in self.kv_groups)
+            self.selector.allocate(most, num_pages, dtype)
+        places = {
+            name: (index, table)
+            for group, table in zip(self.kv_groups, tables, strict=True)
+            for index, name in enumerate(group.layer_names)
+        }
+        # vLLM counts a model's other layers too; the head was trained for those that are ours.
+        groups = layer_groups(len(self._layers), tables[0].groups)
+        for name, layer, group in zip(self.layer_names, self._layers, groups, strict=True):
+            layer.tiers, layer.selector = self.tiers, self.selector
+            layer.layer, table = places[layer.kv_owner or name]
+            if table.groups > 1:
+                layer.group_table = table.of_group(group)
 
     def _install_selector(self, config: SpeContextConfig) -> LayerSelector:
         self.selector = make_selector(self.vllm_config, config, self.shape, self.device)
@@ -271,12 +288,18 @@ class Runtime:
         return self.selector
 
     def _make_step(
-        self, builder: SpeContextMetadataBuilder, draft_lists: DraftLists | None
+        self, builders: list[SpeContextMetadataBuilder], draft_lists: DraftLists | None
     ) -> None:
-        max_pages = 0 if self.tiers is None else pages_for(self._max_model_len)
-        selection = Selection.into(builder.table, count_from_start=max_pages)
+        builder, *others = builders
+        table, counted = builder.table, pages_for(self._max_model_len)
+        if others:
+            table = PageTable.allocate(
+                table.rows, table.num_kv_heads, table.max_pages, self.device, table.groups
+            )
+        is_named = self.tiers is None and not others
+        selection = Selection.into(table, count_from_start=0 if is_named else counted)
         if self.tiers is not None:
-            beside_ours = set(self.attention_group.layer_names) > set(self.layer_names)
+            beside_ours = set(self.attention_groups[0].layer_names) > set(self.layer_names)
             if draft_lists is not None or beside_ours:
                 # A drafter's layers read vLLM's own pages of the same selection.
                 selection = replace(selection, pages=torch.zeros_like(selection.pages))
@@ -294,7 +317,8 @@ class Runtime:
             tiers=self.tiers,
             graphs=self._graphs,
             exporter=self.exporter,
-            kv_group=self.kv_group,
+            kv_group=self.kv_groups[0],
+            others=[(other.table, other.provider) for other in others],
             num_drafts=num_drafts(self.vllm_config),
             draft_lists=draft_lists,
         )
@@ -305,7 +329,7 @@ class Runtime:
         head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
         return SelfDrafts(
             self.step,
-            self.attention_group.get_metadata_builder(),
+            self.attention_groups[0].get_metadata_builder(),
             self.layer_names,
             model,
             self.vllm_config,

@@ -13,7 +13,9 @@
     after_model   learn     keys and fused states, from the hidden states of the tokens that stay
 
 With one tier of KV there is nothing to follow, resolve, fetch or stage: the selection itself is the
-page table. What passes from one stage to the next is described in ``step_data.py``.
+page table. Where vLLM keeps our layers in several groups, each with blocks of its own, a selection
+counts pages from the start of their request, and a page table is written for each group. What
+passes from one stage to the next is described in ``step_data.py``.
 
 ``batch.num_decodes`` of a step's rows are decode rows. ``batch.table_rows`` is as many, or more
 where vLLM replays its CUDA graph of a larger batch: the rows beyond are padding, which reads
@@ -39,12 +41,11 @@ from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.engine.metrics import Exporter
 from specontext_vllm.engine.scheduled import ScheduleReader
 from specontext_vllm.engine.stopwatch import Stopwatch
-from specontext_vllm.residency.tables import name_blocks
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.draft_lists import DraftLists
 from specontext_vllm.retrieval.graphs import StepGraphs
 from specontext_vllm.retrieval.protocol import Retriever
-from specontext_vllm.retrieval.selection import add_drafts
+from specontext_vllm.retrieval.selection import add_drafts, name_pages
 from specontext_vllm.step_data import PageTable, Selection, StepBatch, StepShape, Stickiness
 
 
@@ -57,6 +58,8 @@ class DecodeStep:
         table: the page table that attention reads; with two tiers, where layers have tables of
             their own, that of a drafter's layers, whose pages are not the selection's.
         provider: the attention over it.
+        others: where vLLM keeps our layers in several groups, both of each further one; the
+            selection then has buffers of its own.
         exporter: publishes what is counted and timed.
         tiers: where the pages lie, with a host pool; None without one.
         graphs: replay steps without prompt tokens; None: everything is launched one by one.
@@ -74,6 +77,7 @@ class DecodeStep:
         *,
         exporter: Exporter,
         kv_group: KVGroup,
+        others: Sequence[tuple[PageTable, AttentionProvider]] = (),
         tiers: TieredKV | None = None,
         graphs: StepGraphs | None = None,
         num_drafts: int = 0,
@@ -81,6 +85,7 @@ class DecodeStep:
     ) -> None:
         self.retriever, self.selection = retriever, selection
         self.table, self.provider = table, provider
+        self.attention = [(table, provider), *others]
         self.tiers, self.graphs, self.exporter = tiers, graphs, exporter
         self.num_drafts, self.draft_lists = num_drafts, draft_lists
         self._schedule = ScheduleReader(kv_group, num_drafts)
@@ -107,7 +112,8 @@ class DecodeStep:
         if self.tiers is not None:
             self.tiers.stage(batch)
         if batch.table_rows:
-            self.provider.plan(self.table, batch.table_rows)
+            for table, provider in self.attention:
+                provider.plan(table, batch.table_rows)
 
     def choose_pages(
         self, batch: StepBatch, shape: StepShape, embeds: Tensor | None = None
@@ -126,10 +132,16 @@ class DecodeStep:
             self.retriever.select(rows, shape, part, scores, self.selection, self._stickiness())
         if batch.max_queries > 1:
             add_drafts(self.selection, batch)
+        if batch.other_block_tables and batch.table_rows:
+            block_tables = (batch.block_table, *batch.other_block_tables)
+            tables = [table for table, _ in self.attention]
+            name_pages(self.selection, block_tables, tables, batch.table_rows)
         if self.tiers is not None and batch.table_rows:
             self.tiers.resolve(self.selection, rows)
             if self.table.pages is not self.selection.pages:
-                name_blocks(self.selection, batch.block_table, self.table, batch.table_rows)
+                # What a layer outside of the two tiers reads, a drafter's.
+                tables = [self.table]
+                name_pages(self.selection, [batch.block_table], tables, batch.table_rows)
         if self.draft_lists is not None and batch.table_rows:
             self.draft_lists.take_decodes(self.table, batch)
 
@@ -161,7 +173,8 @@ class DecodeStep:
 
     def warm_up(self) -> None:
         """Compile what steps launch, before a request waits for it."""
-        self.provider.warm_up(self.table)
+        for table, provider in self.attention:
+            provider.warm_up(table)
         self.retriever.warm_up(self.selection, self._stickiness())
 
     def _choose_or_replay(self, batch: StepBatch) -> None:
@@ -190,6 +203,7 @@ class DecodeStep:
             batch.slots,
             batch.seq_lens,
             batch.block_table,
+            *batch.other_block_tables,
             self.selection.pages,
             self.selection.lengths,
             *self._inputs_of_drafts(batch),

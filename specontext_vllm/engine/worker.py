@@ -50,7 +50,7 @@ class SpeContextWorkerMixin(Worker):
         """
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
-        block = expected_block(self.vllm_config, self.get_kv_cache_spec(), runtime.layer_names)
+        block = expected_block(self.vllm_config, self.get_kv_cache_spec(), runtime.kv_names)
         if (cap := cap_bytes(runtime.config)) is not None:
             available = min(available, cap)
         return runtime.plan_blocks(available, block) * block.num_bytes

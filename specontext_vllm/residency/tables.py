@@ -13,7 +13,7 @@ from torch import Tensor
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.residency.frames import Changes
 from specontext_vllm.residency.transfer import upload
-from specontext_vllm.step_data import PageTable, Selection
+from specontext_vllm.step_data import Selection
 from specontext_vllm.tier_data import DecodeRows, TierTables
 
 NULL_FRAME = 0
@@ -134,23 +134,6 @@ class DeviceTables:
                     tables.hot_frames[resident:, lane, slots[sequence, :count].long()] * heads
                     + head
                 )
-
-
-def name_blocks(selection: Selection, block_table: Tensor, table: PageTable, num_rows: int) -> None:
-    """Write what a layer outside of the two tiers reads, a drafter's: the selection in vLLM's own
-    pages. Runs on the device alone, so a graph may hold it.
-
-    Args:
-        selection: pages counted from the start of their request.
-        block_table: ``[>= num_rows, W]`` int32.
-        table: its pages are written; lengths are those of the selection.
-    """
-    heads = table.num_kv_heads
-    chosen = selection.pages[: num_rows * heads]
-    # Tails beyond a row's pages may be stale.
-    page = (chosen // heads).clamp(0, block_table.shape[1] - 1).long()
-    blocks = block_table[:num_rows].repeat_interleave(heads, 0).gather(1, page)
-    table.pages[: num_rows * heads] = blocks * heads + chosen % heads
 
 
 def set_entries(table: Tensor, entries: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -214,7 +214,7 @@ class LocalRetriever:
             self.scores,
             batch.seq_lens,
             batch.seq_lens,
-            batch.block_table,
+            batch.block_table if selection.page_ids is None else selection.page_ids,
             selection,
             Budget.everything(self.max_pages),
             rows=range(row, row + 1),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,14 @@ from torch import Tensor
 import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.reference import Budget, chosen_pages, page_scores
-from specontext_vllm.step_data import PageScores, Selection, StepBatch, Stickiness, drafts_of
+from specontext_vllm.step_data import (
+    PageScores,
+    PageTable,
+    Selection,
+    StepBatch,
+    Stickiness,
+    drafts_of,
+)
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,26 @@ def add_drafts(selection: Selection, batch: StepBatch) -> None:
         ids = torch.where(begun[:, None], ids * heads + head, pages.gather(3, column)[..., 0])
         pages.scatter_(3, column, ids[..., None])
     lengths += drafts[:, None]
+
+
+def name_pages(
+    selection: Selection, block_tables: Sequence[Tensor], tables: Sequence[PageTable], rows: int
+) -> None:
+    """Write the first rows of a selection that counts pages from the request's start into the page
+    table of each KV group, whose block table says what its pages are called. Runs on the device
+    alone, so a graph may hold it.
+    """
+    groups, heads = selection.groups, selection.num_kv_heads
+    counted = selection.pages.unflatten(0, (groups, -1, heads))[:, :rows]
+    positions = (counted // heads).flatten(2).long()
+    head = torch.arange(heads, dtype=torch.int32, device=counted.device)[:, None]
+    lengths = selection.lengths.view(groups, -1, heads)[:, :rows]
+    for block_table, table in zip(block_tables, tables, strict=True):
+        # Tails beyond a row's pages may be stale.
+        index = positions.clamp(0, block_table.shape[1] - 1)
+        pages = block_table[:rows].expand(groups, -1, -1).gather(2, index).view_as(counted)
+        table.pages.unflatten(0, (groups, -1, heads))[:, :rows] = pages * heads + head
+        table.lengths.view(groups, -1, heads)[:, :rows] = lengths
 
 
 def select_row(

@@ -71,6 +71,24 @@ def gemma2() -> Any:
     )
 
 
+def gemma4() -> Any:
+    """Layers of full attention have heads of their own width, and values that are their keys; the
+    last layers read the KV of others.
+    """
+    from transformers import Gemma4TextConfig
+
+    return Gemma4TextConfig(
+        **SHAPE,
+        global_head_dim=64,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=97,
+        **layers(SLIDING, FULL, SLIDING, FULL, SLIDING, FULL),
+    )
+
+
 def gpt_oss() -> Any:
     """Learned sinks, experts, and a window in every second layer."""
     from transformers import GptOssConfig
@@ -84,7 +102,8 @@ def gpt_oss() -> Any:
 def olmo3() -> Any:
     from transformers import Olmo3Config
 
-    return Olmo3Config(**WIDTHS, **layers(SLIDING, SLIDING, FULL))
+    # Three of full attention to one with a window, which vLLM keeps in a group each.
+    return Olmo3Config(**WIDTHS, **layers(FULL, SLIDING, FULL, FULL))
 
 
 def cohere2() -> Any:
@@ -227,7 +246,17 @@ PLAIN: dict[str, Callable[[], Any]] = {
     family.__name__: family for family in (smollm3, glm4, glm4_moe, granite)
 }
 WINDOWED: dict[str, Callable[[], Any]] = {
-    family.__name__: family for family in (gemma2, gemma3, gpt_oss, olmo3, cohere2, exaone4, llama)
+    family.__name__: family
+    for family in (
+        gemma2,
+        gemma3,
+        gemma4,
+        gpt_oss,
+        olmo3,
+        cohere2,
+        exaone4,
+        llama,
+    )
 }
 
 
@@ -236,7 +265,7 @@ def write(folder: Path, config: Any, seed: int = 0) -> torch.nn.Module:
     model = make_model(config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            adds_one = "gemma" in config.model_type or config.model_type == "qwen3_next"
+            adds_one = config.model_type in ("gemma2", "gemma3_text", "qwen3_next")
             if adds_one and "norm" in name and "linear_attn" not in name:
                 parameter.sub_(1.0)  # which the norms add
             elif name.endswith("sinks"):

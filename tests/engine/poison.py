@@ -19,7 +19,6 @@ def poison_unread(runner: Any, out: dict[str, Any]) -> None:
     """
     runtime, step = runner.runtime, runner.runtime.step
     context = runtime.vllm_config.compilation_config.static_forward_context
-    caches = [context[name].kv_cache for name in runtime.layer_names]
     before, after, kept = step.before_model, step.after_model, []
 
     def before_model(batch: Any) -> None:
@@ -27,14 +26,22 @@ def poison_unread(runner: Any, out: dict[str, Any]) -> None:
         kept.clear()
         if batch.num_decodes < batch.num_rows:
             return
-        heads = step.table.num_kv_heads
+        block_tables = (batch.block_table, *batch.other_block_tables)
+        each = zip(runtime.kv_groups, step.attention, block_tables, strict=True)
+        for group, (table, _), block_table in each:
+            poison(
+                batch, table, block_table, [context[name].kv_cache for name in group.layer_names]
+            )
+
+    def poison(batch: Any, table: Any, block_table: torch.Tensor, caches: list[Any]) -> None:
+        heads = table.num_kv_heads
         unread = torch.zeros(caches[0].shape[0] * heads, dtype=torch.bool)
         for row, tokens in enumerate(batch.seq_lens_bound):
-            pages = batch.block_table[row, : pages_for(tokens)].long()
+            pages = block_table[row, : pages_for(tokens)].long()
             unread[(pages[:, None] * heads + torch.arange(heads)).flatten()] = True
         for sequence in range(batch.num_rows * heads):
-            count = pages_for(int(step.table.lengths[sequence]))
-            unread[step.table.pages[sequence, :count].long()] = False
+            count = pages_for(int(table.lengths[sequence]))
+            unread[table.pages[sequence, :count].long()] = False
         out["poisoned pages"] = out.get("poisoned pages", 0) + int(unread.sum())
         for cache in caches:
             pages = cache.view(-1, *cache.shape[2:])
@@ -107,7 +114,7 @@ def poisoned_drafts(runner: Any) -> Iterator[Counter[str]]:
     context = runner.vllm_config.compilation_config.static_forward_context
     ours = set(runner.runtime.layer_names)
     with pytest.MonkeyPatch.context() as patch:
-        for name in set(runner.runtime.attention_group.layer_names) - ours:
+        for name in set(runner.runtime.attention_groups[0].layer_names) - ours:
             impl = context[name].impl
             patch.setattr(impl, "forward", reading_lists(impl.forward))
         yield seen

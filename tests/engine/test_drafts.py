@@ -347,7 +347,7 @@ def tiered(prompts) -> dict[str, Any]:
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
         out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
         out["plan"], out["held"] = tiers.plan, llm.collective_rpc("specontext_audit")[0]
-        names = watched.runner.runtime.attention_group.layer_names
+        names = watched.runner.runtime.attention_groups[0].layer_names
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         out["caches"] = {name: layers[name].kv_cache.data_ptr() for name in names}
         return out

@@ -35,8 +35,8 @@ def runner(monkeypatch):
             before_model=made.seen.append,
             after_model=lambda batch, aux: made.learned.append((batch, aux)),
         ),
-        kv_group=KVGroup(0, ("a",), 1),
-        attention_group=SimpleNamespace(map_to_kernel_block_table=lambda blocks: blocks),
+        kv_groups=(KVGroup(0, ("a",), 1),),
+        attention_groups=[SimpleNamespace(map_to_kernel_block_table=lambda blocks: blocks)],
     )
     return made
 

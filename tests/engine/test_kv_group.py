@@ -20,7 +20,7 @@ from vllm.v1.worker.utils import AttentionGroup, prepare_kernel_block_sizes
 from specontext_vllm.config import PAGE_SIZE, ConfigError
 from specontext_vllm.engine.backend import SpeContextBackend
 from specontext_vllm.engine.compat import allocate_kv_cache_as
-from specontext_vllm.engine.kv_group import Block, KVGroup, expected_block, find_kv_group
+from specontext_vllm.engine.kv_group import Block, KVGroup, expected_block, find_kv_groups
 
 OURS = ("model.layers.1.attn", "model.layers.3.attn")
 OTHERS = ("model.layers.0.attn", "model.layers.2.attn")
@@ -85,14 +85,20 @@ def attention_group(block_size, names=OURS, index=0):
     return group
 
 
-def test_our_group_is_found_by_its_layers():
+def test_our_groups_are_found_by_their_layers():
     window = SlidingWindowSpec(
         block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
     )
     config = config_of((OTHERS, window), (OURS, full(64)))
-    assert find_kv_group(OURS, config) == KVGroup(1, OURS, block_pages=4)
-    with pytest.raises(ConfigError, match="more than one attention group"):
-        find_kv_group((*OTHERS, *OURS), config)
+    assert find_kv_groups(OURS, config.kv_cache_groups) == (KVGroup(1, OURS, block_pages=4),)
+    first, second = ((name,) for name in OURS)
+    several = config_of((second, full(64)), (OTHERS, window), (first, full(64)))
+    assert find_kv_groups(OURS, several.kv_cache_groups) == (
+        KVGroup(0, second, block_pages=4),
+        KVGroup(2, first, block_pages=4),
+    )
+    with pytest.raises(ConfigError, match="KV heads, head sizes, scales or caps"):
+        find_kv_groups((*OTHERS, *OURS), config.kv_cache_groups)
 
 
 def test_the_attention_group_is_found_by_its_backend():
@@ -171,16 +177,14 @@ def test_the_v2_runner_selects_over_pages_of_our_group(monkeypatch, block_size):
     ratio = block_size // PAGE_SIZE
     manager = torch.tensor([[3, 5, 0, 0], [8, 0, 0, 0]], dtype=torch.int32)
     slots = torch.stack([torch.full((2,), -1), torch.tensor([5 * block_size + 1, 8 * block_size])])
-    monkeypatch.setattr(
-        GPUModelRunner, "prepare_attn", lambda *_: ((torch.zeros_like(manager), manager), slots)
-    )
+    monkeypatch.setattr(GPUModelRunner, "prepare_attn", lambda *_: ((manager + 20, manager), slots))
     taken = []
     runner = object.__new__(SpeContextModelRunnerV2)
     runner.vllm_config = engine_config()
     runner.runtime = SimpleNamespace(
         step=SimpleNamespace(before_model=taken.append),
-        kv_group=KVGroup(1, OURS, ratio),
-        attention_group=attention_group(block_size, index=1),
+        kv_groups=(KVGroup(1, OURS, ratio), KVGroup(0, OTHERS, ratio)),
+        attention_groups=[attention_group(block_size, index=at) for at in (1, 0)],
     )
     returned = runner.prepare_attn(
         SimpleNamespace(
@@ -205,6 +209,8 @@ def test_the_v2_runner_selects_over_pages_of_our_group(monkeypatch, block_size):
         *(3 * ratio + first),
         *(5 * ratio + first),
     ]
+    (other,) = batch.other_block_tables
+    assert other[0, :ratio].tolist() == (23 * ratio + first).tolist()
     page = batch.block_table.gather(1, (batch.positions // PAGE_SIZE)[:, None]).squeeze(1)
     assert (batch.slots == page * PAGE_SIZE + batch.positions % PAGE_SIZE).all()
 
@@ -214,17 +220,23 @@ def test_a_block_costs_what_vllm_counts_for_it():
     same = {name: full(32) for name in (*OURS, *OTHERS)}
     page = full(32).page_size_bytes
     # A drafter's layers stand beside ours.
-    assert expected_block(config, same, OURS) == Block(4 * page, 2, 2 * page, is_shared=False)
+    assert expected_block(config, same, OURS) == Block(
+        4 * page, 2, 2 * page, is_shared=False, layers=2
+    )
     assert expected_block(config, same, (*OURS, *OTHERS)).other_bytes == 0
     # Layers of different widths share one group, with a spec each.
     wider = {OURS[0]: full(32), OURS[1]: full(32, heads=4)}
-    assert expected_block(config, wider, OURS) == Block(3 * page, 2, 0, is_shared=False)
+    assert expected_block(config, wider, OURS) == Block(3 * page, 2, 0, is_shared=False, layers=2)
     # Groups lie over one another.
     window = SlidingWindowSpec(
         block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
     )
     mixed = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(32))
-    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, 0, is_shared=True)
+    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, 0, is_shared=True, layers=2)
     # vLLM makes blocks of smaller pages longer, until all have the same size.
     shorter = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(16))
-    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, 0, is_shared=True)
+    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, 0, is_shared=True, layers=2)
+    # Three of ours to one with a window are three groups.
+    most = (*OURS, OTHERS[0])
+    mostly = {OTHERS[1]: window} | dict.fromkeys(most, full(32))
+    assert expected_block(config, mostly, most) == Block(page, 2, 0, is_shared=True, layers=1)

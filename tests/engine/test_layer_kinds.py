@@ -151,7 +151,10 @@ def forget_caps_and_sinks(ours: Any) -> list[list[int]] | None:
 def test_layers_with_windows_are_left_to_vllm_and_tokens_are_stock_s(served):
     types = served["model"].config.layer_types
     assert served["layers"] == [i for i, kind in enumerate(types) if kind == FULL]
-    assert served["groups"] > 1
+    # vLLM's groups are equally large; layers that read the KV of others are in none.
+    own = len(types) - getattr(served["model"].config, "num_kv_shared_layers", 0)
+    few, many = sorted(types[:own].count(kind) for kind in (FULL, SLIDING))
+    assert served["groups"] == (2 if many < 1.5 * few else 1 - -many // few)
     assert served["ours"] == served["stock"] and max(served["ours"]["hits"]) > 300
     # The windows count, so that a layer that ignored its own would be seen.
     assert served["without windows"][-1] != served["stock"]["first"][-1]
@@ -237,13 +240,6 @@ def test_preempted_requests_of_layers_of_two_kinds_answer_as_stock(llama_folder)
             out.append(asked.answer(crowd, 150))
             assert preemptions(asked.llm) > 0
     assert out[0] == out[1]
-
-
-def test_layers_of_full_attention_that_outnumber_the_others_are_refused(tmp_path):
-    write(tmp_path, mistral(FULL, SLIDING, FULL))
-    with pytest.raises(ConfigError, match="or they outnumber its other layers"):
-        with serving(tmp_path, settings={**SETTINGS, "retriever": "recent"}):
-            pass
 
 
 def test_a_model_of_windows_alone_is_never_attended_fully(tmp_path, monkeypatch):

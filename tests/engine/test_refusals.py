@@ -15,6 +15,7 @@ from specontext_vllm.engine.prepare import prepare_vllm_config
 from specontext_vllm.engine.refusals import (
     KV_UPDATE,
     refuse_captured_writes,
+    refuse_kv_groups,
     refuse_platform,
     refuse_runner,
     refuse_unsupported,
@@ -101,10 +102,15 @@ def test_lossless_mode_is_refused_on_a_gpu_and_with_groups_of_layers():
             "has dual chunk attention",
         ),
         ({"model": {"is_attention_free": True}}, "keeps no KV"),
-        ({"model": {"is_multimodal_model": True}}, "takes images or audio"),
+        ({"model": {"is_mm_prefix_lm": True}}, "lets the tokens of an image attend to later ones"),
         ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
+        ({"cache": {"kv_sharing_fast_prefill": True}}, "--kv-sharing-fast-prefill"),
         ({"model": {"runner_type": "pooling"}}, "--runner: found 'pooling'"),
         ({"speculative_config": drafts(method="medusa")}, "found method 'medusa'"),
+        (
+            {"speculative_config": drafts(), "model": {"is_multimodal_model": True}},
+            "which takes images or audio",
+        ),
         (
             {"speculative_config": drafts(), "model": {"is_hybrid": True}},
             "keep a state instead of KV",
@@ -284,6 +290,16 @@ def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():
         match="^VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V1 model runner, .* on a GPU; unset it",
     ):
         refuse_runner(SimpleNamespace(use_v2_model_runner=False), is_cpu=False)
+
+
+def test_a_sidecar_and_a_drafter_know_the_pages_of_one_group():
+    sidecar = SpeContextConfig.from_settings({"sidecar": "ray"})
+    refuse_kv_groups(sidecar, 1, 3)
+    refuse_kv_groups(SpeContextConfig(), 9, 0)
+    with pytest.raises(ConfigError, match=r"sidecar: found 'ray', but vLLM keeps .* in 9 groups"):
+        refuse_kv_groups(sidecar, 9, 0)
+    with pytest.raises(ConfigError, match=r"--speculative-config: found 3 drafts, but .* 9 groups"):
+        refuse_kv_groups(SpeContextConfig(), 9, 3)
 
 
 def test_a_layer_has_the_last_word_on_what_its_model_asks_for():
