@@ -42,8 +42,8 @@ if not CUDA:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# vLLM looks up n-grams in Python that numba would compile for twenty seconds.
-os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+# vLLM's look-up of n-grams lets numba set OpenMP's threads to all cores, whatever is said above.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 SUBPROCESSES = Path(__file__).parent / "subprocesses"
