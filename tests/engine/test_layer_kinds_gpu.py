@@ -28,6 +28,8 @@ def agreed(first: list[list[int]], second: list[list[int]]) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_budget_s_tokens_begin_as_stock_s(family, tmp_path):
+    if family == "gemma4":
+        pytest.importorskip("cutlass", reason="stock vLLM's attention for Gemma 4 wants it")
     write(tmp_path, FAMILIES[family]())
     with serving(tmp_path, dtype="bfloat16") as stock:
         expected = stock.answer(PROMPTS, TOKENS)
