@@ -31,11 +31,24 @@ OTHER_KINDS = {
 """What configs call layers that do not attend to the whole context, or not at all."""
 
 
+WINDOWED_KINDS = {"sliding_attention", "chunked_attention"}
+"""Of these, what keeps the KV of the newest tokens."""
+
+
+def layer_kinds(text: Any) -> list[str]:
+    """What the config calls each layer of this text model; empty where it does not say."""
+    # Jamba's, Bamba's and Nemotron-H's name for the same list.
+    return getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+
+
+def is_full(kind: str, text: Any) -> bool:
+    """Whether a layer that the config calls this attends to the whole context."""
+    others = OTHER_KINDS if has_windowed_layers(text) else OTHER_KINDS - {"sliding_attention"}
+    return kind not in others
+
+
 def num_full_layers(text: Any) -> int:
     """Layers of this text model that attend to the whole context: those our backend may run."""
-    # Jamba's, Bamba's and Nemotron-H's name for the same list.
-    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    if types is None:
+    if not (kinds := layer_kinds(text)):
         return 0 if has_windowed_layers(text) else int(text.num_hidden_layers)
-    others = OTHER_KINDS if has_windowed_layers(text) else OTHER_KINDS - {"sliding_attention"}
-    return sum(kind not in others for kind in types)
+    return sum(is_full(kind, text) for kind in kinds)

@@ -34,6 +34,12 @@ def memory_table(plan: Plan) -> Table:
         "activations, graphs (assumed)": ACTIVATIONS,
         **gpu_parts(tiers),
     }
+    others = model.others
+    longest = plan.rows[-1]["length"]
+    if others.windowed:
+        parts[f"KV of {others.windowed} layers' windows ({others.window:,} tokens)"] = (
+            plan.requests * others.kv_bytes(longest)
+        )
     if "tables" in parts:
         parts[
             "tables, for vLLM's default graphs of up to "
@@ -44,6 +50,11 @@ def memory_table(plan: Plan) -> Table:
     if tiers.host_layers:
         table.add_row("host pool (host_kv_gib)", f"{tiers.host_bytes / GIB:.2f} GiB")
     table.add_section()
+    if others.count:
+        layers = model.kv.num_layers
+        table.add_row("layers of full attention", f"{layers} of {layers + others.count}")
+    if others.count > others.windowed:
+        table.add_row("layers whose states are not counted", str(others.count - others.windowed))
     table.add_row("tokens that fit", f"{tiers.num_pages * PAGE_SIZE:,}")
     if not tiers.host_layers:
         return table
@@ -80,6 +91,7 @@ def lengths_table(plan: Plan) -> Table:
     columns = {
         "length": ("context", ",d"),
         "resident": ("resident\nlayers", "d"),
+        "full_share": ("KV in\nfull\nlayers", ".0%"),
         "gpu_gib": ("KV on\nGPU\nGiB", ".2f"),
         "host_gib": ("on\nhost\nGiB", ".2f"),
         "moved_mb": ("PCIe\nMB/step", ".0f"),
@@ -94,6 +106,8 @@ def lengths_table(plan: Plan) -> Table:
             for key, column in columns.items()
             if key not in ("host_gib", "moved_mb", "transfer_ms")
         }
+    if not plan.model.others.count:
+        del columns["full_share"]
     for heading, _ in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in plan.rows:

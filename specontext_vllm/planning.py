@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.model_config import num_full_layers
+from specontext_vllm.model_config import WINDOWED_KINDS, is_full, layer_kinds, num_full_layers
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
@@ -21,19 +21,44 @@ ACTIVATIONS = 2 * GIB
 
 
 @dataclass(frozen=True)
+class OtherLayers:
+    """The layers of a model that do not attend to the whole context.
+
+    Attributes:
+        count: all of them. What they keep beside the KV of windows, states, is not counted.
+        windowed: those that keep the KV of a window.
+        window: its tokens.
+        page_bytes: one page of one of these.
+    """
+
+    count: int = 0
+    windowed: int = 0
+    window: int = 0
+    page_bytes: int = 0
+
+    def kv_bytes(self, length: int) -> int:
+        """Their KV of a request with a context of ``length`` tokens."""
+        # A window begins anywhere in a page.
+        pages = min(pages_for(length), pages_for(self.window) + 1)
+        return self.windowed * pages * self.page_bytes
+
+
+@dataclass(frozen=True)
 class Model:
     """The figures of a model that a plan needs.
 
     Attributes:
-        kv: shape of its KV.
+        kv: shape of its KV in layers of full attention.
         weight_bytes, head_bytes: its weights, and those of a retrieval head of its shape.
         max_model_len: the longest context that vLLM serves it with, in tokens.
+        others: its other layers.
     """
 
     kv: KVShape
     weight_bytes: int
     head_bytes: int
     max_model_len: int
+    others: OtherLayers = OtherLayers()
 
 
 def read_model(path: Path) -> Model:
@@ -61,9 +86,10 @@ def read_model(path: Path) -> Model:
             )
         text = config.get_text_config()
         hidden, heads = text.hidden_size, text.num_attention_heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        head_dim = getattr(text, "head_dim", None) or hidden // heads
-        layers, longest = text.num_hidden_layers, _longest(text)
+        kinds, layers = layer_kinds(text), num_full_layers(text)
+        places = [place for place, kind in enumerate(kinds) if is_full(kind, text)]
+        kv_heads, head_dim = _kv_heads(text, places[0] if places else 0)
+        longest, others = _longest(text), _other_layers(text, text.num_hidden_layers - layers)
     except Exception as error:  # a broken config fails where one of its values is first used
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -71,10 +97,8 @@ def read_model(path: Path) -> Model:
             f"transformers knows: {reason}"
         ) from None
     for found, what in (
-        (
-            num_full_layers(text) < layers,
-            "layers that do not attend to the whole context (sliding windows, states)",
-        ),
+        (layers == 0, "sliding windows or states in every layer"),
+        (getattr(text, "num_kv_shared_layers", None), "layers that read the KV of another one"),
         (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)"),
     ):
         if found:
@@ -89,7 +113,31 @@ def read_model(path: Path) -> Model:
     head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + kv_heads)
     cache = kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
     kv = KVShape(layers, kv_heads, head_dim, dtype.itemsize, cache)
-    return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest)
+    return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest, others)
+
+
+def _kv_heads(text: Any, layer: int) -> tuple[int, int]:
+    """KV heads of a layer, and their width."""
+    each = getattr(text, "per_layer_config", None)
+    own = each[layer] if each else text
+    heads = text.num_attention_heads
+    return (
+        getattr(own, "num_key_value_heads", None) or heads,
+        getattr(own, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
+def _other_layers(text: Any, count: int) -> OtherLayers:
+    """The layers of a text model that do not attend to the whole context."""
+    import torch
+
+    windowed = [place for place, kind in enumerate(layer_kinds(text)) if kind in WINDOWED_KINDS]
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    if not count or not windowed or not window:
+        return OtherLayers(count)
+    heads, width = _kv_heads(text, windowed[0])
+    itemsize = text.dtype.itemsize if isinstance(text.dtype, torch.dtype) else 2
+    return OtherLayers(count, len(windowed), window, heads * PAGE_SIZE * 2 * width * itemsize)
 
 
 def _longest(config: Any) -> int:
@@ -166,13 +214,20 @@ def make_plan(
             "tokens) whole, so that nothing could be left on the host; "
             f"give less, or --host-gib 0."
         )
+    if host_bytes and model.others.count:
+        raise ConfigError(
+            f"--host-gib: found {host_bytes / GIB:g}, but {model.others.count} layers of this "
+            "model do not attend to the whole context, and two tiers serve no such model; give 0."
+        )
     room = int(UTILIZATION * gpu_bytes) - model.weight_bytes - model.head_bytes - ACTIVATIONS
+    room -= requests * model.others.kv_bytes(max_model_len)
     if room <= 0:
         raise ConfigError(
             f"--gpu-gib: {UTILIZATION:.0%} of {gpu_bytes / GIB:.1f} GiB do not hold the weights "
             f"({model.weight_bytes / GIB:.1f} GiB), the "
-            f"retrieval head ({model.head_bytes / GIB:.2f} GiB) and {ACTIVATIONS / GIB:.0f} GiB "
-            "for activations; give more."
+            f"retrieval head ({model.head_bytes / GIB:.2f} GiB), {ACTIVATIONS / GIB:.0f} GiB "
+            "for activations and what layers with windows keep "
+            f"({requests * model.others.kv_bytes(max_model_len) / GIB:.2f} GiB); give more."
         )
     memory = MemoryModel(
         model.kv,
@@ -186,12 +241,18 @@ def make_plan(
     alone = memory.plan(room, 0)
     if miss_rate is None:
         miss_rate = prior_rate(tiers.hot_pages, config.table_pages(max_model_len))
-    law = StepTime(model.weight_bytes + model.head_bytes, link_bytes_per_s=link_bytes_per_s)
     rows = []
     for length in _lengths(max_model_len):
+        others = requests * model.others.kv_bytes(length)
+        full = requests * pages_for(length) * model.kv.page_bytes * model.kv.num_layers
+        # Read in every step, like the weights.
+        law = StepTime(
+            model.weight_bytes + model.head_bytes + others, link_bytes_per_s=link_bytes_per_s
+        )
         offloaded = memory.offloaded_layers(tiers, length, requests)
         row: dict[str, Any] = {
             "length": length,
+            "full_share": full / (full + others),
             "dense_ms": 1e3 * law.dense_step(model.kv, requests=requests, length=length),
         }
         if offloaded is not None:
@@ -213,6 +274,7 @@ def make_plan(
                 "gpu_gib": (
                     kv * (model.kv.num_layers - offloaded)
                     + offloaded * requests * tiers.hot_pages * model.kv.page_bytes
+                    + others
                 )
                 / GIB,
                 "host_gib": kv * tiers.host_layers / GIB,

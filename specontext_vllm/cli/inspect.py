@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from specontext_vllm.cli.options import AllowPickle, HeadCheckpointName, Revision
 from specontext_vllm.cli.refusals import refusals
+from specontext_vllm.model_config import num_full_layers
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -58,7 +60,7 @@ def inspect(
             console,
             f"`specontext prune` writes the {kept:,} of {whole:,} bytes that selection reads.",
         )
-    if served is not None:
+    if served is not None and target is not None:
         try:
             check_head(head, **served)
             layers = describe_aux_layers(
@@ -68,6 +70,7 @@ def inspect(
             _print(console, f"Does not fit {target}: {error}")
             raise typer.Exit(1) from None
         _print(console, f"Fits {target}: reads its layers {layers}.")
+        _say_served_layers(console, target)
 
 
 def _print(console: Console, text: str) -> None:
@@ -103,6 +106,20 @@ def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
         "max_position": config.get("max_position_embeddings") or spec.trained_length,
         "dtype": dtype,
     }
+
+
+def _say_served_layers(console: Console, target: Path) -> None:
+    """Say for which of the target's layers pages are selected, where its config.json lists layers
+    of several kinds.
+    """
+    config = read_config(target)
+    config = config.get("text_config", config)
+    full, count = num_full_layers(SimpleNamespace(**config)), config["num_hidden_layers"]
+    if 0 < full < count:
+        _print(
+            console,
+            f"It selects for {full} of its {count} layers, those that attend to the whole context.",
+        )
 
 
 def _tensor_table(head: HeadCheckpoint) -> Table:

@@ -54,6 +54,15 @@ def test_target_that_fits(head, tmp_path):
     )
 
 
+def test_the_layers_that_are_selected_for_are_counted(head, tmp_path):
+    assert "It selects for" not in run(head, "--target", write_target(tmp_path)).output
+    (tmp_path / "mixed").mkdir()
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    mixed = write_target(tmp_path / "mixed", layer_types=kinds * 3)
+    output = run(head, "--target", mixed).output
+    assert "It selects for 3 of its 12 layers, those that attend to the whole context." in output
+
+
 def test_target_with_nested_text_config(head, tmp_path):
     folder = write_target(tmp_path)
     (folder / "config.json").write_text(json.dumps({"text_config": TARGET}))

@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 from benchmarks.shapes import Shape
 from specontext_vllm import planning
 from specontext_vllm.cli import app
-from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.residency.memory_model import MemoryModel
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+from tests.engine.families import gemma4, qwen3_next
 
 GIB = 2**30
 
@@ -216,6 +217,64 @@ def test_models_that_the_engine_refuses_are_not_planned(folder, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run("--model", tmp_path, "--gpu-gib", 80)
-    assert result.exit_code == 2 and "sliding windows" in result.output, result.output
+    assert result.exit_code == 2 and "windows or states in every" in result.output, result.output
     (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": None}))
     assert run("--model", tmp_path, "--gpu-gib", 80, "--out", tmp_path / "plan.png").exit_code == 0
+
+
+def test_layers_with_windows_keep_and_are_read_as_many_tokens(folder, tmp_path):
+    """By hand: every second layer of 32 reads its newest 1,000 tokens, in 63 or 64 pages."""
+    kinds = ["sliding_attention", "full_attention"] * 16
+    changes = {"layer_types": kinds, "sliding_window": 1000, "model_type": "mistral"}
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dense, model = planning.read_model(folder), planning.read_model(tmp_path)
+    page = 8 * 16 * 2 * 128 * 2
+    assert (model.kv.num_layers, model.kv.page_bytes) == (16, page)
+    assert model.others == planning.OtherLayers(16, 16, 1000, page)
+    options = dict(
+        gpu_bytes=60 * GIB,
+        host_bytes=0,
+        requests=4,
+        max_model_len=32768,
+        miss_rate=None,
+        link_bytes_per_s=50e9,
+    )
+    config = SpeContextConfig(budget=2048)
+    made = planning.make_plan(model, config, **options)
+    whole = planning.make_plan(dense, config, **options)
+    assert made.kv_bytes == whole.kv_bytes - 4 * 16 * 64 * page
+    row = next(row for row in made.rows if row["length"] == 16384)
+    assert row["full_share"] == pytest.approx(1024 / (1024 + 64))
+    beside = next(row for row in whole.rows if row["length"] == 16384)
+    saved = 4 * 16 * (1024 - 64) * page
+    assert beside["full_share"] == 1
+    assert beside["dense_ms"] - row["dense_ms"] == pytest.approx(1e3 * saved / 4.3e12)
+    # Sparse layers read 128 pages, the others their window's.
+    saved = 4 * 16 * (128 - 64) * page
+    assert beside["compute_ms"] - row["compute_ms"] == pytest.approx(1e3 * saved / 4.3e12)
+    result = run("--model", tmp_path, "--gpu-gib", 60, "--requests", 4, columns=80)
+    assert "16 of 32" in result.output and "94%" in result.output, result.output
+    assert all(len(line) <= 80 for line in result.output.splitlines())
+    result = run("--model", tmp_path, "--gpu-gib", 60, "--host-gib", 10)
+    assert result.exit_code == 2 and "--host-gib: found 10, but 16 layers" in result.output
+
+
+def test_states_are_said_not_to_be_counted(tmp_path):
+    qwen3_next().save_pretrained(tmp_path)
+    model = planning.read_model(tmp_path)
+    assert model.kv.num_layers == 1 and model.others == planning.OtherLayers(3)
+    result = run("--model", tmp_path, "--gpu-gib", 4, "--length", 1024)
+    assert "layers whose states are not counted" in result.output, result.output
+
+
+def test_the_heads_are_those_of_layers_of_full_attention(tmp_path):
+    made = gemma4()
+    made.num_kv_shared_layers = 0
+    made.save_pretrained(tmp_path)
+    model = planning.read_model(tmp_path)
+    assert (model.kv.num_layers, model.kv.num_kv_heads, model.kv.head_dim) == (3, 2, 64)
+    assert model.others.page_bytes == model.kv.page_bytes // 2
+    gemma4().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="read the KV of another one"):
+        planning.read_model(tmp_path)
