@@ -6,13 +6,15 @@ from typing import Any
 
 
 def has_windowed_layers(text: Any) -> bool:
-    """Whether vLLM gives a layer of this text model a sliding window, by its own rule
+    """Whether vLLM gives a layer of this text model a sliding window or chunks, by its own rule
     (vllm/engine/arg_utils.py and the models' layers).
 
     A window without a list of layer types holds for all layers; with one, for those of that type; a
     type without a window for none.
     """
     types = getattr(text, "layer_types", None)
+    if "chunked_attention" in (types or ()):
+        return True
     return bool(getattr(text, "sliding_window", None)) and (
         types is None or "sliding_attention" in types
     )

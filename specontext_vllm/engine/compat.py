@@ -159,6 +159,34 @@ def expand_sampling_settings_on_a_cpu() -> None:
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
+def leave_chunks_to_vllm() -> None:
+    """Let layers that attend in chunks have a backend of vLLM's where those of full attention have
+    ours; to be called before a model is built.
+
+    Uses: vllm.model_executor.layers.attention.chunked_local_attention.get_attn_backend
+    Symptom: Llama 4's layers with chunks run on top of our backend.
+    Reason: such a layer asks for a backend as one of full attention does
+        (vllm/model_executor/layers/attention/chunked_local_attention.py). As one with a window it
+        gets what the user or vLLM chose for those, which reads the newest tokens as well.
+    Remove when: it says which kind of layer it is.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    original = chunked_local_attention.get_attn_backend
+    if _is_ours(original):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend(*args: Any, **kwargs: Any) -> Any:
+        if is_selected(get_current_vllm_config()):
+            kwargs["has_sliding_window"] = True
+        return original(*args, **kwargs)
+
+    _mark_as_ours(get_attn_backend)
+    chunked_local_attention.get_attn_backend = get_attn_backend
+
+
 def hide_our_kernels_folder() -> None:
     """Keep vLLM from taking this repository's triton_kernels/ folder for the package of that name.
 

@@ -25,7 +25,7 @@ from specontext_vllm.engine.refusals import (
     refuse_sidecar,
     refuse_unsupported,
 )
-from specontext_vllm.model_config import num_full_layers
+from specontext_vllm.model_config import layer_kinds, num_full_layers
 from specontext_vllm.observability.files import front_end_folder
 from specontext_vllm.retrieval.checkpoint import HeadSpec, aux_layers_of
 from specontext_vllm.retrieval.shard import shard_spec
@@ -87,8 +87,11 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
 
         init_logger("vllm.specontext").warning(sentence)
     if not vllm_config.cache_config.user_specified_block_size:
-        # Platforms have defaults of their own.
-        vllm_config.cache_config.block_size = PAGE_SIZE
+        # Platforms have defaults of their own. vLLM's attention on a CPU takes 32 tokens and more,
+        # which layers with chunks do not find out by themselves, as those with windows do.
+        chunked = "chunked_attention" in layer_kinds(model.hf_text_config)
+        is_cpu = current_platform.device_type == "cpu"
+        vllm_config.cache_config.block_size = PAGE_SIZE * (2 if chunked and is_cpu else 1)
         vllm_config.cache_config.user_specified_block_size = True
     additional = dict(vllm_config.additional_config or {})
     additional.setdefault(ENGINES_KEY, max(1, vllm_config.parallel_config.data_parallel_size_local))

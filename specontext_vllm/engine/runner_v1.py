@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from specontext_vllm.engine.compat import leave_chunks_to_vllm
 from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import SpeContextMetadata
 from specontext_vllm.engine.runtime import Runtime, attach_runtime
@@ -52,6 +53,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
 
         Overrides: vllm.v1.worker.cpu_model_runner.CPUModelRunner.load_model
         """
+        leave_chunks_to_vllm()
         super().load_model(*args, **kwargs)
         attach_runtime(self)
 

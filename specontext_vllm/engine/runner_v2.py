@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from specontext_vllm.engine.compat import leave_chunks_to_vllm
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.runtime import Runtime, attach_runtime
 from specontext_vllm.step_data import StepBatch
@@ -36,6 +37,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.load_model
         """
+        leave_chunks_to_vllm()
         super().load_model(*args, **kwargs)
         attach_runtime(self)
         if self.speculative_config is not None:

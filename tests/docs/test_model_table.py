@@ -10,7 +10,7 @@ import pytest
 
 from scripts.model_table import EAGLE3, architectures, derives_from, read_table, rows
 from tests.distillation.tiny_models import FAMILIES, make_config
-from tests.engine.families import HYBRID, PLAIN, WINDOWED
+from tests.engine.families import CHUNKED, HYBRID, PLAIN, WINDOWED
 from tests.engine.pictures import SEEING
 from tests.engine.test_architectures import MIXTURES
 
@@ -27,7 +27,7 @@ def test_those_that_are_said_to_run_in_ci_do():
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    made = [family() for family in (HYBRID | PLAIN | WINDOWED | MIXTURES).values()]
+    made = [family() for family in (HYBRID | PLAIN | CHUNKED | WINDOWED | MIXTURES).values()]
     made += [make_config(family) for family in FAMILIES]
     names = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] for config in made}
     seeing = [family()[0] for family in SEEING.values()]

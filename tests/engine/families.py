@@ -130,6 +130,22 @@ def llama() -> Any:
     return config
 
 
+def llama4() -> Any:
+    """Chunks in three of four layers, no RoPE in the fourth, experts."""
+    from transformers import Llama4TextConfig
+
+    return Llama4TextConfig(
+        **{**SHAPE, "intermediate_size": 64},
+        intermediate_size_mlp=192,
+        num_hidden_layers=4,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        attention_chunk_size=64,
+        no_rope_layers=[1, 1, 1, 0],
+    )
+
+
 def mistral(*types: str) -> Any:
     from transformers import MistralConfig
 
@@ -245,6 +261,7 @@ HYBRID: dict[str, Callable[[], Any]] = {
 PLAIN: dict[str, Callable[[], Any]] = {
     family.__name__: family for family in (smollm3, glm4, glm4_moe, granite)
 }
+CHUNKED: dict[str, Callable[[], Any]] = {"llama4": llama4}
 WINDOWED: dict[str, Callable[[], Any]] = {
     family.__name__: family
     for family in (

@@ -14,6 +14,7 @@ from specontext_vllm.engine import refusals
 from specontext_vllm.model_config import num_full_layers
 from tests.engine import scripted
 from tests.engine.families import (
+    CHUNKED,
     FULL,
     HYBRID,
     PLAIN,
@@ -200,23 +201,23 @@ def test_drafts_are_verified_beside_layers_with_windows(served):
     assert crossed > 0
 
 
-@pytest.mark.parametrize("family", [*HYBRID, *PLAIN])
+@pytest.mark.parametrize("family", [*HYBRID, *PLAIN, *CHUNKED])
 def test_a_family_s_tokens_are_stock_s_where_the_budget_covers_the_context(family, tmp_path):
     """State-space and linear layers beside ours, on a CPU as far as vLLM runs them there: linear
-    attention in bfloat16 only, and Mamba 2 without a prefix cache. And what families do within a
-    layer.
+    attention in bfloat16 only, and Mamba 2 without a prefix cache. What families do within a layer,
+    and layers with chunks.
     """
     arguments: dict[str, Any] = {"enable_prefix_caching": family not in HYBRID}
     if family == "qwen3_next":
         arguments["dtype"] = "bfloat16"
-    model = write(tmp_path, (HYBRID | PLAIN)[family]())
+    model = write(tmp_path, (HYBRID | PLAIN | CHUNKED)[family]())
     with serving(tmp_path, **arguments) as stock:
         expected = scenarios(stock)
     settings = {**SETTINGS, "retriever": "quest"}
     with serving(tmp_path, settings=settings, **arguments) as ours:
         assert scenarios(ours) == expected
         is_shared = len(ours.runner.kv_cache_config.kv_cache_groups) > 1
-        assert is_shared is (family in HYBRID)
+        assert is_shared is (family not in PLAIN)
         assert len(ours.runner.runtime.layer_names) == num_full_layers(model.config)
         ours.set(budget=BUDGET)
         sparse, stats = ours.answer(PROMPTS, TOKENS), ours.stats

@@ -10,11 +10,11 @@ from itertools import takewhile
 
 import pytest
 
-from tests.engine.families import HYBRID, PLAIN, WINDOWED, serving, write
+from tests.engine.families import CHUNKED, HYBRID, PLAIN, WINDOWED, serving, write
 from tests.engine.test_layer_kinds import BUDGET, PROMPTS, SETTINGS, TOKENS
 
 pytestmark = pytest.mark.gpu
-FAMILIES = WINDOWED | HYBRID | PLAIN
+FAMILIES = WINDOWED | HYBRID | PLAIN | CHUNKED
 AGREED = 4
 """Leading tokens that answers share on average, at least."""
 
