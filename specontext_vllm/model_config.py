@@ -49,6 +49,17 @@ def is_full(kind: str, text: Any) -> bool:
     return kind not in others
 
 
+def kv_heads(text: Any, layer: int) -> tuple[int, int]:
+    """KV heads of a layer of this text model, and their width."""
+    each = getattr(text, "per_layer_config", None)
+    own = each[layer] if each else text
+    heads = text.num_attention_heads
+    return (
+        getattr(own, "num_key_value_heads", None) or heads,
+        getattr(own, "head_dim", None) or text.hidden_size // heads,
+    )
+
+
 def num_full_layers(text: Any) -> int:
     """Layers of this text model that attend to the whole context: those our backend may run."""
     if not (kinds := layer_kinds(text)):

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
-from specontext_vllm.model_config import WINDOWED_KINDS, is_full, layer_kinds, num_full_layers
+from specontext_vllm.model_config import (
+    WINDOWED_KINDS,
+    is_full,
+    kv_heads,
+    layer_kinds,
+    num_full_layers,
+)
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
@@ -88,7 +94,7 @@ def read_model(path: Path) -> Model:
         hidden, heads = text.hidden_size, text.num_attention_heads
         kinds, layers = layer_kinds(text), num_full_layers(text)
         places = [place for place, kind in enumerate(kinds) if is_full(kind, text)]
-        kv_heads, head_dim = _kv_heads(text, places[0] if places else 0)
+        num_kv_heads, head_dim = kv_heads(text, places[0] if places else 0)
         longest, others = _longest(text), _other_layers(text, text.num_hidden_layers - layers)
     except Exception as error:  # a broken config fails where one of its values is first used
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -110,21 +116,10 @@ def read_model(path: Path) -> Model:
     # The head: fc over three hidden states, q and k over two. Its cache: keys, and one fused aux
     # state a page. The planned GPU is assumed to have 8-bit floats, which the keys are kept in then
     # (retrieval/cache.py).
-    head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + kv_heads)
-    cache = kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
-    kv = KVShape(layers, kv_heads, head_dim, dtype.itemsize, cache)
+    head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + num_kv_heads)
+    cache = num_kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
+    kv = KVShape(layers, num_kv_heads, head_dim, dtype.itemsize, cache)
     return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest, others)
-
-
-def _kv_heads(text: Any, layer: int) -> tuple[int, int]:
-    """KV heads of a layer, and their width."""
-    each = getattr(text, "per_layer_config", None)
-    own = each[layer] if each else text
-    heads = text.num_attention_heads
-    return (
-        getattr(own, "num_key_value_heads", None) or heads,
-        getattr(own, "head_dim", None) or text.hidden_size // heads,
-    )
 
 
 def _other_layers(text: Any, count: int) -> OtherLayers:
@@ -135,7 +130,7 @@ def _other_layers(text: Any, count: int) -> OtherLayers:
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
     if not count or not windowed or not window:
         return OtherLayers(count)
-    heads, width = _kv_heads(text, windowed[0])
+    heads, width = kv_heads(text, windowed[0])
     itemsize = text.dtype.itemsize if isinstance(text.dtype, torch.dtype) else 2
     return OtherLayers(count, len(windowed), window, heads * PAGE_SIZE * 2 * width * itemsize)
 

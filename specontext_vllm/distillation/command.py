@@ -33,6 +33,7 @@ from specontext_vllm.distillation.teacher import (
 )
 from specontext_vllm.distillation.text_files import DataError, Files
 from specontext_vllm.distillation.trainer import Distiller
+from specontext_vllm.model_config import num_full_layers
 from specontext_vllm.retrieval.checkpoint import HeadError, check_fits, checkpoint_folder
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -128,9 +129,10 @@ def make_head(
             f"--draft-vocabulary: found {draft_vocabulary}, but a head for retrieval alone drafts "
             "nothing; leave it out, or give --format eagle3."
         )
-    if not 1 <= groups <= config.num_hidden_layers:
+    most = num_full_layers(config)
+    if not 1 <= groups <= most:
         raise OptionError(
-            f"--groups: found {groups}; give 1 to {config.num_hidden_layers}, the model's layers."
+            f"--groups: found {groups}; give 1 to {most}, the model's layers of full attention."
         )
     shape = HeadShape.for_target(config, max_position=settings.context, groups=groups)
     return HeadModel(shape) if init is None else HeadModel.load(checkpoint_folder(init), shape)

@@ -49,7 +49,7 @@ class HeadDistiller(Distiller[HeadModel]):
         at, _ = sample_positions(weights[:, 1:], settings.positions, generator, answers_only=False)
         stretch = stretch_positions(ids, settings.stretch, generator)
         target = ByGroup(
-            layer_groups(len(self.teacher.layers), self.head.groups),
+            layer_groups(len(self.teacher.watched), self.head.groups),
             lambda: PageTarget(settings.recents),
         )
         if stretch is None:

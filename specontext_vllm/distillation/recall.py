@@ -225,7 +225,7 @@ class HeldOut:
         ids, weights = ids.to(self.teacher.device), weights.to(self.teacher.device)
         generator = torch.Generator(device=ids.device).manual_seed(number)
         at, _ = sample_positions(weights[:, 1:], self.positions, generator, first=self.budget)
-        target = recall_target(len(self.teacher.layers), self.groups)
+        target = recall_target(len(self.teacher.watched), self.groups)
         lesson = self.teacher(ids, at, target)
         if self.drafts:
             starts, _ = sample_positions(weights[:, 1:], DRAFTED, generator, first=self.budget)

@@ -12,14 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.distillation.llama import causal_attention
 from specontext_vllm.distillation.losses import AttentionCollector
-from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.distillation.watched_attention import ATTENTION, register_attention
+from specontext_vllm.model_config import is_full, kv_heads, layer_kinds, num_full_layers
 from specontext_vllm.retrieval.checkpoint import layer_groups
-
-ATTENTION = "specontext_teacher"
-"""Name in transformers of the attention function that can be watched."""
 
 
 class TeacherError(ValueError):
@@ -50,8 +46,8 @@ def read_config(folder: Path) -> Any:
     """transformers' config of a model folder, checked.
 
     Raises:
-        TeacherError: none there, one that cannot be read, or not a model with full attention in
-            every layer.
+        TeacherError: none there, one that cannot be read, or not a model whose layers attend to the
+            whole context or to a window.
     """
     from transformers import AutoConfig
 
@@ -125,12 +121,12 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def check_teacher(config: Any) -> None:
-    """Refuse models whose layers cannot be watched, or not all in the same way.
+    """Refuse models whose layers of full attention cannot be watched, or not all in the same way.
 
     Raises:
         TeacherError: this is one.
     """
-    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()} - {"full_attention"}
+    kinds = {str(kind) for kind in layer_kinds(config)} - {"full_attention", "sliding_attention"}
     needed = (
         "hidden_size",
         "vocab_size",
@@ -149,14 +145,29 @@ def check_teacher(config: Any) -> None:
             "a model with ordinary attention",
         ),
         (
-            has_windowed_layers(config),
-            f"has layers that look back {getattr(config, 'sliding_window', None)} tokens only",
-            "a model without sliding windows",
+            num_full_layers(config) == 0,
+            f"has only layers that look back {getattr(config, 'sliding_window', None)} tokens",
+            "a model with layers of full attention",
         ),
         (
+            # States cannot go back to the middle of a text, which the second run begins in.
             kinds,
             f"has layers of the kinds {', '.join(sorted(kinds))}",
-            "a model with full attention in every layer",
+            "a model with full attention and sliding windows alone",
+        ),
+        (
+            not missing
+            and (
+                getattr(config, "num_kv_shared_layers", None)
+                or len({kv_heads(config, layer) for layer in range(config.num_hidden_layers)}) > 1
+            ),
+            "has layers that share KV or differ in their heads",
+            "a model whose layers have the same heads",
+        ),
+        (
+            getattr(config, "attn_logit_softcapping", None),
+            "caps the logits of attention",
+            "a model without attn_logit_softcapping",
         ),
         (
             missing,
@@ -172,51 +183,6 @@ def check_teacher(config: Any) -> None:
             )
 
 
-def register_attention() -> None:
-    """Register ``ATTENTION`` with transformers: causal attention that passes queries and keys to
-    the module's ``observer``, if it has one, and reads only the pages of its ``chosen``
-    ``[B, nkv, Q, pages]`` (bool), if it has some.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def attend(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **rest: Any,
-    ) -> tuple[Tensor, None]:
-        observer = getattr(module, "observer", None)
-        if observer is not None:
-            observer(query, key, scaling)
-        chosen = getattr(module, "chosen", None)
-        if chosen is not None:
-            return _paged_attention(query, key, value, chosen, scaling).transpose(1, 2), None
-        return causal_attention(query, key, value, scaling).transpose(1, 2), None
-
-    AttentionInterface.register(ATTENTION, attend)
-    # Rows are packed without padding, so no mask is needed besides the causal one.
-    AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
-
-
-def _paged_attention(
-    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, scale: float | None
-) -> Tensor:
-    """Attention of the newest Q tokens to themselves and to what came before, within the chosen
-    pages: ``query [B, nh, Q, D]``, ``key, value [B, nkv, T, D]``.
-    """
-    length, newest = key.shape[2], query.shape[2]
-    read = chosen.repeat_interleave(PAGE_SIZE, -1)[..., :length]
-    token = torch.arange(length, device=key.device)
-    read = read & (token <= token[length - newest :, None])
-    read = read.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=read, scale=scale, enable_gqa=True
-    )
-
-
 class Teacher:
     """A frozen model that is watched.
 
@@ -224,11 +190,19 @@ class Teacher:
         model: from ``load_teacher``.
         aux_layers: layers whose input states are returned; the number of layers means the last
             one's output.
+
+    Attributes:
+        layers: all of the model's.
+        watched: those that attend to the whole context.
     """
 
     def __init__(self, model: Any, aux_layers: Sequence[int]) -> None:
         self.model, self.aux_layers = model, tuple(aux_layers)
         self.layers = model.base_model.layers
+        kinds = layer_kinds(model.config) or ["full_attention"] * len(self.layers)
+        self.watched = [
+            layer for layer, kind in zip(self.layers, kinds) if is_full(kind, model.config)
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -252,13 +226,19 @@ class Teacher:
         Args:
             keep_cache: keep the keys and values, for ``decode``.
         """
-        for layer in self.layers:
+        from transformers import DynamicCache
+
+        for layer in self.watched:
             layer.self_attn.observer = lambda q, k, scale: collector.observe(q, k, at, scale)
         try:
             with self._aux_states() as states:
-                output = self.model.base_model(input_ids=ids, use_cache=keep_cache)
+                # One that keeps everything: of windows, too.
+                cache = DynamicCache() if keep_cache else None
+                output = self.model.base_model(
+                    input_ids=ids, past_key_values=cache, use_cache=keep_cache
+                )
         finally:
-            for layer in self.layers:
+            for layer in self.watched:
                 del layer.self_attn.observer
         target, mass = collector.result()
         return Lesson(
@@ -291,11 +271,11 @@ class Teacher:
             before = whole[:, :, :first]
             return before if copies == 1 else before.repeat(copies, 1, 1, 1)
 
-        past = DynamicCache(config=self.model.config)
+        past = DynamicCache()
         for number, layer in enumerate(cache.layers):
             past.update(past_of(layer.keys), past_of(layer.values), number)
         each = chosen.split(cache.layers[0].keys.shape[1], 1)
-        for layer, group in zip(self.layers, layer_groups(len(self.layers), len(each))):
+        for layer, group in zip(self.watched, layer_groups(len(self.watched), len(each))):
             layer.self_attn.chosen = each[group]
         try:
             with self._aux_states() as states:
@@ -305,7 +285,7 @@ class Teacher:
                     use_cache=True,
                 )
         finally:
-            for layer in self.layers:
+            for layer in self.watched:
                 del layer.self_attn.chosen
         return self._joined(states)
 

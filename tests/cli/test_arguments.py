@@ -191,7 +191,7 @@ def test_a_window_that_no_layer_uses_is_none_to_plan_and_distill(tmp_path):
     from transformers import AutoConfig
 
     from specontext_vllm import planning
-    from specontext_vllm.distillation.teacher import TeacherError, check_teacher
+    from specontext_vllm.distillation.teacher import check_teacher
 
     config = make_config("qwen2", use_sliding_window=True, max_window_layers=5, sliding_window=64)
     config.save_pretrained(tmp_path)
@@ -201,5 +201,4 @@ def test_a_window_that_no_layer_uses_is_none_to_plan_and_distill(tmp_path):
     config = make_config("qwen2", use_sliding_window=True, max_window_layers=4, sliding_window=64)
     config.save_pretrained(tmp_path)
     assert planning.read_model(tmp_path).others.windowed == 1
-    with pytest.raises(TeacherError, match="sliding_attention|look back"):
-        check_teacher(config)
+    check_teacher(config)

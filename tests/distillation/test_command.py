@@ -98,7 +98,7 @@ REFUSED = {
     "budget": (["--budget", 64], "--budget: found 64;"),
     "copies": (["--copies", 1.5], "--copies: found 1.5; give a share of 0 to 1"),
     "groups": (["--groups", 0], "--groups: found 0; give 1 to 6"),
-    "groups-many": (["--groups", 7], "--groups: found 7; give 1 to 6, the model's layers."),
+    "groups-many": (["--groups", 7], "--groups: found 7; give 1 to 6, the model's layers"),
     "groups-of-drafts": (
         ["--format", "eagle3", "--groups", 2],
         "--groups: found 2, but a draft model has one set of queries",

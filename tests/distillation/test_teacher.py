@@ -17,8 +17,11 @@ from specontext_vllm.distillation.teacher import (
 )
 from specontext_vllm.retrieval.checkpoint import HeadError
 from tests.distillation.tiny_models import FAMILIES, make_config, write_model
+from tests.engine.families import FULL, SLIDING, gemma3, gpt_oss, olmo3, write
+from tests.engine.families import WINDOW as WIDTH
 
 WINDOW = 7
+NEAR = {"rtol": 1e-3, "atol": 2e-3}
 CASES = [(family, 2, False) for family in FAMILIES] + [
     ("llama", 4, False),
     ("qwen3", 1, False),
@@ -82,6 +85,62 @@ def test_lesson_is_what_transformers_computes(tmp_path, family, kv_heads, tied, 
             )
 
 
+@pytest.mark.parametrize("family", [olmo3, gpt_oss, gemma3], ids=lambda family: family.__name__)
+def test_windows_and_sinks_are_the_model_s_and_full_layers_alone_are_watched(family, tmp_path):
+    """Lessons, and the second run in the middle of a text, against transformers' eager attention
+    with a mask of its own for each kind of layer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    write(tmp_path, family())
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    teacher = Teacher(load_teacher(tmp_path, torch.device("cpu"), torch.float32), (1, 2))
+    ids = torch.randint(0, 97, (2, 160), generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([[150, 90], [30, 159 - 1]])
+    lesson = teacher(ids, at, AttentionTarget(WINDOW), keep_cache=True)
+    model.model.do_not_compile = True
+    full = [place for place, kind in enumerate(model.config.layer_types) if kind == FULL]
+    assert [layer.self_attn.layer_idx for layer in teacher.watched] == full
+
+    def eager(read):
+        """States that enter the layers, logits and weights where full layers read ``read``."""
+        length = ids.shape[1]
+        windows = torch.ones(length, length, dtype=torch.bool).tril()
+        windows &= ~torch.ones_like(windows).tril(-WIDTH)
+        masks = {
+            kind: torch.zeros(length, length).masked_fill(~allowed, torch.finfo().min)[None, None]
+            for kind, allowed in ((FULL, read), (SLIDING, windows))
+        }
+        with torch.no_grad():
+            return model(
+                ids, attention_mask=masks, output_hidden_states=True, output_attentions=True
+            )
+
+    read = torch.ones(160, 160, dtype=torch.bool).tril()
+    shown = eager(read)
+    torch.testing.assert_close(lesson.aux, torch.cat(shown.hidden_states[1:3], -1), **NEAR)
+    torch.testing.assert_close(lesson.hidden, shown.hidden_states[-1], **NEAR)
+    for b in range(2):
+        for s, p in enumerate(at[b].tolist()):
+            rows = torch.stack([shown.attentions[layer][b, :, p + 1] for layer in full])
+            rows = rows[..., 1:160]
+            rows = rows / rows.sum(-1, keepdim=True)
+            wanted = rows.unflatten(1, (2, -1)).amax(2).amax(0)
+            wanted[:, max(0, p - WINDOW) :] = 0
+            torch.testing.assert_close(lesson.mass[b, :, s], wanted.sum(-1), rtol=1e-3, atol=1e-5)
+
+    # Tokens 130 to 139 read pages 0, 3 and 8 in layers of full attention.
+    chosen = torch.zeros(2, 2, 10, 9, dtype=torch.bool)
+    chosen[..., [0, 3, 8]] = True
+    states = teacher.decode(ids, lesson.cache, 130, chosen)
+    read[130:140] &= torch.isin(torch.arange(160) // 16, torch.tensor([0, 3, 8]))
+    sparse = torch.cat(eager(read).hidden_states[1:3], -1)[:, 130:140]
+    torch.testing.assert_close(states, sparse, **NEAR)
+    assert (states - lesson.aux[:, 130:140]).abs().max() > 0.01
+
+
 def test_the_teacher_is_left_as_it_was(tmp_path):
     teacher = Teacher(
         load_teacher(
@@ -98,20 +157,19 @@ def test_the_teacher_is_left_as_it_was(tmp_path):
 def refused_configs():
     from transformers import (
         DeepseekV3Config,
-        Gemma3TextConfig,
+        Gemma2Config,
+        Gemma4TextConfig,
         GPT2Config,
         MistralConfig,
-        Qwen2Config,
+        Qwen3NextConfig,
         T5Config,
     )
 
     return {
         "mistral-window": (MistralConfig(sliding_window=4096), "look back 4096 tokens"),
-        "qwen2-window": (
-            Qwen2Config(use_sliding_window=True, sliding_window=128, max_window_layers=2),
-            "look back 128 tokens",
-        ),
-        "gemma3": (Gemma3TextConfig(), "look back"),
+        "qwen3-next": (Qwen3NextConfig(), "kinds linear_attention"),
+        "gemma2": (Gemma2Config(), "caps the logits"),
+        "gemma4": (Gemma4TextConfig(), "differ in their heads"),
         "deepseek": (DeepseekV3Config(), "MLA"),
         "t5": (T5Config(), "encoder-decoder"),
         "gpt2": (GPT2Config(), "rms_norm_eps"),
@@ -119,7 +177,7 @@ def refused_configs():
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral-window", "qwen2-window", "gemma3", "deepseek", "t5", "gpt2"]
+    "name", ["mistral-window", "qwen3-next", "gemma2", "gemma4", "deepseek", "t5", "gpt2"]
 )
 def test_a_model_that_is_not_served_is_refused(name):
     config, why = refused_configs()[name]
