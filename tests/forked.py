@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
+import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "SPECONTEXT_TEST_FORK_SERVER"
@@ -32,8 +33,6 @@ IMPORTED = (
     "vllm.entrypoints.openai.api_server",
     "vllm.v1.engine.core",
     "vllm.v1.executor",
-    "vllm.v1.worker.cpu_model_runner",
-    "vllm.v1.worker.cpu_worker",
     "accelerate",
     "specontext_vllm.distillation.command",
     "torch._dynamo",
@@ -42,10 +41,9 @@ IMPORTED = (
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama",
-    # The last one: garbage is looked for only in what is made after it.
-    "tests.subprocesses.frozen",
 )
 """What engines, servers and a training run on the demo model import."""
+OF_A_CPU = ("vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu_worker")
 END_SECONDS = 10
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
@@ -107,16 +105,21 @@ def context() -> ForkServerContext:
 
 def _start(folder: Path) -> None:
     """Start a fork server, as ``multiprocessing`` does."""
+    modules, environment = list(IMPORTED), dict(os.environ)
+    if not torch.cuda.is_available():
+        modules += OF_A_CPU
+        environment["SPECONTEXT_TEST_FORKS"] = "1"
+    modules.append("tests.subprocesses.frozen")
     alive = os.open(folder / "alive", os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
         listener.listen()
         fds = (listener.fileno(), alive)
-        code = f"from multiprocessing.forkserver import main; main(*{fds}, {IMPORTED})"
+        code = f"from multiprocessing.forkserver import main; main(*{fds}, {modules})"
         started = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT,
-            env={**os.environ, "SPECONTEXT_TEST_FORKS": "1"},
+            env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
         )
