@@ -11,6 +11,9 @@ MAX_DRAFTS = 6
 """Tokens that a row drafts at the most. At the acceptance and the costs that lossless steps pay at,
 more gain no more.
 """
+ALL_LENGTHS = tuple(range(MAX_DRAFTS + 1))
+BY_USE = (0, 4, 2, 6, 1, 3, 5)
+"""The lengths, those first that a choice among few should have."""
 PRIOR = 0.8
 """Acceptance before any is measured."""
 MEMORY = 32
@@ -61,21 +64,40 @@ def gain(drafts: int, acceptance: float, sparse_share: float) -> float:
     return tokens / (1 + drafts * sparse_share)
 
 
-def best_length(acceptance: float, sparse_share: float) -> int:
-    """Drafts with the largest gain, 0 where none is worth its trouble."""
-    best = max(range(1, MAX_DRAFTS + 1), key=lambda k: gain(k, acceptance, sparse_share))
+def best_length(
+    acceptance: float, sparse_share: float, lengths: Sequence[int] = ALL_LENGTHS
+) -> int:
+    """Of ``lengths`` the one with the largest gain, 0 where none is worth its trouble."""
+    best = max(lengths, key=lambda drafts: gain(drafts, acceptance, sparse_share))
     return best if gain(best, acceptance, sparse_share) >= LEAST_GAIN else 0
+
+
+def lengths_by_batch(requests: int) -> list[tuple[int, int, int]]:
+    """A schedule for vLLM, (first batch size, last, drafts), that names as many lengths as there
+    are batch sizes: it captures graphs of the lengths that its schedule names, each up to the
+    largest batch with it. Plain steps come first, for they are most of a round.
+    """
+    lengths = sorted(BY_USE[:requests])
+    last = requests - len(lengths) + 1
+    return [
+        (1 if length == lengths[0] else last + place, last + place, length)
+        for place, length in enumerate(lengths)
+    ]
 
 
 class DraftLength:
     """Follows the acceptance of an engine's drafts and chooses how many the next step makes.
 
+    Args:
+        step_bytes: what steps read.
+        lengths: numbers of drafts to choose from, 0 among them.
+
     Attributes:
         acceptance: share of drafts that are accepted where those before them were.
     """
 
-    def __init__(self, step_bytes: StepBytes) -> None:
-        self.step_bytes = step_bytes
+    def __init__(self, step_bytes: StepBytes, lengths: Sequence[int] = ALL_LENGTHS) -> None:
+        self.step_bytes, self.lengths = step_bytes, lengths
         self.acceptance = PRIOR
 
     def observe(self, drafted: int, accepted: int) -> None:
@@ -94,7 +116,7 @@ class DraftLength:
         if not contexts:
             return 0
         share = self.step_bytes.sparse_share(contexts)
-        length = best_length(self.acceptance, share)
-        if length == 0 and best_length(PRIOR, share) > 0:
+        length = best_length(self.acceptance, share, self.lengths)
+        if length == 0 and best_length(PRIOR, share, self.lengths) > 0:
             self.acceptance += (PRIOR - self.acceptance) / FORGET_STEPS
         return length

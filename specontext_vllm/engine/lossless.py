@@ -9,14 +9,21 @@ model runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.draft_length import MAX_DRAFTS, StepBytes
+from specontext_vllm.engine.draft_length import (
+    ALL_LENGTHS,
+    MAX_DRAFTS,
+    DraftLength,
+    StepBytes,
+    lengths_by_batch,
+)
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.model_config import has_windowed_layers
@@ -61,16 +68,20 @@ def draft_with_target(vllm_config: Any) -> None:
     )
     made.method, made.model = "draft_model", model.model
     # Rows then have as many drafts as the scheduler says, and none are padded with made-up ones.
-    requests = vllm_config.scheduler_config.max_num_seqs
-    made.num_speculative_tokens_per_batch_size = [(1, requests, MAX_DRAFTS)]
+    made.num_speculative_tokens_per_batch_size = lengths_by_batch(
+        vllm_config.scheduler_config.max_num_seqs
+    )
     vllm_config.speculative_config = made
+
+
+def refuse_on_a_gpu() -> None:
+    """Raise a ConfigError: what there is for the V2 runner has not run on a GPU."""
+    raise ConfigError(f"{SETTING} on a GPU, where it is not served yet; use mode sparse.")
 
 
 def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
     """Raise a ConfigError for an engine that cannot draft with its target."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if not is_cpu:
-        raise ConfigError(f"{SETTING} on a GPU, where it is not served yet; use mode sparse.")
     if vllm_config.speculative_config is not None and not drafts_itself(vllm_config):
         raise ConfigError(
             f"{SETTING} with --speculative-config {vllm_config.speculative_config.method}, but the "
@@ -79,12 +90,24 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
     for kind, refused in (
         ("keep a state instead of KV", model.is_hybrid),
         ("have a sliding window", has_windowed_layers(model.hf_text_config)),
+        ("may read images or audio", model.is_multimodal_model),
     ):
         if refused:
             raise ConfigError(
                 f"{SETTING} with {model.model}, some of whose layers {kind}, which is not "
                 "supported; use mode sparse."
             )
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    if config.rule.per_layer and not is_cpu:
+        raise ConfigError(
+            f"{SETTING} with retriever {config.retriever!r}, but a GPU's graphs of plain steps are "
+            "replayed for drafts there, and would hold the selection; use retriever dlm."
+        )
+    if vllm_config.scheduler_config.max_num_seqs == 1 and not is_cpu:
+        raise ConfigError(
+            f"{SETTING} with --max-num-seqs 1, for which vLLM captures no graphs of plain steps; "
+            "use 2 or more."
+        )
     for option, size in (
         ("--data-parallel-size", parallel.data_parallel_size),
         ("--tensor-parallel-size", parallel.tensor_parallel_size),
@@ -102,6 +125,17 @@ def refuse_groups_of_layers(config: SpeContextConfig, groups: int) -> None:
             f"{SETTING}, but the head has queries for {groups} groups of layers, which is not "
             "supported there; use a head that was trained with --groups 1."
         )
+
+
+def choose_drafts(vllm_config: Any, kv_cache_config: Any) -> DraftLength:
+    """What chooses how many tokens this engine drafts: on a GPU among those numbers of which it has
+    graphs.
+    """
+    lengths = list(ALL_LENGTHS)
+    if vllm_config.device_config.device_type != "cpu":
+        schedule = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
+        lengths = [drafts for _, _, drafts in schedule]
+    return DraftLength(step_bytes(vllm_config, kv_cache_config), lengths)
 
 
 def step_bytes(vllm_config: Any, kv_cache_config: Any) -> StepBytes:
@@ -179,69 +213,87 @@ class SelfDrafts:
             block_table: ``[R, W]`` int32 pages, with room for the drafts.
             names: R request ids.
         """
-        last_pages = block_table.gather(1, ((known - 1) // PAGE_SIZE)[:, None]).squeeze(1).long()
-        fused = None if self.head_cache is None else self.head_cache.fused
-        latest = None if fused is None else fused[last_pages]
+        last_pages = block_table.gather(1, ((known - 1) // PAGE_SIZE)[:, None])
         drafts = []
-        for ahead in range(count):
-            # Beyond the longest context nothing is ever verified.
-            positions = (known + ahead).clamp(max=self.max_model_len - 1)
-            tokens = self._next(tokens, positions, block_table, names)
-            drafts.append(tokens)
-        if fused is not None and latest is not None:
-            fused[last_pages] = latest
+        with self.page_memory(last_pages[:, 0].long()):
+            for ahead in range(count):
+                # Beyond the longest context nothing is ever verified.
+                positions = (known + ahead).clamp(max=self.max_model_len - 1)
+                batch = one_token_a_row(tokens, positions, block_table, names)
+                tokens = self.next_tokens(batch)
+                drafts.append(tokens)
         return torch.stack(drafts, 1)
 
-    def _next(
-        self, tokens: Tensor, positions: Tensor, block_table: Tensor, names: Sequence[str]
-    ) -> Tensor:
-        """The likeliest tokens ``[R]`` after ``tokens [R]`` at ``positions [R]``."""
+    @contextmanager
+    def page_memory(self, pages: Tensor) -> Iterator[None]:
+        """Within the block drafts are made; what ``pages [R]`` remember is then as before."""
+        fused = None if self.head_cache is None else self.head_cache.fused
+        latest = None if fused is None else fused[pages]
+        yield
+        if fused is not None and latest is not None:
+            fused[pages] = latest
+
+    def next_tokens(self, batch: StepBatch, replay: Callable[[], Any] | None = None) -> Tensor:
+        """The likeliest tokens ``[R]`` after those of ``batch``, one a row, of their dtype.
+
+        Args:
+            replay: runs the model on them, from a graph; None: it is called.
+        """
+        self.step.before_model(batch)
+        output = self._run(batch) if replay is None else replay()
+        hidden, aux = output if isinstance(output, tuple) else (output, None)
+        self.step.after_model(batch, aux)
+        logits = self.model.compute_logits(hidden[: batch.num_rows])
+        return logits.argmax(-1).to(batch.token_ids.dtype)
+
+    def _run(self, batch: StepBatch) -> Any:
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        rows = len(tokens)
-        pages = block_table.gather(1, (positions // PAGE_SIZE)[:, None]).squeeze(1).long()
-        starts = torch.arange(rows + 1, dtype=torch.int32)
-        seq_lens = (positions + 1).int()
-        bounds = seq_lens.tolist()
-        batch = StepBatch(
-            token_ids=tokens,
-            positions=positions,
-            slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
-            query_starts=starts,
-            seq_lens=seq_lens,
-            block_table=block_table,
-            seq_lens_bound=bounds,
-            num_decodes=rows,
-            table_rows=rows,
-            num_tokens=rows,
-            names=names,
-            query_lens=[1] * rows,
-        )
         common = CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=seq_lens,
-            num_reqs=rows,
-            num_actual_tokens=rows,
+            query_start_loc=batch.query_starts,
+            query_start_loc_cpu=torch.arange(batch.num_rows + 1, dtype=torch.int32),
+            seq_lens=batch.seq_lens,
+            num_reqs=batch.num_rows,
+            num_actual_tokens=batch.num_tokens,
             max_query_len=1,
-            max_seq_len=max(bounds),
-            block_table_tensor=block_table,
+            max_seq_len=max(batch.seq_lens_bound),
+            block_table_tensor=batch.block_table,
             slot_mapping=batch.slots,
         )
         metadata = self.builder.build_draft(common)
-        self.step.before_model(batch)
         with set_forward_context(
             dict.fromkeys(self.layer_names, metadata),
             self.vllm_config,
-            num_tokens=rows,
+            num_tokens=batch.num_tokens,
             slot_mapping=dict.fromkeys(self.layer_names, batch.slots),
         ):
-            hidden = self.model(
-                input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
+            return self.model(
+                input_ids=batch.token_ids,
+                positions=batch.positions,
+                intermediate_tensors=None,
+                inputs_embeds=None,
             )
-        aux = None
-        if isinstance(hidden, tuple):
-            hidden, aux = hidden
-        self.step.after_model(batch, aux)
-        return self.model.compute_logits(hidden).argmax(-1).to(tokens.dtype)
+
+
+def one_token_a_row(
+    tokens: Tensor, positions: Tensor, block_table: Tensor, names: Sequence[str]
+) -> StepBatch:
+    """A step of the rows' next tokens ``[R]`` at ``positions [R]``; waits for the device."""
+    rows = len(tokens)
+    pages = block_table.gather(1, (positions // PAGE_SIZE)[:, None]).squeeze(1).long()
+    seq_lens = (positions + 1).int()
+    return StepBatch(
+        token_ids=tokens,
+        positions=positions,
+        slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
+        query_starts=torch.arange(rows + 1, dtype=torch.int32),
+        seq_lens=seq_lens,
+        block_table=block_table,
+        seq_lens_bound=seq_lens.tolist(),
+        num_decodes=rows,
+        table_rows=rows,
+        num_tokens=rows,
+        names=names,
+        query_lens=[1] * rows,
+    )

@@ -37,6 +37,9 @@ SIDECAR = {
 }
 """Metrics of ``Retriever.sidecar_figures``."""
 
+LOSSLESS = (catalog.LOSSLESS_STEPS, catalog.LOSSLESS_VERIFIED_STEPS, catalog.LOSSLESS_DRAFTS)
+"""Metrics of lossless mode."""
+
 REPORT_SECONDS = 10
 """Time between two lines about the tiers in the log, as between vLLM's own."""
 
@@ -73,6 +76,7 @@ class Exporter:
         self._copy = LateCopy(*sources)
         self._host, self._device = retriever.counters.host, np.zeros(len(retriever.counters.cells))
         self._next = self._next_report = 0.0
+        self._rounds = dict.fromkeys(LOSSLESS, 0) if retriever.config.is_lossless else {}
         self._files: MetricFiles | None = None
         labels = {
             "model_name": vllm_config.model_config.served_model_name,
@@ -129,6 +133,11 @@ class Exporter:
         if (taken := self._copy.take()) is not None:
             self._publish(self._files, taken)
 
+    def count_round(self, drafts: int) -> None:
+        """Called in lossless mode for a step with decode rows, which verify up to ``drafts``."""
+        for metric, count in zip(LOSSLESS, (1, int(drafts > 0), drafts), strict=True):
+            self._rounds[metric] += count
+
     def end_selection(self) -> None:
         """Called once a step, when its decode rows have been counted: what the host knows of them
         is in /metrics before their tokens are made.
@@ -181,6 +190,8 @@ class Exporter:
             counted[decode_counters.PAGES_READ] + counted[decode_counters.FALLBACK_PAGES],
         )
         files.set(catalog.PAGES_HELD, counted[decode_counters.PAGES_HELD])
+        for metric, value in self._rounds.items():
+            files.set(metric, value)
 
     def _publish_choices(self, files: MetricFiles, counted: np.ndarray) -> None:
         """What the device sums up, beside what the host knew when the copy was asked for."""

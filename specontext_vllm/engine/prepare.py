@@ -10,7 +10,11 @@ from typing import Any
 from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
-from specontext_vllm.engine.lossless import refuse_groups_of_layers, refuse_lossless
+from specontext_vllm.engine.lossless import (
+    refuse_groups_of_layers,
+    refuse_lossless,
+    refuse_on_a_gpu,
+)
 from specontext_vllm.engine.names import (
     AUX_LAYERS_KEY,
     ENGINES_KEY,
@@ -79,6 +83,8 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     if config.sidecar == "ray":
         refuse_sidecar(vllm_config.parallel_config)
     if config.is_lossless:
+        if not current_platform.is_cpu():
+            refuse_on_a_gpu()
         refuse_lossless(vllm_config, is_cpu=current_platform.is_cpu())
     refuse_impossible_pool(config, vllm_config.parallel_config, free=is_first)
     refuse_captured_writes(config, vllm_config.compilation_config)

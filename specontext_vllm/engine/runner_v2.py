@@ -13,8 +13,10 @@ import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
+from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.runtime import Runtime, attach_runtime
+from specontext_vllm.engine.self_speculator import SelfSpeculator
 from specontext_vllm.step_data import StepBatch
 
 
@@ -31,6 +33,20 @@ class SpeContextModelRunnerV2(GPUModelRunner):
     _batch: StepBatch | None = None
     _aux: list[torch.Tensor] | None = None
     _kept: torch.Tensor | None = None
+    self_drafts: SelfDrafts | None = None
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        """In lossless mode the target is the drafter.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.__init__
+        Uses: vllm.v1.worker.gpu.model_runner.GPUModelRunner.speculator
+        Symptom: the target's weights are loaded twice.
+        Reason: the runner makes the drafter by its method's name.
+        Remove when: a plugin can bring a drafter.
+        """
+        super().__init__(vllm_config, device)
+        if drafts_itself(vllm_config):
+            self.speculator = SelfSpeculator(vllm_config, device, self)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Makes the runtime, now that there is a model.
@@ -68,6 +84,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         groups = [g for of_kind in getattr(self.speculator, "attn_groups", []) for g in of_kind]
         self.runtime.bind(self.attn_groups, kv_cache_config.num_blocks, groups)
+        if drafts_itself(self.vllm_config):
+            self.self_drafts = self.runtime.self_drafts(self.model)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """The two tiers follow the scheduler before anything of the step is launched.
@@ -154,6 +172,7 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             query_lens=query_lens,
             max_queries=most,
             num_tokens=tokens,
+            dense=self.self_drafts is not None,
             # vLLM's own graphs read these buffers, so they persist. Steps of more rows than it
             # captures are not padded, and nearly each of them would need a graph of its own.
             replayable=decodes == rows and padded_rows * most <= max_captured and is_uniform,

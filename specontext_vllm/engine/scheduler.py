@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.draft_length import DraftLength
-from specontext_vllm.engine.lossless import step_bytes
+from specontext_vllm.engine.lossless import choose_drafts
 
 
 class WaitsForPages(Scheduler):
@@ -174,7 +174,7 @@ class ChoosesDrafts(Scheduler):
         self.draft_length: DraftLength | None = None
         config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
         if config.is_lossless:
-            self.draft_length = DraftLength(step_bytes(self.vllm_config, self.kv_cache_config))
+            self.draft_length = choose_drafts(self.vllm_config, self.kv_cache_config)
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """Says how many drafts the step makes, for the next one to verify.

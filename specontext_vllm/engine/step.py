@@ -101,6 +101,8 @@ class DecodeStep:
         """Choose the pages that the decode rows read, and see that they are there."""
         if self.tiers is not None:
             self.tiers.place_rows(batch.names[: batch.num_decodes], batch.table_rows)
+        if batch.dense and batch.num_decodes:
+            self.exporter.count_round(batch.max_queries - 1)
         with self._timed(self.exporter.select, batch):
             self._choose_or_replay(batch)
             if self.tiers is not None:

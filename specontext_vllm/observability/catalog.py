@@ -149,6 +149,21 @@ HOST_POOL_USED = _gauge(
     "ratio",
     "Share of the host pool's pages that hold KV of requests in flight.",
 )
+LOSSLESS_STEPS = _counter(
+    "lossless_steps",
+    "steps",
+    "Steps with decode rows over their whole contexts (mode lossless), with drafts or without.",
+    per_rank=False,
+)
+LOSSLESS_VERIFIED_STEPS = _counter(
+    "lossless_verified_steps", "steps", "Those that verified drafts.", per_rank=False
+)
+LOSSLESS_DRAFTS = _counter(
+    "lossless_drafts",
+    "drafts",
+    "Drafts of a row, summed over those; vllm:spec_decode_* say how many are accepted.",
+    per_rank=False,
+)
 SIDECAR_UP = _gauge(
     "sidecar_up",
     "0 or 1",

@@ -222,6 +222,12 @@ _ROWS: dict[str, Cell] = {
         catalog.LATE_SECONDS.name, catalog.LATE_PREFETCHES.name, 1e6, ".0f", " us"
     ),
     "layers moved": _rate(catalog.LAYER_MOVES),
+    "lossless steps with drafts": _share(
+        catalog.LOSSLESS_VERIFIED_STEPS, catalog.LOSSLESS_STEPS.name
+    ),
+    "drafts of a row there": _mean(
+        catalog.LOSSLESS_DRAFTS.name, catalog.LOSSLESS_VERIFIED_STEPS.name, 1, ".1f", ""
+    ),
     "read whole for want of the sidecar": _share(
         catalog.SIDECAR_DENSE_ROWS, catalog.DECODE_ROWS.name
     ),

@@ -12,6 +12,7 @@ from specontext_vllm.engine.draft_length import (
     StepBytes,
     best_length,
     gain,
+    lengths_by_batch,
 )
 
 LLAMA_8B = StepBytes(weights=16 * 10**9, kv=131072, scores=1024, budget=2048)
@@ -49,6 +50,25 @@ def test_the_share_counts_each_request_s_own_context():
 def test_more_drafts_with_more_acceptance_and_none_with_little():
     lengths = [best_length(acceptance / 20, 0.3) for acceptance in range(20)]
     assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == MAX_DRAFTS
+
+
+@pytest.mark.parametrize("requests", [1, 2, 4, 7, 256])
+def test_vllm_captures_the_lengths_of_the_schedule_up_to_nearly_all_requests(requests):
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    schedule = lengths_by_batch(requests)
+    lookup = build_dynamic_sd_schedule_lookup(schedule, requests, MAX_DRAFTS)[1:]
+    assert len(set(lookup)) == min(requests, MAX_DRAFTS + 1) and 0 in lookup
+    largest = {length: size for size, length in enumerate(lookup, start=1)}
+    assert min(largest.values()) >= requests - MAX_DRAFTS
+
+
+def test_it_chooses_among_what_there_is():
+    length = DraftLength(LLAMA_8B, lengths=(0, 2, 4))
+    length.acceptance = 0.99
+    assert length.choose([32768] * 24) == 4
+    length.acceptance = 0.3
+    assert length.choose([131072] * 24) in (0, 2)
 
 
 def simulate(length: DraftLength, contexts: list[int], acceptance: float, steps: int) -> float:

@@ -13,6 +13,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.engine.draft_length import MAX_DRAFTS
+from specontext_vllm.observability.catalog import PREFIX
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
 from tests.engine.poison import poison_stale, poison_unread
@@ -278,6 +279,38 @@ def test_the_engine_chooses_how_many_to_draft(lossless, prompts):
             lossless.answer(prompts[-2], 40)
     vars(length).pop("choose")
     assert sum(chosen["dlm"]) / len(chosen["dlm"]) > sum(chosen["random"]) / len(chosen["random"])
+
+
+def test_the_v2_runner_s_drafter_has_nothing_of_its_own(lossless):
+    from specontext_vllm.engine.self_speculator import SelfSpeculator
+
+    runner = lossless.runner
+    drafter = SelfSpeculator(runner.vllm_config, torch.device("cpu"), None)
+    drafter.load_model(runner.model)
+    assert drafter.model is runner.model and not drafter.draft_attn_layer_names
+    assert drafter.num_extra_query_per_req == 0
+    assert drafter.draft_tokens.shape == (SHAPE["max_num_seqs"], MAX_DRAFTS)
+
+
+def test_the_metrics_count_drafts_and_steps(lossless, prompts):
+    def shown() -> dict[str, float]:
+        return {m.name: m.value for m in lossless.llm.get_metrics() if hasattr(m, "value")}
+
+    lossless.set(retriever="dlm")
+    lossless.draft(4, 0)
+    before = shown()
+    lossless.answer(prompts[-1], 30)
+    counted = {
+        name.removeprefix(f"{PREFIX}lossless_"): value - before[name]
+        for name, value in shown().items()
+        if "lossless" in name
+    }
+    rounds = lossless.accepted
+    # Every other step makes drafts for the next one; the first token is the prompt's.
+    assert counted["verified_steps"] == len(rounds) > 5
+    # The last step may say more than was asked for, and have fewer drafts.
+    assert 29 <= counted["steps"] + sum(rounds) < 29 + 4
+    assert 4 * len(rounds) - 4 < counted["drafts"] <= 4 * len(rounds)
 
 
 def test_nothing_reads_what_drafts_left(lossless, dense, prompts):

@@ -10,7 +10,11 @@ from vllm.config import CompilationMode, CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import refusals
-from specontext_vllm.engine.lossless import refuse_groups_of_layers, refuse_lossless
+from specontext_vllm.engine.lossless import (
+    refuse_groups_of_layers,
+    refuse_lossless,
+    refuse_on_a_gpu,
+)
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from specontext_vllm.engine.refusals import (
     KV_UPDATE,
@@ -63,6 +67,7 @@ def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sent
         ({"speculative_config": drafts()}, "with --speculative-config ngram, but the model drafts"),
         ({"model": {"is_hybrid": True}}, "some of whose layers keep a state instead of KV"),
         ({"model": {"hf_text_config": SimpleNamespace(sliding_window=8)}}, "a sliding window"),
+        ({"model": {"is_multimodal_model": True}}, "may read images or audio"),
         ({"parallel": {"data_parallel_size": 2}}, "with --data-parallel-size 2"),
         ({"parallel": {"tensor_parallel_size": 2}}, "with --tensor-parallel-size 2"),
     ],
@@ -79,7 +84,16 @@ def test_engines_that_cannot_draft_with_their_target_are_refused(changes, senten
 
 def test_lossless_mode_is_refused_on_a_gpu_and_with_groups_of_layers():
     with pytest.raises(ConfigError, match="found 'lossless' on a GPU, where it is not served yet"):
-        refuse_lossless(vllm_config(), is_cpu=False)
+        refuse_on_a_gpu()
+    gpu = vllm_config({"specontext": {"retriever": "quest"}}, parallel={"data_parallel_size": 1})
+    refuse_lossless(gpu, is_cpu=True)
+    with pytest.raises(ConfigError, match="with retriever 'quest', but a GPU's graphs"):
+        refuse_lossless(gpu, is_cpu=False)
+    gpu = vllm_config(parallel={"data_parallel_size": 1})
+    refuse_lossless(gpu, is_cpu=False)
+    gpu.scheduler_config.max_num_seqs = 1
+    with pytest.raises(ConfigError, match="with --max-num-seqs 1, for which vLLM captures no"):
+        refuse_lossless(gpu, is_cpu=False)
     config = SpeContextConfig(mode="lossless")
     with pytest.raises(ConfigError, match="the head has queries for 3 groups of layers"):
         refuse_groups_of_layers(config, 3)
