@@ -63,7 +63,7 @@ class SpeContextConfig(BaseModel):
         description=(
             "`sparse`: answers are made over the selected pages. `lossless`: only drafts are; "
             "the model verifies them over the whole context, and the answers are those of dense "
-            "attention (on a CPU)."
+            "attention."
         ),
     )
     sink_tokens: int = Field(

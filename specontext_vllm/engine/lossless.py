@@ -74,11 +74,6 @@ def draft_with_target(vllm_config: Any) -> None:
     vllm_config.speculative_config = made
 
 
-def refuse_on_a_gpu() -> None:
-    """Raise a ConfigError: what there is for the V2 runner has not run on a GPU."""
-    raise ConfigError(f"{SETTING} on a GPU, where it is not served yet; use mode sparse.")
-
-
 def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
     """Raise a ConfigError for an engine that cannot draft with its target."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

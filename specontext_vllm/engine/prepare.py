@@ -13,7 +13,6 @@ from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_la
 from specontext_vllm.engine.lossless import (
     refuse_groups_of_layers,
     refuse_lossless,
-    refuse_on_a_gpu,
 )
 from specontext_vllm.engine.names import (
     AUX_LAYERS_KEY,
@@ -83,8 +82,6 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     if config.sidecar == "ray":
         refuse_sidecar(vllm_config.parallel_config)
     if config.is_lossless:
-        if not current_platform.is_cpu():
-            refuse_on_a_gpu()
         refuse_lossless(vllm_config, is_cpu=current_platform.is_cpu())
     refuse_impossible_pool(config, vllm_config.parallel_config, free=is_first)
     refuse_captured_writes(config, vllm_config.compilation_config)

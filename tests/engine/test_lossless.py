@@ -20,7 +20,7 @@ from tests.engine.poison import poison_stale, poison_unread
 from tests.engine.scenarios import SCENARIOS, sampling, scenarios
 from tests.engine.shared_runs import SETTINGS, SHAPE
 
-pytestmark = pytest.mark.skipif(CUDA, reason="lossless mode is not served on a GPU")
+pytestmark = pytest.mark.skipif(CUDA, reason="of the V1 runner; test_lossless_v2.py has a GPU's")
 RULES = ("dlm", "quest", "recent", "random")
 CLOSE = 1e-4
 

@@ -139,8 +139,7 @@ def test_a_pass_over_drafts_is_a_step_of_one_token_a_row(monkeypatch, captured):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_tokens_on_a_gpu_equal_stock(stock, prompts, monkeypatch, eager):
-    monkeypatch.setattr("specontext_vllm.engine.prepare.refuse_on_a_gpu", lambda: None)
+def test_tokens_on_a_gpu_equal_stock(stock, prompts, eager):
     settings = {**SETTINGS, "mode": "lossless"}
     with engine(**SHAPE, enforce_eager=eager, additional_config={"specontext": settings}) as llm:
         length = llm.llm_engine.engine_core.engine_core.scheduler.draft_length

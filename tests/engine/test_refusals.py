@@ -13,7 +13,6 @@ from specontext_vllm.engine import refusals
 from specontext_vllm.engine.lossless import (
     refuse_groups_of_layers,
     refuse_lossless,
-    refuse_on_a_gpu,
 )
 from specontext_vllm.engine.prepare import prepare_vllm_config
 from specontext_vllm.engine.refusals import (
@@ -82,9 +81,7 @@ def test_engines_that_cannot_draft_with_their_target_are_refused(changes, senten
     refuse_lossless(vllm_config(parallel={"data_parallel_size": 1}), is_cpu=True)
 
 
-def test_lossless_mode_is_refused_on_a_gpu_and_with_groups_of_layers():
-    with pytest.raises(ConfigError, match="found 'lossless' on a GPU, where it is not served yet"):
-        refuse_on_a_gpu()
+def test_lossless_mode_is_refused_with_rules_of_a_layer_on_a_gpu_and_groups_of_layers():
     gpu = vllm_config({"specontext": {"retriever": "quest"}}, parallel={"data_parallel_size": 1})
     refuse_lossless(gpu, is_cpu=True)
     with pytest.raises(ConfigError, match="with retriever 'quest', but a GPU's graphs"):
