@@ -17,7 +17,7 @@ from specontext_vllm.distillation.teacher import (
 )
 from specontext_vllm.retrieval.checkpoint import HeadError
 from tests.distillation.tiny_models import FAMILIES, make_config, write_model
-from tests.engine.families import FULL, SLIDING, gemma3, gpt_oss, olmo3, write
+from tests.engine.families import FULL, SLIDING, gemma3, gpt_oss, write
 from tests.engine.families import WINDOW as WIDTH
 
 WINDOW = 7
@@ -85,7 +85,8 @@ def test_lesson_is_what_transformers_computes(tmp_path, family, kv_heads, tied, 
             )
 
 
-@pytest.mark.parametrize("family", [olmo3, gpt_oss, gemma3], ids=lambda family: family.__name__)
+# Not olmo3: vLLM serves it by transformers' class, which it changes for good in its process.
+@pytest.mark.parametrize("family", [gpt_oss, gemma3], ids=lambda family: family.__name__)
 def test_windows_and_sinks_are_the_model_s_and_full_layers_alone_are_watched(family, tmp_path):
     """Lessons, and the second run in the middle of a text, against transformers' eager attention
     with a mask of its own for each kind of layer.

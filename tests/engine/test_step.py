@@ -48,7 +48,7 @@ def make(calls, shape, *, two_tiers=True, graphs=None, capturable=True):
     tiers = Recorder(calls) if two_tiers else None
     selection = Selection.into(PageTable.allocate(4, 1, 2, torch.device("cpu")))
     step = bare_step(retriever, selection, tiers=tiers, graphs=graphs)
-    step.provider = Recorder(calls)
+    step.attention = [(table, Recorder(calls)) for table, _ in step.attention]
     return step
 
 

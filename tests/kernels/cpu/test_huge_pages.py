@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def huge_bytes(tensor: torch.Tensor) -> int:
 def test_memory_becomes_zeros_in_large_pieces():
     if sys.platform != "linux" or "[madvise]" not in huge_pages.SETTING.read_text():
         pytest.skip("this system gives large pieces to all or to nobody")
-    memory = torch.ones(2**24, dtype=torch.uint8)
+    # A mapping of its own: what tests before have freed may lie in large pieces already.
+    mapping = mmap.mmap(-1, 2**24, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8).fill_(1)
     assert huge_bytes(memory) == 0
     # Two views of one storage.
     asked = huge_pages.use_huge_pages((memory[: 2**20], memory[2**20 :]))
