@@ -200,6 +200,9 @@ def two_of_each(forking_servers) -> Iterator[VllmServer]:
         "520",
         "--gpu-memory-utilization",
         "0.3",
+        # So that each prompt has a chunk with history, whenever the requests arrive.
+        "--max-num-batched-tokens",
+        "2048",
         "--additional-config",
         json.dumps({"specontext": settings}),
         *device_arguments(),
