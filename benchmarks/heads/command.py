@@ -21,6 +21,7 @@ from benchmarks.marks.measuring import DENSE, Choosers, Size, measure
 from benchmarks.real.prompts import PromptError
 from benchmarks.real.settings import OptionError
 from benchmarks.real.texts import TextError
+from benchmarks.teachers import read_full_config
 from specontext_vllm.config import ConfigError
 from specontext_vllm.distillation.command import DistillError
 from specontext_vllm.distillation.head_model import HeadModel
@@ -30,7 +31,6 @@ from specontext_vllm.distillation.recall import RECENT_TOKENS
 from specontext_vllm.distillation.teacher import (
     Teacher,
     load_teacher,
-    read_config,
     read_tokenizer,
 )
 from specontext_vllm.distillation.text_files import Files
@@ -88,7 +88,7 @@ def main(
     try:
         if sum(given is not None for given in (minutes, steps, tokens)) != 1:
             raise OptionError("--minutes, --steps, --tokens: give one of the three.")
-        config, tokenizer = read_config(model), read_tokenizer(model)
+        config, tokenizer = read_full_config(model), read_tokenizer(model)
         settings = make_settings(
             config,
             context=context,

@@ -22,6 +22,7 @@ from benchmarks.losses.variants import (
 )
 from benchmarks.plain_model import plain_model
 from benchmarks.shapes import DEMO_MODEL
+from benchmarks.teachers import read_full_config
 from specontext_vllm.distillation.command import (
     COUNTED,
     DRAFT_VOCABULARY,
@@ -35,7 +36,6 @@ from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.distillation.teacher import (
     Teacher,
     load_teacher,
-    read_config,
     read_tokenizer,
 )
 
@@ -85,7 +85,7 @@ def main(
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device = accelerator.device
     try:
-        config, tokenizer = read_config(model), read_tokenizer(model)
+        config, tokenizer = read_full_config(model), read_tokenizer(model)
         settings = make_settings(
             config,
             context=context,

@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.real.forced import TASKS
 from benchmarks.real.settings import OptionError
 from benchmarks.real.tasks import Sources, make_groups
-from specontext_vllm.distillation.teacher import load_teacher, read_config
+from benchmarks.teachers import read_full_config
+from specontext_vllm.distillation.teacher import load_teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = tuple(TASKS)
@@ -33,7 +34,7 @@ def make_prompts(
     Raises:
         OptionError, PromptError, TeacherError, TextError: there are none.
     """
-    reach = int(read_config(model).max_position_embeddings)
+    reach = int(read_full_config(model).max_position_embeddings)
     if context > reach:
         raise OptionError(
             f"--context: found {context}, but the model reaches {reach}; use a shorter one."

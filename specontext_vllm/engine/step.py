@@ -84,7 +84,7 @@ class DecodeStep:
         draft_lists: DraftLists | None = None,
     ) -> None:
         self.retriever, self.selection = retriever, selection
-        self.table, self.provider = table, provider
+        self.table = table
         self.attention = [(table, provider), *others]
         self.tiers, self.graphs, self.exporter = tiers, graphs, exporter
         self.num_drafts, self.draft_lists = num_drafts, draft_lists

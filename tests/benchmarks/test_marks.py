@@ -10,16 +10,19 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.marks.heads import SERVINGS, HeadBeside, forced, load_head
+from benchmarks.marks.inputs import make_prompts
 from benchmarks.marks.measuring import DENSE, Choosers, Size, measure
 from benchmarks.marks.own_attention import OWN_SELECTIONS, Attention, tokens_read
 from benchmarks.marks.paged_model import PagedModel, token_log_probs
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.distillation.draft import DraftModel, head_scores
 from specontext_vllm.distillation.shape import DraftShape
+from specontext_vllm.distillation.teacher import TeacherError, read_config
 from specontext_vllm.retrieval.checkpoint import save_head
 from specontext_vllm.retrieval.reference import Budget, chosen_pages
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import DEMO_MODEL
+from tests.engine.families import gemma3
 from tests.retrieval.own_heads import make_own
 
 PIECES, LENGTH, SCORED = 2, 150, 11
@@ -351,3 +354,11 @@ def test_a_wrong_option_ends_with_its_name(arguments, told, texts, tmp_path):
     given = ["--model", str(DEMO_MODEL), "--texts", str(texts), "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["marks", *given, *arguments])
     assert done.exit_code == 2 and told in done.stderr
+
+
+def test_a_model_with_windows_is_refused(tmp_path):
+    """The benchmarks' own attention would read the whole context in every layer."""
+    gemma3().save_pretrained(tmp_path)
+    read_config(tmp_path)
+    with pytest.raises(TeacherError, match="gemma3_text has layers that look back"):
+        make_prompts(tmp_path, [], ["text"], 64, 8, 2, 0)
