@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.driven import driven
@@ -89,6 +89,7 @@ class EngineSpec:
             ``benchmarks.driven``.
         turnover: share of the pages that a driven selection scores anew in a step.
         head: folder of the retrieval head; None: one of EAGLE-3's shape with random weights.
+        additional: vLLM's ``additional_config`` besides our settings.
     """
 
     name: str
@@ -104,6 +105,7 @@ class EngineSpec:
     host_gib: float = 0.0
     turnover: float = 0.05
     head: str | None = None
+    additional: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_ours(self) -> bool:
@@ -122,6 +124,8 @@ class EngineSpec:
             "gpu_memory_utilization": 0.9,
             "disable_log_stats": True,
         }
+        if self.additional:
+            arguments["additional_config"] = self.additional
         if self.max_model_len:
             # Under a cap, stock vLLM would not start with more than fits; -1 takes what fits.
             arguments["max_model_len"] = (
@@ -148,7 +152,7 @@ class EngineSpec:
                 settings["gpu_kv_gib"] = self.gpu_gib
             return arguments | {
                 "attention_backend": "specontext",
-                "additional_config": {"specontext": settings},
+                "additional_config": {**self.additional, "specontext": settings},
             }
         return arguments | ({"attention_backend": "FLASH_ATTN"} if self.on_gpu else {})
 

@@ -1,6 +1,4 @@
-"""Model shapes of the decode benchmark: config.json contents, and the bytes that a decode step must
-read.
-"""
+"""Model shapes of the decode benchmark, and the bytes that a decode step must read."""
 
 from __future__ import annotations
 
@@ -9,6 +7,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from benchmarks.shape_configs import CONFIGS, NOTES
 
 DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo"
 BYTES = 2
@@ -19,77 +19,12 @@ HeadFormat = Literal["eagle3", "specontext"]
 `specontext distill` makes.
 """
 
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-}
-_SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-    "smollm2": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "vocab_size": 49152,
-        "max_position_embeddings": 131072,
-        "rope_theta": 100000.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 1024,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10000.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-}
-NAMES = (*_SHAPES, "demo")
+NAMES = (*CONFIGS, "demo")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's widths."""
+    """A model's widths."""
 
     name: str
     config: dict[str, Any]
@@ -97,13 +32,14 @@ class Shape:
     @classmethod
     def named(cls, name: str) -> Shape:
         """8b and 1b are Llama-3.1-8B's and Llama-3.2-1B's (with its LM head untied), smollm2 is
-        SmolLM2-135M's (with more positions), demo is the bundled model's.
+        SmolLM2-135M's (with more positions), gpt-oss-20b and qwen3.5-9b are what ``note`` says of
+        them, demo is the bundled model's.
 
         Raises:
             ValueError: an unknown name, or no demo model.
         """
-        if name in _SHAPES:
-            return cls(name, {**_LLAMA, **_SHAPES[name]})
+        if name in CONFIGS:
+            return cls(name, CONFIGS[name])
         if name != "demo":
             raise ValueError(f"--model-shape: found {name!r}; use one of {', '.join(NAMES)}.")
         path = DEMO_MODEL / "config.json"
@@ -129,18 +65,79 @@ class Shape:
             raise AttributeError(key) from None
 
     @property
+    def note(self) -> str | None:
+        """What must be known of it to read its figures."""
+        return NOTES.get(self.name)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Of each layer: full_attention, sliding_attention or linear_attention."""
+        every = ["full_attention"] * self.num_hidden_layers
+        return self.config.get("layer_types") or every
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some layers do not attend to the whole context."""
+        return set(self.layer_types) != {"full_attention"}
+
+    @property
+    def has_linear_layers(self) -> bool:
+        return "linear_attention" in self.layer_types
+
+    @property
     def weight_bytes(self) -> int:
         """Weights that one decode step reads: all but the input embedding, of which it reads a few
         rows.
         """
+        h = self.hidden_size
+        attention = sum(map(self._attention_weights, self.layer_types))
+        mlps = self.num_hidden_layers * (3 * h * self.intermediate_size + 2 * h)
+        return BYTES * (attention + mlps + h + self.vocab_size * h)
+
+    def _attention_weights(self, kind: str) -> int:
         h, d = self.hidden_size, self.head_dim
-        attention = h * d * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
-        layer = attention + 3 * h * self.intermediate_size + 2 * h
-        return BYTES * (self.num_hidden_layers * layer + h + self.vocab_size * h)
+        if kind == "linear_attention":
+            heads, keys, values = self._linear_widths
+            # q, k, v, the output gate and two gates a head; then what puts heads together.
+            return h * (2 * keys + 2 * values + 2 * heads) + values * h
+        gate = 1 if self.config.get("attn_output_gate") else 0
+        return h * d * ((2 + gate) * self.num_attention_heads + 2 * self.num_key_value_heads)
+
+    @property
+    def _linear_widths(self) -> tuple[int, int, int]:
+        """Value heads of a linear layer, and widths of all its keys and values."""
+        heads = self.linear_num_value_heads
+        return (
+            heads,
+            self.linear_num_key_heads * self.linear_key_head_dim,
+            heads * self.linear_value_head_dim,
+        )
+
+    @property
+    def _layer_kv_bytes_per_token(self) -> int:
+        return BYTES * 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return BYTES * 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        """KV of a token in the layers that attend to the whole context."""
+        return self.layer_types.count("full_attention") * self._layer_kv_bytes_per_token
+
+    def other_layers_bytes(self, context: int) -> int:
+        """Bytes of one request's step in the other layers: KV within the windows; states, which are
+        read and written.
+        """
+        windows = self.layer_types.count("sliding_attention")
+        total = 0
+        if windows:
+            read = min(context, self.sliding_window)
+            total += windows * read * self._layer_kv_bytes_per_token
+        if self.has_linear_layers:
+            _, keys, values = self._linear_widths
+            # A matrix of 32-bit numbers for each value head, and the convolution's last inputs.
+            state = 4 * values * self.linear_key_head_dim
+            convolved = BYTES * (self.linear_conv_kernel_dim - 1) * (2 * keys + values)
+            total += self.layer_types.count("linear_attention") * 2 * (state + convolved)
+        return total
 
     def write_head(self, folder: Path, groups: int = 1) -> Path:
         """Make ``folder`` a head as `specontext distill` makes them, with random weights."""
@@ -172,15 +169,19 @@ class Shape:
         reach = self.max_position_embeddings
         return HeadShape.for_target(self, max_position=reach, groups=groups).head_spec()
 
-    @property
-    def head_key_bytes_per_token(self) -> int:
-        return self.num_key_value_heads * self.head_dim  # 8-bit floats
+    def head_key_bytes_per_token(self, head_format: HeadFormat = "eagle3") -> int:
+        """Of 8-bit floats."""
+        if head_format == "specontext":
+            spec = self._own_head(1)
+            return spec.num_kv_heads * spec.head_dim
+        return self.num_key_value_heads * self.head_dim
 
     def dense_step_bytes(self, requests: int, context: int) -> int:
-        """Bytes a dense decode step must read: the weights once, and the KV of every request's
-        whole context.
+        """Bytes a dense decode step must read: the weights once, and for every request the KV of
+        the whole context and what other layers read.
         """
-        return self.weight_bytes + requests * context * self.kv_bytes_per_token
+        per_request = context * self.kv_bytes_per_token + self.other_layers_bytes(context)
+        return self.weight_bytes + requests * per_request
 
     def sparse_step_bytes(
         self,
@@ -191,14 +192,16 @@ class Shape:
         key_bytes: int = 1,
         groups: int = 1,
     ) -> int:
-        """Bytes a sparse one must read: KV up to the budget, the head's weights, and, beyond the
-        budget, its K cache.
+        """Bytes a sparse one must read: KV up to the budget, what other layers read, the head's
+        weights, and, beyond the budget, its K cache.
 
         Args:
             key_bytes: of an element of the head's keys; 1 for 8-bit floats.
             groups: of layers that the head has queries for.
         """
-        keys = context * self.head_key_bytes_per_token * key_bytes if context > budget else 0
-        per_request = min(context, budget) * self.kv_bytes_per_token + keys
+        key = self.head_key_bytes_per_token(head_format) * key_bytes
+        keys = context * key if context > budget else 0
+        kv = min(context, budget) * self.kv_bytes_per_token
+        per_request = kv + self.other_layers_bytes(context) + keys
         head = self.head_weight_bytes(head_format, groups)
         return self.weight_bytes + head + requests * per_request

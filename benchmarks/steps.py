@@ -61,6 +61,24 @@ def parse_cells(text: str, shape: Shape, max_num_seqs: int) -> list[Cell]:
     return cells
 
 
+def refuse_hugging_face(shape: Shape, chosen: Sequence[str]) -> None:
+    """Raise a ValueError where transformers' model of ``shape`` would not be vLLM's: its layers
+    know no windows or sinks, or are not meant to be fast.
+    """
+    found = [name for name in chosen if name in ATTENTION]
+    if shape.is_mixed and found:
+        raise ValueError(
+            f"--engines: found {', '.join(found)}, but transformers' layers are no measure for "
+            f"--model-shape {shape.name}; use specontext, quest and stock."
+        )
+
+
+def additional_config(shape: Shape) -> dict[str, Any]:
+    """vLLM's ``additional_config`` for engines of ``shape``, stock's among them."""
+    # By itself vLLM takes FlashInfer's kernel on some GPUs, and fails where that is not installed.
+    return {"gdn_prefill_backend": "triton"} if shape.has_linear_layers else {}
+
+
 def run_into(
     result: report.Report, spec: EngineSpec, cells: Sequence[Cell], *, log: Path, seconds: float
 ) -> Iterator[None]:
@@ -177,6 +195,18 @@ def _measured(details: dict[str, Any], cell: str) -> dict[str, Any] | None:
 
 CELL = report.Column("cell", "requests x context")
 PAGES_READ = report.Column("pages_read", "pages read", ".1%")
+GAINS = {
+    "What can be gained": (
+        CELL,
+        report.Column("weights_gb", "weights, GB", ".2f"),
+        report.Column("full_gb", "KV of full layers, GB", ".2f"),
+        report.Column("others_gb", "other layers, GB", ".2f"),
+        report.Column("full_share", "share of full layers", ".1%"),
+        report.Column("limit_ratio", "limits, times stock", ".2f"),
+        report.Column("ratio", "measured, times stock", ".2f"),
+    ),
+}
+"""Of a shape with layers of other kinds, which read the same under every budget."""
 LIMITS = (
     report.Column("stock_limit", "byte limit dense, ms", ".2f"),
     report.Column("sparse_limit", "byte limit sparse, ms", ".2f"),
@@ -222,28 +252,38 @@ def _make_row(shape: Shape, cell: Cell, details: dict[str, Any], budget: int) ->
     if stats and stats["pages_total"]:
         row["pages_read"] = stats["pages_read"] / stats["pages_total"]
     bandwidth = details.get("copy_bandwidth_bytes_per_s")
-    if bandwidth and known:
-        row["stock_limit"] = (
-            1e3 * shape.dense_step_bytes(known["requests"], known["context_tokens"]) / bandwidth
-        )
-        row["sparse_limit"] = (
-            1e3
-            * shape.sparse_step_bytes(
-                known["requests"],
-                known["context_tokens"],
-                budget,
-                details.get("head_format", "eagle3"),
-                groups=details.get("head_groups", 1),
-            )
-            / bandwidth
-        )
-        if "sparse" in times:
+    if known:
+        row |= _limits(shape, known, details, budget, bandwidth)
+        if bandwidth and "sparse" in times:
             row["over_limit"] = times["sparse"] / row["sparse_limit"]
     if stages := details["stages_ms"].get(cell.name):
         row |= stages
         if "sparse" in times:
             row["rest"] = times["sparse"] - sum(stages.values())
     return row
+
+
+def _limits(
+    shape: Shape,
+    known: dict[str, Any],
+    details: dict[str, Any],
+    budget: int,
+    bandwidth: float | None,
+) -> dict[str, float]:
+    requests, context = known["requests"], known["context_tokens"]
+    head_format, groups = details.get("head_format", "eagle3"), details.get("head_groups", 1)
+    dense = shape.dense_step_bytes(requests, context)
+    sparse = shape.sparse_step_bytes(requests, context, budget, head_format, groups=groups)
+    limits = {"limit_ratio": dense / sparse}
+    if bandwidth:
+        limits |= {"stock_limit": 1e3 * dense / bandwidth, "sparse_limit": 1e3 * sparse / bandwidth}
+    full = requests * context * shape.kv_bytes_per_token
+    return limits | {
+        "weights_gb": shape.weight_bytes / 1e9,
+        "full_gb": full / 1e9,
+        "others_gb": requests * shape.other_layers_bytes(context) / 1e9,
+        "full_share": full / dense,
+    }
 
 
 def _engine_columns(key: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +299,7 @@ def _engine_columns(key: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 LIMIT_NOTE = (
     "Byte limit: bytes a step must read (weights; KV of the whole context, or of the budget with "
-    "the head's weights and keys) "
+    "the head's weights and keys; in layers of other kinds windows and states) "
     "over the measured copy bandwidth. Stages are timed apart from the engine; rest = step - "
     "stages."
 )

@@ -130,7 +130,7 @@ def overlap(
         shape.num_key_value_heads,
         shape.head_dim,
         2,
-        16 * shape.head_key_bytes_per_token + 2 * shape.hidden_size,
+        16 * shape.head_key_bytes_per_token() + 2 * shape.hidden_size,
     )
     model = MemoryModel(
         kv,

@@ -18,7 +18,6 @@ from benchmarks.speed.options import (
     Budget,
     Engines,
     EngineSeconds,
-    ModelShape,
     Out,
     Timed,
     Work,
@@ -55,7 +54,6 @@ TABLES = {
             for name, key in stepping.KEYS.items()
         ),
     ),
-    **stepping.STAGES,
 }
 
 
@@ -66,7 +64,13 @@ def steps(
             help="Comma-separated REQUESTSxTOKENS; `fit` requests: as many as the KV room holds."
         ),
     ] = CELLS,
-    model_shape: ModelShape = "8b",
+    model_shape: Annotated[
+        str,
+        typer.Option(
+            help="8b, 1b, demo or tiny; or, with layers of other kinds, gpt-oss-20b, qwen3.5-9b, "
+            "tiny-gpt-oss or tiny-qwen3.5, which join the result's name. The weights are random."
+        ),
+    ] = "8b",
     budget: Budget = 2048,
     timed: Timed = 128,
     engines: Engines = ",".join(stepping.KEYS),
@@ -110,7 +114,9 @@ def steps(
             "cells": [],
         }
         title = f"Decode steps, {model_shape} shape, random weights, budget {budget} tokens"
-        case = "speed-steps" if head_format == "eagle3" else "speed-steps-own_head"
+        case = f"speed-steps-{shape.name}" if shape.is_mixed else "speed-steps"
+        if head_format == "specontext":
+            case += "-own_head"
         if head_groups > 1:
             if head_format == "eagle3":
                 raise ValueError(
@@ -118,14 +124,12 @@ def steps(
                     "give --head-format specontext."
                 )
             case += f"-groups_{head_groups}"
-        result = report.Report(case, title, TABLES, details=details)
+        chosen = stepping.chosen_engines("--engines", engines, tuple(stepping.KEYS))
+        stepping.refuse_hugging_face(shape, chosen)
+        tables = TABLES | (stepping.GAINS if shape.is_mixed else stepping.STAGES)
+        result = report.Report(case, title, tables, details=details)
         result.take_over(out, ("shape", "budget"))
-        return (
-            shape,
-            ordered,
-            stepping.chosen_engines("--engines", engines, tuple(stepping.KEYS)),
-            result,
-        )
+        return shape, ordered, chosen, result
 
     shape, ordered, chosen, result = refusing(prepare)
     folder, on_gpu = work_folder(work), bool(gpus())
@@ -154,6 +158,7 @@ def steps(
         "device. A prefill time is given where no "
         "prompt began as one before it.",
         stepping.LIMIT_NOTE,
+        *([shape.note] if shape.note else []),
     ]
 
     def save() -> None:
@@ -163,15 +168,24 @@ def steps(
 
     for name in chosen:
         spec = EngineSpec(
-            name, model, on_gpu, budget, max_num_seqs, timed, shared_prompts=True, head=head
+            name,
+            model,
+            on_gpu,
+            budget,
+            max_num_seqs,
+            timed,
+            shared_prompts=True,
+            head=head,
+            additional=stepping.additional_config(shape),
         )
         for _ in stepping.run_into(
             result, spec, ordered, log=folder / f"{name}.log", seconds=engine_seconds
         ):
             save()
-    # The stages are those of an EAGLE-3 head.
-    if "specontext" in chosen and head is None:
-        for _ in stepping.probe_into(result, shape, ordered, log=folder / "stages.log"):
+    if "specontext" in chosen:
+        # The stages are those of an EAGLE-3 head, and of layers of full attention alone.
+        staged = ordered if head is None and not shape.is_mixed else []
+        for _ in stepping.probe_into(result, shape, staged, log=folder / "stages.log"):
             save()
     picture = out / f"{result.case}-{device_slug(result.machine)}.png"
     if any("context" in row for row in result.rows):  # something was timed

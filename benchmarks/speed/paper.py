@@ -179,7 +179,9 @@ def _compare_workloads(
         }
         result = report.Report(case, title, workloads.TABLES, details=details, notes=notes)
         result.take_over(out, ("shape", "settings", "scale"))
-        return result, stepping.chosen_engines("--engines", engines, tuple(workloads.ENGINES))
+        chosen = stepping.chosen_engines("--engines", engines, tuple(workloads.ENGINES))
+        stepping.refuse_hugging_face(shape, chosen)
+        return result, chosen
 
     result, chosen = refusing(prepare)
     cells = {

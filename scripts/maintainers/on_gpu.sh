@@ -108,6 +108,15 @@ decode() { wants_h200; bench decode 400 decode --work "$WORK"; }
 steps() { wants_h200; bench speed-steps 545 speed steps --engines specontext,stock --engine-seconds 260 --work "$WORK"; }
 quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine-seconds 360 --work "$WORK"; }
 hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
+# Layers of other kinds: a dense stand-in for gpt-oss, and the dense Qwen3.5; all layers fit.
+kinds() {
+    wants_h200
+    bench "steps-$1" 590 speed steps --model-shape "$1" --cells 1x1k,24x32k,6x128k --engines specontext,stock --head-format specontext \
+        --engine-seconds 285 --work "$WORK/$1"
+    cp "$WORK/$1"/*.log "$OUT"
+}
+gpt_oss_steps() { kinds gpt-oss-20b; }
+qwen_steps() { kinds qwen3.5-9b; }
 paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 ${ENGINES:+--engines "$ENGINES"} --work "$WORK"; }
 edge() { bench speed-edge 480 speed edge --engine-seconds 180 --work "$WORK"; }
 host() { bench host 540 host --engine-seconds 460 --work "$WORK/host"; }

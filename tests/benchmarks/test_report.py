@@ -309,4 +309,6 @@ def test_a_distilled_heads_bytes_are_those_of_its_file(tmp_path, groups):
     assert weights == 2 * stored
     step = shape.sparse_step_bytes(1, 1024, 512, "specontext", groups=groups)
     more = step - shape.sparse_step_bytes(1, 1024, 512)
-    assert more == weights - shape.head_weight_bytes()
+    keys = shape.head_key_bytes_per_token("specontext") - shape.head_key_bytes_per_token()
+    assert keys == shape.num_key_value_heads * (128 - shape.head_dim)
+    assert more == weights - shape.head_weight_bytes() + 1024 * keys

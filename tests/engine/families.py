@@ -337,12 +337,11 @@ class Asked:
 @contextmanager
 def serving(folder: Path, **arguments: Any) -> Iterator[Asked]:
     """An engine with the model in ``folder``: stock vLLM's, or ours with settings."""
+    # By itself vLLM takes FlashInfer's kernel on some GPUs, and fails where that is not installed.
+    additional: dict[str, Any] = {"gdn_prefill_backend": "triton"}
     if (settings := arguments.pop("settings", None)) is not None:
-        arguments |= {
-            "attention_backend": "specontext",
-            "block_size": None,
-            "additional_config": {"specontext": settings},
-        }
+        additional["specontext"] = settings
+        arguments |= {"attention_backend": "specontext", "block_size": None}
     elif not torch.cuda.is_available():
         arguments = {"block_size": 32, **arguments}
     given = {
@@ -350,6 +349,7 @@ def serving(folder: Path, **arguments: Any) -> Iterator[Asked]:
         "skip_tokenizer_init": True,
         "max_model_len": 1024,
         "num_gpu_blocks_override": 200,
+        "additional_config": additional,
         **arguments,
     }
     with engine(**given) as llm:
