@@ -98,8 +98,13 @@ SECONDS = {
     "tests/benchmarks/test_choices.py": 13,
     "tests/retrieval/test_local.py": 12,
     "tests/kernels/test_poisoned_data.py": 12,
+    "tests/residency/test_content.py": 12,
+    "tests/kernels/test_resolve_pages.py": 12,
+    "tests/engine/test_pictures.py": 12,
 }
-"""Roughly, of those that take longest; they only set the order. Other slow ones take some ten."""
+"""Roughly, of the files that take longest: what takes long begins first, and all of them are slow.
+Other slow files take some ten.
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -119,7 +124,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not CUDA and "gpu" in item.keywords:
             item.add_marker(skip)
-        if _starts_engines(item):
+        if _starts_engines(item) or item.nodeid.partition("::")[0] in SECONDS:
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
         # What takes long first, so that the processes end together.

@@ -51,6 +51,7 @@ def test_lock_files_pin_every_line():
     assert not re.search(r"^(torchaudio|torchcodec|nvidia-)", cpu, re.M)
 
 
+@pytest.mark.slow
 def test_a_cuda_build_of_torchvision_can_be_imported_beside_a_cpu_build_of_torch(tmp_path):
     """As bootstrap mends it. torch goes on without the library, and knows no operators."""
     bootstrap = load_bootstrap()
@@ -71,6 +72,7 @@ def test_a_cuda_build_of_torchvision_can_be_imported_beside_a_cpu_build_of_torch
     subprocess.run([sys.executable, "-c", check, package / "extension.py"], check=True)
 
 
+@pytest.mark.slow
 def test_bootstrap_shows_pips_errors_and_nothing_else_of_it(capfd):
     bootstrap, python = load_bootstrap(), Path(sys.executable)
     if subprocess.run(

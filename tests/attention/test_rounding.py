@@ -30,6 +30,7 @@ def test_attention_is_as_near_to_float64_as_stocks(tokens, group, head_dim, deco
     assert errors["ours_rms"] <= 1.1 * errors["stock_rms"]
 
 
+@pytest.mark.slow
 def test_the_decode_kernel_rounds_the_weights_and_the_output_and_nothing_else(device):
     layer = random_layer(torch.float16, 300, 2, 64, True, device)
     reference = exact(layer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.near_tie import gap
 from tests.distillation.tiny_models import make_model
 from tests.engine.conftest import engine
 
@@ -307,11 +308,18 @@ class Asked:
         """``count`` tokens for each prompt, all asked at once."""
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=2
+        )
         self.replies = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
         )
         return [list(reply.outputs[0].token_ids) for reply in self.replies]
+
+    @property
+    def gaps(self) -> list[list[float]]:
+        """Of the tokens that were answered last, how far the second likeliest was behind."""
+        return [[gap(token) for token in reply.outputs[0].logprobs] for reply in self.replies]
 
     @property
     def cached_tokens(self) -> list[int]:

@@ -26,6 +26,7 @@ from benchmarks.soak.server import ENGINES, MAX_MODEL_LEN, run_load, server_argu
 from specontext_vllm.demo.server import VllmServer
 from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS, client_of, engine
+from tests.stopping import stop
 
 CLIENTS, REQUESTS = 200, 120
 
@@ -212,7 +213,7 @@ def stopped_in_the_middle(client, prompt: list[int], victim: psutil.Process) -> 
         return reason
 
     next(iter(stream))
-    victim.suspend()
+    stop(victim.pid)
     executor = ThreadPoolExecutor(1)
     reason = executor.submit(rest)
     executor.shutdown(wait=False)

@@ -32,6 +32,8 @@ from tests.engine.scripted import Script, scripted_drafts
 BUDGET, TOKENS = 64, 20
 """Tokens: four pages, one of sinks and two of recents; an answer goes on in another page."""
 SETTINGS = {"budget": 1024, "sink_tokens": 16, "recent_tokens": 16}
+NEAR_TIE_16_BITS = 0.05
+"""Of log-probabilities: logits of 4 to 8 are 0.03 apart in bfloat16, or equal."""
 DRAFTED = "gpt_oss"
 """The family that is served with drafts, too: windows and learned sinks."""
 generator = torch.Generator().manual_seed(3)
@@ -49,6 +51,23 @@ def scenarios(asked: Any) -> dict[str, Any]:
     out["hits"] = asked.cached_tokens
     turns = [prompt + reply + PROMPTS[1][:40] for prompt, reply in zip(PROMPTS, first)]
     out["next turn"] = asked.answer(turns, TOKENS)
+    return out
+
+
+def up_to_near_ties(
+    found: list[list[int]], expected: list[list[int]], gaps: list[list[float]]
+) -> list[list[int]]:
+    """``found``, with what is expected from a token on at which that was a near-tie in 16 bits:
+    another order of the same sums may give either.
+
+    Args:
+        gaps: of the expected tokens, the distances of the two likeliest's log-probabilities.
+    """
+    out = []
+    for mine, theirs, distances in zip(found, expected, gaps, strict=True):
+        parted = next((i for i, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), None)
+        is_tie = parted is not None and distances[parted] < NEAR_TIE_16_BITS
+        out.append(theirs if is_tie else mine)
     return out
 
 
@@ -212,10 +231,13 @@ def test_a_family_s_tokens_are_stock_s_where_the_budget_covers_the_context(famil
         arguments["dtype"] = "bfloat16"
     model = write(tmp_path, (HYBRID | PLAIN | CHUNKED)[family]())
     with serving(tmp_path, **arguments) as stock:
-        expected = scenarios(stock)
+        expected, gaps = scenarios(stock), stock.gaps
     settings = {**SETTINGS, "retriever": "quest"}
     with serving(tmp_path, settings=settings, **arguments) as ours:
-        assert scenarios(ours) == expected
+        found = scenarios(ours)
+        if "dtype" in arguments:
+            found["next turn"] = up_to_near_ties(found["next turn"], expected["next turn"], gaps)
+        assert found == expected
         is_shared = len(ours.runner.kv_cache_config.kv_cache_groups) > 1
         assert is_shared is (family not in PLAIN)
         assert len(ours.runner.runtime.layer_names) == num_full_layers(model.config)

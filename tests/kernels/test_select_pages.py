@@ -267,6 +267,7 @@ def poison(scores, where, value, span):
     scores.page_lse[queries, pages] = value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["nothing else", "fallback", "stickiness"])
 def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(extra, device):
     """Every second request has such scores. It keeps sinks, recents and exactly its count; the

@@ -24,6 +24,7 @@ from specontext_vllm.sidecar.remote import RemoteRetriever
 from tests.conftest import CUDA
 from tests.retrieval.test_local import KV_HEADS, MAX_LEN, VOCAB, World, new_selection
 from tests.steps import bare_step
+from tests.stopping import stop
 
 # Longer than each of its own waits. Some of Ray's have no bound, as that for a graph's last task.
 pytestmark = pytest.mark.seconds(240)
@@ -235,9 +236,7 @@ def test_requests_go_on_densely_and_what_was_known_is_known_again(world, death, 
         step(world, (name, 150, 151))
     world.add(cut, 200)
     # What this chunk teaches is sent but never acknowledged: it is lost.
-    monkeypatch.setattr(
-        world.retriever, "before_learning", lambda: os.kill(actor_pid(), signal.SIGSTOP)
-    )
+    monkeypatch.setattr(world.retriever, "before_learning", lambda: stop(actor_pid()))
     step(world, (cut, 0, 150))
     if death == "killed":
         os.kill(actor_pid(), signal.SIGKILL)
@@ -345,7 +344,7 @@ def test_an_engine_ends_within_seconds_though_its_new_actor_hangs(world):
     step(world, ("last", 0, 150))
     assert remote.stats()["sidecar_up"] == 0
     following = next_actor_pid(dead)
-    os.kill(following, signal.SIGSTOP)
+    stop(following)
     begin = time.monotonic()
     remote.close()
     assert time.monotonic() - begin < 2 * link.CLOSE_SECONDS + 1
