@@ -22,6 +22,7 @@ from benchmarks import (
 from benchmarks.accuracy import command as accuracy
 from benchmarks.capacity import command as capacity
 from benchmarks.cpu import command as cpu
+from benchmarks.drafts import command as drafts
 from benchmarks.figures import command as figures
 from benchmarks.fuzz import command as fuzz
 from benchmarks.heads import command as heads
@@ -46,6 +47,7 @@ CASES: dict[str, Callable[..., None]] = {
     "cpu": cpu.main,
     "decode": decode.main,
     "distill": distill.main,
+    "drafts": drafts.main,
     "figures": figures.main,
     "fuzz": fuzz.main,
     "heads": heads.main,

@@ -119,6 +119,12 @@ gpt_oss_steps() { kinds gpt-oss-20b; }
 qwen_steps() { kinds qwen3.5-9b; }
 paper() { wants_h200; bench speed-paper 545 speed paper --engine-seconds 190 ${ENGINES:+--engines "$ENGINES"} --work "$WORK"; }
 edge() { bench speed-edge 480 speed edge --engine-seconds 180 --work "$WORK"; }
+# ENGINES, CELLS, DRAFTS, ACCEPTANCE: the options; GPUS: engines side by side.
+drafts_speed() {
+    wants_h200
+    bench "drafts-speed${ENGINES:+-${ENGINES//,/-}}" 590 drafts --seconds "${SECONDS_IN_ALL:-560}" ${ENGINES:+--engines "$ENGINES"} ${CELLS:+--cells "$CELLS"} \
+        ${DRAFTS:+--drafts "$DRAFTS"} ${ACCEPTANCE:+--acceptance "$ACCEPTANCE"} ${GPUS:+--gpus "$GPUS"} --work "$WORK/drafts"
+}
 host() { bench host 540 host --engine-seconds 460 --work "$WORK/host"; }
 edge_others() { bench speed-edge-others 300 speed edge --engines stock,hf-eager --engine-seconds 140 --work "$WORK"; }
 serve() { wants_h200; bench "serve-$1" 545 speed serve --engines "$2" --lengths "$3" --concurrency "$4" --engine-seconds 520 --work "$WORK"; }

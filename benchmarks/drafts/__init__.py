@@ -1,0 +1,3 @@
+"""Case `drafts`: tokens per second with drafts and in lossless mode, at a set acceptance."""
+
+from __future__ import annotations
