@@ -31,6 +31,7 @@ def memory_table(plan: Plan) -> Table:
     parts = {
         "weights": model.weight_bytes,
         "retrieval head": model.head_bytes,
+        **({} if plan.drafter is None else {"drafter": plan.drafter.weight_bytes}),
         "activations, graphs (assumed)": ACTIVATIONS,
         **gpu_parts(tiers),
     }
@@ -121,6 +122,32 @@ def lengths_table(plan: Plan) -> Table:
                 for key, (_, style) in columns.items()
             )
         )
+    return table
+
+
+def lossless_table(plan: Plan) -> Table:
+    """Lossless mode's tokens per second in those of dense attention, by context length and
+    acceptance, and from which length it drafts at all.
+    """
+    lossless = plan.lossless
+    assert lossless is not None
+    table = Table(
+        title=f"Lossless mode, {plan.requests} requests: times dense attention (drafts a round), "
+        "by acceptance",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("context", justify="right", no_wrap=True)
+    for acceptance in lossless.choices:
+        table.add_column(f"{acceptance:.0%}", justify="right", no_wrap=True)
+    for place, length in enumerate(lossless.lengths):
+        chosen = [choices[place] for choices in lossless.choices.values()]
+        table.add_row(
+            f"{length:,}", *(f"{gain:.2f} ({drafts})" if drafts else "1" for drafts, gain in chosen)
+        )
+    table.add_section()
+    starts = ("–" if start is None else f"{start:,}" for start in lossless.starts.values())
+    table.add_row("pays from", *starts)
     return table
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.draft_plan import Drafter, LosslessPlan, plan_lossless, step_bytes
 from specontext_vllm.model_config import (
     WINDOWED_KINDS,
     is_full,
@@ -162,6 +163,8 @@ class Plan:
         alone: its plan without a host pool.
         thresholds: S_T[i] in tokens, i = 0..M.
         rows: figures of one context length each; see ``plan_report.lengths_table``.
+        drafter: the draft model, if there is one.
+        lossless: of an engine in lossless mode.
     """
 
     model: Model
@@ -172,6 +175,8 @@ class Plan:
     alone: TierPlan
     thresholds: list[int]
     rows: list[dict[str, Any]]
+    drafter: Drafter | None = None
+    lossless: LosslessPlan | None = None
 
 
 def make_plan(
@@ -184,6 +189,7 @@ def make_plan(
     max_model_len: int,
     miss_rate: float | None,
     link_bytes_per_s: float,
+    drafter: Drafter | None = None,
 ) -> Plan:
     """Plan an engine.
 
@@ -195,6 +201,7 @@ def make_plan(
         miss_rate: share of the budget's pages fetched in a step; None for the engine's own estimate
             before it has measured (``prior_rate``).
         link_bytes_per_s: bandwidth of the PCIe link.
+        drafter: the draft model of --speculative-config.
     Raises:
         ConfigError, MemoryModelError: one sentence with the numbers.
     """
@@ -209,6 +216,12 @@ def make_plan(
             "tokens) whole, so that nothing could be left on the host; "
             f"give less, or --host-gib 0."
         )
+    if config.is_lossless and (host_bytes or drafter):
+        option, found = ("--host-gib", f"{host_bytes / GIB:g}") if host_bytes else ("--drafter", "")
+        raise ConfigError(
+            f"{option}: found {found or 'a folder'} with --mode lossless, in which the model "
+            "drafts for itself and verifies over all pages on the GPU; leave it out."
+        )
     if host_bytes and model.others.count:
         raise ConfigError(
             f"--host-gib: found {host_bytes / GIB:g}, but {model.others.count} layers of this "
@@ -216,6 +229,10 @@ def make_plan(
         )
     room = int(UTILIZATION * gpu_bytes) - model.weight_bytes - model.head_bytes - ACTIVATIONS
     room -= requests * model.others.kv_bytes(max_model_len)
+    shape = model.kv
+    if drafter is not None:
+        room -= drafter.weight_bytes
+        shape = replace(shape, drafter_page_bytes=drafter.page_bytes(shape.itemsize))
     if room <= 0:
         raise ConfigError(
             f"--gpu-gib: {UTILIZATION:.0%} of {gpu_bytes / GIB:.1f} GiB do not hold the weights "
@@ -225,7 +242,7 @@ def make_plan(
             f"({requests * model.others.kv_bytes(max_model_len) / GIB:.2f} GiB); give more."
         )
     memory = MemoryModel(
-        model.kv,
+        shape,
         budget_pages=config.budget_pages,
         table_pages=config.table_pages(max_model_len),
         max_num_seqs=requests,
@@ -281,8 +298,22 @@ def make_plan(
             f"tiers hold {tiers.num_pages * PAGE_SIZE} tokens; "
             f"ask for fewer, or give more memory."
         )
+    lossless = None
+    if config.is_lossless:
+        weights = model.weight_bytes + model.head_bytes
+        read = step_bytes(shape, weights, config.budget)
+        lossless = plan_lossless(read, requests, [row["length"] for row in rows])
     return Plan(
-        model, requests, gpu_bytes, room, tiers, alone, memory.thresholds(tiers, requests), rows
+        model,
+        requests,
+        gpu_bytes,
+        room,
+        tiers,
+        alone,
+        memory.thresholds(tiers, requests),
+        rows,
+        drafter,
+        lossless,
     )
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+IN_FLIGHT = 4
+"""Steps that an engine may be ahead of its answers, and more."""
+
 
 def fill_caches(worker: Any) -> None:
     """Overwrite the worker's KV, and what the head remembers, with random numbers of order 1; for
@@ -38,13 +41,19 @@ def enter(llm: Any, prompts: Sequence[Sequence[int]]) -> None:
     in this process, without requests.
 
     Raises:
-        RuntimeError: the KV cache is too small.
+        RuntimeError: the KV cache is too small, or in use.
     """
     from vllm import SamplingParams
     from vllm.v1.request import Request
 
     core = llm.llm_engine.engine_core.engine_core
-    llm.reset_prefix_cache()
+    steps = 0
+    while not llm.reset_prefix_cache():
+        # A step that was scheduled ahead may still hold blocks of requests that are gone.
+        if steps == IN_FLIGHT:
+            raise RuntimeError("blocks of the requests before are still in use.")
+        llm.llm_engine.step()
+        steps += 1
     pool = core.scheduler.kv_cache_manager.block_pool
     groups = core.scheduler.kv_cache_config.kv_cache_groups
     for number, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from specontext_vllm.cli.refusals import check_range, refusals
-from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.config import ConfigError, Mode, SpeContextConfig
 from specontext_vllm.extras import require_extra
 from specontext_vllm.residency.memory_model import MemoryModelError
 
@@ -37,6 +37,20 @@ def plan(
         ),
     ] = None,
     link_gbps: Annotated[float, typer.Option(help="PCIe link, GB/s, at 8 KiB rows.")] = 49,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="The setting of this name; lossless: also from which length it pays, at which "
+            "acceptance."
+        ),
+    ] = "sparse",
+    drafter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the draft model of --speculative-config: its weights and KV are "
+            "counted."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Draw a picture as well: a file that ends in .png.")
     ] = None,
@@ -46,7 +60,7 @@ def plan(
 
     Exit code 2: it does not fit, or an option cannot be used, with a sentence that says why.
     """
-    from specontext_vllm import plan_report, planning
+    from specontext_vllm import draft_plan, plan_report, planning
 
     with refusals(ConfigError, MemoryModelError):
         check_range("--gpu-gib", gpu_gib, 0, MAX_GIB)
@@ -59,21 +73,22 @@ def plan(
         shape = planning.read_model(model)
         made = planning.make_plan(
             shape,
-            SpeContextConfig.from_settings({"budget": budget}),
+            SpeContextConfig.from_settings({"budget": budget, "mode": mode}),
             gpu_bytes=int(gpu_gib * 2**30),
             host_bytes=int(host_gib * 2**30),
             requests=requests,
             max_model_len=shape.max_model_len if length is None else length,
             miss_rate=miss_rate,
             link_bytes_per_s=1e9 * link_gbps,
+            drafter=None if drafter is None else draft_plan.read_drafter(drafter),
         )
         if out is not None:
             plan_report.draw(made, out)
-    tables = [
-        plan_report.memory_table(made),
-        plan_report.thresholds_table(made),
-        plan_report.lengths_table(made),
-    ]
+    tables = [plan_report.memory_table(made)]
+    if made.lossless is None:
+        tables += [plan_report.thresholds_table(made), plan_report.lengths_table(made)]
+    else:
+        tables.append(plan_report.lossless_table(made))
     console = Console()
     # Wide enough for the tables; a narrower terminal wraps their lines.
     console.width = max(

@@ -73,6 +73,15 @@ BAD = {
     "plan, no model": (plan(model="none"), "--model: "),
     "plan, a model that is a file": (plan(model="file"), "--model: "),
     "plan, a model with a name too long": (plan(model=TOO_LONG), "File name too long"),
+    "plan, a host pool in lossless mode": (
+        plan("--mode", "lossless", "--host-gib", 4),
+        "--host-gib: found 4 with --mode lossless",
+    ),
+    "plan, a drafter in lossless mode": (
+        plan("--mode", "lossless", "--drafter", "@shape"),
+        "--drafter: ",
+    ),
+    "plan, no drafter": (plan("--drafter", "@none"), "--drafter: "),
     "plan, no number of GiB": (plan(gpu="nan"), "--gpu-gib: found nan"),
     "plan, endless GiB": (plan(gpu="inf"), "--gpu-gib: found inf"),
     "plan, negative GiB": (plan(gpu=-1), "--gpu-gib: found -1"),

@@ -7,9 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.shapes import Shape
-from specontext_vllm import planning
+from specontext_vllm import draft_plan, planning
 from specontext_vllm.cli import app
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.engine.draft_length import StepBytes, best_length, gain
 from specontext_vllm.residency.memory_model import MemoryModel
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
@@ -278,3 +279,69 @@ def test_the_heads_are_those_of_layers_of_full_attention(tmp_path):
     gemma4().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="read the KV of another one"):
         planning.read_model(tmp_path)
+
+
+def test_lossless_mode_is_planned_by_the_schedulers_own_choice(folder):
+    made = planned(folder, mode="lossless", requests=24)
+    read = StepBytes(
+        made.model.weight_bytes + made.model.head_bytes,
+        32 * made.model.kv.page_bytes / 16,
+        made.model.kv.retriever_page_bytes / 16,
+        2048,
+    )
+    assert made.lossless is not None
+    for acceptance, choices in made.lossless.choices.items():
+        for length, (drafts, times) in zip(made.lossless.lengths, choices, strict=True):
+            share = read.sparse_share([length] * 24)
+            assert drafts == best_length(acceptance, share)
+            assert times == gain(drafts, acceptance, share)
+        start = made.lossless.starts[acceptance]
+        assert start is not None and 2048 < start < 32768 and start % 16 == 0
+        for length, pays in ((start - 16, False), (start, True), (start + 16, True)):
+            share = read.sparse_share([length] * 24)
+            assert (best_length(acceptance, share) > 0) == pays
+    assert list(made.lossless.starts.values()) == sorted(
+        made.lossless.starts.values(), reverse=True
+    )
+    # A few tokens of one request: its steps are weights.
+    assert planned(folder, mode="lossless", requests=1, length=4096).lossless.starts[0.9] is None
+    result = run("--model", folder, "--gpu-gib", 141, "--requests", 24, "--mode", "lossless")
+    assert result.exit_code == 0, result.output
+    assert f"{made.lossless.starts[0.8]:,}" in result.output
+    drafts, times = made.lossless.choices[0.9][-1]
+    assert f"{times:.2f} ({drafts})" in result.output
+
+
+def test_a_drafters_weights_and_kv_are_counted(folder, tmp_path):
+    from benchmarks.drafts.head import write_eagle3
+
+    head = write_eagle3(Shape.named("tiny"), tmp_path)
+    drafter = draft_plan.read_drafter(head)
+    file = head / "model.safetensors"
+    assert drafter == draft_plan.Drafter(file.stat().st_size, 1, 2, 32)
+    alone, both = planned(folder), planned(folder, drafter=drafter)
+    page = 2 * 16 * 2 * 32 * 2
+    assert both.tiers.parts["drafter's KV"] == both.tiers.num_pages * page
+    assert both.kv_bytes == alone.kv_bytes - file.stat().st_size
+    assert both.tiers.num_pages < alone.tiers.num_pages
+    options = ("--model", folder, "--gpu-gib", 80, "--requests", 4, "--length", 32768)
+    result = run(*options, "--drafter", head)
+    assert "drafter's KV" in result.output and f"{both.tiers.num_pages * 16:,}" in result.output
+    file.unlink()
+    result = run(*options, "--drafter", head)
+    assert result.exit_code == 2 and "--drafter: " in result.output
+    assert "holds no *.safetensors and no *.bin" in result.output
+
+
+def planned(folder, *, mode="sparse", requests=4, length=32768, drafter=None):
+    return planning.make_plan(
+        planning.read_model(folder),
+        SpeContextConfig(budget=2048, mode=mode),
+        gpu_bytes=(80 if mode == "sparse" else 141) * GIB,
+        host_bytes=0,
+        requests=requests,
+        max_model_len=131072 if mode == "lossless" and length == 32768 else length,
+        miss_rate=None,
+        link_bytes_per_s=50e9,
+        drafter=drafter,
+    )
