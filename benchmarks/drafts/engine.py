@@ -15,9 +15,11 @@ from benchmarks.engines import Cell, drain, summary
 LOSSLESS = "lossless"
 LOSSLESS_DRAFTS = 6
 """The most tokens that lossless mode drafts (engine/draft_length.py, MAX_DRAFTS)."""
-SETTLE_ROWS = 64
-"""Rows that decode, after the requests have come or the acceptance has changed, before any step is
-timed: as many verdicts as lossless mode averages over, twice."""
+SETTLE, SETTLE_ROWS = 24, 64
+"""Steps, and rows, that decode after the requests have come or the acceptance has changed, before
+any is timed: steps capture graphs of their own when they come up again, and lossless mode averages
+over half as many verdicts.
+"""
 TIMED_ROWS = 384
 """Rows of the timed steps, if that is more steps than asked for: few requests say little about how
 many drafts are accepted."""
@@ -155,7 +157,7 @@ def measure_cell(
     """
     engine, requests = llm.llm_engine, cell.named_requests
     acceptances: tuple[float | None, ...] = spec.acceptances if spec.most_drafts else (None,)
-    settle = -(-SETTLE_ROWS // requests)
+    settle = max(SETTLE, -(-SETTLE_ROWS // requests))
     timed = max(spec.steps, -(-TIMED_ROWS // requests))
     output = (8 + len(acceptances) * (settle + timed)) * (1 + spec.most_drafts) + 16
     config = engine.vllm_config

@@ -82,15 +82,14 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
             f"{SETTING} with --speculative-config {vllm_config.speculative_config.method}, but the "
             "model drafts for itself there: leave one of the two out."
         )
-    for kind, refused in (
-        ("keep a state instead of KV", model.is_hybrid),
-        ("have a sliding window", has_windowed_layers(model.hf_text_config)),
-        ("may read images or audio", model.is_multimodal_model),
+    for what, refused in (
+        ("some of whose layers keep a state instead of KV", model.is_hybrid),
+        ("some of whose layers have a window", has_windowed_layers(model.hf_text_config)),
+        ("which takes images or audio", model.is_multimodal_model),
     ):
         if refused:
             raise ConfigError(
-                f"{SETTING} with {model.model}, some of whose layers {kind}, which is not "
-                "supported; use mode sparse."
+                f"{SETTING} with {model.model}, {what}, which is not supported; use mode sparse."
             )
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     if config.rule.per_layer and not is_cpu:
@@ -103,14 +102,10 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
             f"{SETTING} with --max-num-seqs 1, for which vLLM captures no graphs of plain steps; "
             "use 2 or more."
         )
-    for option, size in (
-        ("--data-parallel-size", parallel.data_parallel_size),
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
-    ):
-        if size > 1:
-            raise ConfigError(
-                f"{SETTING} with {option} {size}, which is not supported; use mode sparse."
-            )
+    if (size := parallel.data_parallel_size) > 1:
+        raise ConfigError(
+            f"{SETTING} with --data-parallel-size {size}, which is not supported; use mode sparse."
+        )
 
 
 def refuse_groups_of_layers(config: SpeContextConfig, groups: int) -> None:

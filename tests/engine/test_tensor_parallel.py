@@ -8,6 +8,7 @@ And two workers with one KV head between them: each has a copy, and the tokens a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head,
     assert tokens["two"] == tokens["one"] == tokens["alone"]
 
 
+def counted(llm: Any, what: str) -> float:
+    """vLLM's count of drafts."""
+    return sum(
+        metric.value
+        for metric in llm.get_metrics()
+        if metric.name == f"vllm:spec_decode_num_{what}"
+    )
+
+
 def random_model(folder: Path, kv_heads: int) -> Path:
     """A random Llama of five layers and its head. With two KV heads, both are the one of the model
     that has one: the same function of dense attention.
@@ -124,6 +134,8 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
         ("two", 2, 1, 128),
         # Drafts of the head's own checkpoint, which both workers draft together.
         ("drafted", 2, 1, 2048),
+        # Drafts of the target, over the pages that each worker selects for its own heads.
+        ("lossless", 2, 1, 128),
     ):
         model = random_model(tmp_path / name, kv_heads)
         settings = {
@@ -132,6 +144,8 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
         if workers > 1:
             monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         shape = {**SHAPE, "max_model_len": 1024, "skip_tokenizer_init": True}
+        if name == "lossless":
+            settings["specontext"]["mode"] = "lossless"
         if name == "drafted":
             drafter = str(model / "retrieval_head")
             shape["speculative_config"] = {
@@ -145,14 +159,21 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
             num_gpu_blocks_override=260,
             additional_config=settings,
         ) as llm:
+            if name == "lossless":
+                scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+                scheduler.draft_length.choose = lambda contexts: 3
             replies = llm.generate(prompts, params, use_tqdm=False)
             stats = llm.collective_rpc("specontext_stats")
+            if name == "lossless":
+                accepted = counted(llm, "accepted_tokens")
+                assert 0 < accepted < counted(llm, "draft_tokens")
         tokens[name] = [list(reply.outputs[0].token_ids) for reply in replies]
-        if budget < 1024:
+        if budget < 1024 and name != "lossless":
             assert len(stats) == workers and all(
                 0 < worker["pages_read"] < 0.5 * worker["pages_total"] for worker in stats
             )
-    assert tokens["two"] == tokens["alone"] and tokens["drafted"] == tokens["dense"]
+    assert tokens["two"] == tokens["alone"]
+    assert tokens["drafted"] == tokens["dense"] == tokens["lossless"]
     assert all(a != b for a, b in zip(tokens["alone"], tokens["dense"], strict=True)), (
         "the pages that were left out mattered"
     )
