@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +86,10 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
         )
     for what, refused in (
         ("some of whose layers keep a state instead of KV", model.is_hybrid),
-        ("some of whose layers have a window", has_windowed_layers(model.hf_text_config)),
+        (
+            "some of whose layers have a window, on a GPU",
+            has_windowed_layers(model.hf_text_config) and not is_cpu,
+        ),
         ("which takes images or audio", model.is_multimodal_model),
     ):
         if refused:
@@ -137,12 +142,15 @@ def step_bytes(vllm_config: Any, kv_cache_config: Any) -> StepBytes:
     Remove when: a worker can tell the scheduler.
     """
     from vllm.logger import suppress_logging
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.metrics.perf import ExecutionContext, ModelMetrics
 
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     groups = kv_cache_config.kv_cache_groups
-    layers = sum(len(group.layer_names) for group in groups)
-    spec = groups[0].kv_cache_spec
+    # What layers with a window read does not grow with the context.
+    full = [group for group in groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
+    layers = sum(len(group.layer_names) for group in full)
+    spec = full[0].kv_cache_spec
     a_layer = spec.page_size_bytes / spec.block_size
     with suppress_logging():
         estimate = ModelMetrics(vllm_config)
@@ -154,6 +162,31 @@ def step_bytes(vllm_config: Any, kv_cache_config: Any) -> StepBytes:
     elif config.rule.per_layer:
         scores = layers * a_layer * (config.rule.page_vectors / (2 * PAGE_SIZE) or 0.5)
     return StepBytes(weights, layers * a_layer, scores, config.budget)
+
+
+@dataclass(frozen=True)
+class OtherLayers:
+    """Layers of the target that are not ours, with windows, which a pass over drafts runs too.
+
+    Attributes:
+        names: those of one of vLLM's attention groups.
+        builder: makes their metadata.
+        block_table: ``[R, W]`` their blocks of R requests.
+        block_size: tokens of these.
+    """
+
+    names: Sequence[str]
+    builder: Any
+    block_table: Tensor
+    block_size: int
+
+    def describe(self, common: Any, positions: Tensor) -> tuple[Any, Tensor]:
+        """Their metadata and slots for a step of one token a row, at ``positions [R]``."""
+        size = self.block_size
+        blocks = self.block_table.gather(1, (positions // size)[:, None]).squeeze(1).long()
+        slots = blocks * size + positions % size
+        described = replace(common, block_table_tensor=self.block_table, slot_mapping=slots)
+        return self.builder.build(0, described), slots
 
 
 class SelfDrafts:
@@ -194,6 +227,7 @@ class SelfDrafts:
         known: Tensor,
         block_table: Tensor,
         names: Sequence[str],
+        others: Sequence[OtherLayers] = (),
     ) -> Tensor:
         """``[R, count]`` drafts of R requests, each of which has a next token without KV.
 
@@ -202,6 +236,7 @@ class SelfDrafts:
             known: ``[R]`` int64 tokens that have KV; the next one's position.
             block_table: ``[R, W]`` int32 pages, with room for the drafts.
             names: R request ids.
+            others: the target's layers that are not ours.
         """
         last_pages = block_table.gather(1, ((known - 1) // PAGE_SIZE)[:, None])
         drafts = []
@@ -210,7 +245,7 @@ class SelfDrafts:
                 # Beyond the longest context nothing is ever verified.
                 positions = (known + ahead).clamp(max=self.max_model_len - 1)
                 batch = one_token_a_row(tokens, positions, block_table, names)
-                tokens = self.next_tokens(batch)
+                tokens = self.next_tokens(batch, partial(self._run, batch, others))
                 drafts.append(tokens)
         return torch.stack(drafts, 1)
 
@@ -223,20 +258,20 @@ class SelfDrafts:
         if fused is not None and latest is not None:
             fused[pages] = latest
 
-    def next_tokens(self, batch: StepBatch, replay: Callable[[], Any] | None = None) -> Tensor:
+    def next_tokens(self, batch: StepBatch, run: Callable[[], Any] | None = None) -> Tensor:
         """The likeliest tokens ``[R]`` after those of ``batch``, one a row, of their dtype.
 
         Args:
-            replay: runs the model on them, from a graph; None: it is called.
+            run: runs the model on them, as from a graph; None: it is called.
         """
         self.step.before_model(batch)
-        output = self._run(batch) if replay is None else replay()
+        output = self._run(batch) if run is None else run()
         hidden, aux = output if isinstance(output, tuple) else (output, None)
         self.step.after_model(batch, aux)
         logits = self.model.compute_logits(hidden[: batch.num_rows])
         return logits.argmax(-1).to(batch.token_ids.dtype)
 
-    def _run(self, batch: StepBatch) -> Any:
+    def _run(self, batch: StepBatch, others: Sequence[OtherLayers] = ()) -> Any:
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -251,12 +286,14 @@ class SelfDrafts:
             block_table_tensor=batch.block_table,
             slot_mapping=batch.slots,
         )
-        metadata = self.builder.build_draft(common)
+        metadata = dict.fromkeys(self.layer_names, self.builder.build_draft(common))
+        slots = dict.fromkeys(self.layer_names, batch.slots)
+        for other in others:
+            described, places = other.describe(common, batch.positions)
+            metadata |= dict.fromkeys(other.names, described)
+            slots |= dict.fromkeys(other.names, places)
         with set_forward_context(
-            dict.fromkeys(self.layer_names, metadata),
-            self.vllm_config,
-            num_tokens=batch.num_tokens,
-            slot_mapping=dict.fromkeys(self.layer_names, batch.slots),
+            metadata, self.vllm_config, num_tokens=batch.num_tokens, slot_mapping=slots
         ):
             return self.model(
                 input_ids=batch.token_ids,

@@ -14,7 +14,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
-from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
+from specontext_vllm.engine.lossless import OtherLayers, SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import SpeContextMetadata
 from specontext_vllm.engine.runtime import Runtime, attach_runtime
 from specontext_vllm.engine.self_drafter import SelfDrafter
@@ -194,5 +194,23 @@ class SpeContextCPUModelRunner(CPUModelRunner):
                 known[rows],
                 batch.block_table[rows],
                 [batch.names[row] for row in rows.tolist()],
+                self._other_layers(batch.num_rows, rows),
             )
         return drafts
+
+    def _other_layers(self, requests: int, rows: Tensor) -> list[OtherLayers]:
+        """The target's layers that are not ours, and their blocks of ``rows [R]`` of so many
+        requests.
+
+        Uses: vllm.v1.worker.gpu_input_batch.InputBatch.block_table
+        """
+        ours, found = set(self.runtime.layer_names), []
+        for groups, blocks in zip(
+            self.attn_groups, self.input_batch.block_table.block_tables, strict=True
+        ):
+            for group in groups:
+                if ours.isdisjoint(group.layer_names):
+                    table = blocks.get_device_tensor(requests)[rows]
+                    builder = group.get_metadata_builder()
+                    found.append(OtherLayers(group.layer_names, builder, table, blocks.block_size))
+        return found

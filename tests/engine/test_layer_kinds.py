@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
 from specontext_vllm.engine import refusals
+from specontext_vllm.engine.draft_length import MAX_DRAFTS
 from specontext_vllm.model_config import num_full_layers
 from tests.engine import scripted
 from tests.engine.families import (
@@ -136,6 +139,7 @@ def served(request, tmp_path_factory) -> dict[str, Any]:
         out["forgetful"] = forget_caps_and_sinks(ours)
     if request.param == DRAFTED:
         out["script"] = with_drafts(folder, out)
+        lossless(folder, out)
     return out
 
 
@@ -154,6 +158,32 @@ def with_drafts(folder: Path, out: dict[str, Any]) -> Script:
         script.firsts.clear()
         out["drafted recent"] = ours.answer(PROMPTS, TOKENS)
     return script
+
+
+def lossless(folder: Path, out: dict[str, Any]) -> None:
+    """What is answered in lossless mode, and the share of drafts that was accepted, at the whole
+    budget and at the small one.
+    """
+    settings = {**SETTINGS, "retriever": "recent", "mode": "lossless"}
+    with serving(folder, settings=settings) as ours:
+        lengths = cycle((3, 1, MAX_DRAFTS, 0, 2))
+        scheduler = ours.llm.llm_engine.engine_core.engine_core.scheduler
+        scheduler.draft_length.choose = lambda contexts: next(lengths)
+        counted = Counter[str]()
+        for name, budget in (("lossless", SETTINGS["budget"]), ("lossless recent", BUDGET)):
+            ours.set(budget=budget)
+            ours.llm.reset_prefix_cache()
+            before, answered = counted, scenarios(ours)
+            counted = Counter(
+                {
+                    metric.name: metric.value
+                    for metric in ours.llm.get_metrics()
+                    if "spec_decode_num" in metric.name and hasattr(metric, "value")
+                }
+            )
+            made = counted - before
+            accepted = made["vllm:spec_decode_num_accepted_tokens"]
+            out[name] = answered, accepted / made["vllm:spec_decode_num_draft_tokens"]
 
 
 def forget_caps_and_sinks(ours: Any) -> list[list[int]] | None:
@@ -276,3 +306,14 @@ def test_a_model_of_windows_alone_is_never_attended_fully(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="no layer that attends to its whole context"):
         with serving(tmp_path, settings={**SETTINGS, "retriever": "recent"}):
             pass
+
+
+@pytest.mark.parametrize("served", [DRAFTED], indirect=True)
+def test_lossless_mode_drafts_through_layers_with_windows(served):
+    (tokens, accepted), (with_few, accepted_with_few) = (
+        served["lossless"],
+        served["lossless recent"],
+    )
+    assert tokens == with_few == served["stock"]
+    # Drafts over all pages are the model's own tokens, if its windows are what they are.
+    assert accepted > 0.9 > accepted_with_few > 0

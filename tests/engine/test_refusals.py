@@ -65,10 +65,6 @@ def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sent
     [
         ({"speculative_config": drafts()}, "with --speculative-config ngram, but the model drafts"),
         ({"model": {"is_hybrid": True}}, "some of whose layers keep a state instead of KV"),
-        (
-            {"model": {"hf_text_config": SimpleNamespace(sliding_window=8)}},
-            "some of whose layers have a",
-        ),
         ({"model": {"is_multimodal_model": True}}, ", which takes images or audio"),
         ({"parallel": {"data_parallel_size": 2}}, "with --data-parallel-size 2"),
     ],
@@ -83,7 +79,7 @@ def test_engines_that_cannot_draft_with_their_target_are_refused(changes, senten
     refuse_lossless(vllm_config(parallel={"data_parallel_size": 1}), is_cpu=True)
 
 
-def test_lossless_mode_is_refused_with_rules_of_a_layer_on_a_gpu_and_groups_of_layers():
+def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and_groups_of_layers():
     gpu = vllm_config({"specontext": {"retriever": "quest"}}, parallel={"data_parallel_size": 1})
     refuse_lossless(gpu, is_cpu=True)
     with pytest.raises(ConfigError, match="with retriever 'quest', but a GPU's graphs"):
@@ -92,6 +88,11 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_on_a_gpu_and_groups_of_l
     refuse_lossless(gpu, is_cpu=False)
     gpu.scheduler_config.max_num_seqs = 1
     with pytest.raises(ConfigError, match="with --max-num-seqs 1, for which vLLM captures no"):
+        refuse_lossless(gpu, is_cpu=False)
+    windows = {"hf_text_config": SimpleNamespace(sliding_window=8)}
+    gpu = vllm_config(model=windows, parallel={"data_parallel_size": 1})
+    refuse_lossless(gpu, is_cpu=True)
+    with pytest.raises(ConfigError, match="some of whose layers have a window, on a GPU, which"):
         refuse_lossless(gpu, is_cpu=False)
     config = SpeContextConfig(mode="lossless")
     with pytest.raises(ConfigError, match="the head has queries for 3 groups of layers"):
