@@ -132,7 +132,7 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     ours = find_kv_groups(layer_names, groups)
     sizes = [
-        {name: _spec_of(group, name).page_size_bytes for name in group.layer_names}
+        {name: spec_of(group, name).page_size_bytes for name in group.layer_names}
         for group in groups
     ]
     return Block(
@@ -144,6 +144,6 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
     )
 
 
-def _spec_of(group: Any, layer_name: str) -> Any:
+def spec_of(group: Any, layer_name: str) -> Any:
     """A layer's own spec, where a group of layers of different widths has one for each."""
     return getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)

@@ -26,6 +26,7 @@ from specontext_vllm.engine.draft_length import (
     StepBytes,
     lengths_by_batch,
 )
+from specontext_vllm.engine.kv_group import spec_of
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.model_config import has_windowed_layers
@@ -148,20 +149,19 @@ def step_bytes(vllm_config: Any, kv_cache_config: Any) -> StepBytes:
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     groups = kv_cache_config.kv_cache_groups
     # What layers with a window read does not grow with the context.
-    full = [group for group in groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
-    layers = sum(len(group.layer_names) for group in full)
-    spec = full[0].kv_cache_spec
-    a_layer = spec.page_size_bytes / spec.block_size
+    specs = [spec_of(group, name) for group in groups for name in group.layer_names]
+    full = [spec for spec in specs if isinstance(spec, FullAttentionSpec)]
+    kv = sum(spec.page_size_bytes / spec.block_size for spec in full)
     with suppress_logging():
         estimate = ModelMetrics(vllm_config)
     weights = estimate.get_read_bytes(ExecutionContext.from_single_request(1, 1, is_prefill=False))
     scores = 0.0
     if config.rule.needs_head:
         # Keys of one layer, if the head's are like the target's.
-        scores = a_layer / 2
+        scores = kv / len(full) / 2
     elif config.rule.per_layer:
-        scores = layers * a_layer * (config.rule.page_vectors / (2 * PAGE_SIZE) or 0.5)
-    return StepBytes(weights, layers * a_layer, scores, config.budget)
+        scores = kv * (config.rule.page_vectors / (2 * PAGE_SIZE) or 0.5)
+    return StepBytes(weights, kv, scores, config.budget)
 
 
 @dataclass(frozen=True)
