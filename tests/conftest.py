@@ -122,7 +122,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
     for item in items:
-        if not CUDA and "gpu" in item.keywords:
+        if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(skip)
         if _starts_engines(item) or item.nodeid.partition("::")[0] in SECONDS:
             item.add_marker(pytest.mark.slow)
@@ -159,7 +159,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 def _seconds(item: pytest.Item) -> float:
     file = item.nodeid.partition("::")[0]
-    return SECONDS.get(TOGETHER.get(file, file), 10 if "slow" in item.keywords else 0)
+    return SECONDS.get(TOGETHER.get(file, file), 10 if item.get_closest_marker("slow") else 0)
 
 
 @pytest.hookimpl(optionalhook=True)
