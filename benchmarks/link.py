@@ -38,7 +38,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
 
     from benchmarks.gpu_clock import stamp
     from benchmarks.stages import timed
-    from specontext_vllm.residency.host_pool import allocate_host_pool
+    from specontext_vllm.residency.host_pool import HostPool
     from specontext_vllm.step_data import Misses
     from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 
@@ -51,7 +51,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     )
     qkv = shape.head_dim * (shape.num_attention_heads + 2 * heads)
     pages = (4 << 30) // (4 * words)
-    host = allocate_host_pool((pages, words), torch.int32, device)
+    host = HostPool((pages, words), torch.int32, device).tensor
     arena = torch.empty(PAGES, words, dtype=torch.int32, device=device)
     sources = torch.randint(0, pages, (PAGES,), dtype=torch.int32, device=device)
     targets = torch.randperm(PAGES, device=device).int()

@@ -81,6 +81,7 @@ SECONDS = {
     "tests/test_wheel.py": 30,
     "tests/demo/test_smollm2_demo.py": 30,
     "tests/engine/test_two_machines.py": 28,
+    "tests/engine/test_lora.py": 28,
     "tests/engine/test_tiers.py": 27,
     "tests/sidecar/test_remote.py": 26,
     "tests/engine/test_layer_groups.py": 25,

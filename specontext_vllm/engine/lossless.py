@@ -97,6 +97,11 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
             raise ConfigError(
                 f"{SETTING} with {model.model}, {what}, which is not supported; use mode sparse."
             )
+    if vllm_config.lora_config is not None:
+        raise ConfigError(
+            f"{SETTING} with --enable-lora, but vLLM sets the adapters of a step's tokens, and "
+            "drafts are made in passes of their own; use mode sparse."
+        )
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     if config.rule.per_layer and not is_cpu:
         raise ConfigError(

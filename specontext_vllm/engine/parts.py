@@ -6,17 +6,18 @@ vLLM: this worker's rank, what a model can hand out, and its log.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.model_executor.models.interfaces import supports_eagle3, supports_multimodal
+from vllm.model_executor.models.interfaces import supports_eagle3
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.drafts import num_drafts, refuse_other_aux_layers
+from specontext_vllm.engine.embedding import embedding_of
 from specontext_vllm.engine.find_head import load_head
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
@@ -104,7 +105,10 @@ def _make_local(
             max_position=max_model_len,
             dtype=model_config.dtype,
             device=device,
-            others=() if drafter is None else list(drafter.parameters()),
+            # Asleep the head keeps its weights, and the drafter may lose its own.
+            others=()
+            if drafter is None or model_config.enable_sleep_mode
+            else list(drafter.parameters()),
         )
         if head.shared_bytes:
             logger.info(
@@ -153,18 +157,6 @@ def _make_remote(
     )
 
 
-def embedding_of(model: Any, vocab_size: int) -> Callable[[Tensor], Tensor]:
-    """What embeds token ids ``[N]`` -> ``[N, E]``; of a model that takes images, its text model's.
-
-    The place of an image is held by one token, again and again, which may be none of the text
-    model's; as in vLLM, such are embedded as token 0.
-    """
-    if not supports_multimodal(model):
-        return model.embed_input_ids
-    embed = model.get_language_model().embed_input_ids
-    return lambda ids: embed(ids.masked_fill(ids >= vocab_size, 0))
-
-
 def make_graphs(
     vllm_config: Any, config: SpeContextConfig, device: torch.device
 ) -> StepGraphs | None:
@@ -200,8 +192,9 @@ def make_tiers(
     num_layers: int,
     shape: LayerShape,
     device: torch.device,
+    frames_memory: Callable[[], AbstractContextManager[Any]],
 ) -> TieredKV:
-    """The two tiers of KV of ``num_layers`` layers.
+    """The two tiers of KV of ``num_layers`` layers, their frames in ``frames_memory``.
 
     Raises:
         ConfigError: the host pool cannot be had.
@@ -221,6 +214,7 @@ def make_tiers(
             keep_unreferenced=bool(vllm_config.cache_config.enable_prefix_caching),
             timed=config.stats,
             loading=config.loading,
+            frames_memory=frames_memory,
             device=device,
         )
     except HostPoolError as error:

@@ -80,7 +80,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
             current_platform.device_type,
         )
     if config.sidecar == "ray":
-        refuse_sidecar(vllm_config.parallel_config)
+        refuse_sidecar(vllm_config)
     if config.is_lossless:
         refuse_lossless(vllm_config, is_cpu=current_platform.is_cpu())
     refuse_impossible_pool(config, vllm_config.parallel_config, free=is_first)

@@ -141,16 +141,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "it leaves prompt tokens out of layers that share KV; leave it off",
         ),
         (
-            vllm_config.lora_config is not None,
-            "--enable-lora: on",
-            "the head embeds tokens before vLLM sets the step's adapters; leave it out",
-        ),
-        (
-            model.enable_sleep_mode,
-            "--enable-sleep-mode: on",
-            "the head's K cache would be lost; leave it off",
-        ),
-        (
             cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
             f"--kv-cache-dtype: found {cache.cache_dtype!r}",
             "keys and values are kept in the model's own dtype; use auto",
@@ -190,13 +180,24 @@ def mixed_tiers(vllm_config: Any) -> str:
     )
 
 
-def refuse_sidecar(parallel: Any) -> None:
+def refuse_sidecar(vllm_config: Any) -> None:
     """Raise a ConfigError where the head cannot run in a Ray actor."""
+    parallel = vllm_config.parallel_config
     setting = f"additional_config.{CONFIG_KEY}.sidecar: found 'ray'"
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
             f"{setting}, but Ray is not installed; pip install 'specontext-vllm[sidecar]' or use "
             "sidecar inline."
+        )
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ConfigError(
+            f"{setting} with --enable-sleep-mode; the actor would keep its memory, and its copy of "
+            "the embedding when the model's weights change: use sidecar inline."
+        )
+    if vllm_config.weight_transfer_config is not None:
+        raise ConfigError(
+            f"{setting} with --weight-transfer-config; the actor would keep its copy of the "
+            "embedding when the model's weights change: use sidecar inline."
         )
     if parallel.tensor_parallel_size > 1:
         raise ConfigError(

@@ -5,6 +5,8 @@ vLLM: the runner to derive from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +47,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         Remove when: a plugin can bring a drafter.
         """
         super().__init__(vllm_config, device)
+        # The worker's; see Runtime.
+        self.memory_pool: Callable[[str], AbstractContextManager[Any]] = nullcontext
         if drafts_itself(vllm_config):
             self.speculator = SelfSpeculator(vllm_config, device, self)
 
@@ -55,11 +59,12 @@ class SpeContextModelRunnerV2(GPUModelRunner):
         """
         leave_chunks_to_vllm()
         super().load_model(*args, **kwargs)
-        attach_runtime(self)
+        attach_runtime(self, self.memory_pool)
         if self.speculative_config is not None:
             # It persists, since graphs of our own point at it.
             rows = max_table_rows(self.vllm_config)
-            self._kept = torch.zeros(rows, dtype=torch.int32, device=self.device)
+            with self.memory_pool("runtime"):
+                self._kept = torch.zeros(rows, dtype=torch.int32, device=self.device)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         """Counts our own graphs, and the head's work on a whole batch, in the peak of memory that

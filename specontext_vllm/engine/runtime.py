@@ -6,8 +6,8 @@ vLLM: the mode in which it captures steps, and its log.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
 import specontext_vllm.cpu_kernels as cpu_kernels
-from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
+from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
@@ -38,6 +38,7 @@ from specontext_vllm.engine.parts import (
 from specontext_vllm.engine.refusals import mixed_tiers, refuse_captured_writes, refuse_kv_groups
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
+from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.memory_model import MemoryModel, TierPlan
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.retrieval.checkpoint import layer_groups
@@ -57,6 +58,8 @@ class Runtime:
         model: the loaded target.
         device: the worker's device.
         drafter: the loaded EAGLE-3 draft model, where the engine has one.
+        memory_pool: vLLM's memory of a tag, which sleep mode offloads or gives up by that. What the
+            head's caches and both tiers hold is lost with vLLM's KV; all else of ours is kept.
 
     Attributes:
         retriever: chooses the pages that decode rows read.
@@ -86,8 +89,9 @@ class Runtime:
         model: Any,
         device: torch.device,
         drafter: torch.nn.Module | None = None,
+        memory_pool: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.vllm_config, self.device = vllm_config, device
+        self.vllm_config, self.device, self._memory_pool = vllm_config, device, memory_pool
         self.config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
         # Once more, now that vLLM has settled what it captures.
         refuse_captured_writes(self.config, vllm_config.compilation_config)
@@ -106,6 +110,7 @@ class Runtime:
         if self.config.rule.per_layer:
             self.selector = make_selector(vllm_config, self.config, self.shape, device)
         self.tiers: TieredKV | None = None
+        self._is_profiling = False
         self.exporter: Exporter | None = None
         self._graphs = make_graphs(vllm_config, self.config, device)
         self._plan: TierPlan | None = None
@@ -171,6 +176,7 @@ class Runtime:
         Raises:
             ConfigError: blocks of our layers differ, or the host pool cannot be had.
         """
+        self._is_profiling = is_profiling
         self.kv_groups = find_kv_groups(self.kv_names, kv_cache_config.kv_cache_groups)
         refuse_kv_groups(self.config, len(self.kv_groups), num_drafts(self.vllm_config))
         self.tiers = None
@@ -180,10 +186,19 @@ class Runtime:
             yield
             return
         self.tiers = make_tiers(
-            self.vllm_config, self.config, plan, len(self.kv_names), self.shape, self.device
+            self.vllm_config,
+            self.config,
+            plan,
+            len(self.kv_names),
+            self.shape,
+            self.device,
+            self._kv_memory,
         )
         with allocate_kv_cache_as(self.tiers.arena, self.kv_names):
             yield
+
+    def _kv_memory(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._is_profiling else self._memory_pool("kv_cache")
 
     def _tier_plan(self, num_pages: int, is_profiling: bool) -> TierPlan | None:
         if not self.config.host_kv_gib or (self._plan is not None and not self._plan.host_layers):
@@ -218,7 +233,8 @@ class Runtime:
         builders = [group.get_metadata_builder() for group in self.attention_groups]
         num_pages = self.kv_groups[0].num_pages(num_blocks)
         self._fit_length(builders[0].table)
-        self.retriever.allocate_cache(num_pages)
+        with self._kv_memory():
+            self.retriever.allocate_cache(num_pages)
         self._bind_layers(num_pages, [builder.table for builder in builders])
         draft_lists = make_draft_lists(
             self.vllm_config,
@@ -267,7 +283,8 @@ class Runtime:
             dtype = self.vllm_config.model_config.dtype
             # A block is one KV group's at a time, so their layers share what is kept of it.
             most = max(len(group.layer_names) for group in self.kv_groups)
-            self.selector.allocate(most, num_pages, dtype)
+            with self._kv_memory():
+                self.selector.allocate(most, num_pages, dtype)
         places = {
             name: (index, table)
             for group, table in zip(self.kv_groups, tables, strict=True)
@@ -342,6 +359,34 @@ class Runtime:
         """Change settings between steps; see ``LiveSettings.change``."""
         return self.settings.change(*args, **changes)
 
+    def give_back_memory(self) -> None:
+        """Before vLLM gives up its KV, when no request holds any of it: let go of what lies in none
+        of its pools, our graphs and the host pool.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._graphs is not None:
+            self._graphs.clear()
+        if self.tiers is not None:
+            self.tiers.give_back_host_pool()
+
+    @torch.inference_mode()
+    def start_anew(self) -> None:
+        """Once vLLM's KV is back, empty: so are the head's caches and both tiers.
+
+        Raises:
+            ConfigError: others have the host pool's memory now.
+        """
+        if isinstance(self.retriever, LocalRetriever):
+            self.retriever.clear_cache()
+        if self.selector is not None:
+            self.selector.clear()
+        if self.tiers is not None:
+            try:
+                self.tiers.start_anew()
+            except HostPoolError as error:
+                raise ConfigError(f"additional_config.{CONFIG_KEY}.{error}") from None
+
     def stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures since the last reset; see ``Retriever.stats`` and ``TieredKV.stats``."""
         return {
@@ -362,9 +407,14 @@ class Runtime:
         self.retriever.close()
 
 
-def attach_runtime(runner: Any) -> None:
+def attach_runtime(
+    runner: Any, memory_pool: Callable[[str], AbstractContextManager[Any]] = nullcontext
+) -> None:
     """Make the runtime of a model runner whose models are loaded, and let the target return the
     hidden states that the head reads.
+
+    Args:
+        memory_pool: see ``Runtime``.
 
     Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.use_aux_hidden_state_outputs,
         vllm.v1.worker.gpu.model_runner.GPUModelRunner.use_aux_hidden_state_outputs,
@@ -378,5 +428,6 @@ def attach_runtime(runner: Any) -> None:
     if config.speculative_config is not None and config.speculative_config.method == "eagle3":
         holder = runner.speculator if config.use_v2_model_runner else runner.drafter
         drafter = holder.model
-    runner.runtime = Runtime(config, runner.model, runner.device, drafter)
+    with memory_pool("runtime"):
+        runner.runtime = Runtime(config, runner.model, runner.device, drafter, memory_pool)
     runner.use_aux_hidden_state_outputs |= runner.runtime.reads_aux

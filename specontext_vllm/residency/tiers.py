@@ -4,8 +4,10 @@ between them in a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from specontext_vllm.config import PAGE_SIZE, Loading
 from specontext_vllm.residency.copy_stream import CopyStream
 from specontext_vllm.residency.figures import TierFigures, TierStatus
 from specontext_vllm.residency.frames import Changes
-from specontext_vllm.residency.host_pool import allocate_host_pool
+from specontext_vllm.residency.host_pool import HostPool
 from specontext_vllm.residency.hot_buffers import HotBuffers
 from specontext_vllm.residency.hot_size import HotSizePolicy
 from specontext_vllm.residency.ledger import Ledger
@@ -65,6 +67,7 @@ class TieredKV:
         keep_unreferenced: whether prefix caching is on.
         timed: whether to count late fetches, and by how much they are late.
         loading: see the setting of that name.
+        frames_memory: makes what the frames are allocated in, and nothing else.
 
     Attributes:
         pools: the KV of both tiers.
@@ -88,14 +91,16 @@ class TieredKV:
         keep_unreferenced: bool,
         timed: bool,
         loading: Loading = "adaptive",
+        frames_memory: Callable[[], AbstractContextManager[Any]] = nullcontext,
         device: torch.device,
     ) -> None:
         self.plan, self.num_layers, self.num_kv_heads = plan, num_layers, num_kv_heads
         self.device, self.loading = device, loading
         page = (num_kv_heads, PAGE_SIZE, 2 * head_dim)
-        arena = torch.zeros(1 + plan.frames, *page, dtype=dtype, device=device)
-        host = allocate_host_pool((plan.host_layers, plan.num_pages, *page), dtype, device)
-        self.pools = KVPools(arena, host, num_layers - plan.host_layers)
+        with frames_memory():
+            arena = torch.zeros(1 + plan.frames, *page, dtype=dtype, device=device)
+        self._host_pool = HostPool((plan.host_layers, plan.num_pages, *page), dtype, device)
+        self.pools = KVPools(arena, self._host_pool.tensor, num_layers - plan.host_layers)
         self.copies = CopyStream(device, num_layers)
         # Frame 0 is the null frame; then come the two staging areas.
         staging = plan.staging_pages
@@ -175,6 +180,21 @@ class TieredKV:
         self.fetch(1)
         self._moves.fetch_layer(self.num_layers - 1, self.misses, tables.hot_frames[-1].view(-1))
         self._steps = 0
+
+    def give_back_host_pool(self) -> None:
+        """Let the system have the host pool's memory. No request may hold pages, and the device
+        must have done all that it was asked for.
+        """
+        self._host_pool.give_back()
+
+    def start_anew(self) -> None:
+        """Take the host pool's memory again, and clear the frames, which have lost what they held.
+
+        Raises:
+            HostPoolError: others have the memory now.
+        """
+        self._host_pool.take_back()
+        self.arena.zero_()
 
     # -- once a step
 

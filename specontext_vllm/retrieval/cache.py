@@ -98,6 +98,11 @@ class HeadCache:
             num_kv_heads * PAGE_SIZE * head_dim * key_dtype.itemsize + hidden_size * dtype.itemsize
         )
 
+    def clear(self) -> None:
+        """Zeros everywhere, as at first."""
+        _bytes(self.keys).zero_()
+        self.fused.zero_()
+
     def write_keys(self, keys: Tensor, slots: Tensor) -> None:
         """Store ``keys [N, nkv, D]`` at ``slots [N]`` (none negative)."""
         if self.keys.dtype == FP8 and keys.dtype != FP8:

@@ -76,6 +76,11 @@ class LayerSelector:
                 torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(num_layers)
             ]
 
+    def clear(self) -> None:
+        """What is kept is as at first: what it held is lost."""
+        for vectors in self.page_vectors:
+            vectors.zero_()
+
     def knows_pages_for(self, rule: type[Rule]) -> bool:
         """Whether the page vectors are those of ``rule``."""
         return bool(self.page_vectors) and rule is self._learning_rule

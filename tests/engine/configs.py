@@ -73,5 +73,11 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
             max_cudagraph_capture_size=0,
         ),
         additional_config={} if additional is None else additional,
-        **{"speculative_config": None, "kv_transfer_config": None, "lora_config": None, **top},
+        **{
+            "speculative_config": None,
+            "kv_transfer_config": None,
+            "lora_config": None,
+            "weight_transfer_config": None,
+            **top,
+        },
     )

@@ -66,6 +66,7 @@ def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sent
         ({"speculative_config": drafts()}, "with --speculative-config ngram, but the model drafts"),
         ({"model": {"is_hybrid": True}}, "some of whose layers keep a state instead of KV"),
         ({"model": {"is_multimodal_model": True}}, ", which takes images or audio"),
+        ({"lora_config": object()}, "with --enable-lora, but vLLM sets the adapters of a step's"),
         ({"parallel": {"data_parallel_size": 2}}, "with --data-parallel-size 2"),
     ],
 )
@@ -117,7 +118,6 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and
         ),
         ({"model": {"is_attention_free": True}}, "keeps no KV"),
         ({"model": {"is_mm_prefix_lm": True}}, "lets the tokens of an image attend to later ones"),
-        ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
         ({"cache": {"kv_sharing_fast_prefill": True}}, "--kv-sharing-fast-prefill"),
         ({"model": {"runner_type": "pooling"}}, "--runner: found 'pooling'"),
         ({"speculative_config": drafts(method="medusa")}, "found method 'medusa'"),
@@ -133,7 +133,6 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),
         ({"parallel": {"worker_cls": "my.Worker"}}, "--worker-cls: found my.Worker"),
-        ({"lora_config": object()}, "--enable-lora: on"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         (
             {"cache": {"block_size": 24, "user_specified_block_size": True}},

@@ -48,6 +48,19 @@ def test_vllms_own_ray_executor():
         prepare_vllm_config(vllm_config(SIDECAR, parallel={"use_ray": True}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode"),
+        ({"weight_transfer_config": object()}, "--weight-transfer-config"),
+    ],
+)
+def test_memory_and_weights_that_the_actor_would_keep(changes, option):
+    pytest.importorskip("ray")
+    with pytest.raises(ConfigError, match=f"sidecar: found 'ray' with {option}; the actor would"):
+        prepare_vllm_config(vllm_config(SIDECAR, **changes))
+
+
 def test_one_worker_is_prepared():
     pytest.importorskip("ray")
     config = vllm_config(SIDECAR, parallel={"tensor_parallel_size": 1})

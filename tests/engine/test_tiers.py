@@ -12,6 +12,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.retrieval.cache import head_key_dtype
 from tests.conftest import CUDA
+from tests.engine.asleep import sleep_over
 from tests.engine.conftest import engine
 from tests.engine.overflow import beside_an_overflow, check
 from tests.engine.scenarios import OTHER_WAYS, SCENARIOS, by_another_way, ids, sampling, scenarios
@@ -68,6 +69,8 @@ def run(prompts, head, **settings):
         out["late stats"] = llm.collective_rpc("specontext_stats")[0]
         out["overflow"] = beside_an_overflow(llm, prompts[4:7])
         out["without kernels"] = without_kernels(llm, prompts)
+        if not CUDA:  # test_sleep.py
+            out["asleep"] = sleep_over(llm, prompts)
         return out
 
 
@@ -173,6 +176,15 @@ def test_tokens_do_not_hang_on_the_cpu_s_kernels(tiers, request):
 @pytest.mark.parametrize("tiers", ["one_tier", "two_tiers"])
 def test_a_request_of_nan_changes_no_other(tiers, request):
     check(request.getfixturevalue(tiers)["overflow"])
+
+
+@pytest.mark.skipif(CUDA, reason="test_sleep.py")
+def test_a_request_that_sleeps_goes_on_and_those_after_it_answer_as_before(one_tier, two_tiers):
+    """What an engine loses asleep is NaN meanwhile, and the host pool after it."""
+    for found in (one_tier, two_tiers):
+        assert found["asleep"]["after it"] == [found["plain"][i] for i in (5, -1)]
+        assert len(found["asleep"]["slept"]) == 24
+    assert two_tiers["asleep"]["slept"] == one_tier["asleep"]["slept"]
 
 
 def test_the_scenarios_happened(one_tier, two_tiers):

@@ -9,7 +9,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.residency.copy_stream import CopyStream
-from specontext_vllm.residency.host_pool import allocate_host_pool
+from specontext_vllm.residency.host_pool import HostPool
 from specontext_vllm.residency.transfer import fetch
 from specontext_vllm.step_data import Misses
 from specontext_vllm.tier_data import KVPools
@@ -65,7 +65,7 @@ def test_no_layer_goes_on_before_its_pages_are_there():
     """
     device, layers, heads, places = torch.device("cuda"), 6, 4, 64
     generator = torch.Generator().manual_seed(0)
-    host = allocate_host_pool((layers - 2, places, heads, PAGE_SIZE, 64), torch.float32, device)
+    host = HostPool((layers - 2, places, heads, PAGE_SIZE, 64), torch.float32, device).tensor
     arena = torch.zeros(layers * places, heads, PAGE_SIZE, 64, device=device)
     seen = torch.zeros(layers, places, heads, PAGE_SIZE, 64, device=device)
     frames = (

@@ -10,16 +10,64 @@ import torch
 
 from specontext_vllm.residency import host_memory
 from specontext_vllm.residency.host_memory import free_host_memory
-from specontext_vllm.residency.host_pool import HostPoolError, allocate_host_pool
+from specontext_vllm.residency.host_pool import HostPool, HostPoolError
 
 
 def test_a_pool_has_exactly_its_size(device):
-    pool = allocate_host_pool((3, 5, 7), torch.bfloat16, device)
+    pool = HostPool((3, 5, 7), torch.bfloat16, device).tensor
     assert (
         pool.device.type == "cpu"
         and pool.untyped_storage().nbytes() == 3 * 5 * 7 * 2
         and not pool.any()
     )
+
+
+def test_a_pool_gives_its_memory_back_and_takes_it_again(device, monkeypatch):
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    pool = HostPool((96 << 20,), torch.uint8, device)
+    pool.tensor.fill_(7)
+    address, full = pool.tensor.data_ptr(), resident()
+    pool.give_back()
+    assert resident() < full - (90 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+        with pytest.raises(HostPoolError, match=r"the pool needs 0\.094 GiB and this"):
+            pool.take_back()
+    pool.take_back()
+    pool.take_back()
+    assert pool.tensor.data_ptr() == address
+    # The device reads what the host writes there.
+    pool.tensor.fill_(9)
+    assert int(pool.tensor.to(device)[-1]) == 9
+    pool.give_back()
+    pool.give_back()
+
+
+@pytest.mark.gpu
+def test_a_kernel_writes_to_a_pool_that_was_given_back_meanwhile(device):
+    from specontext_vllm.residency.transfer import write
+    from specontext_vllm.step_data import PageTable
+    from specontext_vllm.tier_data import LayerMemory
+
+    pool = HostPool((8, 2, 16, 128), torch.float16, device)
+    page_table = PageTable.allocate(1, 2, 4, device)
+    arena = torch.zeros(8, 2, 16, 128, dtype=torch.float16, device=device)
+    frames = torch.arange(8, dtype=torch.int32, device=device)
+    resident = torch.ones(1, dtype=torch.int32, device=device)
+    memory = LayerMemory(0, page_table, frames, resident, arena, pool.tensor)
+    key, value = (
+        torch.full((3, 2, 64), float(n), dtype=torch.float16, device=device) for n in (3, 4)
+    )
+    slots = torch.tensor([16, 17, 40], device=device)
+    for _ in range(2):
+        write(key, value, slots, memory, decode_tokens=0, queries=None)
+        torch.cuda.synchronize()
+        assert pool.tensor[1, :, :2, :64].eq(3).all() and pool.tensor[2, :, 8, 64:].eq(4).all()
+        pool.give_back()
+        pool.take_back()
+        assert not pool.tensor.any()
 
 
 def test_more_than_is_free_is_refused(monkeypatch):
@@ -29,7 +77,7 @@ def test_more_than_is_free_is_refused(monkeypatch):
         match=r"host_kv_gib: the pool needs 2\.00 GiB and this machine has 1\.00 GiB of memory "
         "free; lower it",
     ):
-        allocate_host_pool((2**31,), torch.uint8, torch.device("cpu"))
+        HostPool((2**31,), torch.uint8, torch.device("cpu"))
 
 
 def test_a_driver_that_locks_no_more_refuses_the_pool(monkeypatch):
@@ -44,7 +92,7 @@ def test_a_driver_that_locks_no_more_refuses_the_pool(monkeypatch):
         match=r"host_kv_gib: the driver refused to lock 0\.000004 GiB of memory \(2\); raise .* "
         r"\(ulimit -l\) or lower host_kv_gib",
     ):
-        allocate_host_pool((4096,), torch.uint8, torch.device("cuda"))
+        HostPool((4096,), torch.uint8, torch.device("cuda"))
     assert asked == [4096]
 
 
@@ -85,4 +133,4 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch, files, free):
     assert free_host_memory() == free
     if free < 50 << 30:
         with pytest.raises(HostPoolError, match=r"the pool needs 50\.00 GiB"):
-            allocate_host_pool((50 << 30,), torch.uint8, torch.device("cpu"))
+            HostPool((50 << 30,), torch.uint8, torch.device("cpu"))
