@@ -85,6 +85,7 @@ SECONDS = {
     "tests/engine/test_tiers.py": 27,
     "tests/sidecar/test_remote.py": 26,
     "tests/engine/test_layer_groups.py": 25,
+    "tests/engine/test_offloading.py": 22,
     "tests/engine/test_tensor_parallel.py": 24,
     "tests/distillation/test_trainer.py": 23,
     "tests/distillation/test_end_to_end.py": 22,

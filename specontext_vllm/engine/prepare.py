@@ -9,11 +9,13 @@ from typing import Any
 
 from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.connector import settle_connector
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
 from specontext_vllm.engine.lossless import (
     refuse_groups_of_layers,
     refuse_lossless,
 )
+from specontext_vllm.engine.memory import block_pages, retriever_page_bytes
 from specontext_vllm.engine.names import (
     AUX_LAYERS_KEY,
     ENGINES_KEY,
@@ -113,6 +115,8 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
             refuse_groups_of_layers(config, checkpoint.spec.layer_groups)
             additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional
+    page_bytes = retriever_page_bytes(vllm_config, 0, spec)
+    settle_connector(vllm_config, page_bytes * block_pages(vllm_config))
     return spec
 
 

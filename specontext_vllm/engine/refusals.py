@@ -9,6 +9,7 @@ import importlib.util
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
+from specontext_vllm.engine.connector import refuse_connector
 from specontext_vllm.engine.drafts import refuse_drafts
 from specontext_vllm.engine.layers import NO_FULL_LAYER
 from specontext_vllm.engine.names import CPU_WORKER, GPU_WORKER, SCHEDULERS
@@ -125,17 +126,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "dual-batch overlap splits the batch the head scores; leave it off",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
-            "--kv-transfer-config: found one",
-            "KV connectors do not know the head's K cache; leave it out",
-        ),
-        (
-            cache.kv_offloading_size is not None,
-            f"--kv-offloading-size: found {cache.kv_offloading_size}",
-            "it is a KV connector, and those do not know the head's K cache; leave it out, or use "
-            f"additional_config.{CONFIG_KEY}.host_kv_gib",
-        ),
-        (
             cache.kv_sharing_fast_prefill,
             "--kv-sharing-fast-prefill: on",
             "it leaves prompt tokens out of layers that share KV; leave it off",
@@ -157,6 +147,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
             raise ConfigError(
                 f"{found}, which --attention-backend specontext does not support: {remedy}."
             )
+    refuse_connector(vllm_config)
     if num_full_layers(text) == 0:
         raise ConfigError(NO_FULL_LAYER.format(model=model.model))
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)

@@ -181,6 +181,10 @@ class Runtime:
         refuse_kv_groups(self.config, len(self.kv_groups), num_drafts(self.vllm_config))
         self.tiers = None
         num_pages = self.kv_groups[0].num_pages(kv_cache_config.num_blocks)
+        with self._kv_memory():
+            self.retriever.allocate_cache(num_pages)
+        if self.vllm_config.kv_transfer_config is not None and not is_profiling:
+            self._move_with_kv(kv_cache_config.num_blocks)
         plan = self._tier_plan(num_pages, is_profiling)
         if plan is None:
             yield
@@ -196,6 +200,16 @@ class Runtime:
         )
         with allocate_kv_cache_as(self.tiers.arena, self.kv_names):
             yield
+
+    def _move_with_kv(self, num_blocks: int) -> None:
+        """What moves the KV of a block moves what the head keeps of it; to be said before vLLM
+        registers its own caches.
+        """
+        if isinstance(self.retriever, LocalRetriever) and self.retriever.head is not None:
+            # vLLM's connectors, which few engines have.
+            from specontext_vllm.engine.offloading import take_along
+
+            take_along(self.retriever.head.cache, num_blocks)
 
     def _kv_memory(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._is_profiling else self._memory_pool("kv_cache")
@@ -233,8 +247,6 @@ class Runtime:
         builders = [group.get_metadata_builder() for group in self.attention_groups]
         num_pages = self.kv_groups[0].num_pages(num_blocks)
         self._fit_length(builders[0].table)
-        with self._kv_memory():
-            self.retriever.allocate_cache(num_pages)
         self._bind_layers(num_pages, [builder.table for builder in builders])
         draft_lists = make_draft_lists(
             self.vllm_config,

@@ -94,7 +94,8 @@ class CachesExactPages(Scheduler):
         super().__init__(*args, **kwargs)
         config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
         self._exact_tokens = config.exact_tokens(self.max_model_len)
-        if config.cache_generated:
+        self._caches_generated = config.cache_generated
+        if self._caches_generated:
             return
         coordinator = self.kv_cache_manager.coordinator
         cache = coordinator.cache_blocks
@@ -122,6 +123,51 @@ class CachesExactPages(Scheduler):
         if session.num_computed_tokens > (exact := self._exact_end(session)):
             session._specontext_exact_end = exact
         super()._update_request_as_session(session, update)
+
+
+class OffloadsExactPages(CachesExactPages):
+    """Offloads what may be in the prefix cache, and takes whole blocks back.
+
+    Symptom: the next turn of a conversation answers otherwise than it would with a cold cache; or a
+        prompt that has come back as a whole answers otherwise than it did at first.
+    Reason: vLLM offloads all blocks of a request by their tokens, and where all of a prompt has
+        come back computes its last token again, in the middle of a page. Of that page the head
+        keeps the last token's aux alone.
+    Remove when: vLLM lets a scheduler say how many of a request's tokens may be offloaded, and
+        loaded.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Replaces two of the connector's methods.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler.__init__
+        Uses: vllm.v1.core.sched.scheduler.Scheduler.connector,
+            vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector.OffloadingConnector._max_loadable_tokens,
+            vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.OffloadingConnectorScheduler._calc_num_offloadable_tokens
+        """
+        super().__init__(*args, **kwargs)
+        connector = getattr(self.connector, "connector_scheduler", None)
+        if connector is None:
+            return
+        (group,) = connector.config.kv_group_configs
+        offloadable, loadable = (
+            connector._calc_num_offloadable_tokens,
+            self.connector._max_loadable_tokens,
+        )
+
+        def exact(status: Any, computed: int) -> int:
+            return min(offloadable(status, computed), self._exact_end(status.req))
+
+        def whole(request: Any, computed: int) -> int:
+            # The last token is always computed.
+            chunk = group.tokens_per_chunk
+            most = max(0, (request.num_tokens - 1) // chunk * chunk - computed)
+            bound = loadable(request, computed)
+            return most if bound is None else min(most, bound)
+
+        if not self._caches_generated:
+            connector._calc_num_offloadable_tokens = exact
+        self.connector._max_loadable_tokens = whole
 
 
 class GoesOnFromPages(Scheduler):
@@ -214,12 +260,12 @@ class ChoosesDrafts(Scheduler):
 
 
 class SpeContextScheduler(
-    ChoosesDrafts, GoesOnFromPages, CachesExactPages, WaitsForPages, Scheduler
+    ChoosesDrafts, GoesOnFromPages, OffloadsExactPages, WaitsForPages, Scheduler
 ):
     """vLLM's scheduler."""
 
 
 class SpeContextAsyncScheduler(
-    ChoosesDrafts, GoesOnFromPages, CachesExactPages, WaitsForPages, AsyncScheduler
+    ChoosesDrafts, GoesOnFromPages, OffloadsExactPages, WaitsForPages, AsyncScheduler
 ):
     """vLLM's scheduler that runs ahead of the GPU."""

@@ -45,6 +45,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
                 "block_size": None,
                 "user_specified_block_size": False,
                 "kv_offloading_size": None,
+                "kv_offloading_backend": "native",
                 "kv_sharing_fast_prefill": False,
                 "num_gpu_blocks_override": None,
                 "kv_cache_memory_bytes": None,

@@ -1,5 +1,7 @@
 """Adapters and priorities beside stock vLLM: float32, the demo model. A head that was trained on
 the base serves adapters.
+
+On a GPU vLLM's kernels for adapters take 16 bits, in which two engines may part ways at a near-tie.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.retrieval.checkpoint import read_checkpoint
 from specontext_vllm.retrieval.reference import (
     Budget,
@@ -18,8 +21,10 @@ from specontext_vllm.retrieval.reference import (
     page_scores,
     reduce_to_pages,
 )
+from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, STOCK, engine
-from tests.engine.scenarios import preemptions, sampling, until_sure
+from tests.engine.scenarios import preemptions, sampling
+from tests.engine.test_layer_kinds_gpu import AGREED, agreed
 from tests.retrieval.test_own_head import naive_head
 
 RANK, ALPHA = 4, 8
@@ -27,7 +32,7 @@ AGAIN = 4, 5, 4
 ADAPTERS = {"queries": ("q_proj", "v_proj", "down_proj"), "tokens": ("embed_tokens", "o_proj")}
 """What each changes. The second one's own embedding is not the head's."""
 SIZE = {"queries": 0.5, "tokens": 0.4}
-BUDGET = {"budget": 64, "sink_tokens": 16, "recent_tokens": 16}
+BUDGET = {"budget": 96, "sink_tokens": 16, "recent_tokens": 16}
 
 
 def write_adapter(folder, name: str) -> None:
@@ -94,6 +99,10 @@ def ask(llm, prompts, adapters) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def as_good_as_equal(first: list[list[int]], second: list[list[int]]) -> bool:
+    return agreed(first, second) >= AGREED if CUDA else first == second
+
+
 def by_priority(llm, prompts) -> dict[str, object]:
     """Answers of requests for which there is too little room, the urgent one last and alone."""
     llm.reset_prefix_cache()
@@ -118,12 +127,12 @@ def by_priority(llm, prompts) -> dict[str, object]:
     (alone,) = llm.generate(
         [{"prompt_token_ids": prompts[6]}], sampling(max_tokens=60), use_tqdm=False
     )
-    tokens = {name: until_sure(list(found)) for name, (found, _) in answers.items()}
+    tokens = {name: list(found) for name, (found, _) in answers.items()}
     return {
         "tokens": tokens,
         "preempted": preempted,
         "urgent": answers["urgent"][1],
-        "alone": until_sure(list(alone.outputs[0].token_ids)),
+        "alone": list(alone.outputs[0].token_ids),
     }
 
 
@@ -158,6 +167,7 @@ def choices(worker) -> list[tuple[int, list[list[int]]]]:
 
 PAGES = 176
 LORA = {
+    "dtype": "bfloat16" if CUDA else "float32",
     "scheduling_policy": "priority",
     "enable_lora": True,
     "max_loras": 2,
@@ -168,7 +178,8 @@ LORA = {
 
 @pytest.fixture(scope="module")
 def stock_answers(prompts, adapters):
-    with engine(**{**STOCK, **LORA, "num_gpu_blocks_override": PAGES // 2}) as llm:
+    blocks = PAGES * 16 // STOCK.get("block_size", 16)
+    with engine(**{**STOCK, **LORA, "num_gpu_blocks_override": blocks}) as llm:
         return {
             "whole": ask(llm, prompts, adapters),
             "by priority": by_priority(llm, prompts),
@@ -197,13 +208,13 @@ def answers(prompts, adapters):
 
 
 def test_two_adapters_and_the_base_in_one_batch_answer_as_stock(stock_answers, answers):
-    expected = [until_sure(tokens) for tokens in stock_answers["whole"]]
-    assert [until_sure(tokens) for tokens in answers["whole"]] == expected
+    expected = stock_answers["whole"]
+    assert as_good_as_equal(answers["whole"], expected)
     # The adapters are not without effect, nor the same.
     assert len({tuple(tokens) for tokens in expected[:3]}) == 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's graphs hold what is watched here")
+@pytest.mark.skipif(CUDA, reason="a GPU's graphs hold what is watched here")
 def test_an_adapter_s_tokens_are_read_where_the_head_looks(prompts, adapters, answers):
     """The head's formulas over the adapted model's states and the base's embedding."""
     from transformers import AutoModelForCausalLM
@@ -234,8 +245,10 @@ def test_an_urgent_request_goes_first_and_all_answer_as_stock(stock_answers, ans
     small = answers["small by priority"]
     for found in (stock, ours, small):
         assert found["preempted"] > 0 and found["urgent"] == 0 and len(found["tokens"]) == 6
-        assert found["tokens"]["urgent"] == found["alone"]
-    assert ours["tokens"] == stock["tokens"]
+        assert as_good_as_equal([found["tokens"]["urgent"]], [found["alone"]])
+    names = sorted(stock["tokens"])
+    assert names == sorted(ours["tokens"])
+    assert as_good_as_equal([ours["tokens"][n] for n in names], [stock["tokens"][n] for n in names])
     assert small["tokens"] != stock["tokens"]
 
 
@@ -261,6 +274,6 @@ def naive_choice(checkpoint, aux, embeds) -> list[list[int]]:
     logits = grouped_logits(queries[-1:].transpose(0, 1)[None], keys.transpose(0, 1)[None])
     logits[..., 0] = float("-inf")
     scores, _ = page_scores(*reduce_to_pages(logits[0, :, 0], 16))
-    budget = Budget(total=BUDGET["budget"] // 16, sinks=1, recents=1)
+    budget = Budget.of(SpeContextConfig.from_settings(BUDGET))
     chosen = chosen_pages(scores, scores.shape[-1], budget)
     return [row.nonzero()[:, 0].tolist() for row in chosen]

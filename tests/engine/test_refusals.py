@@ -130,8 +130,6 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and
             "keep a state instead of KV",
         ),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
-        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
-        ({"cache": {"kv_offloading_size": 0.5}}, "--kv-offloading-size: found 0.5"),
         ({"parallel": {"worker_cls": "my.Worker"}}, "--worker-cls: found my.Worker"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
         (
@@ -152,6 +150,64 @@ def test_refusals_are_one_sentence(changes, sentence):
         and "--attention-backend specontext does not support" in text
         and "\n" not in text
     )
+
+
+def connector(name: str, **extra):
+    return {
+        "kv_transfer_config": SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra)
+    }
+
+
+OFFLOADING = connector("OffloadingConnector", cpu_bytes_to_use=2**30)
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "sentence"),
+    [
+        ({}, connector("NixlConnector"), "found kv_connector 'NixlConnector', which does not move"),
+        (
+            {},
+            connector("OffloadingConnector", spec_name="TieringOffloadingSpec"),
+            "found spec_name 'TieringOffloadingSpec' in kv_connector_extra_config, which",
+        ),
+        (
+            {},
+            connector("OffloadingConnector", canonical_layout=True),
+            "found canonical_layout True in kv_connector_extra_config, which",
+        ),
+        (
+            {},
+            {"cache": {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"}},
+            "--kv-offloading-backend: found 'lmcache', which does not move the head's keys",
+        ),
+        (
+            {"host_kv_gib": 1},
+            {"cache": {"kv_offloading_size": 2}},
+            "--kv-offloading-size: found 2 with additional_config.specontext.host_kv_gib 1.0, whi",
+        ),
+        ({"sidecar": "ray"}, OFFLOADING, "found one with additional_config.specontext.sidecar"),
+        ({"retriever": "quest"}, OFFLOADING, "with additional_config.specontext.retriever 'quest'"),
+        ({"mode": "lossless"}, OFFLOADING, "with additional_config.specontext.mode 'lossless'"),
+        ({}, {"speculative_config": drafts(), **OFFLOADING}, "found one with --speculative-config"),
+        (
+            {},
+            {"parallel": {"tensor_parallel_size": 2}, **OFFLOADING},
+            "found one with --tensor-parallel-size 2, which",
+        ),
+        ({}, {"model": {"is_hybrid": True}, **OFFLOADING}, "some of whose layers do not attend to"),
+    ],
+)
+def test_connectors_that_leave_what_the_head_keeps_behind_are_refused(settings, changes, sentence):
+    with pytest.raises(ConfigError) as error:
+        refuse_unsupported(vllm_config({"specontext": settings}, **changes))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+    refuse_unsupported(vllm_config(**OFFLOADING))
+
+
+def test_another_way_of_offloading_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    with pytest.raises(ConfigError, match="^VLLM_USE_SIMPLE_KV_OFFLOAD: it is on, and that way"):
+        refuse_unsupported(vllm_config(cache={"kv_offloading_size": 1}))
 
 
 WINDOWED = {"num_hidden_layers": 2, "sliding_window": 4096}

@@ -1,0 +1,113 @@
+"""Which KV connectors an engine may have, and what they are told before it starts.
+
+vLLM: its configuration of connectors.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
+from specontext_vllm.engine.names import (
+    HEAD_BLOCK_BYTES,
+    OFFLOADING_CONNECTOR,
+    OFFLOADING_MODULE,
+    OFFLOADING_SPEC,
+)
+from specontext_vllm.model_config import has_windowed_layers
+
+_SPECS = None, "CPUOffloadingSpec", OFFLOADING_SPEC
+
+
+def has_connector(vllm_config: Any) -> bool:
+    """Whether KV is moved to other places, by a connector or by --kv-offloading-size."""
+    return (
+        vllm_config.kv_transfer_config is not None
+        or vllm_config.cache_config.kv_offloading_size is not None
+    )
+
+
+def refuse_connector(vllm_config: Any) -> None:
+    """Raise a ConfigError for a connector that would bring KV back without what the head keeps of
+    it, and where its blocks are not those of one group of layers on one worker.
+    """
+    if not has_connector(vllm_config):
+        return
+    transfer, cache = vllm_config.kv_transfer_config, vllm_config.cache_config
+    found, extra = "--kv-transfer-config: found one", {}
+    if cache.kv_offloading_size is not None:
+        found = f"--kv-offloading-size: found {cache.kv_offloading_size}"
+        if cache.kv_offloading_backend != "native":
+            raise ConfigError(
+                f"--kv-offloading-backend: found {cache.kv_offloading_backend!r}, which does not "
+                "move the head's keys with the KV; use native."
+            )
+        if os.environ.get("VLLM_USE_SIMPLE_KV_OFFLOAD", "0") not in ("", "0"):
+            raise ConfigError(
+                "VLLM_USE_SIMPLE_KV_OFFLOAD: it is on, and that way of offloading does not move "
+                "the head's keys with the KV; unset it."
+            )
+    elif transfer.kv_connector != OFFLOADING_CONNECTOR:
+        raise ConfigError(
+            f"--kv-transfer-config: found kv_connector {transfer.kv_connector!r}, which does not "
+            f"move the head's keys with the KV; use {OFFLOADING_CONNECTOR} or leave it out."
+        )
+    if transfer is not None:
+        extra = transfer.kv_connector_extra_config
+    for name, allowed in (("spec_name", _SPECS), ("canonical_layout", (None, False))):
+        if extra.get(name) not in allowed:
+            raise ConfigError(
+                f"--kv-transfer-config: found {name} {extra[name]!r} in kv_connector_extra_config, "
+                "which does not move the head's keys with the KV; leave it out."
+            )
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    setting = f"additional_config.{CONFIG_KEY}"
+    for refused, what in (
+        (bool(config.host_kv_gib), f"{setting}.host_kv_gib {config.host_kv_gib}"),
+        (config.sidecar != "inline", f"{setting}.sidecar {config.sidecar!r}"),
+        (bool(config.rule.page_vectors), f"{setting}.retriever {config.retriever!r}"),
+        (
+            config.is_lossless or vllm_config.speculative_config is not None,
+            f"{setting}.mode 'lossless'" if config.is_lossless else "--speculative-config",
+        ),
+        (
+            parallel.tensor_parallel_size > 1,
+            f"--tensor-parallel-size {parallel.tensor_parallel_size}",
+        ),
+        (
+            model.is_hybrid or has_windowed_layers(model.hf_text_config),
+            f"{model.model}, some of whose layers do not attend to the whole context",
+        ),
+    ):
+        if refused:
+            raise ConfigError(
+                f"{found} with {what}, which --attention-backend specontext does not support "
+                "together; leave one of the two out."
+            )
+
+
+def settle_connector(vllm_config: Any, block_bytes: int) -> None:
+    """Have the connector move ``block_bytes`` of a block that the head keeps, in place. Idempotent.
+
+    Uses: vllm.config.kv_transfer.KVTransferConfig.kv_connector_extra_config,
+        vllm.config.cache.CacheConfig.kv_offloading_size
+    Symptom: vLLM's own spec is made, which knows nothing of the head.
+    Reason: the configuration names it; from --kv-offloading-size vLLM makes one later, and keeps
+        what it finds in it (vllm/config/vllm.py, _post_init_kv_transfer_config).
+    Remove when: the head's caches are layers of vLLM's.
+    """
+    if not has_connector(vllm_config) or not block_bytes:
+        return
+    if vllm_config.kv_transfer_config is None:
+        from vllm.config import KVTransferConfig
+
+        vllm_config.kv_transfer_config = KVTransferConfig(
+            kv_connector=OFFLOADING_CONNECTOR, kv_role="kv_both"
+        )
+    vllm_config.kv_transfer_config.kv_connector_extra_config |= {
+        "spec_name": OFFLOADING_SPEC,
+        "spec_module_path": OFFLOADING_MODULE,
+        HEAD_BLOCK_BYTES: block_bytes,
+    }
