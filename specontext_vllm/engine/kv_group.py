@@ -10,6 +10,7 @@ vLLM: the rule by which a model's layers are grouped.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,8 +128,11 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
     Raises:
         ConfigError: their blocks differ.
     """
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
-
+    try:
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+    except ImportError:  # vLLM 0.33 has moved it
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+        get_kv_cache_groups = planning.get_kv_cache_groups
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     ours = find_kv_groups(layer_names, groups)
     sizes = [
