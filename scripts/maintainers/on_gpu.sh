@@ -142,6 +142,17 @@ larger() {
     # Home in pieces that come back: the weights are gone with the machine.
     tar cf - -C "$(dirname "$LARGER")" "$(basename "$LARGER")" | xz -1 -T0 | split -b 16000000 - "$OUT/larger.tar.xz."
 }
+# The demo's model with windows in half of its layers, its head, and both home.
+windows() {
+    logged windows 580 python3 -m specontext_vllm.demo.train --size windows --out /tmp/windows --minutes 9.2
+    tar czf "$OUT/windows.tar.gz" -C /tmp windows
+}
+# 3 % of 4k is a budget of 128.
+accuracy_windows() {
+    bench accuracy-windows 545 accuracy --model /tmp/windows --label windows --prompts 200 --contexts 4096 --budgets 128,256 \
+        --retrievers dlm,quest,recent --tasks demo_needle,multi_key,multi_query,recitation,perplexity --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-windows"
+    tar czf "$OUT/cells-windows.tar.gz" -C "$WORK" accuracy-windows
+}
 GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512 --retrievers dlm,quest,recent --tasks multi_key,multi_query,recitation,perplexity)
 accuracy_larger() {
     bench accuracy-larger 545 accuracy --model "$LARGER" "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-larger"

@@ -123,8 +123,8 @@ class Decoder:
         values: list[Tensor],
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """One token through all layers, which read the ``kept [1, nkv, T]`` tokens (None: all): its
-        last state, its auxiliary states, and each layer's logits.
+        """One token through all layers: its last state, its auxiliary states, and the logits of the
+        layers of full attention, which read the ``kept [1, nkv, T]`` tokens (None: all).
 
         ``keys`` and ``values`` are replaced, layer by layer, by those with the new token.
         """
@@ -134,10 +134,14 @@ class Decoder:
                 aux.append(h)
             q, k, v = block.qkv(h, position)
             keys[i], values[i] = torch.cat([keys[i], k], 2), torch.cat([values[i], v], 2)
-            logits.append(self.logits(q, keys[i], kept=kept))
-            attended = torch.einsum("bkgt,bktd->bkgd", logits[-1].softmax(-1), values[i].float())
+            if block.window:
+                looked_at = self.logits(q, keys[i], unread=max(0, keys[i].shape[2] - block.window))
+            else:
+                looked_at = self.logits(q, keys[i], kept=kept)
+            logits.append(looked_at)
+            attended = torch.einsum("bkgt,bktd->bkgd", looked_at.softmax(-1), values[i].float())
             h = block.rest(h, attended.flatten(1, 2)[:, :, None].to(h.dtype))
-        return h, torch.cat(aux, -1), logits
+        return h, torch.cat(aux, -1), self.model.full(logits)
 
     def logits(
         self, q: Tensor, keys: Tensor, kept: Tensor | None = None, unread: int = 0

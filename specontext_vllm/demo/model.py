@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext_vllm.demo.log import Log
@@ -26,12 +28,42 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return rotate_halves(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype))
 
 
-class Block(nn.Module):
-    """A Llama decoder layer."""
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """``causal_attention`` in which each token reads the newest ``window`` ones, itself among them.
 
-    def __init__(self, size: Size) -> None:
+    In blocks of ``window`` tokens, whose queries read their own block and the one before it.
+    """
+    length = q.shape[2]
+
+    def blocks(x: Tensor) -> Tensor:  # [B, n, T, D] -> [B, T / W, n, W, D]
+        padded = F.pad(x, (0, 0, 0, -length % window))
+        return padded.unflatten(2, (-1, window)).transpose(1, 2)
+
+    def with_before(x: Tensor) -> Tensor:  # [B, T / W, n, W, D] -> [B, T / W, n, 2 * W, D]
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], 3)
+
+    query = blocks(q)
+    place = (
+        torch.arange(2 * window, device=q.device) - torch.arange(window, device=q.device)[:, None]
+    )
+    read = ((place > 0) & (place <= window)).repeat(query.shape[1], 1, 1)
+    read[0, :, :window] = False
+    attended = F.scaled_dot_product_attention(
+        query,
+        with_before(blocks(k)),
+        with_before(blocks(v)),
+        attn_mask=read[:, None],
+        enable_gqa=True,
+    )
+    return attended.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+class Block(nn.Module):
+    """A Llama decoder layer, with a window of so many tokens or none."""
+
+    def __init__(self, size: Size, window: int) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.window = size, window
         h, q, kv = size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
         self.input_layernorm = nn.Parameter(torch.ones(h))
         self.post_attention_layernorm = nn.Parameter(torch.ones(h))
@@ -59,9 +91,14 @@ class Block(nn.Module):
         y = rms_norm(x, self.post_attention_layernorm, self.size.eps)
         return x + gated_mlp(y, self.gate_proj, self.up_proj, self.down_proj)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention ``[B, nh, T, D]`` of a whole sequence."""
+        if self.window:
+            return windowed_attention(q, k, v, self.window)
+        return causal_attention(q, k, v)
+
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        q, k, v = self.qkv(x, positions)
-        return self.rest(x, causal_attention(q, k, v))
+        return self.rest(x, self.attend(*self.qkv(x, positions)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +121,7 @@ class Model(nn.Module):
         super().__init__()
         self.size = size
         self.embed_tokens = nn.Embedding(vocabulary, size.hidden)
-        self.layers = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.layers = nn.ModuleList(Block(size, size.window_of(i)) for i in range(size.layers))
         self.norm = nn.Parameter(torch.ones(size.hidden))
         self.lm_head = nn.Linear(size.hidden, vocabulary, False)
         for parameter in self.parameters():
@@ -98,6 +135,10 @@ class Model(nn.Module):
     def blocks(self) -> list[Block]:
         """The layers, with their type."""
         return cast(list[Block], list(self.layers))
+
+    def full(self, layers: Sequence[Any]) -> list[Any]:
+        """Of one thing for each layer those of layers that attend to the whole context."""
+        return [x for x, block in zip(layers, self.blocks, strict=True) if not block.window]
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of the last layer's output."""
@@ -121,7 +162,7 @@ class Model(nn.Module):
             if i in self.size.aux_layers:
                 aux.append(x)
             parts.append(block.qkv(x, positions))
-            x = block.rest(x, causal_attention(*parts[-1]))
+            x = block.rest(x, block.attend(*parts[-1]))
         queries, keys, values = (list(part) for part in zip(*parts, strict=True))
         return Layers(x, torch.cat(aux, -1), queries, keys, values)
 
@@ -173,6 +214,16 @@ def save_model(model: Model, vocabulary: int, ids: dict[str, int], out: Path) ->
         "eos_token_id": ids[tasks.END],
         "pad_token_id": ids[tasks.PAD],
     }
+    if size.window:
+        # transformers' Llama knows no windows; CWM is a Llama with them. In vLLM it is Llama's.
+        kinds = ("full_attention", "sliding_attention")
+        config |= {
+            "model_type": "cwm",
+            "layer_types": [kinds[bool(size.window_of(i))] for i in range(size.layers)],
+            "sliding_window": size.window,
+            "rope_parameters": {"rope_type": "default", "rope_theta": size.theta},
+        }
+        del config["rope_theta"]
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -183,7 +234,7 @@ def save_model(model: Model, vocabulary: int, ids: dict[str, int], out: Path) ->
 
 
 def check_equals_transformers(model: Model, folder: Path, log: Log) -> None:
-    """Compare logits with transformers' Llama loaded from the folder, both in float32 on the CPU.
+    """Compare logits with transformers' model loaded from the folder, both in float32 on the CPU.
 
     Raises:
         RuntimeError: they differ, so that the folder would serve another model.
@@ -199,7 +250,7 @@ def check_equals_transformers(model: Model, folder: Path, log: Log) -> None:
     sample = torch.randint(0, model.embed_tokens.num_embeddings, (1, 300))
     with torch.no_grad():
         difference = (mine(sample) - reference(sample).logits).abs().max().item()
-    log(f"largest difference of logits to transformers' Llama: {difference:.2e}")
+    log(f"largest difference of logits to transformers' model: {difference:.2e}")
     if not difference < 1e-3:
         raise RuntimeError(
             f"{folder}: transformers computes other logits (difference {difference:.2e})."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,6 +10,7 @@ class Size:
     """Shape of model and training.
 
     Attributes:
+        window: tokens that every second layer reads, the first among them, as in gpt-oss; 0: all.
         phases: of the model's training: (batch, tokens, share of its time, share of drill rows).
         model_until, head_until: shares of all time at which the model's and the head's training
             end.
@@ -24,6 +25,7 @@ class Size:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
+    window: int = 0
     aux_layers: tuple[int, int, int] = (1, 3, 4)
     draft_ffn: int = 192
     theta: float = 500000.0
@@ -48,6 +50,10 @@ class Size:
     eval_budgets: tuple[int, ...] = (256, 512)
     eval_problems: int = 16
     workers: int = 14
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that a layer reads; 0: all."""
+        return 0 if layer % 2 else self.window
 
 
 LARGER = Size(
@@ -87,4 +93,7 @@ SMOKE = Size(
     workers=2,
 )
 
-SIZES = {"demo": Size(), "larger": LARGER, "smoke": SMOKE}
+WINDOWS = replace(Size(), window=128)
+"""The demo's, with windows in half of its layers."""
+
+SIZES = {"demo": Size(), "larger": LARGER, "windows": WINDOWS, "smoke": SMOKE}

@@ -1,9 +1,10 @@
 """Train the bundled demo model and its retrieval head from scratch:
 ``python -m specontext_vllm.demo.train --out models/demo``.
 
-A 5.7 M-parameter Llama (``--size larger``: 39 M) learns to answer needle questions and to recite
-passages (synthetic/tasks.py) at 512 to 12,288 tokens. Then an EAGLE-3-shaped head learns to attend
-to what the frozen model attends to. The clock ends every part: nine minutes in all on one H200.
+A 5.7 M-parameter Llama (``--size larger``: 39 M; ``windows``: with a window of 128 tokens in every
+second layer) learns to answer needle questions and to recite passages (synthetic/tasks.py) at 512
+to 12,288 tokens. Then an EAGLE-3-shaped head learns to attend to what the frozen model attends to.
+The clock ends every part: nine minutes in all on one H200.
 ``--size smoke`` checks the script on a CPU, with tiny sizes and a useless result.
 """
 
@@ -169,8 +170,8 @@ def train_head(
             hot = (drafted > 0.5).float() + 0.05 * (w[:, 1:] > 0).float() + 1e-4
             at = torch.multinomial(hot, size.head_queries)
             target, mass = attention_target(
-                [t[:, :, 1:] for t in layers.queries],
-                [t[:, :, 1:] for t in layers.keys],
+                [t[:, :, 1:] for t in model.full(layers.queries)],
+                [t[:, :, 1:] for t in model.full(layers.keys)],
                 at,
                 WINDOW,
             )
