@@ -249,6 +249,24 @@ def glm4_moe() -> Any:
     )
 
 
+def minimax_m2() -> Any:
+    """RoPE on half of the dimensions, norms over all heads' queries and keys, experts; with the
+    fields that released models have and transformers' class does not name. Its gates are sigmoids,
+    which vLLM does not run on a CPU.
+    """
+    from transformers import MiniMaxM2Config
+
+    return MiniMaxM2Config(
+        **{**SHAPE, "intermediate_size": 64},
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rotary_dim=16,
+        scoring_func="softmax",
+        use_routing_bias=True,
+    )
+
+
 def granite() -> Any:
     """A scale of attention of its own."""
     from transformers import GraniteConfig
@@ -260,7 +278,7 @@ HYBRID: dict[str, Callable[[], Any]] = {
     family.__name__: family for family in (qwen3_next, granite_hybrid, falcon_h1, nemotron_h)
 }
 PLAIN: dict[str, Callable[[], Any]] = {
-    family.__name__: family for family in (smollm3, glm4, glm4_moe, granite)
+    family.__name__: family for family in (smollm3, glm4, glm4_moe, minimax_m2, granite)
 }
 CHUNKED: dict[str, Callable[[], Any]] = {"llama4": llama4}
 WINDOWED: dict[str, Callable[[], Any]] = {

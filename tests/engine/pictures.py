@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.engine.families import gemma3
+
 IMAGE, VIDEO, BEGIN, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
 SPECIAL = ["<pad>", IMAGE, VIDEO, BEGIN, END, "<|line|>"]
 LETTERS = [chr(code) for code in range(32, 127)]
@@ -138,6 +140,29 @@ def mistral3() -> tuple[Any, Callable[[Any], Any], str]:
         )
 
     return config, processor, IMAGE
+
+
+def write_gemma3(folder: Path) -> None:
+    """A random Gemma 3 with a vision tower: the tokens of a picture attend to later ones."""
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    vision = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96}
+    config = Gemma3Config(
+        text_config=gemma3().to_dict(),
+        vision_config={**vision, "num_attention_heads": 2, "patch_size": 14, "image_size": 56},
+        mm_tokens_per_image=4,
+        image_token_index=1,
+        boi_token_index=2,
+        eoi_token_index=3,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                # Embeddings are tied, so that a token would be its own successor.
+                parameter.copy_(torch.randn_like(parameter) * (0.015 if "embed" in name else 0.3))
+    model.save_pretrained(folder)
 
 
 SEEING = {family.__name__: family for family in (qwen2_5_vl, qwen3_vl, mistral3)}

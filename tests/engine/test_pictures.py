@@ -4,16 +4,21 @@ and the pages of those are selected and cached like others.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
+from specontext_vllm.demo.server import VllmServer, device_arguments
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.engine.names import AUX_LAYERS_KEY
+from tests.engine.conftest import client_of
 from tests.engine.families import serving
-from tests.engine.pictures import LETTERS, SEEING, decoded, picture, write_seeing
+from tests.engine.pictures import LETTERS, SEEING, decoded, picture, write_gemma3, write_seeing
+from tests.engine.test_layer_kinds import BUDGET, PROMPTS
+from tests.engine.test_layer_kinds import scenarios as text_scenarios
 
 TOKENS = 16
 SETTINGS = {"budget": 1024, "sink_tokens": 16, "recent_tokens": 16}
@@ -142,3 +147,48 @@ def test_a_small_budget_reads_a_part_of_pictures_and_text(served):
     whole, stats = served["stock"]["first"][0], served["stats"]
     assert served["sparse"][-1] == whole[-1] and served["sparse"][:2] != whole[:2]
     assert 0 < stats["pages_read"] < 0.5 * stats["pages_total"]
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
+def test_a_server_is_asked_about_a_picture_in_a_conversation(served, forking_servers):
+    """Over HTTP, as a user asks: a picture, text, an answer, another picture."""
+    settings = json.dumps({"specontext": SETTINGS})
+    arguments = ["--attention-backend", "specontext", "--additional-config", settings]
+    arguments += ["--max-model-len", "1024", "--num-gpu-blocks-override", "200"]
+    arguments += ["--served-model-name", "seeing"]
+    arguments += ["--limit-mm-per-prompt", '{"image": 2, "video": 0}', *device_arguments()]
+    turn = [CHATS[0][0], {"role": "assistant", "content": "A"}, asked("And?", 3)]
+    with VllmServer(served["folder"], arguments) as server:
+        client = client_of(server)
+
+        def reply() -> list[int]:
+            answer = client.chat.completions.create(
+                model="seeing",
+                messages=turn,
+                temperature=0,
+                max_tokens=TOKENS,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            assert answer.usage.prompt_tokens > 300
+            return answer.choices[0].token_ids
+
+        assert reply() == served["stock"]["next turn"][0][0]
+        server.rpc("specontext_set", budget=64)
+        server.rpc("specontext_stats", reset=True)
+        assert reply() != served["stock"]["next turn"][0][0]
+        stats = server.rpc("specontext_stats")
+        assert 0 < stats["pages_read"] < 0.5 * stats["pages_total"]
+
+
+def test_of_a_model_whose_pictures_look_ahead_the_text_is_served(tmp_path):
+    write_gemma3(tmp_path)
+    settings = {**SETTINGS, "retriever": "quest"}
+    with pytest.raises(ValueError, match=r"attend to later ones.*\(--language-model-only\)"):
+        with serving(tmp_path, settings=settings):
+            pass
+    with serving(tmp_path, language_model_only=True) as stock:
+        expected = text_scenarios(stock)
+    with serving(tmp_path, settings=settings, language_model_only=True) as ours:
+        assert text_scenarios(ours) == expected
+        ours.set(budget=BUDGET)
+        assert ours.answer(PROMPTS[-1:], TOKENS) != [expected["first"][-1][:TOKENS]]
