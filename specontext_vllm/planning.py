@@ -16,7 +16,7 @@ from specontext_vllm.model_config import (
     num_full_layers,
 )
 from specontext_vllm.residency.hot_size import prior_rate
-from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
+from specontext_vllm.residency.memory_model import OTHERS_KEPT, KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
 from specontext_vllm.residency.table_rows import default_captured_rows
 
@@ -222,13 +222,20 @@ def make_plan(
             f"{option}: found {found or 'a folder'} with --mode lossless, in which the model "
             "drafts for itself and verifies over all pages on the GPU; leave it out."
         )
-    if host_bytes and model.others.count:
+    if host_bytes and model.others.count > model.others.windowed:
         raise ConfigError(
-            f"--host-gib: found {host_bytes / GIB:g}, but {model.others.count} layers of this "
-            "model do not attend to the whole context, and two tiers serve no such model; give 0."
+            f"--host-gib: found {host_bytes / GIB:g}, but "
+            f"{model.others.count - model.others.windowed} layers of this model keep no KV, or a "
+            "state, and two tiers serve no such model; give 0."
         )
+    if host_bytes and model.others.windowed and drafter:
+        raise ConfigError(
+            f"--host-gib: found {host_bytes / GIB:g} with --drafter, and {model.others.windowed} "
+            "layers of this model have windows; leave one of the two out."
+        )
+    beside = requests * model.others.kv_bytes(max_model_len) * (OTHERS_KEPT if host_bytes else 1)
     room = int(UTILIZATION * gpu_bytes) - model.weight_bytes - model.head_bytes - ACTIVATIONS
-    room -= requests * model.others.kv_bytes(max_model_len)
+    room -= beside
     shape = model.kv
     if drafter is not None:
         room -= drafter.weight_bytes
@@ -239,7 +246,7 @@ def make_plan(
             f"({model.weight_bytes / GIB:.1f} GiB), the "
             f"retrieval head ({model.head_bytes / GIB:.2f} GiB), {ACTIVATIONS / GIB:.0f} GiB "
             "for activations and what layers with windows keep "
-            f"({requests * model.others.kv_bytes(max_model_len) / GIB:.2f} GiB); give more."
+            f"({beside / GIB:.2f} GiB); give more."
         )
     memory = MemoryModel(
         shape,

@@ -206,9 +206,11 @@ def hide_our_kernels_folder() -> None:
 
 
 @contextmanager
-def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[None]:
+def allocate_kv_cache_as(
+    cache: Any, layer_names: Collection[str], other_blocks: int | None = None
+) -> Iterator[None]:
     """Within the block, vLLM's KV cache of each of these layers is ``cache``; layers beside them, a
-    drafter's, get memory of their own.
+    drafter's or those of other kinds, get memory of their own.
 
     Uses: vllm.v1.worker.gpu_model_runner.allocate_kv_cache,
         vllm.v1.worker.gpu.attn_utils.allocate_kv_cache
@@ -217,6 +219,9 @@ def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[N
     Reason: allocation is one function called by name (vllm/v1/worker/utils.py, allocate_kv_cache),
         with no hook.
     Remove when: a backend or worker can allocate the KV cache itself.
+
+    Args:
+        other_blocks: of the layers beside them; None: as many as the scheduler hands out to these.
     """
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu import attn_utils
@@ -226,14 +231,23 @@ def allocate_kv_cache_as(cache: Any, layer_names: Collection[str]) -> Iterator[N
     had = {module: module.allocate_kv_cache for module in (gpu_model_runner, attn_utils)}
 
     def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        others, size = [], 0
+        others, ends = [], [0] * len(kv_cache_config.kv_cache_groups)
+        count = other_blocks or kv_cache_config.num_blocks
         for tensor in kv_cache_config.kv_cache_tensors:
             if rest := [name for name in tensor.layers if name not in layer_names]:
-                # In our layout a layer's blocks lie together; all layers share one allocation.
-                others.append(replace(tensor, layers=rest, offset=size))
-                size += len(rest) * tensor.layer_stride
-        others = [replace(tensor, size=size) for tensor in others]
-        caches = original(replace(kv_cache_config, kv_cache_tensors=others), *args, **kwargs)
+                # In our layout a layer's blocks lie together; all layers share one allocation, in
+                # which groups lie over one another.
+                group = next(
+                    index
+                    for index, group in enumerate(kv_cache_config.kv_cache_groups)
+                    if rest[0] in group.layer_names
+                )
+                stride = tensor.layer_stride * count // kv_cache_config.num_blocks
+                others.append(replace(tensor, layers=rest, offset=ends[group], layer_stride=stride))
+                ends[group] += len(rest) * stride
+        others = [replace(tensor, size=max(ends)) for tensor in others]
+        fewer = replace(kv_cache_config, num_blocks=count, kv_cache_tensors=others)
+        caches = original(fewer, *args, **kwargs)
         return caches | dict.fromkeys(layer_names, cache)
 
     for module in had:

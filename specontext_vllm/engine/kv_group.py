@@ -103,15 +103,18 @@ class Block:
         num_bytes: GPU memory that vLLM counts for it, by which it divides what a worker offers.
         pages: pages of ours in it.
         other_bytes: of it in other layers of our group, a drafter's.
-        is_shared: other groups use the same memory.
         layers: our layers that a block holds pages of, at the most.
+        groups: our groups.
+        apart_bytes: GPU memory of the groups beside ours, where their blocks are not of our pool;
+            see ``other_blocks.py``. None: there are no others.
     """
 
     num_bytes: int
     pages: int
     other_bytes: int
-    is_shared: bool
     layers: int
+    groups: int = 1
+    apart_bytes: int | None = None
 
 
 def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequence[str]) -> Block:
@@ -133,18 +136,26 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
     except ImportError:  # vLLM 0.33 has moved it
         planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
         get_kv_cache_groups = planning.get_kv_cache_groups
+
+    from specontext_vllm.engine.other_blocks import num_other_blocks
+
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     ours = find_kv_groups(layer_names, groups)
     sizes = [
         {name: spec_of(group, name).page_size_bytes for name in group.layer_names}
         for group in groups
     ]
+    indexes = [group.index for group in ours]
+    beside = [sum(sizes[index].values()) for index in range(len(groups)) if index not in indexes]
     return Block(
         max(sum(by_layer.values()) for by_layer in sizes),
         ours[0].block_pages,
         sum(size for name, size in sizes[ours[0].index].items() if name not in layer_names),
-        is_shared=len(groups) > 1,
         layers=max(len(group.layer_names) for group in ours),
+        groups=len(ours),
+        apart_bytes=num_other_blocks(vllm_config, groups, indexes) * max(beside)
+        if beside
+        else None,
     )
 
 

@@ -38,12 +38,17 @@ def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int, block_b
     return gpu_bytes // (block_bytes + retriever_bytes)
 
 
-def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> TierPlan:
+def plan_two_tiers(
+    vllm_config: Any, memory: MemoryModel, gpu_bytes: int, *, beside_others: bool = False
+) -> TierPlan:
     """What ``gpu_bytes`` of GPU memory and the host pool hold together; without a mirrored layer
     one tier is enough. All workers must call it together.
 
+    Args:
+        beside_others: other layers have blocks of their own, as they have beside two tiers alone.
     Raises:
-        ConfigError: a sentence with the numbers when they hold too little.
+        ConfigError: a sentence with the numbers when they hold too little, or beside other layers
+            enough without the host pool.
     """
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     host_bytes = worker_host_bytes(
@@ -60,6 +65,12 @@ def plan_two_tiers(vllm_config: Any, memory: MemoryModel, gpu_bytes: int) -> Tie
         raise ConfigError(f"additional_config.{CONFIG_KEY}.host_kv_gib: {error}") from None
     if plan.host_layers:
         _log_two_tiers(vllm_config, memory, plan, gpu_bytes)
+    elif beside_others:
+        raise ConfigError(
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but the "
+            f"{plan.num_pages // memory.block_pages} blocks of --num-gpu-blocks-override fit "
+            "without it; set it to 0, or ask for more blocks."
+        )
     else:
         logger.warning(
             "SpeContext tiers: host_kv_gib %s, but no layer is mirrored: the %d blocks of "
@@ -92,6 +103,12 @@ def _log_two_tiers(vllm_config: Any, memory: MemoryModel, plan: TierPlan, gpu_by
     )
     requests = vllm_config.scheduler_config.max_num_seqs
     longest = memory.thresholds(plan, requests)
+    if memory.other_bytes:
+        logger.info(
+            "SpeContext tiers: layers of other kinds have blocks of their own, %.2f GiB %s.",
+            memory.other_bytes / 2**30,
+            where,
+        )
     logger.info(
         "SpeContext tiers: %d requests keep every layer %s up to %d tokens each, and fit up to "
         "%d with all mirrored layers offloaded.",

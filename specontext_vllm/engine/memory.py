@@ -26,6 +26,7 @@ def memory_model(
     retriever_page_bytes: int,
     block_pages: int,
     drafter_page_bytes: int = 0,
+    other_bytes: int = 0,
 ) -> MemoryModel:
     """The memory model of one worker of this engine.
 
@@ -35,6 +36,7 @@ def memory_model(
         retriever_page_bytes: what the retriever keeps of a page of these layers.
         block_pages: pages of a block.
         drafter_page_bytes: KV of a page in a drafter's layers, once they are there.
+        other_bytes: GPU memory of layers of other kinds that have blocks of their own.
     """
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
@@ -54,6 +56,7 @@ def memory_model(
         max_model_len=model.max_model_len,
         captured_rows=compilation.max_cudagraph_capture_size or 0,
         block_pages=block_pages,
+        other_bytes=other_bytes,
     )
 
 

@@ -151,23 +151,39 @@ def refuse_unsupported(vllm_config: Any) -> None:
     if num_full_layers(text) == 0:
         raise ConfigError(NO_FULL_LAYER.format(model=model.model))
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
-    if config.host_kv_gib and (model.is_hybrid or has_windowed_layers(text)):
-        raise ConfigError(mixed_tiers(vllm_config))
+    if config.host_kv_gib:
+        refuse_mixed_tiers(vllm_config, config)
     if vllm_config.speculative_config is not None and not config.is_lossless:
         refuse_drafts(vllm_config, config)
 
 
-def mixed_tiers(vllm_config: Any) -> str:
-    """The sentence for a host pool and layers that are not ours.
+def refuse_mixed_tiers(vllm_config: Any, config: SpeContextConfig) -> None:
+    """Raise a ConfigError for a host pool with layers that keep a state, or with drafts beside
+    layers of other kinds.
+    """
+    model = vllm_config.model_config
+    found = f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
+    if model.is_hybrid:
+        raise ConfigError(
+            f"{found}{model.model} has layers that keep a state, beside which vLLM clears new "
+            "blocks by their place on the GPU, where two tiers have others; set it to 0."
+        )
+    if has_windowed_layers(model.hf_text_config) and vllm_config.speculative_config is not None:
+        raise ConfigError(
+            f"{found}there are drafts (--speculative-config) and {model.model} has layers with "
+            "windows, whose blocks are no longer those of a drafter's layers; leave one out."
+        )
 
-    vLLM hands out blocks of one pool to layers of every kind, so the others would need GPU memory
-    for as many blocks as both tiers have.
+
+def refuse_shared_kv(vllm_config: Any) -> None:
+    """Raise a ConfigError for a host pool with layers that read the KV of another one: what was
+    staged for that one has been overwritten when they run.
     """
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
-    return (
+    raise ConfigError(
         f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
-        f"{vllm_config.model_config.model} also has layers that do not attend to the whole "
-        "context, or read the KV of another one, whose blocks vLLM keeps on the GPU; set it to 0."
+        f"{vllm_config.model_config.model} has layers that read the KV of another one, which may "
+        "be off the GPU again when they run; set it to 0."
     )
 
 
@@ -212,6 +228,10 @@ def refuse_kv_groups(config: SpeContextConfig, count: int, drafts: int) -> None:
         (
             f"additional_config.{CONFIG_KEY}.sidecar: found {config.sidecar!r}",
             config.sidecar != "inline",
+        ),
+        (
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}",
+            bool(config.host_kv_gib),
         ),
         (f"--speculative-config: found {drafts} drafts", drafts > 0),
     ):

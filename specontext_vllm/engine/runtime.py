@@ -28,6 +28,7 @@ from specontext_vllm.engine.lossless import SelfDrafts
 from specontext_vllm.engine.memory import memory_model
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
+from specontext_vllm.engine.other_blocks import num_other_blocks
 from specontext_vllm.engine.parts import (
     make_draft_lists,
     make_graphs,
@@ -35,7 +36,11 @@ from specontext_vllm.engine.parts import (
     make_selector,
     make_tiers,
 )
-from specontext_vllm.engine.refusals import mixed_tiers, refuse_captured_writes, refuse_kv_groups
+from specontext_vllm.engine.refusals import (
+    refuse_captured_writes,
+    refuse_kv_groups,
+    refuse_shared_kv,
+)
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.host_pool import HostPoolError
@@ -139,14 +144,17 @@ class Runtime:
             block: what a block is like; see ``kv_group.expected_block``.
         Raises:
             ConfigError: a sentence with the numbers when that is too little; a host pool beside
-                layers of other kinds.
+                layers that read the KV of others, or for several groups of layers.
         """
         memory = self._memory_model(block)
         if not self.config.host_kv_gib:
             return plan_one_tier(self.vllm_config, memory, gpu_bytes, block.num_bytes)
-        if block.is_shared or len(self.kv_names) < len(self.layer_names):
-            raise ConfigError(mixed_tiers(self.vllm_config))
-        self._plan = plan_two_tiers(self.vllm_config, memory, gpu_bytes)
+        refuse_kv_groups(self.config, block.groups, num_drafts(self.vllm_config))
+        if len(self.kv_names) < len(self.layer_names):
+            refuse_shared_kv(self.vllm_config)
+        self._plan = plan_two_tiers(
+            self.vllm_config, memory, gpu_bytes, beside_others=block.apart_bytes is not None
+        )
         return self._plan.num_pages // memory.block_pages
 
     def _memory_model(self, block: Block) -> MemoryModel:
@@ -164,6 +172,7 @@ class Runtime:
             self.retriever.bytes_per_block + kept_per_layer,
             block.pages,
             block.other_bytes // block.pages,
+            (block.apart_bytes or 0) if self.config.host_kv_gib else 0,
         )
 
     # -- binding, when there is one
@@ -198,7 +207,14 @@ class Runtime:
             self.device,
             self._kv_memory,
         )
-        with allocate_kv_cache_as(self.tiers.arena, self.kv_names):
+        groups = kv_cache_config.kv_cache_groups
+        others = None
+        if len(groups) > 1:
+            ours = [group.index for group in self.kv_groups]
+            others = num_other_blocks(self.vllm_config, groups, ours)
+            if is_profiling:
+                others = min(others, kv_cache_config.num_blocks)
+        with allocate_kv_cache_as(self.tiers.arena, self.kv_names, others):
             yield
 
     def _move_with_kv(self, num_blocks: int) -> None:

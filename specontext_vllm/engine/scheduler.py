@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.draft_length import DraftLength
 from specontext_vllm.engine.lossless import choose_drafts
+from specontext_vllm.engine.other_blocks import keep_apart
 
 
 class WaitsForPages(Scheduler):
@@ -41,9 +42,10 @@ class WaitsForPages(Scheduler):
         """
         # vLLM 0.33 adds the longest hit that may be taken.
         found = super()._get_local_prefix_cache_hit(request, *limit)
-        self._hit = {
-            block.block_id for blocks in found[0].blocks for block in blocks if not block.is_null
-        }
+        # By group: several may have a block of the same number each.
+        self._hit = [
+            {block.block_id for block in blocks if not block.is_null} for blocks in found[0].blocks
+        ]
         return found
 
     def _ec_transfer_pending(self, request: Any, num_computed_tokens: int) -> bool:
@@ -57,17 +59,17 @@ class WaitsForPages(Scheduler):
             looked_up and self._is_being_computed(self._hit)
         )
 
-    def _is_being_computed(self, hit: set[int]) -> bool:
-        """Whether a running request still writes one of the blocks ``hit``, of any group."""
-        if not hit:
+    def _is_being_computed(self, hit: list[set[int]]) -> bool:
+        """Whether a running request still writes one of the blocks ``hit`` of a group."""
+        if not any(hit):
             return False
         # A running request's computed tokens are counted up after the step has been scheduled.
         sizes = [group.kv_cache_spec.block_size for group in self.kv_cache_config.kv_cache_groups]
         return any(
-            block.block_id in hit
+            block.block_id in hits
             for running in self.running
-            for size, blocks in zip(
-                sizes, self.kv_cache_manager.get_blocks(running.request_id).blocks, strict=True
+            for size, hits, blocks in zip(
+                sizes, hit, self.kv_cache_manager.get_blocks(running.request_id).blocks, strict=True
             )
             for block in blocks[running.num_computed_tokens // size :]
         )
@@ -203,6 +205,20 @@ class GoesOnFromPages(Scheduler):
             self.kv_cache_manager.free(session)
 
 
+class KeepsPoolsApart(Scheduler):
+    """With a host pool, layers of other kinds have blocks of their own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Parts the pools; see ``keep_apart``.
+
+        Overrides: vllm.v1.core.sched.scheduler.Scheduler.__init__
+        """
+        super().__init__(*args, **kwargs)
+        config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
+        if config.host_kv_gib and len(self.kv_cache_config.kv_cache_groups) > 1:
+            keep_apart(self.vllm_config, self.kv_cache_manager)
+
+
 class ChoosesDrafts(Scheduler):
     """In lossless mode each step makes as many drafts as pay.
 
@@ -260,12 +276,17 @@ class ChoosesDrafts(Scheduler):
 
 
 class SpeContextScheduler(
-    ChoosesDrafts, GoesOnFromPages, OffloadsExactPages, WaitsForPages, Scheduler
+    ChoosesDrafts, GoesOnFromPages, OffloadsExactPages, WaitsForPages, KeepsPoolsApart, Scheduler
 ):
     """vLLM's scheduler."""
 
 
 class SpeContextAsyncScheduler(
-    ChoosesDrafts, GoesOnFromPages, OffloadsExactPages, WaitsForPages, AsyncScheduler
+    ChoosesDrafts,
+    GoesOnFromPages,
+    OffloadsExactPages,
+    WaitsForPages,
+    KeepsPoolsApart,
+    AsyncScheduler,
 ):
     """vLLM's scheduler that runs ahead of the GPU."""

@@ -21,6 +21,11 @@ HOT_SHARE = 0.8
 MIN_GAIN = 1.02
 """A host pool must raise the number of pages by at least this factor, or it is refused."""
 
+OTHERS_KEPT = 2
+"""Layers of other kinds beside two tiers have blocks for so many times what the requests in flight
+hold of them: the rest stays in the prefix cache for a while.
+"""
+
 
 class MemoryModelError(ValueError):
     """The sizes do not fit; the message is one sentence with the numbers."""
@@ -91,6 +96,7 @@ class MemoryModel:
         captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing
             is captured.
         block_pages: pages of a vLLM block, the unit in which a request gets them.
+        other_bytes: GPU memory of layers that SpeContext does not serve, whatever the pages.
     """
 
     def __init__(
@@ -103,8 +109,9 @@ class MemoryModel:
         max_model_len: int,
         captured_rows: int = 0,
         block_pages: int = 1,
+        other_bytes: int = 0,
     ) -> None:
-        self.block_pages = block_pages
+        self.block_pages, self.other_bytes = block_pages, other_bytes
         self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
         self.max_num_seqs, self.max_pages, self.captured_rows = (
             max_num_seqs,
@@ -137,6 +144,8 @@ class MemoryModel:
         }
         if shape.drafter_page_bytes:
             parts["drafter's KV"] = num_pages * shape.drafter_page_bytes
+        if self.other_bytes:
+            parts["layers of other kinds"] = self.other_bytes
         if host_layers:
             parts["tables"] = self._table_bytes(num_pages, hot_pages)
         return TierPlan(
@@ -331,6 +340,7 @@ class MemoryModel:
             max_model_len=self.max_pages * PAGE_SIZE,
             captured_rows=self.captured_rows,
             block_pages=self.block_pages,
+            other_bytes=self.other_bytes,
         )
 
     def thresholds(self, plan: TierPlan, requests: int) -> list[int]:

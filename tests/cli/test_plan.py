@@ -1,6 +1,7 @@
 """`specontext plan`: its figures are the memory model's, and bad input is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -257,8 +258,12 @@ def test_layers_with_windows_keep_and_are_read_as_many_tokens(folder, tmp_path):
     result = run("--model", tmp_path, "--gpu-gib", 60, "--requests", 4, columns=80)
     assert "16 of 32" in result.output and "94%" in result.output, result.output
     assert all(len(line) <= 80 for line in result.output.splitlines())
-    result = run("--model", tmp_path, "--gpu-gib", 60, "--host-gib", 10)
-    assert result.exit_code == 2 and "--host-gib: found 10, but 16 layers" in result.output
+    # Beside two tiers the windows have blocks for twice as much, which are no longer shared.
+    tiered = planning.make_plan(model, config, **options | {"host_bytes": 10 * GIB})
+    assert tiered.kv_bytes == whole.kv_bytes - 2 * 4 * 16 * 64 * page
+    states = replace(model, others=planning.OtherLayers(16, 10, 1000, page))
+    with pytest.raises(ConfigError, match="--host-gib: found 10, but 6 layers of this model keep"):
+        planning.make_plan(states, config, **options | {"host_bytes": 10 * GIB})
 
 
 def test_states_are_said_not_to_be_counted(tmp_path):

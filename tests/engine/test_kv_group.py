@@ -24,6 +24,7 @@ from specontext_vllm.engine.kv_group import Block, KVGroup, expected_block, find
 
 OURS = ("model.layers.1.attn", "model.layers.3.attn")
 OTHERS = ("model.layers.0.attn", "model.layers.2.attn")
+THIRD = "model.layers.4.attn"
 CPU = torch.device("cpu")
 
 
@@ -37,6 +38,12 @@ def full(block_size, heads=2):
     return FullAttentionSpec(
         block_size=block_size, num_kv_heads=heads, head_size=64, dtype=torch.float32
     )
+
+
+WINDOW = SlidingWindowSpec(
+    block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
+)
+OTHERS_APART = ((OTHERS, WINDOW), ((THIRD,), WINDOW))
 
 
 def config_of(*groups):
@@ -60,6 +67,7 @@ def engine_config(rows=4, max_model_len=512):
     return SimpleNamespace(
         additional_config={},
         model_config=SimpleNamespace(max_model_len=max_model_len),
+        max_in_flight_tokens=512,
         scheduler_config=SimpleNamespace(max_num_seqs=rows, disable_hybrid_kv_cache_manager=False),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1
@@ -168,6 +176,30 @@ def test_a_drafter_s_layers_get_memory_for_themselves_alone():
     assert cache.untyped_storage().nbytes() == each
 
 
+def test_layers_of_other_kinds_get_memory_for_their_own_blocks_over_one_another():
+    from vllm.v1.worker.gpu import attn_utils
+
+    spec = full(16)
+    config = config_of((OURS, spec), OTHERS_APART[0], OTHERS_APART[1])
+    each = config.num_blocks * spec.page_size_bytes
+    config.kv_cache_tensors = [
+        KVCacheTensor(2 * each, list(names), each, spec.page_size_bytes)
+        for names in (OURS, *(names for names, _ in OTHERS_APART))
+    ]
+    with allocate_kv_cache_as("arena", OURS, 7):
+        given = attn_utils.allocate_kv_cache(config, CPU, KVCacheLayout.LBHNC, [16, 16, 16])
+    assert {given.pop(name) for name in OURS} == {"arena"}
+    assert {cache.shape[0] for cache in given.values()} == {7}
+    # Two layers of one group, and in the same bytes the one of the other: a block is one group's.
+    storages = {cache.untyped_storage().data_ptr() for cache in given.values()}
+    assert len(storages) == 1
+    cache = given[OTHERS[0]]
+    assert cache.untyped_storage().nbytes() == 2 * 7 * spec.page_size_bytes
+    cache[3] = 1.0
+    assert given[THIRD][3].eq(1).all() and given[THIRD].sum() == cache[3].numel()
+    assert not given[OTHERS[1]].any()
+
+
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_the_v2_runner_selects_over_pages_of_our_group(monkeypatch, block_size):
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -220,23 +252,26 @@ def test_a_block_costs_what_vllm_counts_for_it():
     same = {name: full(32) for name in (*OURS, *OTHERS)}
     page = full(32).page_size_bytes
     # A drafter's layers stand beside ours.
-    assert expected_block(config, same, OURS) == Block(
-        4 * page, 2, 2 * page, is_shared=False, layers=2
-    )
+    assert expected_block(config, same, OURS) == Block(4 * page, 2, 2 * page, layers=2)
     assert expected_block(config, same, (*OURS, *OTHERS)).other_bytes == 0
     # Layers of different widths share one group, with a spec each.
     wider = {OURS[0]: full(32), OURS[1]: full(32, heads=4)}
-    assert expected_block(config, wider, OURS) == Block(3 * page, 2, 0, is_shared=False, layers=2)
+    assert expected_block(config, wider, OURS) == Block(3 * page, 2, 0, layers=2)
     # Groups lie over one another.
     window = SlidingWindowSpec(
         block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=64
     )
     mixed = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(32))
-    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, 0, is_shared=True, layers=2)
+    # What the others need of their own beside two tiers: 17 blocks of a request with a step's
+    # prompt tokens, 4 of each that decodes, twice, and vLLM's null block.
+    apart = (1 + 17 + 2 * 4 * 4) * 2 * page
+    assert expected_block(config, mixed, OURS) == Block(2 * page, 2, 0, 2, apart_bytes=apart)
     # vLLM makes blocks of smaller pages longer, until all have the same size.
     shorter = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(16))
-    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, 0, is_shared=True, layers=2)
+    assert expected_block(config, shorter, OURS) == Block(2 * page, 2, 0, 2, apart_bytes=apart)
     # Three of ours to one with a window are three groups.
     most = (*OURS, OTHERS[0])
     mostly = {OTHERS[1]: window} | dict.fromkeys(most, full(32))
-    assert expected_block(config, mostly, most) == Block(page, 2, 0, is_shared=True, layers=1)
+    assert expected_block(config, mostly, most) == Block(
+        page, 2, 0, layers=1, groups=3, apart_bytes=apart // 2
+    )

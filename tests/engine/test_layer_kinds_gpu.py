@@ -43,3 +43,20 @@ def test_a_whole_budget_s_tokens_begin_as_stock_s(family, tmp_path):
         sparse = ours.answer(PROMPTS, TOKENS)
         assert sparse[-1] != expected[-1]
         assert 0 < ours.stats["pages_read"] < 0.5 * ours.stats["pages_total"]
+
+
+def test_two_tiers_beside_windows_begin_as_one_tier(tmp_path):
+    write(tmp_path, WINDOWED["llama"]())
+    shape = {"max_num_seqs": 3, "max_model_len": 704, "num_gpu_blocks_override": 100}
+    settings = {**SETTINGS, "budget": 192, "retriever": "recent", "stickiness": 0}
+    with serving(tmp_path, dtype="bfloat16", settings=settings, **shape) as ours:
+        expected = ours.answer(PROMPTS, TOKENS)
+    # Frames for some 180 of 200 pages, beside what the windows have.
+    tiered = {**settings, "host_kv_gib": 0.05, "gpu_kv_gib": 0.0017}
+    with serving(tmp_path, dtype="bfloat16", settings=tiered, **shape) as ours:
+        tiers = ours.runner.runtime.tiers
+        assert tiers.plan.host_layers > 0 and tiers.plan.frames < 200
+        assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
+        # Again, behind prefix hits, which come from the host pool.
+        assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
+        assert ours.stats["missed_head_pages"] > 0

@@ -220,18 +220,20 @@ def test_a_model_whose_every_layer_has_a_window_is_refused(types):
         refuse_unsupported(vllm_config(model={"hf_text_config": text}))
 
 
-def test_a_host_pool_is_refused_beside_layers_of_other_kinds():
+def test_a_host_pool_beside_layers_of_other_kinds():
     text = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], **WINDOWED)
-    refuse_unsupported(vllm_config(model={"hf_text_config": text}))
-    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* also has layers that do"):
+    host = {"specontext": {"host_kv_gib": 1, "retriever": "recent"}}
+    refuse_unsupported(vllm_config(host, model={"hf_text_config": text}))
+    drafts = SimpleNamespace(method="ngram", num_speculative_tokens=2)
+    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but there are drafts"):
         refuse_unsupported(
-            vllm_config({"specontext": {"host_kv_gib": 1}}, model={"hf_text_config": text})
+            vllm_config(host, model={"hf_text_config": text}, speculative_config=drafts)
         )
     refuse_unsupported(vllm_config(model={"is_hybrid": True}))
-    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* also has layers that do"):
-        refuse_unsupported(
-            vllm_config({"specontext": {"host_kv_gib": 1}}, model={"is_hybrid": True})
-        )
+    with pytest.raises(
+        ConfigError, match="host_kv_gib: found 1.0, but .* layers that keep a state"
+    ):
+        refuse_unsupported(vllm_config(host, model={"is_hybrid": True}))
 
 
 def test_a_pool_that_this_machine_cannot_hold_is_refused_before_anything_is_loaded(monkeypatch):
