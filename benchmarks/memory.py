@@ -45,9 +45,10 @@ def measure(
     import torch
 
     from specontext_vllm.config import SpeContextConfig, pages_for
+    from specontext_vllm.float8 import FP8
     from specontext_vllm.residency.memory_model import KVShape, MemoryModel
     from specontext_vllm.residency.tiers import TieredKV
-    from specontext_vllm.retrieval.cache import FP8, HeadCache
+    from specontext_vllm.retrieval.cache import HeadCache
 
     device = torch.device("cuda" if on_gpu else "cpu")
     heads, d, hidden = shape.num_key_value_heads, shape.head_dim, shape.hidden_size

@@ -68,12 +68,13 @@ class Model:
     others: OtherLayers = OtherLayers()
 
 
-def read_model(path: Path) -> Model:
+def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
     """Read a Hugging Face config.json. The weights are counted on torch's meta device; nothing is
     loaded.
 
     Args:
         path: folder of the model, or its config.json.
+        kv_cache_dtype: vLLM's: "auto" for the model's own, "fp8" for 8-bit floats.
     Raises:
         ConfigError: no config.json, or not one of a causal language model that transformers knows.
     """
@@ -96,7 +97,10 @@ def read_model(path: Path) -> Model:
         kinds, layers = layer_kinds(text), num_full_layers(text)
         places = [place for place, kind in enumerate(kinds) if is_full(kind, text)]
         num_kv_heads, head_dim = kv_heads(text, places[0] if places else 0)
-        longest, others = _longest(text), _other_layers(text, text.num_hidden_layers - layers)
+        dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
+        itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
+        others = _other_layers(text, text.num_hidden_layers - layers, itemsize)
+        longest = _longest(text)
     except Exception as error:  # a broken config fails where one of its values is first used
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
@@ -113,26 +117,26 @@ def read_model(path: Path) -> Model:
                 f"--model: {folder}/config.json is of a model with {what}, whose memory plan does "
                 "not know; plan for another one."
             )
-    dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
     # The head: fc over three hidden states, q and k over two. Its cache: keys, and one fused aux
     # state a page. The planned GPU is assumed to have 8-bit floats, which the keys are kept in then
     # (retrieval/cache.py).
     head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + num_kv_heads)
     cache = num_kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
-    kv = KVShape(layers, num_kv_heads, head_dim, dtype.itemsize, cache)
+    kv = KVShape(layers, num_kv_heads, head_dim, itemsize, cache)
     return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest, others)
 
 
-def _other_layers(text: Any, count: int) -> OtherLayers:
-    """The layers of a text model that do not attend to the whole context."""
-    import torch
+def _other_layers(text: Any, count: int, itemsize: int) -> OtherLayers:
+    """The layers of a text model that do not attend to the whole context.
 
+    Args:
+        itemsize: bytes of one element of their KV.
+    """
     windowed = [place for place, kind in enumerate(layer_kinds(text)) if kind in WINDOWED_KINDS]
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
     if not count or not windowed or not window:
         return OtherLayers(count)
     heads, width = kv_heads(text, windowed[0])
-    itemsize = text.dtype.itemsize if isinstance(text.dtype, torch.dtype) else 2
     return OtherLayers(count, len(windowed), window, heads * PAGE_SIZE * 2 * width * itemsize)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from specontext_vllm.float8 import FP8, as_bytes
 from specontext_vllm.residency.frames import Changes
 from specontext_vllm.residency.tiers import TieredKV
 from specontext_vllm.step_data import ScheduledStep
@@ -33,7 +34,8 @@ class PoisonedTieredKV(TieredKV):
         if self.device.type == "cuda":
             # The host writes at once; what the steps before this one read must be through.
             torch.cuda.synchronize(self.device)
-        self.pools.host[:, fresh] = float("nan")
+        for layer in self.pools.host:
+            fill_with_nan(layer, fresh)
         self.poisoned += len(fresh)
         super().follow(step)
 
@@ -41,9 +43,17 @@ class PoisonedTieredKV(TieredKV):
         # The copies of the step before may still write to them.
         self.copies.join()
         for frames in changes.given_up:
-            self.arena[torch.from_numpy(frames).long().to(self.device)] = float("nan")
+            fill_with_nan(self.arena, torch.from_numpy(frames).long().to(self.device))
             self.poisoned += len(frames)
         super().apply(changes)
+
+
+def fill_with_nan(pages: torch.Tensor, which: list[int] | torch.Tensor) -> None:
+    """Of 8-bit floats one byte is NaN."""
+    if pages.dtype == FP8:
+        as_bytes(pages)[which] = 0x7F
+    else:
+        pages[which] = float("nan")
 
 
 @contextmanager

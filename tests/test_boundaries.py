@@ -19,10 +19,18 @@ WRAPPERS = {
     "specontext_vllm.attention.triton",
 }
 MAY_IMPORT = {
-    "retrieval": {"config", "cpu_kernels", "retrieval", "step_data", "triton_kernels"},
-    "retrieval.rules": {"retrieval.rules", "triton_kernels"},
+    "retrieval": {
+        "config",
+        "cpu_kernels",
+        "float8",
+        "retrieval",
+        "step_data",
+        "triton_kernels",
+    },
+    "retrieval.rules": {"float8", "retrieval.rules", "triton_kernels"},
     "residency": {
         "config",
+        "float8",
         "late_copy",
         "residency",
         "sizes",
@@ -30,7 +38,14 @@ MAY_IMPORT = {
         "tier_data",
         "triton_kernels",
     },
-    "attention": {"config", "attention", "cpu_kernels", "step_data", "triton_kernels"},
+    "attention": {
+        "config",
+        "attention",
+        "cpu_kernels",
+        "float8",
+        "step_data",
+        "triton_kernels",
+    },
     "cpu_kernels": {"cpu_kernels"},
     "observability": {"observability", "retrieval.counters"},
     "synthetic": {"synthetic"},
@@ -43,8 +58,8 @@ MAY_IMPORT = {
         "triton_kernels",
     },
     "demo": {"config", "demo", "distillation", "extras", "retrieval", "synthetic"},
-    "sidecar": {"config", "retrieval", "sidecar", "step_data"},
-    "triton_kernels": {"step_data", "tier_data", "triton_kernels"},
+    "sidecar": {"config", "float8", "retrieval", "sidecar", "step_data"},
+    "triton_kernels": {"float8", "step_data", "tier_data", "triton_kernels"},
 }
 """For each package, what of specontext_vllm it may import."""
 

@@ -26,9 +26,10 @@ def _update_bounds_kernel(
         o_d = tl.arange(0, D_PAD)
         m_k = (o_t <= slot % P)[:, None] & (o_d < D)[None, :]
         p_k = p_kv + (i_page * P + o_t)[:, None] * 2 * D + o_d[None, :]
-        b_low = tl.min(tl.load(p_k, mask=m_k, other=float("inf")), axis=0)
-        b_k = tl.load(p_k, mask=m_k, other=float("-inf"))
-        b_high = tl.max(b_k, axis=0)
+        # Infinity is none of the 8-bit floats.
+        b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_low = tl.min(tl.where(m_k, b_k, float("inf")), axis=0)
+        b_high = tl.max(tl.where(m_k, b_k, float("-inf")), axis=0)
         # tl.min and tl.max ignore NaN, but a key with NaN has no bound.
         m_nan = tl.max((b_k != b_k).to(tl.int32), axis=0) > 0
         b_low = tl.where(m_nan, float("nan"), b_low)
@@ -99,7 +100,7 @@ def update_bounds(kv_cache: torch.Tensor, slots: torch.Tensor, bounds: torch.Ten
 
     Args:
         kv_cache: ``[num_blocks, H, P, 2 * D]`` contiguous, keys then values in the last axis, the
-            step's tokens included.
+            step's tokens included; of the bounds' dtype, or 8-bit floats.
         slots: ``[N]`` int64 of the step's tokens, each request's in ascending order of position and
             side by side; negative: padding.
         bounds: ``[num_blocks, H, 2, D]`` minima then maxima over the page's tokens so far, written;

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from specontext_vllm.float8 import KVScales
 from specontext_vllm.step_data import RowQueries
 
 MAX_SPLITS = 64
@@ -47,6 +48,8 @@ def _sparse_decode_kernel(
     p_lengths,
     p_starts,
     p_sinks,
+    p_k_scale,
+    p_v_scale,
     p_out,
     p_partial,
     p_lse,
@@ -71,6 +74,8 @@ def _sparse_decode_kernel(
     STAGES: tl.constexpr,
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
+    SCALED: tl.constexpr,
+    HALF: tl.constexpr,
     LOG2_E: tl.constexpr,
     MOST: tl.constexpr,
 ):
@@ -98,6 +103,12 @@ def _sparse_decode_kernel(
     # [M_PAD, D_PAD]
     o_q = (start + o_m // G) * s_query + ((i_seq % num_kv_heads) * G + o_m % G) * D
     b_q = tl.load(p_query + o_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    if HALF:
+        b_q = tl.clamp(b_q.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(
+            tl.float16
+        )
+    if SCALED:
+        scale *= tl.load(p_k_scale)
     # [M_PAD] tokens that each query reads.
     b_seen = length - new + 1 + o_m // G
     b_acc = tl.zeros((M_PAD, D_PAD), tl.float32)
@@ -114,8 +125,12 @@ def _sparse_decode_kernel(
         # [STEP * P, D_PAD]; keys then values in the last axis
         p_k = p_kv + ((b_id * P + o_t % P) * 2 * D)[:, None] + o_d[None, :]
         m_kv = m_t[:, None] & (o_d < D)[None, :]
-        b_k = tl.load(p_k, mask=m_kv, other=0.0)
-        b_v = tl.load(p_k + D, mask=m_kv, other=0.0)
+        b_k = tl.load(p_k, mask=m_kv, other=0.0).to(b_q.dtype)
+        b_v = tl.load(p_k + D, mask=m_kv, other=0.0).to(b_q.dtype)
+        if SCALED:
+            # A sum of one element, which keeps Triton from converting values after it has laid them
+            # out for their product: 8-bit ones would be read from shared memory byte by byte.
+            b_v = tl.sum(tl.reshape(b_v, (STEP * P, D_PAD, 1)), axis=2).to(b_q.dtype)
         # [M_PAD, STEP * P] logits in powers of two: the scale includes log2(e).
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if CAPPED:
@@ -143,6 +158,8 @@ def _sparse_decode_kernel(
         o_head = (i_seq % num_kv_heads) * G + o_m % G
         b_sink = tl.load(p_sinks + o_head) * LOG2_E
         b_sum += tl.where(parts == 1, tl.exp2(tl.minimum(b_sink - b_top, MOST)), 0.0)
+    if SCALED:
+        b_acc *= tl.load(p_v_scale)
     # A padding row has no token; its output is 0.
     b_acc = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     o_out = ((start + o_m // G) * num_kv_heads + i_seq % num_kv_heads) * G + o_m % G
@@ -247,13 +264,15 @@ def sparse_decode(
     queries: RowQueries | None = None,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    scales: KVScales | None = None,
 ) -> None:
     """Attention of the query tokens of R rows; each KV head of a row is a sequence with its own
     list of pages.
 
     Args:
         query: ``[N, H * G, D]``; the row stride is free; copied if its rows are not contiguous.
-        head_pages: ``[num_blocks * H, P, 2 * D]`` contiguous, keys then values in the last axis.
+        head_pages: ``[num_blocks * H, P, 2 * D]`` contiguous, keys then values in the last axis; of
+            the query's dtype, or with ``scales`` 8-bit floats.
         pages: ``[R * H, K]`` int32 head-page ids; only the first ``ceil(length / P)`` of a sequence
             are read.
         lengths: ``[R * H]`` int32 tokens; the last page may be partly filled; 0 gives zeros.
@@ -263,6 +282,7 @@ def sparse_decode(
         queries: which tokens are whose, each reading the list up to itself; None: one a row.
         soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)``; 0: they stay.
         sinks: ``[H * G]`` float32, of each head a logit that joins the sum of the softmax.
+        scales: of keys and values.
     """
     tokens, heads, d = query.shape
     rows, most = tokens, 1
@@ -284,6 +304,8 @@ def sparse_decode(
         lengths,
         lengths if queries is None else queries.starts,
         lengths if sinks is None else sinks,
+        lengths if scales is None else scales.key,
+        lengths if scales is None else scales.value,
         output,
         workspace.partial,
         workspace.lse,
@@ -308,6 +330,11 @@ def sparse_decode(
         STAGES=3,
         CAPPED=bool(soft_cap),
         SINKS=sinks is not None,
+        SCALED=scales is not None,
+        # IEEE float16 represents 8-bit floats exactly, and GPUs convert them with one instruction;
+        # bfloat16 queries are exact in it, too, but for very large ones, which are clamped, and
+        # very small ones.
+        HALF=scales is not None and query.dtype != torch.float32,
         LOG2_E=LOG2_E,
         MOST=MOST,
         num_warps=4,

@@ -4,8 +4,20 @@ import torch
 import triton
 import triton.language as tl
 
+from specontext_vllm.float8 import LARGEST, KVScales
 from specontext_vllm.step_data import RowQueries
 from specontext_vllm.tier_data import LayerMemory
+
+
+@triton.jit
+def _divided(values, scale, LARGEST: tl.constexpr):
+    """Rounded as vLLM's C++ divides; cut off at the largest 8-bit float."""
+    return tl.clamp(
+        tl.div_rn(values.to(tl.float32), scale),
+        -LARGEST,
+        LARGEST,
+        propagate_nan=tl.PropagateNan.ALL,
+    )
 
 
 @triton.jit(
@@ -21,6 +33,8 @@ def _write_tiered_kernel(
     p_lengths,
     p_frames,
     p_resident,
+    p_k_scale,
+    p_v_scale,
     p_arena,
     p_host,
     decode_tokens,
@@ -35,6 +49,7 @@ def _write_tiered_kernel(
     D_PAD: tl.constexpr,
     R_PAD: tl.constexpr,
     MIRRORED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     i_token = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
@@ -45,6 +60,9 @@ def _write_tiered_kernel(
         m_d = o_d < D
         b_k = tl.load(p_key + i_token * s_key + i_head * D + o_d, mask=m_d, other=0.0)
         b_v = tl.load(p_value + i_token * s_value + i_head * D + o_d, mask=m_d, other=0.0)
+        if LARGEST > 0:
+            b_k = _divided(b_k, tl.load(p_k_scale), LARGEST).to(p_arena.dtype.element_ty)
+            b_v = _divided(b_v, tl.load(p_v_scale), LARGEST).to(p_arena.dtype.element_ty)
         place = (slot // P * H + i_head) * P + slot % P
         target = tl.full((), -1, tl.int64)
         if i_token < decode_tokens:
@@ -80,6 +98,7 @@ def write_tiered(
     *,
     decode_tokens: int,
     queries: RowQueries | None = None,
+    scales: KVScales | None = None,
 ) -> None:
     """Write one layer's new tokens.
 
@@ -89,6 +108,7 @@ def write_tiered(
         memory: where the layer writes.
         decode_tokens: leading tokens that belong to decode rows.
         queries: which of these are whose; None: one a row.
+        scales: of memory in 8-bit floats; None: it has the dtype of ``key``.
     """
     rows = 0 if queries is None else queries.starts.shape[0] - 1
     arena, mirror = memory.arena, memory.mirror
@@ -102,6 +122,8 @@ def write_tiered(
         memory.table.lengths,
         memory.frames,
         memory.resident,
+        slots if scales is None else scales.key,
+        slots if scales is None else scales.value,
         arena,
         arena if mirror is None else mirror,
         decode_tokens,
@@ -116,5 +138,6 @@ def write_tiered(
         D_PAD=triton.next_power_of_2(width // 2),
         R_PAD=triton.next_power_of_2(rows) if rows else 0,
         MIRRORED=mirror is not None,
+        LARGEST=0 if scales is None else LARGEST,
         num_warps=1,
     )

@@ -141,24 +141,24 @@ inline void attend_block(const float* query, const T* const* pages, const T* con
 }
 
 // A page of a part; null beyond its end, and for an id that is none of the pages.
-template <typename T>
-inline const T* page_of(const DecodeArgs& args, const Part& part, int64_t page) {
+template <typename K>
+inline const K* page_of(const DecodeArgs& args, const Part& part, int64_t page) {
   if (page >= part.pages) {
     return nullptr;
   }
   const int32_t id = args.table[part.sequence * args.table_row + part.first_page + page];
   return id < 0 || id >= args.num_pages
       ? nullptr
-      : static_cast<const T*>(args.pages) + id * (kPage * 2 * args.width);
+      : static_cast<const K*>(args.pages) + id * (kPage * 2 * args.width);
 }
 
 // `next` is the part that this thread goes on with, or null: its first pages are asked for.
-template <typename T>
+template <typename T, typename K>
 bool attend_part(const DecodeArgs& args, const Part& part, const Part* next,
                  const PartResult& result, float* queries) {
   const int64_t row = padded(args.width), head = part.sequence % args.kv_heads;
   for (int64_t page = 0; page < part.pages; ++page) {
-    if (page_of<T>(args, part, page) == nullptr) {
+    if (page_of<K>(args, part, page) == nullptr) {
       return false;
     }
   }
@@ -166,7 +166,7 @@ bool attend_part(const DecodeArgs& args, const Part& part, const Part* next,
   for (int64_t i = 0; i < own.count; ++i) {
     const T* query = static_cast<const T*>(args.query) + (own.first + i) * args.query_token +
         head * args.group * args.query_head;
-    read_queries(query, args.query_head, args.group, args.width, args.scale,
+    read_queries(query, args.query_head, args.group, args.width, args.scale * args.key_scale,
                  queries + i * args.group * row);
   }
   const int64_t count = own.count * args.group;
@@ -176,14 +176,14 @@ bool attend_part(const DecodeArgs& args, const Part& part, const Part* next,
   // Tokens of the part that the row's first query reads; each of the others reads one more.
   const int64_t seen =
       args.lengths[part.sequence] - own.count + 1 - part.first_page * kPage;
-  const T* const none[kBlockPages] = {};
-  const T *pages[kBlockPages], *ahead[kBlockPages];
+  const K* const none[kBlockPages] = {};
+  const K *pages[kBlockPages], *ahead[kBlockPages];
   for (int64_t first = 0; first < part.pages; first += kBlockPages) {
     const bool is_last = first + kBlockPages >= part.pages;
     for (int64_t i = 0; i < kBlockPages; ++i) {
-      pages[i] = page_of<T>(args, part, first + i);
-      ahead[i] = !is_last     ? page_of<T>(args, part, first + kBlockPages + i)
-          : next != nullptr ? page_of<T>(args, *next, i)
+      pages[i] = page_of<K>(args, part, first + i);
+      ahead[i] = !is_last     ? page_of<K>(args, part, first + kBlockPages + i)
+          : next != nullptr ? page_of<K>(args, *next, i)
                             : nullptr;
     }
     for (int64_t i = 0; i < own.count; ++i) {
@@ -194,7 +194,7 @@ bool attend_part(const DecodeArgs& args, const Part& part, const Part* next,
       for (int64_t g = 0; g < args.group; g += kHeadsAtOnce) {
         const int64_t at = i * args.group + g;
         with_heads(std::min<int64_t>(args.group - g, kHeadsAtOnce), [&](auto heads) {
-          attend_block<T, heads>(queries + at * row, pages, at == 0 ? ahead : none, tokens,
+          attend_block<K, heads>(queries + at * row, pages, at == 0 ? ahead : none, tokens,
                                  args.width, args.soft_cap,
                                  {result.largest + at, result.sum + at, result.values + at * row});
         });
@@ -207,7 +207,7 @@ bool attend_part(const DecodeArgs& args, const Part& part, const Part* next,
 // The output of one query from the parts of its sequence, `stride` floats apart.
 template <typename T>
 void combine(const PartResult& first, int64_t parts, int64_t stride, const float* sink,
-             int64_t width, T* output) {
+             int64_t width, float scale, T* output) {
   float largest = sink == nullptr ? kMinusInfinity : *sink;
   for (int64_t part = 0; part < parts; ++part) {
     largest = std::max(largest, first.largest[part * stride]);
@@ -224,11 +224,11 @@ void combine(const PartResult& first, int64_t parts, int64_t stride, const float
       values =
           at::vec::fmadd(Vec::loadu(first.values + part * stride + at), Vec(shares[part]), values);
     }
-    store(output + at, values / Vec(sum), std::min(width - at, kLanes));
+    store(output + at, values * Vec(scale / sum), std::min(width - at, kLanes));
   }
 }
 
-template <typename T>
+template <typename T, typename K>
 bool decode(const DecodeArgs& args) {
   const int64_t row = padded(args.width), sequences = args.rows * args.kv_heads;
   std::vector<Part> parts;
@@ -261,7 +261,7 @@ bool decode(const DecodeArgs& args) {
     std::vector<float> queries(most * row);
     for (int64_t part = begin; part < end; ++part) {
       const Part* next = part + 1 < end ? &parts[part + 1] : nullptr;
-      if (!attend_part<T>(args, parts[part], next, result(parts[part]), queries.data())) {
+      if (!attend_part<T, K>(args, parts[part], next, result(parts[part]), queries.data())) {
         in_range = false;
       }
     }
@@ -288,12 +288,17 @@ bool decode(const DecodeArgs& args) {
           const int64_t at = i * args.group + g;
           combine<T>({from.largest + at, from.sum + at, from.values + at * row}, number, stride,
                      args.sinks == nullptr ? nullptr : args.sinks + head + g, args.width,
-                     output + g * args.width);
+                     args.value_scale, output + g * args.width);
         }
       }
     }
   });
   return true;
+}
+
+template <typename T>
+bool decode(const DecodeArgs& args) {
+  return args.page_kind == Kind::kFloat8 ? decode<T, c10::Float8_e4m3fn>(args) : decode<T, T>(args);
 }
 
 }  // namespace

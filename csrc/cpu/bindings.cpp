@@ -3,6 +3,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Float8_e4m3fn.h>
+#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -26,7 +29,7 @@ Kind kind_of(const Tensor& tensor, const char* name) {
       return Kind::kFloat8;
     default:
       TORCH_CHECK(false, name, ": found ", tensor.scalar_type(),
-                  "; use float32, bfloat16, float16 or, for keys of the head, float8_e4m3fn.");
+                  "; use float32, bfloat16, float16 or, for what is stored, float8_e4m3fn.");
   }
 }
 
@@ -50,21 +53,23 @@ void check_floats(const Tensor& tensor, const char* name, int64_t dims) {
 
 void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& table,
                       const Tensor& lengths, const Tensor& output, double scale, double soft_cap,
-                      const std::optional<Tensor>& sinks, const std::optional<Tensor>& starts) {
+                      const std::optional<Tensor>& sinks, const std::optional<Tensor>& starts,
+                      double key_scale, double value_scale) {
   check(query, "query", 3);
   check(pages, "pages", 3);
   check_ints(table, "table", 2);
   check_ints(lengths, "lengths", 1);
   check(output, "output", 3);
-  const Kind kind = kind_of(query, "query");
+  const Kind kind = kind_of(query, "query"), page_kind = kind_of(pages, "pages");
   const int64_t heads = query.size(1), width = query.size(2), sequences = lengths.size(0);
   if (starts) {
     check_ints(*starts, "starts", 1);
   }
   const int64_t rows = starts ? starts->size(0) - 1 : query.size(0);
-  TORCH_CHECK(kind != Kind::kFloat8 && pages.scalar_type() == query.scalar_type() &&
+  TORCH_CHECK(kind != Kind::kFloat8 && (page_kind == kind || page_kind == Kind::kFloat8) &&
                   output.scalar_type() == query.scalar_type(),
-              "query, pages and output must have one dtype of 16 or 32 bits, found ",
+              "query, pages and output must have one dtype of 16 or 32 bits, or pages 8-bit floats, "
+              "found ",
               query.scalar_type(), ", ", pages.scalar_type(), " and ", output.scalar_type());
   TORCH_CHECK(pages.is_contiguous() && pages.size(1) == 16 && pages.size(2) == 2 * width,
               "pages: needed a contiguous [n, 16, ", 2 * width, "], found ", pages.sizes());
@@ -99,6 +104,7 @@ void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& ta
   }
   const DecodeArgs args{
       kind,
+      page_kind,
       query.const_data_ptr(),
       query.stride(0),
       query.stride(1),
@@ -116,12 +122,41 @@ void sparse_decode_op(const Tensor& query, const Tensor& pages, const Tensor& ta
       width,
       static_cast<float>(scale),
       static_cast<float>(soft_cap),
+      static_cast<float>(key_scale),
+      static_cast<float>(value_scale),
   };
   TORCH_CHECK(sparse_decode(args), "table: found a page that is none of the ", pages.size(0));
 }
 
+// Cut off at the largest 8-bit float; NaN stays.
+template <typename T>
+void to_float8(const T* from, int64_t count, float scale, c10::Float8_e4m3fn* to) {
+  constexpr float kLargest = 448.f;
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = c10::Float8_e4m3fn(
+        std::clamp(static_cast<float>(from[i]) / scale, -kLargest, kLargest));
+  }
+}
+
+// `count` elements of `kind`, kept as they are, or as 8-bit floats.
+void store_row(Kind kind, bool as_float8, const void* from, int64_t count, float scale, void* to) {
+  if (!as_float8) {
+    std::memcpy(to, from, count * (kind == Kind::kFloat ? 4 : 2));
+    return;
+  }
+  auto* into = static_cast<c10::Float8_e4m3fn*>(to);
+  switch (kind) {
+    case Kind::kFloat:
+      return to_float8(static_cast<const float*>(from), count, scale, into);
+    case Kind::kBFloat16:
+      return to_float8(static_cast<const c10::BFloat16*>(from), count, scale, into);
+    default:
+      return to_float8(static_cast<const c10::Half*>(from), count, scale, into);
+  }
+}
+
 void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
-                 const Tensor& slots) {
+                 const Tensor& slots, double key_scale, double value_scale) {
   check(key, "key", 3);
   check(value, "value", 3);
   check(kv_cache, "kv_cache", 4);
@@ -131,16 +166,23 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
   TORCH_CHECK(slots.scalar_type() == at::kLong, "slots: found ", slots.scalar_type(),
               ", needed int64");
   TORCH_CHECK(kv_cache.is_contiguous(), "kv_cache must be contiguous");
+  const Kind kind = kind_of(key, "key");
+  const bool as_float8 = kv_cache.scalar_type() == at::kFloat8_e4m3fn;
+  TORCH_CHECK(kind != Kind::kFloat8 && value.scalar_type() == key.scalar_type() &&
+                  (as_float8 || kv_cache.scalar_type() == key.scalar_type()),
+              "key, value and kv_cache must have one dtype of 16 or 32 bits, or kv_cache 8-bit "
+              "floats, found ",
+              key.scalar_type(), ", ", value.scalar_type(), " and ", kv_cache.scalar_type());
   for (const Tensor* each : {&key, &value}) {
-    TORCH_CHECK(each->scalar_type() == kv_cache.scalar_type() && each->size(0) >= count &&
-                    each->size(1) == heads && each->size(2) == width,
-                "key, value: needed [>= ", count, ", ", heads, ", ", width, "] of ",
-                kv_cache.scalar_type(), ", found ", each->sizes(), " of ", each->scalar_type());
+    TORCH_CHECK(each->size(0) >= count && each->size(1) == heads && each->size(2) == width,
+                "key, value: needed [>= ", count, ", ", heads, ", ", width, "], found ",
+                each->sizes());
   }
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   TORCH_CHECK(std::all_of(slot, slot + count, [&](int64_t at) { return at < places; }),
               "slots: found one beyond the ", places, " of the cache");
-  const int64_t bytes = width * kv_cache.element_size(), element = kv_cache.element_size();
+  const int64_t bytes = width * kv_cache.element_size(), element = key.element_size();
+  const float by_key = static_cast<float>(key_scale), by_value = static_cast<float>(value_scale);
   const char* keys = static_cast<const char*>(key.const_data_ptr());
   const char* values = static_cast<const char*>(value.const_data_ptr());
   char* cache = static_cast<char*>(kv_cache.mutable_data_ptr());
@@ -153,9 +195,11 @@ void write_kv_op(const Tensor& key, const Tensor& value, const Tensor& kv_cache,
       const int64_t block = slot[i] / page_size, offset = slot[i] % page_size;
       for (int64_t head = 0; head < heads; ++head) {
         char* to = cache + ((block * heads + head) * page_size + offset) * 2 * bytes;
-        std::memcpy(to, keys + (i * key.stride(0) + head * key.stride(1)) * element, bytes);
-        std::memcpy(to + bytes, values + (i * value.stride(0) + head * value.stride(1)) * element,
-                    bytes);
+        store_row(kind, as_float8, keys + (i * key.stride(0) + head * key.stride(1)) * element,
+                  width, by_key, to);
+        store_row(kind, as_float8,
+                  values + (i * value.stride(0) + head * value.stride(1)) * element, width,
+                  by_value, to + bytes);
       }
     }
   });
@@ -310,27 +354,31 @@ void select_pages_op(const Tensor& page_max, const Tensor& page_lse, const Tenso
 }
 
 void pack_pages_op(const Tensor& kv_cache, const Tensor& pages, const Tensor& tokens,
-                   const Tensor& places, const Tensor& copy, bool in_pairs) {
+                   const Tensor& places, const Tensor& copy, bool in_pairs, double key_scale,
+                   double value_scale) {
   check(kv_cache, "kv_cache", 4);
   check_ints(pages, "pages", 1);
   check_ints(tokens, "tokens", 1);
   check_ints(places, "places", 1);
   check(copy, "copy", 4);
   const int64_t count = pages.size(0), heads = kv_cache.size(1), width = kv_cache.size(3) / 2;
-  const int64_t bytes = kv_cache.element_size(), block = copy.size(2) / 2;
+  const int64_t bytes = copy.element_size(), block = copy.size(2) / 2;
+  const Kind kind = kind_of(copy, "copy"), cache_kind = kind_of(kv_cache, "kv_cache");
   TORCH_CHECK(kv_cache.is_contiguous() && kv_cache.size(2) == 16 && kv_cache.size(3) == 2 * width &&
                   width % (in_pairs ? 32 : 16) == 0 && (bytes == 4 || bytes == 2) &&
                   (bytes == 2 || !in_pairs),
-              "kv_cache: needed contiguous pages of 16 tokens, 2 or 4 bytes an element, heads of ",
-              in_pairs ? 32 : 16, " elements or a multiple, found ", kv_cache.sizes(), " of ",
+              "kv_cache: needed contiguous pages of 16 tokens, a copy of 2 or 4 bytes an element, "
+              "heads of ",
+              in_pairs ? 32 : 16, " elements or a multiple, found ", kv_cache.sizes(), " and ",
               bytes, " bytes");
-  TORCH_CHECK(copy.is_contiguous() && copy.scalar_type() == kv_cache.scalar_type() &&
+  TORCH_CHECK(copy.is_contiguous() && (cache_kind == kind || cache_kind == Kind::kFloat8) &&
                   copy.size(1) == heads && copy.size(3) == width && block % 16 == 0 &&
                   copy.size(2) == 2 * block,
               "copy: found ", copy.sizes(), " for pages of ", kv_cache.sizes());
   TORCH_CHECK(tokens.size(0) == count && places.size(0) == count, "tokens, places: found ",
               tokens.size(0), " and ", places.size(0), " for ", count, " pages");
-  const PackArgs args{bytes,
+  const PackArgs args{kind,
+                      cache_kind,
                       kv_cache.const_data_ptr(),
                       pages.const_data_ptr<int32_t>(),
                       tokens.const_data_ptr<int32_t>(),
@@ -340,7 +388,9 @@ void pack_pages_op(const Tensor& kv_cache, const Tensor& pages, const Tensor& to
                       heads,
                       width,
                       block,
-                      in_pairs};
+                      in_pairs,
+                      static_cast<float>(key_scale),
+                      static_cast<float>(value_scale)};
   const int64_t room = copy.size(0) * block / 16;
   for (int64_t i = 0; i < count; ++i) {
     TORCH_CHECK(args.pages[i] >= 0 && args.pages[i] < kv_cache.size(0),
@@ -359,8 +409,11 @@ void pack_pages_op(const Tensor& kv_cache, const Tensor& pages, const Tensor& to
 TORCH_LIBRARY(specontext_cpu, library) {
   library.def(
       "sparse_decode(Tensor query, Tensor pages, Tensor table, Tensor lengths, Tensor(a!) output, "
-      "float scale, float soft_cap=0.0, Tensor? sinks=None, Tensor? starts=None) -> ()");
-  library.def("write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slots) -> ()");
+      "float scale, float soft_cap=0.0, Tensor? sinks=None, Tensor? starts=None, "
+      "float key_scale=1.0, float value_scale=1.0) -> ()");
+  library.def(
+      "write_kv(Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slots, float key_scale=1.0, "
+      "float value_scale=1.0) -> ()");
   library.def(
       "score_pages(Tensor queries, Tensor keys, Tensor block_table, Tensor seq_lens, Tensor starts, "
       "Tensor(a!) page_max, Tensor(b!) page_lse, int first_row, int num_rows, int min_pages, "
@@ -373,7 +426,7 @@ TORCH_LIBRARY(specontext_cpu, library) {
       "Tensor? slot_of=None, float margin=0.0) -> ()");
   library.def(
       "pack_pages(Tensor kv_cache, Tensor pages, Tensor tokens, Tensor places, Tensor(a!) copy, "
-      "bool in_pairs) -> ()");
+      "bool in_pairs, float key_scale=1.0, float value_scale=1.0) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(specontext_cpu, CPU, library) {

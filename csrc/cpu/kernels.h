@@ -12,7 +12,8 @@ enum class Kind { kFloat, kBFloat16, kHalf, kFloat8 };
 // Attention of a row's newest tokens, nearly always one, over the pages of its page table; each reads
 // up to itself.
 struct DecodeArgs {
-  Kind kind;               // Of query, pages and output.
+  Kind kind;               // Of query and output.
+  Kind page_kind;          // The same, or kFloat8.
   const void* query;       // [N, H * group, width], tokens and heads of any stride
   int64_t query_token, query_head;
   const int32_t* starts;   // [rows + 1], where the tokens of a row begin; null: one token a row
@@ -26,6 +27,7 @@ struct DecodeArgs {
   int64_t rows, kv_heads, group, width;
   float scale;
   float soft_cap;          // Logits become soft_cap * tanh(logit / soft_cap); 0: they stay.
+  float key_scale, value_scale;  // Of what the pages hold.
 };
 
 // False if a page id is none of the pages; nothing was read there.
@@ -80,7 +82,8 @@ void select_pages(const SelectArgs& args);
 
 // Pages that vLLM's attention for prompts is to read, copied into its packing.
 struct PackArgs {
-  int64_t element_bytes;  // 2 or 4
+  Kind kind;              // Of the copy.
+  Kind cache_kind;        // The same, or kFloat8.
   const void* cache;      // [blocks, heads, 16, 2 * width]
   const int32_t* pages;   // [count], blocks of the cache
   const int32_t* tokens;  // [count], of each page; zeros take the place of the others
@@ -88,6 +91,7 @@ struct PackArgs {
   void* copy;             // [n, heads, 2 * block, width]: keys, then values
   int64_t count, heads, width, block;
   bool in_pairs;          // As matrix units take them; only with 2 bytes.
+  float key_scale, value_scale;  // Of what the cache holds, if that is kFloat8.
 };
 
 void pack_pages(const PackArgs& args);

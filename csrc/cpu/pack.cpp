@@ -1,5 +1,6 @@
 // Pages as vLLM's attention for prompts reads them: the tokens of a page across vectors.
 #include "kernels.h"
+#include "vectors.h"
 
 #include <ATen/Parallel.h>
 
@@ -10,7 +11,7 @@
 namespace specontext {
 namespace {
 
-constexpr int64_t kPage = 16;  // Tokens of a page, and elements that are turned round at once.
+// kPage is also the number of elements that are turned round at once.
 constexpr int64_t kGrain = 32;  // Head pages that are worth waking a thread for.
 
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
@@ -108,6 +109,29 @@ void pack_pairs(const uint16_t* page, int64_t width, uint16_t* keys, uint16_t* v
   }
 }
 
+// `tokens` tokens of a page in 8-bit floats, as what they stand for.
+template <typename T>
+void widen_page(const c10::Float8_e4m3fn* page, int64_t tokens, const PackArgs& args, void* to) {
+  for (int64_t half = 0; half < 2 * tokens; ++half) {
+    const Vec scale(half % 2 == 0 ? args.key_scale : args.value_scale);
+    for (int64_t at = 0; at < args.width; at += kLanes) {
+      store(static_cast<T*>(to) + half * args.width + at,
+            widen(page + half * args.width + at) * scale, std::min(args.width - at, kLanes));
+    }
+  }
+}
+
+void widen_page(const c10::Float8_e4m3fn* page, int64_t tokens, const PackArgs& args, void* to) {
+  switch (args.kind) {
+    case Kind::kFloat:
+      return widen_page<float>(page, tokens, args, to);
+    case Kind::kBFloat16:
+      return widen_page<c10::BFloat16>(page, tokens, args, to);
+    default:
+      return widen_page<c10::Half>(page, tokens, args, to);
+  }
+}
+
 template <typename E>
 void pack(const PackArgs& args) {
   const int64_t size = kPage * 2 * args.width, half = args.block * args.width;
@@ -115,15 +139,19 @@ void pack(const PackArgs& args) {
     std::vector<E> cut(size);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t which = i / args.heads, head = i % args.heads;
-      const E* page = static_cast<const E*>(args.cache) +
-          (args.pages[which] * args.heads + head) * size;
+      const int64_t at = (args.pages[which] * args.heads + head) * size;
       const int64_t tokens = args.tokens[which];
-      if (tokens < kPage) {
-        // What lies behind the last token may be anything, and must be finite.
+      const bool is_wide = args.cache_kind == args.kind;
+      const E* page = is_wide ? static_cast<const E*>(args.cache) + at : cut.data();
+      if (!is_wide) {
+        widen_page(static_cast<const c10::Float8_e4m3fn*>(args.cache) + at, tokens, args,
+                   cut.data());
+      } else if (tokens < kPage) {
         std::copy(page, page + tokens * 2 * args.width, cut.begin());
-        std::fill(cut.begin() + tokens * 2 * args.width, cut.end(), E(0));
         page = cut.data();
       }
+      // What lies behind the last token may be anything, and must be finite.
+      std::fill(cut.begin() + tokens * 2 * args.width, cut.end(), E(0));
       const int64_t block = args.places[which] * kPage / args.block;
       const int64_t first = args.places[which] * kPage % args.block;
       E* keys = static_cast<E*>(args.copy) + (block * args.heads + head) * 2 * half;
@@ -141,10 +169,10 @@ void pack(const PackArgs& args) {
 }  // namespace
 
 void pack_pages(const PackArgs& args) {
-  if (args.element_bytes == 2) {
-    pack<uint16_t>(args);
-  } else {
+  if (args.kind == Kind::kFloat) {
     pack<uint32_t>(args);
+  } else {
+    pack<uint16_t>(args);
   }
 }
 

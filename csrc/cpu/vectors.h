@@ -38,10 +38,42 @@ inline int64_t padded(int64_t width) {
   return ceil_div(width, kLanes) * kLanes;
 }
 
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// Eight 8-bit floats as float16 of 1/256 their value: the exponent's bias is larger by 8 there, and
+// converting small numbers of these costs nothing. All ones stand for NaN.
+inline __m128i to_half(__m128i bytes) {
+  const __m128i wide = _mm_cvtepu8_epi16(bytes), magnitude = _mm_set1_epi16(0x7f);
+  const __m128i unsigned_bits = _mm_and_si128(wide, magnitude);
+  const __m128i sign = _mm_slli_epi16(_mm_andnot_si128(magnitude, wide), 8);
+  const __m128i nan =
+      _mm_and_si128(_mm_cmpeq_epi16(unsigned_bits, magnitude), _mm_set1_epi16(0x7fff));
+  return _mm_or_si128(_mm_or_si128(_mm_slli_epi16(unsigned_bits, 7), sign), nan);
+}
+#endif
+
+inline Vec widen_float8(const c10::Float8_e4m3fn* from) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m256i halves = _mm256_set_m128i(to_half(_mm_srli_si128(bytes, 8)), to_half(bytes));
+  return Vec(_mm512_cvtph_ps(halves)) * Vec(256.f);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return Vec(_mm256_cvtph_ps(to_half(bytes))) * Vec(256.f);
+#else
+  alignas(64) float values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    values[i] = static_cast<float>(from[i]);
+  }
+  return Vec::loadu(values);
+#endif
+}
+
 template <typename T>
 inline Vec widen(const T* from) {
   if constexpr (std::is_same_v<T, float>) {
     return Vec::loadu(from);
+  } else if constexpr (std::is_same_v<T, c10::Float8_e4m3fn>) {
+    return widen_float8(from);
   } else {
     Vec out;
     at::vec::load_to_float<T>(from, out);

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import specontext_vllm.cpu_kernels as cpu_kernels
-from specontext_vllm.attention.cpu_prefill import CpuPrefill, cpu_prefill_takes
+from specontext_vllm.attention.cpu_prefill import CpuPrefill, cpu_prefill_takes, factors
 from specontext_vllm.attention.provider import PrefillRows, head_pages
 from specontext_vllm.attention.reference import TorchProvider
+from specontext_vllm.float8 import KVScales
 from specontext_vllm.step_data import PageTable, RowQueries
 
 
@@ -26,9 +27,10 @@ class CpuProvider(TorchProvider):
         output: Tensor,
         queries: RowQueries | None = None,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         if not cpu_kernels.available():
-            super().decode(query, kv_cache, table, rows, output, queries, sinks)
+            super().decode(query, kv_cache, table, rows, output, queries, sinks, scales)
             return
         sequences = rows * self.num_kv_heads
         torch.ops.specontext_cpu.sparse_decode(
@@ -41,6 +43,7 @@ class CpuProvider(TorchProvider):
             self.soft_cap,
             sinks,
             starts=None if queries is None else queries.starts,
+            **factors(scales),
         )
 
     @cached_property
@@ -66,14 +69,22 @@ class CpuProvider(TorchProvider):
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         if self.dense is None:
-            super().prefill(query, kv_cache, rows, output, sinks)
+            super().prefill(query, kv_cache, rows, output, sinks, scales)
         else:
-            self.dense.attend(query, kv_cache, rows, output, sinks)
+            self.dense.attend(query, kv_cache, rows, output, sinks, scales)
 
-    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    def write(
+        self,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        scales: KVScales | None = None,
+    ) -> None:
         if not cpu_kernels.available():
-            super().write(key, value, kv_cache, slots)
+            super().write(key, value, kv_cache, slots, scales)
             return
-        torch.ops.specontext_cpu.write_kv(key, value, kv_cache, slots)
+        torch.ops.specontext_cpu.write_kv(key, value, kv_cache, slots, **factors(scales))

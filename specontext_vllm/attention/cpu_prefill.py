@@ -18,7 +18,9 @@ from torch import Tensor
 
 import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.attention.provider import PrefillRows
+from specontext_vllm.attention.reference import read_pages
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.float8 import KVScales
 
 BLOCK_SIZE = 128
 """Tokens of a block of the copy, as many as vLLM's own blocks hold on a CPU."""
@@ -124,10 +126,11 @@ class CpuPrefill:
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         """``AttentionProvider.prefill``."""
         for group in self._groups(tuple(rows.offsets), tuple(rows.seq_lens.tolist())):
-            keys, values = self._copy_context(kv_cache, rows.block_table, group)
+            keys, values = self._copy_context(kv_cache, rows.block_table, group, scales)
             self._ops.cpu_attention_with_kv_cache(
                 query=query[group.tokens],
                 key_cache=keys,
@@ -146,9 +149,15 @@ class CpuPrefill:
             )
 
     def _copy_context(
-        self, kv_cache: Tensor, block_table: Tensor, group: _Group
+        self,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        group: _Group,
+        scales: KVScales | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The rows' keys and values ``[blocks, H, BLOCK_SIZE, D]`` as vLLM packs them."""
+        """The rows' keys and values ``[blocks, H, BLOCK_SIZE, D]`` as vLLM packs them, in the
+        queries' dtype.
+        """
         if len(self._copy) < group.num_blocks:
             self._copy = self._copy.new_empty(group.num_blocks, *self._copy.shape[1:])
         keys, values = self._copy.chunk(2, dim=2)
@@ -157,14 +166,23 @@ class CpuPrefill:
         pages = block_table[group.page_rows, group.page_columns]
         if self.isa in IN_PAIRS and cpu_kernels.available():
             torch.ops.specontext_cpu.pack_pages(
-                kv_cache, pages, group.page_tokens, group.places, self._copy, IN_PAIRS[self.isa]
+                kv_cache,
+                pages,
+                group.page_tokens,
+                group.places,
+                self._copy,
+                IN_PAIRS[self.isa],
+                **factors(scales),
             )
             return keys, values
         by_token = kv_cache.transpose(1, 2)
         for first in range(0, len(pages), GATHERED_PAGES):
             piece = pages[first : first + GATHERED_PAGES]
             gathered = self._gathered[: len(piece)]
-            torch.index_select(by_token, 0, piece, out=gathered)
+            if scales is None:
+                torch.index_select(by_token, 0, piece, out=gathered)
+            else:
+                gathered.copy_(read_pages(by_token, piece, scales))
             tokens = gathered.flatten(0, 1)
             self._ops.cpu_attn_reshape_and_cache(
                 tokens[..., : self.head_dim],
@@ -249,3 +267,10 @@ def cpu_prefill_takes(head_dim: int, dtype: torch.dtype) -> bool:
         and dtype in CPUAttentionBackend.supported_dtypes
         and head_dim in CPUAttentionBackend.get_supported_head_sizes()
     )
+
+
+def factors(scales: KVScales | None) -> dict[str, float]:
+    """The scales as our C++ kernels take them."""
+    if scales is None:
+        return {}
+    return {"key_scale": float(scales.key), "value_scale": float(scales.value)}

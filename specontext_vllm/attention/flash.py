@@ -11,6 +11,7 @@ from torch import Tensor
 from specontext_vllm.attention.provider import PrefillRows
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.float8 import KVScales
 
 
 def flash_attention_takes(head_dim: int, dtype: torch.dtype) -> bool:
@@ -19,10 +20,10 @@ def flash_attention_takes(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 def flash_attention_version(
-    head_dim: int, dtype: torch.dtype, *, has_sinks: bool = False
+    head_dim: int, dtype: torch.dtype, *, has_sinks: bool = False, float8_kv: bool = False
 ) -> int | None:
     """3 or 2 where vLLM's FlashAttention runs this dtype and head size on this GPU, else None.
-    With sinks it is 3 alone.
+    With sinks, or with keys and values in 8-bit floats, it is 3 alone.
     """
     from vllm.v1.attention.backends.fa_utils import (
         get_flash_attn_version,
@@ -31,12 +32,16 @@ def flash_attention_version(
 
     if not flash_attention_takes(head_dim, dtype) or not is_flash_attn_varlen_func_available():
         return None
+    # Of 8-bit floats it makes bfloat16 alone.
+    if float8_kv and (head_dim % 16 or dtype != torch.bfloat16):
+        return None
     version = get_flash_attn_version(head_size=head_dim, has_sinks=has_sinks)
-    return version if version in ((3,) if has_sinks else (2, 3)) else None
+    return version if version in ((3,) if has_sinks or float8_kv else (2, 3)) else None
 
 
 class FlashAttentionProvider(TritonProvider):
     """Prefill with FlashAttention through ``vllm.vllm_flash_attn``, which needs vLLM's CUDA build.
+    With keys in 8-bit floats queries are quantised for it, too, as vLLM's own backend does.
 
     Decode is our kernel: FlashAttention reads page tables too, but is slower at the length of a
     budget (``python -m benchmarks attention``).
@@ -52,14 +57,15 @@ class FlashAttentionProvider(TritonProvider):
         soft_cap: float = 0.0,
     ) -> None:
         super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype, soft_cap)
+        from vllm._custom_ops import scaled_fp8_quant
         from vllm.v1.attention.backends.fa_utils import (
             flash_attn_varlen_func,
             reshape_and_cache_flash,
         )
 
         self._attend, self._cache = flash_attn_varlen_func, reshape_and_cache_flash
+        self._quantise = scaled_fp8_quant
         self.version = flash_attention_version(head_dim, dtype)
-        self._one: Tensor | None = None
 
     def prefill(
         self,
@@ -68,6 +74,7 @@ class FlashAttentionProvider(TritonProvider):
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         d = self.head_dim
         blocks, heads = kv_cache.shape[:2]
@@ -75,6 +82,17 @@ class FlashAttentionProvider(TritonProvider):
         strides = (heads * PAGE_SIZE * 2 * d, 2 * d, PAGE_SIZE * 2 * d, 1)
         keys = kv_cache.as_strided(shape, strides, kv_cache.storage_offset())
         values = kv_cache.as_strided(shape, strides, kv_cache.storage_offset() + d)
+        descales: dict[str, Tensor] = {}
+        if scales is not None:
+            # It multiplies queries of the keys' dtype alone.
+            query, _ = self._quantise(query.reshape(len(query), -1), scales.query)
+            query = query.view(-1, self.num_heads, d)
+            each = (len(rows.seq_lens), heads)
+            descales = {
+                "q_descale": scales.query.expand(each),
+                "k_descale": scales.key.expand(each),
+                "v_descale": scales.value.expand(each),
+            }
         self._attend(
             query,
             keys,
@@ -91,10 +109,15 @@ class FlashAttentionProvider(TritonProvider):
             fa_version=self.version,
             # It takes them in no other dtype.
             s_aux=None if sinks is None else sinks.to(torch.bfloat16),
+            **descales,
         )
 
-    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-        if self._one is None:
-            self._one = torch.ones(1, dtype=torch.float32, device=kv_cache.device)
-        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_dim, dim=-1)
-        self._cache(key, value, key_cache, value_cache, slots, "auto", self._one, self._one)
+    def write(
+        self,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        scales: KVScales | None = None,
+    ) -> None:
+        self._store(self._cache, key, value, kv_cache, slots, scales)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY
+from specontext_vllm.float8 import KVScales
 from specontext_vllm.step_data import PageTable, RowQueries
 
 SETTING = f"additional_config.{CONFIG_KEY}.attention_provider"
@@ -38,18 +39,20 @@ class PrefillRows:
 
 class AttentionProvider(ABC):
     """Attention over paged KV ``[num_blocks, H, P, 2 * D]`` (contiguous; keys then values in the
-    last axis).
+    last axis), of the queries' dtype, or of 8-bit floats where calls come with ``scales``.
 
     Args:
         scale: factor on ``q . k``.
-        dtype: of queries, keys and values.
+        dtype: of queries, and of keys and values that are written.
         soft_cap: logits become ``soft_cap * tanh(logit / soft_cap)``; 0: they stay.
 
     Attributes:
         max_queries: upper bound of a decode row's query tokens; more than 1 with drafts.
+        float8_kv: whether calls come with ``scales``.
     """
 
     max_queries: int = 1
+    float8_kv: bool = False
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class AttentionProvider(ABC):
         output: Tensor,
         queries: RowQueries | None = None,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         """Attend ``query [N, num_heads, D]`` over the table's pages into ``output`` of the same
         shape.
@@ -104,6 +108,7 @@ class AttentionProvider(ABC):
                 its whole list, the one before it all but one token, and so on.
             sinks: ``[num_heads]`` float32, of each head a logit that joins the sum of the softmax
                 and has no value; None: there are none.
+            scales: of the layer's keys and values; None: they are not scaled.
         """
 
     @abstractmethod
@@ -114,15 +119,23 @@ class AttentionProvider(ABC):
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         """Causal attention of ``query [N, num_heads, D]`` over the whole context into ``output`` of
-        the same shape, which is contiguous. ``sinks`` are those of ``decode``.
+        the same shape, which is contiguous. ``sinks`` and ``scales`` are those of ``decode``.
         """
 
     @abstractmethod
-    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    def write(
+        self,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        scales: KVScales | None = None,
+    ) -> None:
         """Store ``key``, ``value`` ``[>= N, H, D]`` at ``slots [N]`` int64; negative slots are
-        padding.
+        padding. With ``scales`` divided by them, and cut off at the largest 8-bit float.
         """
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.float8 import KVScales, as_bytes, to_float8
 from specontext_vllm.step_data import PageTable, RowQueries
 
 
@@ -28,6 +29,7 @@ class TorchProvider(AttentionProvider):
         output: Tensor,
         queries: RowQueries | None = None,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         heads, d = self.num_kv_heads, self.head_dim
         flat = head_pages(kv_cache)
@@ -43,7 +45,7 @@ class TorchProvider(AttentionProvider):
                     output[span, group] = 0
                     continue
                 page_ids = table.pages[row * heads + head, : pages_for(tokens)].long()
-                kv = flat[page_ids].view(-1, 2 * d)[:tokens].float()
+                kv = read_pages(flat, page_ids, scales).view(-1, 2 * d)[:tokens]
                 mask = None
                 if new > 1:
                     mask = torch.ones(new, tokens, dtype=torch.bool, device=kv.device)
@@ -90,6 +92,7 @@ class TorchProvider(AttentionProvider):
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         starts, seq_lens = rows.starts.tolist(), rows.seq_lens.tolist()
         for row, context in enumerate(seq_lens):
@@ -100,21 +103,38 @@ class TorchProvider(AttentionProvider):
             page_ids = rows.block_table[row, : pages_for(context)].long()
             # [H, context, 2 * D]
             kv = (
-                kv_cache[page_ids]
+                read_pages(kv_cache, page_ids, scales)
                 .transpose(0, 1)
                 .reshape(self.num_kv_heads, -1, 2 * self.head_dim)[:, :context]
-                .float()
             )
             mask = torch.ones(new, context, dtype=torch.bool, device=query.device)
             output[span] = self._attend(
                 query[span].float().transpose(0, 1), kv, mask.tril(context - new), sinks
             ).transpose(0, 1)
 
-    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    def write(
+        self,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        scales: KVScales | None = None,
+    ) -> None:
         real = slots >= 0
         kept = slots[real]
         block, offset = kept // PAGE_SIZE, kept % PAGE_SIZE
-        count = slots.shape[0]
-        kv_cache[block, :, offset] = torch.cat([key[:count][real], value[:count][real]], dim=-1).to(
-            kv_cache.dtype
-        )
+        new = key[: slots.shape[0]][real], value[: slots.shape[0]][real]
+        if scales is not None:
+            new = to_float8(new[0], scales.key), to_float8(new[1], scales.value)
+        kv = torch.cat(new, dim=-1).to(kv_cache.dtype)
+        as_bytes(kv_cache)[block, :, offset] = as_bytes(kv)
+
+
+def read_pages(pages: Tensor, ids: Tensor, scales: KVScales | None) -> Tensor:
+    """``pages [..., 2 * D]`` with these ids in float32, as they were before they were scaled."""
+    kv = as_bytes(pages)[ids].view(pages.dtype).float()
+    if scales is not None:
+        keys, values = kv.chunk(2, dim=-1)
+        keys *= scales.key
+        values *= scales.value
+    return kv

@@ -51,12 +51,14 @@ def choose_provider(
     *,
     soft_cap: float = 0.0,
     has_sinks: bool = False,
+    float8_kv: bool = False,
 ) -> AttentionProvider:
     """The provider of that name; "auto": FlashAttention where vLLM has it for this dtype and head
     size, Triton on other GPUs, the CPU's on a CPU.
 
     Args:
         soft_cap, has_sinks: what else the layers' attention does; see ``AttentionProvider``.
+        float8_kv: whether keys and values are kept in 8-bit floats.
     Raises:
         ConfigError: when the named provider cannot run here.
     """
@@ -70,15 +72,21 @@ def choose_provider(
                 f"{SETTING}: found 'xformers', which knows no attention sinks, as this model has; "
                 "use auto."
             )
+        if float8_kv:
+            raise ConfigError(
+                f"{SETTING}: found 'xformers', which reads no 8-bit floats, as --kv-cache-dtype "
+                "fp8 keeps; use auto."
+            )
         from specontext_vllm.attention.xformers import XformersProvider
 
         return XformersProvider(*arguments)
-    has_flash = flash_attention_version(head_dim, dtype, has_sinks=has_sinks) is not None
-    if name == "flash" and not has_flash:
+    version = flash_attention_version(head_dim, dtype, has_sinks=has_sinks, float8_kv=float8_kv)
+    if name == "flash" and version is None:
+        besides = " and sinks" * has_sinks + " and a KV cache in fp8" * float8_kv
         raise ConfigError(
             f"{SETTING}: found 'flash', but vLLM's FlashAttention does not run {dtype} with heads "
-            f"of {head_dim}{' and sinks' if has_sinks else ''} on this GPU; use auto."
+            f"of {head_dim}{besides} on this GPU; use auto."
         )
-    if has_flash and name != "triton":
+    if version is not None and name != "triton":
         return FlashAttentionProvider(*arguments)
     return TritonProvider(*arguments)

@@ -5,6 +5,7 @@ vLLM: its Triton attention, and the kernel that writes the KV cache with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from specontext_vllm.attention.provider import AttentionProvider, PrefillRows, head_pages
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.float8 import FP8, KVScales, as_bytes
 from specontext_vllm.step_data import PageTable, RowQueries
 from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
 
@@ -46,15 +48,19 @@ class TritonProvider(AttentionProvider):
         """
         device = table.pages.device
         query = torch.zeros(1, self.num_heads, self.head_dim, dtype=self.dtype, device=device)
-        kv_cache = torch.zeros(
-            1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim, dtype=self.dtype, device=device
-        )
+        page, scales = (1, self.num_kv_heads, PAGE_SIZE, 2 * self.head_dim), None
+        kv_cache = torch.zeros(page, dtype=self.dtype, device=device)
+        if self.float8_kv:
+            kv_cache = kv_cache.to(FP8)
+            one = torch.ones(1, device=device)
+            scales = KVScales(one, one, one)
         table.lengths.zero_()
-        self.decode(query, kv_cache, table, 1, torch.empty_like(query))
+        output = torch.empty_like(query)
+        self.decode(query, kv_cache, table, 1, output, scales=scales)
         if self.max_queries > 1:
             starts = torch.arange(2, dtype=torch.int32, device=device)
             queries = RowQueries(starts, self.max_queries)
-            self.decode(query, kv_cache, table, 1, torch.empty_like(query), queries)
+            self.decode(query, kv_cache, table, 1, output, queries, scales=scales)
 
     def decode(
         self,
@@ -65,6 +71,7 @@ class TritonProvider(AttentionProvider):
         output: Tensor,
         queries: RowQueries | None = None,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         sequences = rows * self.num_kv_heads
         sparse_decode(
@@ -78,6 +85,7 @@ class TritonProvider(AttentionProvider):
             queries,
             self.soft_cap,
             sinks,
+            scales,
         )
 
     def prefill(
@@ -87,8 +95,10 @@ class TritonProvider(AttentionProvider):
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+        from vllm.v1.kv_cache_interface import KVQuantMode
 
         keys, values = kv_cache.transpose(1, 2).split(self.head_dim, dim=-1)
         unified_attention(
@@ -106,16 +116,43 @@ class TritonProvider(AttentionProvider):
             block_table=rows.block_table,
             softcap=self.soft_cap,
             q_descale=None,
-            k_descale=None,
-            v_descale=None,
+            k_descale=None if scales is None else scales.key,
+            v_descale=None if scales is None else scales.value,
+            kv_quant_mode=KVQuantMode.NONE if scales is None else KVQuantMode.FP8_PER_TENSOR,
             sinks=sinks,
         )
 
-    def write(self, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    def write(
+        self,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        scales: KVScales | None = None,
+    ) -> None:
         from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
             triton_reshape_and_cache_flash,
         )
 
-        one = torch.ones(1, dtype=torch.float32, device=kv_cache.device)
-        keys, values = kv_cache.transpose(1, 2).split(self.head_dim, dim=-1)
-        triton_reshape_and_cache_flash(key, value, keys, values, slots, "auto", one, one)
+        self._store(triton_reshape_and_cache_flash, key, value, kv_cache, slots, scales)
+
+    def _store(
+        self,
+        store: Callable[..., None],
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slots: Tensor,
+        scales: KVScales | None,
+    ) -> None:
+        """Call vLLM's function that stores keys and values."""
+        if scales is None:
+            dtype, by = "auto", (self._one, self._one)
+        else:
+            dtype, by = "fp8", (scales.key, scales.value)
+        keys, values = as_bytes(kv_cache).transpose(1, 2).split(self.head_dim, dim=-1)
+        store(key, value, keys, values, slots, dtype, *by)
+
+    @cached_property
+    def _one(self) -> Tensor:
+        return torch.ones(1, dtype=torch.float32, device="cuda")

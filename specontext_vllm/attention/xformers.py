@@ -16,6 +16,7 @@ from torch import Tensor
 from specontext_vllm.attention.provider import SETTING, PrefillRows, head_pages
 from specontext_vllm.attention.triton import TritonProvider
 from specontext_vllm.config import PAGE_SIZE, ConfigError, pages_for
+from specontext_vllm.float8 import KVScales
 from specontext_vllm.step_data import PageTable, RowQueries
 
 
@@ -143,9 +144,11 @@ class XformersProvider(TritonProvider):
         output: Tensor,
         queries: RowQueries | None = None,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         assert queries is None, "drafts are refused with this provider"
         assert sinks is None, "sinks are refused with this provider"
+        assert scales is None, "8-bit KV is refused with this provider"
         self._decode(query, kv_cache, table, rows, output, paged=self.paged)
 
     def plan(self, table: PageTable, rows: int) -> None:
@@ -203,6 +206,7 @@ class XformersProvider(TritonProvider):
         rows: PrefillRows,
         output: Tensor,
         sinks: Tensor | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         heads, d = self.num_kv_heads, self.head_dim
         width = pages_for(rows.max_seq_len)

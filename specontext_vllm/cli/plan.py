@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -29,6 +29,10 @@ def plan(
     length: Annotated[
         int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        typer.Option(help="vLLM's: the model's own, or 8-bit floats."),
+    ] = "auto",
     miss_rate: Annotated[
         float | None,
         typer.Option(
@@ -70,7 +74,7 @@ def plan(
         check_range("--link-gbps", link_gbps, 0.1, MAX_GBPS)
         if out is not None:
             require_extra("matplotlib", "plan", "--out")
-        shape = planning.read_model(model)
+        shape = planning.read_model(model, kv_cache_dtype)
         made = planning.make_plan(
             shape,
             SpeContextConfig.from_settings({"budget": budget, "mode": mode}),

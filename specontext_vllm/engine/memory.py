@@ -9,6 +9,7 @@ from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.drafts import num_drafts
+from specontext_vllm.engine.kv_dtype import kv_dtype
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.names import ENGINES_KEY
 from specontext_vllm.model_config import num_full_layers
@@ -44,7 +45,7 @@ def memory_model(
         num_layers=num_layers,
         num_kv_heads=layers.num_kv_heads,
         head_dim=layers.head_dim,
-        itemsize=model.dtype.itemsize,
+        itemsize=kv_dtype(vllm_config).itemsize,
         retriever_page_bytes=retriever_page_bytes,
         drafter_page_bytes=drafter_page_bytes,
     )

@@ -19,6 +19,7 @@ from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pa
 from specontext_vllm.engine.drafts import num_drafts, refuse_other_aux_layers
 from specontext_vllm.engine.embedding import embedding_of
 from specontext_vllm.engine.find_head import load_head
+from specontext_vllm.engine.kv_dtype import kv_dtype
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.names import AUX_LAYERS_KEY, BACKEND_NAME
@@ -206,7 +207,7 @@ def make_tiers(
             num_layers=num_layers,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
-            dtype=model.dtype,
+            dtype=kv_dtype(vllm_config),
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             max_rows=max_table_rows(vllm_config),
             table_pages=config.table_pages(model.max_model_len, num_drafts(vllm_config)),

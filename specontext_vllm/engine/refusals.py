@@ -11,6 +11,7 @@ from typing import Any
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.connector import refuse_connector
 from specontext_vllm.engine.drafts import refuse_drafts
+from specontext_vllm.engine.kv_dtype import refuse_kv_dtype
 from specontext_vllm.engine.layers import NO_FULL_LAYER
 from specontext_vllm.engine.names import CPU_WORKER, GPU_WORKER, SCHEDULERS
 from specontext_vllm.model_config import has_windowed_layers, num_full_layers
@@ -131,11 +132,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "it leaves prompt tokens out of layers that share KV; leave it off",
         ),
         (
-            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            f"--kv-cache-dtype: found {cache.cache_dtype!r}",
-            "keys and values are kept in the model's own dtype; use auto",
-        ),
-        (
             cache.user_specified_block_size and cache.block_size % PAGE_SIZE != 0,
             f"--block-size: found {cache.block_size}",
             f"a block holds whole pages of {PAGE_SIZE} tokens; leave it out, or use a multiple of "
@@ -148,6 +144,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
                 f"{found}, which --attention-backend specontext does not support: {remedy}."
             )
     refuse_connector(vllm_config)
+    refuse_kv_dtype(vllm_config)
     if num_full_layers(text) == 0:
         raise ConfigError(NO_FULL_LAYER.format(model=model.model))
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)

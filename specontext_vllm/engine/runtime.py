@@ -21,6 +21,7 @@ from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 from specontext_vllm.engine.backend import SpeContextImpl
 from specontext_vllm.engine.compat import allocate_kv_cache_as
 from specontext_vllm.engine.drafts import num_drafts
+from specontext_vllm.engine.kv_dtype import refuse_scales
 from specontext_vllm.engine.kv_group import Block, KVGroup, find_kv_groups
 from specontext_vllm.engine.kv_plan import plan_one_tier, plan_two_tiers
 from specontext_vllm.engine.layers import our_layer_names, shape_of
@@ -104,6 +105,7 @@ class Runtime:
             logger.warning("SpeContext: %s", reason)
         self.layer_names = our_layer_names(vllm_config, model)
         self.shape = shape_of(vllm_config, self.layer_names)
+        refuse_scales(vllm_config, self.layer_names)
         layers = vllm_config.compilation_config.static_forward_context
         for name in self.layer_names:
             layers[name].impl.is_selected_for = True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE, Loading
+from specontext_vllm.float8 import KVScales
 from specontext_vllm.residency.copy_stream import CopyStream
 from specontext_vllm.residency.figures import TierFigures, TierStatus
 from specontext_vllm.residency.frames import Changes
@@ -262,6 +263,7 @@ class TieredKV:
         slots: Tensor,
         decode_tokens: int,
         queries: RowQueries | None = None,
+        scales: KVScales | None = None,
     ) -> None:
         """Write a layer's new tokens, once its misses have arrived.
 
@@ -270,11 +272,20 @@ class TieredKV:
             slots: ``[N]`` int64 logical slots, ``page * PAGE_SIZE + offset``; negative for padding.
             decode_tokens: leading tokens that belong to decode rows.
             queries: which of these are whose; None: one a row.
+            scales: of KV in 8-bit floats.
         """
         memory = self._layers[layer]
         if decode_tokens and memory.mirror is not None:
             self.await_misses(layer)
-        write(key, value, slots, memory, decode_tokens=decode_tokens, queries=queries)
+        write(
+            key,
+            value,
+            slots,
+            memory,
+            decode_tokens=decode_tokens,
+            queries=queries,
+            scales=scales,
+        )
 
     def page_table(self, layer: int) -> PageTable:
         """What the layer's decode rows read."""

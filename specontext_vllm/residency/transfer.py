@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.float8 import KVScales, as_bytes, to_float8
 from specontext_vllm.step_data import Misses, RowQueries
 from specontext_vllm.tier_data import KVPools, LayerMemory
 
@@ -38,7 +39,7 @@ def fetch(
         layers: mirrored layers.
         done: ``[L]`` int32 as in ``CopyProgress``; a CPU leaves it alone.
     """
-    arena, host = pools.arena, pools.host
+    arena, host = as_bytes(pools.arena), as_bytes(pools.host)
     heads = arena.shape[1]
     if arena.is_cuda:
         from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
@@ -75,6 +76,7 @@ def write(
     *,
     decode_tokens: int,
     queries: RowQueries | None = None,
+    scales: KVScales | None = None,
 ) -> None:
     """Write one layer's new tokens into their frames and into its mirror.
 
@@ -83,15 +85,28 @@ def write(
         slots: ``[N]`` int64 logical slots, ``page * P + offset``; negative ones are padding.
         decode_tokens: leading tokens that belong to decode rows.
         queries: which of these are whose; None: one a row.
+        scales: of memory in 8-bit floats; None: it has the dtype of ``key``.
     """
     arena, mirror = memory.arena, memory.mirror
     if arena.is_cuda:
         from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
-        write_tiered(key, value, slots, memory, decode_tokens=decode_tokens, queries=queries)
+        write_tiered(
+            key,
+            value,
+            slots,
+            memory,
+            decode_tokens=decode_tokens,
+            queries=queries,
+            scales=scales,
+        )
         return
     real = torch.nonzero(slots >= 0).flatten()
-    kv = torch.cat([key[real], value[real]], dim=-1).to(arena.dtype)
+    new = key[real], value[real]
+    if scales is not None:
+        new = to_float8(new[0], scales.key), to_float8(new[1], scales.value)
+    kv = as_bytes(torch.cat(new, dim=-1).to(arena.dtype))
+    arena, mirror = as_bytes(arena), None if mirror is None else as_bytes(mirror)
     page, offset = slots[real] // PAGE_SIZE, slots[real] % PAGE_SIZE
     if mirror is not None:
         mirror[page, :, offset] = kv

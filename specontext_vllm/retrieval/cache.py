@@ -9,8 +9,8 @@ from torch import Tensor
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, HeadKeyDtype
 from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
+from specontext_vllm.float8 import FP8, as_bytes, to_float8
 
-FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (9, 0)
 """Compute capability from which on keys may be 8-bit floats. 8.9 has them, but cannot convert them
 into bfloat16 the way that Triton 3.6 does.
@@ -106,10 +106,8 @@ class HeadCache:
     def write_keys(self, keys: Tensor, slots: Tensor) -> None:
         """Store ``keys [N, nkv, D]`` at ``slots [N]`` (none negative)."""
         if self.keys.dtype == FP8 and keys.dtype != FP8:
-            # Older torch makes NaN of what is too large.
-            largest = torch.finfo(FP8).max
-            keys = keys.clamp(-largest, largest).to(FP8)
-        self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = _bytes(keys)
+            keys = to_float8(keys)
+        self._stored[slots // PAGE_SIZE, :, slots % PAGE_SIZE] = as_bytes(keys)
 
     def keys_at(self, slots: Tensor) -> Tensor:
         """The keys ``[N, nkv, D]`` at ``slots [N]``, in the cache's dtype."""
@@ -119,12 +117,12 @@ class HeadCache:
         """Overwrite the pages ``blocks [n]`` with ``keys [n, nkv, P, D]`` of the cache's dtype and
         ``fused [n, H]``.
         """
-        self._stored[blocks] = _bytes(keys)
+        self._stored[blocks] = as_bytes(keys)
         self.fused[blocks] = fused
 
     @property
     def _stored(self) -> Tensor:
-        return _bytes(self.keys)
+        return as_bytes(self.keys)
 
     def previous(self, block_table: Tensor, positions: Tensor) -> Tensor:
         """Fused aux of the token before ``positions [B]`` of rows ``block_table [B, W]``:
@@ -140,8 +138,3 @@ class HeadCache:
         """
         trash = self.fused.shape[0] - 1
         self.fused[torch.where(keep, slots // PAGE_SIZE, trash)] = fused
-
-
-def _bytes(keys: Tensor) -> Tensor:
-    # Not every torch indexes 8-bit floats; bytes it does.
-    return keys.view(torch.uint8) if keys.dtype == FP8 else keys

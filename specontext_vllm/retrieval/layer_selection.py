@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.float8 import KVScales
 from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.rules import Rule, make_rule
 from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, ScoreInputs
@@ -106,6 +107,7 @@ class LayerSelector:
         seq_lens: Tensor,
         pages: Tensor,
         lengths: Tensor,
+        scales: KVScales | None = None,
     ) -> None:
         """Fill the page table for a layer's decode rows.
 
@@ -115,7 +117,11 @@ class LayerSelector:
             block_table, seq_lens: ``[>= B, W]`` int32, ``[>= B]`` int32, 0 for padding rows.
             pages, lengths: ``[>= B * H, K]`` int32, ``[>= B * H]`` int32, written; see
                 ``Selection``.
+            scales: of a cache in 8-bit floats.
         """
+        if scales is not None:
+            # Rules see keys, and what they have learned of them, as these are stored.
+            query = (query * scales.key).to(query.dtype)
         selection = Selection(pages, lengths, self._kept_mass)
         count = query.shape[0]
         for first in range(0, count, self.rows_at_once):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import HeadKeyDtype, SpeContextConfig, pages_for
-from specontext_vllm.retrieval.cache import FP8
+from specontext_vllm.float8 import FP8
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
 
 SEPARATE_BYTES = 1 << 18

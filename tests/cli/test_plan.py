@@ -43,6 +43,8 @@ def test_the_model_is_read_from_its_config(folder):
         assert (
             model.weight_bytes == shape.weight_bytes + embedding and model.max_model_len == 131072
         )
+    small_kv = planning.read_model(folder, "fp8").kv
+    assert small_kv == replace(model.kv, itemsize=1) and model.kv.retriever_page_bytes > 0
     head = dummy_checkpoint(
         hidden_size=64,
         num_layers=4,

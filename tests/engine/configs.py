@@ -42,6 +42,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
         cache_config=SimpleNamespace(
             **{
                 "cache_dtype": "auto",
+                "kv_cache_dtype_skip_layers": [],
                 "block_size": None,
                 "user_specified_block_size": False,
                 "kv_offloading_size": None,

@@ -10,6 +10,7 @@ from vllm.config import CompilationMode, CUDAGraphMode
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import refusals
+from specontext_vllm.engine.kv_dtype import kv_dtype, refuse_scales
 from specontext_vllm.engine.lossless import (
     refuse_groups_of_layers,
     refuse_lossless,
@@ -136,8 +137,10 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and
             {"cache": {"block_size": 24, "user_specified_block_size": True}},
             "--block-size: found 24",
         ),
-        ({"cache": {"cache_dtype": "fp8"}}, "--kv-cache-dtype: found 'fp8'"),
-        ({"cache": {"cache_dtype": "float16"}}, "--kv-cache-dtype: found 'float16'"),
+        *(
+            ({"cache": {"cache_dtype": dtype}}, f"--kv-cache-dtype: found '{dtype}'")
+            for dtype in ("float16", "fp8_e5m2", "fp8_per_token_head", "nvfp4", "turboquant_k8v4")
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -208,6 +211,54 @@ def test_another_way_of_offloading_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
     with pytest.raises(ConfigError, match="^VLLM_USE_SIMPLE_KV_OFFLOAD: it is on, and that way"):
         refuse_unsupported(vllm_config(cache={"kv_offloading_size": 1}))
+
+
+def test_an_8_bit_cache_needs_a_gpu_that_converts_it(monkeypatch):
+    from vllm.platforms import current_platform
+
+    fp8 = vllm_config(cache={"cache_dtype": "fp8"})
+    refuse_unsupported(fp8)
+    capability = [8, 6]
+    for name, found in {
+        "is_cuda": True,
+        "get_device_capability": capability,
+        "get_device_name": "a GPU",
+    }.items():
+        monkeypatch.setattr(current_platform, name, lambda found=found: found, raising=False)
+    with pytest.raises(ConfigError, match="found fp8, but a GPU cannot convert 8-bit floats .*8.6"):
+        refuse_unsupported(fp8)
+    refuse_unsupported(vllm_config())
+    capability[1] = 9
+    refuse_unsupported(fp8)
+
+
+def test_an_8_bit_cache_is_one_for_all_layers_of_full_attention():
+    skipping = {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["sliding_window"]}
+    refuse_unsupported(vllm_config(cache=skipping))
+    skipping["kv_cache_dtype_skip_layers"] += ["0", "11"]
+    with pytest.raises(ConfigError, match="--kv-cache-dtype-skip-layers: found 0, 11, but"):
+        refuse_unsupported(vllm_config(cache=skipping))
+
+
+def test_scales_of_each_head_are_refused():
+    def layer(float8_kv, heads):
+        scales = dict.fromkeys(("_k_scale", "_v_scale"), torch.ones(heads))
+        return SimpleNamespace(impl=SimpleNamespace(float8_kv=float8_kv), **scales)
+
+    config = vllm_config()
+    config.compilation_config.static_forward_context = {"a": layer(True, 1), "b": layer(False, 2)}
+    refuse_scales(config, ("a", "b"))
+    config.compilation_config.static_forward_context["c"] = layer(True, 2)
+    with pytest.raises(ConfigError, match="has scales of its KV cache for each head, but"):
+        refuse_scales(config, ("a", "b", "c"))
+
+
+def test_a_checkpoint_s_own_kv_cache_dtype_counts():
+    scheme = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    declared = vllm_config(model={"hf_config": SimpleNamespace(quantization_config=scheme)})
+    assert kv_dtype(declared) == torch.float8_e4m3fn
+    declared.cache_config.cache_dtype = "bfloat16"
+    assert kv_dtype(declared) == kv_dtype(vllm_config()) == declared.model_config.dtype
 
 
 WINDOWED = {"num_hidden_layers": 2, "sliding_window": 4096}

@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
@@ -25,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from specontext_vllm.float8 import FP8, KVScales
 from specontext_vllm.step_data import Misses, PageTable, RowQueries, Selection, Stickiness
 from specontext_vllm.tier_data import (
     CopyProgress,
@@ -264,19 +266,26 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
         torch.zeros(BLOCKS, h, PAGE, 2 * d, dtype=dtype),
         torch.zeros(BLOCKS, h, 2, d, dtype=dtype),
     )
-    update_bounds(kv_cache, slots, bounds)
+    stored = [(kv_cache, None)]
+    if eight_bits:
+        stored.append((kv_cache.to(FP8), KVScales(*torch.ones(3, 1))))
+    for cache, _ in stored:
+        update_bounds(cache, slots, bounds)
     score_bounds(queries, bounds, block_table, seq_lens, starts, page_max, page_size=PAGE, **some)
     kv_pages, scale = kv_cache.view(BLOCKS * h, PAGE, 2 * d), d**-0.5
-    for most in (1, DRAFTED) if choices else (1,):
+    # What 8 bits add is the same for each shape; this one is compiled for each GPU.
+    decoded = stored if dtype == torch.bfloat16 else stored[:1]
+    for most, (cache, scales) in product((1, DRAFTED) if choices else (1,), decoded):
         sparse_decode(
             queries.repeat(most, 1, 1),
-            kv_pages,
+            cache.view(kv_pages.shape),
             pages,
             lengths,
             torch.zeros_like(queries).repeat(most, 1, 1),
             scale,
             SplitWorkspace.allocate(96, g * most, d, torch.device("cpu")),
             None if most == 1 else RowQueries(cells(rows + 1), most),
+            scales=scales,
         )
     if choices:
         sparse_decode(
@@ -344,7 +353,9 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
         progress = CopyProgress(cells(LAYERS), step, cells(1))
         await_pages(progress, resident, counted, layer=1, seconds=20)
     drafted = RowQueries(cells(rows + 1), 4)
-    for host, queries in ((None, None), (kv_cache, None), (kv_cache, drafted)):
+    for (cache, scales), mirrored, queries in product(stored, (False, True), (None, drafted)):
+        if queries is not None and not mirrored:
+            continue
         write_tiered(
             new,
             new,
@@ -354,11 +365,12 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 table=PageTable(tables.pages[0], lengths, h),
                 frames=cells(BLOCKS),
                 resident=resident,
-                arena=kv_cache,
-                mirror=host,
+                arena=cache,
+                mirror=cache if mirrored else None,
             ),
             decode_tokens=1,
             queries=queries,
+            scales=scales,
         )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.float8 import FP8
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
 from tests.paging import assert_close, sliced_rows
 
@@ -26,10 +27,11 @@ def naive_score(query, bounds):
     return float(torch.maximum(query * low, query * high).sum()) / len(query) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=["fp32", "8-bit"])
 @pytest.mark.parametrize(
     ("heads", "width"), [pytest.param(2, 32, id="gqa"), pytest.param(3, 40, id="odd")]
 )
-def test_a_page_s_bounds_hold_its_tokens_so_far(heads, width, device):
+def test_a_page_s_bounds_hold_its_tokens_so_far(heads, width, dtype, device):
     # Two requests side by side and padding: one fills a page and begins another, one adds a token.
     cache = torch.randn(BLOCKS, heads, PAGE_SIZE, 2 * width)
     pages = torch.randperm(BLOCKS)[:3].tolist()
@@ -45,7 +47,9 @@ def test_a_page_s_bounds_hold_its_tokens_so_far(heads, width, device):
         -1,
     ]
     bounds = torch.full((BLOCKS, heads, 2, width), 7.0, device=device)
+    cache = cache.to(dtype)
     update_bounds(cache.to(device), torch.tensor(slots, device=device), bounds)
+    cache = cache.float()
     wanted = torch.full((BLOCKS, heads, 2, width), 7.0)
     for page, offset in last.items():
         wanted[page] = naive_bounds(cache[page, :, : offset + 1, :width].transpose(0, 1))

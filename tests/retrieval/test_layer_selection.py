@@ -4,10 +4,13 @@ and pages that must not be read.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
+from specontext_vllm.float8 import KVScales, to_float8
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.rules.quest import score_bounds_row, update_bounds_reference
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
@@ -140,15 +143,28 @@ def make_selector(retriever, queries, heads, width, longest, rows, device, budge
     return selector, config
 
 
-@pytest.mark.parametrize("at_once", [1, 100], ids=["row-by-row", "all-at-once"])
+@pytest.mark.parametrize(
+    ("at_once", "key_scale"),
+    [
+        pytest.param(1, None, id="row-by-row"),
+        pytest.param(100, None, id="all-at-once"),
+        pytest.param(100, 2.7, id="8-bit"),
+    ],
+)
 @pytest.mark.parametrize("retriever", ["oracle", "quest"])
 @pytest.mark.parametrize(("lengths", "queries", "heads", "width"), SHAPES)
-def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_once, device):
+def test_selection_is_the_rule(
+    lengths, queries, heads, width, retriever, at_once, key_scale, device
+):
     """Sinks, recents and the pages of the largest share of a softmax, by a loop over rows and
     heads; padding rows get nothing.
     """
     budget = 5 * PAGE_SIZE
-    rows = kv_rows(lengths, heads, width, device, seed=5)
+    rows, scales = kv_rows(lengths, heads, width, device, seed=5), None
+    if key_scale is not None:
+        dense = [to_float8(kv).float() * key_scale for kv in rows.dense]
+        rows = replace(rows, cache=to_float8(rows.cache), dense=dense)
+        scales = KVScales(*torch.tensor([key_scale, 9.0, 9.0], device=device))
     selector, config = make_selector(
         retriever, queries, heads, width, max(lengths), len(lengths) + 1, device, budget
     )
@@ -164,7 +180,7 @@ def test_selection_is_the_rule(lengths, queries, heads, width, retriever, at_onc
     pages = torch.full(((len(lengths) + 1) * heads, 5), -7, dtype=torch.int32, device=device)
     lengths_out = torch.full(((len(lengths) + 1) * heads,), -7, dtype=torch.int32, device=device)
     selector.select(
-        1, sliced_rows(query.to(device)), rows.cache, table, seq_lens, pages, lengths_out
+        1, sliced_rows(query.to(device)), rows.cache, table, seq_lens, pages, lengths_out, scales
     )
     assert (lengths_out[-heads:] == 0).all() and (pages[-heads:] == -7).all()
     for row, tokens in enumerate(lengths):

@@ -64,18 +64,21 @@ def update_bounds_reference(kv_cache: Tensor, slots: Tensor, bounds: Tensor) -> 
     """``triton_kernels.page_bounds.update_bounds`` in torch; synchronises with the device."""
     import torch
 
+    from specontext_vllm.float8 import as_bytes
+
     page_size = kv_cache.shape[2]
     block = slots // page_size
     last = torch.ones_like(slots, dtype=torch.bool)
     last[:-1] = block[1:] != block[:-1]
     written = slots[last & (slots >= 0)]
-    keys = kv_cache[written // page_size, :, :, : bounds.shape[-1]]
+    keys = as_bytes(kv_cache)[written // page_size].view(kv_cache.dtype)
+    keys = keys[..., : bounds.shape[-1]].float()
     unwritten = (torch.arange(page_size, device=slots.device) > (written % page_size)[:, None])[
         :, None, :, None
     ]
     low = keys.masked_fill(unwritten, float("inf")).amin(2)
     high = keys.masked_fill(unwritten, float("-inf")).amax(2)
-    bounds[written // page_size] = torch.stack([low, high], 2)
+    bounds[written // page_size] = torch.stack([low, high], 2).to(bounds.dtype)
 
 
 def score_bounds_row(query: Tensor, bounds: Tensor) -> Tensor:
