@@ -90,6 +90,7 @@ class EngineSpec:
         turnover: share of the pages that a driven selection scores anew in a step.
         head: folder of the retrieval head; None: one of EAGLE-3's shape with random weights.
         additional: vLLM's ``additional_config`` besides our settings.
+        kv_cache_dtype: vLLM's.
     """
 
     name: str
@@ -106,6 +107,7 @@ class EngineSpec:
     turnover: float = 0.05
     head: str | None = None
     additional: dict[str, Any] = field(default_factory=dict)
+    kv_cache_dtype: str = "auto"
 
     @property
     def is_ours(self) -> bool:
@@ -123,6 +125,7 @@ class EngineSpec:
             "max_num_batched_tokens": self.batched_tokens,
             "gpu_memory_utilization": 0.9,
             "disable_log_stats": True,
+            "kv_cache_dtype": self.kv_cache_dtype,
         }
         if self.additional:
             arguments["additional_config"] = self.additional

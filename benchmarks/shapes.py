@@ -12,7 +12,7 @@ from benchmarks.shape_configs import CONFIGS, NOTES
 
 DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo"
 BYTES = 2
-"""Of one weight or one KV element: bfloat16."""
+"""Of one weight: bfloat16."""
 
 HeadFormat = Literal["eagle3", "specontext"]
 """What a head of random weights costs: as much as a pruned EAGLE-3 head, or as one that
@@ -24,10 +24,15 @@ NAMES = (*CONFIGS, "demo")
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's widths."""
+    """A model's widths.
+
+    Attributes:
+        kv_element_bytes: of one element of the KV cache.
+    """
 
     name: str
     config: dict[str, Any]
+    kv_element_bytes: int = BYTES
 
     @classmethod
     def named(cls, name: str) -> Shape:
@@ -115,7 +120,7 @@ class Shape:
 
     @property
     def _layer_kv_bytes_per_token(self) -> int:
-        return BYTES * 2 * self.num_key_value_heads * self.head_dim
+        return self.kv_element_bytes * 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def kv_bytes_per_token(self) -> int:

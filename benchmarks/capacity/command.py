@@ -11,10 +11,13 @@ import typer
 
 from benchmarks import report
 from benchmarks.capacity.engine import Load
-from benchmarks.capacity.tables import STEADY, TABLES, compare
+from benchmarks.capacity.tables import NAMES, STEADY, TABLES, compare
 from benchmarks.driven import DRIVEN
+from benchmarks.kv_dtype import KVCacheDtype, kv_suffix, kv_title
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
+from benchmarks.speed.options import refusing
+from benchmarks.steps import chosen_engines
 
 
 def main(
@@ -29,6 +32,10 @@ def main(
     output_tokens: Annotated[int, typer.Option(help="Tokens each request generates.")] = 512,
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's; hot buffers are sized for it.")] = 20,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    engines: Annotated[
+        str, typer.Option(help="Comma-separated: specontext, stock.")
+    ] = "specontext,stock",
     turnover: Annotated[
         str, typer.Option(help="Comma-separated shares of pages scored anew a step, or `recorded`.")
     ] = "recorded,0.05,0.1",
@@ -48,6 +55,7 @@ def main(
     anything failed.
     """
     shape = Shape.named(model_shape)
+    chosen = refusing(lambda: chosen_engines("--engines", engines, ("specontext", "stock")))
     turnovers: dict[str, list[float]] = {}
     for text in turnover.split(","):
         turnovers[text] = (
@@ -65,32 +73,34 @@ def main(
         prompt_tokens,
         output_tokens,
         max_num_seqs,
+        kv_cache_dtype,
     )
     details: dict[str, Any] = {
         "shape": {"name": shape.name, **shape.config},
         "engines": {},
         "policy": policy,
         "prompt_tokens": prompt_tokens,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     room = f"{gpu_gib:g} GiB" if gpu_gib else "all of vLLM's room"
     title = (
         f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {room} for KV on "
-        f"the GPU, host pool {host_gib:g} GiB"
+        f"the GPU, host pool {host_gib:g} GiB" + kv_title(kv_cache_dtype)
     )
-    result = report.Report(
-        "capacity" if gpu_gib else "capacity-full", title, TABLES, details=details
-    )
+    case = ("capacity" if gpu_gib else "capacity-full") + kv_suffix(kv_cache_dtype)
+    result = report.Report(case, title, TABLES, details=details)
     result.notes += [
         f"{DRIVEN} `recorded` takes the shares from the demo model's needle and recitation runs "
         f"({recorded.name}, policy {policy}); the "
         "others are fixed shares.",
         STEADY,
     ]
+    every = {"tiered": turnovers, "stock": {"": [0.0]}}
     compare(
         result,
         load,
         shape,
-        {"tiered": turnovers, "stock": {"": [0.0]}},
+        {name: passes for name, passes in every.items() if NAMES[name] in chosen},
         folder,
         out,
         engine_seconds,

@@ -29,6 +29,7 @@ class Load:
     prompt_tokens: int
     output_tokens: int
     max_num_seqs: int
+    kv_cache_dtype: str = "auto"
 
     def arguments(self, engine: str) -> dict[str, Any]:
         """Arguments of ``LLM`` for an engine: stock, untiered (specontext without a host pool) or
@@ -46,6 +47,7 @@ class Load:
             "max_model_len": self.prompt_tokens + self.output_tokens + 16,
             "disable_log_stats": True,
             "enforce_eager": not self.on_gpu,
+            "kv_cache_dtype": self.kv_cache_dtype,
         }
         if engine == "stock":
             room = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from benchmarks import report
 from benchmarks import steps as stepping
 from benchmarks.engines import EngineSpec
 from benchmarks.hugging_face import MAX_STEPS
+from benchmarks.kv_dtype import KVCacheDtype, kv_bytes, kv_suffix, kv_title
 from benchmarks.machine import device_slug, gpus
 from benchmarks.picture import draw_steps
 from benchmarks.shapes import HeadFormat, Shape
@@ -89,6 +91,7 @@ def steps(
             min=1,
         ),
     ] = 1,
+    kv_cache_dtype: KVCacheDtype = "auto",
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -98,7 +101,7 @@ def steps(
     """
 
     def prepare() -> tuple[Any, ...]:
-        shape = Shape.named(model_shape)
+        shape = replace(Shape.named(model_shape), kv_element_bytes=kv_bytes(kv_cache_dtype))
         # Shortest first: a longer context then finds the shorter one in the prefix cache.
         ordered = sorted(
             stepping.parse_cells(cells, shape, max_num_seqs),
@@ -109,11 +112,13 @@ def steps(
             "budget": budget,
             "head_format": head_format,
             "head_groups": head_groups,
+            "kv_cache_dtype": kv_cache_dtype,
             "engines": {},
             "stages_ms": {},
             "cells": [],
         }
         title = f"Decode steps, {model_shape} shape, random weights, budget {budget} tokens"
+        title += kv_title(kv_cache_dtype)
         case = f"speed-steps-{shape.name}" if shape.is_mixed else "speed-steps"
         if head_format == "specontext":
             case += "-own_head"
@@ -124,6 +129,7 @@ def steps(
                     "give --head-format specontext."
                 )
             case += f"-groups_{head_groups}"
+        case += kv_suffix(kv_cache_dtype)
         chosen = stepping.chosen_engines("--engines", engines, tuple(stepping.KEYS))
         stepping.refuse_hugging_face(shape, chosen)
         tables = TABLES | (stepping.GAINS if shape.is_mixed else stepping.STAGES)
@@ -177,14 +183,17 @@ def steps(
             shared_prompts=True,
             head=head,
             additional=stepping.additional_config(shape),
+            kv_cache_dtype=kv_cache_dtype,
         )
         for _ in stepping.run_into(
             result, spec, ordered, log=folder / f"{name}.log", seconds=engine_seconds
         ):
             save()
     if "specontext" in chosen:
-        # The stages are those of an EAGLE-3 head, and of layers of full attention alone.
-        staged = ordered if head is None and not shape.is_mixed else []
+        # The stages are those of an EAGLE-3 head, of layers of full attention alone, and of KV in
+        # 16 bits.
+        is_staged = head is None and not shape.is_mixed and kv_cache_dtype == "auto"
+        staged = ordered if is_staged else []
         for _ in stepping.probe_into(result, shape, staged, log=folder / "stages.log"):
             save()
     picture = out / f"{result.case}-{device_slug(result.machine)}.png"

@@ -80,6 +80,8 @@ providers() { test_files providers 240 tests/attention tests/distillation/test_p
 exactness() { test_files exactness 240 tests/engine/test_exactness.py; }
 drafts() { test_files drafts 240 tests/engine/test_drafts.py tests/engine/test_drafts_v2.py; }
 layer_kinds() { test_files layer-kinds 240 tests/engine/test_layer_kinds_gpu.py tests/engine/test_layer_groups.py; }
+float8_kernels() { test_files float8-kernels 240 tests/attention/test_float8_kv.py tests/kernels/test_write_tiered.py tests/kernels/test_page_bounds.py tests/kernels/test_sparse_decode.py tests/retrieval/test_layer_selection.py; }
+float8_engines() { test_files float8-engines 400 tests/engine/test_float8_kv.py; }
 step_graphs() { test_files step-graphs 200 tests/retrieval/test_graphs.py tests/retrieval/test_counters.py tests/kernels/test_row_starts.py tests/kernels/test_kept_mass.py tests/kernels/test_head_input.py tests/residency; }
 graphs() { test_files gpu-graphs 500 tests/engine/test_quest_graphs.py tests/engine/test_compile_cache.py; }
 service() { test_files service 400 tests/engine/test_pressure.py tests/engine/test_metrics.py tests/engine/test_server.py tests/engine/test_faults.py; }
@@ -96,6 +98,9 @@ two_gpus() { test_files two-gpus 560 tests/engine/test_tensor_parallel.py; }
 
 # -- two tiers
 capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-seconds 330; }
+capacity_float8() { wants_h200; bench capacity-fp8_kv 300 capacity --kv-cache-dtype fp8 --max-num-seqs 40 --engines specontext --turnover recorded,0.05 --work "$WORK/fp8" --engine-seconds 280; }
+# What it is compared with, on the same machine; written elsewhere than the committed result, which has stock beside it.
+capacity_16_bit() { wants_h200; logged capacity-16_bit 260 python3 -m benchmarks capacity --engines specontext --turnover recorded,0.05 --work "$WORK/16" --engine-seconds 240 --out "$WORK/16-bit"; cp "$WORK"/16-bit/*.json "$OUT"; }
 full_memory() { wants_h200; bench capacity-full 545 capacity --gpu-gib 0 --turnover recorded,0.05 --max-num-seqs 40 --work "$WORK" --engine-seconds 400; }
 link() { bench link 200 link; }
 attention() { bench attention 180 attention; }
@@ -106,6 +111,7 @@ decode() { wants_h200; bench decode 400 decode --work "$WORK"; }
 
 # -- speed; an engine a step where two would not fit into one call
 steps() { wants_h200; bench speed-steps 545 speed steps --engines specontext,stock --engine-seconds 260 --work "$WORK"; }
+steps_float8() { wants_h200; bench speed-steps-fp8 400 speed steps --kv-cache-dtype fp8 --engines specontext,stock --cells 24x32k --engine-seconds 180 --work "$WORK/steps-fp8"; }
 quest() { wants_h200; bench speed-quest 400 speed steps --engines quest --engine-seconds 360 --work "$WORK"; }
 hugging_face() { wants_h200; bench speed-hf 400 speed steps --engines hf-sdpa,hf-eager --engine-seconds 190 --work "$WORK"; }
 # Layers of other kinds: a dense stand-in for gpt-oss, and the dense Qwen3.5; all layers fit.

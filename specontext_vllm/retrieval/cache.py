@@ -100,7 +100,7 @@ class HeadCache:
 
     def clear(self) -> None:
         """Zeros everywhere, as at first."""
-        _bytes(self.keys).zero_()
+        self._stored.zero_()
         self.fused.zero_()
 
     def write_keys(self, keys: Tensor, slots: Tensor) -> None:
