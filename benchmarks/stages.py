@@ -95,7 +95,6 @@ def measure_stages(
     from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
     from specontext_vllm.retrieval.head import RetrievalHead
     from specontext_vllm.retrieval.local import LocalRetriever
-    from specontext_vllm.retrieval.reference import Budget
     from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts
     from specontext_vllm.retrieval.selection import select_rows
     from specontext_vllm.step_data import PageScores, PageTable, Selection, StepBatch
@@ -159,8 +158,7 @@ def measure_stages(
         num_tokens=requests,
     )
     table = PageTable.allocate(requests, kv_heads, width, device)
-    chosen = Budget.of(config)
-    choosing = pages > chosen.total
+    totals, choosing = retriever.row_totals, pages > config.budget_pages
     scores = PageScores.allocate(heads, kv_heads, blocks, device)
     starts = row_starts(batch.seq_lens, rows)
     picked = Selection.into(table)
@@ -179,7 +177,17 @@ def measure_stages(
     output = torch.empty_like(query)
 
     def select(_: int) -> None:
-        select_rows(scores, batch.seq_lens, starts, block_table, picked, chosen, rows=rows)
+        select_rows(
+            scores,
+            batch.seq_lens,
+            starts,
+            block_table,
+            picked,
+            totals,
+            sinks=config.sink_pages,
+            recents=config.recent_pages,
+            rows=rows,
+        )
         provider.plan(table, requests)
 
     # The head's own entry point, so that the time is that of the fused path of this device.
@@ -194,7 +202,7 @@ def measure_stages(
             starts,
             rows,
             max_pages=pages,
-            min_pages=chosen.total,
+            min_pages=totals,
             queries=retriever.project(batch, step_shape),
             keys=cache.keys,
         )

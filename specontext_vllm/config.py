@@ -58,6 +58,14 @@ class SpeContextConfig(BaseModel):
             "and one page more: 112 with the defaults."
         ),
     )
+    max_budget: int | Literal["full"] | None = Field(
+        default=None,
+        description=(
+            "Largest budget that a request may ask for with `specontext_budget`; `full`: whole "
+            "contexts, and `specontext_mode` `dense`. The page tables, and with a host pool the "
+            "hot buffers, are made for it. Default: `budget`, so that requests may only lower it."
+        ),
+    )
     mode: Mode = Field(
         default="sparse",
         description=(
@@ -210,6 +218,15 @@ class SpeContextConfig(BaseModel):
             raise ValueError(f"retriever: found {value!r}; use one of {', '.join(listed_rules())}.")
         return value
 
+    @field_validator("max_budget", mode="before")
+    @classmethod
+    def _largest_is_a_budget(cls, value: Any) -> int | str | None:
+        if value is not None and value != "full" and (type(value) is not int or value <= 0):
+            raise ValueError(
+                f'max_budget: found {value!r}; give tokens, no fewer than budget, or "full".'
+            )
+        return value
+
     @field_validator("host_kv_gib", mode="before")
     @classmethod
     def _pool_is_a_size(cls, value: Any) -> float | str:
@@ -225,12 +242,11 @@ class SpeContextConfig(BaseModel):
 
     @model_validator(mode="after")
     def _room_for_choice(self) -> SpeContextConfig:
-        min_budget = PAGE_SIZE * (self.sink_pages + self.recent_pages + 1)
-        if self.budget < min_budget:
+        if self.budget < self.min_budget:
             raise ValueError(
                 f"budget: found {self.budget}, but sinks ({self.sink_pages} pages), recents "
-                f"({self.recent_pages} pages) and one page to choose need {min_budget} tokens; "
-                f"raise budget or lower sink_tokens ({self.sink_tokens}) or recent_tokens "
+                f"({self.recent_pages} pages) and one page to choose need {self.min_budget} "
+                f"tokens; raise budget or lower sink_tokens ({self.sink_tokens}) or recent_tokens "
                 f"({self.recent_tokens})."
             )
         if self.rule.per_layer and self.host_kv_gib:
@@ -252,6 +268,27 @@ class SpeContextConfig(BaseModel):
             raise ValueError(
                 f"fallback_budget: found {self.fallback_budget}, less than budget ({self.budget}); "
                 f"raise it, or leave it out for 4 x budget."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _requests_fit(self) -> SpeContextConfig:
+        if self.max_budget is None:
+            return self
+        found = f"max_budget: found {self.max_budget!r}"
+        if self.max_budget != "full" and self.max_budget < self.budget:
+            raise ValueError(
+                f"{found}, less than budget ({self.budget}); raise it, or leave it out."
+            )
+        if self.max_budget == "full" and self.host_kv_gib:
+            raise ValueError(
+                f"{found} with host_kv_gib {self.host_kv_gib}, whose hot buffers would have to "
+                "hold whole contexts; give it in tokens, or set host_kv_gib to 0."
+            )
+        if self.is_lossless:
+            raise ValueError(
+                f"{found} with mode lossless, in which requests have no budgets of their own; "
+                "leave it out."
             )
         return self
 
@@ -346,15 +383,30 @@ class SpeContextConfig(BaseModel):
     def budget_pages(self) -> int:
         return self.budget // PAGE_SIZE
 
-    def exact_tokens(self, max_model_len: int) -> int:
+    @property
+    def min_budget(self) -> int:
+        """The smallest budget: sinks, recents and one page to choose."""
+        return PAGE_SIZE * (self.sink_pages + self.recent_pages + 1)
+
+    def largest_budget(self, max_model_len: int) -> int:
+        """Tokens of the largest budget that a request may have; ``PAGE_SIZE`` times the pages of
+        the longest context where it may read all.
+        """
+        if self.max_budget == "full" or self.rule.reads_everything:
+            return pages_for(max_model_len) * PAGE_SIZE
+        return self.budget if self.max_budget is None else self.max_budget
+
+    def exact_tokens(self, max_model_len: int, budget: int | None = None) -> int:
         """Leading tokens of a context whose KV is that of dense attention, since the steps that
         make it read all of it.
+
+        Args:
+            budget: the request's own, in tokens.
         """
-        return (
-            max_model_len
-            if self.rule.reads_everything or self.is_lossless
-            else min(max_model_len, self.budget_pages * PAGE_SIZE)
-        )
+        if self.rule.reads_everything or self.is_lossless:
+            return max_model_len
+        budget = self.budget if budget is None else budget
+        return min(max_model_len, budget // PAGE_SIZE * PAGE_SIZE)
 
     @property
     def sink_pages(self) -> int:
@@ -366,11 +418,12 @@ class SpeContextConfig(BaseModel):
         """Pages read at the end: the newest holds one token at least, the others are full."""
         return pages_for(self.recent_tokens - 1) + 1
 
-    @property
-    def fallback_pages(self) -> int:
-        """Pages of a request whose confidence is under the threshold."""
-        tokens = 4 * self.budget if self.fallback_budget is None else self.fallback_budget
-        return tokens // PAGE_SIZE
+    def fallback_pages_of(self, budget: int) -> int:
+        """Pages of a request with a budget of so many tokens, whose confidence is under the
+        threshold.
+        """
+        wider = 4 * budget if self.fallback_budget is None else self.fallback_budget
+        return max(budget, wider) // PAGE_SIZE
 
     def table_pages(self, max_model_len: int, num_drafts: int = 0) -> int:
         """Columns of the page table: the most pages one KV head of one request may read in a step,
@@ -396,11 +449,10 @@ class SpeContextConfig(BaseModel):
 
     def selection_pages(self, max_model_len: int) -> int:
         """Pages that the rule may select for one KV head of one request."""
-        max_pages = pages_for(max_model_len)
-        if self.rule.reads_everything:
-            return max_pages
-        selected = self.fallback_pages if self.confidence_threshold > 0 else self.budget_pages
-        return min(max_pages, selected)
+        budget = self.largest_budget(max_model_len)
+        falls_back = self.confidence_threshold > 0
+        selected = self.fallback_pages_of(budget) if falls_back else budget // PAGE_SIZE
+        return min(pages_for(max_model_len), selected)
 
     def reads_everything(self, max_model_len: int) -> str | None:
         """One sentence if no decode step of contexts up to ``max_model_len`` tokens will leave
@@ -416,7 +468,8 @@ class SpeContextConfig(BaseModel):
             return (
                 f"{where}.budget: found {self.budget}, which holds the longest context there can "
                 f"be (--max-model-len {max_model_len}), so nothing "
-                f"will be sparse; lower budget, or serve longer contexts."
+                "will be sparse but requests with a smaller specontext_budget; lower budget, or "
+                "serve longer contexts."
             )
         return None
 

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+WHOLE = 1 << 30
+"""The budget, in tokens, of a row that reads its whole context because its request asks for it."""
+
 
 @dataclass(frozen=True)
 class StartedRequest:
@@ -80,6 +83,8 @@ class StepBatch:
         kept: ``[>= R]`` int32, how many of each row's tokens belong to its request, known once the
             step has sampled: the others are drafts that were rejected. None: all.
         dense: every decode row reads its whole context, whatever the rule.
+        budgets: tokens that each decode row reads at the most where its request says so, ``WHOLE``
+            for all of them, and None where the settings say; empty: they say for all rows.
         replayable: every row is a decode row of ``max_queries`` tokens, the tensors of tokens hold
             those of ``table_rows`` rows, and all tensors lie where those of every such step with as
             many rows do.
@@ -102,6 +107,7 @@ class StepBatch:
     dense: bool = False
     replayable: bool = False
     other_block_tables: tuple[Tensor, ...] = ()
+    budgets: Sequence[int | None] = ()
 
     @property
     def num_rows(self) -> int:
@@ -151,7 +157,7 @@ class StepShape(NamedTuple):
 
     Attributes:
         rows: leading rows whose tokens get keys: the decode rows, and in a graph the padding rows.
-        chooses: some row may have more pages than the budget; if none has, all are read whole.
+        chooses: some row may have more pages than its budget; if none has, all are read whole.
         parts: the rows in parts whose scores fit the workspace; none without decode rows.
         max_queries, dense: see ``StepBatch``.
     """

@@ -10,6 +10,12 @@ from torch import Tensor
 from specontext_vllm.config import PAGE_SIZE, pages_for
 
 
+def of_each_row(values: int | list[int], rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """``[rows]`` int32 budgets in pages: each its own, or all the same."""
+    values = [values] * rows if isinstance(values, int) else values
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
 @dataclass
 class PagedRows:
     """Rows of ragged length in shuffled blocks.

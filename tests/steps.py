@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.engine.kv_group import KVGroup
+from specontext_vllm.engine.request_settings import RequestBudgets
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.step_data import PageTable, Selection
 
@@ -27,6 +29,7 @@ def bare_step(retriever, selection: Selection, *, tiers=None, graphs=None) -> De
         provider,
         exporter=exporter,
         kv_group=KVGroup(index=0, layer_names=("layer",), block_pages=1),
+        budgets=RequestBudgets(SpeContextConfig(), 512),
         tiers=tiers,
         graphs=graphs,
     )

@@ -24,11 +24,11 @@ def _driven_scores_kernel(
     p_block_table,
     p_seq_lens,
     p_starts,
+    p_min_pages,
     p_out,
     s_table,
     s_scores,
     first_row,
-    min_pages,
     num_chances,
     NQ: tl.constexpr,
     H: tl.constexpr,
@@ -42,7 +42,7 @@ def _driven_scores_kernel(
     G: tl.constexpr = NQ // H
     i_row = (first_row + i_local).to(tl.int64)
     pages = (tl.load(p_seq_lens + i_row) + P - 1) // P
-    if (i_block * PAGES < pages) & (pages > min_pages):
+    if (i_block * PAGES < pages) & (pages > tl.load(p_min_pages + i_row)):
         step = tl.load(p_step)
         chance = tl.load(p_chances + step % num_chances)
         start = tl.load(p_starts + i_local)
@@ -77,7 +77,7 @@ def driven_scores(
     first_row: int,
     num_rows: int,
     max_pages: int,
-    min_pages: int,
+    min_pages: torch.Tensor,
 ) -> None:
     """Draw scores from 0 to 10 for the pages of the rows, the same for all query heads of a KV
     head.
@@ -95,7 +95,7 @@ def driven_scores(
         out: ``[NQ, C]`` float32, written.
         first_row, num_rows: the rows to score.
         max_pages: upper bound of a row's pages.
-        min_pages: rows with no more pages are skipped.
+        min_pages: ``[>= B]`` int32: rows with no more pages are skipped.
     """
     nq, heads = out.shape[0], drawn.shape[1]
     grid = (num_rows, triton.cdiv(max_pages, PAGES_PER_PROGRAM), heads)
@@ -106,11 +106,11 @@ def driven_scores(
         block_table,
         seq_lens,
         starts,
+        min_pages,
         out,
         block_table.stride(0),
         out.stride(0),
         first_row,
-        min_pages,
         chances.shape[0],
         NQ=nq,
         H=heads,

@@ -45,13 +45,13 @@ def _score_bounds_kernel(
     p_block_table,
     p_seq_lens,
     p_starts,
+    p_min_pages,
     p_out,
     scale,
     s_queries,
     s_table,
     s_scores,
     first_row,
-    min_pages,
     NQ: tl.constexpr,
     H: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -67,7 +67,7 @@ def _score_bounds_kernel(
     G: tl.constexpr = NQ // H
     i_row = (first_row + i_local).to(tl.int64)
     pages = (tl.load(p_seq_lens + i_row) + P - 1) // P
-    if (i_block * PAGES < pages) & (pages > min_pages):
+    if (i_block * PAGES < pages) & (pages > tl.load(p_min_pages + i_row)):
         start = tl.load(p_starts + i_local)
         # [PAGES]
         o_p = i_block * PAGES + tl.arange(0, PAGES)
@@ -131,7 +131,7 @@ def score_bounds(
     first_row: int,
     num_rows: int,
     max_pages: int,
-    min_pages: int,
+    min_pages: torch.Tensor,
 ) -> None:
     """Upper bound of ``q . k / sqrt(D)`` over each page's keys, per query head.
 
@@ -144,7 +144,7 @@ def score_bounds(
         out: ``[NQ, C]`` float32, written.
         first_row, num_rows: the rows to score.
         max_pages: upper bound of a row's pages.
-        min_pages: rows with no more pages are skipped.
+        min_pages: ``[>= B]`` int32: rows with no more pages are skipped.
     """
     nq, d = queries.shape[1:]
     heads = bounds.shape[1]
@@ -155,13 +155,13 @@ def score_bounds(
         block_table,
         seq_lens,
         starts,
+        min_pages,
         out,
         d**-0.5,
         queries.stride(0),
         block_table.stride(0),
         out.stride(0),
         first_row,
-        min_pages,
         NQ=nq,
         H=heads,
         G_PAD=max(16, triton.next_power_of_2(nq // heads)),

@@ -17,6 +17,7 @@ def _score_pages_kernel(
     p_block_table,
     p_seq_lens,
     p_starts,
+    p_min_pages,
     p_max,
     p_lse,
     scale,
@@ -24,7 +25,6 @@ def _score_pages_kernel(
     s_table,
     s_scores,
     first_row,
-    min_pages,
     NQ: tl.constexpr,
     NKV: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -46,7 +46,7 @@ def _score_pages_kernel(
     i_row = (first_row + i_local).to(tl.int64)
     seq_len = tl.load(p_seq_lens + i_row)
     pages = (seq_len + P - 1) // P
-    if (i_block * PAGES < pages) & (pages > min_pages):
+    if (i_block * PAGES < pages) & (pages > tl.load(p_min_pages + i_row)):
         start = tl.load(p_starts + i_local)
         # [PAGES * P]
         o_t = tl.arange(0, PAGES * P)
@@ -104,7 +104,7 @@ def score_pages(
     first_row: int,
     num_rows: int,
     max_pages: int,
-    min_pages: int,
+    min_pages: torch.Tensor,
     first_token: int = 1,
     keyless: int = 0,
 ) -> None:
@@ -122,7 +122,7 @@ def score_pages(
         page_max, page_lse: ``[NQ, C]`` float32, written.
         first_row, num_rows: the rows to score.
         max_pages: upper bound of a row's pages.
-        min_pages: rows with no more pages are skipped: they are read whole.
+        min_pages: ``[>= B]`` int32: rows with no more pages are skipped, since they are read whole.
         first_token: earlier tokens are ignored.
         keyless: newest tokens of each row that have no key yet; what lies in their place is not
             read.
@@ -141,6 +141,7 @@ def score_pages(
         block_table,
         seq_lens,
         starts,
+        min_pages,
         page_max,
         page_lse,
         d**-0.5,
@@ -148,7 +149,6 @@ def score_pages(
         block_table.stride(0),
         page_max.stride(0),
         first_row,
-        min_pages,
         NQ=nq,
         NKV=nkv,
         G_PAD=max(8, triton.next_power_of_2(nq // nkv)),

@@ -17,6 +17,7 @@ def _select_pages_kernel(
     p_order,
     p_seq_lens,
     p_starts,
+    p_totals,
     p_block_table,
     p_pages,
     p_lengths,
@@ -29,7 +30,6 @@ def _select_pages_kernel(
     s_slots,
     s_group,
     first_row,
-    budget,
     sinks,
     recents,
     threshold,
@@ -51,6 +51,7 @@ def _select_pages_kernel(
     i_row = (first_row + i_local).to(tl.int64)
     seq_len = tl.load(p_seq_lens + i_row)
     pages = (seq_len + P - 1) // P
+    budget = tl.load(p_totals + i_row)
     p_table = p_block_table + i_row * s_table
     # Of H heads, each KV head has one for each group of layers. What it is called, and its row
     # among all groups' ones:
@@ -217,7 +218,7 @@ def select_pages(
     first_row: int,
     num_rows: int,
     max_pages: int,
-    budget_pages: int,
+    totals: torch.Tensor,
     sink_pages: int,
     recent_pages: int,
     fallback_threshold: float | None = None,
@@ -236,6 +237,7 @@ def select_pages(
             rows that are kept whole.
         max_pages: upper bound of a row's pages in this engine. It sets the tile size, so that an
             engine compiles one kernel.
+        totals: ``[>= B]`` int32, pages that each row reads at the most.
         seq_lens, block_table: ``[>= B]`` int32, ``[>= B, W]`` int32.
         groups: G, groups of layers with a selection each; a KV head's queries are those of one
             group after the other.
@@ -243,7 +245,7 @@ def select_pages(
         lengths: ``[G * B * H]`` int32 tokens in them, written.
         kept_mass: ``[B, H * G]`` float32 attention mass kept, written; read only when
             ``fallback_threshold`` is given, which rewrites the rows whose mean mass lies under it
-            with ``budget_pages`` pages.
+            with ``totals`` pages.
         stickiness: pages with a slot score ``margin`` more; None: no page does. With one group.
     """
     heads = num_kv_heads * groups
@@ -256,6 +258,7 @@ def select_pages(
         order,
         seq_lens,
         starts,
+        totals,
         block_table,
         pages,
         lengths,
@@ -268,7 +271,6 @@ def select_pages(
         sticky.slot_of.shape[-1],
         pages.shape[0] // groups,
         first_row,
-        budget_pages,
         sink_pages,
         recent_pages,
         0.0 if fallback_threshold is None else fallback_threshold,

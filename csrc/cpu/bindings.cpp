@@ -212,26 +212,31 @@ struct Rows {
 
 // Checks what scoring and selection share.
 void check_rows(const Tensor& page_max, const Tensor& page_lse, const Tensor& seq_lens,
-                const Tensor& starts, const Tensor& block_table, Rows rows, int64_t min_pages) {
+                const Tensor& starts, const Tensor& block_table, Rows rows,
+                const Tensor& min_pages) {
   check_floats(page_max, "page_max", 2);
   check_floats(page_lse, "page_lse", 2);
   check_ints(seq_lens, "seq_lens", 1);
   check_ints(starts, "starts", 1);
   check_ints(block_table, "block_table", 2);
+  check_ints(min_pages, "pages of a budget", 1);
   TORCH_CHECK(page_max.sizes() == page_lse.sizes() && page_max.stride(0) == page_lse.stride(0),
               "page_max, page_lse: found ", page_max.sizes(), " and ", page_lse.sizes());
   TORCH_CHECK(rows.first >= 0 && rows.count >= 0 && starts.size(0) >= rows.count &&
                   seq_lens.size(0) >= rows.first + rows.count &&
+                  min_pages.size(0) >= rows.first + rows.count &&
                   block_table.size(0) >= rows.first + rows.count,
               "rows: found ", rows.first, " to ", rows.first + rows.count, " of ", seq_lens.size(0),
-              " lengths, ", block_table.size(0), " block tables and ", starts.size(0), " starts");
+              " lengths, ", min_pages.size(0), " budgets, ", block_table.size(0), " block tables and ",
+              starts.size(0), " starts");
   const int32_t* tokens = seq_lens.const_data_ptr<int32_t>() + rows.first;
   const int32_t* start = starts.const_data_ptr<int32_t>();
+  const int32_t* enough = min_pages.const_data_ptr<int32_t>() + rows.first;
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t pages = (static_cast<int64_t>(tokens[row]) + 15) / 16;
     TORCH_CHECK(tokens[row] >= 0 && pages <= block_table.size(1), "seq_lens: found ", tokens[row],
                 " tokens in a block table of ", block_table.size(1), " pages");
-    TORCH_CHECK(pages <= min_pages ||
+    TORCH_CHECK(pages <= enough[row] ||
                     (start[row] >= 0 && start[row] + pages <= page_max.size(1)),
                 "starts: ", pages, " pages from ", start[row], " exceed the workspace of ",
                 page_max.size(1));
@@ -240,8 +245,8 @@ void check_rows(const Tensor& page_max, const Tensor& page_lse, const Tensor& se
 
 void score_pages_op(const Tensor& queries, const Tensor& keys, const Tensor& block_table,
                     const Tensor& seq_lens, const Tensor& starts, const Tensor& page_max,
-                    const Tensor& page_lse, int64_t first_row, int64_t num_rows, int64_t min_pages,
-                    int64_t first_token, int64_t keyless) {
+                    const Tensor& page_lse, int64_t first_row, int64_t num_rows,
+                    const Tensor& min_pages, int64_t first_token, int64_t keyless) {
   check(queries, "queries", 3);
   check(keys, "keys", 4);
   check_rows(page_max, page_lse, seq_lens, starts, block_table, {first_row, num_rows}, min_pages);
@@ -270,13 +275,13 @@ void score_pages_op(const Tensor& queries, const Tensor& keys, const Tensor& blo
       starts.const_data_ptr<int32_t>(),
       page_max.mutable_data_ptr<float>(),
       page_lse.mutable_data_ptr<float>(),
+      min_pages.const_data_ptr<int32_t>(),
       page_max.stride(0),
       first_row,
       num_rows,
       heads,
       queries.size(1) / heads,
       width,
-      min_pages,
       first_token,
       keyless,
   };
@@ -286,32 +291,42 @@ void score_pages_op(const Tensor& queries, const Tensor& keys, const Tensor& blo
 void select_pages_op(const Tensor& page_max, const Tensor& page_lse, const Tensor& seq_lens,
                      const Tensor& starts, const Tensor& block_table, const Tensor& pages,
                      const Tensor& lengths, const Tensor& kept_mass, int64_t first_row,
-                     int64_t num_rows, int64_t budget_pages, int64_t sink_pages,
-                     int64_t recent_pages, int64_t fallback_pages, double fallback_threshold,
+                     int64_t num_rows, const Tensor& totals, int64_t sink_pages,
+                     int64_t recent_pages, const std::optional<Tensor>& fallbacks,
+                     double fallback_threshold,
                      const std::optional<Tensor>& lanes, const std::optional<Tensor>& slot_of,
                      double margin) {
-  check_rows(page_max, page_lse, seq_lens, starts, block_table, {first_row, num_rows},
-             budget_pages);
+  check_rows(page_max, page_lse, seq_lens, starts, block_table, {first_row, num_rows}, totals);
   check_ints(pages, "pages", 2);
   check_ints(lengths, "lengths", 1);
   check_floats(kept_mass, "kept_mass", 2);
   const int64_t heads = kept_mass.size(1), last_row = first_row + num_rows;
-  const int64_t most = std::max(budget_pages, fallback_pages);
   TORCH_CHECK(kept_mass.is_contiguous() && heads > 0 && page_max.size(0) % heads == 0 &&
                   kept_mass.size(0) >= last_row && lengths.size(0) >= last_row * heads &&
                   pages.size(0) >= last_row * heads,
               "kept_mass: found ", kept_mass.sizes(), " for ", last_row, " rows, ",
               page_max.size(0), " rows of scores and ", lengths.size(0), " lengths");
-  TORCH_CHECK(budget_pages > 0 && sink_pages >= 0 && recent_pages >= 0 && fallback_pages >= 0,
-              "pages of a budget: found ", budget_pages, ", ", sink_pages, ", ", recent_pages,
-              " and ", fallback_pages);
-  const int32_t* tokens = seq_lens.const_data_ptr<int32_t>();
-  int64_t longest = 0;
-  for (int64_t row = first_row; row < last_row; ++row) {
-    longest = std::max<int64_t>(longest, (static_cast<int64_t>(tokens[row]) + 15) / 16);
+  TORCH_CHECK(sink_pages >= 0 && recent_pages >= 0, "pages of a budget: found ", sink_pages,
+              " and ", recent_pages);
+  if (fallbacks) {
+    check_ints(*fallbacks, "fallbacks", 1);
+    TORCH_CHECK(fallbacks->size(0) >= last_row, "fallbacks: found ", fallbacks->sizes(), " for ",
+                last_row, " rows");
   }
-  TORCH_CHECK(std::min(longest, most) <= pages.size(1), "pages: found ", pages.size(1),
-              " columns for ", std::min(longest, most), " pages");
+  const int32_t* tokens = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* budget = totals.const_data_ptr<int32_t>();
+  const int32_t* fallback = fallbacks ? fallbacks->const_data_ptr<int32_t>() : nullptr;
+  int64_t longest = 0, widest = 0;
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const int64_t count = (static_cast<int64_t>(tokens[row]) + 15) / 16;
+    const int32_t most = fallback ? std::max(budget[row], fallback[row]) : budget[row];
+    TORCH_CHECK(budget[row] > 0 && most > 0, "pages of a budget: found ", budget[row],
+                " in row ", row);
+    longest = std::max(longest, count);
+    widest = std::max(widest, std::min<int64_t>(count, most));
+  }
+  TORCH_CHECK(widest <= pages.size(1), "pages: found ", pages.size(1), " columns for ", widest,
+              " pages");
   TORCH_CHECK(lanes.has_value() == slot_of.has_value(), "lanes and slot_of go together");
   if (lanes) {
     check_ints(*lanes, "lanes", 1);
@@ -341,10 +356,10 @@ void select_pages_op(const Tensor& page_max, const Tensor& page_lse, const Tenso
       num_rows,
       heads,
       page_max.size(0) / heads,
-      budget_pages,
+      budget,
+      fallback,
       sink_pages,
       recent_pages,
-      fallback_pages,
       static_cast<float>(fallback_threshold),
       lanes ? lanes->const_data_ptr<int32_t>() : nullptr,
       slot_of ? slot_of->const_data_ptr<int32_t>() : nullptr,
@@ -416,13 +431,13 @@ TORCH_LIBRARY(specontext_cpu, library) {
       "float value_scale=1.0) -> ()");
   library.def(
       "score_pages(Tensor queries, Tensor keys, Tensor block_table, Tensor seq_lens, Tensor starts, "
-      "Tensor(a!) page_max, Tensor(b!) page_lse, int first_row, int num_rows, int min_pages, "
-      "int first_token, int keyless) -> ()");
+      "Tensor(a!) page_max, Tensor(b!) page_lse, int first_row, int num_rows, "
+      "Tensor min_pages, int first_token, int keyless) -> ()");
   library.def(
       "select_pages(Tensor page_max, Tensor page_lse, Tensor seq_lens, Tensor starts, "
       "Tensor block_table, Tensor(a!) pages, Tensor(b!) lengths, Tensor(c!) kept_mass, "
-      "int first_row, int num_rows, int budget_pages, int sink_pages, int recent_pages, "
-      "int fallback_pages=0, float fallback_threshold=0.0, Tensor? lanes=None, "
+      "int first_row, int num_rows, Tensor totals, int sink_pages, int recent_pages, "
+      "Tensor? fallbacks=None, float fallback_threshold=0.0, Tensor? lanes=None, "
       "Tensor? slot_of=None, float margin=0.0) -> ()");
   library.def(
       "pack_pages(Tensor kv_cache, Tensor pages, Tensor tokens, Tensor places, Tensor(a!) copy, "

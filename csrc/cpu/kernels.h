@@ -46,8 +46,8 @@ struct ScoreArgs {
   const int32_t* starts;    // [num_rows], where the pages of a row begin in the workspace
   float* page_max;          // [NQ, capacity]
   float* page_lse;          // [NQ, capacity]
+  const int32_t* min_pages;  // [B], rows with no more pages get no scores
   int64_t capacity, first_row, num_rows, heads, group, width;
-  int64_t min_pages;        // Rows with no more pages get no scores.
   int64_t first_token;      // Tokens before it take no part,
   int64_t keyless;          // nor do the newest ones.
 };
@@ -69,8 +69,9 @@ struct SelectArgs {
   int32_t* lengths;  // [B * heads]
   float* kept_mass;  // [B, heads]
   int64_t first_row, num_rows, heads, group;
-  int64_t budget_pages, sink_pages, recent_pages;
-  int64_t fallback_pages;    // For rows whose kept mass is below the threshold; 0: for none.
+  const int32_t* totals;     // [B], pages that each row reads
+  const int32_t* fallbacks;  // [B], of rows whose kept mass is below the threshold, or null
+  int64_t sink_pages, recent_pages;
   float fallback_threshold;
   const int32_t* lanes;      // [B], rows of slot_of, or null
   const int32_t* slot_of;    // [lanes, heads, slot_row], negative for pages that need a fetch

@@ -123,8 +123,8 @@ bool in_range(const ScoreArgs& args, const Span& span) {
 bool score_pages(const ScoreArgs& args) {
   std::vector<Span> spans;
   for (int64_t row = 0; row < args.num_rows; ++row) {
-    const int64_t pages = ceil_div(args.seq_lens[args.first_row + row], kPage);
-    for (int64_t head = 0; pages > args.min_pages && head < args.heads; ++head) {
+    const int64_t at = args.first_row + row, pages = ceil_div(args.seq_lens[at], kPage);
+    for (int64_t head = 0; pages > args.min_pages[at] && head < args.heads; ++head) {
       for (int64_t page = 0; page < pages; page += kPagesAtOnce) {
         spans.push_back({row, head, page, std::min(kPagesAtOnce, pages - page)});
       }

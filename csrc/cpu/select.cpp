@@ -52,9 +52,9 @@ uint64_t rank(float score, int64_t page) {
 }
 
 // Fills the row and head of the selection; returns the kept mass.
-float select_head(const SelectArgs& args, int64_t row, int64_t head, int64_t budget,
+float select_head(const SelectArgs& args, int64_t row, int64_t head, const int32_t* totals,
                   Scratch& scratch) {
-  const int64_t at = args.first_row + row, tokens = args.seq_lens[at];
+  const int64_t at = args.first_row + row, tokens = args.seq_lens[at], budget = totals[at];
   const int64_t count = ceil_div(tokens, kPage), sequence = at * args.heads + head;
   const int32_t* names = args.block_table + at * args.table_row;
   int32_t* pages = args.pages + sequence * args.pages_row;
@@ -123,10 +123,10 @@ void select_pages(const SelectArgs& args) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / args.heads, head = i % args.heads;
       args.kept_mass[(args.first_row + row) * args.heads + head] =
-          select_head(args, row, head, args.budget_pages, scratch);
+          select_head(args, row, head, args.totals, scratch);
     }
   });
-  if (args.fallback_pages == 0) {
+  if (args.fallbacks == nullptr) {
     return;
   }
   // A row falls back as a whole, by the mean over its heads; its kept mass stays what it was.
@@ -140,7 +140,7 @@ void select_pages(const SelectArgs& args) {
       }
       if (sum / args.heads < args.fallback_threshold) {
         for (int64_t head = 0; head < args.heads; ++head) {
-          select_head(args, row, head, args.fallback_pages, scratch);
+          select_head(args, row, head, args.fallbacks, scratch);
         }
       }
     }

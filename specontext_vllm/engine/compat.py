@@ -3,7 +3,7 @@ wrapped in memory.
 
 Each docstring gives the symptom, the reason, and when the function can go.
 
-vLLM: its platform class, and the function that allocates the KV cache.
+vLLM: its platform class, the function that allocates the KV cache, and where requests enter.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def choose_worker() -> None:
             from specontext_vllm.engine.prepare import name_metrics_folder, prepare_vllm_config
             from specontext_vllm.engine.refusals import refuse_runner
 
+            judge_requests()
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
             if vllm_config.parallel_config.worker_cls == "auto":
@@ -83,6 +84,56 @@ def choose_worker() -> None:
 
     _mark_as_ours(check_and_update_config)
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def judge_requests() -> None:
+    """Refuse a request whose settings an engine on our backend cannot follow, in the front end,
+    which answers with status 400, before an answer is streamed; and once more in the engine core,
+    for front ends of other makes.
+
+    Uses: vllm.v1.engine.async_llm.AsyncLLM.generate,
+        vllm.v1.engine.input_processor.InputProcessor,
+        vllm.v1.engine.core.EngineCore.preprocess_add_request
+    Symptom: a wrong ``specontext_budget`` is found by a worker, whose error ends the engine.
+    Reason: vLLM lets logits processors alone judge a request's extra arguments
+        (vllm/v1/engine/input_processor.py, _validate_params), and engines with drafts have none.
+    Remove when: a backend can judge requests.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if _is_ours(InputProcessor._validate_params):
+        return
+    stream = AsyncLLM.generate
+    validate, preprocess = InputProcessor._validate_params, EngineCore.preprocess_add_request
+
+    def judge(vllm_config: Any, params: Any) -> None:
+        if is_selected(vllm_config):
+            from specontext_vllm.engine.request_settings import refuse_request
+
+            refuse_request(vllm_config, params)
+
+    @functools.wraps(stream)
+    def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        # Called before the status is sent, run after it.
+        judge(self.vllm_config, sampling_params)
+        return stream(self, prompt, sampling_params, *args, **kwargs)
+
+    @functools.wraps(validate)
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        judge(self.vllm_config, params)
+        return validate(self, params, *args, **kwargs)
+
+    @functools.wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        judge(self.vllm_config, request.sampling_params)
+        return preprocess(self, request)
+
+    _mark_as_ours(_validate_params)
+    AsyncLLM.generate = generate
+    InputProcessor._validate_params = _validate_params
+    EngineCore.preprocess_add_request = preprocess_add_request
 
 
 def draft_with_target_in_lossless_mode() -> None:

@@ -37,6 +37,14 @@ SIDECAR = {
 }
 """Metrics of ``Retriever.sidecar_figures``."""
 
+OF_REQUESTS = {
+    catalog.OWN_BUDGET_ROWS: decode_counters.OWN_BUDGET_ROWS,
+    catalog.OWN_BUDGET_PAGES: decode_counters.OWN_BUDGET_PAGES,
+    catalog.DENSE_ROWS: decode_counters.WHOLE_ROWS,
+    catalog.DENSE_PAGES: decode_counters.WHOLE_PAGES,
+}
+"""Metrics of requests with settings of their own."""
+
 LOSSLESS = (catalog.LOSSLESS_STEPS, catalog.LOSSLESS_VERIFIED_STEPS, catalog.LOSSLESS_DRAFTS)
 """Metrics of lossless mode."""
 
@@ -190,6 +198,8 @@ class Exporter:
             counted[decode_counters.PAGES_READ] + counted[decode_counters.FALLBACK_PAGES],
         )
         files.set(catalog.PAGES_HELD, counted[decode_counters.PAGES_HELD])
+        for metric, place in OF_REQUESTS.items():
+            files.set(metric, counted[place])
         for metric, value in self._rounds.items():
             files.set(metric, value)
 

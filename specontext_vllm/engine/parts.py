@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -171,17 +172,17 @@ def make_graphs(
 
 
 def make_selector(
-    vllm_config: Any, config: SpeContextConfig, shape: LayerShape, device: torch.device
+    vllm_config: Any, config: SpeContextConfig, shape: LayerShape, totals: Tensor
 ) -> LayerSelector:
-    """What selects in each layer."""
+    """What selects in each layer; ``totals`` are the rows' budgets, see ``Retriever``."""
     return LayerSelector(
         config,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         max_pages=pages_for(vllm_config.model_config.max_model_len),
-        max_rows=max_table_rows(vllm_config),
-        device=device,
+        totals=totals,
+        device=totals.device,
     )
 
 

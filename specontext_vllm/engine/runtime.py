@@ -42,6 +42,7 @@ from specontext_vllm.engine.refusals import (
     refuse_kv_groups,
     refuse_shared_kv,
 )
+from specontext_vllm.engine.request_settings import RequestBudgets
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.host_pool import HostPoolError
@@ -115,7 +116,9 @@ class Runtime:
         )
         self.selector: LayerSelector | None = None
         if self.config.rule.per_layer:
-            self.selector = make_selector(vllm_config, self.config, self.shape, device)
+            self.selector = make_selector(
+                vllm_config, self.config, self.shape, self.retriever.row_totals
+            )
         self.tiers: TieredKV | None = None
         self._is_profiling = False
         self.exporter: Exporter | None = None
@@ -329,7 +332,8 @@ class Runtime:
                 layer.group_table = table.of_group(group)
 
     def _install_selector(self, config: SpeContextConfig) -> LayerSelector:
-        self.selector = make_selector(self.vllm_config, config, self.shape, self.device)
+        totals = self.retriever.row_totals
+        self.selector = make_selector(self.vllm_config, config, self.shape, totals)
         for layer in self._layers:
             layer.selector = self.selector
         return self.selector
@@ -365,6 +369,7 @@ class Runtime:
             graphs=self._graphs,
             exporter=self.exporter,
             kv_group=self.kv_groups[0],
+            budgets=RequestBudgets(self.config, self.vllm_config.model_config.max_model_len),
             others=[(other.table, other.provider) for other in others],
             num_drafts=num_drafts(self.vllm_config),
             draft_lists=draft_lists,

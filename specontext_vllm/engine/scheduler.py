@@ -18,6 +18,7 @@ from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.draft_length import DraftLength
 from specontext_vllm.engine.lossless import choose_drafts
 from specontext_vllm.engine.other_blocks import keep_apart
+from specontext_vllm.engine.request_settings import read_budget
 
 
 class WaitsForPages(Scheduler):
@@ -94,8 +95,9 @@ class CachesExactPages(Scheduler):
         Overrides: vllm.v1.core.sched.scheduler.Scheduler.__init__
         """
         super().__init__(*args, **kwargs)
-        config = SpeContextConfig.from_additional_config(self.vllm_config.additional_config)
-        self._exact_tokens = config.exact_tokens(self.max_model_len)
+        self._config = config = SpeContextConfig.from_additional_config(
+            self.vllm_config.additional_config
+        )
         self._caches_generated = config.cache_generated
         if self._caches_generated:
             return
@@ -113,9 +115,12 @@ class CachesExactPages(Scheduler):
         decode steps read whole.
         """
         # A session's answers become a part of its prompt, but were not computed as one.
-        return getattr(request, "_specontext_exact_end", None) or max(
-            request.num_prompt_tokens, self._exact_tokens
-        )
+        if end := getattr(request, "_specontext_exact_end", None):
+            return end
+        extra_args = getattr(request.sampling_params, "extra_args", None)
+        budget = read_budget(extra_args, self._config, self.max_model_len)
+        exact = self._config.exact_tokens(self.max_model_len, budget)
+        return max(request.num_prompt_tokens, exact)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
         """Remembers how much of a session was exact before its answers join its prompt.

@@ -1,6 +1,7 @@
 """One decode step, in the order in which it happens. Nothing here waits for the GPU.
 
-    begin         follow    what the scheduler decided: the tiers hand out and take back frames
+    begin         follow    what the scheduler decided: which requests have budgets of their own;
+                            the tiers hand out and take back frames
     before_model  project   the rows' first new tokens: the head's keys, and queries
                   score     all pages by the queries                          -> PageScores
                   select    the pages that each row reads, within its budget  -> Selection
@@ -30,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from specontext_vllm.attention.provider import AttentionProvider
 from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.engine.kv_group import KVGroup
 from specontext_vllm.engine.metrics import Exporter
+from specontext_vllm.engine.request_settings import RequestBudgets
 from specontext_vllm.engine.scheduled import ScheduleReader
 from specontext_vllm.engine.stopwatch import Stopwatch
 from specontext_vllm.residency.tiers import TieredKV
@@ -64,6 +67,7 @@ class DecodeStep:
         tiers: where the pages lie, with a host pool; None without one.
         graphs: replay steps without prompt tokens; None: everything is launched one by one.
         kv_group: whose blocks the scheduler's output is read for.
+        budgets: of the requests that have their own.
         num_drafts: drafts of a row, at the most.
         draft_lists: what a drafter's layers read beside this step's pages; None: they read all.
     """
@@ -77,6 +81,7 @@ class DecodeStep:
         *,
         exporter: Exporter,
         kv_group: KVGroup,
+        budgets: RequestBudgets,
         others: Sequence[tuple[PageTable, AttentionProvider]] = (),
         tiers: TieredKV | None = None,
         graphs: StepGraphs | None = None,
@@ -88,17 +93,20 @@ class DecodeStep:
         self.attention = [(table, provider), *others]
         self.tiers, self.graphs, self.exporter = tiers, graphs, exporter
         self.num_drafts, self.draft_lists = num_drafts, draft_lists
-        self._schedule = ScheduleReader(kv_group, num_drafts)
+        self._schedule, self._budgets = ScheduleReader(kv_group, num_drafts), budgets
 
     @torch.inference_mode()
     def begin(self, scheduler_output: Any) -> None:
-        """The tiers follow what the scheduler decided."""
+        """Follow what the scheduler decided."""
+        self._budgets.follow(scheduler_output)
         if self.tiers is not None:
             self.tiers.follow(self._schedule.read(scheduler_output))
         self.exporter.begin_step(idle=not scheduler_output.total_num_scheduled_tokens)
 
     def before_model(self, batch: StepBatch) -> None:
         """Choose the pages that the decode rows read, and see that they are there."""
+        if budgets := self._budgets.of(batch.names[: batch.num_decodes]):
+            batch = replace(batch, budgets=budgets)
         if self.tiers is not None:
             self.tiers.place_rows(batch.names[: batch.num_decodes], batch.table_rows)
         if batch.dense and batch.num_decodes:

@@ -78,6 +78,30 @@ PAGES_HELD = _counter(
     "head pages",
     "Head pages of the decode rows' whole contexts, which dense attention would have read.",
 )
+OWN_BUDGET_ROWS = _counter(
+    "own_budget_rows",
+    "rows",
+    "Decode rows of requests that have a specontext_budget of their own.",
+    per_rank=False,
+)
+OWN_BUDGET_PAGES = _counter(
+    "own_budget_pages_read",
+    "head pages",
+    "Head pages that those rows read within their budgets.",
+    per_rank=False,
+)
+DENSE_ROWS = _counter(
+    "dense_rows",
+    "rows",
+    "Decode rows of requests that ask for specontext_mode dense.",
+    per_rank=False,
+)
+DENSE_PAGES = _counter(
+    "dense_pages_read",
+    "head pages",
+    "Head pages that those rows read: all of their contexts.",
+    per_rank=False,
+)
 KEPT_MASS_RATIO = _histogram(
     "kept_mass_ratio",
     "ratio",

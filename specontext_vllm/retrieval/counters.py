@@ -8,14 +8,18 @@ from torch import Tensor
 
 STEPS, DECODE_ROWS, CHOOSING_ROWS, PAGES_READ, PAGES_HELD = range(5)
 """Known to the host: steps with decode rows; their rows; rows of steps in which pages were chosen;
-head pages that the rows read (within the budget) and held."""
+head pages that the rows read (within their budgets) and held."""
 
-KEPT_MASS, FALLBACK_ROWS, FALLBACK_PAGES = range(5, 8)
+OWN_BUDGET_ROWS, OWN_BUDGET_PAGES, WHOLE_ROWS, WHOLE_PAGES = range(5, 9)
+"""Known to the host: decode rows whose requests have a budget of their own, and those whose
+requests ask for all; each with the head pages that they read (within their budgets)."""
+
+KEPT_MASS, FALLBACK_ROWS, FALLBACK_PAGES = range(9, 12)
 """Summed on the device: kept mass of the choosing rows, the mean over a row's KV heads; rows under
 the confidence threshold, and the head pages that they read beyond the budget."""
 
 KEPT_MASS_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-KEPT_MASS_BUCKETS = slice(8, 8 + len(KEPT_MASS_EDGES))
+KEPT_MASS_BUCKETS = slice(12, 12 + len(KEPT_MASS_EDGES))
 """Summed on the device: choosing rows whose kept mass is at most the edge, for each edge."""
 
 _HOST = KEPT_MASS
@@ -27,7 +31,7 @@ class Counters:
     never waits for it.
 
     Attributes:
-        host: ``[5]`` float64, the places up to PAGES_HELD.
+        host: ``[9]`` float64, the places up to WHOLE_PAGES.
         cells: the rest, float64 on the device.
     """
 
@@ -41,7 +45,13 @@ class Counters:
         """A step's decode rows, how many of them if pages are chosen in it, and the head pages they
         read and hold.
         """
-        self.host[:] += (1, rows, choosing_rows, pages_read, pages_held)
+        self.host[: PAGES_HELD + 1] += (1, rows, choosing_rows, pages_read, pages_held)
+
+    def count_own(self, rows: int, pages: int, whole_rows: int, whole_pages: int) -> None:
+        """Those of a step's decode rows whose requests have a budget of their own, with the head
+        pages that they read, and those that read all because their requests ask for it.
+        """
+        self.host[OWN_BUDGET_ROWS : WHOLE_PAGES + 1] += (rows, pages, whole_rows, whole_pages)
 
     def count_choice(self, kept_mass: Tensor, seq_lens: Tensor) -> None:
         """The kept mass of a step in which pages were chosen.
@@ -70,7 +80,7 @@ class Counters:
         self.cells[FALLBACK_PAGES - _HOST] += pages
 
     def add(self, counted: np.ndarray) -> None:
-        """What another ``Counters`` has counted, all places ``[19]`` float64."""
+        """What another ``Counters`` has counted, all places ``[23]`` float64."""
         self.host += counted[:_HOST]
         self.cells += torch.from_numpy(counted[_HOST:]).to(self.cells.device)
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from specontext_vllm.config import SpeContextConfig
 from specontext_vllm.float8 import KVScales
-from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.rules import Rule, make_rule
 from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, ScoreInputs
 from specontext_vllm.retrieval.selection import select_rows
@@ -22,7 +21,8 @@ class LayerSelector:
         config: validated settings; see ``configure``.
         num_heads, num_kv_heads, head_dim: of the target on this worker.
         max_pages: pages of the longest context.
-        max_rows: largest number of decode rows of a step, padding included.
+        totals: ``[rows]`` int32 pages that each decode row of a step reads, padding included; it
+            persists.
         device: where everything lives.
     """
 
@@ -34,11 +34,11 @@ class LayerSelector:
         num_kv_heads: int,
         head_dim: int,
         max_pages: int,
-        max_rows: int,
+        totals: Tensor,
         device: torch.device,
     ) -> None:
         self.num_kv_heads, self.head_dim, self.max_pages = num_kv_heads, head_dim, max_pages
-        self.device = device
+        self.device, self.totals = device, totals
         # Each row has a fixed place, since its number of pages is not known at capture.
         self.rows_at_once = max(1, WORKSPACE_BYTES // (8 * num_heads * max_pages))
         self.scores = PageScores.allocate(
@@ -48,14 +48,14 @@ class LayerSelector:
         self.page_vectors: list[Tensor] = []
         """Of each layer ``[num_blocks, H, Rule.page_vectors, D]``, if the rule that the engine was
         started with keeps some."""
-        self._kept_mass = torch.ones(max_rows, num_kv_heads, dtype=torch.float32, device=device)
+        self._kept_mass = torch.ones(len(totals), num_kv_heads, dtype=torch.float32, device=device)
         self.configure(config)
         self._learning_rule = type(self.rule)
 
     def configure(self, config: SpeContextConfig) -> None:
         """Change the settings between steps, where no graph holds them."""
         self.rule = make_rule(config.retriever, config.rule_settings, self.device)
-        self.budget = Budget.of(config)
+        self.config = config
 
     @staticmethod
     def bytes_per_block(
@@ -132,7 +132,7 @@ class LayerSelector:
                 self.starts,
                 rows,
                 max_pages=self.max_pages,
-                min_pages=self.budget.total,
+                min_pages=self.totals,
                 queries=query,
                 keys=kv_cache[..., : self.head_dim],
                 first_token=0,
@@ -140,5 +140,13 @@ class LayerSelector:
             )
             scores = self.rule.score(inputs, self.scores)
             select_rows(
-                scores, seq_lens, self.starts, block_table, selection, self.budget, rows=rows
+                scores,
+                seq_lens,
+                self.starts,
+                block_table,
+                selection,
+                self.totals,
+                sinks=self.config.sink_pages,
+                recents=self.config.recent_pages,
+                rows=rows,
             )

@@ -13,11 +13,12 @@ from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.cached_head import CachedHead
 from specontext_vllm.retrieval.counters import Counters
 from specontext_vllm.retrieval.head import RetrievalHead
-from specontext_vllm.retrieval.reference import Budget
+from specontext_vllm.retrieval.row_budgets import RowBudgets
 from specontext_vllm.retrieval.rules import make_rule
 from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, ScoreInputs, row_starts
 from specontext_vllm.retrieval.selection import Fallback, fill_lengths, select_rows
 from specontext_vllm.step_data import (
+    WHOLE,
     PageScores,
     RowPart,
     Selection,
@@ -71,6 +72,13 @@ class LocalRetriever:
         groups = 1 if head is None else head.spec.layer_groups
         capacity = max(self.max_pages, WORKSPACE_BYTES // (8 * queries // groups))
         self.scores = PageScores.allocate(queries, num_kv_heads * groups, capacity, device)
+        self.budgets = RowBudgets(
+            config,
+            max_rows=max_rows,
+            max_pages=self.max_pages,
+            table_pages=self._selected_pages,
+            device=device,
+        )
         self._take_settings(config)
         self.counters = Counters(device)
         self._embeds: Tensor | None = None
@@ -85,9 +93,23 @@ class LocalRetriever:
         return self.head is not None
 
     @property
+    def row_totals(self) -> Tensor:
+        """See ``Retriever``."""
+        return self.budgets.totals
+
+    @property
     def key_dtype(self) -> torch.dtype | None:
         """See ``Retriever``."""
         return None if self.head is None else self.head.key_dtype
+
+    @property
+    def _selected_pages(self) -> int:
+        """Columns of the page table without those for pages that drafts begin; all where it holds
+        the longest context anyway.
+        """
+        if self.table_pages >= self.max_pages:
+            return self.table_pages
+        return self.table_pages - pages_for(self.num_drafts)
 
     @property
     def capturable(self) -> bool:
@@ -125,16 +147,25 @@ class LocalRetriever:
             return StepShape(0, chooses=False, parts=())
         decodes = batch.num_decodes
         bounds = [pages_for(n) for n in batch.seq_lens_bound[:decodes]]
-        total = self._budget_of(batch.dense).total
-        chooses = max(bounds, default=0) > total
+        totals = self.budgets.place(batch.budgets, decodes)
+        if batch.dense:
+            totals = [self.max_pages] * decodes
+        read = [min(pair) for pair in zip(bounds, totals, strict=True)]
+        chooses = read != bounds
         if self.config.stats:
             heads = self.num_kv_heads
             self.counters.count_rows(
                 decodes,
                 decodes if chooses and not self.rule.per_layer else 0,
-                heads * sum(min(count, total) for count in bounds),
+                heads * sum(read),
                 heads * sum(bounds),
             )
+            if batch.budgets:
+                own, whole = (
+                    [heads * pages for pages, tokens in zip(read, batch.budgets) if is_such(tokens)]
+                    for is_such in (lambda t: t not in (None, WHOLE), lambda t: t == WHOLE)
+                )
+                self.counters.count_own(len(own), sum(own), len(whole), sum(whole))
         if not chooses or self.rule.per_layer:
             parts: tuple[RowPart, ...] = (RowPart(range(batch.table_rows), 1),)
         else:
@@ -173,7 +204,7 @@ class LocalRetriever:
             starts,
             part.rows,
             max_pages=part.max_pages,
-            min_pages=self._budget.total,
+            min_pages=self.budgets.totals,
             queries=queries,
             keys=None if self.head is None else self.head.cache.keys,
             keyless=1 if self.head is not None and self.head.keys_follow else 0,
@@ -191,7 +222,7 @@ class LocalRetriever:
     ) -> None:
         """See ``Retriever.select``."""
         if self.rule.per_layer and not shape.dense:
-            fill_lengths(batch.seq_lens[: batch.table_rows], selection, self._budget)
+            fill_lengths(batch.seq_lens[: batch.table_rows], selection, self.budgets.totals)
             return
         fallback = self._fallback if shape.chooses else None
         select_rows(
@@ -200,7 +231,9 @@ class LocalRetriever:
             batch.seq_lens if scores.starts is None else scores.starts,
             batch.block_table if selection.page_ids is None else selection.page_ids,
             selection,
-            self._budget_of(shape.dense),
+            self.budgets.everything if shape.dense else self.budgets.totals,
+            sinks=self.config.sink_pages,
+            recents=self.config.recent_pages,
             rows=part.rows,
             fallback=fallback,
             stickiness=stickiness,
@@ -216,7 +249,9 @@ class LocalRetriever:
             batch.seq_lens,
             batch.block_table if selection.page_ids is None else selection.page_ids,
             selection,
-            Budget.everything(self.max_pages),
+            self.budgets.everything,
+            sinks=self.config.sink_pages,
+            recents=self.config.recent_pages,
             rows=range(row, row + 1),
         )
 
@@ -232,9 +267,6 @@ class LocalRetriever:
             self.head.learn_decodes(batch, rows, aux)
         if rows < batch.num_rows:
             self.head.learn_rows(batch, batch.num_decodes, batch.num_rows, aux)
-
-    def _budget_of(self, dense: bool) -> Budget:
-        return Budget.everything(self.max_pages) if dense else self._budget
 
     def _parts(self, bounds: list[int], table_rows: int) -> Iterator[RowPart]:
         """Consecutive rows whose pages fit the workspace; padding rows join the last part."""
@@ -254,10 +286,10 @@ class LocalRetriever:
         self.counters.count_choice(kept, batch.seq_lens[rows])
         if fallback is not None:
             lengths = selection.lengths[rows.start * heads : rows.stop * heads]
-            pages = (lengths + PAGE_SIZE - 1) // PAGE_SIZE
+            pages = ((lengths + PAGE_SIZE - 1) // PAGE_SIZE).view(-1, heads)
             self.counters.count_fallback(
                 (kept.mean(-1) < fallback.threshold).sum(),
-                (pages - self._budget.total).clamp(min=0).sum(),
+                (pages - self.budgets.totals[rows, None]).clamp(min=0).sum(),
             )
 
     # -- an engine
@@ -298,12 +330,11 @@ class LocalRetriever:
         # First what may refuse: then the settings before stay whole.
         self.rule = make_rule(config.retriever, config.rule_settings, self.device)
         self.config = config
+        self.budgets.take_settings(config, self.max_pages, self._selected_pages)
         # The kept mass that a fallback goes by is the head's.
-        self._budget, self._fallback = Budget.of(config), None
-        if self.rule.reads_everything:
-            self._budget = Budget.everything(self.max_pages)
-        elif self.rule.needs_head:
-            self._fallback = Fallback.of(config)
+        self._fallback = None
+        if self.rule.needs_head and config.confidence_threshold > 0:
+            self._fallback = Fallback(config.confidence_threshold, self.budgets.fallbacks)
 
     def profile(self, num_tokens: int) -> None:
         """See ``Retriever.profile``."""

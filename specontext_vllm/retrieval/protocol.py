@@ -40,6 +40,12 @@ class Retriever(Protocol):
     def counters(self) -> Counters: ...
 
     @property
+    def row_totals(self) -> Tensor:
+        """``[rows]`` int32 pages that each decode row of a step reads at the most, on the worker's
+        device; it persists. For what selects in each layer.
+        """
+
+    @property
     def key_dtype(self) -> torch.dtype | None:
         """What the head's keys are kept in; None without a head."""
 

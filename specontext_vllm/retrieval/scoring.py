@@ -31,7 +31,7 @@ class ScoreInputs:
         starts: ``[>= len(rows)]`` int32, where each row's pages start in the workspace.
         rows: the rows to score.
         max_pages: upper bound of a row's pages.
-        min_pages: rows with no more pages are read whole, and need no scores.
+        min_pages: ``[>= B]`` int32: rows with no more pages are read whole, and need no scores.
         queries: ``[B, NQ, D]`` rotated queries of the decode rows; None for a rule that needs none.
         keys: ``[num_blocks, NKV, P, D]``: the head's K cache, or the K half of a layer's KV cache.
         first_token: tokens before it take no part. In the head's cache that is token 0, which has
@@ -49,7 +49,7 @@ class ScoreInputs:
     starts: Tensor
     rows: range
     max_pages: int
-    min_pages: int
+    min_pages: Tensor
     queries: Tensor | None = None
     keys: Tensor | None = None
     first_token: int = 1
@@ -126,7 +126,7 @@ class ScoreInputs:
         """
         for row, start in zip(self.rows, self.starts[: len(self.rows)].tolist(), strict=True):
             pages = -(-int(self.seq_lens[row]) // self.page_size)
-            if pages > self.min_pages:
+            if pages > int(self.min_pages[row]):
                 yield row, slice(start, start + pages)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import specontext_vllm.cpu_kernels as cpu_kernels
-from specontext_vllm.config import PAGE_SIZE, SpeContextConfig, pages_for
+from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.reference import Budget, chosen_pages, page_scores
 from specontext_vllm.step_data import (
     PageScores,
@@ -25,17 +25,12 @@ from specontext_vllm.step_data import (
 
 @dataclass(frozen=True)
 class Fallback:
-    """Rows whose kept mass lies under ``threshold`` read ``pages`` pages instead of the budget."""
+    """Rows whose kept mass lies under ``threshold`` read ``totals [>= B]`` int32 pages instead,
+    each no fewer than before.
+    """
 
     threshold: float
-    pages: int
-
-    @classmethod
-    def of(cls, config: SpeContextConfig) -> Fallback | None:
-        """What the settings ask for, if anything."""
-        if config.confidence_threshold <= 0:
-            return None
-        return cls(config.confidence_threshold, config.fallback_pages)
+    totals: Tensor
 
 
 def select_rows(
@@ -44,8 +39,10 @@ def select_rows(
     starts: Tensor,
     block_table: Tensor,
     selection: Selection,
-    budget: Budget,
+    totals: Tensor,
     *,
+    sinks: int,
+    recents: int,
     rows: range,
     fallback: Fallback | None = None,
     stickiness: Stickiness | None = None,
@@ -61,6 +58,8 @@ def select_rows(
         starts: ``[>= len(rows)]`` int32, ``row_starts(seq_lens, rows)``; anything where no row has
             more pages than the budget.
         block_table: ``[>= B, W]`` int32: what the selection calls each page.
+        totals: ``[>= B]`` int32, each row's budget in pages, on the selection's device.
+        sinks, recents: pages from the start and at the end that are always among them.
         stickiness: pages that need no fetch score more by a margin.
     """
     num_kv_heads = selection.num_kv_heads
@@ -80,7 +79,7 @@ def select_rows(
             selection.kept_mass,
         )
 
-        def launch(budget_pages: int, threshold: float | None) -> None:
+        def launch(pages: Tensor, threshold: float | None) -> None:
             select_pages(
                 *buffers,
                 page_size=PAGE_SIZE,
@@ -89,27 +88,27 @@ def select_rows(
                 first_row=rows.start,
                 num_rows=len(rows),
                 max_pages=block_table.shape[1],
-                budget_pages=budget_pages,
-                sink_pages=budget.sinks,
-                recent_pages=budget.recents,
+                totals=pages,
+                sink_pages=sinks,
+                recent_pages=recents,
                 fallback_threshold=threshold,
                 stickiness=stickiness,
             )
 
-        launch(budget.total, None)
+        launch(totals, None)
         if fallback is not None:
-            launch(fallback.pages, fallback.threshold)
+            launch(fallback.totals, fallback.threshold)
         return
     if selection.groups > 1:
+        forced = sinks, recents
         arguments = scores, seq_lens, starts, block_table, selection
-        _select_by_group(*arguments, budget, rows)
+        _select_by_group(*arguments, totals, *forced, rows)
         if fallback is not None:
-            wider = replace(budget, total=fallback.pages)
             mass = selection.kept_mass.clone()
             for place, row in enumerate(rows):
                 if mass[row].mean() < fallback.threshold:
                     own = scores, seq_lens, starts[place:], block_table, selection
-                    _select_by_group(*own, wider, range(row, row + 1))
+                    _select_by_group(*own, fallback.totals, *forced, range(row, row + 1))
             selection.kept_mass.copy_(mass)
         return
     if cpu_kernels.available():
@@ -124,10 +123,10 @@ def select_rows(
             selection.kept_mass,
             rows.start,
             len(rows),
-            budget.total,
-            budget.sinks,
-            budget.recents,
-            0 if fallback is None else fallback.pages,
+            totals,
+            sinks,
+            recents,
+            None if fallback is None else fallback.totals,
             0.0 if fallback is None else fallback.threshold,
             None if stickiness is None else stickiness.lanes,
             None if stickiness is None else stickiness.slot_of,
@@ -143,9 +142,10 @@ def select_rows(
         if stickiness is not None:
             needs_no_fetch = stickiness.slot_of[stickiness.lanes[row], :, :count] >= 0
             bonus = stickiness.margin * needs_no_fetch
+        budget = Budget(int(totals[row]), sinks, recents)
         kept, mass = select_row(*row_scores, count, num_kv_heads, budget, bonus)
         if fallback is not None and mass.mean() < fallback.threshold:
-            wider = Budget(fallback.pages, budget.sinks, budget.recents)
+            wider = replace(budget, total=int(fallback.totals[row]))
             kept, _ = select_row(*row_scores, count, num_kv_heads, wider, bonus)
         head = torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
         block = slice(row * num_kv_heads, (row + 1) * num_kv_heads)
@@ -160,7 +160,9 @@ def _select_by_group(
     starts: Tensor,
     block_table: Tensor,
     selection: Selection,
-    budget: Budget,
+    totals: Tensor,
+    sinks: int,
+    recents: int,
     rows: range,
 ) -> None:
     """``select_rows`` for one group of layers after the other, on a CPU."""
@@ -177,17 +179,21 @@ def _select_by_group(
             starts,
             block_table,
             Selection(pages, lengths, mass),
-            budget,
+            totals,
+            sinks=sinks,
+            recents=recents,
             rows=rows,
         )
         selection.kept_mass[:, group::groups] = mass
 
 
-def fill_lengths(seq_lens: Tensor, selection: Selection, budget: Budget) -> None:
-    """Fill the selection's lengths, which depend on the contexts alone: ``seq_lens [B]`` int32."""
-    heads = selection.num_kv_heads
-    beyond = (budget.total - 1) * PAGE_SIZE + (seq_lens - 1) % PAGE_SIZE + 1
-    kept = torch.where(seq_lens <= budget.total * PAGE_SIZE, seq_lens, beyond)
+def fill_lengths(seq_lens: Tensor, selection: Selection, totals: Tensor) -> None:
+    """Fill the selection's lengths, which depend on the contexts and budgets alone:
+    ``seq_lens [B]``, ``totals [>= B]`` int32.
+    """
+    heads, total = selection.num_kv_heads, totals[: len(seq_lens)]
+    beyond = (total - 1) * PAGE_SIZE + (seq_lens - 1) % PAGE_SIZE + 1
+    kept = torch.where(seq_lens <= total * PAGE_SIZE, seq_lens, beyond)
     by_row = selection.lengths.view(selection.groups, -1, heads)
     by_row[:, : len(seq_lens)].copy_(kept[:, None])
 

@@ -107,6 +107,7 @@ class Sidecar:
             num_decodes=decodes,
             table_rows=decodes,
             num_tokens=len(message.token_ids),
+            budgets=message.budgets,
         )
         self.retriever.select_eagerly(batch, self.selection)
         rows = decodes * self.spec.num_kv_heads

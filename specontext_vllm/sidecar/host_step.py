@@ -72,6 +72,7 @@ class StepWriter:
             blocks=torch.from_numpy(block_table[row, column]),
             seq_lens_bound=batch.seq_lens_bound,
             num_decodes=batch.num_decodes,
+            budgets=tuple(batch.budgets),
         )
         return HostStep(
             message, block_table, positions[starts[:-1].long()].numpy(), seq_lens.numpy(), slots

@@ -190,6 +190,7 @@ class Select:
     blocks: Tensor
     seq_lens_bound: list[int]
     num_decodes: int
+    budgets: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)

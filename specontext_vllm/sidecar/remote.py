@@ -126,6 +126,11 @@ class RemoteRetriever:
         """What the decode steps come to, whoever selected for them."""
         return self.dense.counters
 
+    @property
+    def row_totals(self) -> Tensor:
+        """Those of rows that are read whole: no rule selects in each layer beside an actor."""
+        return self.dense.row_totals
+
     # -- a step
 
     def shape_step(self, batch: StepBatch) -> StepShape:

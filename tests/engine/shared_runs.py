@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from specontext_vllm.observability.catalog import PREFIX
 from tests.engine.asked import asked
 from tests.engine.conftest import DEMO_MODEL, STOCK, engine
+from tests.engine.own_budgets import counted, mixed, poisoned
 from tests.engine.scenarios import ids, sampling, scenarios, until_sure
 
 PAGES = 111
@@ -28,6 +30,14 @@ SETTINGS = {
     "recent_tokens": 16,
     "stickiness": 0,
 }
+KINDS = {
+    "64": {"specontext_budget": 64},
+    "128": {"specontext_budget": 128, "specontext_mode": "sparse"},
+    "dense": {"specontext_mode": "dense"},
+}
+"""Settings of single requests."""
+CHOSEN = (5, 6, 7)
+"""Prompts that they are asked with, beyond every budget; three are in no one's way."""
 STEPS_BEFORE_OUTAGE = 9
 
 
@@ -40,13 +50,14 @@ def run_both_budgets(prompts) -> dict[str, object]:
     """An engine that starts with the whole budget and puts generated pages into its prefix cache,
     with the small one from then on (``small budget``), and where it reads densely for a while.
     """
-    settings = {**SETTINGS, "budget": WHOLE, "cache_generated": True}
+    settings = {**SETTINGS, "budget": WHOLE, "max_budget": "full", "cache_generated": True}
     with engine(**SHAPE, additional_config={"specontext": settings}) as llm:
         out = counted_scenarios(llm, prompts)
         llm.reset_prefix_cache()
         out["without kernels"] = without_kernels(llm, prompts)
         llm.collective_rpc("specontext_set", kwargs={"budget": SMALL})
         small = counted_scenarios(llm, prompts)
+        small["own budgets"] = own_budgets(llm, [prompts[i] for i in CHOSEN])
 
         def read(retriever: str) -> None:
             llm.collective_rpc("specontext_set", kwargs={"retriever": retriever})
@@ -54,6 +65,18 @@ def run_both_budgets(prompts) -> dict[str, object]:
         small["without kernels"] = without_kernels(llm, prompts)
         small |= outage(llm, prompts, lambda: read("dense"), lambda: read("dlm"))
         return {**out, "small budget": small}
+
+
+def own_budgets(llm, prompts) -> dict[str, object]:
+    """Requests with settings of their own beside each other."""
+    before = counted(llm)
+    out = mixed(llm, prompts, {"none": None, **KINDS})
+    out["metrics"] = {name: value - before[name] for name, value in counted(llm).items()}
+    if not torch.cuda.is_available():
+        own = [None, KINDS["128"], KINDS["dense"]]
+        out["poisoned"] = poisoned(llm, prompts, own)
+        out["unpoisoned"] = [out["none"][0], out["128"][1], out["dense"][2]]
+    return out
 
 
 def without_kernels(llm, prompts) -> list[list[int]]:

@@ -16,9 +16,10 @@ from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from tests.conftest import CUDA
 from tests.engine.asked import asked, chance_of_pairs, expected_pairs, sampled
 from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.own_budgets import mixed
 from tests.engine.poison import poison_stale, poison_unread, poisoned_drafts
 from tests.engine.scenarios import SCENARIOS, ids, preemptions, sampling, scenarios
-from tests.engine.shared_runs import SETTINGS, SHAPE, SMALL, WHOLE
+from tests.engine.shared_runs import CHOSEN, KINDS, SETTINGS, SHAPE, SMALL, WHOLE
 from tests.poison import poisoned_tiers, times_poisoned
 
 HEAD = str(DEMO_MODEL / "retrieval_head")
@@ -140,7 +141,7 @@ def keep_all_drafts(
 
 @pytest.fixture(scope="module", params=DRAFTS)
 def drafted(request, prompts) -> dict[str, Any]:
-    settings = {**SETTINGS, "budget": WHOLE, "head_key_dtype": "model"}
+    settings = {**SETTINGS, "budget": WHOLE, "max_budget": "full", "head_key_dtype": "model"}
     with engine(
         **SHAPE,
         speculative_config=DRAFTS[request.param],
@@ -179,6 +180,8 @@ def drafted(request, prompts) -> dict[str, Any]:
             lambda: watched.answer(prompts[-1], 60)
         )
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
+        kinds = {"none": None, "128": KINDS["128"], "dense": KINDS["dense"]}
+        out["own budgets"] = mixed(llm, [prompts[i] for i in CHOSEN], kinds)
         if request.param == "eagle3":
             out |= {f"small {name}": tokens for name, tokens in crowd(llm, prompts).items()}
         if CUDA:
@@ -229,6 +232,12 @@ def test_a_small_budget_reads_less(drafted):
     assert 0 < drafted["over few"]["accepted_tokens"] < drafted["over few"]["draft_tokens"]
     assert drafted["stats"]["pages_read"] < 0.6 * drafted["stats"]["pages_total"]
     assert 0 < drafted["stats"]["kept_mass_mean"] < 1
+
+
+def test_a_dense_request_beside_sparse_ones_has_the_tokens_of_stock(stock, drafted):
+    own = drafted["own budgets"]
+    assert [tokens[:16] for tokens in own["dense"]] == [stock["plain"][i][:16] for i in CHOSEN]
+    assert own["none"] != own["dense"]
 
 
 @cpu_only

@@ -68,9 +68,17 @@ def make(vllm_config, cls, block_size=16, *, window=0, **settings):
 
 
 def request(
-    name: str, tokens: list[int], answer: int, *, resumable: bool = False, block_size: int = 16
+    name: str,
+    tokens: list[int],
+    answer: int,
+    *,
+    resumable: bool = False,
+    block_size: int = 16,
+    own: dict | None = None,
 ) -> Request:
-    sampling = SamplingParams(temperature=0, max_tokens=answer, stop_token_ids=[STOP])
+    sampling = SamplingParams(
+        temperature=0, max_tokens=answer, stop_token_ids=[STOP], extra_args=own
+    )
     sampling.update_from_generation_config({}, None)
     return Request(
         name,
@@ -106,9 +114,11 @@ def hit(scheduler, tokens: list[int], block_size: int = 16) -> int:
     )[1]
 
 
-def run(scheduler, prompt: list[int], answer: int, block_size: int = 16) -> list[int]:
+def run(
+    scheduler, prompt: list[int], answer: int, block_size: int = 16, own: dict | None = None
+) -> list[int]:
     """The request's tokens whose KV was computed."""
-    scheduler.add_request(request("first", prompt, answer, block_size=block_size))
+    scheduler.add_request(request("first", prompt, answer, block_size=block_size, own=own))
     for _ in range(answer):
         step(scheduler)
     assert not scheduler.running
@@ -139,6 +149,35 @@ def test_pages_of_generated_tokens_are_cached_where_their_kv_is_exact(
     scheduler = make(vllm_config, cls, **settings)
     tokens = run(scheduler, list(range(100, 100 + length)), 100)
     assert hit(scheduler, tokens) == min(kept, len(tokens) // 16 * 16)
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({"specontext_budget": 160}, 160),
+        ({"specontext_budget": 200}, 192),
+        ({"specontext_mode": "dense"}, 224),
+        ({"specontext_mode": "sparse"}, 112),
+    ],
+    ids=str,
+)
+def test_a_request_s_own_budget_says_which_of_its_pages_are_exact(vllm_config, own, kept):
+    scheduler = make(vllm_config, SpeContextAsyncScheduler, max_budget="full")
+    tokens = run(scheduler, list(range(100, 140)), 200, own=own)
+    assert hit(scheduler, tokens) == kept
+
+
+def test_a_session_that_turns_dense_keeps_what_was_sparse_out_of_the_cache(vllm_config):
+    scheduler = make(vllm_config, SpeContextScheduler, max_budget="full")
+    dense = {"specontext_mode": "dense"}
+    prompt, more = list(range(100, 140)), list(range(400, 440))
+    scheduler.add_request(request("session", prompt, 150, resumable=True))
+    for _ in range(150):
+        step(scheduler)
+    scheduler.add_request(request("session", more, 50, resumable=True, own=dense))
+    for _ in range(50):
+        step(scheduler)
+    assert hit(scheduler, scheduler.requests["session"].prompt_token_ids) == 112
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from rich.console import Console
 
 from specontext_vllm.demo.__main__ import question
@@ -95,6 +95,47 @@ def test_streaming_gives_the_same_text_piece_by_piece(client):
     assert "".join(parts) == whole
     assert len(parts) > 1
     assert usage.completion_tokens > 1
+
+
+def test_a_request_asks_for_a_budget_of_its_own(server, client):
+    """512 is the server's."""
+    problem, read = needle(1, 3000), {}
+    for budget in (None, 128, 512):
+        own = {} if budget is None else {"vllm_xargs": {"specontext_budget": budget}}
+        server.rpc("specontext_stats", reset=True)
+        answer = client.chat.completions.create(
+            model="demo", messages=problem.messages, temperature=0, max_tokens=20, extra_body=own
+        )
+        stats = server.rpc("specontext_stats")
+        read[budget] = stats["pages_read"] / stats["decode_rows"]
+        assert stats["decode_rows"] >= answer.usage.completion_tokens - 1 > 3
+    # Two KV heads of pages of 16 tokens.
+    assert read == {None: 64, 128: 16, 512: 64}
+
+
+WRONG_REQUESTS = {
+    "too much": ({"specontext_budget": 1024}, "found 1024, but requests of this engine may have"),
+    "text": ({"specontext_budget": "512"}, "specontext_budget: found '512'; give a number"),
+    "dense": ({"specontext_mode": "dense"}, "max_budget full, or leave it out."),
+    "a slip": ({"specontext_bugdet": 128}, "did you mean specontext_budget?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_REQUESTS)
+@pytest.mark.parametrize("stream", [False, True], ids=["at once", "streamed"])
+def test_a_wrong_budget_is_a_bad_request_with_its_sentence(client, name, stream):
+    asked, sentence = WRONG_REQUESTS[name]
+    problem = needle(4, 300)
+    with pytest.raises(BadRequestError) as caught:
+        client.chat.completions.create(
+            model="demo",
+            messages=problem.messages,
+            max_tokens=4,
+            stream=stream,
+            extra_body={"vllm_xargs": asked},
+        )
+    assert caught.value.status_code == 400 and sentence in caught.value.message
+    assert reply(client, problem)
 
 
 def test_concurrent_requests_answer_as_alone(client):

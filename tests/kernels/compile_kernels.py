@@ -162,7 +162,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     queries = torch.zeros(rows, h * g, d, dtype=dtype)
     page_max, page_lse = torch.zeros(h * g, 64), torch.zeros(h * g, 64)
     pages, lengths = cells(rows * h, kept), cells(rows * h)
-    some = {"first_row": 0, "num_rows": rows, "max_pages": WIDTH, "min_pages": kept}
+    some = {"first_row": 0, "num_rows": rows, "max_pages": WIDTH, "min_pages": cells(rows)}
 
     head_input(
         torch.zeros(rows, e, dtype=dtype),
@@ -230,7 +230,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
                 first_row=0,
                 num_rows=rows,
                 max_pages=WIDTH,
-                budget_pages=kept,
+                totals=cells(rows),
                 sink_pages=1,
                 recent_pages=5,
                 fallback_threshold=threshold,

@@ -5,6 +5,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.rules.driven import redrawn
 from specontext_vllm.triton_kernels.driven_scores import driven_scores
+from tests.paging import of_each_row
 
 HEADS, GROUP, BLOCKS = 3, 5, 400
 
@@ -15,7 +16,7 @@ def test_scores_are_those_of_the_definition_whichever_row_has_the_page(device):
     lengths = [700, 60, 200 * PAGE_SIZE - 3, 0, 150]
     table = torch.stack([torch.randperm(BLOCKS)[:200] for _ in lengths]).int()
     table[4, :5] = table[2, :5]
-    first_row, min_pages, widest = 1, 4, 200
+    first_row, min_pages, widest = 1, [0, 4, 4, 0, 10], 200
     rows = len(lengths) - first_row
     starts = torch.arange(rows, dtype=torch.int32) * widest
     chances = torch.tensor([2**30, 2**31])
@@ -36,12 +37,12 @@ def test_scores_are_those_of_the_definition_whichever_row_has_the_page(device):
             first_row=first_row,
             num_rows=rows,
             max_pages=widest,
-            min_pages=min_pages,
+            min_pages=of_each_row(min_pages, len(lengths), device),
         )
         wanted = torch.full((HEADS, rows * widest), float("nan"))
         for row, tokens in enumerate(lengths[first_row:]):
             pages = pages_for(tokens)
-            if pages > min_pages:
+            if pages > min_pages[first_row + row]:
                 blocks = table[first_row + row, :pages].long()
                 drawn[blocks] = redrawn(drawn, blocks, step, chances)
                 wanted[:, row * widest : row * widest + pages] = drawn[blocks].T

@@ -6,7 +6,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.float8 import FP8
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
-from tests.paging import assert_close, sliced_rows
+from tests.paging import assert_close, of_each_row, sliced_rows
 
 BLOCKS = 40
 
@@ -85,7 +85,7 @@ def test_a_page_s_score_is_the_best_that_its_bounds_allow(lengths, heads, group,
         first_row=first_row,
         num_rows=rows,
         max_pages=widest,
-        min_pages=1,
+        min_pages=of_each_row(1, first_row + rows, device),
     )
     for row, tokens in enumerate(lengths):
         pages = pages_for(tokens)

@@ -24,7 +24,7 @@ from specontext_vllm.triton_kernels.score_pages import score_pages
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float, same_bits
-from tests.paging import paged_rows
+from tests.paging import of_each_row, paged_rows
 
 BAD_ROW = 1
 """Between two that are sound."""
@@ -94,7 +94,7 @@ def test_scores_are_not_finite_where_the_reference_is_not(bits, where, dtype, ke
             first_row=0,
             num_rows=len(LENGTHS),
             max_pages=pages_for(max(LENGTHS)),
-            min_pages=1,
+            min_pages=of_each_row(1, len(LENGTHS), device),
         )
         for buffer in found:
             buffer.check()
@@ -147,7 +147,7 @@ def test_page_bounds_are_not_finite_where_the_reference_is_not(bits, where, devi
             first_row=0,
             num_rows=len(LENGTHS),
             max_pages=pages_for(max(LENGTHS)),
-            min_pages=1,
+            min_pages=of_each_row(1, len(LENGTHS), device),
         )
         bounds.check()
         out.check()
@@ -278,7 +278,7 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             first_row=0,
             num_rows=3,
             max_pages=widest,
-            budget_pages=kept,
+            totals=of_each_row(kept, 3, device),
             sink_pages=1,
             recent_pages=2,
         )

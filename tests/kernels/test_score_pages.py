@@ -7,7 +7,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts, score_row
 from specontext_vllm.step_data import PageScores
 from specontext_vllm.triton_kernels.score_pages import score_pages
-from tests.paging import assert_close, paged_rows, sliced_rows
+from tests.paging import assert_close, of_each_row, paged_rows, sliced_rows
 
 SHAPES = [
     pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
@@ -63,7 +63,7 @@ def test_kernel_matches_reference(
         first_row=0,
         num_rows=len(lengths),
         max_pages=pages_for(max(lengths)),
-        min_pages=1,
+        min_pages=of_each_row(1, len(lengths), device),
         keyless=keyless,
     )
     start = 0
@@ -116,7 +116,7 @@ def test_parts_of_a_batch_score_like_the_whole(device):
     query = torch.randn(3, 4, width, device=device)
     whole = PageScores.allocate(4, heads, 64, device)
     part = PageScores.allocate(4, heads, 64, device)
-    arguments = dict(max_pages=pages_for(260), min_pages=0)
+    arguments = dict(max_pages=pages_for(260), min_pages=of_each_row(0, 3, device))
     whole_args = (query, rows.cache, rows.block_table, rows.seq_lens)
     score_pages(
         *whole_args,
@@ -154,7 +154,7 @@ def test_scoring_keys_dispatches(device):
         starts,
         range(2),
         max_pages=6,
-        min_pages=0,
+        min_pages=of_each_row(0, 2, device),
         queries=query,
         keys=rows.cache,
     )
@@ -170,7 +170,7 @@ def test_scoring_keys_dispatches(device):
         first_row=0,
         num_rows=2,
         max_pages=6,
-        min_pages=0,
+        min_pages=of_each_row(0, 2, device),
     )
     used = sum(map(pages_for, lengths))
     assert used * PAGE_SIZE >= sum(lengths)

@@ -13,6 +13,7 @@ from specontext_vllm.retrieval.selection import Fallback, add_drafts, select_row
 from specontext_vllm.step_data import PageScores, PageTable, Selection, StepBatch, Stickiness
 from specontext_vllm.triton_kernels.select_pages import select_pages
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float
+from tests.paging import of_each_row
 
 
 def random_scores(queries, heads, counts, device, seed, ties=False):
@@ -29,7 +30,7 @@ def random_scores(queries, heads, counts, device, seed, ties=False):
     return scores
 
 
-def run_kernel(scores, lengths, heads, budget, device, width, **extra):
+def run_kernel(scores, lengths, heads, budget, device, width, totals=None, **extra):
     rows = len(lengths)
     most = max(map(pages_for, lengths))
     table = torch.stack([torch.randperm(most + 3) for _ in range(rows)]).to(torch.int32)
@@ -58,11 +59,12 @@ def run_kernel(scores, lengths, heads, budget, device, width, **extra):
         out,
         mass,
     )
-    select_pages(*buffers, budget_pages=budget.total, **arguments)
+    totals = budget.total if totals is None else totals
+    select_pages(*buffers, totals=of_each_row(totals, rows, device), **arguments)
     if extra:
         select_pages(
             *buffers,
-            budget_pages=extra["fallback_pages"],
+            totals=of_each_row(extra["fallback_pages"], rows, device),
             fallback_threshold=extra["threshold"],
             **arguments,
         )
@@ -81,15 +83,18 @@ def run_kernel(scores, lengths, heads, budget, device, width, **extra):
 def test_kernel_matches_reference(lengths, queries, heads, budget, ties, device):
     counts = [pages_for(n) for n in lengths]
     scores = random_scores(queries, heads, counts, device, seed=len(lengths), ties=ties)
+    # Each row has a budget of its own.
+    totals = [budget.total + 2 * (row % 2) for row in range(len(lengths))]
     table, pages, out, mass = run_kernel(
-        scores, lengths, heads, budget, device, width=budget.total + 2
+        scores, lengths, heads, budget, device, width=max(totals) + 2, totals=totals
     )
     start = 0
     for row, (tokens, count) in enumerate(zip(lengths, counts)):
+        own = replace(budget, total=totals[row])
         span = slice(start, start + count)
         start += count
         kept, reference_mass = select_row(
-            scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), count, heads, budget
+            scores.page_max[:, span].cpu(), scores.page_lse[:, span].cpu(), count, heads, own
         )
         for head in range(heads):
             n = kept.shape[1]
@@ -112,6 +117,8 @@ def test_groups_of_layers_select_for_themselves(path, threshold, device, monkeyp
         monkeypatch.setattr(cpu_kernels, "available", lambda: False)
     lengths, heads, groups, each = [5, 333, 0, 1000, 700], 2, 3, 2
     budget, wide = Budget(8, 1, 2), 30
+    # Of each row.
+    totals, wides = [8, 9, 8, 12, 8], [30, 28, 30, 25, 27]
     counts = [pages_for(n) for n in lengths]
     scores = random_scores(heads * groups * each, heads * groups, counts, device, seed=8)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -122,10 +129,11 @@ def test_groups_of_layers_select_for_themselves(path, threshold, device, monkeyp
     table = PageTable.allocate(len(lengths), heads, wide + 1, device, groups)
     table.pages.fill_(-7)
     found = Selection.into(table)
-    fallback = None if threshold is None else Fallback(threshold, wide)
+    budgets, wider = (of_each_row(pages, len(lengths), device) for pages in (totals, wides))
+    fallback = None if threshold is None else Fallback(threshold, wider)
     if path == "kernel":
         arguments = scores.page_max, scores.page_lse, scores.order, seq_lens, starts, names
-        for pages, under in [(budget.total, None)] + ([(wide, threshold)] if threshold else []):
+        for pages, under in [(budgets, None)] + ([(wider, threshold)] if threshold else []):
             select_pages(
                 *arguments,
                 found.pages,
@@ -137,14 +145,24 @@ def test_groups_of_layers_select_for_themselves(path, threshold, device, monkeyp
                 first_row=0,
                 num_rows=len(lengths),
                 max_pages=max(counts),
-                budget_pages=pages,
+                totals=pages,
                 sink_pages=budget.sinks,
                 recent_pages=budget.recents,
                 fallback_threshold=under,
             )
     else:
-        rows = range(len(lengths))
-        select_rows(scores, seq_lens, starts, names, found, budget, rows=rows, fallback=fallback)
+        select_rows(
+            scores,
+            seq_lens,
+            starts,
+            names,
+            found,
+            budgets,
+            sinks=budget.sinks,
+            recents=budget.recents,
+            rows=range(len(lengths)),
+            fallback=fallback,
+        )
 
     fell_back = []
     for row, (tokens, count) in enumerate(zip(lengths, counts, strict=True)):
@@ -157,14 +175,14 @@ def test_groups_of_layers_select_for_themselves(path, threshold, device, monkeyp
             parts = (part[:, group].flatten(0, 1) for part in own)
             return select_row(*parts, count, heads, replace(budget, total=total))
 
-        mass = torch.stack([select(group, budget.total)[1] for group in range(groups)], 1)
+        mass = torch.stack([select(group, totals[row])[1] for group in range(groups)], 1)
         torch.testing.assert_close(
             found.kept_mass[row].cpu(), mass.flatten() if count else mass.flatten() * 0 + 1
         )
         falls = threshold is not None and bool(mass.mean() < threshold)
         fell_back.append(falls)
         for group in range(groups):
-            kept, _ = select(group, wide if falls else budget.total)
+            kept, _ = select(group, wides[row] if falls else totals[row])
             part = table.of_group(group)
             for head in range(heads):
                 sequence = row * heads + head
@@ -325,7 +343,7 @@ def test_scores_that_are_not_finite_select_nothing_and_no_store_leaves_its_row(e
             first_row=0,
             num_rows=rows,
             max_pages=87,
-            budget_pages=total,
+            totals=of_each_row(total, rows, device),
             sink_pages=1,
             recent_pages=2,
             fallback_threshold=threshold,
@@ -429,7 +447,17 @@ def test_select_rows_agrees_with_the_kernel(device):
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     selection = Selection(mine.to(device), mine_out.to(device), mine_mass.to(device))
     rows = [t.to(device) for t in (seq_lens, row_starts(seq_lens, range(3)), table)]
-    select_rows(scores, *rows, selection, budget, rows=range(3), fallback=Fallback(0.6, 12))
+    own, wider = (of_each_row(pages, 3, device) for pages in (budget.total, 12))
+    select_rows(
+        scores,
+        *rows,
+        selection,
+        own,
+        sinks=budget.sinks,
+        recents=budget.recents,
+        rows=range(3),
+        fallback=Fallback(0.6, wider),
+    )
     assert torch.equal(selection.lengths.cpu(), out)
     for sequence, tokens in enumerate(out.tolist()):
         kept = pages_for(tokens)
@@ -463,7 +491,7 @@ def test_held_pages_win_by_the_margin_and_the_kernel_agrees(device):
             max_pages=40,
             sink_pages=1,
             recent_pages=2,
-            budget_pages=8,
+            totals=of_each_row(8, 2, device),
             stickiness=stickiness,
         )
         for row in range(2):

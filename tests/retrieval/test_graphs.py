@@ -17,7 +17,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval import graphs as graphs_module
 from specontext_vllm.retrieval.graphs import GRAPH_BYTES, StepGraphs
 from specontext_vllm.retrieval.local import LocalRetriever
-from specontext_vllm.step_data import StepBatch, bucket
+from specontext_vllm.step_data import WHOLE, StepBatch, bucket
 from tests.paging import assert_close
 from tests.retrieval.test_local import HIDDEN, KV_HEADS, MOST_ROWS, World
 from tests.steps import bare_step
@@ -101,6 +101,7 @@ class Replayed(World):
             table_rows=padded,
             num_tokens=rows,
             replayable=True,
+            budgets=self.budgets_of(places),
         )
         self.lengths.fill_(-1)
         self.decode_step.before_model(batch)
@@ -121,12 +122,15 @@ def graphs(request, device):
         {"confidence_threshold": 0.9, "fallback_budget": 96},
         {"head_key_dtype": "fp8"},
         {"kind": "own-mlps"},
+        {"own": {"a": 112, "c": WHOLE, "e": 48}, "confidence_threshold": 0.5},
     ],
-    ids=["plain", "fallback", "8-bit-keys", "keys-from-own-states"],
+    ids=["plain", "fallback", "8-bit-keys", "keys-from-own-states", "own-budgets"],
 )
 @torch.inference_mode()
 def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device):
     torch.manual_seed(0)
+    settings = dict(settings)
+    own = settings.pop("own", {})
     eager, replayed = World(device, **settings), Replayed(device, graphs, embeds_apart, **settings)
     reached = {}
     for name, length, prompt in (
@@ -147,6 +151,8 @@ def test_a_replayed_step_is_an_eager_one(settings, embeds_apart, graphs, device)
     for step in range(160):
         able = [name for name, at in reached.items() if at < len(eager.tokens[name])]
         # Often the same rows, so that what is captured is used.
+        # Other rows have budgets of their own later.
+        eager.own = replayed.own = own if step < 100 else {"b": 80} if own else {}
         names = (
             able[: 1 + step // 40]
             if step % 4

@@ -14,7 +14,7 @@ from specontext_vllm.float8 import KVScales, to_float8
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 from specontext_vllm.retrieval.rules.quest import score_bounds_row, update_bounds_reference
 from specontext_vllm.triton_kernels.page_bounds import score_bounds, update_bounds
-from tests.paging import assert_close, paged_rows, sliced_rows
+from tests.paging import assert_close, of_each_row, paged_rows, sliced_rows
 
 SHAPES = [
     pytest.param([2, 17, 63, 161], 4, 2, 64, id="gqa-ragged"),
@@ -112,7 +112,7 @@ def test_bound_kernel_matches_reference_and_is_an_upper_bound(
         first_row=0,
         num_rows=len(lengths),
         max_pages=most,
-        min_pages=1,
+        min_pages=of_each_row(1, len(lengths), device),
     )
     for row, tokens in enumerate(lengths):
         count = pages_for(tokens)
@@ -129,7 +129,7 @@ def test_bound_kernel_matches_reference_and_is_an_upper_bound(
             assert (inside <= wanted[:, page] + 1e-3).all()
 
 
-def make_selector(retriever, queries, heads, width, longest, rows, device, budget):
+def make_selector(retriever, queries, heads, width, longest, totals, device, budget):
     config = SpeContextConfig(retriever=retriever, budget=budget, recent_tokens=17)
     selector = LayerSelector(
         config,
@@ -137,7 +137,7 @@ def make_selector(retriever, queries, heads, width, longest, rows, device, budge
         num_kv_heads=heads,
         head_dim=width,
         max_pages=pages_for(longest),
-        max_rows=rows,
+        totals=totals,
         device=device,
     )
     return selector, config
@@ -157,16 +157,24 @@ def test_selection_is_the_rule(
     lengths, queries, heads, width, retriever, at_once, key_scale, device
 ):
     """Sinks, recents and the pages of the largest share of a softmax, by a loop over rows and
-    heads; padding rows get nothing.
+    heads, each row with a budget of its own; padding rows get nothing.
     """
     budget = 5 * PAGE_SIZE
+    totals = [5 + row % 2 for row in range(len(lengths))]
     rows, scales = kv_rows(lengths, heads, width, device, seed=5), None
     if key_scale is not None:
         dense = [to_float8(kv).float() * key_scale for kv in rows.dense]
         rows = replace(rows, cache=to_float8(rows.cache), dense=dense)
         scales = KVScales(*torch.tensor([key_scale, 9.0, 9.0], device=device))
     selector, config = make_selector(
-        retriever, queries, heads, width, max(lengths), len(lengths) + 1, device, budget
+        retriever,
+        queries,
+        heads,
+        width,
+        max(lengths),
+        of_each_row([*totals, 5], len(lengths) + 1, device),
+        device,
+        budget,
     )
     selector.rows_at_once = min(at_once, selector.rows_at_once)
     selector.allocate(2, rows.cache.shape[0], torch.float32)
@@ -177,19 +185,19 @@ def test_selection_is_the_rule(
     query = torch.randn(len(lengths) + 1, queries, width)
     table = torch.cat([rows.block_table, rows.block_table[:1]])
     seq_lens = torch.cat([rows.seq_lens, rows.seq_lens.new_zeros(1)])
-    pages = torch.full(((len(lengths) + 1) * heads, 5), -7, dtype=torch.int32, device=device)
+    pages = torch.full(((len(lengths) + 1) * heads, 6), -7, dtype=torch.int32, device=device)
     lengths_out = torch.full(((len(lengths) + 1) * heads,), -7, dtype=torch.int32, device=device)
     selector.select(
         1, sliced_rows(query.to(device)), rows.cache, table, seq_lens, pages, lengths_out, scales
     )
     assert (lengths_out[-heads:] == 0).all() and (pages[-heads:] == -7).all()
     for row, tokens in enumerate(lengths):
-        count = pages_for(tokens)
+        count, total = pages_for(tokens), totals[row]
         ids = rows.block_table[row, :count].cpu()
         keys = rows.dense[row][..., :width]
         for head in range(heads):
             got = pages[row * heads + head].cpu()
-            if count <= 5:
+            if count <= total:
                 assert got[:count].tolist() == (ids * heads + head).tolist()
                 assert lengths_out[row * heads + head] == tokens
                 continue
@@ -209,7 +217,7 @@ def test_selection_is_the_rule(
                 ).softmax(-1)
             value = share.amax(0)
             value[: config.sink_pages] = value[count - config.recent_pages :] = 2.0
-            assert (
-                got.tolist() == (ids[value.topk(5).indices.sort().values] * heads + head).tolist()
-            )
-            assert lengths_out[row * heads + head] == 4 * PAGE_SIZE + (tokens - 1) % PAGE_SIZE + 1
+            best = ids[value.topk(total).indices.sort().values]
+            assert got[:total].tolist() == (best * heads + head).tolist()
+            kept = (total - 1) * PAGE_SIZE + (tokens - 1) % PAGE_SIZE + 1
+            assert lengths_out[row * heads + head] == kept

@@ -21,7 +21,7 @@ from specontext_vllm.retrieval.reference import Budget
 from specontext_vllm.retrieval.rules import find_rule
 from specontext_vllm.retrieval.scoring import score_row
 from specontext_vllm.retrieval.selection import select_row
-from specontext_vllm.step_data import PageTable, Selection, StepBatch
+from specontext_vllm.step_data import WHOLE, PageTable, Selection, StepBatch
 from tests.paging import assert_close
 from tests.retrieval.own_heads import KINDS
 
@@ -89,6 +89,8 @@ class World:
         self.retriever.cache.keys.fill_(float("nan"))
         self.retriever.cache.fused.fill_(float("nan"))
         self.tokens, self.aux, self.rows = {}, {}, {}
+        self.own: dict[str, int] = {}
+        """Budgets of sequences that have one of their own, in tokens."""
         self.selection = new_selection(device)
         self.pages, self.lengths = self.selection.pages, self.selection.lengths
 
@@ -141,11 +143,15 @@ class World:
             num_decodes=num_decodes,
             table_rows=num_decodes,
             num_tokens=starts[-1],
+            budgets=self.budgets_of([name for name, _, _ in spans[:num_decodes]]),
         )
         self.retriever.select_eagerly(batch, self.selection)
         aux = [torch.cat([self.aux[n][i][a:b] for n, a, b in spans]) for i in range(3)]
         self.retriever.learn(batch, batch.num_decodes, aux)
         return batch
+
+    def budgets_of(self, names):
+        return tuple(self.own.get(name) for name in names) if self.own else ()
 
     def expected_keys(self, name):
         """Keys of the whole sequence by the definition: the pair (token p+1, aux p) at p+1, in some
@@ -279,14 +285,22 @@ def test_ragged_batches_mixed_steps_and_a_shared_prefix(kind, device):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"confidence_threshold": 0.9, "fallback_budget": 96}, {"head_key_dtype": "fp8"}],
-    ids=["plain", "fallback", "8-bit-keys"],
+    [
+        {},
+        {"confidence_threshold": 0.9, "fallback_budget": 96},
+        {"confidence_threshold": 0.9, "own": {"a": 96, "b": WHOLE, "c": 48}},
+        {"head_key_dtype": "fp8", "own": {"a": WHOLE, "c": 112}},
+    ],
+    ids=["plain", "fallback", "fallback-own-budgets", "8-bit-keys-own-budgets"],
 )
 @pytest.mark.parametrize("left_behind", [300.0, float("nan")], ids=["stale", "nan"])
 @kinds
 def test_the_page_table_is_the_naive_selection(settings, left_behind, kind, device):
     """Whatever earlier owners of the page have left where the newest tokens' keys belong."""
+    settings = dict(settings)
+    own = settings.pop("own", {})
     world = World(device, kind=kind, **settings)
+    world.own = own
     lengths = {"a": 210, "b": 60, "c": 161}
     for name, length in lengths.items():
         world.add(name, length)
@@ -308,7 +322,8 @@ def test_the_page_table_is_the_naive_selection(settings, left_behind, kind, devi
             keyless=1 if world.head.spec.key_states == "own" else 0,
         )
         count = pages_for(length)
-        budget = Budget.of(config)
+        tokens = own.get(name, config.budget)
+        budget = replace(Budget.of(config), total=tokens // PAGE_SIZE)
         kept, mass = select_row(page_max.cpu(), page_lse.cpu(), count, KV_HEADS, budget)
         if config.confidence_threshold and mass.mean() < config.confidence_threshold:
             kept, _ = select_row(
@@ -316,7 +331,7 @@ def test_the_page_table_is_the_naive_selection(settings, left_behind, kind, devi
                 page_lse.cpu(),
                 count,
                 KV_HEADS,
-                Budget(6, budget.sinks, budget.recents),
+                replace(budget, total=(config.fallback_budget or 4 * tokens) // PAGE_SIZE),
             )
         for head in range(KV_HEADS):
             expected = torch.tensor(world.rows[name])[kept[head]] * KV_HEADS + head

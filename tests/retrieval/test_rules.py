@@ -22,7 +22,7 @@ from specontext_vllm.retrieval.selection import select_rows
 from specontext_vllm.step_data import PageScores, Selection, Stickiness
 from specontext_vllm.tier_data import DecodeRows
 from specontext_vllm.triton_kernels.counters import COUNTERS
-from tests.paging import paged_rows
+from tests.paging import of_each_row, paged_rows
 from tests.selections import listed
 
 
@@ -86,6 +86,10 @@ class World:
         self.row_range = range(len(lengths))
         self.starts = row_starts(self.rows.seq_lens, self.row_range)
 
+    @property
+    def totals(self):
+        return of_each_row(self.budget.total, len(self.lengths), self.device)
+
     def inputs(self):
         return ScoreInputs(
             self.rows.block_table,
@@ -93,7 +97,7 @@ class World:
             self.starts,
             self.row_range,
             max_pages=max(self.counts),
-            min_pages=self.budget.total,
+            min_pages=self.totals,
             queries=self.query,
             keys=self.rows.cache,
             page_vectors=self.page_vectors(),
@@ -141,7 +145,9 @@ class World:
             self.starts,
             positions,
             selection,
-            self.budget,
+            self.totals,
+            sinks=self.budget.sinks,
+            recents=self.budget.recents,
             rows=self.row_range,
             stickiness=stickiness,
         )

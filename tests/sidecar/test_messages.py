@@ -43,6 +43,7 @@ def select(tokens: int, changed: int) -> Select:
         blocks=ints(changed),
         seq_lens_bound=[7, 2**40, 0],
         num_decodes=2,
+        budgets=(None, 512),
     )
 
 

@@ -21,6 +21,7 @@ from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.sidecar import link
 from specontext_vllm.sidecar.remote import RemoteRetriever
+from specontext_vllm.step_data import WHOLE
 from tests.conftest import CUDA
 from tests.retrieval.test_local import KV_HEADS, MAX_LEN, VOCAB, World, new_selection
 from tests.steps import bare_step
@@ -203,6 +204,12 @@ def test_the_page_table_is_the_inline_heads(world):
     rows = step(world, ("hit", 180, 181), ("a", 216, 217))
     assert all(remote == inline for inline, remote in rows)
     assert rows[0][1] != whole(world, "hit", 181), "the budget must matter"
+    world.own = {"hit": WHOLE, "a": 112}
+    rows = step(world, ("hit", 181, 182), ("a", 217, 218))
+    assert all(remote == inline for inline, remote in rows)
+    assert rows[0][1] == whole(world, "hit", 182)
+    assert len(rows[1][1][0][1]) == 112 // PAGE_SIZE
+    world.own = {}
     ours, theirs = world.retriever.remote.stats(), world.retriever.inline.stats()
     assert {name: ours[name] for name in theirs} == pytest.approx(theirs)
     assert ours["sidecar_dense_rows"] == 0 and ours["sidecar_wait_seconds"] > 0

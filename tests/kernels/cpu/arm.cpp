@@ -179,6 +179,8 @@ void score(int rows, int heads, int group, int width) {
   args.heads = heads;
   args.group = group;
   args.width = width;
+  const std::vector<int32_t> nothing(rows);
+  args.min_pages = nothing.data();
   args.first_token = 1;
   bool right = score_pages(args);
   for (int row = 0; row < rows; ++row) {
@@ -228,7 +230,8 @@ void select() {
   args.num_rows = rows;
   args.heads = heads;
   args.group = group;
-  args.budget_pages = budget;
+  const std::vector<int32_t> totals(rows, budget);
+  args.totals = totals.data();
   args.sink_pages = 1;
   args.recent_pages = 2;
   select_pages(args);

@@ -57,7 +57,8 @@ def test_operators_say_to_torch_what_they_write(ops):
     lens, starts = torch.tensor([120], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     table = torch.arange(8, dtype=torch.int32)[None]
     pages, lengths = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    chosen = (pages, lengths, torch.ones(1, 2), 0, 1, 4, 1, 1)
+    nothing, four = (torch.tensor([n], dtype=torch.int32) for n in (0, 4))
+    chosen = (pages, lengths, torch.ones(1, 2), 0, 1, four, 1, 1)
     queries, keys = torch.randn(1, 4, 32), torch.randn(8, 2, PAGE_SIZE, 32)
     page_max, page_lse = torch.zeros(4, 8), torch.zeros(4, 8)
     packed = torch.zeros(1, 2, 128, 32)
@@ -65,7 +66,7 @@ def test_operators_say_to_torch_what_they_write(ops):
     for name, arguments in {
         "sparse_decode": decode_arguments(),
         "write_kv": (key, key, cache, slots),
-        "score_pages": (queries, keys, *rows, page_max, page_lse, 0, 1, 0, 1, 0),
+        "score_pages": (queries, keys, *rows, page_max, page_lse, 0, 1, nothing, 1, 0),
         "select_pages": (scores, scores, lens, starts, table, *chosen),
         "pack_pages": (cache, table[0, :4], lengths.repeat(2), table[0, :4], packed, False),
     }.items():

@@ -11,7 +11,7 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.reference import reduce_to_pages
 from specontext_vllm.retrieval.scoring import row_starts
 from tests.guards import Guarded
-from tests.paging import paged_rows, sliced_rows
+from tests.paging import of_each_row, paged_rows, sliced_rows
 
 FP8 = torch.float8_e4m3fn
 KEYS = [torch.float32, torch.bfloat16, torch.float16, FP8]
@@ -42,6 +42,9 @@ def score(ops, lengths, heads, group, width, dtype, key_dtype, seed, **options):
     for buffer in found:
         buffer.view.fill_(float("nan"))
     starts = row_starts(seq_lens, range(len(lengths)))
+    # Each second row has a larger budget.
+    budgets = [options["min_pages"] + 9 * (row % 2) for row in range(len(lengths))]
+    min_pages = of_each_row(budgets, len(lengths))
     ops.score_pages(
         sliced_rows(query),
         keys,
@@ -52,14 +55,14 @@ def score(ops, lengths, heads, group, width, dtype, key_dtype, seed, **options):
         found[1].view,
         0,
         len(lengths),
-        options["min_pages"],
+        min_pages,
         options["first_token"],
         options["keyless"],
     )
     expected = [torch.full(shape, float("nan"), dtype=torch.float64) for _ in found]
     for row, (tokens, start) in enumerate(zip(lengths, starts.tolist(), strict=True)):
         count = pages_for(tokens)
-        if count <= options["min_pages"]:
+        if count <= int(min_pages[row]):
             continue
         stored = keys[rows.block_table[row, :count].long()].float().double()
         logits = torch.einsum(
@@ -132,7 +135,8 @@ def test_a_token_that_is_not_finite_leaves_its_page_no_finite_score(ops, value):
     found = torch.zeros(2, 2, 7)
     table = torch.arange(7, dtype=torch.int32)[None]
     lens, starts = torch.tensor([tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    ops.score_pages(queries, keys, table, lens, starts, *found, 0, 1, 0, 1, 0)
+    nothing = of_each_row(0, 1)
+    ops.score_pages(queries, keys, table, lens, starts, *found, 0, 1, nothing, 1, 0)
     finite = found.isfinite().all(0)
     assert finite[:, [0, 1, 2, 4, 5, 6]].all()
     # An infinite logit of the other sign is no more than a token without weight.
@@ -144,10 +148,10 @@ def test_a_block_that_is_none_is_refused(ops):
     keys, queries = torch.zeros(4, 1, PAGE_SIZE, 32), torch.zeros(1, 1, 32)
     lens, starts = torch.tensor([40], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     table = torch.tensor([[0, 4, 1]], dtype=torch.int32)
-    out = torch.zeros(1, 3), torch.zeros(1, 3)
+    out, nothing = (torch.zeros(1, 3), torch.zeros(1, 3)), of_each_row(0, 1)
     with pytest.raises(RuntimeError, match="block_table: found a block that is none of the 4"):
-        ops.score_pages(queries, keys, table, lens, starts, *out, 0, 1, 0, 1, 0)
+        ops.score_pages(queries, keys, table, lens, starts, *out, 0, 1, nothing, 1, 0)
     with pytest.raises(RuntimeError, match="exceed the workspace of 2"):
         ops.score_pages(
-            queries, keys, table, lens, starts, *(each[:, :2] for each in out), 0, 1, 0, 1, 0
+            queries, keys, table, lens, starts, *(e[:, :2] for e in out), 0, 1, nothing, 1, 0
         )

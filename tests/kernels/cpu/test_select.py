@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,14 +15,22 @@ from specontext_vllm.retrieval.scoring import row_starts
 from specontext_vllm.retrieval.selection import Fallback, select_row, select_rows
 from specontext_vllm.step_data import PageScores, Selection, Stickiness
 from tests.guards import NOT_FINITE, SENTINEL, Guarded, as_float
+from tests.paging import of_each_row
 
 CPU = torch.device("cpu")
 
 
-def run(page_max, page_lse, lengths, heads, budget, *, fallback=None, stickiness=None):
-    """Select; compare with the definition row by row; return pages and lengths."""
+def run(page_max, page_lse, lengths, heads, budget, *, more=0, fallback=None, stickiness=None):
+    """Select; compare with the definition row by row; return pages and lengths.
+
+    Args:
+        more: what the budget of each row exceeds that of the row before by.
+        fallback: the threshold, and pages beyond the row's budget.
+    """
     rows, most = len(lengths), max(1, *map(pages_for, lengths), 1)
-    width = max(budget.total, 0 if fallback is None else fallback.pages) + 2
+    totals = [budget.total + more * row for row in range(rows)]
+    wider = [total + (0 if fallback is None else fallback[1]) for total in totals]
+    width = max(wider) + 2
     table = torch.stack([torch.randperm(most + 3) for _ in lengths]).int()
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     starts = row_starts(seq_lens, range(rows))
@@ -35,9 +45,11 @@ def run(page_max, page_lse, lengths, heads, budget, *, fallback=None, stickiness
         starts,
         table,
         Selection(pages.view, out.view, mass.view),
-        budget,
+        of_each_row(totals, rows),
+        sinks=budget.sinks,
+        recents=budget.recents,
         rows=range(rows),
-        fallback=fallback,
+        fallback=None if fallback is None else Fallback(fallback[0], of_each_row(wider, rows)),
         stickiness=stickiness,
     )
     for buffer in (pages, out, mass):
@@ -51,10 +63,11 @@ def run(page_max, page_lse, lengths, heads, budget, *, fallback=None, stickiness
         if stickiness is not None:
             held = stickiness.slot_of[stickiness.lanes[row], :, :count] >= 0
             bonus = stickiness.margin * held
-        kept, kept_mass = select_row(*given_scores, count, heads, budget, bonus)
-        if fallback is not None and kept_mass.mean() < fallback.threshold:
-            wider = Budget(fallback.pages, budget.sinks, budget.recents)
-            kept, _ = select_row(*given_scores, count, heads, wider, bonus)
+        own = replace(budget, total=totals[row])
+        kept, kept_mass = select_row(*given_scores, count, heads, own, bonus)
+        if fallback is not None and kept_mass.mean() < fallback[0]:
+            fallen = replace(budget, total=wider[row])
+            kept, _ = select_row(*given_scores, count, heads, fallen, bonus)
         for head in range(heads):
             named = table[row][kept[head]] * heads + head
             found = pages.view[row * heads + head]
@@ -87,12 +100,13 @@ def spread_scores(queries, pages, generator, ties):
     total=st.integers(4, 40),
     sinks=st.integers(1, 2),
     recents=st.integers(1, 2),
+    more=st.sampled_from([0, 7]),
     ties=st.booleans(),
     extra=st.sampled_from(["nothing", "fallback", "stickiness", "both"]),
     seed=st.integers(0, 2**31),
 )
 def test_selection_is_the_definition_s(
-    ops, lengths, heads, group, total, sinks, recents, ties, extra, seed
+    ops, lengths, heads, group, total, sinks, recents, more, ties, extra, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     count = sum(map(pages_for, lengths))
@@ -100,14 +114,14 @@ def test_selection_is_the_definition_s(
     fallback = stickiness = None
     if extra in ("fallback", "both"):
         # All pages have the same mass, and no such share of so few pages is 0.41.
-        fallback = Fallback(0.41, total + 9)
+        fallback = 0.41, 9
     if extra in ("stickiness", "both"):
         slot_of = torch.randint(-1, 2, (5, heads, 100), generator=generator).int()
         lanes = torch.randperm(5, generator=generator)[: len(lengths)].int()
         # No multiple of 1/64: rounding would say which of two pages is the better one.
         stickiness = Stickiness(lanes, slot_of, 2 + 1 / 128)
     budget = Budget(total, sinks, recents)
-    run(*scores, lengths, heads, budget, fallback=fallback, stickiness=stickiness)
+    run(*scores, lengths, heads, budget, more=more, fallback=fallback, stickiness=stickiness)
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)
@@ -150,8 +164,7 @@ def test_a_table_that_is_too_narrow_is_refused(ops):
     lens = torch.tensor([160], dtype=torch.int32)
     starts, table = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 10, dtype=torch.int32)
     pages, out = torch.zeros(1, 7, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    mass, eight = torch.zeros(1, 1), of_each_row(8, 1)
     with pytest.raises(RuntimeError, match="pages: found 7 columns for 8 pages"):
-        ops.select_pages(
-            scores, scores, lens, starts, table, pages, out, torch.zeros(1, 1), 0, 1, 8, 1, 1
-        )
+        ops.select_pages(scores, scores, lens, starts, table, pages, out, mass, 0, 1, eight, 1, 1)
     assert not pages.any() and not out.any()
