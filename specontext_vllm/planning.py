@@ -230,7 +230,7 @@ def make_plan(
         raise ConfigError(
             f"--host-gib: found {host_bytes / GIB:g}, but "
             f"{model.others.count - model.others.windowed} layers of this model keep no KV, or a "
-            "state, and two tiers serve no such model; give 0."
+            "state, whose size this command does not know; give 0."
         )
     if host_bytes and model.others.windowed and drafter:
         raise ConfigError(

@@ -63,9 +63,13 @@ def keep_apart(vllm_config: Any, manager: Any) -> None:
         vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.single_type_managers,
         vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.get_num_blocks_to_allocate,
         vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.block_pool,
-        vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.get_num_blocks_to_allocate
-    Symptom: layers with windows need GPU memory for as many blocks as both tiers have.
-    Reason: all groups' blocks are of one pool (vllm/v1/core/kv_cache_coordinator.py).
+        vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.get_num_blocks_to_allocate,
+        vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.new_block_ids
+    Symptom: layers with windows or states need GPU memory for as many blocks as both tiers have;
+        and beside states workers are told to clear new blocks of ours by their number, which is no
+        place in the two tiers.
+    Reason: all groups' blocks are of one pool (vllm/v1/core/kv_cache_coordinator.py), and are
+        cleared since they may have held a state. Frames are ours alone.
     Remove when: a group can say how many blocks it has.
 
     Args:
@@ -83,7 +87,9 @@ def keep_apart(vllm_config: Any, manager: Any) -> None:
     )
     wanted: list[int] = []
     for index, group in enumerate(coordinator.single_type_managers):
-        if index not in ours:
+        if index in ours:
+            group._record_new_block_ids = False
+        else:
             group.block_pool, group._null_block = apart, apart.null_block
             group.get_num_blocks_to_allocate = _noting(group.get_num_blocks_to_allocate, wanted)
     count = coordinator.get_num_blocks_to_allocate

@@ -155,17 +155,19 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
 
 def refuse_mixed_tiers(vllm_config: Any, config: SpeContextConfig) -> None:
-    """Raise a ConfigError for a host pool with layers that keep a state, or with drafts beside
-    layers of other kinds.
+    """Raise a ConfigError for a host pool with windows beside states, or with drafts beside layers
+    of other kinds.
     """
     model = vllm_config.model_config
     found = f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
-    if model.is_hybrid:
+    has_windows = has_windowed_layers(model.hf_text_config)
+    if model.is_hybrid and has_windows:
         raise ConfigError(
-            f"{found}{model.model} has layers that keep a state, beside which vLLM clears new "
-            "blocks by their place on the GPU, where two tiers have others; set it to 0."
+            f"{found}{model.model} has layers with windows beside such that keep a state, whose "
+            "blocks vLLM clears by their place on the GPU, which two tiers have others for; set it "
+            "to 0."
         )
-    if has_windowed_layers(model.hf_text_config) and vllm_config.speculative_config is not None:
+    if has_windows and vllm_config.speculative_config is not None:
         raise ConfigError(
             f"{found}there are drafts (--speculative-config) and {model.model} has layers with "
             "windows, whose blocks are no longer those of a drafter's layers; leave one out."

@@ -70,6 +70,14 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         if drafts_itself(self.vllm_config):
             self._self_drafts = self.runtime.self_drafts(self.model)
 
+    def _init_kv_zero_meta(self) -> None:
+        """Two tiers have nothing to clear: a frame never held a state.
+
+        Overrides: vllm.v1.worker.gpu_model_runner.GPUModelRunner._init_kv_zero_meta
+        """
+        if self.runtime.tiers is None:
+            super()._init_kv_zero_meta()
+
     def _zero_block_ids(self, block_ids: list[int]) -> None:
         """Zeroes the pages of new blocks, which is asked for beside state-space layers.
 

@@ -101,6 +101,14 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             self.runtime.step.begin(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
+    def _init_kv_zero_meta(self) -> None:
+        """Two tiers have nothing to clear: a frame never held a state.
+
+        Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner._init_kv_zero_meta
+        """
+        if self.runtime.tiers is None:
+            super()._init_kv_zero_meta()
+
     def update_requests(self, scheduler_output: Any) -> None:
         """Refuses copies of KV blocks, which the head's caches would not follow. Only layers that
         are refused at the start need them.

@@ -45,6 +45,20 @@ def test_a_whole_budget_s_tokens_begin_as_stock_s(family, tmp_path):
         assert 0 < ours.stats["pages_read"] < 0.5 * ours.stats["pages_total"]
 
 
+def test_two_tiers_beside_states_begin_as_one_tier(tmp_path):
+    write(tmp_path, HYBRID["granite_hybrid"]())
+    shape = {"max_num_seqs": 3, "num_gpu_blocks_override": 40}
+    settings = {**SETTINGS, "budget": 64, "retriever": "recent", "stickiness": 0}
+    with serving(tmp_path, dtype="bfloat16", settings=settings, **shape) as ours:
+        expected = ours.answer(PROMPTS, TOKENS)
+    # All layers of attention offloaded.
+    tiered = {**settings, "host_kv_gib": 0.05, "gpu_kv_gib": 0.5, "loading": "elastic"}
+    with serving(tmp_path, dtype="bfloat16", settings=tiered, **shape) as ours:
+        assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
+        assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
+        assert ours.stats["missed_head_pages"] > 0
+
+
 def test_two_tiers_beside_windows_begin_as_one_tier(tmp_path):
     write(tmp_path, WINDOWED["llama"]())
     shape = {"max_num_seqs": 3, "max_model_len": 704, "num_gpu_blocks_override": 100}

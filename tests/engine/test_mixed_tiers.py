@@ -14,7 +14,7 @@ import torch
 from specontext_vllm.distillation.head_shape import HeadShape
 from specontext_vllm.engine import other_blocks
 from specontext_vllm.retrieval.checkpoint import random_checkpoint, save_head
-from tests.engine.families import WINDOWED, Asked, serving, write
+from tests.engine.families import HYBRID, WINDOWED, Asked, serving, write
 from tests.engine.scenarios import preemptions
 from tests.engine.test_layer_kinds import PROMPTS, SETTINGS, scenarios
 from tests.poison import poisoned_tiers, times_poisoned
@@ -114,3 +114,21 @@ def test_where_the_windows_blocks_run_out_requests_wait_and_answer_the_same(
         assert asked.answer(CROWD, 100) == one_tier["crowd"]
         assert preemptions(asked.llm) > 0
         assert asked.answer(PROMPTS[-1:], 20) == one_tier["first"][-1:]
+
+
+def test_beside_layers_that_keep_a_state_tokens_are_those_of_one_tier(tmp_path):
+    """Mamba 2, which vLLM runs on a CPU without a prefix cache; blocks of three pages."""
+    write(tmp_path, HYBRID["granite_hybrid"]())
+    settings = {**SETTINGS, "budget": 64, "stickiness": 0, "retriever": "recent"}
+    shape = {"max_num_seqs": 3, "num_gpu_blocks_override": 40, "enable_prefix_caching": False}
+    with serving(tmp_path, settings=settings, **shape) as asked:
+        expected = scenarios(asked)
+    tiered = {**settings, "host_kv_gib": 0.05, "gpu_kv_gib": 0.002}
+    with poisoned_tiers(), serving(tmp_path, settings=tiered, **shape) as asked:
+        assert scenarios(asked) == expected
+        context = asked.runner.vllm_config.compilation_config.static_forward_context
+        states = {layer.kv_cache[0].shape[0] for name, layer in context.items() if "mixer" in name}
+        # One of a request, twice those of three more, and vLLM's null block.
+        assert states == {1 + 1 + 2 * 3}
+        assert asked.stats["missed_head_pages"] > 0
+        assert asked.llm.collective_rpc(times_poisoned)[0] > 0

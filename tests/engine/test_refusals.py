@@ -280,11 +280,9 @@ def test_a_host_pool_beside_layers_of_other_kinds():
         refuse_unsupported(
             vllm_config(host, model={"hf_text_config": text}, speculative_config=drafts)
         )
-    refuse_unsupported(vllm_config(model={"is_hybrid": True}))
-    with pytest.raises(
-        ConfigError, match="host_kv_gib: found 1.0, but .* layers that keep a state"
-    ):
-        refuse_unsupported(vllm_config(host, model={"is_hybrid": True}))
+    refuse_unsupported(vllm_config(host, model={"is_hybrid": True}))
+    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* such that keep a state"):
+        refuse_unsupported(vllm_config(host, model={"is_hybrid": True, "hf_text_config": text}))
 
 
 def test_a_pool_that_this_machine_cannot_hold_is_refused_before_anything_is_loaded(monkeypatch):
