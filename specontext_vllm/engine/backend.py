@@ -61,7 +61,8 @@ class SpeContextBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        # Which ones: engine/connector.py.
+        return True
 
 
 class SpeContextImpl(AttentionImpl):

@@ -50,6 +50,26 @@ def refuse_runner(vllm_config: Any, is_cpu: bool) -> None:
         )
 
 
+def refuse_unproven(vllm_config: Any, platform: Any) -> None:
+    """Raise a ConfigError for what vLLM does on a GPU alone and has not been shown there with what
+    we keep beside the KV.
+    """
+    cache = vllm_config.cache_config
+    for is_set, found in (
+        (vllm_config.model_config.enable_sleep_mode, "--enable-sleep-mode: on"),
+        (vllm_config.kv_transfer_config is not None, "--kv-transfer-config: found one"),
+        (
+            cache.kv_offloading_size is not None,
+            f"--kv-offloading-size: found {cache.kv_offloading_size}",
+        ),
+    ):
+        if is_set and platform.is_cuda():
+            raise ConfigError(
+                f"{found}, but on a GPU it has not been shown yet that what --attention-backend "
+                "specontext keeps beside the KV comes back right; leave it out."
+            )
+
+
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raise a ConfigError for an engine that the backend cannot serve yet."""
     model, cache, parallel = (

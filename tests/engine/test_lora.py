@@ -200,9 +200,10 @@ def answers(prompts, adapters):
             "by priority": by_priority(llm, prompts),
         }
         llm.collective_rpc("specontext_set", kwargs=BUDGET)
-        llm.collective_rpc(watch_choices)
+        if not CUDA:
+            llm.collective_rpc(watch_choices)
         out["small"] = ask(llm, prompts, adapters)
-        out["chosen"] = llm.collective_rpc(choices)[0]
+        out["chosen"] = [] if CUDA else llm.collective_rpc(choices)[0]
         out["small by priority"] = by_priority(llm, prompts)
     return out
 
