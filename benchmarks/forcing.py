@@ -15,7 +15,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-KEY = "specontext_forced_tokens"
+KEY = "forced_tokens"
 
 
 class ForcedTokens(AdapterLogitsProcessor):
