@@ -9,7 +9,6 @@ from benchmarks.engines import Cell
 
 STOCK, OURS, LOSSLESS = "stock", "specontext", "lossless"
 
-_CELL = report.Column("cell", "requests x context")
 _ACCEPTANCE = report.Column("acceptance", "acceptance", ".0%")
 TABLES = {
     "Drafts of an EAGLE-3 head, tokens/s": (
