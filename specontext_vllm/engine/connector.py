@@ -20,24 +20,22 @@ from specontext_vllm.model_config import has_windowed_layers
 _SPECS = None, "CPUOffloadingSpec", OFFLOADING_SPEC
 
 
-def has_connector(vllm_config: Any) -> bool:
-    """Whether KV is moved to other places, by a connector or by --kv-offloading-size."""
-    return (
-        vllm_config.kv_transfer_config is not None
-        or vllm_config.cache_config.kv_offloading_size is not None
-    )
+def found_connector(vllm_config: Any) -> str | None:
+    """By which setting KV is moved to other places, as sentences begin; None: it is not."""
+    if (size := vllm_config.cache_config.kv_offloading_size) is not None:
+        return f"--kv-offloading-size: found {size}"
+    return None if vllm_config.kv_transfer_config is None else "--kv-transfer-config: found one"
 
 
 def refuse_connector(vllm_config: Any) -> None:
     """Raise a ConfigError for a connector that would bring KV back without what the head keeps of
     it, and where its blocks are not those of one group of layers on one worker.
     """
-    if not has_connector(vllm_config):
+    if (found := found_connector(vllm_config)) is None:
         return
     transfer, cache = vllm_config.kv_transfer_config, vllm_config.cache_config
-    found, extra = "--kv-transfer-config: found one", {}
+    extra: dict[str, Any] = {}
     if cache.kv_offloading_size is not None:
-        found = f"--kv-offloading-size: found {cache.kv_offloading_size}"
         if cache.kv_offloading_backend != "native":
             raise ConfigError(
                 f"--kv-offloading-backend: found {cache.kv_offloading_backend!r}, which does not "
@@ -98,7 +96,7 @@ def settle_connector(vllm_config: Any, block_bytes: int) -> None:
         what it finds in it (vllm/config/vllm.py, _post_init_kv_transfer_config).
     Remove when: the head's caches are layers of vLLM's.
     """
-    if not has_connector(vllm_config) or not block_bytes:
+    if found_connector(vllm_config) is None or not block_bytes:
         return
     if vllm_config.kv_transfer_config is None:
         from vllm.config import KVTransferConfig
