@@ -6,19 +6,100 @@ vLLM: an engine's workers on this machine, and its log.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.distributed.parallel_state import get_tp_group, in_the_same_node_as
 from vllm.logger import init_logger
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.memory import override_pages, refuse_less_than_one_request
+from specontext_vllm.engine.drafts import num_drafts
+from specontext_vllm.engine.kv_group import Block
+from specontext_vllm.engine.memory import (
+    memory_model,
+    override_pages,
+    refuse_less_than_one_request,
+)
 from specontext_vllm.engine.names import ENGINES_KEY
+from specontext_vllm.engine.our_layers import OurLayers
+from specontext_vllm.engine.refusals import refuse_kv_groups, refuse_shared_kv
 from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.pool_size import worker_host_bytes
+from specontext_vllm.retrieval.layer_selection import LayerSelector
+from specontext_vllm.retrieval.protocol import Retriever
 from specontext_vllm.sizes import in_gib
 
 logger = init_logger("vllm.specontext")
+
+
+class KVPlan:
+    """How much KV a worker has memory for: planned from what vLLM offers, asked again once there is
+    a KV cache.
+
+    Args:
+        vllm_config: the engine's configuration.
+        layers: those that are selected for.
+        retriever: what keeps something of each page of theirs.
+    """
+
+    def __init__(self, vllm_config: Any, layers: OurLayers, retriever: Retriever) -> None:
+        self._vllm_config, self._layers, self._retriever = vllm_config, layers, retriever
+        self._config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        self._tiers: TierPlan | None = None
+
+    def num_blocks(self, gpu_bytes: int, block: Block) -> int:
+        """Blocks that vLLM's scheduler may hand out when there are ``gpu_bytes`` of GPU memory for
+        KV: what they hold beside the head's caches, together with the host pool. All workers must
+        call it together.
+
+        Args:
+            block: what a block is like; see ``kv_group.expected_block``.
+        Raises:
+            ConfigError: a sentence with the numbers when that is too little; a host pool beside
+                layers that read the KV of others, or for several groups of layers.
+        """
+        memory = self._memory_model(block)
+        if not self._config.host_kv_gib:
+            return plan_one_tier(self._vllm_config, memory, gpu_bytes, block.num_bytes)
+        refuse_kv_groups(self._config, block.groups, num_drafts(self._vllm_config))
+        if len(self._layers.kv_names) < len(self._layers.names):
+            refuse_shared_kv(self._vllm_config)
+        self._tiers = plan_two_tiers(
+            self._vllm_config, memory, gpu_bytes, beside_others=block.apart_bytes is not None
+        )
+        return self._tiers.num_pages // memory.block_pages
+
+    def _memory_model(self, block: Block) -> MemoryModel:
+        shape = self._layers.shape
+        kept_per_layer = LayerSelector.bytes_per_block(
+            self._config,
+            block.layers,
+            shape.num_kv_heads,
+            shape.head_dim,
+            self._vllm_config.model_config.dtype,
+        )
+        return memory_model(
+            self._vllm_config,
+            len(self._layers.kv_names),
+            shape,
+            self._retriever.bytes_per_block + kept_per_layer,
+            block.pages,
+            block.other_bytes // block.pages,
+            (block.apart_bytes or 0) if self._config.host_kv_gib else 0,
+        )
+
+    def of_two_tiers(self, num_pages: int, is_profiling: bool) -> TierPlan | None:
+        """The plan of both tiers for ``num_pages`` pages; None: there is one tier."""
+        if not self._config.host_kv_gib or (self._tiers and not self._tiers.host_layers):
+            return None
+        if is_profiling:
+            # vLLM captures a few graphs to learn what they take; they read the null frame only.
+            hot = self._config.table_pages(
+                self._vllm_config.model_config.max_model_len, num_drafts(self._vllm_config)
+            )
+            return TierPlan(num_pages, len(self._layers.kv_names), hot, 1, 0, 0, 0, {})
+        assert self._tiers is not None
+        return replace(self._tiers, num_pages=min(self._tiers.num_pages, num_pages))
 
 
 def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int, block_bytes: int) -> int:

@@ -13,10 +13,11 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from specontext_vllm.engine.attach import attach_runtime
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
 from specontext_vllm.engine.lossless import OtherLayers, SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import SpeContextMetadata
-from specontext_vllm.engine.runtime import Runtime, attach_runtime
+from specontext_vllm.engine.runtime import Runtime
 from specontext_vllm.engine.self_drafter import SelfDrafter
 from specontext_vllm.step_data import StepBatch
 
@@ -212,7 +213,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
 
         Uses: vllm.v1.worker.gpu_input_batch.InputBatch.block_table
         """
-        ours, found = set(self.runtime.layer_names), []
+        ours, found = set(self.runtime.layers.names), []
         for groups, blocks in zip(
             self.attn_groups, self.input_batch.block_table.block_tables, strict=True
         ):

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from specontext_vllm.engine.attach import attach_runtime
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
 from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import max_table_rows
-from specontext_vllm.engine.runtime import Runtime, attach_runtime
+from specontext_vllm.engine.runtime import Runtime
 from specontext_vllm.engine.self_speculator import SelfSpeculator
 from specontext_vllm.step_data import StepBatch
 

@@ -50,10 +50,10 @@ class SpeContextWorkerMixin(Worker):
         """
         available = super().determine_available_memory()
         runtime = self.model_runner.runtime
-        block = expected_block(self.vllm_config, self.get_kv_cache_spec(), runtime.kv_names)
+        block = expected_block(self.vllm_config, self.get_kv_cache_spec(), runtime.layers.kv_names)
         if (cap := cap_bytes(runtime.config)) is not None:
             available = min(available, cap)
-        return runtime.plan_blocks(available, block) * block.num_bytes
+        return runtime.kv_plan.num_blocks(available, block) * block.num_bytes
 
     def shutdown(self) -> None:
         """Take the figures out of /metrics and end the sidecar's actor, if there is one, before

@@ -24,7 +24,7 @@ def lose_memory(worker: Any) -> None:
     head.cache.fused.fill_(float("nan"))
     if tiers is None:
         layers = worker.vllm_config.compilation_config.static_forward_context
-        for name in runtime.kv_names:
+        for name in runtime.layers.kv_names:
             layers[name].kv_cache.normal_()
     else:
         tiers.arena.fill_(float("nan"))

@@ -64,7 +64,7 @@ def poison_stale(runner: Any, out: dict[str, Any]) -> None:
     """
     runtime, step = runner.runtime, runner.runtime.step
     context = runtime.vllm_config.compilation_config.static_forward_context
-    caches = [context[name].kv_cache for name in runtime.layer_names]
+    caches = [context[name].kv_cache for name in runtime.layers.names]
     before, cache = step.before_model, runtime.retriever.cache
 
     def before_model(batch: Any) -> None:
@@ -112,7 +112,7 @@ def poisoned_drafts(runner: Any) -> Iterator[Counter[str]]:
         return forward
 
     context = runner.vllm_config.compilation_config.static_forward_context
-    ours = set(runner.runtime.layer_names)
+    ours = set(runner.runtime.layers.names)
     with pytest.MonkeyPatch.context() as patch:
         for name in set(runner.runtime.attention_groups[0].layer_names) - ours:
             impl = context[name].impl

@@ -85,7 +85,7 @@ def rounded_writes() -> Iterator[None]:
 def cache_of(worker) -> tuple[torch.dtype, int, float, float]:
     """Dtype and bytes a page of a layer's cache, and the last layer's scales."""
     runtime = worker.model_runner.runtime
-    layer = worker.vllm_config.compilation_config.static_forward_context[runtime.layer_names[-1]]
+    layer = worker.vllm_config.compilation_config.static_forward_context[runtime.layers.names[-1]]
     cache = layer.kv_cache
     return cache.dtype, cache[0].nbytes, float(layer._k_scale), float(layer._v_scale)
 
@@ -93,7 +93,7 @@ def cache_of(worker) -> tuple[torch.dtype, int, float, float]:
 def first_layer(worker) -> torch.Tensor:
     """What the first layer's cache stands for."""
     runtime = worker.model_runner.runtime
-    layer = worker.vllm_config.compilation_config.static_forward_context[runtime.layer_names[0]]
+    layer = worker.vllm_config.compilation_config.static_forward_context[runtime.layers.names[0]]
     keys, values = layer.impl._stored(layer.kv_cache).float().cpu().chunk(2, -1)
     return torch.cat((keys * layer._k_scale.cpu(), values * layer._v_scale.cpu()), -1)
 

@@ -127,7 +127,7 @@ def served(request, tmp_path_factory) -> dict[str, Any]:
         out["without windows"] = wide.answer(PROMPTS, TOKENS)
     with serving(folder, settings={**SETTINGS, "retriever": "quest"}) as ours:
         out["ours"] = scenarios(ours)
-        out["layers"] = [int(name.split(".")[2]) for name in ours.runner.runtime.layer_names]
+        out["layers"] = [int(name.split(".")[2]) for name in ours.runner.runtime.layers.names]
         out["groups"] = len(ours.runner.kv_cache_config.kv_cache_groups)
         ours.set(budget=BUDGET)
         out["quest"], out["stats"] = ours.answer(PROMPTS, TOKENS), ours.stats
@@ -189,7 +189,7 @@ def lossless(folder: Path, out: dict[str, Any]) -> None:
 def forget_caps_and_sinks(ours: Any) -> list[list[int]] | None:
     """The answers without them; None where the model has none."""
     context = ours.runner.vllm_config.compilation_config.static_forward_context
-    impls = [context[name].impl for name in ours.runner.runtime.layer_names]
+    impls = [context[name].impl for name in ours.runner.runtime.layers.names]
     if not impls[0].provider.soft_cap and impls[0].sinks is None:
         return None
     for impl in impls:
@@ -270,7 +270,7 @@ def test_a_family_s_tokens_are_stock_s_where_the_budget_covers_the_context(famil
         assert found == expected
         is_shared = len(ours.runner.kv_cache_config.kv_cache_groups) > 1
         assert is_shared is (family not in PLAIN)
-        assert len(ours.runner.runtime.layer_names) == num_full_layers(model.config)
+        assert len(ours.runner.runtime.layers.names) == num_full_layers(model.config)
         ours.set(budget=BUDGET)
         sparse, stats = ours.answer(PROMPTS, TOKENS), ours.stats
     assert sparse[0] == expected["first"][0] and sparse[-1] != expected["first"][-1]

@@ -86,7 +86,7 @@ class Drafting:
         return torch.stack(
             [
                 context[name].kv_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE]
-                for name in self.runtime.layer_names
+                for name in self.runtime.layers.names
             ]
         )
 

@@ -69,7 +69,7 @@ def forget(worker: Any) -> None:
     runtime.retriever.cache.keys.view(torch.uint8).fill_(255)  # NaN in every dtype of keys
     runtime.retriever.cache.fused.fill_(float("nan"))
     layers = worker.vllm_config.compilation_config.static_forward_context
-    for name in runtime.kv_names:
+    for name in runtime.layers.kv_names:
         layers[name].kv_cache.normal_()
 
 

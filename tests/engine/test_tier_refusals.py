@@ -67,7 +67,7 @@ def test_a_pool_that_nothing_needs_is_said_and_the_engine_runs_with_one_tier(pro
             blocks
             == 101
             == runtime.retriever.cache.keys.shape[0]
-            == runtime.plan_blocks(1 << 29, Block(1, pages=1, other_bytes=0, layers=6))
+            == runtime.kv_plan.num_blocks(1 << 29, Block(1, pages=1, other_bytes=0, layers=6))
         )
         (output,) = llm.generate([{"prompt_token_ids": prompts[-1]}], sampling, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 8
