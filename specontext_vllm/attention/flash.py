@@ -47,16 +47,8 @@ class FlashAttentionProvider(TritonProvider):
     budget (``python -m benchmarks attention``).
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        scale: float,
-        dtype: torch.dtype,
-        soft_cap: float = 0.0,
-    ) -> None:
-        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype, soft_cap)
+    def load(self) -> None:
+        """See ``AttentionProvider.load``."""
         from vllm._custom_ops import scaled_fp8_quant
         from vllm.v1.attention.backends.fa_utils import (
             flash_attn_varlen_func,
@@ -65,7 +57,7 @@ class FlashAttentionProvider(TritonProvider):
 
         self._attend, self._cache = flash_attn_varlen_func, reshape_and_cache_flash
         self._quantise = scaled_fp8_quant
-        self.version = flash_attention_version(head_dim, dtype)
+        self.version = flash_attention_version(self.head_dim, self.dtype)
 
     def prefill(
         self,

@@ -72,6 +72,15 @@ class AttentionProvider(ABC):
         )
         self.soft_cap = soft_cap
         self.group = num_heads // num_kv_heads
+        self.load()
+
+    def load(self) -> None:
+        """Called when it is made: import what it runs.
+
+        Raises:
+            ConfigError: what it runs is not there, or has no kernel for this shape.
+        """
+        return
 
     def warm_up(self, table: PageTable) -> None:
         """Called once an engine, before the first request: compile what ``decode`` runs. May

@@ -31,6 +31,8 @@ class TritonProvider(AttentionProvider):
     FlashAttention does not take.
     """
 
+    _one: Tensor | None = None
+
     @cached_property
     def workspace(self) -> SplitWorkspace:
         """Allocated on first use: every layer has a provider, but all share the first one's."""
@@ -147,12 +149,15 @@ class TritonProvider(AttentionProvider):
     ) -> None:
         """Call vLLM's function that stores keys and values."""
         if scales is None:
-            dtype, by = "auto", (self._one, self._one)
+            one = self._one_on(kv_cache.device)
+            dtype, by = "auto", (one, one)
         else:
             dtype, by = "fp8", (scales.key, scales.value)
         keys, values = as_bytes(kv_cache).transpose(1, 2).split(self.head_dim, dim=-1)
         store(key, value, keys, values, slots, dtype, *by)
 
-    @cached_property
-    def _one(self) -> Tensor:
-        return torch.ones(1, dtype=torch.float32, device="cuda")
+    def _one_on(self, device: torch.device) -> Tensor:
+        """A scale that changes nothing, kept, since a captured graph reads it."""
+        if self._one is None or self._one.device != device:
+            self._one = torch.ones(1, dtype=torch.float32, device=device)
+        return self._one

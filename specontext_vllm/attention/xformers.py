@@ -63,21 +63,13 @@ class XformersProvider(TritonProvider):
             head size and GPU.
     """
 
-    def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        scale: float,
-        dtype: torch.dtype,
-        soft_cap: float = 0.0,
-    ) -> None:
-        if soft_cap:
+    def load(self) -> None:
+        """See ``AttentionProvider.load``."""
+        if self.soft_cap:
             raise ConfigError(
                 f"{SETTING}: found 'xformers', which does not cap attention logits, as this model "
                 "does; use auto."
             )
-        super().__init__(num_heads, num_kv_heads, head_dim, scale, dtype)
         load_cuda_runtime_12()
         try:
             from xformers.ops import fmha

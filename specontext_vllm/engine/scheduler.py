@@ -117,9 +117,12 @@ class CachesExactPages(Scheduler):
         # A session's answers become a part of its prompt, but were not computed as one.
         if end := getattr(request, "_specontext_exact_end", None):
             return end
-        extra_args = getattr(request.sampling_params, "extra_args", None)
-        budget = read_budget(extra_args, self._config, self.max_model_len)
-        exact = self._config.exact_tokens(self.max_model_len, budget)
+        exact = getattr(request, "_specontext_read_whole", None)
+        if exact is None:
+            extra_args = getattr(request.sampling_params, "extra_args", None)
+            budget = read_budget(extra_args, self._config, self.max_model_len)
+            exact = self._config.exact_tokens(self.max_model_len, budget)
+            request._specontext_read_whole = exact
         return max(request.num_prompt_tokens, exact)
 
     def _update_request_as_session(self, session: Any, update: Any) -> None:
@@ -130,6 +133,8 @@ class CachesExactPages(Scheduler):
         if session.num_computed_tokens > (exact := self._exact_end(session)):
             session._specontext_exact_end = exact
         super()._update_request_as_session(session, update)
+        # Its next turn may have a budget of its own.
+        session._specontext_read_whole = None
 
 
 class OffloadsExactPages(CachesExactPages):

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.retrieval.layer_selection import LayerSelector
 
@@ -79,6 +79,7 @@ class LiveSettings:
         self._refuse_per_layer(config)
         self._step.configure(config)
         self._warn_of_prefix_cache(config)
+        self._warn_of_fallbacks(config)
         if self._selector is None and config.rule.per_layer:
             self._selector = self._install_selector(config)
         if self._selector is not None:
@@ -107,6 +108,25 @@ class LiveSettings:
                 "specontext: this engine's CUDA graphs hold the selection (retriever "
                 f"{before.retriever}, budget {before.budget}); start it "
                 f"with enforce_eager to change them, or with the settings wanted."
+            )
+
+    def _warn_of_fallbacks(self, config: SpeContextConfig) -> None:
+        """The page table holds what the settings' own fallback reads; a request may ask for more
+        than their budget, by the settings of the start, and would fall back to more.
+        """
+        if not (config.confidence_threshold and config.rule.needs_head):
+            return
+        asked = self._at_start.largest_budget(self._max_model_len)
+        wanted = min(pages_for(self._max_model_len), config.fallback_pages_of(asked))
+        held = self._step.selection.pages.shape[1] - pages_for(self._step.num_drafts)
+        if wanted > held:
+            logger.warning(
+                "SpeContext: requests may still ask for a budget of %d tokens, and fall back to %d "
+                "instead of %d, since this engine's page table holds no more; set fallback_budget, "
+                "or start it with this confidence_threshold.",
+                asked,
+                held * PAGE_SIZE,
+                wanted * PAGE_SIZE,
             )
 
     def _warn_of_prefix_cache(self, config: SpeContextConfig) -> None:

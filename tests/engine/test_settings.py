@@ -1,10 +1,13 @@
 """Changing settings between steps, without an engine."""
 
 import pytest
+import torch
 
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import settings as settings_module
 from specontext_vllm.engine.settings import LiveSettings
+from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
+from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.step_data import PageTable, Selection
 from tests.steps import bare_step
@@ -16,10 +19,18 @@ def no_selector(config):
 
 @pytest.fixture
 def retriever(device):
-    """One without a head, with a page table of 512 tokens."""
+    """One without a head."""
+    return with_table_of_512(device, SpeContextConfig(retriever="recent", budget=256))
+
+
+def with_table_of_512(device, config, checkpoint=None) -> LocalRetriever:
+    """A retriever whose page table holds 512 tokens of up to 1024."""
+    head = None
+    if checkpoint is not None:
+        head = RetrievalHead(checkpoint, max_position=1024, dtype=torch.float32, device=device)
     return LocalRetriever(
-        SpeContextConfig(retriever="recent", budget=256),
-        None,
+        config,
+        head,
         lambda ids: ids,
         num_kv_heads=2,
         max_model_len=1024,
@@ -71,6 +82,37 @@ def test_a_budget_below_the_one_of_the_start_is_said_to_leave_the_prefix_cache_a
         len(told) == 1
         and "over 128 tokens are read in part now" in told[0]
         and "up to 256" in told[0]
+    )
+
+
+def test_requests_that_would_fall_back_to_more_than_the_page_table_holds_are_told_of(
+    device, monkeypatch
+):
+    """The settings' own fallback fits, that of a request with the budget of the start does not."""
+    told = []
+    monkeypatch.setattr(
+        settings_module.logger, "warning", lambda text, *values: told.append(text % values)
+    )
+    checkpoint = dummy_checkpoint(
+        hidden_size=32,
+        num_layers=12,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+        max_position=1024,
+        dtype=torch.float32,
+        seed=0,
+    )
+    config = SpeContextConfig(retrieval_head="dummy", budget=512, cache_generated=True)
+    settings = live(with_table_of_512(device, config, checkpoint))
+    settings.change(budget=128, confidence_threshold=0.5, fallback_budget=512)
+    settings.change(confidence_threshold=0.0)
+    assert not told
+    settings = live(with_table_of_512(device, config, checkpoint))
+    settings.change(budget=128, confidence_threshold=0.5)
+    assert (
+        len(told) == 1 and "a budget of 512 tokens, and fall back to 512 instead of 1024" in told[0]
     )
 
 
