@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.step_data import WHOLE
 
 STEPS, DECODE_ROWS, CHOOSING_ROWS, PAGES_READ, PAGES_HELD = range(5)
 """Known to the host: steps with decode rows; their rows; rows of steps in which pages were chosen;
@@ -41,17 +46,40 @@ class Counters:
         self._edges = torch.tensor(KEPT_MASS_EDGES, dtype=torch.float32, device=device)
         self._base = np.zeros(KEPT_MASS_BUCKETS.stop)
 
-    def count_rows(self, rows: int, choosing_rows: int, pages_read: int, pages_held: int) -> None:
-        """A step's decode rows, how many of them if pages are chosen in it, and the head pages they
-        read and hold.
-        """
-        self.host[: PAGES_HELD + 1] += (1, rows, choosing_rows, pages_read, pages_held)
+    def count_step(
+        self,
+        heads: int,
+        read: Sequence[int],
+        held: Sequence[int],
+        *,
+        chooses: bool,
+        budgets: Sequence[int | None],
+    ) -> None:
+        """The decode rows of a step.
 
-    def count_own(self, rows: int, pages: int, whole_rows: int, whole_pages: int) -> None:
-        """Those of a step's decode rows whose requests have a budget of their own, with the head
-        pages that they read, and those that read all because their requests ask for it.
+        Args:
+            heads: KV heads.
+            read, held: pages of each row that a head reads and holds.
+            chooses: pages are chosen in this step.
+            budgets: as in ``StepBatch``.
         """
-        self.host[OWN_BUDGET_ROWS : WHOLE_PAGES + 1] += (rows, pages, whole_rows, whole_pages)
+        choosing_rows = len(read) if chooses else 0
+        self.host[: PAGES_HELD + 1] += (
+            1,
+            len(read),
+            choosing_rows,
+            heads * sum(read),
+            heads * sum(held),
+        )
+        if budgets:
+            whole = [pages for pages, own in zip(read, budgets) if own == WHOLE]
+            some = [pages for pages, own in zip(read, budgets) if own not in (None, WHOLE)]
+            self.host[OWN_BUDGET_ROWS : WHOLE_PAGES + 1] += (
+                len(some),
+                heads * sum(some),
+                len(whole),
+                heads * sum(whole),
+            )
 
     def count_choice(self, kept_mass: Tensor, seq_lens: Tensor) -> None:
         """The kept mass of a step in which pages were chosen.
@@ -72,12 +100,18 @@ class Counters:
         total += mean.sum()
         buckets += (mean[:, None] <= self._edges).sum(0)
 
-    def count_fallback(self, rows: Tensor, pages: Tensor) -> None:
-        """Rows that fell back, and the head pages they read beyond the budget: scalars on the
-        device.
+    def count_fallback(
+        self, kept_mass: Tensor, lengths: Tensor, budgets: Tensor, threshold: float
+    ) -> None:
+        """Rows that fell back, and the head pages they read beyond their budgets.
+
+        Args:
+            kept_mass: ``[B, H]`` float32. lengths: ``[B * H]`` tokens read. budgets: ``[B]`` pages.
+            threshold: of the rows' mean kept mass.
         """
-        self.cells[FALLBACK_ROWS - _HOST] += rows
-        self.cells[FALLBACK_PAGES - _HOST] += pages
+        pages = ((lengths + PAGE_SIZE - 1) // PAGE_SIZE).view(len(budgets), -1)
+        self.cells[FALLBACK_ROWS - _HOST] += (kept_mass.mean(-1) < threshold).sum()
+        self.cells[FALLBACK_PAGES - _HOST] += (pages - budgets[:, None]).clamp(min=0).sum()
 
     def add(self, counted: np.ndarray) -> None:
         """What another ``Counters`` has counted, all places ``[23]`` float64."""

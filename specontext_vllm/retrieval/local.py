@@ -18,7 +18,6 @@ from specontext_vllm.retrieval.rules import make_rule
 from specontext_vllm.retrieval.scoring import WORKSPACE_BYTES, ScoreInputs, row_starts
 from specontext_vllm.retrieval.selection import Fallback, fill_lengths, select_rows
 from specontext_vllm.step_data import (
-    WHOLE,
     PageScores,
     RowPart,
     Selection,
@@ -153,19 +152,13 @@ class LocalRetriever:
         read = [min(pair) for pair in zip(bounds, totals, strict=True)]
         chooses = read != bounds
         if self.config.stats:
-            heads = self.num_kv_heads
-            self.counters.count_rows(
-                decodes,
-                decodes if chooses and not self.rule.per_layer else 0,
-                heads * sum(read),
-                heads * sum(bounds),
+            self.counters.count_step(
+                self.num_kv_heads,
+                read,
+                bounds,
+                chooses=chooses and not self.rule.per_layer,
+                budgets=batch.budgets,
             )
-            if batch.budgets:
-                own, whole = (
-                    [heads * pages for pages, tokens in zip(read, batch.budgets) if is_such(tokens)]
-                    for is_such in (lambda t: t not in (None, WHOLE), lambda t: t == WHOLE)
-                )
-                self.counters.count_own(len(own), sum(own), len(whole), sum(whole))
         if not chooses or self.rule.per_layer:
             parts: tuple[RowPart, ...] = (RowPart(range(batch.table_rows), 1),)
         else:
@@ -239,7 +232,14 @@ class LocalRetriever:
             stickiness=stickiness,
         )
         if self.config.stats and shape.chooses:
-            self._count_choice(batch, part, selection, fallback)
+            rows = slice(part.rows.start, part.rows.stop)
+            kept = selection.kept_mass[rows]
+            self.counters.count_choice(kept, batch.seq_lens[rows])
+            if fallback is not None:
+                heads = self.num_kv_heads
+                lengths = selection.lengths[rows.start * heads : rows.stop * heads]
+                budgets = self.budgets.totals[rows]
+                self.counters.count_fallback(kept, lengths, budgets, fallback.threshold)
 
     def read_whole(self, batch: StepBatch, row: int, selection: Selection) -> None:
         """Write all pages of one row into ``selection``."""
@@ -277,20 +277,6 @@ class LocalRetriever:
                 first, pages = row, 0
             pages += count
         yield RowPart(range(first, table_rows), max(bounds[first:], default=1))
-
-    def _count_choice(
-        self, batch: StepBatch, part: RowPart, selection: Selection, fallback: Fallback | None
-    ) -> None:
-        rows, heads = slice(part.rows.start, part.rows.stop), self.num_kv_heads
-        kept = selection.kept_mass[rows]
-        self.counters.count_choice(kept, batch.seq_lens[rows])
-        if fallback is not None:
-            lengths = selection.lengths[rows.start * heads : rows.stop * heads]
-            pages = ((lengths + PAGE_SIZE - 1) // PAGE_SIZE).view(-1, heads)
-            self.counters.count_fallback(
-                (kept.mean(-1) < fallback.threshold).sum(),
-                (pages - self.budgets.totals[rows, None]).clamp(min=0).sum(),
-            )
 
     # -- an engine
 
@@ -343,32 +329,15 @@ class LocalRetriever:
 
     @torch.inference_mode()
     def warm_up(self, selection: Selection, stickiness: Stickiness | None = None) -> None:
-        """Run a step that reads all and one that chooses, so that Triton compiles its kernels
-        before a request waits for them.
-
-        The one made-up row, just longer than the budget, lies in block 0, which vLLM never hands
-        out.
+        """Run a step that reads all and one that chooses, with a row just longer than the budget,
+        so that Triton compiles its kernels before a request waits for them.
         """
         # The head knows no position beyond the model's longest context, which may end within a
         # page.
         tokens = min((self.config.budget_pages + 1) * PAGE_SIZE, self.max_model_len)
 
-        def filled(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=self.device)
-
         for length in (min(PAGE_SIZE, tokens), tokens):
-            batch = StepBatch(
-                token_ids=filled(0, 1),
-                positions=filled(length - 1, 1, dtype=torch.int64),
-                slots=filled(0, 1, dtype=torch.int64),
-                query_starts=torch.arange(2, dtype=torch.int32, device=self.device),
-                seq_lens=filled(length, 1),
-                block_table=filled(0, 1, self.max_pages),
-                seq_lens_bound=[length],
-                num_decodes=1,
-                table_rows=1,
-                num_tokens=1,
-            )
+            batch = StepBatch.in_block_0(length, self.max_pages, self.device)
             self.select_eagerly(batch, selection, stickiness)
             if self.head is not None:
                 self.learn(batch, 1, self.head.blank_aux(1))

@@ -10,7 +10,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine import metrics, stopwatch
 from specontext_vllm.engine.names import METRICS_FOLDER
 from specontext_vllm.observability import catalog
@@ -50,11 +50,26 @@ def make(tmp_path, monkeypatch, device):
     return made
 
 
+def count_rows(retriever, read, held) -> None:
+    """A step of rows that read and hold so many pages of one KV head."""
+    retriever.counters.count_step(1, read, held, chooses=False, budgets=())
+
+
+def count_fallback(retriever, device) -> None:
+    """A row that kept nothing and reads a hundred pages beyond its ten."""
+    retriever.counters.count_fallback(
+        torch.zeros(1, 1, device=device),
+        torch.tensor([110 * PAGE_SIZE], dtype=torch.int32, device=device),
+        torch.tensor([10], dtype=torch.int32, device=device),
+        0.5,
+    )
+
+
 def test_counters_start_at_zero_and_an_engine_at_rest_is_exact(make):
     exporter, scrape, retriever = make()
     start = scrape()[catalog.DECODE_ROWS.name]
     assert (start.value, start.labels) == (0, {"model_name": "m", "engine": "3"})
-    retriever.counters.count_rows(5, 0, 20, 70)
+    count_rows(retriever, [4] * 5, [14] * 5)
     exporter.begin_step(idle=True)
     page = scrape()
     assert (
@@ -81,8 +96,8 @@ def test_what_the_host_counts_is_there_at_once_and_what_the_device_counts_once_i
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             exporter.begin_step(idle=False)
-        retriever.counters.count_rows(1, 0, 10, 10)
-        retriever.counters.count_fallback(*torch.tensor([1, 100], device=device))
+        count_rows(retriever, [10], [10])
+        count_fallback(retriever, device)
         exporter.end_selection()
         page = scrape()
         return page[catalog.DECODE_STEPS.name].value, page[catalog.PAGES_READ.name].value
@@ -112,7 +127,7 @@ def test_a_copy_that_comes_late_lets_no_counter_fall(make):
     exporter._copy, seen = Late(), []
     for _ in range(4):
         exporter.begin_step(idle=False)
-        retriever.counters.count_rows(1, 0, 10, 10)
+        count_rows(retriever, [10], [10])
         exporter.end_selection()
         seen.append(scrape()[catalog.DECODE_STEPS.name].value)
     assert seen == [1, 2, 3, 4]
@@ -132,8 +147,8 @@ def test_a_scrape_in_the_engine_s_own_process_is_exact(make, tmp_path, device):
         )
 
     def step() -> None:
-        retriever.counters.count_rows(1, 0, 10, 10)
-        retriever.counters.count_fallback(*torch.tensor([1, 100], device=device))
+        count_rows(retriever, [10], [10])
+        count_fallback(retriever, device)
         exporter.end_selection()
 
     step()
