@@ -28,7 +28,6 @@ from specontext_vllm.engine.refusals import (
     refuse_impossible_pool,
     refuse_platform,
     refuse_sidecar,
-    refuse_unproven,
     refuse_unsupported,
 )
 from specontext_vllm.model_config import layer_kinds, num_full_layers
@@ -67,7 +66,6 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     if (sentence := unsupported_vllm()) is not None:
         raise ConfigError(sentence)
     refuse_platform(current_platform)
-    refuse_unproven(vllm_config, current_platform)
     config, model = (
         SpeContextConfig.from_additional_config(vllm_config.additional_config),
         vllm_config.model_config,

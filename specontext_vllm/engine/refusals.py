@@ -9,7 +9,7 @@ import importlib.util
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.connector import found_connector, refuse_connector
+from specontext_vllm.engine.connector import refuse_connector
 from specontext_vllm.engine.drafts import refuse_drafts
 from specontext_vllm.engine.kv_dtype import refuse_kv_dtype
 from specontext_vllm.engine.layers import NO_FULL_LAYER
@@ -48,19 +48,6 @@ def refuse_runner(vllm_config: Any, is_cpu: bool) -> None:
             "specontext does not drive on a GPU; unset it, or "
             "drop the option that forces V1 (vLLM's log names it)."
         )
-
-
-def refuse_unproven(vllm_config: Any, platform: Any) -> None:
-    """Raise a ConfigError for what vLLM does on a GPU alone and has not been shown there with what
-    we keep beside the KV.
-    """
-    sleeps = vllm_config.model_config.enable_sleep_mode
-    for found in ("--enable-sleep-mode: on" if sleeps else None, found_connector(vllm_config)):
-        if found is not None and platform.is_cuda():
-            raise ConfigError(
-                f"{found}, but on a GPU it has not been shown yet that what --attention-backend "
-                "specontext keeps beside the KV comes back right; leave it out."
-            )
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

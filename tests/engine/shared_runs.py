@@ -10,7 +10,7 @@ import torch
 from specontext_vllm.observability.catalog import PREFIX
 from tests.engine.asked import asked
 from tests.engine.conftest import DEMO_MODEL, STOCK, engine
-from tests.engine.own_budgets import counted, mixed, poisoned
+from tests.engine.own_budgets import counted, mixed, poisoned, scattered
 from tests.engine.scenarios import ids, sampling, scenarios, until_sure
 
 PAGES = 111
@@ -43,7 +43,8 @@ STEPS_BEFORE_OUTAGE = 9
 
 def run_stock(prompts) -> dict[str, object]:
     with engine(**STOCK) as llm:
-        return scenarios(llm, prompts) | {"asked": asked(llm, prompts)}
+        out = scenarios(llm, prompts) | {"asked": asked(llm, prompts)}
+        return out | {"scattered": mixed(llm, scattered(), {"none": None})["none"]}
 
 
 def run_both_budgets(prompts) -> dict[str, object]:
@@ -57,7 +58,7 @@ def run_both_budgets(prompts) -> dict[str, object]:
         out["without kernels"] = without_kernels(llm, prompts)
         llm.collective_rpc("specontext_set", kwargs={"budget": SMALL})
         small = counted_scenarios(llm, prompts)
-        small["own budgets"] = own_budgets(llm, [prompts[i] for i in CHOSEN])
+        small["own budgets"] = own_budgets(llm, scattered())
 
         def read(retriever: str) -> None:
             llm.collective_rpc("specontext_set", kwargs={"retriever": retriever})

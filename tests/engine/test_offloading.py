@@ -15,7 +15,6 @@ from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.scenarios import ids, sampling
 
-pytestmark = pytest.mark.skipif(CUDA, reason="refused on a GPU (engine/refusals.py)")
 SETTINGS = {
     "retrieval_head": str(DEMO_MODEL / "retrieval_head"),
     "budget": 64,

@@ -22,7 +22,6 @@ from specontext_vllm.engine.refusals import (
     refuse_kv_groups,
     refuse_platform,
     refuse_runner,
-    refuse_unproven,
     refuse_unsupported,
 )
 from tests.engine.configs import vllm_config
@@ -396,23 +395,6 @@ def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
         refuse_platform(platform(name))
     for supported in ("CUDA", "CPU"):
         refuse_platform(platform(supported))
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"model": {"enable_sleep_mode": True}}, "--enable-sleep-mode: on"),
-        ({"cache": {"kv_offloading_size": 2}}, "--kv-offloading-size: found 2"),
-        (OFFLOADING, "--kv-transfer-config: found one"),
-    ],
-)
-def test_what_has_not_been_shown_on_a_gpu_is_refused_there(changes, found):
-    gpu, cpu = (SimpleNamespace(is_cuda=lambda cuda=cuda: cuda) for cuda in (True, False))
-    with pytest.raises(ConfigError) as error:
-        refuse_unproven(vllm_config(**changes), gpu)
-    assert str(error.value).startswith(f"{found}, but on a GPU") and "\n" not in str(error.value)
-    refuse_unproven(vllm_config(**changes), cpu)
-    refuse_unproven(vllm_config(), gpu)
 
 
 def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():

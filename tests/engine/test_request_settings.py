@@ -11,9 +11,9 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine.request_settings import RequestError, read_budget
 from specontext_vllm.step_data import WHOLE
 from tests.engine.conftest import engine
-from tests.engine.own_budgets import counted, mixed, pages_read, with_own
+from tests.engine.own_budgets import counted, mixed, pages_read, scattered, with_own
 from tests.engine.scenarios import ids
-from tests.engine.shared_runs import CHOSEN, KINDS, SETTINGS, SHAPE, SMALL
+from tests.engine.shared_runs import KINDS, SETTINGS, SHAPE, SMALL
 from tests.engine.test_tiers import SAVED_GIB
 from tests.poison import poisoned_tiers, times_poisoned
 
@@ -28,7 +28,7 @@ def started_with_128(prompts):
     settings = {**SETTINGS, "budget": LARGE, "host_kv_gib": 0.25, "gpu_kv_gib": 0.0046 - SAVED_GIB}
     with poisoned_tiers(), engine(**SHAPE, additional_config={"specontext": settings}) as llm:
         kinds = {"none": None, "64": KINDS["64"]}
-        out = mixed(llm, [prompts[i] for i in CHOSEN], kinds)
+        out = mixed(llm, scattered(), kinds)
         out["metrics"] = counted(llm)
         out["poisoned"] = llm.collective_rpc(times_poisoned)[0]
         out["stats"] = llm.collective_rpc("specontext_stats")[0]
@@ -73,12 +73,14 @@ def test_tokens_are_those_of_an_engine_with_that_budget(both_budgets, started_wi
 
 def test_mode_dense_has_the_tokens_of_stock(stock, both_budgets):
     own = both_budgets["small budget"]["own budgets"]
-    assert [tokens[:16] for tokens in own["dense"]] == [stock["plain"][i][:16] for i in CHOSEN]
+    assert [tokens[:16] for tokens in own["dense"]] == [
+        tokens[:16] for tokens in stock["scattered"]
+    ]
     assert own["dense"] != own["none"]
 
 
-def test_the_metrics_count_what_each_kind_read(prompts, both_budgets, started_with_128):
-    chosen = [prompts[i] for i in CHOSEN]
+def test_the_metrics_count_what_each_kind_read(both_budgets, started_with_128):
+    chosen = scattered()
     own = both_budgets["small budget"]["own budgets"]["metrics"]
     rows = len(chosen) * 19
     assert own["own_budget_rows"] == 2 * rows and own["dense_rows"] == rows

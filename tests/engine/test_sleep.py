@@ -17,7 +17,7 @@ from tests.engine.conftest import DEMO_MODEL, GPU_ROOM, engine
 from tests.engine.scenarios import sampling
 from tests.engine.weights import write_moved
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skip(reason="refused (engine/refusals.py)")]
+pytestmark = pytest.mark.gpu
 
 GIB = 2**30
 ONE_TIER = {"budget": 2048, "retrieval_head": str(DEMO_MODEL / "retrieval_head")}
