@@ -60,6 +60,11 @@ class SpeContextBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        # Which prefill has them as well: attention/provider.py.
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         # Which ones: engine/connector.py.
         return True

@@ -31,15 +31,17 @@ def test_a_whole_budget_s_tokens_begin_as_stock_s(family, tmp_path):
     if family == "gemma4":
         pytest.importorskip("cutlass", reason="stock vLLM's attention for Gemma 4 wants it")
     write(tmp_path, FAMILIES[family]())
-    with serving(tmp_path, dtype="bfloat16") as stock:
+    # Blocks of 16 tokens for every group of layers that vLLM makes.
+    shape = {"dtype": "bfloat16", "num_gpu_blocks_override": 400}
+    with serving(tmp_path, **shape) as stock:
         expected = stock.answer(PROMPTS, TOKENS)
     settings = {**SETTINGS, "retriever": "recent"}
-    with serving(tmp_path, dtype="bfloat16", settings=settings) as ours:
+    with serving(tmp_path, settings=settings, **shape) as ours:
         assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
         # Again, behind prefix hits.
         assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
     small = {**settings, "budget": BUDGET + 16}
-    with serving(tmp_path, dtype="bfloat16", settings=small) as ours:
+    with serving(tmp_path, settings=small, **shape) as ours:
         sparse = ours.answer(PROMPTS, TOKENS)
         assert sparse[-1] != expected[-1]
         assert 0 < ours.stats["pages_read"] < 0.5 * ours.stats["pages_total"]

@@ -14,6 +14,7 @@ import torch
 
 from specontext_vllm.retrieval.checkpoint import read_checkpoint
 from tests.engine.conftest import DEMO_MODEL, GPU_ROOM, engine
+from tests.engine.own_budgets import scattered
 from tests.engine.scenarios import sampling
 from tests.engine.weights import write_moved
 
@@ -86,18 +87,18 @@ def slept(request, prompts, tmp_path_factory):
             nights(llm, prompts, out)
             folder = tmp_path_factory.mktemp("moved")
             send_weights(llm, write_moved(folder))
-            out["sent"] = answers(llm, prompts)
+            out["sent"] = answers(llm)
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            out["read"] = answers(llm, prompts)
+            out["read"] = answers(llm)
             out["pool"] = llm.collective_rpc(pool_bytes)[0]
     for when, (gpu, host) in out["used"].items():
         print(f"{request.param}, {when}: GPU {gpu / GIB:.2f} GiB, machine {host / GIB:.2f} GiB")
     return out
 
 
-def answers(llm, prompts) -> list[list[int]]:
+def answers(llm) -> list[list[int]]:
     found = []
-    for prompt in prompts[4:]:
+    for prompt in scattered():
         # One at a time: the same kernels in the same order.
         llm.reset_prefix_cache()
         reply = llm.generate([{"prompt_token_ids": prompt}], sampling(), use_tqdm=False)
@@ -125,13 +126,13 @@ def nights(llm, prompts, out) -> None:
                 llm.wake_up()
         return tokens
 
-    out["whole"] = answers(llm, prompts)
+    out["whole"] = answers(llm)
     out["undisturbed"], out["disturbed"] = in_the_middle(False), in_the_middle(True)
     llm.collective_rpc(
         "specontext_set", kwargs={"budget": 64, "sink_tokens": 16, "recent_tokens": 16}
     )
     # Twice: the second time from graphs.
-    out["before"] = [answers(llm, prompts), answers(llm, prompts)]
+    out["before"] = [answers(llm), answers(llm)]
     note("awake")
     llm.sleep(level=1)
     note("asleep, level 1")
@@ -141,7 +142,7 @@ def nights(llm, prompts, out) -> None:
     llm.wake_up(tags=["kv_cache"])
     note("awake again")
     llm.collective_rpc("specontext_stats", args=(True,))
-    out["after level 1"] = [answers(llm, prompts), answers(llm, prompts)]
+    out["after level 1"] = [answers(llm), answers(llm)]
     out["stats"] = llm.collective_rpc("specontext_stats")[0]
     llm.collective_rpc("specontext_audit")
     llm.sleep(level=2)
@@ -151,9 +152,9 @@ def nights(llm, prompts, out) -> None:
     llm.collective_rpc("reload_weights")
     llm.wake_up(tags=["kv_cache"])
     note("awake from level 2")
-    out["after level 2"] = [answers(llm, prompts), answers(llm, prompts)]
+    out["after level 2"] = [answers(llm), answers(llm)]
     llm.collective_rpc("specontext_set", kwargs={"budget": 2048})
-    out["whole at last"] = answers(llm, prompts)
+    out["whole at last"] = answers(llm)
 
 
 @pytest.mark.seconds(500)
@@ -177,14 +178,16 @@ def test_weights_that_a_trainer_sends_are_those_that_are_read(slept):
 
 
 def test_the_gpu_s_memory_is_given_back(slept):
-    """The head keeps its weights on the host; of vLLM's own the CUDA context and graphs stay."""
+    """The head keeps its weights on the host; of vLLM's own the CUDA context and graphs stay, and
+    what torch had cached does not come back.
+    """
     gpu = {when: bytes_[0] for when, bytes_ in slept["used"].items()}
     for level in (1, 2):
         assert gpu["awake"] - gpu[f"asleep, level {level}"] > 0.9 * slept["room"]
     # The KV and the head's caches come back with the tag of the KV alone.
     assert gpu["awake again"] - gpu["weights"] > 0.9 * slept["room"]
-    assert abs(gpu["awake again"] - gpu["awake"]) < 0.1 * GIB
-    assert abs(gpu["awake from level 2"] - gpu["awake"]) < 0.1 * GIB
+    assert gpu["awake again"] < gpu["awake"] + 0.1 * GIB
+    assert abs(gpu["awake from level 2"] - gpu["awake again"]) < 0.1 * GIB
 
 
 def test_the_host_pool_is_given_back(slept):
