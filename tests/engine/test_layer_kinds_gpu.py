@@ -63,7 +63,7 @@ def test_two_tiers_beside_states_begin_as_one_tier(tmp_path):
 
 def test_two_tiers_beside_windows_begin_as_one_tier(tmp_path):
     write(tmp_path, WINDOWED["llama"]())
-    shape = {"max_num_seqs": 3, "max_model_len": 704, "num_gpu_blocks_override": 100}
+    shape = {"max_num_seqs": 3, "max_model_len": 704, "num_gpu_blocks_override": 200}
     settings = {**SETTINGS, "budget": 192, "retriever": "recent", "stickiness": 0}
     with serving(tmp_path, dtype="bfloat16", settings=settings, **shape) as ours:
         expected = ours.answer(PROMPTS, TOKENS)

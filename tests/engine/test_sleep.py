@@ -187,7 +187,7 @@ def test_the_gpu_s_memory_is_given_back(slept):
     # The KV and the head's caches come back with the tag of the KV alone.
     assert gpu["awake again"] - gpu["weights"] > 0.9 * slept["room"]
     assert gpu["awake again"] < gpu["awake"] + 0.1 * GIB
-    assert abs(gpu["awake from level 2"] - gpu["awake again"]) < 0.1 * GIB
+    assert gpu["awake from level 2"] < gpu["awake"] + 0.1 * GIB
 
 
 def test_the_host_pool_is_given_back(slept):
