@@ -55,7 +55,11 @@ if str(SUBPROCESSES) not in _paths:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SUBPROCESSES), *filter(None, _paths)])
 
 FORK_SERVER = pytest.StashKey[ForkServer]()
-STARTERS = {("tests.engine.conftest", "engine"), ("specontext_vllm.demo.server", "VllmServer")}
+STARTERS = {
+    ("tests.engine.conftest", "engine"),
+    ("tests.engine.families", "serving"),
+    ("specontext_vllm.demo.server", "VllmServer"),
+}
 """What tests start vLLM with. A file that imports one of them is slow."""
 SHARED_STARTS = {"server", "stock", "both_budgets"}
 """Fixtures that do. So is a test that asks for one of them."""

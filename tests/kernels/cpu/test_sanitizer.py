@@ -4,6 +4,7 @@ as a machine without a vector width of its own compiles them, and as an Arm mach
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -18,9 +19,9 @@ ROOT = Path(__file__).parents[3]
 TESTS = ("test_decode.py", "test_score.py", "test_select.py", "test_pack.py")
 SOURCES = ROOT / "csrc" / "cpu"
 COMPILER = """#!/bin/sh
-exec g++ "$@" -fsanitize=address -fno-omit-frame-pointer -O1
+exec g++ "$@" -fsanitize=address -fno-omit-frame-pointer -O0
 """
-"""Its options come after those of setup.py, whose -O3 takes twice as long to compile."""
+"""Its options come after those of setup.py, whose -O3 takes four times as long to compile."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,8 +34,27 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
-    """Folder of libraries that AddressSanitizer watches."""
-    tree = tmp_path_factory.mktemp("sanitized")
+    """Folder of libraries that AddressSanitizer watches, kept for as long as their sources, torch
+    and the compiler stay what they are.
+    """
+    inputs = [ROOT / "setup.py", *sorted(SOURCES.iterdir())]
+    version = subprocess.check_output(["g++", "--version"])
+    key = hashlib.sha256(COMPILER.encode() + torch.__version__.encode() + version)
+    for path in inputs:
+        key.update(path.read_bytes())
+    kept = ROOT / "build" / f"sanitized-{key.hexdigest()[:16]}"
+    if not kept.exists():
+        built = build_sanitized(tmp_path_factory.mktemp("sanitized"))
+        for old in kept.parent.glob("sanitized-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        # At once: a run that is broken off leaves nothing half done.
+        shutil.copytree(built, partly := kept.with_suffix(f".{os.getpid()}"))
+        partly.rename(kept)
+    return kept
+
+
+def build_sanitized(tree: Path) -> Path:
     shutil.copytree(ROOT / "csrc", tree / "csrc")
     shutil.copy(ROOT / "setup.py", tree)
     compiler = tree / "compiler"
