@@ -39,12 +39,12 @@ def memory_table(plan: Plan) -> Table:
     longest = plan.rows[-1]["length"]
     if others.windowed:
         parts[f"KV of {others.windowed} layers' windows ({others.window:,} tokens)"] = (
-            plan.requests * others.kv_bytes(longest)
+            plan.asked * others.kv_bytes(longest)
         )
     if "tables" in parts:
         parts[
             "tables, for vLLM's default graphs of up to "
-            f"{table_rows(plan.requests, default_captured_rows(plan.requests))} rows"
+            f"{table_rows(plan.asked, default_captured_rows(plan.asked))} rows"
         ] = parts.pop("tables")
     for name, size in parts.items():
         table.add_row(f"GPU: {name}", f"{size / GIB:.2f} GiB")
@@ -66,6 +66,12 @@ def memory_table(plan: Plan) -> Table:
     table.add_row(
         "hot buffer of a request and offloaded layer", f"{tiers.hot_pages * PAGE_SIZE:,} tokens"
     )
+    if plan.requests < plan.asked:
+        table.add_row(
+            "requests that run at once: more hot buffers\n"
+            "would take half of what the host pool adds",
+            f"{plan.requests} of {plan.asked}",
+        )
     return table
 
 

@@ -162,6 +162,8 @@ class Plan:
     """A planned engine under a load of equal requests.
 
     Attributes:
+        asked: vLLM's max_num_seqs.
+        requests: those that run at once, and the number of equal requests in the tables.
         kv_bytes: room on the GPU for KV, the head's caches and tables.
         tiers: the memory model's plan.
         alone: its plan without a host pool.
@@ -172,6 +174,7 @@ class Plan:
     """
 
     model: Model
+    asked: int
     requests: int
     gpu_bytes: int
     kv_bytes: int
@@ -200,7 +203,7 @@ def make_plan(
     Args:
         gpu_bytes: memory of the GPU.
         host_bytes: host pool; 0 for none.
-        requests: vLLM's max_num_seqs, and the number of equal requests in the tables.
+        requests: vLLM's max_num_seqs.
         max_model_len: longest context, in tokens.
         miss_rate: share of the budget's pages fetched in a step; None for the engine's own estimate
             before it has measured (``prior_rate``).
@@ -262,6 +265,7 @@ def make_plan(
     )
     tiers = memory.plan(room, host_bytes)
     alone = memory.plan(room, 0)
+    asked, requests = requests, tiers.lanes
     if miss_rate is None:
         miss_rate = prior_rate(tiers.hot_pages, config.table_pages(max_model_len))
     rows = []
@@ -316,6 +320,7 @@ def make_plan(
         lossless = plan_lossless(read, requests, [row["length"] for row in rows])
     return Plan(
         model,
+        asked,
         requests,
         gpu_bytes,
         room,

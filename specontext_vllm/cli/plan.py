@@ -24,7 +24,9 @@ def plan(
     budget: Annotated[int, typer.Option(help="Tokens a KV head reads in a step.")] = 2048,
     requests: Annotated[
         int,
-        typer.Option(help="Requests in flight: vLLM's --max-num-seqs, and the load of the tables."),
+        typer.Option(
+            help="vLLM's --max-num-seqs; as many as run at once are the load of the tables."
+        ),
     ] = 16,
     length: Annotated[
         int | None, typer.Option(help="Longest context (--max-model-len); default the model's own.")

@@ -65,6 +65,7 @@ def choose_worker() -> None:
             from specontext_vllm.engine.refusals import refuse_runner
 
             judge_requests()
+            run_as_many_as_have_lanes()
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
             if vllm_config.parallel_config.worker_cls == "auto":
@@ -134,6 +135,35 @@ def judge_requests() -> None:
     AsyncLLM.generate = generate
     InputProcessor._validate_params = _validate_params
     EngineCore.preprocess_add_request = preprocess_add_request
+
+
+def run_as_many_as_have_lanes() -> None:
+    """With two tiers the scheduler runs as many requests at once as the workers have lanes for.
+
+    Uses: vllm.v1.engine.core.EngineCore._initialize_kv_caches,
+        vllm.config.scheduler.SchedulerConfig.max_num_active_seqs
+    Symptom: requests beyond the lanes end the engine.
+    Reason: workers learn what fits when they measure their memory, and tell the scheduler a number
+        of bytes alone (vllm/v1/engine/core.py).
+    Remove when: workers can bound the number of running requests.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    original = EngineCore._initialize_kv_caches
+    if _is_ours(original):
+        return
+
+    @functools.wraps(original)
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        found = original(self, vllm_config)
+        if is_selected(vllm_config):
+            lanes = [n for n in self.collective_rpc("specontext_lanes") if n is not None]
+            if lanes:
+                vllm_config.scheduler_config.max_num_active_seqs = min(lanes)
+        return found
+
+    _mark_as_ours(_initialize_kv_caches)
+    EngineCore._initialize_kv_caches = _initialize_kv_caches
 
 
 def draft_with_target_in_lossless_mode() -> None:

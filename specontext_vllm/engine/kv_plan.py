@@ -88,6 +88,11 @@ class KVPlan:
             (block.apart_bytes or 0) if self._config.host_kv_gib else 0,
         )
 
+    @property
+    def lanes(self) -> int | None:
+        """Requests that may run at once beside two tiers; None: there is one tier."""
+        return self._tiers.lanes if self._tiers and self._tiers.host_layers else None
+
     def of_two_tiers(self, num_pages: int, is_profiling: bool) -> TierPlan | None:
         """The plan of both tiers for ``num_pages`` pages; None: there is one tier."""
         if not self._config.host_kv_gib or (self._tiers and not self._tiers.host_layers):
@@ -97,7 +102,8 @@ class KVPlan:
             hot = self._config.table_pages(
                 self._vllm_config.model_config.max_model_len, num_drafts(self._vllm_config)
             )
-            return TierPlan(num_pages, len(self._layers.kv_names), hot, 1, 0, 0, 0, {})
+            lanes = self._vllm_config.scheduler_config.max_num_seqs
+            return TierPlan(num_pages, len(self._layers.kv_names), hot, 1, 0, 0, 0, {}, lanes)
         assert self._tiers is not None
         return replace(self._tiers, num_pages=min(self._tiers.num_pages, num_pages))
 
@@ -182,7 +188,19 @@ def _log_two_tiers(vllm_config: Any, memory: MemoryModel, plan: TierPlan, gpu_by
         plan.gpu_bytes / 2**30,
         where,
     )
-    requests = vllm_config.scheduler_config.max_num_seqs
+    requests = plan.lanes
+    if requests < memory.lanes:
+        fixed = vllm_config.cache_config.num_gpu_blocks_override is not None
+        config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+        logger.info(
+            "SpeContext tiers: %d requests run at once, each with hot buffers; others of "
+            "--max-num-seqs %d wait, since more hot buffers %s.",
+            requests,
+            vllm_config.scheduler_config.max_num_seqs,
+            "do not fit"
+            if fixed or config.loading != "adaptive"
+            else "would take more than half of what the host pool adds",
+        )
     longest = memory.thresholds(plan, requests)
     if memory.other_bytes:
         logger.info(

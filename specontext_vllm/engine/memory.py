@@ -54,6 +54,7 @@ def memory_model(
         budget_pages=config.budget_pages,
         table_pages=config.table_pages(model.max_model_len, num_drafts(vllm_config)),
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        lanes=vllm_config.scheduler_config.max_num_active_seqs,
         max_model_len=model.max_model_len,
         captured_rows=compilation.max_cudagraph_capture_size or 0,
         block_pages=block_pages,

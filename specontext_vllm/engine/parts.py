@@ -209,7 +209,7 @@ def make_tiers(
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             dtype=kv_dtype(vllm_config),
-            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            max_requests=plan.lanes,
             max_rows=max_table_rows(vllm_config),
             table_pages=config.table_pages(model.max_model_len, num_drafts(vllm_config)),
             max_pages=pages_for(model.max_model_len),

@@ -7,6 +7,7 @@ vLLM: the registry of attention backends, and its log.
 from __future__ import annotations
 
 import copyreg
+import sys
 from typing import Any
 
 from specontext_vllm.engine import compat
@@ -42,6 +43,10 @@ def _register() -> None:
     compat.choose_worker()
     compat.draft_with_target_in_lossless_mode()
     compat.let_cpu_platform_choose_backend()
+    # An engine core of its own process loads plugins when its module is there, and does not check
+    # its configuration again.
+    if hasattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore"):
+        compat.run_as_many_as_have_lanes()
 
 
 def ensure_member() -> Any:

@@ -65,6 +65,10 @@ class SpeContextWorkerMixin(Worker):
             runtime.close()
         super().shutdown()
 
+    def specontext_lanes(self) -> int | None:
+        """Requests that may run at once; see ``KVPlan.lanes``."""
+        return self.model_runner.runtime.kv_plan.lanes
+
     def specontext_stats(self, reset: bool = False) -> dict[str, Any]:
         """Figures of this worker's decode steps since the last reset; see ``Runtime.stats``."""
         return self.model_runner.runtime.stats(reset)

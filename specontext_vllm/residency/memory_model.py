@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from specontext_vllm.config import PAGE_SIZE, pages_for
+from specontext_vllm.residency.lanes import MIN_GAIN, most_lanes, no_gain, paying_lanes
 from specontext_vllm.residency.table_rows import table_rows
 from specontext_vllm.sizes import in_gib
 
@@ -17,9 +18,6 @@ misses (`python -m benchmarks transfer`).
 
 HOT_SHARE = 0.8
 """Larger hot buffers may cost at most the rest of the logical pages."""
-
-MIN_GAIN = 1.02
-"""A host pool must raise the number of pages by at least this factor, or it is refused."""
 
 OTHERS_KEPT = 2
 """Layers of other kinds beside two tiers have blocks for so many times what the requests in flight
@@ -69,6 +67,7 @@ class TierPlan:
         staging_pages: pages of each of the two staging areas.
         host_bytes, gpu_bytes: size of the two tiers.
         parts: bytes on the GPU by purpose.
+        lanes: n, requests that run at once, each of which may have a hot buffer.
     """
 
     num_pages: int
@@ -79,6 +78,7 @@ class TierPlan:
     host_bytes: int
     gpu_bytes: int
     parts: dict[str, int]
+    lanes: int
 
 
 class MemoryModel:
@@ -91,7 +91,9 @@ class MemoryModel:
     Args:
         shape: the KV.
         budget_pages, table_pages: pages a KV head reads in a step; width of the page table.
-        max_num_seqs: n, requests in flight, each of which may have a hot buffer.
+        max_num_seqs: rows that a step's tables have room for.
+        lanes: n, requests that may run at once, each with a hot buffer; None: ``max_num_seqs``. A
+            plan has fewer where so many would cost what the host pool gains.
         max_model_len: longest context, in tokens; the staging areas hold it twice.
         captured_rows: decode rows of the largest captured graph, padding included; 0 where nothing
             is captured.
@@ -110,7 +112,9 @@ class MemoryModel:
         captured_rows: int = 0,
         block_pages: int = 1,
         other_bytes: int = 0,
+        lanes: int | None = None,
     ) -> None:
+        self.lanes = max_num_seqs if lanes is None else lanes
         self.block_pages, self.other_bytes = block_pages, other_bytes
         self.shape, self.budget_pages, self.table_pages = shape, budget_pages, table_pages
         self.max_num_seqs, self.max_pages, self.captured_rows = (
@@ -125,14 +129,14 @@ class MemoryModel:
 
     @property
     def in_flight_bytes(self) -> int:
-        """KV bytes of all layers of ``max_num_seqs`` requests of ``max_model_len`` tokens."""
-        return self.shape.num_layers * self.max_num_seqs * self.max_pages * self.shape.page_bytes
+        """KV bytes of all layers of ``lanes`` requests of ``max_model_len`` tokens."""
+        return self.shape.num_layers * self.lanes * self.max_pages * self.shape.page_bytes
 
     def size(self, num_pages: int, host_layers: int, hot_pages: int) -> TierPlan:
         """Bytes of a plan in the worst case: every page in use, every mirrored layer offloaded,
         every hot buffer full.
         """
-        shape, lanes = self.shape, self.max_num_seqs
+        shape, lanes = self.shape, self.lanes
         staging = self.max_pages if host_layers else 0
         hot = min(num_pages, lanes * hot_pages)
         frames = (shape.num_layers - host_layers) * num_pages + host_layers * hot + 2 * staging
@@ -157,18 +161,19 @@ class MemoryModel:
             host_layers * num_pages * shape.page_bytes,
             sum(parts.values()),
             parts,
+            lanes,
         )
 
     def _table_bytes(self, num_pages: int, hot_pages: int) -> int:
         """int32 tables: frames, hot frames, page tables of all layers, slot maps with their state,
         and the step's slots, misses and sorting.
         """
-        layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.max_num_seqs
+        layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.lanes
         return 4 * (
             layers * num_pages
             + layers * lanes * hot_pages
             + lanes * heads * (self.max_pages + 3 * hot_pages)
-            + table_rows(lanes, self.captured_rows)
+            + table_rows(self.max_num_seqs, self.captured_rows)
             * heads
             * ((layers + 3) * self.table_pages + (1 << (hot_pages - 1).bit_length()))
         )
@@ -186,12 +191,14 @@ class MemoryModel:
         null block, with up to ``host_bytes`` in a host pool.
         """
         pages, width = self.block_pages + self._held_pages(tokens), self._widths[-1]
-        plans = (self.size(pages, layers, width) for layers in range(self.shape.num_layers + 1))
+        one = self.with_lanes(1)
+        plans = (one.size(pages, layers, width) for layers in range(self.shape.num_layers + 1))
         return min(plan.gpu_bytes for plan in plans if plan.host_bytes <= host_bytes)
 
     def plan(self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None) -> TierPlan:
-        """The plan with the largest hot buffers that keep ``HOT_SHARE`` of the largest possible
-        number of logical pages, and with a host pool ``MIN_GAIN`` times the number without one.
+        """The plan with the most lanes beside which a host pool pays, and of these the one with the
+        largest hot buffers that keep ``HOT_SHARE`` of the largest possible number of logical pages,
+        and with a host pool ``MIN_GAIN`` times the number without one.
 
         Args:
             gpu_bytes: room for KV, the head's caches and tables.
@@ -203,8 +210,15 @@ class MemoryModel:
         """
         widths = self._widths
         if num_pages is not None:
-            return self._fixed(gpu_bytes, host_bytes, num_pages, widths)
-        best = {width: self._largest(gpu_bytes, host_bytes, width) for width in widths}
+            return self._fixed(gpu_bytes, host_bytes, num_pages)
+        return paying_lanes(self, gpu_bytes, host_bytes, widths[-1])._adaptive(
+            gpu_bytes, host_bytes
+        )
+
+    def _adaptive(self, gpu_bytes: int, host_bytes: int) -> TierPlan:
+        """``plan`` with all of these lanes."""
+        widths = self._widths
+        best = {width: self.largest(gpu_bytes, host_bytes, width) for width in widths}
         max_pages = max(plan.num_pages for plan in best.values())
         if max_pages == 0:
             gpu, host = in_gib(gpu_bytes, host_bytes)
@@ -213,7 +227,7 @@ class MemoryModel:
                 f"give more, or lower --max-num-seqs ({self.max_num_seqs}) or --max-model-len "
                 f"({self.max_pages * PAGE_SIZE})."
             )
-        alone = self._largest(gpu_bytes, 0, widths[-1]).num_pages
+        alone = self.largest(gpu_bytes, 0, widths[-1]).num_pages
         # The longest request and vLLM's null block must fit beside larger hot buffers too.
         min_pages = max(
             HOT_SHARE * max_pages,
@@ -221,7 +235,7 @@ class MemoryModel:
             min(max_pages, self.block_pages + self.max_pages),
         )
         if max_pages < min_pages:
-            raise MemoryModelError(self._no_gain(gpu_bytes, host_bytes, alone, widths[-1]))
+            raise MemoryModelError(no_gain(self, gpu_bytes, host_bytes, widths[-1]))
         return self._with_spare_frames(
             next(best[width] for width in widths if best[width].num_pages >= min_pages), gpu_bytes
         )
@@ -230,13 +244,22 @@ class MemoryModel:
         self, gpu_bytes: int, host_bytes: int, num_pages: int | None = None
     ) -> TierPlan:
         """The plan that mirrors every layer, has the largest hot buffers and no room for a resident
-        layer; arguments as for ``plan``, but None for the pages of all requests in flight.
+        layer, for as many lanes as fit; arguments as for ``plan``, but None for the pages of
+        the longest requests in all lanes.
 
         Raises:
             MemoryModelError: it does not fit.
         """
-        pages = self.block_pages + self.max_num_seqs * self.max_pages
-        plan = self.size(num_pages or pages, self.shape.num_layers, self._widths[0])
+
+        def offloaded(model: MemoryModel) -> TierPlan:
+            pages = num_pages or model.block_pages + model.lanes * model.max_pages
+            return model.size(pages, model.shape.num_layers, model._widths[0])
+
+        def fits(model: MemoryModel) -> bool:
+            plan = offloaded(model)
+            return plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes
+
+        plan = offloaded(most_lanes(self, fits))
         if plan.gpu_bytes > gpu_bytes or plan.host_bytes > host_bytes:
             raise MemoryModelError(
                 "{} GiB of memory for KV and {} GiB of host memory are less than the {} and {} "
@@ -263,7 +286,7 @@ class MemoryModel:
             parts=plan.parts | {"spare frames": size},
         )
 
-    def _largest(self, gpu_bytes: int, host_bytes: int, hot_pages: int) -> TierPlan:
+    def largest(self, gpu_bytes: int, host_bytes: int, hot_pages: int) -> TierPlan:
         found = self.size(0, 0, hot_pages)
         for host_layers in range(self.shape.num_layers + 1 if host_bytes else 1):
             low, high = 0, 1 + max(gpu_bytes, host_bytes) // self.shape.page_bytes
@@ -277,15 +300,23 @@ class MemoryModel:
                 found = self.size(low, host_layers, hot_pages)
         return found
 
-    def _fixed(
-        self, gpu_bytes: int, host_bytes: int, num_pages: int, widths: list[int]
-    ) -> TierPlan:
-        for host_layers in range(self.shape.num_layers + 1):
-            for width in widths:
-                plan = self.size(num_pages, host_layers, width)
-                if plan.gpu_bytes <= gpu_bytes and plan.host_bytes <= host_bytes:
-                    return self._with_spare_frames(plan, gpu_bytes)
-        smallest = self.size(num_pages, self.shape.num_layers, widths[-1])
+    def _fixed(self, gpu_bytes: int, host_bytes: int, num_pages: int) -> TierPlan:
+        """``plan`` of a fixed number of pages, with as many lanes as fit."""
+        widths = self._widths
+
+        def first(model: MemoryModel) -> TierPlan | None:
+            plans = (
+                model.size(num_pages, host_layers, width)
+                for host_layers in range(self.shape.num_layers + 1)
+                for width in widths
+            )
+            return next(
+                (p for p in plans if p.gpu_bytes <= gpu_bytes and p.host_bytes <= host_bytes), None
+            )
+
+        if (plan := first(most_lanes(self, lambda model: first(model) is not None))) is not None:
+            return self._with_spare_frames(plan, gpu_bytes)
+        smallest = self.with_lanes(1).size(num_pages, self.shape.num_layers, widths[-1])
         gpu, min_gpu, host, min_host = in_gib(
             gpu_bytes, smallest.gpu_bytes, host_bytes, smallest.host_bytes
         )
@@ -296,47 +327,16 @@ class MemoryModel:
             f"layer offloaded, but there are {gpu} and {host}; lower it."
         )
 
-    def _no_gain(self, gpu_bytes: int, host_bytes: int, alone: int, width: int) -> str:
-        """Why a host pool is refused, and the number of requests with which it would pay."""
-        # A binary search, since more hot buffers never leave more pages.
-        pays, fails = 0, self.max_num_seqs
-        while fails - pays > 1:
-            lanes = (pays + fails) // 2
-            model = self._resized(lanes, self.budget_pages, self.table_pages)
-            if model._largest(gpu_bytes, host_bytes, width).num_pages >= MIN_GAIN * alone:
-                pays = lanes
-            else:
-                fails = lanes
-        hot, gpu, host = in_gib(
-            self.shape.num_layers * self.max_num_seqs * width * self.shape.page_bytes,
-            gpu_bytes,
-            host_bytes,
-        )
-        smallest = self._resized(1, 1, 1)
-        if not pays and smallest._largest(gpu_bytes, host_bytes, 1).num_pages < MIN_GAIN * alone:
-            return (
-                f"{host} GiB of host memory add less than {MIN_GAIN - 1:.0%} to what {gpu} GiB "
-                "of memory for KV hold, however small the hot buffers; give "
-                f"more, or set host_kv_gib to 0."
-            )
-        remedy = (
-            f"--max-num-seqs {pays} is the largest that pays; use that,"
-            if pays
-            else "none smaller pays either;"
-        )
-        return (
-            f"hot buffers for --max-num-seqs {self.max_num_seqs} may take {hot} GiB of the {gpu} "
-            "GiB of memory for KV, so that "
-            f"{host} GiB of host memory gain nothing; {remedy} lower the budget (a buffer holds "
-            f"{width * PAGE_SIZE} tokens), or set host_kv_gib to 0."
-        )
-
-    def _resized(self, max_num_seqs: int, budget_pages: int, table_pages: int) -> MemoryModel:
+    def with_lanes(
+        self, lanes: int, *, budget_pages: int | None = None, table_pages: int | None = None
+    ) -> MemoryModel:
+        """The same with another number of lanes, or another budget."""
         return MemoryModel(
             self.shape,
-            budget_pages=budget_pages,
-            table_pages=table_pages,
-            max_num_seqs=max_num_seqs,
+            budget_pages=self.budget_pages if budget_pages is None else budget_pages,
+            table_pages=self.table_pages if table_pages is None else table_pages,
+            max_num_seqs=self.max_num_seqs,
+            lanes=lanes,
             max_model_len=self.max_pages * PAGE_SIZE,
             captured_rows=self.captured_rows,
             block_pages=self.block_pages,

@@ -194,13 +194,18 @@ def test_the_longest_context_is_vllms(folder, tmp_path):
     [
         (["--gpu-gib", 12], "--gpu-gib: 92% of 12.0 GiB do not hold the weights"),
         (["--gpu-gib", 80, "--budget", 32], "budget: found 32"),
-        (["--gpu-gib", 24, "--host-gib", 80, "--requests", 1024], "--max-num-seqs 1024"),
         (["--gpu-gib", 24, "--requests", 1024], "--requests: 1024 requests of"),
     ],
 )
 def test_bad_input_is_named(folder, arguments, named):
     result = run("--model", folder, *arguments)
     assert result.exit_code == 2 and named in result.output, result.output
+
+
+def test_of_more_requests_than_have_hot_buffers_it_says_how_many_run(folder):
+    result = run("--model", folder, "--gpu-gib", 24, "--host-gib", 80, "--requests", 1024)
+    assert result.exit_code == 0
+    assert " ".join(result.output.split()).count(" of 1024 ") == 1, result.output
 
 
 def test_a_folder_without_a_model(tmp_path):

@@ -66,7 +66,9 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
                 **(parallel or {}),
             }
         ),
-        scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls, max_num_seqs=4),
+        scheduler_config=SimpleNamespace(
+            scheduler_cls=scheduler_cls, max_num_seqs=4, max_num_active_seqs=None
+        ),
         compilation_config=SimpleNamespace(
             cudagraph_mode=CUDAGraphMode.NONE,
             mode=CompilationMode.NONE,

@@ -22,12 +22,9 @@ HEAD = {"retrieval_head": str(DEMO_MODEL / "retrieval_head"), "budget": 128}
             r"host_kv_gib: found 1000000.00, but this machine has [\d.]+ GiB of memory; lower it",
         ),
         (
-            {"max_num_seqs": 256},
-            {"host_kv_gib": 0.1, "gpu_kv_gib": 0.05},
-            (
-                r"host_kv_gib: hot buffers for --max-num-seqs 256 may take .*--max-num-seqs "
-                r"\d+ is the largest"
-            ),
+            {},
+            {"host_kv_gib": 0.1, "gpu_kv_gib": 0.012, "budget": 1520},
+            r"host_kv_gib: the hot buffer of a single request takes so much of the 0.01",
         ),
         (
             {"num_gpu_blocks_override": 40000},

@@ -58,7 +58,7 @@ class Schedule:
         self, seed: int, slowly: bool, device: torch.device, loading: Loading = "adaptive"
     ) -> None:
         self.random = Random(seed)
-        plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {})
+        plan = TierPlan(PAGES, MIRRORED, HOT, FRAMES, STAGING, 0, 0, {}, LANES)
         self.device = device
         with pytest.MonkeyPatch.context() as patch:
             if slowly:

@@ -51,6 +51,12 @@ def small(seed):
 @pytest.mark.parametrize("seed", range(30))
 def test_plan_is_the_largest_that_fits(seed):
     shape, model, gpu, host = small(seed)
+    try:
+        plan = model.plan(gpu, host)
+    except MemoryModelError as error:
+        plan, refused = None, error
+    else:
+        model = model.with_lanes(plan.lanes)
     widths = [min(model.max_pages, int(f * model.table_pages)) for f in (1, 1.5, 2)]
     most = {
         w: max(
@@ -72,10 +78,8 @@ def test_plan_is_the_largest_that_fits(seed):
         MIN_GAIN * alone,
         min(max(most.values()), 1 + model.max_pages),
     )
-    try:
-        plan = model.plan(gpu, host)
-    except MemoryModelError as error:
-        assert max(most.values()) == 0 or max(most.values()) < least, error
+    if plan is None:
+        assert max(most.values()) == 0 or max(most.values()) < least, refused
         return
     assert plan.gpu_bytes <= gpu and plan.host_bytes <= host
     assert plan.num_pages == most[plan.hot_pages] >= least
@@ -192,6 +196,7 @@ def test_all_layers_offloaded_need_no_more_than_their_hot_buffers():
         host_bytes=0,
         gpu_bytes=0,
         parts={},
+        lanes=2,
     )
     assert (
         model.thresholds(exact, 2) == [512] * 6 + [16384]
@@ -205,11 +210,12 @@ def test_refusals_name_the_setting_and_the_numbers():
     crowded = MemoryModel(
         SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=1024, max_model_len=131072
     )
+    wide = crowded.with_lanes(1024, budget_pages=8192, table_pages=8192)
     with pytest.raises(
         MemoryModelError,
-        match=r"--max-num-seqs 1024 .* 16.00 GiB .*; --max-num-seqs \d+ is the largest that pays",
+        match=r"the hot buffer of a single request takes so much of the 16.00 GiB",
     ):
-        crowded.plan(16 * GIB, 80 * GIB)
+        wide.plan(16 * GIB, 8 * GIB)
     with pytest.raises(
         MemoryModelError,
         match="0.001 GiB of host memory add less than 2% to what 16.000 GiB of memory for KV "
@@ -227,7 +233,7 @@ def test_sizes_that_are_too_small_by_little_are_told_apart():
         KVShape(6, 2, 64, 4, 9216),
         budget_pages=16,
         table_pages=16,
-        max_num_seqs=2,
+        max_num_seqs=1,
         max_model_len=1024,
     )
     least = model.size(100, 6, 16)
@@ -257,9 +263,9 @@ def test_the_least_memory_holds_one_request_of_the_longest_context(host):
     )
     least = model.min_gpu_bytes(host, 8192)
     assert (
-        model._largest(least, host, 16).num_pages
+        model.with_lanes(1).largest(least, host, 16).num_pages
         >= 1 + 512
-        > model._largest(least - 1, host, 16).num_pages
+        > model.with_lanes(1).largest(least - 1, host, 16).num_pages
     )
     assert model.min_gpu_bytes(host, 16) < least
 
@@ -337,29 +343,46 @@ def test_step_time_is_bytes_over_bandwidth():
     assert transfer == pytest.approx(moved / 50e9) and 0.005 < compute < 0.008
 
 
-def test_the_number_of_requests_that_pays_is_the_largest():
-    """Llama-3.1-8B's KV, 16 GiB on the GPU and 80 on the host, budget 2048: found by trying them
-    one by one.
+@pytest.mark.parametrize("asked", [256, 1024])
+def test_lanes_beyond_what_pays_leave_half_of_what_the_host_pool_adds(asked):
+    """Llama-3.1-8B's KV, 16 GiB on the GPU and 80 on the host, budget 2048, vLLM's defaults of
+    --max-num-seqs; the number is found anew by trying them one by one.
     """
     shape = KVShape(32, 8, 128, 2, 8 * 16 * 128 * 2 + 4096 * 2)
+    gpu, host, width = 16 << 30, 80 << 30, 128
 
-    def plans(lanes: int) -> bool:
-        try:
-            MemoryModel(
-                shape, budget_pages=128, table_pages=128, max_num_seqs=lanes, max_model_len=33280
-            ).plan(16 << 30, 80 << 30)
-        except MemoryModelError as error:
-            named.append(int(str(error).split("--max-num-seqs ")[2].split()[0]))
-            return False
-        return True
+    def model(lanes: int) -> MemoryModel:
+        return MemoryModel(
+            shape,
+            budget_pages=128,
+            table_pages=128,
+            max_num_seqs=asked,
+            lanes=lanes,
+            max_model_len=33280,
+        )
 
-    named: list[int] = []
-    tried = [lanes for lanes in range(50, 75) if plans(lanes)]
-    assert tried == list(range(50, tried[-1] + 1)) and len(tried) < 25
-    assert set(named) == {tried[-1]}
+    alone, best = (model(1).largest(gpu, size, width).num_pages for size in (0, host))
+    plan = model(asked).plan(gpu, host)
+    leaving = [
+        lanes
+        for lanes in range(1, plan.lanes + 5)
+        if model(lanes).largest(gpu, host, width).num_pages >= alone + (best - alone) / 2
+    ]
+    assert leaving == list(range(1, plan.lanes + 1)) and 1 < plan.lanes < asked
+    assert alone < plan.num_pages
+    # As many as somebody asks for are kept wherever they pay, also where they leave less.
+    pay = [
+        lanes
+        for lanes in range(plan.lanes, plan.lanes + 60)
+        if model(lanes).largest(gpu, host, width).num_pages >= MIN_GAIN * alone
+    ]
+    assert len(pay) > 1
+    assert [model(lanes).plan(gpu, host).lanes for lanes in (5, *pay)] == [5, *pay]
+    assert model(pay[-1] + 1).plan(gpu, host).lanes == plan.lanes
+    assert model(asked).plan(gpu, 0).lanes == asked
 
 
-def test_a_plan_with_every_layer_offloaded_holds_all_requests_in_flight_or_is_refused():
+def test_a_plan_with_every_layer_offloaded_has_as_many_lanes_as_fit_or_is_refused():
     model = MemoryModel(
         SHAPE_8B, budget_pages=128, table_pages=128, max_num_seqs=4, max_model_len=34400
     )
@@ -369,5 +392,10 @@ def test_a_plan_with_every_layer_offloaded_holds_all_requests_in_flight_or_is_re
     assert plan.frames == 32 * 4 * 256 + 2 * plan.staging_pages
     assert model.plan_all_offloaded(8 * GIB, 20 * GIB, 5000).num_pages == 5000
     for gpu, host in ((plan.gpu_bytes - 1, 20 * GIB), (8 * GIB, plan.host_bytes - 1)):
+        fewer = model.plan_all_offloaded(gpu, host)
+        assert fewer.lanes == 3 and fewer.num_pages == 1 + 3 * 2150
+    one = model.with_lanes(1)
+    one_plan = one.plan_all_offloaded(8 * GIB, 20 * GIB)
+    for gpu, host in ((one_plan.gpu_bytes - 1, 20 * GIB), (8 * GIB, one_plan.host_bytes - 1)):
         with pytest.raises(MemoryModelError, match="set loading to adaptive"):
             model.plan_all_offloaded(gpu, host)
