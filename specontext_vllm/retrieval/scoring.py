@@ -57,6 +57,12 @@ class ScoreInputs:
     page_vectors: Tensor | None = None
     page_size: int = PAGE_SIZE
 
+    def workspace_used(self, scores: PageScores) -> int:
+        """Leading pages of the workspace in which all of these rows' pages lie, as far as the host
+        knows.
+        """
+        return min(scores.capacity, len(self.rows) * self.max_pages)
+
     def score_keys(self, scores: PageScores) -> None:
         """Write each page's largest logit and log-sum-exp under the attention of the queries into
         the workspace, on its device.

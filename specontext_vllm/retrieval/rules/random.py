@@ -26,6 +26,7 @@ class Random(Rule):
         self.generator = torch.Generator(device=device).manual_seed(0)
 
     def score(self, inputs: ScoreInputs, scores: PageScores) -> PageScores:
-        scores.page_max.uniform_(-1.0, 0.0, generator=self.generator)
-        scores.page_lse.zero_()
+        used = inputs.workspace_used(scores)
+        scores.page_max[:, :used].uniform_(-1.0, 0.0, generator=self.generator)
+        scores.page_lse[:, :used].zero_()
         return scores

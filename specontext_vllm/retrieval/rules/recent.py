@@ -21,7 +21,8 @@ class Recent(Rule):
 
         # Rows of different lengths lie one after the other, but within a row the index grows with
         # the position, and only the order counts.
-        torch.arange(scores.capacity, out=scores.page_max[0])
-        scores.page_max[1:] = scores.page_max[0]
-        scores.page_lse.zero_()
+        used = inputs.workspace_used(scores)
+        torch.arange(used, out=scores.page_max[0, :used])
+        scores.page_max[1:, :used] = scores.page_max[0, :used]
+        scores.page_lse[:, :used].zero_()
         return scores
