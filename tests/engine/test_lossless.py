@@ -131,8 +131,18 @@ def test_requests_were_preempted_and_hit(went):
     assert went["preempted"] > 0 and went["cached tokens"] >= 256
 
 
-@pytest.mark.parametrize("length", (1, 4, MAX_DRAFTS))
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "length"),
+    [
+        ("dlm", 1),
+        ("dlm", 4),
+        ("dlm", MAX_DRAFTS),
+        ("quest", 4),
+        ("recent", MAX_DRAFTS),
+        ("random", 1),
+        ("random", MAX_DRAFTS),
+    ],
+)
 def test_tokens_kv_and_head_are_those_of_dense_steps(lossless, dense, prompts, rule, length):
     tokens, kv, keys = dense
     lossless.set(retriever=rule)
@@ -226,7 +236,7 @@ def test_structured_output(lossless, prompts):
     assert found[0] == found[1] and len(found[0][1]) > 4 and lossless.accepted
 
 
-TEMPERATURE, TOP, SAMPLES = 1.5, 4, 500
+TEMPERATURE, TOP, SAMPLES = 1.5, 4, 300
 
 
 def test_samples_have_the_distribution_of_dense_steps(lossless, prompts, monkeypatch):
@@ -256,14 +266,13 @@ def test_samples_have_the_distribution_of_dense_steps(lossless, prompts, monkeyp
         )
 
     # 15 degrees of freedom: one in a thousand is above 37.7.
-    assert distance() < 37.7
     lossless.draft(2)
     assert distance() < 37.7
     monkeypatch.setattr(
         "vllm.v1.sample.rejection_sampler.generate_uniform_probs",
         lambda tokens, *_, **__: torch.zeros(tokens, dtype=torch.float64),
     )
-    assert distance() > 100
+    assert distance() > 60
 
 
 def test_the_engine_chooses_how_many_to_draft(lossless, prompts):
