@@ -2,6 +2,7 @@
 nothing outlives them.
 """
 
+# ruff: noqa: E402 - what is imported below goes by what is set before.
 from __future__ import annotations
 
 import faulthandler
@@ -18,19 +19,19 @@ from types import FrameType, SimpleNamespace
 # cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ROOT = Path(__file__).parents[1]
+if sys.dont_write_bytecode:
+    # Each of the many processes that import torch and vLLM would compile all of it, half of the
+    # time that an import takes.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / "build" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
 import pytest
 import torch
 
 from tests import leftovers
 from tests.forked import ForkServer, ServerProcess
-
-ROOT = Path(__file__).parents[1]
-if sys.dont_write_bytecode:
-    # Each of the many processes that import vLLM would compile all of it, half of the time that
-    # an import takes.
-    sys.dont_write_bytecode, sys.pycache_prefix = False, str(ROOT / "build" / "bytecode")
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 CUDA = torch.cuda.is_available()
 if not CUDA:

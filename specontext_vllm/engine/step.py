@@ -16,7 +16,7 @@
 With one tier of KV there is nothing to follow, resolve, fetch or stage: the selection itself is the
 page table. Where vLLM keeps our layers in several groups, each with blocks of its own, a selection
 counts pages from the start of their request, and a page table is written for each group. What
-passes from one stage to the next is described in ``step_data.py``.
+passes from one stage to the next is described in ``step_data/``.
 
 ``batch.num_decodes`` of a step's rows are decode rows. ``batch.table_rows`` is as many, or more
 where vLLM replays its CUDA graph of a larger batch: the rows beyond are padding, which reads
