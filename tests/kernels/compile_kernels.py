@@ -48,7 +48,7 @@ from specontext_vllm.triton_kernels.resolve_pages import resolve_pages
 from specontext_vllm.triton_kernels.row_starts import row_starts
 from specontext_vllm.triton_kernels.score_pages import score_pages
 from specontext_vllm.triton_kernels.select_pages import select_pages
-from specontext_vllm.triton_kernels.sparse_decode import SplitWorkspace, sparse_decode
+from specontext_vllm.triton_kernels.sparse_decode import WIDE_TILE, SplitWorkspace, sparse_decode
 from specontext_vllm.triton_kernels.write_tiered import write_tiered
 
 PAGE, BLOCKS, LAYERS, HOT, WIDTH = 16, 8, 2, 256, 8192
@@ -129,6 +129,8 @@ def compile_for(capability: int) -> list[dict[str, Any]]:
             shape,
             eight_bits=capability >= 89,
             choices=(capability, shape) == (WHOLE, SHAPES["the demo model"]),
+            # The tile that takes most shared memory.
+            wide=shape is SHAPES["Llama-3.1-8B"],
         )
         if capability != WHOLE:
             same_elsewhere = {entry["kernel"] for entry in compiled if not entry["products"]}
@@ -143,9 +145,10 @@ def attempt(capability: int) -> list[dict[str, Any]] | str:
         return traceback.format_exc()
 
 
-def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
+def launch_all(shape: Shape, eight_bits: bool, choices: bool, wide: bool) -> None:
     """Every launching function with tensors of the shape; ``eight_bits``: 8-bit keys of the head,
-    too; ``choices``: selections without held pages or fallback, too.
+    too; ``choices``: selections without held pages or fallback, too; ``wide``:
+    as many query tokens a row as make a wide tile, too.
     """
     h, g, d, e, dtype = (
         shape.kv_heads,
@@ -275,7 +278,10 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool) -> None:
     kv_pages, scale = kv_cache.view(BLOCKS * h, PAGE, 2 * d), d**-0.5
     # What 8 bits add is the same for each shape; this one is compiled for each GPU.
     decoded = stored if dtype == torch.bfloat16 else stored[:1]
-    for most, (cache, scales) in product((1, DRAFTED) if choices else (1,), decoded):
+    tokens = [1, DRAFTED] if choices else [1]
+    if wide:
+        tokens.append(WIDE_TILE // g)
+    for most, (cache, scales) in product(tokens, decoded):
         sparse_decode(
             queries.repeat(most, 1, 1),
             cache.view(kv_pages.shape),

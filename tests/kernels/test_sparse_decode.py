@@ -44,6 +44,7 @@ def naive(query, head_pages, pages, lengths, scale):
         pytest.param([1, 300, 16, 17, 0, 0], 2, 2, 64, id="gqa"),
         pytest.param([33, 160, 700, 5], 4, 1, 32, id="mha"),
         pytest.param([99, 640], 1, 5, 40, id="mqa-odd"),
+        pytest.param([700, 99], 1, 20, 32, id="mqa-wide"),
     ],
 )
 @pytest.mark.parametrize(
