@@ -167,12 +167,22 @@ def models() -> str:
     return as_markdown()
 
 
+def engine_arguments() -> str:
+    """What becomes of vLLM's engine arguments."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    from scripts.engine_arguments_page import as_markdown
+
+    return as_markdown()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "metrics": metrics,
     "commands": commands,
     "vllm-contacts": vllm_contacts,
     "models": models,
+    "engine-arguments": engine_arguments,
 }
 
 
