@@ -44,7 +44,7 @@ raise RuntimeError("Engine core initialization failed.")
     [
         ("early", ["    For further information visit", "", "budget: found 64."]),
         ("late", ["RuntimeError: Engine core initialization failed.", "", "budget: found 64."]),
-        ("plain", ["specontext_vllm.config.ConfigError: budget: found 64."]),
+        ("plain", ["specontext_vllm.config.errors.ConfigError: budget: found 64."]),
         ("another's", ["RuntimeError: Engine core initialization failed."]),
     ],
 )
