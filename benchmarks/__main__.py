@@ -9,6 +9,7 @@ import typer
 
 from benchmarks import (
     ablation,
+    acceptance,
     attention,
     choices,
     decode,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 CASES: dict[str, Callable[..., None]] = {
     "ablation": ablation.main,
+    "acceptance": acceptance.main,
     "accuracy": accuracy.main,
     "attention": attention.main,
     "capacity": capacity.main,
