@@ -16,8 +16,10 @@ BY_USE = (0, 4, 2, 6, 1, 3, 5)
 """The lengths, those first that a choice among few should have."""
 PRIOR = 0.8
 """Acceptance before any is measured."""
-MEMORY = 32
-"""Verdicts on drafts over which the acceptance is averaged."""
+MEMORY, MEMORY_OF_A_ROW = 32, 8
+"""Verdicts on drafts over which the acceptance is averaged: at least so many, and so many for each
+row. Over fewer than come in a few steps the choice would follow chance.
+"""
 FORGET_STEPS = 500
 """Plain steps in which a measured acceptance fades to the prior, so that drafts are tried again."""
 LEAST_GAIN = 1.05
@@ -98,13 +100,13 @@ class DraftLength:
 
     def __init__(self, step_bytes: StepBytes, lengths: Sequence[int] = ALL_LENGTHS) -> None:
         self.step_bytes, self.lengths = step_bytes, lengths
-        self.acceptance = PRIOR
+        self.acceptance, self.memory = PRIOR, MEMORY
 
     def observe(self, drafted: int, accepted: int) -> None:
         """The verdicts on one row's drafts; of those after a rejected one nothing is known."""
         verdicts = min(drafted, accepted + 1)
         if verdicts > 0:
-            weight = 1 - (1 - 1 / MEMORY) ** verdicts
+            weight = 1 - (1 - 1 / self.memory) ** verdicts
             self.acceptance += weight * (accepted / verdicts - self.acceptance)
 
     def choose(self, contexts: Sequence[int]) -> int:
@@ -115,6 +117,7 @@ class DraftLength:
         """
         if not contexts:
             return 0
+        self.memory = max(MEMORY, MEMORY_OF_A_ROW * len(contexts))
         share = self.step_bytes.sparse_share(contexts)
         length = best_length(self.acceptance, share, self.lengths)
         if length == 0 and best_length(PRIOR, share, self.lengths) > 0:
