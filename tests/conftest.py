@@ -69,12 +69,14 @@ TOGETHER = {
     "tests/engine/test_block_sizes.py": "scenarios",
     "tests/engine/test_sidecar.py": "scenarios",
     "tests/engine/test_lossless.py": "scenarios",
+    "tests/engine/test_pipeline_parallel.py": "scenarios",
+    "tests/engine/test_data_parallel.py": "scenarios",
     "tests/engine/test_server.py": "server",
     "tests/engine/test_metrics.py": "server",
 }
 """Files that share such a fixture, by which of pytest-xdist's processes runs them."""
 SECONDS = {
-    "scenarios": 140,
+    "scenarios": 200,
     "tests/kernels/cpu/test_sanitizer.py": 55,
     "tests/engine/test_tensor_parallel.py": 55,
     "tests/kernels/test_compile.py": 50,

@@ -95,6 +95,7 @@ sidecar_bench() {
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
 two_gpus() { test_files two-gpus 560 tests/engine/test_tensor_parallel.py; }
+parallel() { test_files parallel 590 tests/engine/test_pipeline_parallel.py tests/engine/test_data_parallel.py; }
 
 # -- two tiers
 capacity() { wants_h200; bench capacity 545 capacity --work "$WORK" --engine-seconds 330; }

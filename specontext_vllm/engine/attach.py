@@ -35,4 +35,4 @@ def attach_runtime(
         drafter = holder.model
     with memory_pool("runtime"):
         runner.runtime = Runtime(config, runner.model, runner.device, drafter, memory_pool)
-    runner.use_aux_hidden_state_outputs |= runner.runtime.reads_aux
+    runner.use_aux_hidden_state_outputs |= runner.runtime.returns_aux

@@ -120,6 +120,8 @@ def refuse_small_memory(vllm_config: Any, spec: HeadSpec | None) -> None:
     if not caps:
         return
     layers = num_full_layers(vllm_config.model_config.hf_text_config)
+    # Of one stage; which layers it has, vLLM says later.
+    layers //= vllm_config.parallel_config.pipeline_parallel_size
     memory = memory_model(
         vllm_config,
         layers,

@@ -62,6 +62,7 @@ class Exporter:
     Args:
         vllm_config: the engine's configuration, seen by ``name_metrics_folder``.
         retriever, tiers: where the figures are; tiers None with one tier.
+        publishes: False: another worker publishes the same figures.
 
     Attributes:
         counting: whether steps are counted and timed.
@@ -74,6 +75,8 @@ class Exporter:
         retriever: Retriever,
         tiers: TieredKV | None,
         device: torch.device,
+        *,
+        publishes: bool = True,
     ) -> None:
         self._retriever, self._tiers = retriever, tiers
         self.counting = retriever.config.stats
@@ -94,7 +97,7 @@ class Exporter:
         try:
             self._files = (
                 None
-                if folder is None
+                if folder is None or not publishes
                 else MetricFiles(folder, labels, get_tensor_model_parallel_rank())
             )
         except OSError as error:

@@ -24,6 +24,7 @@ from specontext_vllm.engine.kv_dtype import kv_dtype
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.names import AUX_LAYERS_KEY, BACKEND_NAME
+from specontext_vllm.engine.pipeline import FollowingRetriever, Stages, hand_out_aux
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.memory_model import TierPlan
 from specontext_vllm.residency.tiers import TieredKV
@@ -48,6 +49,7 @@ def make_retriever(
     shape: LayerShape,
     device: torch.device,
     drafter: torch.nn.Module | None = None,
+    stages: Stages | None = None,
 ) -> Retriever:
     """The retriever of one worker; the model hands out what its head reads from now on.
 
@@ -55,11 +57,14 @@ def make_retriever(
         model: the loaded target.
         shape: of the layers that are selected for.
         drafter: a loaded EAGLE-3 draft model, some of whose weights may be the head's.
+        stages: of a pipeline, whose first one alone has the head.
     Raises:
         ConfigError: the model cannot hand out auxiliary hidden states.
     """
+    follows = stages is not None and not stages.is_first
+    kind = FollowingRetriever if follows else LocalRetriever
     if config.retrieval_head is None:
-        return _make_local(vllm_config, config, None, model, shape, device)
+        return _make_local(vllm_config, config, None, model, shape, device, kind=kind)
     if not supports_eagle3(model):
         raise ConfigError(
             f"model: {type(model).__name__} cannot hand out the hidden states that an "
@@ -67,13 +72,15 @@ def make_retriever(
             "SupportsEagle3); use a model that can, or "
             f"additional_config.{CONFIG_KEY}.retriever quest, which needs none."
         )
+    aux_layers = vllm_config.additional_config[AUX_LAYERS_KEY]
+    refuse_other_aux_layers(vllm_config, model, aux_layers)
+    hand_out_aux(model, aux_layers, stages)
+    if follows:
+        return _make_local(vllm_config, config, None, model, shape, device, kind=kind)
     checkpoint = load_head(config.retrieval_head, vllm_config)
     tp = vllm_config.parallel_config.tensor_parallel_size
     if tp > 1:
         checkpoint = shard_checkpoint(checkpoint, rank=get_tensor_model_parallel_rank(), size=tp)
-    aux_layers = vllm_config.additional_config[AUX_LAYERS_KEY]
-    refuse_other_aux_layers(vllm_config, model, aux_layers)
-    model.set_aux_hidden_state_layers(tuple(aux_layers))
     if config.sidecar == "ray":
         retriever: Retriever = _make_remote(vllm_config, config, checkpoint, model, shape, device)
     else:
@@ -98,6 +105,7 @@ def _make_local(
     shape: LayerShape,
     device: torch.device,
     drafter: torch.nn.Module | None = None,
+    kind: type[LocalRetriever] = LocalRetriever,
 ) -> Retriever:
     model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
     max_model_len, head = model_config.max_model_len, None
@@ -120,7 +128,7 @@ def _make_local(
             )
     # Captured by us, vLLM's exchange between workers would want a context of its own.
     exchanges = parallel.tensor_parallel_size > 1
-    return LocalRetriever(
+    return kind(
         config,
         head,
         embedding_of(model, model_config.get_vocab_size()),

@@ -28,6 +28,8 @@ from specontext_vllm.engine.refusals import (
     refuse_impossible_pool,
     refuse_platform,
     refuse_sidecar,
+    refuse_stages,
+    refuse_unproven,
     refuse_unsupported,
 )
 from specontext_vllm.model_config import layer_kinds, num_full_layers
@@ -66,6 +68,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
     if (sentence := unsupported_vllm()) is not None:
         raise ConfigError(sentence)
     refuse_platform(current_platform)
+    refuse_unproven(vllm_config, current_platform)
     config, model = (
         SpeContextConfig.from_additional_config(vllm_config.additional_config),
         vllm_config.model_config,
@@ -112,6 +115,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         if checkpoint.spec.layer_groups > 1:
             layers = num_full_layers(model.hf_text_config)
             refuse_groups(config, checkpoint.spec.layer_groups, layers)
+            refuse_stages(checkpoint.spec.layer_groups, vllm_config.parallel_config)
             refuse_groups_of_layers(config, checkpoint.spec.layer_groups)
             additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional

@@ -9,7 +9,7 @@ import importlib.util
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.connector import refuse_connector
+from specontext_vllm.engine.connector import found_connector, refuse_connector
 from specontext_vllm.engine.drafts import refuse_drafts
 from specontext_vllm.engine.kv_dtype import refuse_kv_dtype
 from specontext_vllm.engine.layers import NO_FULL_LAYER
@@ -47,6 +47,17 @@ def refuse_runner(vllm_config: Any, is_cpu: bool) -> None:
             "VLLM_USE_V2_MODEL_RUNNER: vLLM chose its V1 model runner, which --attention-backend "
             "specontext does not drive on a GPU; unset it, or "
             "drop the option that forces V1 (vLLM's log names it)."
+        )
+
+
+def refuse_unproven(vllm_config: Any, platform: Any) -> None:
+    """Raise a ConfigError for what has run on a CPU alone and is other code on a GPU."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and platform.is_cuda():
+        raise ConfigError(
+            f"--pipeline-parallel-size: found {stages}, but on a GPU it has not been shown yet "
+            "that all stages read what --attention-backend specontext selects; use "
+            "--tensor-parallel-size."
         )
 
 
@@ -107,11 +118,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
             "--worker-extension-cls",
         ),
         (
-            parallel.pipeline_parallel_size > 1,
-            f"--pipeline-parallel-size: found {parallel.pipeline_parallel_size}",
-            "use --tensor-parallel-size instead",
-        ),
-        (
             parallel.decode_context_parallel_size > 1,
             f"--decode-context-parallel-size: found {parallel.decode_context_parallel_size}",
             "use 1",
@@ -148,10 +154,41 @@ def refuse_unsupported(vllm_config: Any) -> None:
     if num_full_layers(text) == 0:
         raise ConfigError(NO_FULL_LAYER.format(model=model.model))
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    if parallel.pipeline_parallel_size > 1:
+        refuse_pipeline(vllm_config, config)
     if config.host_kv_gib:
         refuse_mixed_tiers(vllm_config, config)
     if vllm_config.speculative_config is not None and not config.is_lossless:
         refuse_drafts(vllm_config, config)
+
+
+def refuse_pipeline(vllm_config: Any, config: SpeContextConfig) -> None:
+    """Raise a ConfigError for what has not been shown with layers in several stages."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    ours = f"additional_config.{CONFIG_KEY}."
+    connector = found_connector(vllm_config)
+    for found, is_there in (
+        (f"{ours}mode 'lossless'", config.is_lossless),
+        (f"{ours}host_kv_gib {config.host_kv_gib}", bool(config.host_kv_gib)),
+        (f"{ours}sidecar {config.sidecar!r}", config.sidecar != "inline"),
+        ("--speculative-config", vllm_config.speculative_config is not None),
+        (f"{connector}".partition(":")[0], connector is not None),
+        (
+            f"{model.model}, which has layers of other kinds than full attention",
+            model.is_hybrid or has_windowed_layers(model.hf_text_config),
+        ),
+        (f"{model.model}, which takes images or audio", model.is_multimodal_model),
+        (
+            "--distributed-executor-backend external_launcher",
+            parallel.distributed_executor_backend == "external_launcher",
+        ),
+    ):
+        if is_there:
+            raise ConfigError(
+                f"--pipeline-parallel-size: found {parallel.pipeline_parallel_size} with {found}, "
+                "which has not been shown to work together; use --tensor-parallel-size, or leave "
+                "that out."
+            )
 
 
 def refuse_mixed_tiers(vllm_config: Any, config: SpeContextConfig) -> None:
@@ -261,6 +298,18 @@ def refuse_groups(config: SpeContextConfig, groups: int, num_layers: int) -> Non
                 f"selection for all layers, but the head has queries for {groups} groups of them; "
                 "leave it out, or use a head that was trained with --groups 1."
             )
+
+
+def refuse_stages(groups: int, parallel: Any) -> None:
+    """Raise a ConfigError for a head with queries for ``groups`` groups of layers where each worker
+    has a part of the layers.
+    """
+    if (stages := parallel.pipeline_parallel_size) > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size: found {stages}, but the head has queries for {groups} "
+            "groups of layers, and a stage would read one selection; use --tensor-parallel-size, "
+            "or a head that was trained with --groups 1."
+        )
 
 
 def refuse_impossible_pool(config: SpeContextConfig, parallel: Any, *, free: bool) -> None:

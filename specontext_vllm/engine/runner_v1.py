@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
+from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from specontext_vllm.engine.attach import attach_runtime
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
 from specontext_vllm.engine.lossless import OtherLayers, SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import SpeContextMetadata
+from specontext_vllm.engine.pipeline import take_aux
 from specontext_vllm.engine.runtime import Runtime
 from specontext_vllm.engine.self_drafter import SelfDrafter
 from specontext_vllm.step_data import StepBatch
@@ -57,6 +59,20 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         leave_chunks_to_vllm()
         super().load_model(*args, **kwargs)
         attach_runtime(self)
+        self._make_room_for_states()
+
+    def _make_room_for_states(self) -> None:
+        """Uses: vllm.v1.worker.gpu_model_runner.GPUModelRunner.intermediate_tensors
+        Symptom: with --enforce-eager and a given size of the KV cache, the first step of a
+            pipeline's second stage ends the engine: AssertionError.
+        Reason: vLLM makes the buffers that stages receive hidden states in when a worker warms up,
+            which the CPU's then leaves out (vllm/v1/worker/cpu_worker.py, _should_warm_up_model).
+        Remove when: it makes them with the KV cache.
+        """
+        if self.runtime.stages is not None and not self.runtime.stages.is_first:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.dtype, device=self.device
+            )
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """With a host pool the layers are bound to our arena; then the runtime is bound.
@@ -110,7 +126,10 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         """
         by_layer = get_forward_context().attn_metadata
         if not by_layer:
-            return super()._model_forward(input_ids, positions, *args, **kwargs)
+            output = super()._model_forward(input_ids, positions, *args, **kwargs)
+            if isinstance(output, IntermediateTensors):
+                take_aux(output)
+            return output
         metadata: SpeContextMetadata
         metadata, *others = (by_layer[group.layer_names[0]] for group in self.runtime.kv_groups)
         common = metadata.common
@@ -137,7 +156,11 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         )
         self.runtime.step.before_model(batch)
         output = super()._model_forward(input_ids, positions, *args, **kwargs)
-        self._to_learn = batch, output[1] if self.use_aux_hidden_state_outputs else None
+        if isinstance(output, IntermediateTensors):
+            # Of a pipeline's stage but the last, which samples.
+            self.runtime.step.after_model(batch, take_aux(output))
+        else:
+            self._to_learn = batch, output[1] if self.use_aux_hidden_state_outputs else None
         return output
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.sequence import IntermediateTensors
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from specontext_vllm.engine.attach import attach_runtime
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
 from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import max_table_rows
+from specontext_vllm.engine.pipeline import take_aux
 from specontext_vllm.engine.runtime import Runtime
 from specontext_vllm.engine.self_speculator import SelfSpeculator
 from specontext_vllm.step_data import StepBatch
@@ -73,7 +75,8 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.profile_run
         """
-        reserved = torch.empty(self.runtime.graph_bytes, dtype=torch.uint8, device=self.device)
+        num_bytes = self.runtime.reserved_bytes(self.max_num_tokens)
+        reserved = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         super().profile_run(*args, **kwargs)
         self.runtime.retriever.profile(self.max_num_tokens)
         del reserved
@@ -98,9 +101,17 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model
         """
-        if not kwargs.get("dummy_run", False):
+        is_real = not kwargs.get("dummy_run", False)
+        if is_real:
             self.runtime.step.begin(scheduler_output)
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if isinstance(output, IntermediateTensors):
+            # Of a pipeline's stage but the last, which samples.
+            output = IntermediateTensors(dict(output.tensors))
+            aux = take_aux(output)
+            if is_real and self._batch is not None:
+                self.runtime.step.after_model(self._batch, aux)
+        return output
 
     def _init_kv_zero_meta(self) -> None:
         """Two tiers have nothing to clear: a frame never held a state.

@@ -34,6 +34,7 @@ from specontext_vllm.engine.parts import (
     make_selector,
     make_tiers,
 )
+from specontext_vllm.engine.pipeline import make_stages, make_step
 from specontext_vllm.engine.refusals import refuse_captured_writes, refuse_kv_groups
 from specontext_vllm.engine.request_settings import RequestBudgets
 from specontext_vllm.engine.settings import LiveSettings
@@ -62,6 +63,7 @@ class Runtime:
     Attributes:
         layers: those that run on our backend.
         retriever: chooses the pages that decode rows read.
+        stages: of a pipeline that this worker is one of; None: it has all layers.
         selector: does so in each layer, for a rule that asks for it.
         kv_plan: how much KV there is memory for.
         tiers: where the pages lie, with a host pool.
@@ -96,7 +98,10 @@ class Runtime:
             logger.warning("SpeContext: %s", reason)
         self.layers = OurLayers(vllm_config, model)
         shape = self.layers.shape
-        self.retriever = make_retriever(vllm_config, self.config, model, shape, device, drafter)
+        self.stages = make_stages(vllm_config, self.config, device)
+        self.retriever = make_retriever(
+            vllm_config, self.config, model, shape, device, drafter, self.stages
+        )
         self.kv_plan = KVPlan(vllm_config, self.layers, self.retriever)
         self.selector: LayerSelector | None = None
         if self.config.rule.per_layer:
@@ -111,14 +116,18 @@ class Runtime:
         self._max_model_len = vllm_config.model_config.max_model_len
 
     @property
-    def reads_aux(self) -> bool:
-        """Whether the model must return auxiliary hidden states."""
-        return self.retriever.reads_aux
+    def returns_aux(self) -> bool:
+        """Whether the model returns auxiliary hidden states beside those that it samples from."""
+        if self.stages is None:
+            return self.retriever.reads_aux
+        return self.stages.is_last and bool(self.stages.own_layers)
 
-    @property
-    def graph_bytes(self) -> int:
-        """GPU memory that graphs of our own may take while the engine serves."""
-        return 0 if self._graphs is None else self._graphs.max_bytes
+    def reserved_bytes(self, max_tokens: int) -> int:
+        """GPU memory that may be taken while the engine serves, which no step of ``max_tokens``
+        takes by itself: by graphs of our own, and where stages wait for each other's states.
+        """
+        graphs = 0 if self._graphs is None else self._graphs.max_bytes
+        return graphs + (0 if self.stages is None else self.stages.num_bytes(max_tokens))
 
     @contextmanager
     def own_kv_cache(self, kv_cache_config: Any, is_profiling: bool) -> Iterator[None]:
@@ -252,8 +261,13 @@ class Runtime:
             self._graphs.clear()
         if self.exporter is not None:
             self.exporter.close()
-        self.exporter = Exporter(self.vllm_config, self.retriever, self.tiers, self.device)
-        self.step = DecodeStep(
+        # A pipeline's stages read the same pages.
+        publishes = self.stages is None or self.stages.is_first
+        self.exporter = Exporter(
+            self.vllm_config, self.retriever, self.tiers, self.device, publishes=publishes
+        )
+        self.step = make_step(
+            self.stages,
             self.retriever,
             selection,
             builder.table,

@@ -92,6 +92,11 @@ class LocalRetriever:
         return self.head is not None
 
     @property
+    def has_head(self) -> bool:
+        """Whether rules that need a head can be had."""
+        return self.head is not None
+
+    @property
     def row_totals(self) -> Tensor:
         """See ``Retriever``."""
         return self.budgets.totals
@@ -305,7 +310,7 @@ class LocalRetriever:
                 "a head and these settings "
                 f"read up to {needed * PAGE_SIZE}; start it with that budget (or retriever dense)."
             )
-        if config.rule.needs_head and self.head is None:
+        if config.rule.needs_head and not self.has_head:
             raise ConfigError(
                 f"specontext: retriever {config.retriever} needs a retrieval head and this engine "
                 "was started without one."

@@ -62,6 +62,7 @@ def vllm_config(additional=None, model=None, cache=None, parallel=None, schedule
                 "tensor_parallel_size": 1,
                 "data_parallel_size_local": 1,
                 "use_ray": False,
+                "distributed_executor_backend": None,
                 "worker_cls": "auto",
                 **(parallel or {}),
             }

@@ -22,6 +22,7 @@ from specontext_vllm.engine.refusals import (
     refuse_kv_groups,
     refuse_platform,
     refuse_runner,
+    refuse_unproven,
     refuse_unsupported,
 )
 from tests.engine.configs import vllm_config
@@ -132,7 +133,7 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and
         ),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls: found my.Scheduler"),
         ({"parallel": {"worker_cls": "my.Worker"}}, "--worker-cls: found my.Worker"),
-        ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size: found 2"),
+        ({"parallel": {"enable_dbo": True}}, "--enable-dbo: on"),
         (
             {"cache": {"block_size": 24, "user_specified_block_size": True}},
             "--block-size: found 24",
@@ -395,6 +396,45 @@ def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
         refuse_platform(platform(name))
     for supported in ("CUDA", "CPU"):
         refuse_platform(platform(supported))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "found"),
+    [
+        ({"mode": "lossless"}, {}, "additional_config.specontext.mode 'lossless'"),
+        ({"host_kv_gib": 1}, {}, "additional_config.specontext.host_kv_gib 1.0"),
+        ({"sidecar": "ray"}, {}, "additional_config.specontext.sidecar 'ray'"),
+        ({}, {"speculative_config": drafts()}, "--speculative-config"),
+        ({}, OFFLOADING, "--kv-transfer-config"),
+        ({}, {"model": {"is_hybrid": True}}, "other kinds than full attention"),
+        ({}, {"model": {"is_multimodal_model": True}}, "which takes images or audio"),
+        (
+            {},
+            {"parallel": {"distributed_executor_backend": "external_launcher"}},
+            "--distributed-executor-backend external_launcher",
+        ),
+    ],
+)
+def test_what_has_not_been_shown_with_stages_is_refused_with_them(settings, changes, found):
+    parallel = {"pipeline_parallel_size": 2, **changes.get("parallel", {})}
+    config = vllm_config({"specontext": settings}, **{**changes, "parallel": parallel})
+    with pytest.raises(ConfigError) as error:
+        refuse_unsupported(config)
+    text = str(error.value)
+    assert text.startswith("--pipeline-parallel-size: found 2 with ")
+    assert found in text and "\n" not in text
+    refuse_unsupported(vllm_config(parallel={"pipeline_parallel_size": 2}))
+
+
+def test_stages_are_refused_on_a_gpu_until_they_have_run_there():
+    gpu, cpu = (SimpleNamespace(is_cuda=lambda cuda=cuda: cuda) for cuda in (True, False))
+    stages = vllm_config(parallel={"pipeline_parallel_size": 2})
+    with pytest.raises(ConfigError) as error:
+        refuse_unproven(stages, gpu)
+    text = str(error.value)
+    assert text.startswith("--pipeline-parallel-size: found 2, but on a GPU") and "\n" not in text
+    refuse_unproven(stages, cpu)
+    refuse_unproven(vllm_config(), gpu)
 
 
 def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():

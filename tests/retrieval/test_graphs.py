@@ -301,7 +301,8 @@ def test_vllm_s_memory_profile_counts_what_graphs_may_take(device, monkeypatch):
     runner = object.__new__(SpeContextModelRunnerV2)
     runner.device, runner.max_num_tokens = device, 1
     runner.runtime = SimpleNamespace(
-        graph_bytes=GRAPH_BYTES, retriever=SimpleNamespace(profile=lambda tokens: None)
+        reserved_bytes=lambda tokens: GRAPH_BYTES,
+        retriever=SimpleNamespace(profile=lambda tokens: None),
     )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
