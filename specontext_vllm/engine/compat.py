@@ -65,6 +65,7 @@ def choose_worker() -> None:
             from specontext_vllm.engine.refusals import refuse_runner
 
             judge_requests()
+            judge_requests_in_the_core()
             run_as_many_as_have_lanes()
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
@@ -93,48 +94,64 @@ def judge_requests() -> None:
     for front ends of other makes.
 
     Uses: vllm.v1.engine.async_llm.AsyncLLM.generate,
-        vllm.v1.engine.input_processor.InputProcessor,
-        vllm.v1.engine.core.EngineCore.preprocess_add_request
+        vllm.v1.engine.input_processor.InputProcessor
     Symptom: a wrong ``specontext_budget`` is found by a worker, whose error ends the engine.
     Reason: vLLM lets logits processors alone judge a request's extra arguments
         (vllm/v1/engine/input_processor.py, _validate_params), and engines with drafts have none.
     Remove when: a backend can judge requests.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
     if _is_ours(InputProcessor._validate_params):
         return
-    stream = AsyncLLM.generate
-    validate, preprocess = InputProcessor._validate_params, EngineCore.preprocess_add_request
-
-    def judge(vllm_config: Any, params: Any) -> None:
-        if is_selected(vllm_config):
-            from specontext_vllm.engine.request_settings import refuse_request
-
-            refuse_request(vllm_config, params)
+    stream, validate = AsyncLLM.generate, InputProcessor._validate_params
 
     @functools.wraps(stream)
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         # Called before the status is sent, run after it.
-        judge(self.vllm_config, sampling_params)
+        _judge(self.vllm_config, sampling_params)
         return stream(self, prompt, sampling_params, *args, **kwargs)
 
     @functools.wraps(validate)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        judge(self.vllm_config, params)
+        _judge(self.vllm_config, params)
         return validate(self, params, *args, **kwargs)
-
-    @functools.wraps(preprocess)
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        judge(self.vllm_config, request.sampling_params)
-        return preprocess(self, request)
 
     _mark_as_ours(_validate_params)
     AsyncLLM.generate = generate
     InputProcessor._validate_params = _validate_params
+
+
+def judge_requests_in_the_core() -> None:
+    """What ``judge_requests`` does in the front end, in the engine core's process.
+
+    Uses: vllm.v1.engine.core.EngineCore.preprocess_add_request
+    Symptom: a front end of another make sends a wrong ``specontext_budget``, and the worker's error
+        ends the engine.
+    Reason: the engine core judges no request (vllm/v1/engine/core.py).
+    Remove when: a backend can judge requests.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    preprocess = EngineCore.preprocess_add_request
+    if _is_ours(preprocess):
+        return
+
+    @functools.wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        _judge(self.vllm_config, request.sampling_params)
+        return preprocess(self, request)
+
+    _mark_as_ours(preprocess_add_request)
     EngineCore.preprocess_add_request = preprocess_add_request
+
+
+def _judge(vllm_config: Any, params: Any) -> None:
+    if is_selected(vllm_config):
+        from specontext_vllm.engine.request_settings import refuse_request
+
+        refuse_request(vllm_config, params)
 
 
 def run_as_many_as_have_lanes() -> None:

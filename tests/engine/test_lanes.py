@@ -120,11 +120,12 @@ def test_the_number_that_somebody_asks_for_is_kept(monkeypatch):
     assert planned(head, 2, monkeypatch).requests == 2
 
 
-def test_a_spawned_engine_core_counts_lanes_too():
+def test_a_spawned_engine_core_counts_lanes_and_judges_requests_too():
     """Named regression: it does not check its configuration again, where the others are hooked."""
     script = (
         "from vllm.v1.engine import core; from vllm.plugins import load_general_plugins; "
-        "load_general_plugins(); print(core.EngineCore._initialize_kv_caches._specontext)"
+        "load_general_plugins(); print(core.EngineCore._initialize_kv_caches._specontext, "
+        "core.EngineCore.preprocess_add_request._specontext)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["True"], done.stderr
+    assert done.stdout.splitlines()[-1:] == ["True True"], done.stderr
