@@ -112,7 +112,7 @@ BAD = {
         "0.20 GiB of host memory add less than 2% to what",
     ),
     "plan, a budget that leaves no room": (
-        plan("--budget", 100_000, "--host-gib", 256),
+        plan("--budget", 100_000, "--host-gib", 256, gpu=28),
         "lower the budget (a buffer holds 100000 tokens)",
     ),
     "top, no address": (["top", "http://[::1", "--once"], "http://[::1: no address"),
