@@ -121,7 +121,7 @@ def test_the_number_that_somebody_asks_for_is_kept(monkeypatch):
 
 
 def test_a_spawned_engine_core_counts_lanes_and_judges_requests_too():
-    """Named regression: it does not check its configuration again, where the others are hooked."""
+    """It does not check its configuration again, where the others are hooked."""
     script = (
         "from vllm.v1.engine import core; from vllm.plugins import load_general_plugins; "
         "load_general_plugins(); print(core.EngineCore._initialize_kv_caches._specontext, "
