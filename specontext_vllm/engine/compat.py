@@ -65,8 +65,7 @@ def choose_worker() -> None:
             from specontext_vllm.engine.refusals import refuse_runner
 
             judge_requests()
-            judge_requests_in_the_core()
-            run_as_many_as_have_lanes()
+            hook_engine_core()
             head = prepare_vllm_config(vllm_config)
             say_last(name_metrics_folder(vllm_config))
             if vllm_config.parallel_config.worker_cls == "auto":
@@ -90,8 +89,7 @@ def choose_worker() -> None:
 
 def judge_requests() -> None:
     """Refuse a request whose settings an engine on our backend cannot follow, in the front end,
-    which answers with status 400, before an answer is streamed; and once more in the engine core,
-    for front ends of other makes.
+    which answers with status 400, before an answer is streamed.
 
     Uses: vllm.v1.engine.async_llm.AsyncLLM.generate,
         vllm.v1.engine.input_processor.InputProcessor
@@ -121,6 +119,12 @@ def judge_requests() -> None:
     _mark_as_ours(_validate_params)
     AsyncLLM.generate = generate
     InputProcessor._validate_params = _validate_params
+
+
+def hook_engine_core() -> None:
+    """All that is hooked of the process in which the engine core runs. Idempotent."""
+    judge_requests_in_the_core()
+    run_as_many_as_have_lanes()
 
 
 def judge_requests_in_the_core() -> None:

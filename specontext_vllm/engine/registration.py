@@ -46,8 +46,7 @@ def _register() -> None:
     # An engine core of its own process loads plugins when its module is there, and does not check
     # its configuration again.
     if hasattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore"):
-        compat.judge_requests_in_the_core()
-        compat.run_as_many_as_have_lanes()
+        compat.hook_engine_core()
 
 
 def ensure_member() -> Any:
