@@ -17,7 +17,7 @@ from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.real.options import ModelFolder, TestTexts
 from benchmarks.real.prompts import Group, PromptError
-from benchmarks.real.settings import OptionError
+from benchmarks.real.settings import OptionError, parse_numbers
 from benchmarks.real.tasks import Sources, make_groups
 from benchmarks.real.texts import TextError
 from specontext_vllm.config import CONFIG_KEY
@@ -98,14 +98,14 @@ def main(
     """
     try:
         sources = Sources(model, tuple(texts))
-        lengths = [int(part) for part in contexts.split(",")]
+        lengths = parse_numbers("--contexts", contexts)
         names = [name.strip() for name in tasks.split(",")]
         known = sources.tasks()[0]
         for name in names:
             if name not in known:
                 raise OptionError(f"--tasks: found {name!r}; use {', '.join(known)}.")
         groups = make_groups(sources, names, lengths, prompts, seed)
-    except (OptionError, PromptError, TextError, ValueError) as error:
+    except (OptionError, PromptError, TextError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
     on_gpu, name = bool(gpus()), model.resolve().name

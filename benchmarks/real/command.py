@@ -25,6 +25,7 @@ from benchmarks.real.settings import (
     Setting,
     engines,
     parse_heads,
+    parse_numbers,
     parse_variants,
     settings_of,
 )
@@ -117,11 +118,11 @@ def main(
     try:
         heads = parse_heads(model, head or [])
         variants = parse_variants(retrievers, variant or [], heads)
-        settings = settings_of(variants, _numbers("--budgets", budgets))
+        settings = settings_of(variants, parse_numbers("--budgets", budgets))
         sources = Sources(model, tuple(texts), qa, longbench, forced_tokens, long_tokens)
         known, notes = sources.tasks()
         chosen = {name: known[name] for name in _names("--tasks", tasks, known)}
-        lengths = _numbers("--contexts", contexts)
+        lengths = parse_numbers("--contexts", contexts)
         reach = _reach(model, max(lengths))
         typer.echo("making the prompts")
         groups = make_groups(sources, list(chosen), lengths, prompts, seed)
@@ -186,16 +187,6 @@ def _first_retriever(settings: list[Setting]) -> str:
     """What keeps vectors of each page does so from the start."""
     names = [setting.variant.retriever for setting in settings]
     return next((name for name in names if find_rule(name).page_vectors), DENSE)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = [0]
-    if found[0] < 1:
-        raise OptionError(f"{option}: found {text!r}; give positive numbers separated by commas.")
-    return found
 
 
 def _names(option: str, text: str, known: dict[str, Any]) -> list[str]:

@@ -232,3 +232,18 @@ def engines(settings: Sequence[Setting], on_gpu: bool) -> dict[EngineKind, list[
         host = EngineKind(None, (), not on_gpu)
     first = {host: [*free, *out.get(host, [])]}
     return {**first, **{kind: mine for kind, mine in out.items() if kind != host}}
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """The comma-separated numbers, ascending, each once.
+
+    Raises:
+        OptionError: something else, or a number under 1.
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise OptionError(f"{option}: found {text!r}; give positive numbers separated by commas.")
+    return found
