@@ -122,7 +122,15 @@ def judge_requests() -> None:
 
 
 def hook_engine_core() -> None:
-    """All that is hooked of the process in which the engine core runs. Idempotent."""
+    """Hook all that is hooked of the process in which the engine core runs.
+
+    Uses: vllm.v1.engine.core
+    Symptom: a hook works where the front end runs the core itself, and is missing where the core
+        has a process of its own.
+    Reason: such a process loads plugins but does not check its configuration again, so the hooks
+        are set from two places.
+    Remove when: the functions called here are gone.
+    """
     judge_requests_in_the_core()
     run_as_many_as_have_lanes()
 
