@@ -40,7 +40,6 @@ from scripts.engine_arguments_page import (  # noqa: E402
     FILE,
     OTHER,
     OURS,
-    PENDING,
     SERVED,
     STOCK,
     read_file,
@@ -97,15 +96,15 @@ def sentence_of(error: BaseException) -> tuple[str, bool]:
     from specontext_vllm.retrieval.checkpoint import HeadError
 
     chain: list[BaseException] = []
-    todo: list[BaseException | None] = [error]
-    while todo:
-        found = todo.pop()
+    unread: list[BaseException | None] = [error]
+    while unread:
+        found = unread.pop()
         if found is None or found in chain:
             continue
         chain.append(found)
-        todo += [found.__cause__, found.__context__]
+        unread += [found.__cause__, found.__context__]
         if callable(entries := getattr(found, "errors", None)):
-            todo += [
+            unread += [
                 entry.get("ctx", {}).get("error") for entry in entries() if isinstance(entry, dict)
             ]
     for found in chain:
@@ -206,7 +205,7 @@ def judge(names: list[str], values: dict[str, Any]) -> dict[str, tuple[str, str]
 
 
 def write(found: dict[str, tuple[str, str]]) -> None:
-    """The file, in the order of ``EngineArgs``."""
+    """The file, in the order of ``EngineArgs``: what has been started so far."""
     from vllm.engine.arg_utils import EngineArgs
 
     values = tried()
@@ -215,9 +214,8 @@ def write(found: dict[str, tuple[str, str]]) -> None:
         "# vLLM with the same: written by scripts/engine_arguments.py.",
         "",
     ]
-    for name in (field.name for field in fields(EngineArgs)):
-        todo = f"Run scripts/engine_arguments.py --only {name}."
-        outcome, sentence = found.get(name, (PENDING, todo))
+    for name in (field.name for field in fields(EngineArgs) if field.name in found):
+        outcome, sentence = found[name]
         value = (
             "" if outcome == ELSEWHERE else json.dumps(values[name]).replace(str(ROOT) + "/", "")
         )
@@ -249,7 +247,6 @@ def main() -> None:
     found = {
         name: (entry["outcome"], entry["sentence"])
         for name, entry in (read_file() if only else {}).items()
-        if entry["outcome"] != PENDING
     }
     found |= {name: (ELSEWHERE, why) for name, why in NOT_STARTED.items()}
     plain = [name for name in names if name in BASE or name in OUR_OWN]

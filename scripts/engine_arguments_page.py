@@ -7,16 +7,15 @@ from pathlib import Path
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "engine_arguments.toml"
 
-SERVED, OTHER, OURS, STOCK, ELSEWHERE, PENDING, FAILED = (
+SERVED, OTHER, OURS, STOCK, ELSEWHERE, FAILED = (
     "served",
     "served, with other tokens than vLLM's",
     "refused",
     "refused by vLLM itself",
     "not started on a CPU",
-    "not swept yet",
     "misbehaves",
 )
-OUTCOMES = (SERVED, OTHER, OURS, STOCK, ELSEWHERE, PENDING, FAILED)
+OUTCOMES = (SERVED, OTHER, OURS, STOCK, ELSEWHERE, FAILED)
 
 
 def read_file() -> dict[str, dict[str, str]]:
