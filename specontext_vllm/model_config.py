@@ -65,3 +65,16 @@ def num_full_layers(text: Any) -> int:
     if not (kinds := layer_kinds(text)):
         return 0 if has_windowed_layers(text) else int(text.num_hidden_layers)
     return sum(is_full(kind, text) for kind in kinds)
+
+
+def num_layers_with_kv(text: Any) -> int:
+    """Layers of this text model that keep what they attend to: the last ones may read the KV of
+    others.
+    """
+    return int(text.num_hidden_layers) - (getattr(text, "num_kv_shared_layers", None) or 0)
+
+
+def num_kv_layers(text: Any) -> int:
+    """Of the layers that attend to the whole context those that keep KV."""
+    kinds = layer_kinds(text)[num_layers_with_kv(text) :]
+    return num_full_layers(text) - sum(is_full(kind, text) for kind in kinds)

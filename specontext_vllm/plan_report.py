@@ -52,10 +52,12 @@ def memory_table(plan: Plan) -> Table:
         table.add_row("host pool (host_kv_gib)", f"{tiers.host_bytes / GIB:.2f} GiB")
     table.add_section()
     if others.count:
-        layers = model.kv.num_layers
+        layers = model.read.num_layers
         table.add_row("layers of full attention", f"{layers} of {layers + others.count}")
-    if others.count > others.windowed:
-        table.add_row("layers whose states are not counted", str(others.count - others.windowed))
+    if model.readers:
+        table.add_row("of these, layers that read the KV of another one", str(model.readers))
+    if others.with_states:
+        table.add_row("layers whose states are not counted", str(others.with_states))
     table.add_row("tokens that fit", f"{tiers.num_pages * PAGE_SIZE:,}")
     if not tiers.host_layers:
         return table

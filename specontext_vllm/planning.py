@@ -14,6 +14,8 @@ from specontext_vllm.model_config import (
     kv_heads,
     layer_kinds,
     num_full_layers,
+    num_kv_layers,
+    num_layers_with_kv,
 )
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import OTHERS_KEPT, KVShape, MemoryModel, TierPlan
@@ -36,18 +38,31 @@ class OtherLayers:
         windowed: those that keep the KV of a window.
         window: its tokens.
         page_bytes: one page of one of these.
+        readers: those that read the KV of one of these instead.
     """
 
     count: int = 0
     windowed: int = 0
     window: int = 0
     page_bytes: int = 0
+    readers: int = 0
+
+    @property
+    def with_states(self) -> int:
+        """Those that keep no KV, or a state."""
+        return self.count - self.windowed - self.readers
 
     def kv_bytes(self, length: int) -> int:
         """Their KV of a request with a context of ``length`` tokens."""
+        return self.windowed * self._window_bytes(length)
+
+    def read_bytes(self, length: int) -> int:
+        """What a step reads of it."""
+        return (self.windowed + self.readers) * self._window_bytes(length)
+
+    def _window_bytes(self, length: int) -> int:
         # A window begins anywhere in a page.
-        pages = min(pages_for(length), pages_for(self.window) + 1)
-        return self.windowed * pages * self.page_bytes
+        return min(pages_for(length), pages_for(self.window) + 1) * self.page_bytes
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ class Model:
         weight_bytes, head_bytes: its weights, and those of a retrieval head of its shape.
         max_model_len: the longest context that vLLM serves it with, in tokens.
         others: its other layers.
+        readers: layers of full attention that read the KV of another one.
     """
 
     kv: KVShape
@@ -66,6 +82,12 @@ class Model:
     head_bytes: int
     max_model_len: int
     others: OtherLayers = OtherLayers()
+    readers: int = 0
+
+    @property
+    def read(self) -> KVShape:
+        """The KV that a step reads: that of another layer once more."""
+        return replace(self.kv, num_layers=self.kv.num_layers + self.readers)
 
 
 def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
@@ -94,12 +116,12 @@ def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
             )
         text = config.get_text_config()
         hidden, heads = text.hidden_size, text.num_attention_heads
-        kinds, layers = layer_kinds(text), num_full_layers(text)
+        kinds, full, layers = layer_kinds(text), num_full_layers(text), num_kv_layers(text)
         places = [place for place, kind in enumerate(kinds) if is_full(kind, text)]
         num_kv_heads, head_dim = kv_heads(text, places[0] if places else 0)
         dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
         itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
-        others = _other_layers(text, text.num_hidden_layers - layers, itemsize)
+        others = _other_layers(text, text.num_hidden_layers - full, itemsize)
         longest = _longest(text)
     except Exception as error:  # a broken config fails where one of its values is first used
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -109,7 +131,6 @@ def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
         ) from None
     for found, what in (
         (layers == 0, "sliding windows or states in every layer"),
-        (getattr(text, "num_kv_shared_layers", None), "layers that read the KV of another one"),
         (getattr(text, "kv_lora_rank", None), "multi-head latent attention (MLA)"),
     ):
         if found:
@@ -123,7 +144,9 @@ def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
     head = 3 * hidden * hidden + 2 * hidden * head_dim * (heads + num_kv_heads)
     cache = num_kv_heads * PAGE_SIZE * head_dim + hidden * dtype.itemsize
     kv = KVShape(layers, num_kv_heads, head_dim, itemsize, cache)
-    return Model(kv, parameters * dtype.itemsize, head * dtype.itemsize, longest, others)
+    return Model(
+        kv, parameters * dtype.itemsize, head * dtype.itemsize, longest, others, full - layers
+    )
 
 
 def _other_layers(text: Any, count: int, itemsize: int) -> OtherLayers:
@@ -137,7 +160,9 @@ def _other_layers(text: Any, count: int, itemsize: int) -> OtherLayers:
     if not count or not windowed or not window:
         return OtherLayers(count)
     heads, width = kv_heads(text, windowed[0])
-    return OtherLayers(count, len(windowed), window, heads * PAGE_SIZE * 2 * width * itemsize)
+    readers = len(windowed) - sum(place < num_layers_with_kv(text) for place in windowed)
+    page_bytes = heads * PAGE_SIZE * 2 * width * itemsize
+    return OtherLayers(count, len(windowed) - readers, window, page_bytes, readers)
 
 
 def _longest(config: Any) -> int:
@@ -229,11 +254,10 @@ def make_plan(
             f"{option}: found {found or 'a folder'} with --mode lossless, in which the model "
             "drafts for itself and verifies over all pages on the GPU; leave it out."
         )
-    if host_bytes and model.others.count > model.others.windowed:
+    if host_bytes and model.others.with_states:
         raise ConfigError(
-            f"--host-gib: found {host_bytes / GIB:g}, but "
-            f"{model.others.count - model.others.windowed} layers of this model keep no KV, or a "
-            "state, whose size this command does not know; give 0."
+            f"--host-gib: found {host_bytes / GIB:g}, but {model.others.with_states} layers of "
+            "this model keep no KV, or a state, whose size this command does not know; give 0."
         )
     if host_bytes and model.others.windowed and drafter:
         raise ConfigError(
@@ -270,8 +294,8 @@ def make_plan(
         miss_rate = prior_rate(tiers.hot_pages, config.table_pages(max_model_len))
     rows = []
     for length in _lengths(max_model_len):
-        others = requests * model.others.kv_bytes(length)
-        full = requests * pages_for(length) * model.kv.page_bytes * model.kv.num_layers
+        others = requests * model.others.read_bytes(length)
+        full = requests * pages_for(length) * model.read.page_bytes * model.read.num_layers
         # Read in every step, like the weights.
         law = StepTime(
             model.weight_bytes + model.head_bytes + others, link_bytes_per_s=link_bytes_per_s
@@ -280,11 +304,11 @@ def make_plan(
         row: dict[str, Any] = {
             "length": length,
             "full_share": full / (full + others),
-            "dense_ms": 1e3 * law.dense_step(model.kv, requests=requests, length=length),
+            "dense_ms": 1e3 * law.dense_step(model.read, requests=requests, length=length),
         }
         if offloaded is not None:
             compute, transfer, moved = law.step(
-                model.kv,
+                model.read,
                 requests=requests,
                 length=length,
                 budget_pages=config.budget_pages,
@@ -301,7 +325,7 @@ def make_plan(
                 "gpu_gib": (
                     kv * (model.kv.num_layers - offloaded)
                     + offloaded * requests * tiers.hot_pages * model.kv.page_bytes
-                    + others
+                    + requests * model.others.kv_bytes(length)
                 )
                 / GIB,
                 "host_gib": kv * tiers.host_layers / GIB,
@@ -316,7 +340,7 @@ def make_plan(
     lossless = None
     if config.is_lossless:
         weights = model.weight_bytes + model.head_bytes
-        read = step_bytes(shape, weights, config.budget)
+        read = step_bytes(model.read, weights, config.budget)
         lossless = plan_lossless(read, requests, [row["length"] for row in rows])
     return Plan(
         model,

@@ -119,7 +119,7 @@ class SpeContextImpl(AttentionImpl):
         self.is_selected_for = False
         self.tiers: TieredKV | None = None
         self.selector: LayerSelector | None = None
-        self.layer = 0
+        self.layer = self.place = 0
         self.group_table: PageTable | None = None
         vllm_config = get_current_vllm_config()
         config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
@@ -222,7 +222,6 @@ class SpeContextImpl(AttentionImpl):
         if self.tiers is None:
             self.provider.prefill(query, kv_cache, prefill, output, self.sinks, scales)
         elif self.tiers.is_staged(self.layer):
-            assert key is not None and value is not None
             self._prefill_staged(self.tiers, query, key, value, kv_cache, prefill, output, scales)
         else:
             frames = self.tiers.prompt_block_table(self.layer, prefill.block_table)
@@ -233,18 +232,21 @@ class SpeContextImpl(AttentionImpl):
         self,
         tiers: TieredKV,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         arena: torch.Tensor,
         prefill: PrefillRows,
         output: torch.Tensor,
         scales: KVScales | None,
     ) -> None:
         """Prompt rows of an offloaded layer: their history arrives in a staging area, and the new
-        tokens are written after it.
+        tokens are written after it, by the layer whose KV it is.
         """
-        for stage in tiers.staged_rows(self.layer):
-            self.provider.write(key[stage.tokens], value[stage.tokens], arena, stage.slots, scales)
+        for stage in tiers.staged_rows(self.place):
+            if self.kv_owner is None:
+                assert key is not None and value is not None
+                new = key[stage.tokens], value[stage.tokens]
+                self.provider.write(*new, arena, stage.slots, scales)
             starts = prefill.starts[stage.rows.start : stage.rows.stop + 1]
             offsets = prefill.offsets[stage.rows.start : stage.rows.stop + 1]
             rows = replace(

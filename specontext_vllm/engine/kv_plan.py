@@ -22,7 +22,7 @@ from specontext_vllm.engine.memory import (
 )
 from specontext_vllm.engine.names import ENGINES_KEY
 from specontext_vllm.engine.our_layers import OurLayers
-from specontext_vllm.engine.refusals import refuse_kv_groups, refuse_shared_kv
+from specontext_vllm.engine.refusals import refuse_kv_groups
 from specontext_vllm.residency.memory_model import MemoryModel, MemoryModelError, TierPlan
 from specontext_vllm.residency.pool_size import worker_host_bytes
 from specontext_vllm.retrieval.layer_selection import LayerSelector
@@ -55,15 +55,13 @@ class KVPlan:
         Args:
             block: what a block is like; see ``kv_group.expected_block``.
         Raises:
-            ConfigError: a sentence with the numbers when that is too little; a host pool beside
-                layers that read the KV of others, or for several groups of layers.
+            ConfigError: a sentence with the numbers when that is too little; a host pool for
+                several groups of layers.
         """
         memory = self._memory_model(block)
         if not self._config.host_kv_gib:
             return plan_one_tier(self._vllm_config, memory, gpu_bytes, block.num_bytes)
         refuse_kv_groups(self._config, block.groups, num_drafts(self._vllm_config))
-        if len(self._layers.kv_names) < len(self._layers.names):
-            refuse_shared_kv(self._vllm_config)
         self._tiers = plan_two_tiers(
             self._vllm_config, memory, gpu_bytes, beside_others=block.apart_bytes is not None
         )

@@ -12,7 +12,7 @@ from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.kv_dtype import kv_dtype
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.names import ENGINES_KEY
-from specontext_vllm.model_config import num_full_layers
+from specontext_vllm.model_config import num_kv_layers
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, MemoryModelError
 from specontext_vllm.retrieval.cache import HeadCache, key_dtype
 from specontext_vllm.retrieval.checkpoint import HeadSpec
@@ -119,7 +119,7 @@ def refuse_small_memory(vllm_config: Any, spec: HeadSpec | None) -> None:
     caps = [size for size in (cap_bytes(config), cache.kv_cache_memory_bytes) if size is not None]
     if not caps:
         return
-    layers = num_full_layers(vllm_config.model_config.hf_text_config)
+    layers = num_kv_layers(vllm_config.model_config.hf_text_config)
     # Of one stage; which layers it has, vLLM says later.
     layers //= vllm_config.parallel_config.pipeline_parallel_size
     memory = memory_model(

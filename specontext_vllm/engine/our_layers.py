@@ -27,6 +27,7 @@ class OurLayers:
     Attributes:
         names: in the model's order.
         kv_names: those of them that keep KV; the others read that of one of these.
+        kv_order: for each of ``names``, the place among ``kv_names`` of the one whose KV it reads.
         shape: what they have in common.
 
     Raises:
@@ -45,6 +46,10 @@ class OurLayers:
             name
             for name, layer in zip(self.names, self._layers, strict=True)
             if layer.impl.kv_owner is None
+        ]
+        self.kv_order = [
+            self.kv_names.index(layer.impl.kv_owner or name)
+            for name, layer in zip(self.names, self._layers, strict=True)
         ]
 
     def bind(
@@ -69,9 +74,9 @@ class OurLayers:
         }
         # vLLM counts a model's other layers too; the head was trained for those that are ours.
         layer_group = layer_groups(len(self._layers), tables[0].groups)
-        for name, layer, group in zip(self.names, self._layers, layer_group, strict=True):
-            impl = layer.impl
-            impl.tiers = tiers
+        for place, (name, layer) in enumerate(zip(self.names, self._layers, strict=True)):
+            impl, group = layer.impl, layer_group[place]
+            impl.tiers, impl.place = tiers, place
             impl.layer, table = places[impl.kv_owner or name]
             if table.groups > 1:
                 impl.group_table = table.of_group(group)

@@ -24,6 +24,7 @@ from specontext_vllm.engine.kv_dtype import kv_dtype
 from specontext_vllm.engine.layers import LayerShape
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.names import AUX_LAYERS_KEY, BACKEND_NAME
+from specontext_vllm.engine.our_layers import OurLayers
 from specontext_vllm.engine.pipeline import FollowingRetriever, Stages, hand_out_aux
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.memory_model import TierPlan
@@ -199,12 +200,11 @@ def make_tiers(
     vllm_config: Any,
     config: SpeContextConfig,
     plan: TierPlan,
-    num_layers: int,
-    shape: LayerShape,
+    layers: OurLayers,
     device: torch.device,
     frames_memory: Callable[[], AbstractContextManager[Any]],
 ) -> TieredKV:
-    """The two tiers of KV of ``num_layers`` layers, their frames in ``frames_memory``.
+    """The two tiers of our layers' KV, their frames in ``frames_memory``.
 
     Raises:
         ConfigError: the host pool cannot be had.
@@ -213,9 +213,9 @@ def make_tiers(
     try:
         return TieredKV(
             plan,
-            num_layers=num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
+            num_layers=len(layers.kv_names),
+            num_kv_heads=layers.shape.num_kv_heads,
+            head_dim=layers.shape.head_dim,
             dtype=kv_dtype(vllm_config),
             max_requests=plan.lanes,
             max_rows=max_table_rows(vllm_config),
@@ -223,6 +223,7 @@ def make_tiers(
             max_pages=pages_for(model.max_model_len),
             keep_unreferenced=bool(vllm_config.cache_config.enable_prefix_caching),
             timed=config.stats,
+            order=layers.kv_order,
             loading=config.loading,
             frames_memory=frames_memory,
             device=device,

@@ -211,18 +211,6 @@ def refuse_mixed_tiers(vllm_config: Any, config: SpeContextConfig) -> None:
         )
 
 
-def refuse_shared_kv(vllm_config: Any) -> None:
-    """Raise a ConfigError for a host pool with layers that read the KV of another one: what was
-    staged for that one has been overwritten when they run.
-    """
-    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
-    raise ConfigError(
-        f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
-        f"{vllm_config.model_config.model} has layers that read the KV of another one, which may "
-        "be off the GPU again when they run; set it to 0."
-    )
-
-
 def refuse_sidecar(vllm_config: Any) -> None:
     """Raise a ConfigError where the head cannot run in a Ray actor."""
     parallel = vllm_config.parallel_config

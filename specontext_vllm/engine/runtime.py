@@ -154,8 +154,7 @@ class Runtime:
             self.vllm_config,
             self.config,
             plan,
-            len(self.layers.kv_names),
-            self.layers.shape,
+            self.layers,
             self.device,
             self._kv_memory,
         )

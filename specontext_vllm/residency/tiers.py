@@ -67,6 +67,8 @@ class TieredKV:
         max_pages: pages of one request, at the most.
         keep_unreferenced: whether prefix caching is on.
         timed: whether to count late fetches, and by how much they are late.
+        order: the layers in the order in which the model reads them; one whose KV others read is
+            there again for each of these. None: each once.
         loading: see the setting of that name.
         frames_memory: makes what the frames are allocated in, and nothing else.
 
@@ -91,6 +93,7 @@ class TieredKV:
         max_pages: int,
         keep_unreferenced: bool,
         timed: bool,
+        order: Sequence[int] | None = None,
         loading: Loading = "adaptive",
         frames_memory: Callable[[], AbstractContextManager[Any]] = nullcontext,
         device: torch.device,
@@ -145,6 +148,7 @@ class TieredKV:
             1,
             staging,
             num_layers=num_layers,
+            order=range(num_layers) if order is None else order,
             num_kv_heads=num_kv_heads,
             copies=self.copies,
             fetch_layer=self._moves.fetch_layer,
@@ -299,9 +303,11 @@ class TieredKV:
         """Whether the layer is offloaded, so that its prompt rows read ``staged_rows``."""
         return layer >= self._ledger.resident
 
-    def staged_rows(self, layer: int) -> Iterator[StagedRows]:
-        """The prompt rows of an offloaded layer, group by group; see ``Staging.rows``."""
-        return self._staging.rows(layer)
+    def staged_rows(self, place: int) -> Iterator[StagedRows]:
+        """The prompt rows of an offloaded layer, by its place in the order, group by group; see
+        ``Staging.rows``.
+        """
+        return self._staging.rows(place)
 
     def await_misses(self, layer: int) -> None:
         """Hold the current stream until the layer's misses are there."""

@@ -282,15 +282,40 @@ def test_states_are_said_not_to_be_counted(tmp_path):
 
 
 def test_the_heads_are_those_of_layers_of_full_attention(tmp_path):
-    made = gemma4()
-    made.num_kv_shared_layers = 0
-    made.save_pretrained(tmp_path)
+    gemma4(readers=0).save_pretrained(tmp_path)
     model = planning.read_model(tmp_path)
     assert (model.kv.num_layers, model.kv.num_kv_heads, model.kv.head_dim) == (3, 2, 64)
-    assert model.others.page_bytes == model.kv.page_bytes // 2
-    gemma4().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="read the KV of another one"):
-        planning.read_model(tmp_path)
+    assert model.others.page_bytes == model.kv.page_bytes // 2 and not model.readers
+
+
+def test_layers_that_read_the_kv_of_another_one_keep_none(tmp_path):
+    """By hand: the last four of ten layers, of which two have a window."""
+    dense, shared = tmp_path / "dense", tmp_path / "shared"
+    gemma4(pairs=5, readers=0).save_pretrained(dense)
+    gemma4(pairs=5, readers=4).save_pretrained(shared)
+    whole, model = planning.read_model(dense), planning.read_model(shared)
+    assert (model.kv.num_layers, model.readers, model.read) == (3, 2, whole.kv)
+    others = model.others
+    assert (others.count, others.windowed, others.readers, others.with_states) == (5, 3, 2, 0)
+    assert others.read_bytes(1024) == whole.others.kv_bytes(1024) == whole.others.read_bytes(1024)
+    assert 5 * others.kv_bytes(1024) == 3 * others.read_bytes(1024)
+    options = {
+        "gpu_bytes": 3 * GIB,
+        "host_bytes": 0,
+        "requests": 4,
+        "max_model_len": 1024,
+        "miss_rate": None,
+        "link_bytes_per_s": 50e9,
+    }
+    config = SpeContextConfig(budget=256)
+    made = planning.make_plan(model, config, **options)
+    beside = planning.make_plan(replace(whole, weight_bytes=model.weight_bytes), config, **options)
+    for row, other in zip(made.rows, beside.rows, strict=True):
+        assert row["dense_ms"] == other["dense_ms"] and row["compute_ms"] == other["compute_ms"]
+        assert row["gpu_gib"] == pytest.approx(0.6 * other["gpu_gib"])
+    result = run("--model", shared, "--gpu-gib", 3, "--length", 1024)
+    assert "layers that read the KV of another one" in result.output, result.output
+    assert "5 of 10" in result.output
 
 
 def test_lossless_mode_is_planned_by_the_schedulers_own_choice(folder):

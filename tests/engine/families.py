@@ -72,9 +72,9 @@ def gemma2() -> Any:
     )
 
 
-def gemma4() -> Any:
+def gemma4(pairs: int = 3, readers: int = 2) -> Any:
     """Layers of full attention have heads of their own width, and values that are their keys; the
-    last layers read the KV of others.
+    last ``readers`` layers read the KV of others.
     """
     from transformers import Gemma4TextConfig
 
@@ -83,10 +83,10 @@ def gemma4() -> Any:
         global_head_dim=64,
         num_global_key_value_heads=2,
         attention_k_eq_v=True,
-        num_kv_shared_layers=2,
+        num_kv_shared_layers=readers,
         hidden_size_per_layer_input=16,
         vocab_size_per_layer_input=97,
-        **layers(SLIDING, FULL, SLIDING, FULL, SLIDING, FULL),
+        **layers(*(SLIDING, FULL) * pairs),
     )
 
 

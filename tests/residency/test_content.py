@@ -26,6 +26,8 @@ from specontext_vllm.step_data import (
 )
 from tests.poison import PoisonedTieredKV
 
+ORDER = (0, 1, 2, 2, 0, 2, 3, 1, 3, 3, 2)
+"""Layers as the model reads them: all but the first time it is another layer's KV."""
 LAYERS, MIRRORED, HEADS, DIM, PAGES, LANES, BUDGET, HOT, LONGEST = 4, 3, 2, 2, 17, 3, 3, 5, 8
 DRAFTS = 3
 TABLE = BUDGET + pages_for(DRAFTS)
@@ -75,6 +77,7 @@ class Schedule:
                 max_pages=LONGEST,
                 keep_unreferenced=True,
                 timed=False,
+                order=ORDER,
                 loading=loading,
                 device=device,
             )
@@ -89,7 +92,7 @@ class Schedule:
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.ended: list[Request] = []
-        self.made = self.token = 0
+        self.made = self.token = self.groups = 0
         self.seen = Counter(
             {
                 "offloaded": 0,
@@ -97,6 +100,7 @@ class Schedule:
                 "preempted": 0,
                 "chunks of one": 0,
                 "staged": 0,
+                "staged again": 0,
                 "decoded": 0,
                 "came back": 0,
                 "came back slowly": 0,
@@ -334,11 +338,14 @@ class Schedule:
         tiers.stage(batch)
         tokens = sum(query_lens[: len(decodes)])
         prefills = chunks[len(decodes) :]
-        for layer in range(LAYERS):
-            new = self.kv(written_tokens, layer).to(self.device)
-            tiers.write(layer, new, new, slots, tokens, queries)
+        for place, layer in enumerate(ORDER):
+            new = None
+            if layer not in ORDER[:place]:
+                new = self.kv(written_tokens, layer).to(self.device)
+                tiers.write(layer, new, new, slots, tokens, queries)
+                new = new[tokens:]
             self.read_decodes(layer, decodes, selected)
-            self.read_prefills(layer, prefills, table[len(decodes) :], new[tokens:])
+            self.read_prefills(place, prefills, table[len(decodes) :], new)
         for request, chunk in chunks:
             rejected = self.random.randint(0, request.drafts)
             self.seen["kept drafts"] += request.drafts - rejected
@@ -385,18 +392,25 @@ class Schedule:
                 found = head_pages[tables[sequence, column].long(), : last - first]
                 self.check_kv(found, request, first, last, layer, head)
 
-    def read_prefills(self, layer: int, prefills, table: torch.Tensor, new: torch.Tensor) -> None:
-        tiers = self.tiers
+    def read_prefills(
+        self, place: int, prefills, table: torch.Tensor, new: torch.Tensor | None
+    ) -> None:
+        tiers, layer = self.tiers, ORDER[place]
         if not prefills:
             return
         if not tiers.is_staged(layer):
             self.read_rows(layer, prefills, tiers.prompt_block_table(layer, table))
             return
-        self.seen["staged"] += 1
-        for stage in tiers.staged_rows(layer):
-            kv = torch.cat([new[stage.tokens]] * 2, -1)
-            tiers.arena[stage.slots // PAGE_SIZE, :, stage.slots % PAGE_SIZE] = kv
+        groups = 0
+        for stage in tiers.staged_rows(place):
+            if new is not None:
+                kv = torch.cat([new[stage.tokens]] * 2, -1)
+                tiers.arena[stage.slots // PAGE_SIZE, :, stage.slots % PAGE_SIZE] = kv
             self.read_rows(layer, prefills[stage.rows], stage.block_table)
+            groups += 1
+        self.seen["staged"] += 1
+        self.seen["staged again"] += new is None
+        self.groups = max(self.groups, groups)
 
     def read_rows(self, layer: int, rows, table: torch.Tensor) -> None:
         table, arena = table.cpu(), self.tiers.arena.cpu()
@@ -454,3 +468,12 @@ def test_layers_that_always_are_offloaded_read_the_same(loading, device):
     assert stats["resident_layers"] == LAYERS - MIRRORED and stats["layer_moves"] == MIRRORED
     # A page that a step begins holds nothing to fetch, so it is no miss.
     assert (stats["hit_rate"] < 0.1) == (loading == "plain")
+
+
+def test_readers_of_another_layer_s_kv_find_it_where_the_staging_areas_do_not_hold_all_rows(device):
+    schedule = Schedule(2, False, device, "elastic")
+    schedule.random.choice = lambda _: 13
+    schedule.waiting = [Request(str(i), schedule.new_tokens(78), answer=0) for i in range(3)]
+    for _ in range(7):
+        schedule.step()
+    assert schedule.groups == 3 and not schedule.running
