@@ -69,6 +69,7 @@ TOGETHER = {
     "tests/engine/test_block_sizes.py": "scenarios",
     "tests/engine/test_sidecar.py": "scenarios",
     "tests/engine/test_lossless.py": "scenarios",
+    "tests/engine/test_shared_storage.py": "scenarios",
     "tests/engine/test_pipeline_parallel.py": "scenarios",
     "tests/engine/test_data_parallel.py": "scenarios",
     "tests/engine/test_server.py": "server",

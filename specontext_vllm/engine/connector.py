@@ -5,17 +5,26 @@ vLLM: its configuration of connectors.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
 from specontext_vllm.engine.names import (
     HEAD_BLOCK_BYTES,
+    HEAD_PRINT,
+    KV_PRINT,
     OFFLOADING_CONNECTOR,
     OFFLOADING_MODULE,
     OFFLOADING_SPEC,
+    STORAGE_CONNECTOR,
+    STORAGE_MODULE,
 )
 from specontext_vllm.model_config import has_windowed_layers
+from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
+from specontext_vllm.retrieval.digest import digest_of
 
 _SPECS = None, "CPUOffloadingSpec", OFFLOADING_SPEC
 
@@ -25,6 +34,12 @@ def found_connector(vllm_config: Any) -> str | None:
     if (size := vllm_config.cache_config.kv_offloading_size) is not None:
         return f"--kv-offloading-size: found {size}"
     return None if vllm_config.kv_transfer_config is None else "--kv-transfer-config: found one"
+
+
+def stores_files(vllm_config: Any) -> bool:
+    """Whether KV is in a shared folder."""
+    transfer = vllm_config.kv_transfer_config
+    return transfer is not None and transfer.kv_connector == STORAGE_CONNECTOR
 
 
 def refuse_connector(vllm_config: Any) -> None:
@@ -46,10 +61,16 @@ def refuse_connector(vllm_config: Any) -> None:
                 "VLLM_USE_SIMPLE_KV_OFFLOAD: it is on, and that way of offloading does not move "
                 "the head's keys with the KV; unset it."
             )
-    elif transfer.kv_connector != OFFLOADING_CONNECTOR:
+    elif transfer.kv_connector not in (OFFLOADING_CONNECTOR, STORAGE_CONNECTOR):
         raise ConfigError(
             f"--kv-transfer-config: found kv_connector {transfer.kv_connector!r}, which does not "
-            f"move the head's keys with the KV; use {OFFLOADING_CONNECTOR} or leave it out."
+            f"move the head's keys with the KV; use {OFFLOADING_CONNECTOR}, {STORAGE_CONNECTOR} or "
+            "leave it out."
+        )
+    elif (module := transfer.kv_connector_module_path) not in (None, STORAGE_MODULE):
+        raise ConfigError(
+            f"--kv-transfer-config: found kv_connector_module_path {module!r}, whose connector "
+            "does not move the head's keys with the KV; leave it out."
         )
     if transfer is not None:
         extra = transfer.kv_connector_extra_config
@@ -65,7 +86,10 @@ def refuse_connector(vllm_config: Any) -> None:
     for refused, what in (
         (bool(config.host_kv_gib), f"{setting}.host_kv_gib {config.host_kv_gib}"),
         (config.sidecar != "inline", f"{setting}.sidecar {config.sidecar!r}"),
-        (bool(config.rule.page_vectors), f"{setting}.retriever {config.retriever!r}"),
+        (
+            bool(config.rule.page_vectors) and not stores_files(vllm_config),
+            f"{setting}.retriever {config.retriever!r}",
+        ),
         (
             config.is_lossless or vllm_config.speculative_config is not None,
             f"{setting}.mode 'lossless'" if config.is_lossless else "--speculative-config",
@@ -86,8 +110,53 @@ def refuse_connector(vllm_config: Any) -> None:
             )
 
 
+def settle_storage(
+    vllm_config: Any,
+    device_name: str,
+    head: HeadCheckpoint | None,
+    aux_layers: Sequence[int],
+    page_bytes: int,
+) -> None:
+    """Where KV is in a shared folder: have our connector keep it apart by what it hangs on, in
+    place. Idempotent.
+
+    Args:
+        device_name: whose kernels make the KV, and lay it out.
+        aux_layers: that the head reads, if there is one.
+        page_bytes: what it keeps of a page.
+
+    Uses: vllm.config.kv_transfer.KVTransferConfig.kv_connector_module_path,
+        vllm.config.kv_transfer.KVTransferConfig.kv_connector_extra_config
+    Symptom: vLLM's own connector is made, which knows nothing of the head.
+    Reason: the configuration names it.
+    Remove when: the head's caches are layers of vLLM's.
+    """
+    if not stores_files(vllm_config):
+        return
+    transfer, model = vllm_config.kv_transfer_config, vllm_config.model_config
+    transfer.kv_connector_module_path = STORAGE_MODULE
+    config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
+    kept = (
+        model.model,
+        model.revision,
+        json.dumps(model.hf_text_config.to_dict(), sort_keys=True, default=str),
+        str(model.dtype),
+        vllm_config.cache_config.cache_dtype,
+        device_name,
+        # With generated tokens in its prefix cache, an engine's prompts are not all dense.
+        config.cache_generated,
+    )
+    transfer.kv_connector_extra_config |= {
+        KV_PRINT: hashlib.blake2b(repr(kept).encode(), digest_size=8).hexdigest()
+    }
+    if head is not None:
+        digest = digest_of(head, aux_layers, model.max_model_len)
+        transfer.kv_connector_extra_config |= {HEAD_PRINT: f"{digest}-{page_bytes}"}
+
+
 def settle_connector(vllm_config: Any, block_bytes: int) -> None:
-    """Have the connector move ``block_bytes`` of a block that the head keeps, in place. Idempotent.
+    """Have vLLM's offloading move ``block_bytes`` of a block that the head keeps, in place.
+    Idempotent.
 
     Uses: vllm.config.kv_transfer.KVTransferConfig.kv_connector_extra_config,
         vllm.config.cache.CacheConfig.kv_offloading_size
@@ -96,7 +165,7 @@ def settle_connector(vllm_config: Any, block_bytes: int) -> None:
         what it finds in it (vllm/config/vllm.py, _post_init_kv_transfer_config).
     Remove when: the head's caches are layers of vLLM's.
     """
-    if found_connector(vllm_config) is None or not block_bytes:
+    if found_connector(vllm_config) is None or stores_files(vllm_config) or not block_bytes:
         return
     if vllm_config.kv_transfer_config is None:
         from vllm.config import KVTransferConfig

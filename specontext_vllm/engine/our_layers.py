@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 from specontext_vllm.engine.kv_dtype import refuse_scales
 from specontext_vllm.engine.kv_group import KVGroup
@@ -86,3 +88,14 @@ class OurLayers:
         """What selects in each layer from now on, if anything does."""
         for layer in self._layers:
             layer.impl.selector = selector
+
+    def learn_pages(self, slots: Tensor) -> None:
+        """What is kept of pages follows from their KV, which has come from elsewhere.
+
+        Args:
+            slots: ``[N]`` int64 of their tokens, page by page.
+        """
+        for layer in self._layers:
+            impl = layer.impl
+            if impl.selector is not None and impl.kv_owner is None:
+                impl.selector.learn(impl.layer, layer.kv_cache, slots)

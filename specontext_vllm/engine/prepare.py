@@ -9,7 +9,7 @@ from typing import Any
 
 from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.connector import settle_connector
+from specontext_vllm.engine.connector import settle_connector, settle_storage
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
 from specontext_vllm.engine.lossless import (
     refuse_groups_of_layers,
@@ -103,7 +103,8 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
         vllm_config.cache_config.user_specified_block_size = True
     additional = dict(vllm_config.additional_config or {})
     additional.setdefault(ENGINES_KEY, max(1, vllm_config.parallel_config.data_parallel_size_local))
-    spec = None
+    spec, checkpoint = None, None
+    aux_layers: tuple[int, ...] = ()
     if config.rule.needs_head or config.retrieval_head is not None:
         head = find_head(config, vllm_config.model_config)
         checkpoint = load_head(head, vllm_config)
@@ -120,6 +121,7 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
             additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional
     page_bytes = retriever_page_bytes(vllm_config, 0, spec)
+    settle_storage(vllm_config, current_platform.device_type, checkpoint, aux_layers, page_bytes)
     settle_connector(vllm_config, page_bytes * block_pages(vllm_config))
     return spec
 

@@ -159,8 +159,14 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         if isinstance(output, IntermediateTensors):
             # Of a pipeline's stage but the last, which samples.
             self.runtime.step.after_model(batch, take_aux(output))
+            return output
+        aux = output[1] if self.use_aux_hidden_state_outputs else None
+        if self.runtime.storage is None:
+            self._to_learn = batch, aux
         else:
-            self._to_learn = batch, output[1] if self.use_aux_hidden_state_outputs else None
+            # There are no drafts, and what is stored of a step is stored before it samples.
+            self.runtime.step.after_model(batch, aux)
+            self.runtime.storage.save_head(metadata)
         return output
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:

@@ -25,6 +25,7 @@ from specontext_vllm.engine.kv_plan import KVPlan
 from specontext_vllm.engine.lossless import SelfDrafts
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
+from specontext_vllm.engine.names import STORAGE_CONNECTOR
 from specontext_vllm.engine.other_blocks import num_other_blocks
 from specontext_vllm.engine.our_layers import OurLayers
 from specontext_vllm.engine.parts import (
@@ -67,6 +68,7 @@ class Runtime:
         selector: does so in each layer, for a rule that asks for it.
         kv_plan: how much KV there is memory for.
         tiers: where the pages lie, with a host pool.
+        storage: the connector to a shared folder, if the engine has one.
         kv_groups: the layers' among vLLM's KV-cache groups, from ``own_kv_cache`` on. The head's
             caches are addressed by the pages of the first.
         attention_groups: vLLM's AttentionGroup of each of these, once ``bind`` has found them.
@@ -109,6 +111,7 @@ class Runtime:
                 vllm_config, self.config, shape, self.retriever.row_totals
             )
         self.tiers: TieredKV | None = None
+        self.storage: Any = None
         self._is_profiling = False
         self.exporter: Exporter | None = None
         self._graphs = make_graphs(vllm_config, self.config, device)
@@ -172,11 +175,17 @@ class Runtime:
         """What moves the KV of a block moves what the head keeps of it; to be said before vLLM
         registers its own caches.
         """
-        if isinstance(self.retriever, LocalRetriever) and self.retriever.head is not None:
-            # vLLM's connectors, which few engines have.
+        head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
+        cache = None if head is None else head.cache
+        # vLLM's connectors, which few engines have.
+        if self.vllm_config.kv_transfer_config.kv_connector == STORAGE_CONNECTOR:
+            from specontext_vllm.engine.shared_storage import take_head
+
+            self.storage = take_head(cache, self.layers.learn_pages)
+        elif cache is not None:
             from specontext_vllm.engine.offloading import take_along
 
-            take_along(self.retriever.head.cache, num_blocks)
+            take_along(cache, num_blocks)
 
     def _kv_memory(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._is_profiling else self._memory_pool("kv_cache")

@@ -120,6 +120,15 @@ class HeadCache:
         self._stored[blocks] = as_bytes(keys)
         self.fused[blocks] = fused
 
+    def as_layers(self) -> tuple[Tensor, Tensor]:
+        """Keys and fused aux as two layers of KV: ``[num_blocks, nkv, P, bytes]`` and
+        ``[num_blocks, 1, P, bytes]`` uint8, views of the caches. A page's row of fused aux is dealt
+        out to its tokens, which only ever move together.
+        """
+        pages, size = len(self.keys), self.fused[0].nbytes // PAGE_SIZE
+        rows = self.fused[:pages].view(torch.uint8).view(pages, 1, PAGE_SIZE, size)
+        return self.keys.view(torch.uint8), rows
+
     @property
     def _stored(self) -> Tensor:
         return as_bytes(self.keys)

@@ -156,13 +156,16 @@ def test_refusals_are_one_sentence(changes, sentence):
     )
 
 
-def connector(name: str, **extra):
+def connector(name: str, path: str | None = None, **extra):
     return {
-        "kv_transfer_config": SimpleNamespace(kv_connector=name, kv_connector_extra_config=extra)
+        "kv_transfer_config": SimpleNamespace(
+            kv_connector=name, kv_connector_module_path=path, kv_connector_extra_config=extra
+        )
     }
 
 
 OFFLOADING = connector("OffloadingConnector", cpu_bytes_to_use=2**30)
+STORAGE = connector("ExampleConnector", shared_storage_path="/tmp")
 
 
 @pytest.mark.parametrize(
@@ -199,13 +202,21 @@ OFFLOADING = connector("OffloadingConnector", cpu_bytes_to_use=2**30)
             "found one with --tensor-parallel-size 2, which",
         ),
         ({}, {"model": {"is_hybrid": True}, **OFFLOADING}, "some of whose layers do not attend to"),
+        ({"host_kv_gib": 1}, STORAGE, "with additional_config.specontext.host_kv_gib 1.0, which"),
+        (
+            {},
+            connector("ExampleConnector", "my.own"),
+            "found kv_connector_module_path 'my.own', whose connector does not move the head's",
+        ),
     ],
 )
 def test_connectors_that_leave_what_the_head_keeps_behind_are_refused(settings, changes, sentence):
     with pytest.raises(ConfigError) as error:
         refuse_unsupported(vllm_config({"specontext": settings}, **changes))
     assert sentence in str(error.value) and "\n" not in str(error.value)
-    refuse_unsupported(vllm_config(**OFFLOADING))
+    for served in (OFFLOADING, STORAGE):
+        refuse_unsupported(vllm_config(**served))
+    refuse_unsupported(vllm_config({"specontext": {"retriever": "quest"}}, **STORAGE))
 
 
 def test_another_way_of_offloading_is_refused(monkeypatch):
@@ -426,15 +437,19 @@ def test_what_has_not_been_shown_with_stages_is_refused_with_them(settings, chan
     refuse_unsupported(vllm_config(parallel={"pipeline_parallel_size": 2}))
 
 
-def test_stages_are_refused_on_a_gpu_until_they_have_run_there():
+def test_what_has_not_run_on_a_gpu_is_refused_there():
     gpu, cpu = (SimpleNamespace(is_cuda=lambda cuda=cuda: cuda) for cuda in (True, False))
     stages = vllm_config(parallel={"pipeline_parallel_size": 2})
     with pytest.raises(ConfigError) as error:
         refuse_unproven(stages, gpu)
     text = str(error.value)
     assert text.startswith("--pipeline-parallel-size: found 2, but on a GPU") and "\n" not in text
-    refuse_unproven(stages, cpu)
-    refuse_unproven(vllm_config(), gpu)
+    with pytest.raises(ConfigError, match="found kv_connector 'ExampleConnector', but on a GPU it"):
+        refuse_unproven(vllm_config(**STORAGE), gpu)
+    for served in (stages, vllm_config(**STORAGE)):
+        refuse_unproven(served, cpu)
+    for served in (vllm_config(), vllm_config(**OFFLOADING)):
+        refuse_unproven(served, gpu)
 
 
 def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():

@@ -1,0 +1,273 @@
+"""KV of prompts in files (vLLM's ExampleConnector): what the head keeps of their pages goes along.
+
+vLLM: its connector to a shared folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
+from vllm.logger import init_logger
+
+from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.engine.names import HEAD_PRINT, KV_PRINT
+from specontext_vllm.retrieval.cache import HeadCache
+
+logger = init_logger("vllm.specontext")
+
+
+def head_layers(head_print: str | None) -> list[str]:
+    """Names under which the head's keys and fused aux are layers; none without a head."""
+    if head_print is None:
+        return []
+    return [f"specontext.{head_print}.keys", f"specontext.{head_print}.fused"]
+
+
+class ExampleConnector(example_connector.ExampleConnector):
+    """vLLM's connector, with the head's caches as two more layers. The name is vLLM's, since it
+    looks a connector's class up by the name in its configuration.
+
+    All blocks of a prompt but that of its last token are in a file for each layer. They are found
+    by the prompt's tokens, below a folder for engines whose KV is alike. The head's are named for
+    the head: a prompt whose KV is there without them is computed.
+
+    Symptom: a prompt that comes back from the folder has its KV, and keys of the head that were
+        made of other tokens. Prompts that are computed in several steps are stored in part, those
+        that were preempted are looked for under names that were never written, and those of other
+        adapters are taken for their own.
+    Reason: vLLM moves the layers that it knows, stores in a request's first step, and names files
+        by tokens alone; it calls the connector an example.
+    Remove when: the head's caches are layers of vLLM's, and its connector stores what is computed.
+    """
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Parts the folder among engines with other KV.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.__init__
+        """
+        super().__init__(vllm_config, role, kv_cache_config)
+        (group,) = kv_cache_config.kv_cache_groups
+        self._kv_layers = list(group.layer_names)
+        # Tokens of a block; vLLM's methods take it for those of what a layer has a place for.
+        self._tokens, self._block_size = group.kv_cache_spec.block_size, PAGE_SIZE
+        transfer = vllm_config.kv_transfer_config
+        extra = transfer.kv_connector_extra_config
+        self._storage_path: str = os.path.join(
+            transfer.get_from_extra_config("shared_storage_path", "/tmp"),
+            f"specontext-{extra[KV_PRINT]}",
+        )
+        self._stores, self._loads = transfer.is_kv_producer, transfer.is_kv_consumer
+        self._head_layers = head_layers(extra.get(HEAD_PRINT))
+        # Of the scheduler.
+        self._to_store: dict[str, Any] = {}
+        self._to_load: dict[str, tuple[Any, list[int], int]] = {}
+        # Of a worker.
+        self._head: dict[str, Any] = {}
+        self._learn_pages: Callable[[Tensor], None] = lambda slots: None
+        self._being_written: dict[str, str] | None = None
+
+    # -- in the scheduler
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """Tokens of the prompt that are stored, beyond those that are here already.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.get_num_new_matched_tokens
+        """
+        more = self._end(request) - num_computed_tokens
+        if not self._loads or more <= 0 or not self._is_stored(request):
+            return 0, False
+        return more, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """A request has its blocks.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.update_state_after_alloc
+        """
+        if num_external_tokens:
+            here = self._end(request) - num_external_tokens
+            self._to_load[request.request_id] = request, blocks.get_block_ids()[0], here
+        elif self._stores and self._end(request) and request.num_computed_tokens == 0:
+            # A session that goes on has answers in its prompt, and never starts from nothing.
+            self._to_store[request.request_id] = request
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """What the workers load before this step, and store in it: prompts that it completes.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.build_connector_meta
+        """
+        meta = example_connector.ExampleConnectorMetadata()
+        for request, blocks, here in self._to_load.values():
+            meta.requests.append(self._moved(request, blocks, here=here))
+        self._to_load.clear()
+        for name, tokens in scheduler_output.num_scheduled_tokens.items():
+            request = self._to_store.get(name)
+            # Computed tokens are counted up after the step has been scheduled.
+            if request is None or request.num_computed_tokens + tokens < self._end(request):
+                continue
+            del self._to_store[name]
+            if not self._is_stored(request):
+                blocks = self._kv_cache_manager.get_block_ids(name)[0]
+                meta.requests.append(self._moved(request, blocks))
+        return meta
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request that ended before its prompt was computed is not stored.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.request_finished
+        """
+        self._to_store.pop(request.request_id, None)
+        self._to_load.pop(request.request_id, None)
+        return super().request_finished(request, block_ids)
+
+    def _is_stored(self, request: Any) -> bool:
+        """Whether all files of a prompt are there."""
+        tokens = torch.tensor(request.prompt_token_ids[: self._end(request)])
+        folder = self._generate_foldername_debug(tokens, _marks(request))
+        missing = [
+            name
+            for name in (*self._kv_layers, *self._head_layers)
+            if not os.path.exists(os.path.join(folder, f"{name}.safetensors"))
+        ]
+        if missing and len(missing) <= len(self._head_layers):
+            logger.warning_once(
+                "SpeContext: %s has KV of prompts without what this engine's retrieval head keeps "
+                "of them, as after an engine with another head or none; they are computed.",
+                self._storage_path,
+            )
+        return not missing
+
+    def _end(self, request: Any) -> int:
+        """Tokens of a prompt in whole blocks, without its last token, which is always computed."""
+        return int((request.num_prompt_tokens - 1) // self._tokens * self._tokens)
+
+    def _moved(self, request: Any, blocks: list[int], *, here: int | None = None) -> Any:
+        """What a worker has to know of a prompt that is stored, or loaded where ``here`` says how
+        many of its tokens have their KV already: others may be reading that, so what is loaded of
+        them goes to block 0, which is no request's.
+        """
+        size, end = self._tokens, self._end(request)
+        places = torch.tensor(blocks[: end // size])
+        if here is not None:
+            places[: here // size] = 0
+        return example_connector.ReqMeta(
+            token_ids=torch.tensor(request.prompt_token_ids[:end]),
+            slot_mapping=(places[:, None] * size + torch.arange(size)).flatten(),
+            is_store=here is None,
+            mm_hashes=_marks(request),
+        )
+
+    # -- in a worker
+
+    def take_caches(self, cache: HeadCache | None, learn_pages: Callable[[Tensor], None]) -> None:
+        """Before the first step: what is moved beside KV, and what follows from KV.
+
+        Args:
+            cache: the head's, if there is one.
+            learn_pages: is told the slots ``[N]`` int64 whose KV was loaded.
+        """
+        layers = [] if cache is None else cache.as_layers()
+        self._head = {
+            name: SimpleNamespace(kv_cache=layer)
+            for name, layer in zip(self._head_layers, layers, strict=True)
+        }
+        self._learn_pages = learn_pages
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Loads what a step begins with.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.start_load_kv
+        Uses: vllm.forward_context.ForwardContext.no_compile_layers,
+            vllm.forward_context.ForwardContext.attn_metadata
+        """
+        loads = [r for r in self._get_connector_metadata().requests if not r.is_store]
+        if not loads:
+            return
+        names = self._kv_layers
+        layers = {name: forward_context.no_compile_layers[name] for name in names} | self._head
+        found = forward_context.attn_metadata[names[0]]
+        context = replace(
+            forward_context,
+            no_compile_layers=layers,
+            attn_metadata=dict.fromkeys(layers, found),
+        )
+        super().start_load_kv(context, **kwargs)
+        for request in loads:
+            slots = request.slot_mapping
+            self._learn_pages(slots[slots >= self._tokens])
+
+    def save_head(self, attn_metadata: Any) -> None:
+        """Store the head's part of what this step stores, once it has learnt the step's tokens: the
+        last part, without which no other is read.
+        """
+        for name, layer in self._head.items():
+            self.save_kv_layer(name, layer.kv_cache, attn_metadata)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Stores a layer's part; a file that has its name is whole.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.save_kv_layer
+        """
+        self._being_written = {}
+        try:
+            super().save_kv_layer(layer_name, kv_layer, attn_metadata, **kwargs)
+            written = self._being_written
+        finally:
+            self._being_written = None
+        for temporary, name in written.items():
+            os.replace(temporary, name)
+
+    def _generate_filename_debug(self, *args: Any, **kwargs: Any) -> str:
+        """A name of its own for a file that is being written.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector._generate_filename_debug
+        """
+        name = super()._generate_filename_debug(*args, **kwargs)
+        if self._being_written is None:
+            return name
+        temporary = f"{name}.{os.getpid()}"
+        self._being_written[temporary] = name
+        return temporary
+
+
+def take_head(cache: HeadCache | None, learn_pages: Callable[[Tensor], None]) -> ExampleConnector:
+    """This worker's connector, which moves the head's ``cache`` with the KV from now on; see
+    ``ExampleConnector.take_caches``.
+
+    Uses: vllm.distributed.kv_transfer.get_kv_transfer_group
+    """
+    connector = get_kv_transfer_group()
+    assert isinstance(connector, ExampleConnector)
+    connector.take_caches(cache, learn_pages)
+    return connector
+
+
+def _marks(request: Any) -> list[str]:
+    """What KV hangs on beside tokens."""
+    marks = [feature.identifier for feature in request.mm_features]
+    if (lora := request.lora_request) is not None:
+        marks.append(f"lora {lora.lora_name!r} {lora.lora_path!r}")
+    if request.cache_salt is not None:
+        marks.append(f"salt {request.cache_salt!r}")
+    return marks

@@ -1,0 +1,208 @@
+"""One engine computes prompts and another one answers them, with files between them: float32, the
+demo model.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.scenarios import ids, preemptions, sampling
+from tests.engine.test_offloading import SETTINGS, forget
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU")
+WHOLE = 2048
+BLOCK = 32
+"""Tokens of a block, which is two pages."""
+WAYS = {
+    "small budget": {"retriever": "dlm", "budget": 64},
+    "quest": {"retriever": "quest", "budget": 64},
+    "whole budget": {"retriever": "dlm", "budget": WHOLE},
+}
+"""Settings that an engine is asked with in turn. It starts with quest, for its bounds of pages, and
+with a head.
+"""
+
+
+def one_of_two(folder: Path, role: str):
+    transfer = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": role,
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+    return engine(
+        attention_backend="specontext",
+        additional_config={"specontext": {**SETTINGS, "retriever": "quest", "budget": WHOLE}},
+        kv_transfer_config=transfer,
+        block_size=BLOCK,
+        num_gpu_blocks_override=None,
+    )
+
+
+def answers(llm, prompts) -> tuple[list, list[int]]:
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], sampling(), use_tqdm=False
+    )
+    return ids(outputs), [output.num_cached_tokens for output in outputs]
+
+
+def asked(prompts) -> list[list[int]]:
+    """Prompts of every kind; of the last two, one ends with a page and one just behind it."""
+    return [*prompts, prompts[8][:512], prompts[8][:513]]
+
+
+def stored_tokens(prompt) -> int:
+    return (len(prompt) - 1) // BLOCK * BLOCK
+
+
+@torch.inference_mode()
+def forget_bounds(worker: Any) -> None:
+    """Of what quest keeps, a page that has not been computed is NaN."""
+    for vectors in worker.model_runner.runtime.selector.page_vectors:
+        vectors.fill_(float("nan"))
+
+
+def resumed(llm, prompts, afresh) -> list[list[int]]:
+    """Answers of requests that lose all they have on their way."""
+    core, tokens = llm.llm_engine, {}
+    for name, prompt in enumerate(prompts):
+        core.add_request(str(name), {"prompt_token_ids": prompt}, sampling())
+    for step in range(100):
+        if not core.has_unfinished_requests():
+            break
+        if step == 9:
+            assert core.reset_prefix_cache(reset_running_requests=True)
+            afresh()
+        for output in core.step():
+            if output.finished:
+                tokens[int(output.request_id)] = ids([output])[0]
+    assert preemptions(llm) == len(prompts)
+    return [tokens[name] for name in range(len(prompts))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("stored")
+
+
+@pytest.fixture(scope="module")
+def prefill(prompts, folder) -> dict[str, Any]:
+    """The engine that stores. It never loads, so its answers are those of one engine alone."""
+    out: dict[str, Any] = {}
+    with one_of_two(folder, "kv_producer") as llm:
+        for way, settings in WAYS.items():
+            llm.collective_rpc("specontext_set", kwargs=settings)
+            llm.reset_prefix_cache()
+            out[way], out[f"{way}, cached"] = answers(llm, asked(prompts))
+    out["stored"] = [
+        len(load_file(path)["kv_cache"]) for path in folder.rglob("*") if path.is_file()
+    ]
+    return out
+
+
+@pytest.fixture(scope="module")
+def decode(prompts, folder, prefill) -> dict[str, Any]:
+    """The one that loads."""
+    out: dict[str, Any] = {}
+
+    def afresh() -> None:
+        llm.reset_prefix_cache()
+        llm.collective_rpc(forget)
+        llm.collective_rpc(forget_bounds)
+
+    with one_of_two(folder, "kv_consumer") as llm:
+        for way, settings in WAYS.items():
+            llm.collective_rpc("specontext_set", kwargs=settings)
+            afresh()
+            out[way], out[f"{way}, cached"] = answers(llm, asked(prompts))
+        llm.collective_rpc("specontext_set", kwargs=WAYS["small budget"])
+        afresh()
+        out["resumed"] = resumed(llm, asked(prompts)[5:8], afresh)
+        logger, lines = logging.getLogger("vllm.specontext"), []
+        handler = logging.Handler()
+        handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+        logger.addHandler(handler)
+        for part in ("keys", "layers.3.*"):
+            for path in folder.rglob(f"*{part}.safetensors"):
+                path.unlink()
+            afresh()
+            out[f"without {part}"] = answers(llm, asked(prompts)[5:7])
+        logger.removeHandler(handler)
+        out["lines"] = lines
+    return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_engines_answer_as_one(prefill, decode, way):
+    assert decode[way] == prefill[way]
+
+
+def test_within_the_budget_they_answer_as_stock(stock, prefill, decode):
+    assert decode["whole budget"][:-2] == stock["plain"]
+    assert decode["small budget"] != decode["whole budget"] != decode["quest"]
+
+
+def test_all_but_the_last_page_comes_from_the_files(prompts, prefill, decode):
+    expected = [stored_tokens(prompt) for prompt in asked(prompts)]
+    for way in WAYS:
+        assert decode[f"{way}, cached"] == expected
+        # The last two are of a prompt that was asked before.
+        assert not any(prefill[f"{way}, cached"][:9])
+
+
+def test_a_request_goes_on_from_the_files_after_a_preemption(prefill, decode):
+    """What it has generated is computed anew."""
+    assert decode["resumed"] == prefill["small budget"][5:8]
+
+
+def test_prompts_alone_are_stored_whole(prompts, prefill):
+    """A file for each layer and two for the head, of nothing that was generated."""
+    stored = {tuple(prompt[: stored_tokens(prompt)]) for prompt in asked(prompts)} - {()}
+    assert sorted(prefill["stored"]) == sorted((6 + 2) * [len(tokens) for tokens in stored])
+
+
+def test_prompts_without_the_head_s_part_are_computed(prefill, decode):
+    for part in ("keys", "layers.3.*"):
+        found, cached = decode[f"without {part}"]
+        assert found == prefill["small budget"][5:7] and cached == [0, 0]
+    assert sum("without what this engine's retrieval head keeps" in x for x in decode["lines"]) == 1
+
+
+def test_prompts_are_stored_by_all_that_their_kv_hangs_on():
+    from specontext_vllm.engine.shared_storage import _marks
+
+    def marks(lora=None, salt=None, pictures=()):
+        lora = lora and SimpleNamespace(lora_name=lora, lora_path="/" + lora)
+        features = [SimpleNamespace(identifier=name) for name in pictures]
+        return tuple(
+            _marks(SimpleNamespace(mm_features=features, lora_request=lora, cache_salt=salt))
+        )
+
+    ways = [marks(), marks("a"), marks("b"), marks(salt="a"), marks(pictures=("a",))]
+    assert len(set(ways)) == len(ways)
+
+
+def test_a_head_is_named_by_what_it_keeps(own_head):
+    from specontext_vllm.retrieval.checkpoint import read_checkpoint
+    from specontext_vllm.retrieval.digest import digest_of
+
+    demo = read_checkpoint(DEMO_MODEL / "retrieval_head")
+    again = read_checkpoint(DEMO_MODEL / "retrieval_head")
+    name = digest_of(demo, (1, 2, 3), 1024)
+    assert name == digest_of(again, (1, 2, 3), 1024)
+    again.tensors["fc.weight"][0, 0] += 1e-3
+    longer = 2 * demo.spec.trained_length
+    others = {
+        digest_of(again, (1, 2, 3), 1024),
+        digest_of(demo, (1, 2, 4), 1024),
+        digest_of(demo, (1, 2, 3), longer),
+        digest_of(read_checkpoint(own_head), (1, 2, 3), 1024),
+    }
+    assert len(others) == 4 and name not in others
