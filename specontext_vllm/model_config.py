@@ -36,6 +36,9 @@ OTHER_KINDS = {
 WINDOWED_KINDS = {"sliding_attention", "chunked_attention"}
 """Of these, what keeps the KV of the newest tokens."""
 
+STATE_KINDS = {"linear_attention", "mamba", "conv", "recurrent", "hybrid"}
+"""What keeps a state; "hybrid" beside the KV of the whole context."""
+
 
 def layer_kinds(text: Any) -> list[str]:
     """What the config calls each layer of this text model; empty where it does not say."""
@@ -47,6 +50,11 @@ def is_full(kind: str, text: Any) -> bool:
     """Whether a layer that the config calls this attends to the whole context."""
     others = OTHER_KINDS if has_windowed_layers(text) else OTHER_KINDS - {"sliding_attention"}
     return kind not in others
+
+
+def has_state(kind: str) -> bool:
+    """Whether a layer that a config calls this keeps a state."""
+    return kind in STATE_KINDS
 
 
 def kv_heads(text: Any, layer: int) -> tuple[int, int]:

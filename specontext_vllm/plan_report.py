@@ -9,7 +9,7 @@ from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError
 from specontext_vllm.planning import ACTIVATIONS, GIB, Plan
-from specontext_vllm.residency.memory_model import TierPlan
+from specontext_vllm.residency.memory_model import OTHERS_KEPT, TierPlan
 from specontext_vllm.residency.table_rows import default_captured_rows, table_rows
 
 
@@ -39,7 +39,13 @@ def memory_table(plan: Plan) -> Table:
     longest = plan.rows[-1]["length"]
     if others.windowed:
         parts[f"KV of {others.windowed} layers' windows ({others.window:,} tokens)"] = (
-            plan.asked * others.kv_bytes(longest)
+            plan.asked * others.kv_bytes(longest) * (OTHERS_KEPT if tiers.host_layers else 1)
+        )
+    if others.states is not None:
+        parts[f"states of {others.states.layers} layers, {plan.asked} requests"] = (
+            others.states.apart_bytes(plan.asked)
+            if tiers.host_layers
+            else model.beside_bytes(plan.asked, 0, host=False)
         )
     if "tables" in parts:
         parts[
@@ -56,8 +62,11 @@ def memory_table(plan: Plan) -> Table:
         table.add_row("layers of full attention", f"{layers} of {layers + others.count}")
     if model.readers:
         table.add_row("of these, layers that read the KV of another one", str(model.readers))
-    if others.with_states:
-        table.add_row("layers whose states are not counted", str(others.with_states))
+    if others.states is not None:
+        table.add_row("states of a request", f"{others.state_bytes / 2**20:.2f} MiB")
+        table.add_row("tokens of a block, which holds a state", f"{others.states.block_tokens:,}")
+    if others.unknown:
+        table.add_row("layers whose states are not counted", str(others.unknown))
     table.add_row("tokens that fit", f"{tiers.num_pages * PAGE_SIZE:,}")
     if not tiers.host_layers:
         return table
@@ -115,7 +124,7 @@ def lengths_table(plan: Plan) -> Table:
             for key, column in columns.items()
             if key not in ("host_gib", "moved_mb", "transfer_ms")
         }
-    if not plan.model.others.count:
+    if not plan.model.others.count and plan.model.others.states is None:
         del columns["full_share"]
     for heading, _ in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)

@@ -9,16 +9,15 @@ from typing import Any
 from specontext_vllm.config import PAGE_SIZE, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.draft_plan import Drafter, LosslessPlan, plan_lossless, step_bytes
 from specontext_vllm.model_config import (
-    WINDOWED_KINDS,
     is_full,
     kv_heads,
     layer_kinds,
     num_full_layers,
     num_kv_layers,
-    num_layers_with_kv,
 )
+from specontext_vllm.other_layers import OtherLayers, other_layers, refuse_beside_others
 from specontext_vllm.residency.hot_size import prior_rate
-from specontext_vllm.residency.memory_model import OTHERS_KEPT, KVShape, MemoryModel, TierPlan
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
 from specontext_vllm.residency.table_rows import default_captured_rows
 
@@ -27,42 +26,6 @@ UTILIZATION = 0.92
 """vLLM's default share of the GPU (vllm/config/cache.py, gpu_memory_utilization)."""
 ACTIVATIONS = 2 * GIB
 """An assumption for activations and graphs, which vLLM measures when it starts."""
-
-
-@dataclass(frozen=True)
-class OtherLayers:
-    """The layers of a model that do not attend to the whole context.
-
-    Attributes:
-        count: all of them. What they keep beside the KV of windows, states, is not counted.
-        windowed: those that keep the KV of a window.
-        window: its tokens.
-        page_bytes: one page of one of these.
-        readers: those that read the KV of one of these instead.
-    """
-
-    count: int = 0
-    windowed: int = 0
-    window: int = 0
-    page_bytes: int = 0
-    readers: int = 0
-
-    @property
-    def with_states(self) -> int:
-        """Those that keep no KV, or a state."""
-        return self.count - self.windowed - self.readers
-
-    def kv_bytes(self, length: int) -> int:
-        """Their KV of a request with a context of ``length`` tokens."""
-        return self.windowed * self._window_bytes(length)
-
-    def read_bytes(self, length: int) -> int:
-        """What a step reads of it."""
-        return (self.windowed + self.readers) * self._window_bytes(length)
-
-    def _window_bytes(self, length: int) -> int:
-        # A window begins anywhere in a page.
-        return min(pages_for(length), pages_for(self.window) + 1) * self.page_bytes
 
 
 @dataclass(frozen=True)
@@ -89,14 +52,42 @@ class Model:
         """The KV that a step reads: that of another layer once more."""
         return replace(self.kv, num_layers=self.kv.num_layers + self.readers)
 
+    @property
+    def block_pages(self) -> int:
+        """Pages of a vLLM block, which is longer where a state must fit into one."""
+        states = self.others.states
+        return 1 if states is None else states.block_tokens // PAGE_SIZE
 
-def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
+    @property
+    def empty_page_bytes(self) -> int:
+        """What vLLM adds to a page where layers of full attention do not fill their groups, and
+        where they are in several: each has caches of the head.
+        """
+        states, kv = self.others.states, self.kv
+        if states is None:
+            return 0
+        groups = -(-kv.num_layers // states.group_layers)
+        empty = groups * states.group_layers - kv.num_layers
+        return empty * kv.page_bytes + (groups - 1) * kv.retriever_page_bytes
+
+    def beside_bytes(self, requests: int, length: int, *, host: bool) -> int:
+        """GPU memory for the other layers of so many requests of ``length`` tokens, with two tiers
+        or with one.
+        """
+        if host:
+            return self.others.apart_bytes(length, requests)
+        extra = self.block_pages * self.kv.retriever_page_bytes
+        return requests * self.others.held_bytes(length, extra)
+
+
+def read_model(path: Path, kv_cache_dtype: str = "auto", prefix_caching: bool = True) -> Model:
     """Read a Hugging Face config.json. The weights are counted on torch's meta device; nothing is
     loaded.
 
     Args:
         path: folder of the model, or its config.json.
         kv_cache_dtype: vLLM's: "auto" for the model's own, "fp8" for 8-bit floats.
+        prefix_caching: vLLM's --enable-prefix-caching.
     Raises:
         ConfigError: no config.json, or not one of a causal language model that transformers knows.
     """
@@ -121,7 +112,7 @@ def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
         num_kv_heads, head_dim = kv_heads(text, places[0] if places else 0)
         dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
         itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
-        others = _other_layers(text, text.num_hidden_layers - full, itemsize)
+        others = other_layers(text, full, dtype, itemsize, prefix_caching)
         longest = _longest(text)
     except Exception as error:  # a broken config fails where one of its values is first used
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -147,22 +138,6 @@ def read_model(path: Path, kv_cache_dtype: str = "auto") -> Model:
     return Model(
         kv, parameters * dtype.itemsize, head * dtype.itemsize, longest, others, full - layers
     )
-
-
-def _other_layers(text: Any, count: int, itemsize: int) -> OtherLayers:
-    """The layers of a text model that do not attend to the whole context.
-
-    Args:
-        itemsize: bytes of one element of their KV.
-    """
-    windowed = [place for place, kind in enumerate(layer_kinds(text)) if kind in WINDOWED_KINDS]
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
-    if not count or not windowed or not window:
-        return OtherLayers(count)
-    heads, width = kv_heads(text, windowed[0])
-    readers = len(windowed) - sum(place < num_layers_with_kv(text) for place in windowed)
-    page_bytes = heads * PAGE_SIZE * 2 * width * itemsize
-    return OtherLayers(count, len(windowed) - readers, window, page_bytes, readers)
 
 
 def _longest(config: Any) -> int:
@@ -254,51 +229,54 @@ def make_plan(
             f"{option}: found {found or 'a folder'} with --mode lossless, in which the model "
             "drafts for itself and verifies over all pages on the GPU; leave it out."
         )
-    if host_bytes and model.others.with_states:
-        raise ConfigError(
-            f"--host-gib: found {host_bytes / GIB:g}, but {model.others.with_states} layers of "
-            "this model keep no KV, or a state, whose size this command does not know; give 0."
-        )
-    if host_bytes and model.others.windowed and drafter:
-        raise ConfigError(
-            f"--host-gib: found {host_bytes / GIB:g} with --drafter, and {model.others.windowed} "
-            "layers of this model have windows; leave one of the two out."
-        )
-    beside = requests * model.others.kv_bytes(max_model_len) * (OTHERS_KEPT if host_bytes else 1)
+    refuse_beside_others(
+        model.others, host_bytes, drafts=drafter is not None, lossless=config.is_lossless
+    )
     room = int(UTILIZATION * gpu_bytes) - model.weight_bytes - model.head_bytes - ACTIVATIONS
-    room -= beside
     shape = model.kv
     if drafter is not None:
         room -= drafter.weight_bytes
         shape = replace(shape, drafter_page_bytes=drafter.page_bytes(shape.itemsize))
-    if room <= 0:
+    beside = {
+        host: model.beside_bytes(requests, max_model_len, host=host)
+        for host in (False, bool(host_bytes))
+    }
+    if room <= max(beside.values()):
         raise ConfigError(
             f"--gpu-gib: {UTILIZATION:.0%} of {gpu_bytes / GIB:.1f} GiB do not hold the weights "
             f"({model.weight_bytes / GIB:.1f} GiB), the "
             f"retrieval head ({model.head_bytes / GIB:.2f} GiB), {ACTIVATIONS / GIB:.0f} GiB "
-            "for activations and what layers with windows keep "
-            f"({beside / GIB:.2f} GiB); give more."
+            "for activations and what layers with windows or states keep "
+            f"({max(beside.values()) / GIB:.2f} GiB); give more."
         )
-    memory = MemoryModel(
-        shape,
-        budget_pages=config.budget_pages,
-        table_pages=config.table_pages(max_model_len),
-        max_num_seqs=requests,
-        max_model_len=max_model_len,
-        captured_rows=default_captured_rows(requests),
-    )
-    tiers = memory.plan(room, host_bytes)
-    alone = memory.plan(room, 0)
+
+    def memory_model(host: bool) -> MemoryModel:
+        # Beside two tiers vLLM's groups share no blocks, so none is filled up.
+        empty = 0 if host else model.empty_page_bytes
+        return MemoryModel(
+            replace(shape, empty_page_bytes=empty),
+            budget_pages=config.budget_pages,
+            table_pages=config.table_pages(max_model_len),
+            max_num_seqs=requests,
+            max_model_len=max_model_len,
+            captured_rows=default_captured_rows(requests),
+            block_pages=model.block_pages,
+        )
+
+    memory = memory_model(bool(host_bytes))
+    tiers = memory.plan(room - beside[bool(host_bytes)], host_bytes)
+    alone = memory_model(False).plan(room - beside[False], 0)
     asked, requests = requests, tiers.lanes
     if miss_rate is None:
         miss_rate = prior_rate(tiers.hot_pages, config.table_pages(max_model_len))
     rows = []
     for length in _lengths(max_model_len):
-        others = requests * model.others.read_bytes(length)
+        others = requests * (model.others.read_bytes(length) + model.others.state_bytes)
         full = requests * pages_for(length) * model.read.page_bytes * model.read.num_layers
         # Read in every step, like the weights.
+        read = requests * model.others.step_bytes(length)
         law = StepTime(
-            model.weight_bytes + model.head_bytes + others, link_bytes_per_s=link_bytes_per_s
+            model.weight_bytes + model.head_bytes + read, link_bytes_per_s=link_bytes_per_s
         )
         offloaded = memory.offloaded_layers(tiers, length, requests)
         row: dict[str, Any] = {
@@ -325,7 +303,7 @@ def make_plan(
                 "gpu_gib": (
                     kv * (model.kv.num_layers - offloaded)
                     + offloaded * requests * tiers.hot_pages * model.kv.page_bytes
-                    + requests * model.others.kv_bytes(length)
+                    + requests * model.others.held_bytes(length)
                 )
                 / GIB,
                 "host_gib": kv * tiers.host_layers / GIB,
@@ -340,17 +318,17 @@ def make_plan(
     lossless = None
     if config.is_lossless:
         weights = model.weight_bytes + model.head_bytes
-        read = step_bytes(model.read, weights, config.budget)
-        lossless = plan_lossless(read, requests, [row["length"] for row in rows])
+        bytes_read = step_bytes(model.read, weights, config.budget)
+        lossless = plan_lossless(bytes_read, requests, [row["length"] for row in rows])
     return Plan(
         model,
         asked,
         requests,
         gpu_bytes,
-        room,
+        room - beside[bool(host_bytes)],
         tiers,
         alone,
-        memory.thresholds(tiers, requests),
+        [min(n, max_model_len) for n in memory.thresholds(tiers, requests)],
         rows,
         drafter,
         lossless,

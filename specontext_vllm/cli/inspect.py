@@ -14,7 +14,8 @@ from rich.table import Table
 
 from specontext_vllm.cli.options import AllowPickle, HeadCheckpointName, Revision
 from specontext_vllm.cli.refusals import refusals
-from specontext_vllm.model_config import num_full_layers
+from specontext_vllm.model_config import has_state, layer_kinds, num_full_layers
+from specontext_vllm.other_layers import state_bytes
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -112,14 +113,34 @@ def _say_served_layers(console: Console, target: Path) -> None:
     """Say for which of the target's layers pages are selected, where its config.json lists layers
     of several kinds.
     """
-    config = read_config(target)
-    config = config.get("text_config", config)
-    full, count = num_full_layers(SimpleNamespace(**config)), config["num_hidden_layers"]
+    text = _text_config(target)
+    full, count = num_full_layers(text), text.num_hidden_layers
     if 0 < full < count:
         _print(
             console,
             f"It selects for {full} of its {count} layers, those that attend to the whole context.",
         )
+    dtype = getattr(torch, str(getattr(text, "dtype", None)).removeprefix("torch."), None)
+    states = 0 if isinstance(text, SimpleNamespace) else sum(map(has_state, layer_kinds(text)))
+    if states and (size := state_bytes(text, dtype or torch.bfloat16)):
+        _print(
+            console,
+            f"{states} layers keep a state: {states * size:,} bytes a request, whatever its "
+            "context; `specontext plan` has the rest.",
+        )
+
+
+def _text_config(target: Path) -> Any:
+    """The language model's config: transformers' class of it, which lists the layers where the file
+    only has a rule for them; the file as it is, of a model that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(target)).get_text_config()
+    except (OSError, ValueError, KeyError):
+        config = read_config(target)
+        return SimpleNamespace(**config.get("text_config", config))
 
 
 def _tensor_table(head: HeadCheckpoint) -> Table:

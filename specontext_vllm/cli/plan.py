@@ -35,6 +35,10 @@ def plan(
         Literal["auto", "fp8"],
         typer.Option(help="vLLM's: the model's own, or 8-bit floats."),
     ] = "auto",
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(help="vLLM's: with it requests keep two states or three of a layer."),
+    ] = True,
     miss_rate: Annotated[
         float | None,
         typer.Option(
@@ -76,7 +80,7 @@ def plan(
         check_range("--link-gbps", link_gbps, 0.1, MAX_GBPS)
         if out is not None:
             require_extra("matplotlib", "plan", "--out")
-        shape = planning.read_model(model, kv_cache_dtype)
+        shape = planning.read_model(model, kv_cache_dtype, enable_prefix_caching)
         made = planning.make_plan(
             shape,
             SpeContextConfig.from_settings({"budget": budget, "mode": mode}),

@@ -40,6 +40,7 @@ class KVShape:
         retriever_page_bytes: bytes that the retriever keeps of one page of all layers: the head's
             caches, and the page vectors of a rule that has some.
         drafter_page_bytes: KV of one page in a drafter's layers, which stay on the GPU.
+        empty_page_bytes: what vLLM adds to a page of all layers to make groups equally large.
     """
 
     num_layers: int
@@ -48,6 +49,7 @@ class KVShape:
     itemsize: int
     retriever_page_bytes: int
     drafter_page_bytes: int = 0
+    empty_page_bytes: int = 0
 
     @property
     def page_bytes(self) -> int:
@@ -148,6 +150,8 @@ class MemoryModel:
         }
         if shape.drafter_page_bytes:
             parts["drafter's KV"] = num_pages * shape.drafter_page_bytes
+        if shape.empty_page_bytes:
+            parts["empty, in vLLM's groups of layers"] = num_pages * shape.empty_page_bytes
         if self.other_bytes:
             parts["layers of other kinds"] = self.other_bytes
         if host_layers:

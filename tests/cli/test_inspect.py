@@ -63,6 +63,24 @@ def test_the_layers_that_are_selected_for_are_counted(head, tmp_path):
     assert "It selects for 3 of its 12 layers, those that attend to the whole context." in output
 
 
+def test_of_a_hybrid_layers_are_counted_by_its_rule_and_states_are_named(head, tmp_path):
+    """Released Qwen3-Next models say that each fourth layer attends fully, and list none."""
+    rule = {
+        "model_type": "qwen3_next",
+        "full_attention_interval": 4,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+        "dtype": "float32",
+    }
+    output = run(head, "--target", write_target(tmp_path, **rule)).output
+    assert "It selects for 3 of its 12 layers" in output
+    size = 4 * (3 * (2 * 2 * 8 + 4 * 16) + 4 * 16 * 8)
+    assert f"9 layers keep a state: {9 * size:,} bytes a request" in output
+
+
 def test_target_with_nested_text_config(head, tmp_path):
     folder = write_target(tmp_path)
     (folder / "config.json").write_text(json.dumps({"text_config": TARGET}))

@@ -12,10 +12,11 @@ from specontext_vllm import draft_plan, planning
 from specontext_vllm.cli import app
 from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine.draft_length import StepBytes, best_length, gain
-from specontext_vllm.residency.memory_model import MemoryModel
+from specontext_vllm.other_layers import OtherLayers, States, other_layers
+from specontext_vllm.residency.memory_model import KVShape, MemoryModel
 from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
-from tests.engine.families import gemma4, qwen3_next
+from tests.engine.families import gemma4, granite_hybrid, qwen3_next
 
 GIB = 2**30
 
@@ -240,7 +241,7 @@ def test_layers_with_windows_keep_and_are_read_as_many_tokens(folder, tmp_path):
     dense, model = planning.read_model(folder), planning.read_model(tmp_path)
     page = 8 * 16 * 2 * 128 * 2
     assert (model.kv.num_layers, model.kv.page_bytes) == (16, page)
-    assert model.others == planning.OtherLayers(16, 16, 1000, page)
+    assert model.others == OtherLayers(16, 16, 1000, page)
     options = dict(
         gpu_bytes=60 * GIB,
         host_bytes=0,
@@ -268,17 +269,108 @@ def test_layers_with_windows_keep_and_are_read_as_many_tokens(folder, tmp_path):
     # Beside two tiers the windows have blocks for twice as much, which are no longer shared.
     tiered = planning.make_plan(model, config, **options | {"host_bytes": 10 * GIB})
     assert tiered.kv_bytes == whole.kv_bytes - 2 * 4 * 16 * 64 * page
-    states = replace(model, others=planning.OtherLayers(16, 10, 1000, page))
-    with pytest.raises(ConfigError, match="--host-gib: found 10, but 6 layers of this model keep"):
-        planning.make_plan(states, config, **options | {"host_bytes": 10 * GIB})
 
 
-def test_states_are_said_not_to_be_counted(tmp_path):
+def test_states_and_their_blocks_by_hand(tmp_path):
+    """Three linear layers to one of full attention, in bfloat16."""
     qwen3_next().save_pretrained(tmp_path)
     model = planning.read_model(tmp_path)
-    assert model.kv.num_layers == 1 and model.others == planning.OtherLayers(3)
-    result = run("--model", tmp_path, "--gpu-gib", 4, "--length", 1024)
-    assert "layers whose states are not counted" in result.output, result.output
+    size = 2 * (3 * (2 * 2 * 128 + 4 * 128) + 4 * 128 * 128)
+    # 536 tokens' keys and values of two heads of 32; in pages of 16 they are 544.
+    token, tokens = 2 * 2 * 32 * 2, 544
+    assert 535 * token < size <= 536 * token
+    assert model.others == OtherLayers(3, states=States(3, size, 2, tokens, 1, 3, tokens * token))
+    assert planning.read_model(tmp_path, prefix_caching=False).others.states.kept == 1
+    assert planning.read_model(tmp_path, "fp8").others.states.block_tokens == 1072
+    options = dict(gpu_bytes=3 * GIB, requests=4, max_model_len=1024, miss_rate=None)
+    made = planning.make_plan(
+        model, SpeContextConfig(budget=128), host_bytes=0, link_bytes_per_s=5e10, **options
+    )
+    # Requests have two blocks of each of three groups, with the head's caches of a block.
+    room = int(0.92 * 3 * GIB) - model.weight_bytes - model.head_bytes - planning.ACTIVATIONS
+    block = tokens * token + tokens // 16 * model.kv.retriever_page_bytes
+    assert made.kv_bytes == room - 4 * 2 * 3 * block
+    assert made.tiers.num_pages == tokens // 16 * (made.kv_bytes // block)
+    (row,) = (row for row in made.rows if row["length"] == 1024)
+    assert row["full_share"] == pytest.approx(1024 * token / (1024 * token + 3 * size))
+    # States are read and written in each step, dense or not.
+    read = model.weight_bytes + model.head_bytes + 4 * (1024 * token + 2 * 3 * size)
+    assert row["dense_ms"] == pytest.approx(1.7 + 1e3 * read / 4.3e12)
+    assert row["dense_ms"] - row["compute_ms"] == pytest.approx(
+        4e3 * (1024 * token - 128 * token - 64 * model.kv.retriever_page_bytes) / 4.3e12
+    )
+    result = run("--model", tmp_path, "--gpu-gib", 3, "--requests", 4, "--length", 1024)
+    for text in (f"{3 * size / 2**20:.2f} MiB", "544", "1 of 4", "states of 3 layers, 4 requests"):
+        assert text in result.output, result.output
+
+
+def test_two_tiers_and_states_have_blocks_of_their_own(tmp_path):
+    granite_hybrid().save_pretrained(tmp_path)
+    model = planning.read_model(tmp_path, prefix_caching=False)
+    states = model.others.states
+    options = dict(gpu_bytes=int(2.2 * GIB), requests=3, max_model_len=1024, miss_rate=None)
+    made, alone = (
+        planning.make_plan(
+            model,
+            SpeContextConfig(budget=128),
+            host_bytes=host,
+            link_bytes_per_s=5e10,
+            **options,
+        )
+        for host in (GIB // 50, 0)
+    )
+    assert (states.group_layers, states.groups, states.kept) == (2, 1, 1)
+    # One of a request, twice those of three more, and vLLM's null block.
+    apart = (1 + 1 + 2 * 3) * states.block_bytes
+    held = 3 * (states.block_bytes + model.block_pages * model.kv.retriever_page_bytes)
+    assert made.kv_bytes - alone.kv_bytes == held - apart
+    assert made.alone.num_pages == alone.tiers.num_pages < made.tiers.num_pages
+    assert made.tiers.num_pages % model.block_pages == 0
+    arguments = ("--model", tmp_path, "--gpu-gib", 2.2, "--length", 1024, "--requests", 3)
+    result = run(*arguments, "--host-gib", 0.02, "--budget", 128, "--no-enable-prefix-caching")
+    assert f"{made.tiers.num_pages * 16:,}" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("full", "states", "group", "empty"),
+    [(4, 36, 4, 0), (4, 5, 5, 1), (7, 3, 3, 2), (4, 4, 4, 0)],
+)
+def test_groups_of_layers_are_vllm_s(full, states, group, empty):
+    """The smaller number of layers, or the larger where it is less than half as much again."""
+    text = granite_hybrid()
+    text.num_hidden_layers = full + states
+    text.layer_types = ["full_attention"] * full + ["linear_attention"] * states
+    found = other_layers(text, full, torch.bfloat16, 2)
+    assert (found.states.group_layers, found.states.groups) == (group, -(-states // group))
+    kv = KVShape(full, 2, 32, 2, retriever_page_bytes=1000)
+    model = planning.Model(kv, 0, 0, 1024, found)
+    more = -(-full // group) - 1
+    assert model.empty_page_bytes == empty * kv.page_bytes + more * 1000
+
+
+def test_what_an_engine_refuses_beside_states_is_not_planned(folder, tmp_path):
+    qwen3_next().save_pretrained(tmp_path)
+    model = planning.read_model(tmp_path)
+    options = dict(
+        gpu_bytes=4 * GIB,
+        requests=4,
+        max_model_len=1024,
+        miss_rate=None,
+        link_bytes_per_s=50e9,
+    )
+    sparse, lossless = (SpeContextConfig(budget=128, mode=mode) for mode in ("sparse", "lossless"))
+    windows = replace(model, others=replace(model.others, windowed=2, window=64, page_bytes=1))
+    unknown = replace(model, others=OtherLayers(3, unknown=3))
+    drafter = draft_plan.Drafter(1, 1, 2, 32)
+    for planned_model, config, host, drafts, sentence in (
+        (model, lossless, 0, None, "--mode: found lossless, but 3 layers of this model keep a st"),
+        (model, sparse, 0, drafter, "--drafter: found a folder, but 3 layers of this model keep"),
+        (windows, sparse, GIB, None, "--host-gib: found 1, but 3 layers .* beside 2 with windows"),
+        (unknown, sparse, GIB, None, "--host-gib: found 1, but 3 layers .* does not know"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            planning.make_plan(planned_model, config, host_bytes=host, drafter=drafts, **options)
+    assert planning.make_plan(unknown, sparse, host_bytes=0, **options).tiers.num_pages
 
 
 def test_the_heads_are_those_of_layers_of_full_attention(tmp_path):
@@ -296,7 +388,7 @@ def test_layers_that_read_the_kv_of_another_one_keep_none(tmp_path):
     whole, model = planning.read_model(dense), planning.read_model(shared)
     assert (model.kv.num_layers, model.readers, model.read) == (3, 2, whole.kv)
     others = model.others
-    assert (others.count, others.windowed, others.readers, others.with_states) == (5, 3, 2, 0)
+    assert (others.count, others.windowed, others.readers, others.unknown) == (5, 3, 2, 0)
     assert others.read_bytes(1024) == whole.others.kv_bytes(1024) == whole.others.read_bytes(1024)
     assert 5 * others.kv_bytes(1024) == 3 * others.read_bytes(1024)
     options = {

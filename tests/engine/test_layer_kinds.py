@@ -28,6 +28,7 @@ from tests.engine.families import (
     serving,
     write,
 )
+from tests.engine.planned import assert_planned
 from tests.engine.poison import poison_unread
 from tests.engine.scenarios import preemptions
 from tests.engine.scripted import Script, scripted_drafts
@@ -37,6 +38,8 @@ BUDGET, TOKENS = 64, 20
 SETTINGS = {"budget": 1024, "sink_tokens": 16, "recent_tokens": 16}
 NEAR_TIE_16_BITS = 0.05
 """Of log-probabilities: logits of 4 to 8 are 0.03 apart in bfloat16, or equal."""
+KV_GIB = 0.02
+"""Memory for what requests keep, in engines whose number of blocks is compared with a plan's."""
 DRAFTED = "gpt_oss"
 """The family that is served with drafts, too: windows and learned sinks."""
 generator = torch.Generator().manual_seed(3)
@@ -254,16 +257,23 @@ def test_drafts_are_verified_beside_layers_with_windows(served):
 def test_a_family_s_tokens_are_stock_s_where_the_budget_covers_the_context(family, tmp_path):
     """State-space and linear layers beside ours, on a CPU as far as vLLM runs them there: linear
     attention in bfloat16 only, and Mamba 2 without a prefix cache. What families do within a layer,
-    and layers with chunks.
+    and layers with chunks. States, their blocks and how many fit are those of `specontext plan`.
     """
-    arguments: dict[str, Any] = {"enable_prefix_caching": family not in HYBRID}
+    arguments: dict[str, Any] = {
+        "enable_prefix_caching": family == "qwen3_next" or family not in HYBRID
+    }
     if family == "qwen3_next":
         arguments["dtype"] = "bfloat16"
     model = write(tmp_path, (HYBRID | PLAIN | CHUNKED)[family]())
     with serving(tmp_path, **arguments) as stock:
         expected, gaps = scenarios(stock), stock.gaps
     settings = {**SETTINGS, "retriever": "quest"}
+    if family in HYBRID:
+        settings["gpu_kv_gib"] = KV_GIB
+        arguments["num_gpu_blocks_override"] = None
     with serving(tmp_path, settings=settings, **arguments) as ours:
+        if family in HYBRID:
+            assert_planned(tmp_path, ours, int(KV_GIB * 2**30))
         found = scenarios(ours)
         if "dtype" in arguments:
             found["next turn"] = up_to_near_ties(found["next turn"], expected["next turn"], gaps)

@@ -18,6 +18,7 @@ import torch
 from specontext_vllm.engine import other_blocks
 from specontext_vllm.retrieval.checkpoint import save_head
 from tests.engine.families import HYBRID, WINDOWED, Asked, gemma4, serving, write
+from tests.engine.planned import planned_as_served
 from tests.engine.scenarios import preemptions, sampling
 from tests.engine.test_layer_kinds import PROMPTS, SETTINGS, scenarios
 from tests.poison import poisoned_tiers, times_poisoned
@@ -214,5 +215,8 @@ def test_beside_layers_that_keep_a_state_tokens_are_those_of_one_tier(tmp_path):
         states = {layer.kv_cache[0].shape[0] for name, layer in context.items() if "mixer" in name}
         # One of a request, twice those of three more, and vLLM's null block.
         assert states == {1 + 1 + 2 * 3}
+        parts = asked.runner.runtime.tiers.plan.parts
+        planned = planned_as_served(tmp_path, asked).others.apart_bytes(1024, 3)
+        assert parts["layers of other kinds"] == planned
         assert asked.stats["missed_head_pages"] > 0
         assert asked.llm.collective_rpc(times_poisoned)[0] > 0
