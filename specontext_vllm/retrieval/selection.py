@@ -167,7 +167,12 @@ def _select_by_group(
 ) -> None:
     """``select_rows`` for one group of layers after the other, on a CPU."""
     groups, heads = selection.groups, selection.num_kv_heads
-    each = [part.unflatten(0, (heads, groups, -1)) for part in (scores.page_max, scores.page_lse)]
+    # The workspace is far larger than what a step has scored.
+    used = int(starts[len(rows) - 1]) + pages_for(int(seq_lens[rows.stop - 1]))
+    each = [
+        part[:, :used].unflatten(0, (heads, groups, -1))
+        for part in (scores.page_max, scores.page_lse)
+    ]
     tables = zip(selection.pages.chunk(groups), selection.lengths.chunk(groups), strict=True)
     for group, (pages, lengths) in enumerate(tables):
         page_max, page_lse = (part[:, group].flatten(0, 1) for part in each)
