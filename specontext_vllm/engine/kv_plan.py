@@ -61,7 +61,7 @@ class KVPlan:
         memory = self._memory_model(block)
         if not self._config.host_kv_gib:
             return plan_one_tier(self._vllm_config, memory, gpu_bytes, block.num_bytes)
-        refuse_kv_groups(self._config, block.groups, num_drafts(self._vllm_config))
+        refuse_kv_groups(self._config, block.groups)
         self._tiers = plan_two_tiers(
             self._vllm_config, memory, gpu_bytes, beside_others=block.apart_bytes is not None
         )

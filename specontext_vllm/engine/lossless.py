@@ -9,7 +9,7 @@ model runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,15 +119,6 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
         )
 
 
-def refuse_groups_of_layers(config: SpeContextConfig, groups: int) -> None:
-    """Raise a ConfigError where a head has queries for several groups of layers."""
-    if config.is_lossless and groups > 1:
-        raise ConfigError(
-            f"{SETTING}, but the head has queries for {groups} groups of layers, which is not "
-            "supported there; use a head that was trained with --groups 1."
-        )
-
-
 def choose_drafts(vllm_config: Any, kv_cache_config: Any) -> DraftLength:
     """What chooses how many tokens this engine drafts: on a GPU among those numbers of which it has
     graphs.
@@ -187,9 +178,7 @@ class OtherLayers:
 
     def describe(self, common: Any, positions: Tensor) -> tuple[Any, Tensor]:
         """Their metadata and slots for a step of one token a row, at ``positions [R]``."""
-        size = self.block_size
-        blocks = self.block_table.gather(1, (positions // size)[:, None]).squeeze(1).long()
-        slots = blocks * size + positions % size
+        slots = slots_of(self.block_table, positions, self.block_size)
         described = replace(common, block_table_tensor=self.block_table, slot_mapping=slots)
         return self.builder.build(0, described), slots
 
@@ -204,8 +193,7 @@ class SelfDrafts:
 
     Args:
         step: selects and learns.
-        builder: makes the metadata of our layers.
-        layer_names: those layers.
+        layers: the names of our layers of each KV group, and what makes their metadata.
         model: the target.
         vllm_config: the engine's configuration.
         head_cache: what the head remembers, if there is a head.
@@ -214,13 +202,12 @@ class SelfDrafts:
     def __init__(
         self,
         step: DecodeStep,
-        builder: SpeContextMetadataBuilder,
-        layer_names: Sequence[str],
+        layers: Sequence[tuple[Collection[str], SpeContextMetadataBuilder]],
         model: Any,
         vllm_config: Any,
         head_cache: HeadCache | None,
     ) -> None:
-        self.step, self.builder, self.layer_names = step, builder, layer_names
+        self.step, self.layers = step, layers
         self.model, self.vllm_config = model, vllm_config
         self.head_cache = head_cache
         self.max_model_len = vllm_config.model_config.max_model_len
@@ -230,7 +217,7 @@ class SelfDrafts:
         count: int,
         tokens: Tensor,
         known: Tensor,
-        block_table: Tensor,
+        block_tables: Sequence[Tensor],
         names: Sequence[str],
         others: Sequence[OtherLayers] = (),
     ) -> Tensor:
@@ -239,17 +226,17 @@ class SelfDrafts:
         Args:
             tokens: ``[R]`` those tokens, of the dtype of the drafts.
             known: ``[R]`` int64 tokens that have KV; the next one's position.
-            block_table: ``[R, W]`` int32 pages, with room for the drafts.
+            block_tables: ``[R, W]`` int32 pages of each KV group of ours, with room for the drafts.
             names: R request ids.
             others: the target's layers that are not ours.
         """
-        last_pages = block_table.gather(1, ((known - 1) // PAGE_SIZE)[:, None])
+        last_pages = block_tables[0].gather(1, ((known - 1) // PAGE_SIZE)[:, None])
         drafts = []
         with self.page_memory(last_pages[:, 0].long()):
             for ahead in range(count):
                 # Beyond the longest context nothing is ever verified.
                 positions = (known + ahead).clamp(max=self.max_model_len - 1)
-                batch = one_token_a_row(tokens, positions, block_table, names)
+                batch = one_token_a_row(tokens, positions, block_tables, names)
                 tokens = self.next_tokens(batch, partial(self._run, batch, others))
                 drafts.append(tokens)
         return torch.stack(drafts, 1)
@@ -291,8 +278,16 @@ class SelfDrafts:
             block_table_tensor=batch.block_table,
             slot_mapping=batch.slots,
         )
-        metadata = dict.fromkeys(self.layer_names, self.builder.build_draft(common))
-        slots = dict.fromkeys(self.layer_names, batch.slots)
+        metadata: dict[str, Any] = {}
+        slots: dict[str, Tensor] = {}
+        tables = (batch.block_table, *batch.other_block_tables)
+        for (names, builder), table in zip(self.layers, tables, strict=True):
+            places = batch.slots
+            if table is not batch.block_table:
+                places = slots_of(table, batch.positions, PAGE_SIZE)
+            own = replace(common, block_table_tensor=table, slot_mapping=places)
+            metadata |= dict.fromkeys(names, builder.build_draft(own))
+            slots |= dict.fromkeys(names, places)
         for other in others:
             described, places = other.describe(common, batch.positions)
             metadata |= dict.fromkeys(other.names, described)
@@ -308,17 +303,26 @@ class SelfDrafts:
             )
 
 
+def slots_of(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """``[R]`` int64 slots of one token a row, at ``positions [R]``."""
+    blocks = block_table.gather(1, (positions // block_size)[:, None]).squeeze(1).long()
+    return blocks * block_size + positions % block_size
+
+
 def one_token_a_row(
-    tokens: Tensor, positions: Tensor, block_table: Tensor, names: Sequence[str]
+    tokens: Tensor, positions: Tensor, block_tables: Sequence[Tensor], names: Sequence[str]
 ) -> StepBatch:
-    """A step of the rows' next tokens ``[R]`` at ``positions [R]``; waits for the device."""
-    rows = len(tokens)
-    pages = block_table.gather(1, (positions // PAGE_SIZE)[:, None]).squeeze(1).long()
+    """A step of the rows' next tokens ``[R]`` at ``positions [R]``; waits for the device.
+
+    Args:
+        block_tables: ``[R, W]`` int32 of each KV group.
+    """
+    rows, (block_table, *others) = len(tokens), block_tables
     seq_lens = (positions + 1).int()
     return StepBatch(
         token_ids=tokens,
         positions=positions,
-        slots=pages * PAGE_SIZE + positions % PAGE_SIZE,
+        slots=slots_of(block_table, positions, PAGE_SIZE),
         query_starts=torch.arange(rows + 1, dtype=torch.int32),
         seq_lens=seq_lens,
         block_table=block_table,
@@ -328,4 +332,5 @@ def one_token_a_row(
         num_tokens=rows,
         names=names,
         query_lens=[1] * rows,
+        other_block_tables=tuple(others),
     )

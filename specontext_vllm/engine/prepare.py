@@ -11,10 +11,7 @@ from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.connector import settle_connector, settle_storage
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
-from specontext_vllm.engine.lossless import (
-    refuse_groups_of_layers,
-    refuse_lossless,
-)
+from specontext_vllm.engine.lossless import refuse_lossless
 from specontext_vllm.engine.memory import block_pages, retriever_page_bytes
 from specontext_vllm.engine.names import (
     AUX_LAYERS_KEY,
@@ -117,7 +114,6 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
             layers = num_full_layers(model.hf_text_config)
             refuse_groups(config, checkpoint.spec.layer_groups, layers)
             refuse_stages(checkpoint.spec.layer_groups, vllm_config.parallel_config)
-            refuse_groups_of_layers(config, checkpoint.spec.layer_groups)
             additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional
     page_bytes = retriever_page_bytes(vllm_config, 0, spec)

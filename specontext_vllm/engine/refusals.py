@@ -256,9 +256,9 @@ def refuse_sidecar(vllm_config: Any) -> None:
         )
 
 
-def refuse_kv_groups(config: SpeContextConfig, count: int, drafts: int) -> None:
+def refuse_kv_groups(config: SpeContextConfig, count: int) -> None:
     """Raise a ConfigError where the layers that are selected for are in ``count`` KV-cache groups,
-    and the selection is made, or read, where the pages of one are known.
+    and the selection is made, or its pages moved, where those of one are known.
     """
     for setting, is_set in (
         (
@@ -269,7 +269,6 @@ def refuse_kv_groups(config: SpeContextConfig, count: int, drafts: int) -> None:
             f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}",
             bool(config.host_kv_gib),
         ),
-        (f"--speculative-config: found {drafts} drafts", drafts > 0),
     ):
         if count > 1 and is_set:
             raise ConfigError(

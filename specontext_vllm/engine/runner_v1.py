@@ -230,7 +230,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
                 count,
                 sampled.gather(1, newest)[:, 0].int(),
                 known[rows],
-                batch.block_table[rows],
+                [table[rows] for table in (batch.block_table, *batch.other_block_tables)],
                 [batch.names[row] for row in rows.tolist()],
                 self._other_layers(batch.num_rows, rows),
             )

@@ -142,7 +142,7 @@ class Runtime:
         """
         self._is_profiling = is_profiling
         self.kv_groups = find_kv_groups(self.layers.kv_names, kv_cache_config.kv_cache_groups)
-        refuse_kv_groups(self.config, len(self.kv_groups), num_drafts(self.vllm_config))
+        refuse_kv_groups(self.config, len(self.kv_groups))
         self.tiers = None
         num_pages = self.kv_groups[0].num_pages(kv_cache_config.num_blocks)
         with self._kv_memory():
@@ -294,10 +294,13 @@ class Runtime:
     def self_drafts(self, model: Any) -> SelfDrafts:
         """What drafts with the target ``model`` in lossless mode."""
         head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
+        ours = set(self.layers.names)
         return SelfDrafts(
             self.step,
-            self.attention_groups[0].get_metadata_builder(),
-            self.layers.names,
+            [
+                (ours.intersection(group.layer_names), group.get_metadata_builder())
+                for group in self.attention_groups
+            ],
             model,
             self.vllm_config,
             None if head is None else head.cache,

@@ -14,8 +14,8 @@ from specontext_vllm.config import PAGE_SIZE, pages_for
 
 
 def poison_unread(runner: Any, out: dict[str, Any]) -> None:
-    """From now on the head pages of a step's requests that are in no page table are NaN while the
-    model runs, in every layer of ours.
+    """From now on the head pages of a step's requests that are not in a layer's page table are NaN
+    there while the model runs, in every layer of ours.
     """
     runtime, step = runner.runtime, runner.runtime.step
     context = runtime.vllm_config.compilation_config.static_forward_context
@@ -29,9 +29,13 @@ def poison_unread(runner: Any, out: dict[str, Any]) -> None:
         block_tables = (batch.block_table, *batch.other_block_tables)
         each = zip(runtime.kv_groups, step.attention, block_tables, strict=True)
         for group, (table, _), block_table in each:
-            poison(
-                batch, table, block_table, [context[name].kv_cache for name in group.layer_names]
-            )
+            layers = [context[name] for name in group.layer_names]
+            # Where the head has queries for groups of layers, each of them has a table.
+            for own in {
+                id(layer.impl.group_table): layer.impl.group_table for layer in layers
+            }.values():
+                caches = [layer.kv_cache for layer in layers if layer.impl.group_table is own]
+                poison(batch, own or table, block_table, caches)
 
     def poison(batch: Any, table: Any, block_table: torch.Tensor, caches: list[Any]) -> None:
         heads = table.num_kv_heads

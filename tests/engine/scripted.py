@@ -42,7 +42,8 @@ class Script:
         for prompt, answer in self.answers.items():
             if tuple(tokens[: len(prompt)]) == prompt and len(tokens) > len(prompt):
                 drafted = answer[len(tokens) - len(prompt) :][:DRAFTS]
-                wrong = len(tokens) % (DRAFTS + 1)
+                # Not by the length alone: whole rows would lead to whole rows.
+                wrong = len(tokens) // 3 % (DRAFTS + 1)
                 return [token + (place == wrong) for place, token in enumerate(drafted)]
         return []
 

@@ -13,7 +13,9 @@ from specontext_vllm.retrieval.checkpoint import aux_layers_of, save_head
 from specontext_vllm.retrieval.reference import Budget
 from tests.distillation.tiny_models import make_config, make_model
 from tests.engine.conftest import engine
+from tests.engine.poison import poison_unread
 from tests.engine.test_architectures import SHAPE, continue_densely
+from tests.engine.test_lossless import CLOSE, Drafting
 from tests.retrieval.own_heads import make_own
 
 LENGTHS, TOKENS, GROUPS = (210, 400, 37, 333), 24, 3
@@ -62,23 +64,34 @@ def emulated(model, folder, ids, start, groups=None):
         paged.close()
 
 
-def test_each_layer_reads_what_its_group_chose(tmp_path):
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The model, and the folder of both."""
+    folder = tmp_path_factory.mktemp("model")
+    return make_parts(folder), folder
+
+
+def arguments(folder, **settings):
+    sizes = {"budget": BUDGET, "sink_tokens": SINKS, "recent_tokens": RECENTS}
+    return {
+        "model": str(folder),
+        "attention_backend": "specontext",
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "additional_config": {"specontext": sizes | settings},
+    }
+
+
+def test_each_layer_reads_what_its_group_chose(parts):
     from vllm import SamplingParams, TokensPrompt
 
-    model = make_parts(tmp_path)
+    model, folder = parts
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(5, 97, (n,), generator=generator).tolist() for n in LENGTHS]
     params = SamplingParams(
         temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=0
     )
-    settings = {"budget": BUDGET, "sink_tokens": SINKS, "recent_tokens": RECENTS}
-    arguments = {
-        "model": str(tmp_path),
-        "attention_backend": "specontext",
-        "skip_tokenizer_init": True,
-        "max_model_len": 1024,
-    }
-    with engine(**arguments, additional_config={"specontext": settings}) as llm:
+    with engine(**arguments(folder)) as llm:
 
         def answers():
             replies = llm.generate(
@@ -108,13 +121,47 @@ def test_each_layer_reads_what_its_group_chose(tmp_path):
     others = 0
     for prompt, (tokens, log_probs) in zip(prompts, found, strict=True):
         ids = torch.tensor(prompt + tokens)
-        wanted = emulated(model, tmp_path, ids, len(prompt))
+        wanted = emulated(model, folder, ids, len(prompt))
         torch.testing.assert_close(log_probs[1:], wanted, rtol=1e-3, atol=1e-3)
         if len(prompt) > 200:
             for groups in ([0] * 5, [2, 2, 1, 0, 0]):
-                other = emulated(model, tmp_path, ids, len(prompt), groups)
+                other = emulated(model, folder, ids, len(prompt), groups)
                 others += int((other - wanted).abs().max() > 0.02)
     # Else any group's pages would do.
     assert others == 6
     assert 0 < stats["pages_read"] < 0.5 * stats["pages_total"]
     assert 0 < stats["kept_mass_mean"] < 1
+
+
+def test_lossless_mode_drafts_with_the_pages_of_each_group(parts, monkeypatch):
+    """Its tokens and KV are those of dense attention at every budget."""
+    model, folder = parts
+    prompt = torch.randint(5, 97, (400,), generator=torch.Generator().manual_seed(3)).tolist()
+    with engine(**arguments(folder, mode="lossless")) as llm:
+        drafting = Drafting(llm)
+        drafting.draft(0)
+        tokens = drafting.answer(prompt, 40)
+        dense = continue_densely(model, prompt)
+        assert tokens[: len(dense)] == dense
+        drafting.answer(prompt + tokens[:-1], 1)
+        kv = drafting.kv(439).clone()
+
+        def accepted(budget: int, drafts: int) -> list[int]:
+            drafting.set(budget=budget)
+            drafting.draft(drafts)
+            assert drafting.answer(prompt, 40) == tokens
+            torch.testing.assert_close(drafting.kv(439), kv, atol=10 * CLOSE, rtol=CLOSE)
+            return list(drafting.accepted)
+
+        assert set(accepted(1024, 4)[:-1]) == {4}
+        of_groups = {drafts: accepted(BUDGET, drafts) for drafts in (1, 4)}
+        context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in drafting.runtime.layers.names]
+        with monkeypatch.context() as patch:
+            for layer in layers:
+                patch.setattr(layer.impl, "group_table", layers[0].impl.group_table)
+            # Answers are the same with any pages, drafts are not.
+            assert accepted(BUDGET, 4) != of_groups[4]
+        seen = {}
+        poison_unread(drafting.runner, seen)
+        assert accepted(BUDGET, 4) == of_groups[4] and seen["poisoned pages"] > 0

@@ -40,8 +40,10 @@ NEAR_TIE_16_BITS = 0.05
 """Of log-probabilities: logits of 4 to 8 are 0.03 apart in bfloat16, or equal."""
 KV_GIB = 0.02
 """Memory for what requests keep, in engines whose number of blocks is compared with a plan's."""
-DRAFTED = "gpt_oss"
-"""The family that is served with drafts, too: windows and learned sinks."""
+DRAFTED = ("gpt_oss", "olmo3")
+"""Families that are served with drafts, too: windows and learned sinks; full layers in three of
+vLLM's groups.
+"""
 generator = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(5, 97, (n,), generator=generator).tolist() for n in (1, 130, 400)]
 pytestmark = pytest.mark.skipif(
@@ -140,7 +142,7 @@ def served(request, tmp_path_factory) -> dict[str, Any]:
         poison_unread(ours.runner, out)
         out["poisoned"] = ours.answer(PROMPTS, TOKENS)
         out["forgetful"] = forget_caps_and_sinks(ours)
-    if request.param == DRAFTED:
+    if request.param in DRAFTED:
         out["script"] = with_drafts(folder, out)
         lossless(folder, out)
     return out
@@ -237,7 +239,7 @@ def test_pages_that_were_not_chosen_are_not_read(served):
     assert served["poisoned pages"] > 0 and served["poisoned"] == served["recent"]
 
 
-@pytest.mark.parametrize("served", [DRAFTED], indirect=True)
+@pytest.mark.parametrize("served", DRAFTED, indirect=True)
 def test_drafts_are_verified_beside_layers_with_windows(served):
     """Rejected at every place; below the budget each reads what its row's first token chose."""
     assert served["drafted"] == served["stock"]
@@ -318,7 +320,7 @@ def test_a_model_of_windows_alone_is_never_attended_fully(tmp_path, monkeypatch)
             pass
 
 
-@pytest.mark.parametrize("served", [DRAFTED], indirect=True)
+@pytest.mark.parametrize("served", DRAFTED, indirect=True)
 def test_lossless_mode_drafts_through_layers_with_windows(served):
     (tokens, accepted), (with_few, accepted_with_few) = (
         served["lossless"],

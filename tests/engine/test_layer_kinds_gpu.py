@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import pytest
 
+from tests.engine import scripted
 from tests.engine.families import CHUNKED, HYBRID, PLAIN, WINDOWED, serving, write
 from tests.engine.test_layer_kinds import BUDGET, PROMPTS, SETTINGS, TOKENS
 
@@ -47,9 +48,22 @@ def test_a_whole_budget_s_tokens_begin_as_stock_s(family, tmp_path):
         assert 0 < ours.stats["pages_read"] < 0.5 * ours.stats["pages_total"]
 
 
-def test_two_tiers_beside_states_begin_as_one_tier(tmp_path):
-    write(tmp_path, HYBRID["granite_hybrid"]())
-    shape = {"max_num_seqs": 3, "num_gpu_blocks_override": 40}
+def test_drafts_where_full_layers_are_in_several_groups_begin_as_stock_s(tmp_path):
+    write(tmp_path, WINDOWED["olmo3"]())
+    shape = {"dtype": "bfloat16", "num_gpu_blocks_override": 400}
+    with serving(tmp_path, **shape) as stock:
+        expected = stock.answer(PROMPTS, TOKENS)
+    settings = {**SETTINGS, "retriever": "recent"}
+    shape["speculative_config"] = scripted.CONFIG
+    with serving(tmp_path, settings=settings, **shape) as ours:
+        assert len(ours.runner.runtime.kv_groups) > 1
+        assert agreed(ours.answer(PROMPTS, TOKENS), expected) >= AGREED
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("granite_hybrid", 40), ("gemma4", 160)])
+def test_two_tiers_beside_states_and_shared_kv_begin_as_one_tier(family, blocks, tmp_path):
+    write(tmp_path, FAMILIES[family]())
+    shape = {"max_num_seqs": 3, "num_gpu_blocks_override": blocks}
     settings = {**SETTINGS, "budget": 64, "retriever": "recent", "stickiness": 0}
     with serving(tmp_path, dtype="bfloat16", settings=settings, **shape) as ours:
         expected = ours.answer(PROMPTS, TOKENS)

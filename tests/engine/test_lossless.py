@@ -13,6 +13,7 @@ import torch
 
 from specontext_vllm.config import PAGE_SIZE
 from specontext_vllm.engine.draft_length import MAX_DRAFTS
+from specontext_vllm.engine.lossless import slots_of
 from specontext_vllm.observability.catalog import PREFIX
 from tests.conftest import CUDA
 from tests.engine.conftest import engine
@@ -33,7 +34,7 @@ class Drafting:
         self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         self.runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.runtime, self.step = self.runner.runtime, self.runner.runtime.step
-        self.slots: dict[int, int] = {}
+        self.slots: dict[int, tuple[int, ...]] = {}
         self.accepted: list[int] = []
         self.crossed = 0
         self.spoilt: int | None = None
@@ -43,8 +44,12 @@ class Drafting:
         def after_model(batch: Any, aux: Any) -> None:
             if batch.dense and batch.num_rows == 1:
                 kept = batch.query_lens[0] if batch.kept is None else int(batch.kept[0])
-                places = batch.positions[:kept].tolist(), batch.slots[:kept].tolist()
-                self.slots.update(zip(*places, strict=True))
+                positions = batch.positions[:kept]
+                places = [
+                    slots_of(table.expand(kept, -1), positions, PAGE_SIZE).tolist()
+                    for table in (batch.block_table[:1], *(t[:1] for t in batch.other_block_tables))
+                ]
+                self.slots.update(zip(positions.tolist(), zip(*places), strict=True))
                 if batch.max_queries > 1:
                     self.accepted.append(kept - 1)
             after(batch, aux)
@@ -82,17 +87,20 @@ class Drafting:
     def kv(self, length: int) -> torch.Tensor:
         """``[layers, length, H, 2 * D]`` of the last answer."""
         context = self.runtime.vllm_config.compilation_config.static_forward_context
-        slots = torch.tensor([self.slots[position] for position in range(length)])
         return torch.stack(
             [
                 context[name].kv_cache[slots // PAGE_SIZE, :, slots % PAGE_SIZE]
-                for name in self.runtime.layers.names
+                for group, slots in zip(self.runtime.kv_groups, self._slots(length), strict=True)
+                for name in group.layer_names
             ]
         )
 
     def head_keys(self, length: int) -> torch.Tensor:
-        slots = torch.tensor([self.slots[position] for position in range(length)])
-        return self.runtime.retriever.cache.keys_at(slots)
+        return self.runtime.retriever.cache.keys_at(self._slots(length)[0])
+
+    def _slots(self, length: int) -> torch.Tensor:
+        """``[KV groups, length]`` of the last answer."""
+        return torch.tensor([self.slots[position] for position in range(length)]).T
 
 
 @pytest.fixture(scope="module")

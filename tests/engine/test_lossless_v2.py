@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from specontext_vllm.engine.kv_group import KVGroup
+from specontext_vllm.retrieval.checkpoint import read_checkpoint, save_head
 from tests.engine.conftest import engine
 from tests.engine.scenarios import SCENARIOS, scenarios
 from tests.engine.shared_runs import SETTINGS, SHAPE
@@ -137,10 +139,20 @@ def test_a_pass_over_drafts_is_a_step_of_one_token_a_row(monkeypatch, captured):
     assert not seen
 
 
+@pytest.fixture
+def two_groups(own_head, tmp_path):
+    """Folder of a head that selects for two groups of layers, alike."""
+    head = read_checkpoint(own_head)
+    save_head(tmp_path, replace(head.spec, layer_groups=2), head.tensors, dtype=None)
+    return tmp_path
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_tokens_on_a_gpu_equal_stock(stock, prompts, eager):
-    settings = {**SETTINGS, "mode": "lossless"}
+@pytest.mark.parametrize("way", ["graphs", "eager", "two groups of layers"])
+def test_tokens_on_a_gpu_equal_stock(stock, prompts, way, request):
+    settings, eager = {**SETTINGS, "mode": "lossless"}, way == "eager"
+    if way == "two groups of layers":
+        settings["retrieval_head"] = str(request.getfixturevalue("two_groups"))
     with engine(**SHAPE, enforce_eager=eager, additional_config={"specontext": settings}) as llm:
         length = llm.llm_engine.engine_core.engine_core.scheduler.draft_length
         turn = iter(range(10**9))

@@ -12,7 +12,6 @@ from specontext_vllm.config import ConfigError, SpeContextConfig
 from specontext_vllm.engine import refusals
 from specontext_vllm.engine.kv_dtype import kv_dtype, refuse_scales
 from specontext_vllm.engine.lossless import (
-    refuse_groups_of_layers,
     refuse_lossless,
 )
 from specontext_vllm.engine.prepare import prepare_vllm_config
@@ -82,7 +81,7 @@ def test_engines_that_cannot_draft_with_their_target_are_refused(changes, senten
     refuse_lossless(vllm_config(parallel={"data_parallel_size": 1}), is_cpu=True)
 
 
-def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and_groups_of_layers():
+def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu():
     gpu = vllm_config({"specontext": {"retriever": "quest"}}, parallel={"data_parallel_size": 1})
     refuse_lossless(gpu, is_cpu=True)
     with pytest.raises(ConfigError, match="with retriever 'quest', but a GPU's graphs"):
@@ -97,11 +96,6 @@ def test_lossless_mode_is_refused_with_rules_of_a_layer_and_windows_on_a_gpu_and
     refuse_lossless(gpu, is_cpu=True)
     with pytest.raises(ConfigError, match="some of whose layers have a window, on a GPU, which"):
         refuse_lossless(gpu, is_cpu=False)
-    config = SpeContextConfig(mode="lossless")
-    with pytest.raises(ConfigError, match="the head has queries for 3 groups of layers"):
-        refuse_groups_of_layers(config, 3)
-    refuse_groups_of_layers(config, 1)
-    refuse_groups_of_layers(SpeContextConfig(), 3)
 
 
 @pytest.mark.parametrize(
@@ -467,14 +461,14 @@ def test_the_model_runner_that_a_platform_s_worker_does_not_drive_is_refused():
         refuse_runner(SimpleNamespace(use_v2_model_runner=False), is_cpu=False)
 
 
-def test_a_sidecar_and_a_drafter_know_the_pages_of_one_group():
+def test_a_sidecar_and_two_tiers_know_the_pages_of_one_group():
     sidecar = SpeContextConfig.from_settings({"sidecar": "ray"})
-    refuse_kv_groups(sidecar, 1, 3)
-    refuse_kv_groups(SpeContextConfig(), 9, 0)
+    refuse_kv_groups(sidecar, 1)
+    refuse_kv_groups(SpeContextConfig(), 9)
     with pytest.raises(ConfigError, match=r"sidecar: found 'ray', but vLLM keeps .* in 9 groups"):
-        refuse_kv_groups(sidecar, 9, 0)
-    with pytest.raises(ConfigError, match=r"--speculative-config: found 3 drafts, but .* 9 groups"):
-        refuse_kv_groups(SpeContextConfig(), 9, 3)
+        refuse_kv_groups(sidecar, 9)
+    with pytest.raises(ConfigError, match=r"host_kv_gib: found 1.0, but .* in 9 groups"):
+        refuse_kv_groups(SpeContextConfig(host_kv_gib=1.0), 9)
 
 
 def test_a_layer_has_the_last_word_on_what_its_model_asks_for():
