@@ -13,14 +13,13 @@ from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig
 from specontext_vllm.engine.names import (
+    CONNECTOR_MODULES,
     HEAD_BLOCK_BYTES,
     HEAD_PRINT,
     KV_PRINT,
     OFFLOADING_CONNECTOR,
     OFFLOADING_MODULE,
     OFFLOADING_SPEC,
-    STORAGE_CONNECTOR,
-    STORAGE_MODULE,
 )
 from specontext_vllm.model_config import has_windowed_layers
 from specontext_vllm.retrieval.checkpoint import HeadCheckpoint
@@ -36,10 +35,18 @@ def found_connector(vllm_config: Any) -> str | None:
     return None if vllm_config.kv_transfer_config is None else "--kv-transfer-config: found one"
 
 
-def stores_files(vllm_config: Any) -> bool:
-    """Whether KV is in a shared folder."""
+def our_connector(vllm_config: Any) -> str | None:
+    """The connector's name where it is ours, which moves what the head keeps."""
     transfer = vllm_config.kv_transfer_config
-    return transfer is not None and transfer.kv_connector == STORAGE_CONNECTOR
+    name = None if transfer is None else transfer.kv_connector
+    return name if name in CONNECTOR_MODULES else None
+
+
+def head_layers(head_print: str | None) -> list[str]:
+    """Names under which the head's keys and fused aux are layers; none without a head."""
+    if head_print is None:
+        return []
+    return [f"specontext.{head_print}.keys", f"specontext.{head_print}.fused"]
 
 
 def refuse_connector(vllm_config: Any) -> None:
@@ -61,19 +68,26 @@ def refuse_connector(vllm_config: Any) -> None:
                 "VLLM_USE_SIMPLE_KV_OFFLOAD: it is on, and that way of offloading does not move "
                 "the head's keys with the KV; unset it."
             )
-    elif transfer.kv_connector not in (OFFLOADING_CONNECTOR, STORAGE_CONNECTOR):
+    elif transfer.kv_connector not in (served := (OFFLOADING_CONNECTOR, *CONNECTOR_MODULES)):
         raise ConfigError(
             f"--kv-transfer-config: found kv_connector {transfer.kv_connector!r}, which does not "
-            f"move the head's keys with the KV; use {OFFLOADING_CONNECTOR}, {STORAGE_CONNECTOR} or "
-            "leave it out."
+            f"move the head's keys with the KV; use {', '.join(served)}, or leave it out."
         )
-    elif (module := transfer.kv_connector_module_path) not in (None, STORAGE_MODULE):
+    elif (module := transfer.kv_connector_module_path) not in (
+        None,
+        CONNECTOR_MODULES.get(transfer.kv_connector),
+    ):
         raise ConfigError(
             f"--kv-transfer-config: found kv_connector_module_path {module!r}, whose connector "
             "does not move the head's keys with the KV; leave it out."
         )
     if transfer is not None:
         extra = transfer.kv_connector_extra_config
+    if extra.get("bidirectional_kv_xfer"):
+        raise ConfigError(
+            "--kv-transfer-config: found bidirectional_kv_xfer in kv_connector_extra_config, which "
+            "brings pages of generated tokens back as a prompt's; leave it out."
+        )
     for name, allowed in (("spec_name", _SPECS), ("canonical_layout", (None, False))):
         if extra.get(name) not in allowed:
             raise ConfigError(
@@ -87,7 +101,7 @@ def refuse_connector(vllm_config: Any) -> None:
         (bool(config.host_kv_gib), f"{setting}.host_kv_gib {config.host_kv_gib}"),
         (config.sidecar != "inline", f"{setting}.sidecar {config.sidecar!r}"),
         (
-            bool(config.rule.page_vectors) and not stores_files(vllm_config),
+            bool(config.rule.page_vectors) and our_connector(vllm_config) is None,
             f"{setting}.retriever {config.retriever!r}",
         ),
         (
@@ -110,14 +124,14 @@ def refuse_connector(vllm_config: Any) -> None:
             )
 
 
-def settle_storage(
+def settle_head_layers(
     vllm_config: Any,
     device_name: str,
     head: HeadCheckpoint | None,
     aux_layers: Sequence[int],
     page_bytes: int,
 ) -> None:
-    """Where KV is in a shared folder: have our connector keep it apart by what it hangs on, in
+    """Where the connector is one of ours: have it made, and keep KV apart by what it hangs on, in
     place. Idempotent.
 
     Args:
@@ -131,10 +145,10 @@ def settle_storage(
     Reason: the configuration names it.
     Remove when: the head's caches are layers of vLLM's.
     """
-    if not stores_files(vllm_config):
+    if (name := our_connector(vllm_config)) is None:
         return
     transfer, model = vllm_config.kv_transfer_config, vllm_config.model_config
-    transfer.kv_connector_module_path = STORAGE_MODULE
+    transfer.kv_connector_module_path = CONNECTOR_MODULES[name]
     config = SpeContextConfig.from_additional_config(vllm_config.additional_config)
     kept = (
         model.model,
@@ -165,7 +179,7 @@ def settle_connector(vllm_config: Any, block_bytes: int) -> None:
         what it finds in it (vllm/config/vllm.py, _post_init_kv_transfer_config).
     Remove when: the head's caches are layers of vLLM's.
     """
-    if found_connector(vllm_config) is None or stores_files(vllm_config) or not block_bytes:
+    if found_connector(vllm_config) is None or our_connector(vllm_config) or not block_bytes:
         return
     if vllm_config.kv_transfer_config is None:
         from vllm.config import KVTransferConfig

@@ -24,8 +24,13 @@ OFFLOADING_CONNECTOR = "OffloadingConnector"
 OFFLOADING_MODULE, OFFLOADING_SPEC = "specontext_vllm.engine.offloading", "SpeContextOffloadingSpec"
 HEAD_BLOCK_BYTES = "specontext_head_block_bytes"
 """In a connector's extra config: bytes that the head keeps of a block."""
-STORAGE_CONNECTOR, STORAGE_MODULE = "ExampleConnector", "specontext_vllm.engine.shared_storage"
-"""vLLM's connector to a shared folder, and where ours of that name is."""
+STORAGE_CONNECTOR, NIXL_CONNECTOR = "ExampleConnector", "NixlConnector"
+"""vLLM's connectors to a shared folder and to another engine's memory."""
+CONNECTOR_MODULES = {
+    STORAGE_CONNECTOR: "specontext_vllm.engine.shared_storage",
+    NIXL_CONNECTOR: "specontext_vllm.engine.nixl",
+}
+"""Where ours of these names are, which move what the head keeps."""
 KV_PRINT, HEAD_PRINT = "specontext_kv", "specontext_head"
 """In a connector's extra config: names of all KV that is alike, and of the head, if there is one.
 """

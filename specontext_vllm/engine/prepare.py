@@ -9,7 +9,7 @@ from typing import Any
 
 from specontext_vllm.attention.registry import refuse_provider
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.connector import settle_connector, settle_storage
+from specontext_vllm.engine.connector import settle_connector, settle_head_layers
 from specontext_vllm.engine.find_head import find_head, load_head, num_hidden_layers
 from specontext_vllm.engine.lossless import refuse_lossless
 from specontext_vllm.engine.memory import block_pages, retriever_page_bytes
@@ -117,7 +117,9 @@ def prepare_vllm_config(vllm_config: Any) -> HeadSpec | None:
             additional[LAYER_GROUPS_KEY] = checkpoint.spec.layer_groups
     vllm_config.additional_config = additional
     page_bytes = retriever_page_bytes(vllm_config, 0, spec)
-    settle_storage(vllm_config, current_platform.device_type, checkpoint, aux_layers, page_bytes)
+    settle_head_layers(
+        vllm_config, current_platform.device_type, checkpoint, aux_layers, page_bytes
+    )
     settle_connector(vllm_config, page_bytes * block_pages(vllm_config))
     return spec
 

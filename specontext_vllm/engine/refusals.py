@@ -9,7 +9,7 @@ import importlib.util
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
-from specontext_vllm.engine.connector import found_connector, refuse_connector, stores_files
+from specontext_vllm.engine.connector import found_connector, our_connector, refuse_connector
 from specontext_vllm.engine.drafts import refuse_drafts
 from specontext_vllm.engine.kv_dtype import refuse_kv_dtype
 from specontext_vllm.engine.layers import NO_FULL_LAYER
@@ -18,7 +18,6 @@ from specontext_vllm.engine.names import (
     GPU_WORKER,
     OFFLOADING_CONNECTOR,
     SCHEDULERS,
-    STORAGE_CONNECTOR,
 )
 from specontext_vllm.model_config import has_windowed_layers, num_full_layers
 from specontext_vllm.residency.host_memory import free_host_memory, machine_memory
@@ -65,10 +64,10 @@ def refuse_unproven(vllm_config: Any, platform: Any) -> None:
             "that all stages read what --attention-backend specontext selects; use "
             "--tensor-parallel-size."
         )
-    if stores_files(vllm_config) and platform.is_cuda():
+    if (name := our_connector(vllm_config)) is not None and platform.is_cuda():
         raise ConfigError(
-            f"--kv-transfer-config: found kv_connector {STORAGE_CONNECTOR!r}, but on a GPU it has "
-            "not been shown yet that --attention-backend specontext stores what its head keeps; "
+            f"--kv-transfer-config: found kv_connector {name!r}, but on a GPU it has not been "
+            "shown yet that it moves what the head of --attention-backend specontext keeps; "
             f"use {OFFLOADING_CONNECTOR} or leave it out."
         )
 

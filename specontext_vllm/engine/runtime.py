@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.compat import allocate_kv_cache_as
+from specontext_vllm.engine.connector import our_connector
 from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.fitted_length import fit_length
 from specontext_vllm.engine.kv_group import KVGroup, find_kv_groups
@@ -25,7 +26,7 @@ from specontext_vllm.engine.kv_plan import KVPlan
 from specontext_vllm.engine.lossless import SelfDrafts
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
-from specontext_vllm.engine.names import STORAGE_CONNECTOR
+from specontext_vllm.engine.names import NIXL_CONNECTOR, STORAGE_CONNECTOR
 from specontext_vllm.engine.other_blocks import num_other_blocks
 from specontext_vllm.engine.our_layers import OurLayers
 from specontext_vllm.engine.parts import (
@@ -178,10 +179,15 @@ class Runtime:
         head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
         cache = None if head is None else head.cache
         # vLLM's connectors, which few engines have.
-        if self.vllm_config.kv_transfer_config.kv_connector == STORAGE_CONNECTOR:
-            from specontext_vllm.engine.shared_storage import take_head
+        name = our_connector(self.vllm_config)
+        if name == STORAGE_CONNECTOR:
+            from specontext_vllm.engine import shared_storage
 
-            self.storage = take_head(cache, self.layers.learn_pages)
+            self.storage = shared_storage.take_head(cache, self.layers.learn_pages)
+        elif name == NIXL_CONNECTOR:
+            from specontext_vllm.engine import nixl
+
+            nixl.take_head(cache, self.layers.learn_pages)
         elif cache is not None:
             from specontext_vllm.engine.offloading import take_along
 

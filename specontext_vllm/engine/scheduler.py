@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
 from specontext_vllm.engine.draft_length import DraftLength
 from specontext_vllm.engine.lossless import choose_drafts
+from specontext_vllm.engine.names import OFFLOADING_CONNECTOR
 from specontext_vllm.engine.other_blocks import keep_apart
 from specontext_vllm.engine.request_settings import read_budget
 
@@ -158,9 +159,10 @@ class OffloadsExactPages(CachesExactPages):
             vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler.OffloadingConnectorScheduler._calc_num_offloadable_tokens
         """
         super().__init__(*args, **kwargs)
-        connector = getattr(self.connector, "connector_scheduler", None)
-        if connector is None:
+        transfer = self.vllm_config.kv_transfer_config
+        if transfer is None or transfer.kv_connector != OFFLOADING_CONNECTOR:
             return
+        connector = self.connector.connector_scheduler
         (group,) = connector.config.kv_group_configs
         offloadable, loadable = (
             connector._calc_num_offloadable_tokens,

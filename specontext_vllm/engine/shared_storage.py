@@ -18,17 +18,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
 from vllm.logger import init_logger
 
 from specontext_vllm.config import PAGE_SIZE
+from specontext_vllm.engine.connector import head_layers
 from specontext_vllm.engine.names import HEAD_PRINT, KV_PRINT
 from specontext_vllm.retrieval.cache import HeadCache
 
 logger = init_logger("vllm.specontext")
-
-
-def head_layers(head_print: str | None) -> list[str]:
-    """Names under which the head's keys and fused aux are layers; none without a head."""
-    if head_print is None:
-        return []
-    return [f"specontext.{head_print}.keys", f"specontext.{head_print}.fused"]
 
 
 class ExampleConnector(example_connector.ExampleConnector):

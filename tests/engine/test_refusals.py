@@ -160,12 +160,23 @@ def connector(name: str, path: str | None = None, **extra):
 
 OFFLOADING = connector("OffloadingConnector", cpu_bytes_to_use=2**30)
 STORAGE = connector("ExampleConnector", shared_storage_path="/tmp")
+NIXL = connector("NixlConnector", bidirectional_kv_xfer=False)
 
 
 @pytest.mark.parametrize(
     ("settings", "changes", "sentence"),
     [
-        ({}, connector("NixlConnector"), "found kv_connector 'NixlConnector', which does not move"),
+        (
+            {},
+            connector("LMCacheConnectorV1"),
+            "found kv_connector 'LMCacheConnectorV1', which does not move the head's keys with the "
+            "KV; use OffloadingConnector, ExampleConnector, NixlConnector, or leave it out.",
+        ),
+        (
+            {},
+            connector("NixlConnector", bidirectional_kv_xfer=True),
+            "found bidirectional_kv_xfer in kv_connector_extra_config, which brings pages of gene",
+        ),
         (
             {},
             connector("OffloadingConnector", spec_name="TieringOffloadingSpec"),
@@ -208,9 +219,10 @@ def test_connectors_that_leave_what_the_head_keeps_behind_are_refused(settings, 
     with pytest.raises(ConfigError) as error:
         refuse_unsupported(vllm_config({"specontext": settings}, **changes))
     assert sentence in str(error.value) and "\n" not in str(error.value)
-    for served in (OFFLOADING, STORAGE):
+    for served in (OFFLOADING, STORAGE, NIXL):
         refuse_unsupported(vllm_config(**served))
-    refuse_unsupported(vllm_config({"specontext": {"retriever": "quest"}}, **STORAGE))
+    for served in (STORAGE, NIXL):
+        refuse_unsupported(vllm_config({"specontext": {"retriever": "quest"}}, **served))
 
 
 def test_another_way_of_offloading_is_refused(monkeypatch):
@@ -438,9 +450,12 @@ def test_what_has_not_run_on_a_gpu_is_refused_there():
         refuse_unproven(stages, gpu)
     text = str(error.value)
     assert text.startswith("--pipeline-parallel-size: found 2, but on a GPU") and "\n" not in text
-    with pytest.raises(ConfigError, match="found kv_connector 'ExampleConnector', but on a GPU it"):
-        refuse_unproven(vllm_config(**STORAGE), gpu)
-    for served in (stages, vllm_config(**STORAGE)):
+    for found in (STORAGE, NIXL):
+        with pytest.raises(
+            ConfigError, match="found kv_connector '[EN].*, but on a GPU it has not"
+        ):
+            refuse_unproven(vllm_config(**found), gpu)
+    for served in (stages, vllm_config(**STORAGE), vllm_config(**NIXL)):
         refuse_unproven(served, cpu)
     for served in (vllm_config(), vllm_config(**OFFLOADING)):
         refuse_unproven(served, gpu)
