@@ -252,11 +252,6 @@ def refuse_beside_others(
             f"{host}, but {keep} a state, beside {others.windowed} with windows; give 0.",
         ),
         (
-            host_bytes and others.windowed and drafts,
-            f"{host} with --drafter, and {others.windowed} layers of this model have windows; "
-            "leave one of the two out.",
-        ),
-        (
             stateful and drafts,
             f"--drafter: found a folder, but {keep} a state, from which rejected drafts cannot be "
             "taken back; leave it out.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -317,7 +317,7 @@ def hide_our_kernels_folder() -> None:
 
 @contextmanager
 def allocate_kv_cache_as(
-    cache: Any, layer_names: Collection[str], other_blocks: int | None = None
+    cache: Any, layer_names: Collection[str], other_blocks: Mapping[int, int] | None = None
 ) -> Iterator[None]:
     """Within the block, vLLM's KV cache of each of these layers is ``cache``; layers beside them, a
     drafter's or those of other kinds, get memory of their own.
@@ -331,7 +331,8 @@ def allocate_kv_cache_as(
     Remove when: a backend or worker can allocate the KV cache itself.
 
     Args:
-        other_blocks: of the layers beside them; None: as many as the scheduler hands out to these.
+        other_blocks: how many there are of each KV group that has a pool of its own; all else has
+            as many as the scheduler hands out to these layers.
     """
     from vllm.v1.worker import gpu_model_runner
     from vllm.v1.worker.gpu import attn_utils
@@ -341,24 +342,30 @@ def allocate_kv_cache_as(
     had = {module: module.allocate_kv_cache for module in (gpu_model_runner, attn_utils)}
 
     def allocate(kv_cache_config: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        others, ends = [], [0] * len(kv_cache_config.kv_cache_groups)
-        count = other_blocks or kv_cache_config.num_blocks
+        counts = other_blocks or {}
+        # In our layout a layer's blocks lie together; all layers of a pool share one allocation, in
+        # which groups lie over one another.
+        pools: dict[bool, list[Any]] = {}
+        ends = [0] * len(kv_cache_config.kv_cache_groups)
         for tensor in kv_cache_config.kv_cache_tensors:
             if rest := [name for name in tensor.layers if name not in layer_names]:
-                # In our layout a layer's blocks lie together; all layers share one allocation, in
-                # which groups lie over one another.
                 group = next(
                     index
                     for index, group in enumerate(kv_cache_config.kv_cache_groups)
                     if rest[0] in group.layer_names
                 )
+                count = counts.get(group, kv_cache_config.num_blocks)
                 stride = tensor.layer_stride * count // kv_cache_config.num_blocks
-                others.append(replace(tensor, layers=rest, offset=ends[group], layer_stride=stride))
+                own = replace(tensor, layers=rest, offset=ends[group], layer_stride=stride)
+                pools.setdefault(group in counts, []).append((count, own))
                 ends[group] += len(rest) * stride
-        others = [replace(tensor, size=max(ends)) for tensor in others]
-        fewer = replace(kv_cache_config, num_blocks=count, kv_cache_tensors=others)
-        caches = original(fewer, *args, **kwargs)
-        return caches | dict.fromkeys(layer_names, cache)
+        caches = dict.fromkeys(layer_names, cache)
+        for pool in pools.values():
+            size = max(own.offset + len(own.layers) * own.layer_stride for _, own in pool)
+            tensors = [replace(own, size=size) for _, own in pool]
+            part = replace(kv_cache_config, num_blocks=pool[0][0], kv_cache_tensors=tensors)
+            caches |= original(part, *args, **kwargs)
+        return caches
 
     for module in had:
         module.allocate_kv_cache = allocate

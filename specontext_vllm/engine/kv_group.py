@@ -104,7 +104,7 @@ class Block:
         pages: pages of ours in it.
         other_bytes: of it in other layers of our group, a drafter's.
         layers: our layers that a block holds pages of, at the most.
-        groups: our groups.
+        groups: those of layers of full attention: ours, and a drafter's of its own.
         apart_bytes: GPU memory of the groups beside ours, where their blocks are not of our pool;
             see ``other_blocks.py``. None: there are no others.
     """
@@ -137,7 +137,7 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
         planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
         get_kv_cache_groups = planning.get_kv_cache_groups
 
-    from specontext_vllm.engine.other_blocks import num_other_blocks
+    from specontext_vllm.engine.other_blocks import full_groups, num_other_blocks
 
     groups = get_kv_cache_groups(vllm_config, dict(specs))
     ours = find_kv_groups(layer_names, groups)
@@ -152,7 +152,7 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
         ours[0].block_pages,
         sum(size for name, size in sizes[ours[0].index].items() if name not in layer_names),
         layers=max(len(group.layer_names) for group in ours),
-        groups=len(ours),
+        groups=len({*indexes, *(full_groups(groups) if beside else ())}),
         apart_bytes=num_other_blocks(vllm_config, groups, indexes) * max(beside)
         if beside
         else None,

@@ -203,22 +203,13 @@ def refuse_pipeline(vllm_config: Any, config: SpeContextConfig) -> None:
 
 
 def refuse_mixed_tiers(vllm_config: Any, config: SpeContextConfig) -> None:
-    """Raise a ConfigError for a host pool with windows beside states, or with drafts beside layers
-    of other kinds.
-    """
+    """Raise a ConfigError for a host pool with windows beside states."""
     model = vllm_config.model_config
-    found = f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
-    has_windows = has_windowed_layers(model.hf_text_config)
-    if model.is_hybrid and has_windows:
+    if model.is_hybrid and has_windowed_layers(model.hf_text_config):
         raise ConfigError(
-            f"{found}{model.model} has layers with windows beside such that keep a state, whose "
-            "blocks vLLM clears by their place on the GPU, which two tiers have others for; set it "
-            "to 0."
-        )
-    if has_windows and vllm_config.speculative_config is not None:
-        raise ConfigError(
-            f"{found}there are drafts (--speculative-config) and {model.model} has layers with "
-            "windows, whose blocks are no longer those of a drafter's layers; leave one out."
+            f"additional_config.{CONFIG_KEY}.host_kv_gib: found {config.host_kv_gib}, but "
+            f"{model.model} has layers with windows beside such that keep a state, whose blocks "
+            "vLLM clears by their place on the GPU, which two tiers have others for; set it to 0."
         )
 
 
@@ -256,8 +247,8 @@ def refuse_sidecar(vllm_config: Any) -> None:
 
 
 def refuse_kv_groups(config: SpeContextConfig, count: int) -> None:
-    """Raise a ConfigError where the layers that are selected for are in ``count`` KV-cache groups,
-    and the selection is made, or its pages moved, where those of one are known.
+    """Raise a ConfigError where layers of full attention are in ``count`` KV-cache groups, and the
+    selection is made, or its pages moved, where those of one are known.
     """
     for setting, is_set in (
         (
@@ -271,8 +262,9 @@ def refuse_kv_groups(config: SpeContextConfig, count: int) -> None:
     ):
         if count > 1 and is_set:
             raise ConfigError(
-                f"{setting}, but vLLM keeps this model's layers of full attention in {count} "
-                "groups, and what that reads is the pages of one; leave it out."
+                f"{setting}, but vLLM keeps the layers of full attention (the model's and, with "
+                f"drafts, the drafter's) in {count} groups, and what that reads is the pages of "
+                "one; leave it out."
             )
 
 

@@ -163,12 +163,13 @@ class Runtime:
             self._kv_memory,
         )
         groups = kv_cache_config.kv_cache_groups
-        others = None
+        others: dict[int, int] = {}
         if len(groups) > 1:
             ours = [group.index for group in self.kv_groups]
-            others = num_other_blocks(self.vllm_config, groups, ours)
+            count = num_other_blocks(self.vllm_config, groups, ours)
             if is_profiling:
-                others = min(others, kv_cache_config.num_blocks)
+                count = min(count, kv_cache_config.num_blocks)
+            others = {index: count for index in range(len(groups)) if index not in ours}
         with allocate_kv_cache_as(self.tiers.arena, self.layers.kv_names, others):
             yield
 

@@ -176,6 +176,27 @@ def test_a_drafter_s_layers_get_memory_for_themselves_alone():
     assert cache.untyped_storage().nbytes() == each
 
 
+def test_a_drafter_s_layers_beside_windows_have_as_many_blocks_as_ours_and_no_bytes_of_theirs():
+    from vllm.v1.worker.gpu import attn_utils
+
+    spec, drafter = full(16), "model.layers.4.attn"
+    config = config_of(((*OURS, drafter), spec), (OTHERS, WINDOW))
+    each = config.num_blocks * spec.page_size_bytes
+    config.kv_cache_tensors = [
+        KVCacheTensor(3 * each, list(names), each, spec.page_size_bytes)
+        for names in ((*OURS, drafter), OTHERS)
+    ]
+    # As many as the scheduler hands out to ours, or fewer.
+    for count in (config.num_blocks, 7):
+        with allocate_kv_cache_as("arena", OURS, {1: count}):
+            given = attn_utils.allocate_kv_cache(config, CPU, KVCacheLayout.LBHNC, [16, 16])
+        caches = [given[name] for name in (drafter, *OTHERS)]
+        assert [len(cache) for cache in caches] == [config.num_blocks, count, count]
+        for value, cache in enumerate(caches):
+            cache.fill_(value)
+        assert [int(cache.unique()) for cache in caches] == [0, 1, 2]
+
+
 def test_layers_of_other_kinds_get_memory_for_their_own_blocks_over_one_another():
     from vllm.v1.worker.gpu import attn_utils
 
@@ -186,7 +207,7 @@ def test_layers_of_other_kinds_get_memory_for_their_own_blocks_over_one_another(
         KVCacheTensor(2 * each, list(names), each, spec.page_size_bytes)
         for names in (OURS, *(names for names, _ in OTHERS_APART))
     ]
-    with allocate_kv_cache_as("arena", OURS, 7):
+    with allocate_kv_cache_as("arena", OURS, {1: 7, 2: 7}):
         given = attn_utils.allocate_kv_cache(config, CPU, KVCacheLayout.LBHNC, [16, 16, 16])
     assert {given.pop(name) for name in OURS} == {"arena"}
     assert {cache.shape[0] for cache in given.values()} == {7}
@@ -269,6 +290,10 @@ def test_a_block_costs_what_vllm_counts_for_it():
     # vLLM makes blocks of smaller pages longer, until all have the same size.
     shorter = dict.fromkeys(OTHERS, window) | dict.fromkeys(OURS, full(16))
     assert expected_block(config, shorter, OURS) == Block(2 * page, 2, 0, 2, apart_bytes=apart)
+    # A drafter of another shape has blocks of its own.
+    drafters = dict.fromkeys((THIRD, "drafter"), full(16, heads=4))
+    beside = expected_block(config, mixed | drafters, OURS)
+    assert (beside.groups, beside.layers, beside.other_bytes) == (2, 2, 0)
     # Three of ours to one with a window are three groups.
     most = (*OURS, OTHERS[0])
     mostly = {OTHERS[1]: window} | dict.fromkeys(most, full(32))

@@ -75,9 +75,11 @@ def test_two_tiers_beside_states_and_shared_kv_begin_as_one_tier(family, blocks,
         assert ours.stats["missed_head_pages"] > 0
 
 
-def test_two_tiers_beside_windows_begin_as_one_tier(tmp_path):
+@pytest.mark.parametrize("drafts", [None, scripted.CONFIG], ids=["", "drafts"])
+def test_two_tiers_beside_windows_begin_as_one_tier(drafts, tmp_path):
     write(tmp_path, WINDOWED["llama"]())
     shape = {"max_num_seqs": 3, "max_model_len": 704, "num_gpu_blocks_override": 200}
+    shape["speculative_config"] = drafts
     settings = {**SETTINGS, "budget": 192, "retriever": "recent", "stickiness": 0}
     with serving(tmp_path, dtype="bfloat16", settings=settings, **shape) as ours:
         expected = ours.answer(PROMPTS, TOKENS)

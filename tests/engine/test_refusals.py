@@ -293,11 +293,6 @@ def test_a_host_pool_beside_layers_of_other_kinds():
     text = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], **WINDOWED)
     host = {"specontext": {"host_kv_gib": 1, "retriever": "recent"}}
     refuse_unsupported(vllm_config(host, model={"hf_text_config": text}))
-    drafts = SimpleNamespace(method="ngram", num_speculative_tokens=2)
-    with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but there are drafts"):
-        refuse_unsupported(
-            vllm_config(host, model={"hf_text_config": text}, speculative_config=drafts)
-        )
     refuse_unsupported(vllm_config(host, model={"is_hybrid": True}))
     with pytest.raises(ConfigError, match="host_kv_gib: found 1.0, but .* such that keep a state"):
         refuse_unsupported(vllm_config(host, model={"is_hybrid": True, "hf_text_config": text}))
