@@ -167,12 +167,14 @@ inline void dot_block(const float* query, int64_t query_stride, const T* keys, i
   }
 }
 
-// Ask for memory that is read soon. Pages lie anywhere, so the processor does not foresee the next.
+// Ask for memory that is read soon. Pages lie anywhere, so the processor does not foresee the next. It
+// is to come no nearer than the second cache: with what is at work, what is asked for would fill the
+// first and push some of itself out.
 template <typename T>
 inline void ask_for(const T* from, int64_t elements) {
   constexpr int64_t kLine = 64;
   for (int64_t byte = 0; byte < elements * static_cast<int64_t>(sizeof(T)); byte += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 2);
   }
 }
 
