@@ -26,6 +26,24 @@ def aux_layers_for(num_layers: int) -> tuple[int, ...]:
     )
 
 
+def norm_eps(config: Any) -> float:
+    """Epsilon of a target's RMSNorms; 0: it has none."""
+    name = (
+        "layer_norm_epsilon"
+        if getattr(config, "model_type", None) == "nemotron_h"
+        else "rms_norm_eps"
+    )
+    return getattr(config, name, 0.0)
+
+
+def ffn_size(config: Any) -> int:
+    """Inner width of a target's MLPs, or of as many experts as a token has; 0: it names none."""
+    if (width := getattr(config, "intermediate_size", None)) is not None:
+        return width
+    width = getattr(config, "moe_intermediate_size", None)
+    return 0 if width is None else width * config.num_experts_per_tok
+
+
 @dataclass(frozen=True)
 class DraftShape:
     """Shape and settings of a draft model: everything in its ``config.json``.
@@ -72,14 +90,14 @@ class DraftShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None)
             or config.hidden_size // config.num_attention_heads,
-            ffn=config.intermediate_size,
+            ffn=ffn_size(config),
             vocabulary=config.vocab_size,
             draft_vocabulary=min(draft_vocabulary or config.vocab_size, config.vocab_size),
             rope_theta=float(
                 rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
             ),
             rope_scaling=None,
-            eps=config.rms_norm_eps,
+            eps=norm_eps(config),
             max_position=max_position,
             aux_layers=aux_layers_for(config.num_hidden_layers),
         )

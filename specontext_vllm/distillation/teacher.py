@@ -12,10 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specontext_vllm.distillation.caches import cache_before
 from specontext_vllm.distillation.losses import AttentionCollector
+from specontext_vllm.distillation.shape import ffn_size, norm_eps
 from specontext_vllm.distillation.watched_attention import ATTENTION, register_attention
-from specontext_vllm.model_config import is_full, kv_heads, layer_kinds, num_full_layers
+from specontext_vllm.model_config import (
+    has_state,
+    is_full,
+    kv_heads,
+    layer_kinds,
+    num_full_layers,
+)
 from specontext_vllm.retrieval.checkpoint import layer_groups
+
+WATCHABLE = {"full_attention", "sliding_attention", "mlp", "moe"}
+"""Kinds of layers that a teacher may have, besides those that keep a state."""
 
 
 class TeacherError(ValueError):
@@ -31,7 +42,8 @@ class Lesson:
         aux: ``[B, T, num_aux * H]`` states that enter the auxiliary layers.
         hidden: ``[B, T, H]`` states that the LM head reads.
         target, mass: from ``AttentionCollector``.
-        cache: transformers' cache of all keys and values, if it was to be kept.
+        cache: transformers' cache of all keys and values, if it was to be kept; None for models
+            with layers that keep a state.
     """
 
     embeds: Tensor
@@ -47,15 +59,20 @@ def read_config(folder: Path) -> Any:
 
     Raises:
         TeacherError: none there, one that cannot be read, or not a model whose layers attend to the
-            whole context or to a window.
+            whole context or to a window, or keep a state.
     """
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     if not (folder / "config.json").is_file():
         raise TeacherError(
             f"--model: {folder} has no config.json; give the folder of a Hugging Face model."
         )
     config = _read(AutoConfig, folder)
+    text = config.get_text_config()
+    # Qwen3.5 nests its language model's, which alone is loaded then.
+    models = MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in models and models[type(config)].config_class is type(text):
+        config = text
     check_teacher(config)
     return config
 
@@ -126,17 +143,17 @@ def check_teacher(config: Any) -> None:
     Raises:
         TeacherError: this is one.
     """
-    kinds = {str(kind) for kind in layer_kinds(config)} - {"full_attention", "sliding_attention"}
+    kinds = {str(kind) for kind in layer_kinds(config) if not has_state(kind)} - WATCHABLE
     needed = (
         "hidden_size",
         "vocab_size",
         "max_position_embeddings",
         "num_hidden_layers",
         "num_attention_heads",
-        "rms_norm_eps",
-        "intermediate_size",
     )
     missing = [key for key in needed if not hasattr(config, key)]
+    read = {"rms_norm_eps": norm_eps, "intermediate_size": ffn_size}
+    missing += [key for key, value in read.items() if not value(config)]
     refusals = [
         (config.is_encoder_decoder, "is an encoder-decoder", "a decoder-only model"),
         (
@@ -146,14 +163,15 @@ def check_teacher(config: Any) -> None:
         ),
         (
             num_full_layers(config) == 0,
-            f"has only layers that look back {getattr(config, 'sliding_window', None)} tokens",
+            f"has only layers that look back {config.sliding_window} tokens"
+            if getattr(config, "sliding_window", None)
+            else "has only layers that keep a state",
             "a model with layers of full attention",
         ),
         (
-            # States cannot go back to the middle of a text, which the second run begins in.
             kinds,
             f"has layers of the kinds {', '.join(sorted(kinds))}",
-            "a model with full attention and sliding windows alone",
+            "a model with full attention, sliding windows and layers that keep a state",
         ),
         (
             not missing
@@ -193,7 +211,11 @@ class Teacher:
 
     Attributes:
         layers: all of the model's.
-        watched: those that attend to the whole context.
+        watched: the attention of those that attend to the whole context.
+        has_states: some layers keep a state.
+
+    Raises:
+        TeacherError: a model whose class keeps its parts elsewhere than others do.
     """
 
     def __init__(self, model: Any, aux_layers: Sequence[int]) -> None:
@@ -201,8 +223,11 @@ class Teacher:
         self.layers = model.base_model.layers
         kinds = layer_kinds(model.config) or ["full_attention"] * len(self.layers)
         self.watched = [
-            layer for layer, kind in zip(self.layers, kinds) if is_full(kind, model.config)
+            _part(model, layer, "self_attn", "mixer")
+            for layer, kind in zip(self.layers, kinds)
+            if is_full(kind, model.config)
         ]
+        self.has_states = any(map(has_state, kinds))
 
     @property
     def device(self) -> torch.device:
@@ -221,15 +246,17 @@ class Teacher:
         self, ids: Tensor, at: Tensor, collector: AttentionCollector, *, keep_cache: bool = False
     ) -> Lesson:
         """Run ``ids [B, T]`` and collect where positions ``at [B, S]`` (counted without token 0)
-        attend to.
+        attend to. Each row is one context, as a request is: documents in it are read one after the
+        other by attention and by states alike.
 
         Args:
-            keep_cache: keep the keys and values, for ``decode``.
+            keep_cache: keep the keys and values, for ``decode``, where it begins with them.
         """
         from transformers import DynamicCache
 
-        for layer in self.watched:
-            layer.self_attn.observer = lambda q, k, scale: collector.observe(q, k, at, scale)
+        keep_cache = keep_cache and not self.has_states
+        for attention in self.watched:
+            attention.observer = lambda q, k, scale: collector.observe(q, k, at, scale)
         try:
             with self._aux_states() as states:
                 # One that keeps everything: of windows, too.
@@ -238,8 +265,8 @@ class Teacher:
                     input_ids=ids, past_key_values=cache, use_cache=keep_cache
                 )
         finally:
-            for layer in self.watched:
-                del layer.self_attn.observer
+            for attention in self.watched:
+                del attention.observer
         target, mass = collector.result()
         return Lesson(
             self.embed(ids),
@@ -256,49 +283,48 @@ class Teacher:
         where the layers read the chosen pages only, over the dense keys and values of what came
         before.
 
+        States cannot go back to the middle of a text. Where layers keep some, the run begins with
+        the first token, densely up to ``first``.
+
         Args:
             ids: ``[B, T]``.
             cache: of a ``Lesson`` of the same tokens, or of those that ``ids`` are several times;
-                it stays as it is.
+                it stays as it is. None: the model has states.
             chosen: ``[B, G * nkv, Q, pages]`` bool, the pages that hold tokens up to
                 ``first + Q - 1``, of one group of layers after the other.
         """
-        from transformers import DynamicCache
-
-        copies = len(ids) // len(cache.layers[0].keys)
-
-        def past_of(whole: Tensor) -> Tensor:
-            before = whole[:, :, :first]
-            return before if copies == 1 else before.repeat(copies, 1, 1, 1)
-
-        past = DynamicCache()
-        for number, layer in enumerate(cache.layers):
-            past.update(past_of(layer.keys), past_of(layer.values), number)
-        each = chosen.split(cache.layers[0].keys.shape[1], 1)
-        for layer, group in zip(self.watched, layer_groups(len(self.watched), len(each))):
-            layer.self_attn.chosen = each[group]
+        count = chosen.shape[2]
+        begin, past = (0, None) if cache is None else (first, cache_before(cache, first, len(ids)))
+        each = chosen.split(kv_heads(self.model.config, 0)[0], 1)
+        for attention, group in zip(self.watched, layer_groups(len(self.watched), len(each))):
+            attention.chosen = each[group]
         try:
-            with self._aux_states() as states:
+            with self._aux_states(count) as states:
                 self.model.base_model(
-                    input_ids=ids[:, first : first + chosen.shape[2]],
+                    input_ids=ids[:, begin : first + count],
                     past_key_values=past,
-                    use_cache=True,
+                    use_cache=past is not None,
                 )
         finally:
-            for layer in self.watched:
-                del layer.self_attn.chosen
+            for attention in self.watched:
+                del attention.chosen
         return self._joined(states)
 
     @contextmanager
-    def _aux_states(self) -> Iterator[dict[int, Tensor]]:
-        """What enters the auxiliary layers while the model runs."""
+    def _aux_states(self, newest: int = 0) -> Iterator[dict[int, Tensor]]:
+        """What enters the auxiliary layers in a run: of so many newest tokens, or of all."""
         states: dict[int, Tensor] = {}
         hooks = []
         for place in self.aux_layers:
-            module = self.layers[place] if place < len(self.layers) else self.model.base_model.norm
+            module = (
+                self.layers[place]
+                if place < len(self.layers)
+                else _part(self.model, self.model.base_model, "norm", "norm_f", "final_layernorm")
+            )
 
             def keep(_: Any, arguments: tuple, named: dict, place: int = place) -> None:
-                states[place] = arguments[0] if arguments else named["hidden_states"]
+                state = arguments[0] if arguments else named["hidden_states"]
+                states[place] = state[:, -newest:]
 
             hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
         try:
@@ -309,3 +335,14 @@ class Teacher:
 
     def _joined(self, states: dict[int, Tensor]) -> Tensor:
         return torch.cat([states[place] for place in self.aux_layers], -1)
+
+
+def _part(model: Any, whole: Any, *names: str) -> Any:
+    """The part of a module that families call by one of these names."""
+    for name in names:
+        if (found := getattr(whole, name, None)) is not None:
+            return found
+    raise TeacherError(
+        f"--model: {model.config.model_type} has no {' or '.join(names)} in its "
+        f"{type(whole).__name__}, where distill looks for it; give a model of another family."
+    )

@@ -17,8 +17,8 @@ ATTENTION = "specontext_teacher"
 
 def register_attention() -> None:
     """Register ``ATTENTION`` with transformers: causal attention that passes queries and keys to
-    the module's ``observer``, if it has one, and reads only the pages of its ``chosen``
-    ``[B, nkv, Q, pages]`` (bool), if it has some. Windows and learned sinks are the model's.
+    the module's ``observer``, if it has one. If it has a ``chosen [B, nkv, Q, pages]`` (bool), the
+    newest Q tokens read these pages only. Windows and learned sinks are the model's.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -37,10 +37,18 @@ def register_attention() -> None:
         if observer is not None:
             observer(query, key, scaling)
         chosen = getattr(module, "chosen", None)
-        read = attention_mask
-        if chosen is not None:
-            read = _tokens_of_pages(chosen, query, key)
-        return _attention(query, key, value, read, scaling, s_aux).transpose(1, 2), None
+        if chosen is None:
+            attended = _attention(query, key, value, attention_mask, scaling, s_aux)
+            return attended.transpose(1, 2), None
+        first = query.shape[2] - chosen.shape[2]
+        newest = query[:, :, first:]
+        read = _tokens_of_pages(chosen, newest, key)
+        attended = _attention(newest, key, value, read, scaling, s_aux)
+        if first:  # a run from the first token on
+            query, key, value = (part[:, :, :first] for part in (query, key, value))
+            before = _attention(query, key, value, None, scaling, s_aux)
+            attended = torch.cat([before, attended], 2)
+        return attended.transpose(1, 2), None
 
     def mask(*given: Any, local_size: int | None = None, **named: Any) -> Tensor | None:
         # Rows are packed without padding: outside of windows none is needed but the causal one.

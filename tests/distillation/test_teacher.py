@@ -103,7 +103,7 @@ def test_windows_and_sinks_are_the_model_s_and_full_layers_alone_are_watched(fam
     lesson = teacher(ids, at, AttentionTarget(WINDOW), keep_cache=True)
     model.model.do_not_compile = True
     full = [place for place, kind in enumerate(model.config.layer_types) if kind == FULL]
-    assert [layer.self_attn.layer_idx for layer in teacher.watched] == full
+    assert [attention.layer_idx for attention in teacher.watched] == full
 
     def eager(read):
         """States that enter the layers, logits and weights where full layers read ``read``."""
@@ -161,6 +161,7 @@ def refused_configs():
         Gemma2Config,
         Gemma4TextConfig,
         GPT2Config,
+        Llama4TextConfig,
         MistralConfig,
         Qwen3NextConfig,
         T5Config,
@@ -168,7 +169,8 @@ def refused_configs():
 
     return {
         "mistral-window": (MistralConfig(sliding_window=4096), "look back 4096 tokens"),
-        "qwen3-next": (Qwen3NextConfig(), "kinds linear_attention"),
+        "states": (Qwen3NextConfig(layer_types=["linear_attention"] * 48), "that keep a state"),
+        "llama4": (Llama4TextConfig(), "kinds chunked_attention"),
         "gemma2": (Gemma2Config(), "caps the logits"),
         "gemma4": (Gemma4TextConfig(), "differ in their heads"),
         "deepseek": (DeepseekV3Config(), "MLA"),
@@ -178,7 +180,7 @@ def refused_configs():
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral-window", "qwen3-next", "gemma2", "gemma4", "deepseek", "t5", "gpt2"]
+    "name", ["mistral-window", "states", "llama4", "gemma2", "gemma4", "deepseek", "t5", "gpt2"]
 )
 def test_a_model_that_is_not_served_is_refused(name):
     config, why = refused_configs()[name]
