@@ -11,6 +11,7 @@ class Size:
 
     Attributes:
         window: tokens that every second layer reads, the first among them, as in gpt-oss; 0: all.
+        linear: layers of linear attention before each one of full attention.
         phases: of the model's training: (batch, tokens, share of its time, share of drill rows).
         model_until, head_until: shares of all time at which the model's and the head's training
             end.
@@ -26,6 +27,7 @@ class Size:
     kv_heads: int = 2
     head_dim: int = 64
     window: int = 0
+    linear: int = 0
     aux_layers: tuple[int, int, int] = (1, 3, 4)
     draft_ffn: int = 192
     theta: float = 500000.0
@@ -54,6 +56,10 @@ class Size:
     def window_of(self, layer: int) -> int:
         """Tokens that a layer reads; 0: all."""
         return 0 if layer % 2 else self.window
+
+    def is_full(self, layer: int) -> bool:
+        """Whether a layer is not one of linear attention."""
+        return layer % (self.linear + 1) == self.linear
 
 
 LARGER = Size(
@@ -96,4 +102,9 @@ SMOKE = Size(
 WINDOWS = replace(Size(), window=128)
 """The demo's, with windows in half of its layers."""
 
-SIZES = {"demo": Size(), "larger": LARGER, "windows": WINDOWS, "smoke": SMOKE}
+HYBRID = replace(Size(), layers=8, linear=3, model_until=0.75)
+"""The demo's width, with linear attention in three of four layers, as in Qwen3.5. Its head is
+distilled in the rest of the time.
+"""
+
+SIZES = {"demo": Size(), "larger": LARGER, "windows": WINDOWS, "hybrid": HYBRID, "smoke": SMOKE}

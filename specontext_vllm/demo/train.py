@@ -5,6 +5,8 @@ A 5.7 M-parameter Llama (``--size larger``: 39 M; ``windows``: with a window of 
 second layer) learns to answer needle questions and to recite passages (synthetic/tasks.py) at 512
 to 12,288 tokens. Then an EAGLE-3-shaped head learns to attend to what the frozen model attends to.
 The clock ends every part: nine minutes in all on one H200.
+``--size hybrid`` trains a Qwen3.5 of this width, with linear attention in three of four layers; its
+head is `specontext distill`'s, and what both are worth is asked of an engine.
 ``--size smoke`` checks the script on a CPU, with tiny sizes and a useless result.
 """
 
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specontext_vllm.demo.evaluate import evaluate
+from specontext_vllm.demo.hybrid import Hybrid
 from specontext_vllm.demo.log import Log
 from specontext_vllm.demo.model import Model, check_equals_transformers, save_model
 from specontext_vllm.demo.rows import batches, to_device
@@ -36,6 +39,9 @@ from specontext_vllm.distillation.steps_ahead import Pairs, draft_losses
 
 class TrainingError(RuntimeError):
     """The training has come to nothing; the message is one sentence."""
+
+
+NO_TIME = "the clock left no time for a step of the head; give the training more --minutes."
 
 
 def draft_shape(size: Size, vocabulary: int) -> DraftShape:
@@ -65,7 +71,9 @@ def cosine(rate: float, step: int, warmup: int, progress: float) -> float:
     )
 
 
-def train_model(model: Model, ids: dict[str, int], seconds: float, device: str, log: Log) -> None:
+def train_model(
+    model: Model | Hybrid, ids: dict[str, int], seconds: float, device: str, log: Log
+) -> None:
     """Train at growing lengths; the clock ends each phase.
 
     Raises:
@@ -189,14 +197,55 @@ def train_head(
             )
             shown = time.time()
     if step == 0:
-        raise TrainingError(
-            "the clock left no time for a step of the head; give the training more --minutes."
-        )
+        raise TrainingError(NO_TIME)
     log(
         f"head: {step} steps, draft loss {loss_draft.item():.3f}, of those ahead "
         f"{loss_ahead.item():.3f}, alignment loss "
         f"{loss_align.item():.3f}"
     )
+
+
+def train_hybrid(
+    size: Size,
+    vocabulary: int,
+    ids: dict[str, int],
+    seconds: float,
+    device: str,
+    out: Path,
+    log: Log,
+) -> None:
+    """Train a hybrid until ``size.model_until`` of ``seconds`` of the log, and its head by
+    `specontext distill` in the rest.
+
+    Raises:
+        TrainingError: see ``train_model``; or there is no time for the head.
+    """
+    from specontext_vllm.distillation.command import distill
+
+    model = Hybrid(size, vocabulary, ids).to(device)
+    log(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    train_model(model, ids, size.model_until * seconds - log.seconds, device, log)
+    model.save(out)
+    del model
+    if (left := seconds - log.seconds) <= 0:
+        raise TrainingError(NO_TIME)
+    batch, context = size.head_batches[-1]
+    distill(
+        out,
+        ["synthetic"],
+        out / "retrieval_head",
+        init=None,
+        draft_vocabulary=None,
+        context=context,
+        batch_tokens=batch * context,
+        hours=left / 3600,
+        steps=None,
+        loss=None,
+        learning_rate=None,
+        budget=size.eval_budgets[-1],
+        seed=0,
+    )
+    log("done")
 
 
 def main() -> None:
@@ -227,6 +276,9 @@ def main() -> None:
     log(f"torch {torch.__version__} on {machine}, seed {args.seed}, {args.minutes} minutes, {size}")
     ids, vocabulary = train_tokenizer(args.out)
     total = args.minutes * 60
+    if size.linear:
+        train_hybrid(size, vocabulary, ids, total, args.device, args.out, log)
+        return
     model = Model(size, vocabulary).to(args.device)
     log(
         f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary "
