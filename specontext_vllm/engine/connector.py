@@ -42,13 +42,6 @@ def our_connector(vllm_config: Any) -> str | None:
     return name if name in CONNECTOR_MODULES else None
 
 
-def head_layers(head_print: str | None) -> list[str]:
-    """Names under which the head's keys and fused aux are layers; none without a head."""
-    if head_print is None:
-        return []
-    return [f"specontext.{head_print}.keys", f"specontext.{head_print}.fused"]
-
-
 def refuse_connector(vllm_config: Any) -> None:
     """Raise a ConfigError for a connector that would bring KV back without what the head keeps of
     it, and where its blocks are not those of one group of layers on one worker.

@@ -6,22 +6,19 @@ vLLM: its connector that pulls blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import connector
 
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.engine.connector import head_layers
+from specontext_vllm.engine.head_layers import MovesHead
 from specontext_vllm.engine.names import HEAD_PRINT, KV_PRINT
-from specontext_vllm.retrieval.cache import HeadCache
 
 
-class NixlConnector(connector.NixlPullConnector):
+class NixlConnector(MovesHead, connector.NixlPullConnector):
     """vLLM's connector, with the head's caches as two more layers. The name is vLLM's, since it
     looks a connector's class up by the name in its configuration.
 
@@ -32,19 +29,6 @@ class NixlConnector(connector.NixlPullConnector):
         aux alone.
     Remove when: the head's caches are layers of vLLM's, and a scheduler can say where a hit ends.
     """
-
-    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        """Overrides:
-        vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector.NixlPullConnector.__init__
-        """
-        super().__init__(vllm_config, role, kv_cache_config)
-        extra = vllm_config.kv_transfer_config.kv_connector_extra_config
-        (group,) = kv_cache_config.kv_cache_groups
-        self._tokens = group.kv_cache_spec.block_size
-        self._head_layers = head_layers(extra.get(HEAD_PRINT))
-        self._kind = f"{extra[KV_PRINT]} {extra.get(HEAD_PRINT)} {self._tokens}"
-        self._head: dict[str, Tensor] = {}
-        self._learn_pages: Callable[[Tensor], None] = lambda slots: None
 
     # -- in the scheduler
 
@@ -61,7 +45,7 @@ class NixlConnector(connector.NixlPullConnector):
             # A prefill engine's own: it takes nothing back.
             return 0, False
         assert found is not None
-        found = max(0, min(found, self._end(request) - num_computed_tokens))
+        found = max(0, min(found, self.exact_end(request) - num_computed_tokens))
         return found, later and found > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -73,26 +57,11 @@ class NixlConnector(connector.NixlPullConnector):
         """
         there = request.kv_transfer_params
         if there and there.get("do_remote_prefill") and there.get("remote_block_ids"):
-            count = self._end(request) // self._tokens
+            count = self.exact_end(request) // self.block_tokens
             there["remote_block_ids"] = [group[:count] for group in there["remote_block_ids"]]
         super().update_state_after_alloc(request, blocks, num_external_tokens)
 
-    def _end(self, request: Any) -> int:
-        """Tokens of a prompt in whole blocks, without its last token, which is always computed."""
-        return int((request.num_prompt_tokens - 1) // self._tokens * self._tokens)
-
     # -- in a worker
-
-    def take_caches(self, cache: HeadCache | None, learn_pages: Callable[[Tensor], None]) -> None:
-        """Before vLLM registers its own caches: what is moved beside KV, and what follows from KV.
-
-        Args:
-            cache: the head's, if there is one.
-            learn_pages: is told the slots ``[N]`` int64 whose KV was loaded.
-        """
-        layers = () if cache is None else cache.as_layers()
-        self._head = dict(zip(self._head_layers, layers, strict=True))
-        self._learn_pages = learn_pages
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """Registers the head's caches with vLLM's. Engines only read from those that have a head
@@ -105,12 +74,14 @@ class NixlConnector(connector.NixlPullConnector):
             vllm.v1.kv_cache_interface.KVCacheConfig.transfer_group_index_by_layer
         """
         worker: Any = self.connector_worker
-        worker.backend_name = f"{worker.backend_name} {self._kind}"
-        for name, layer in self._head.items():
-            size = layer[0].nbytes * (self._tokens // PAGE_SIZE)
+        extra = self.kv_transfer_config.kv_connector_extra_config
+        kind = extra[KV_PRINT], extra.get(HEAD_PRINT), self.block_tokens
+        worker.backend_name = f"{worker.backend_name} {kind}"
+        for name, layer in self.head_caches.items():
+            size = layer[0].nbytes * (self.block_tokens // PAGE_SIZE)
             worker._layer_specs[name] = SimpleNamespace(page_size_bytes=size)
             worker.kv_cache_config.transfer_group_index_by_layer[name] = 0
-        super().register_kv_caches(kv_caches | self._head)
+        super().register_kv_caches(kv_caches | self.head_caches)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         """What follows from KV is made as soon as it is there.
@@ -123,17 +94,6 @@ class NixlConnector(connector.NixlPullConnector):
         results = super().get_transfer_results(finished_req_ids)
         for name in results.finished_recving or ():
             if name in under_way and any(blocks := under_way[name].local_block_ids):
-                places = torch.tensor(blocks[0])[:, None] * self._tokens
-                self._learn_pages((places + torch.arange(self._tokens)).flatten())
+                places = torch.tensor(blocks[0])[:, None] * self.block_tokens
+                self.learn_pages((places + torch.arange(self.block_tokens)).flatten())
         return results
-
-
-def take_head(cache: HeadCache | None, learn_pages: Callable[[Tensor], None]) -> None:
-    """Let this worker's connector move the head's ``cache`` with the KV from now on; see
-    ``NixlConnector.take_caches``.
-
-    Uses: vllm.distributed.kv_transfer.get_kv_transfer_group
-    """
-    found = get_kv_transfer_group()
-    assert isinstance(found, NixlConnector)
-    found.take_caches(cache, learn_pages)

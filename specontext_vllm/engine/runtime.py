@@ -18,15 +18,14 @@ from vllm.logger import init_logger
 import specontext_vllm.cpu_kernels as cpu_kernels
 from specontext_vllm.config import CONFIG_KEY, ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine.compat import allocate_kv_cache_as
-from specontext_vllm.engine.connector import our_connector
 from specontext_vllm.engine.drafts import num_drafts
 from specontext_vllm.engine.fitted_length import fit_length
+from specontext_vllm.engine.head_layers import move_with_kv
 from specontext_vllm.engine.kv_group import KVGroup, find_kv_groups
 from specontext_vllm.engine.kv_plan import KVPlan
 from specontext_vllm.engine.lossless import SelfDrafts
 from specontext_vllm.engine.metadata import SpeContextMetadataBuilder
 from specontext_vllm.engine.metrics import Exporter
-from specontext_vllm.engine.names import NIXL_CONNECTOR, STORAGE_CONNECTOR
 from specontext_vllm.engine.other_blocks import num_other_blocks
 from specontext_vllm.engine.our_layers import OurLayers
 from specontext_vllm.engine.parts import (
@@ -149,7 +148,10 @@ class Runtime:
         with self._kv_memory():
             self.retriever.allocate_cache(num_pages)
         if self.vllm_config.kv_transfer_config is not None and not is_profiling:
-            self._move_with_kv(kv_cache_config.num_blocks)
+            head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
+            cache, blocks = None if head is None else head.cache, kv_cache_config.num_blocks
+            learn_pages = self.layers.learn_pages
+            self.storage = move_with_kv(self.vllm_config, cache, learn_pages, blocks)
         plan = self.kv_plan.of_two_tiers(num_pages, is_profiling)
         if plan is None:
             yield
@@ -172,27 +174,6 @@ class Runtime:
             others = {index: count for index in range(len(groups)) if index not in ours}
         with allocate_kv_cache_as(self.tiers.arena, self.layers.kv_names, others):
             yield
-
-    def _move_with_kv(self, num_blocks: int) -> None:
-        """What moves the KV of a block moves what the head keeps of it; to be said before vLLM
-        registers its own caches.
-        """
-        head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
-        cache = None if head is None else head.cache
-        # vLLM's connectors, which few engines have.
-        name = our_connector(self.vllm_config)
-        if name == STORAGE_CONNECTOR:
-            from specontext_vllm.engine import shared_storage
-
-            self.storage = shared_storage.take_head(cache, self.layers.learn_pages)
-        elif name == NIXL_CONNECTOR:
-            from specontext_vllm.engine import nixl
-
-            nixl.take_head(cache, self.layers.learn_pages)
-        elif cache is not None:
-            from specontext_vllm.engine.offloading import take_along
-
-            take_along(cache, num_blocks)
 
     def _kv_memory(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._is_profiling else self._memory_pool("kv_cache")

@@ -6,26 +6,23 @@ vLLM: its connector to a shared folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
 from vllm.logger import init_logger
 
 from specontext_vllm.config import PAGE_SIZE
-from specontext_vllm.engine.connector import head_layers
-from specontext_vllm.engine.names import HEAD_PRINT, KV_PRINT
-from specontext_vllm.retrieval.cache import HeadCache
+from specontext_vllm.engine.head_layers import MovesHead
+from specontext_vllm.engine.names import KV_PRINT
 
 logger = init_logger("vllm.specontext")
 
 
-class ExampleConnector(example_connector.ExampleConnector):
+class ExampleConnector(MovesHead, example_connector.ExampleConnector):
     """vLLM's connector, with the head's caches as two more layers. The name is vLLM's, since it
     looks a connector's class up by the name in its configuration.
 
@@ -49,10 +46,8 @@ class ExampleConnector(example_connector.ExampleConnector):
             vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.__init__
         """
         super().__init__(vllm_config, role, kv_cache_config)
-        (group,) = kv_cache_config.kv_cache_groups
-        self._kv_layers = list(group.layer_names)
-        # Tokens of a block; vLLM's methods take it for those of what a layer has a place for.
-        self._tokens, self._block_size = group.kv_cache_spec.block_size, PAGE_SIZE
+        # For vLLM's methods: the tokens of what a layer has a place for.
+        self._block_size = PAGE_SIZE
         transfer = vllm_config.kv_transfer_config
         extra = transfer.kv_connector_extra_config
         self._storage_path: str = os.path.join(
@@ -60,13 +55,10 @@ class ExampleConnector(example_connector.ExampleConnector):
             f"specontext-{extra[KV_PRINT]}",
         )
         self._stores, self._loads = transfer.is_kv_producer, transfer.is_kv_consumer
-        self._head_layers = head_layers(extra.get(HEAD_PRINT))
         # Of the scheduler.
         self._to_store: dict[str, Any] = {}
         self._to_load: dict[str, tuple[Any, list[int], int]] = {}
         # Of a worker.
-        self._head: dict[str, Any] = {}
-        self._learn_pages: Callable[[Tensor], None] = lambda slots: None
         self._being_written: dict[str, str] | None = None
 
     # -- in the scheduler
@@ -79,7 +71,7 @@ class ExampleConnector(example_connector.ExampleConnector):
         Overrides:
             vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.get_num_new_matched_tokens
         """
-        more = self._end(request) - num_computed_tokens
+        more = self.exact_end(request) - num_computed_tokens
         if not self._loads or more <= 0 or not self._is_stored(request):
             return 0, False
         return more, False
@@ -91,9 +83,9 @@ class ExampleConnector(example_connector.ExampleConnector):
             vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.update_state_after_alloc
         """
         if num_external_tokens:
-            here = self._end(request) - num_external_tokens
+            here = self.exact_end(request) - num_external_tokens
             self._to_load[request.request_id] = request, blocks.get_block_ids()[0], here
-        elif self._stores and self._end(request) and request.num_computed_tokens == 0:
+        elif self._stores and self.exact_end(request) and request.num_computed_tokens == 0:
             # A session that goes on has answers in its prompt, and never starts from nothing.
             self._to_store[request.request_id] = request
 
@@ -110,7 +102,7 @@ class ExampleConnector(example_connector.ExampleConnector):
         for name, tokens in scheduler_output.num_scheduled_tokens.items():
             request = self._to_store.get(name)
             # Computed tokens are counted up after the step has been scheduled.
-            if request is None or request.num_computed_tokens + tokens < self._end(request):
+            if request is None or request.num_computed_tokens + tokens < self.exact_end(request):
                 continue
             del self._to_store[name]
             if not self._is_stored(request):
@@ -132,14 +124,14 @@ class ExampleConnector(example_connector.ExampleConnector):
 
     def _is_stored(self, request: Any) -> bool:
         """Whether all files of a prompt are there."""
-        tokens = torch.tensor(request.prompt_token_ids[: self._end(request)])
+        tokens = torch.tensor(request.prompt_token_ids[: self.exact_end(request)])
         folder = self._generate_foldername_debug(tokens, _marks(request))
         missing = [
             name
-            for name in (*self._kv_layers, *self._head_layers)
+            for name in (*self.kv_layers, *self.head_layers)
             if not os.path.exists(os.path.join(folder, f"{name}.safetensors"))
         ]
-        if missing and len(missing) <= len(self._head_layers):
+        if missing and len(missing) <= len(self.head_layers):
             logger.warning_once(
                 "SpeContext: %s has KV of prompts without what this engine's retrieval head keeps "
                 "of them, as after an engine with another head or none; they are computed.",
@@ -147,16 +139,12 @@ class ExampleConnector(example_connector.ExampleConnector):
             )
         return not missing
 
-    def _end(self, request: Any) -> int:
-        """Tokens of a prompt in whole blocks, without its last token, which is always computed."""
-        return int((request.num_prompt_tokens - 1) // self._tokens * self._tokens)
-
     def _moved(self, request: Any, blocks: list[int], *, here: int | None = None) -> Any:
         """What a worker has to know of a prompt that is stored, or loaded where ``here`` says how
         many of its tokens have their KV already: others may be reading that, so what is loaded of
         them goes to block 0, which is no request's.
         """
-        size, end = self._tokens, self._end(request)
+        size, end = self.block_tokens, self.exact_end(request)
         places = torch.tensor(blocks[: end // size])
         if here is not None:
             places[: here // size] = 0
@@ -169,20 +157,6 @@ class ExampleConnector(example_connector.ExampleConnector):
 
     # -- in a worker
 
-    def take_caches(self, cache: HeadCache | None, learn_pages: Callable[[Tensor], None]) -> None:
-        """Before the first step: what is moved beside KV, and what follows from KV.
-
-        Args:
-            cache: the head's, if there is one.
-            learn_pages: is told the slots ``[N]`` int64 whose KV was loaded.
-        """
-        layers = [] if cache is None else cache.as_layers()
-        self._head = {
-            name: SimpleNamespace(kv_cache=layer)
-            for name, layer in zip(self._head_layers, layers, strict=True)
-        }
-        self._learn_pages = learn_pages
-
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads what a step begins with.
 
@@ -194,8 +168,10 @@ class ExampleConnector(example_connector.ExampleConnector):
         loads = [r for r in self._get_connector_metadata().requests if not r.is_store]
         if not loads:
             return
-        names = self._kv_layers
-        layers = {name: forward_context.no_compile_layers[name] for name in names} | self._head
+        names = self.kv_layers
+        layers = {name: forward_context.no_compile_layers[name] for name in names}
+        for name, cache in self.head_caches.items():
+            layers[name] = SimpleNamespace(kv_cache=cache)
         found = forward_context.attn_metadata[names[0]]
         context = replace(
             forward_context,
@@ -205,14 +181,14 @@ class ExampleConnector(example_connector.ExampleConnector):
         super().start_load_kv(context, **kwargs)
         for request in loads:
             slots = request.slot_mapping
-            self._learn_pages(slots[slots >= self._tokens])
+            self.learn_pages(slots[slots >= self.block_tokens])
 
     def save_head(self, attn_metadata: Any) -> None:
         """Store the head's part of what this step stores, once it has learnt the step's tokens: the
         last part, without which no other is read.
         """
-        for name, layer in self._head.items():
-            self.save_kv_layer(name, layer.kv_cache, attn_metadata)
+        for name, cache in self.head_caches.items():
+            self.save_kv_layer(name, cache, attn_metadata)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
@@ -243,18 +219,6 @@ class ExampleConnector(example_connector.ExampleConnector):
         temporary = f"{name}.{os.getpid()}"
         self._being_written[temporary] = name
         return temporary
-
-
-def take_head(cache: HeadCache | None, learn_pages: Callable[[Tensor], None]) -> ExampleConnector:
-    """This worker's connector, which moves the head's ``cache`` with the KV from now on; see
-    ``ExampleConnector.take_caches``.
-
-    Uses: vllm.distributed.kv_transfer.get_kv_transfer_group
-    """
-    connector = get_kv_transfer_group()
-    assert isinstance(connector, ExampleConnector)
-    connector.take_caches(cache, learn_pages)
-    return connector
 
 
 def _marks(request: Any) -> list[str]:

@@ -167,7 +167,7 @@ def test_a_prompt_is_read_up_to_the_block_of_its_last_token(length, here, more):
         "get_exchange_clipped_blocks": lambda blocks: blocks,
     }
     connector = NixlConnector.__new__(NixlConnector)
-    connector.__dict__ |= {"_tokens": 16, "connector_scheduler": scheduler}
+    connector.__dict__ |= {"block_tokens": 16, "connector_scheduler": scheduler}
     there = {
         "do_remote_prefill": True,
         "remote_block_ids": [list(range(100, 100 + -(-(length + 1) // 16)))],
