@@ -18,6 +18,8 @@ pytestmark = [
     ),
 ]
 TWO = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+FOUR = TWO if 0 < torch.cuda.device_count() < 4 else {**TWO, "tensor_parallel_size": 2}
+"""Two stages of two workers each, where there are so many GPUs, or none."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,11 +71,13 @@ def test_whatever_is_beside_it_and_whatever_way_it_went(scenario, two_stages):
 def test_rules_that_select_in_each_layer_and_heads_that_read_own_states(
     own_head, prompts, monkeypatch
 ):
-    """Stages select in their layers by themselves; what such a head needs is learned late."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    """Stages select in their layers by themselves; what such a head needs is learned late. Here
+    each stage has two workers, which select for their own KV heads.
+    """
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
     settings = {**SETTINGS, "retrieval_head": str(own_head), "retriever": "quest"}
     answers = {}
-    for name, shape in (("one", {}), ("two", TWO)):
+    for name, shape in (("one", {}), ("four", FOUR)):
         with engine(
             **{**SHAPE, "enforce_eager": True},
             **shape,
@@ -85,5 +89,5 @@ def test_rules_that_select_in_each_layer_and_heads_that_read_own_states(
                 asked = [{"prompt_token_ids": prompt} for prompt in prompts]
                 answers[name, retriever] = ids(llm.generate(asked, sampling(), use_tqdm=False))
     for retriever in ("quest", "dlm", "dense"):
-        assert answers["two", retriever] == answers["one", retriever]
+        assert answers["four", retriever] == answers["one", retriever]
     assert len({str(answers["one", retriever]) for retriever in ("quest", "dlm", "dense")}) == 3
