@@ -131,7 +131,8 @@ class ExampleConnector(MovesHead, example_connector.ExampleConnector):
             for name in (*self.kv_layers, *self.head_layers)
             if not os.path.exists(os.path.join(folder, f"{name}.safetensors"))
         ]
-        if missing and len(missing) <= len(self.head_layers):
+        # Where KV is missing too, another engine may still be writing.
+        if missing and set(missing) <= set(self.head_layers):
             logger.warning_once(
                 "SpeContext: %s has KV of prompts without what this engine's retrieval head keeps "
                 "of them, as after an engine with another head or none; they are computed.",
