@@ -8,7 +8,7 @@ from __future__ import annotations
 
 SUPPORTED_VLLM = ">=0.32.0,<0.33"
 """0.32.0 is what tests have driven; its patch releases are let in. The plugin wraps classes in
-memory (engine/compat.py), and their next shape is not known in advance.
+memory (engine/compat.py, engine/core_hooks.py), and their next shape is not known in advance.
 """
 
 

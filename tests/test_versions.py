@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from specontext_vllm.config import ConfigError
-from specontext_vllm.engine import compat, prepare, registration
+from specontext_vllm.engine import compat, core_hooks, prepare, registration
 from specontext_vllm.versions import SUPPORTED_VLLM, complaint, unsupported_vllm
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +115,9 @@ def own_functions(module: types.ModuleType) -> list:
     ]
 
 
-@pytest.mark.parametrize("function", own_functions(compat), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", own_functions(compat) + own_functions(core_hooks), ids=lambda f: f.__name__
+)
 def test_every_wrap_says_symptom_reason_and_end(function):
     for part in ("Symptom: ", "Reason: ", "Remove when: "):
         assert re.search(rf"^ *{part}\S", function.__doc__, re.M), part

@@ -1,9 +1,9 @@
 """One idempotent function per place where vLLM (versions.py) offers no hook and a class of its is
-wrapped in memory.
+wrapped in memory; those of the engine core and of requests are in core_hooks.py.
 
 Each docstring gives the symptom, the reason, and when the function can go.
 
-vLLM: its platform class, the function that allocates the KV cache, and where requests enter.
+vLLM: its platform class, and the function that allocates the KV cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from specontext_vllm.engine.backend_choice import (
     take_full_attention,
     warn_of_unread_settings,
 )
+from specontext_vllm.engine.core_hooks import hook_engine_core, judge_requests
 from specontext_vllm.engine.names import BACKEND_NAME, CPU_WORKER, GPU_WORKER, SCHEDULERS
+from specontext_vllm.engine.wrapping import is_ours, mark_as_ours
 
 
 def choose_worker() -> None:
@@ -44,7 +46,7 @@ def choose_worker() -> None:
     """
     platform = _platform_class()
     original = platform.check_and_update_config.__func__
-    if _is_ours(original):
+    if is_ours(original):
         return
 
     @functools.wraps(original)
@@ -83,116 +85,8 @@ def choose_worker() -> None:
                 bool(vllm_config.scheduler_config.async_scheduling)
             ]
 
-    _mark_as_ours(check_and_update_config)
+    mark_as_ours(check_and_update_config)
     platform.check_and_update_config = classmethod(check_and_update_config)
-
-
-def judge_requests() -> None:
-    """Refuse a request whose settings an engine on our backend cannot follow, in the front end,
-    which answers with status 400, before an answer is streamed.
-
-    Uses: vllm.v1.engine.async_llm.AsyncLLM.generate,
-        vllm.v1.engine.input_processor.InputProcessor
-    Symptom: a wrong ``specontext_budget`` is found by a worker, whose error ends the engine.
-    Reason: vLLM lets logits processors alone judge a request's extra arguments
-        (vllm/v1/engine/input_processor.py, _validate_params), and engines with drafts have none.
-    Remove when: a backend can judge requests.
-    """
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    if _is_ours(InputProcessor._validate_params):
-        return
-    stream, validate = AsyncLLM.generate, InputProcessor._validate_params
-
-    @functools.wraps(stream)
-    def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        # Called before the status is sent, run after it.
-        _judge(self.vllm_config, sampling_params)
-        return stream(self, prompt, sampling_params, *args, **kwargs)
-
-    @functools.wraps(validate)
-    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        _judge(self.vllm_config, params)
-        return validate(self, params, *args, **kwargs)
-
-    _mark_as_ours(_validate_params)
-    AsyncLLM.generate = generate
-    InputProcessor._validate_params = _validate_params
-
-
-def hook_engine_core() -> None:
-    """Hook all that is hooked of the process in which the engine core runs.
-
-    Uses: vllm.v1.engine.core
-    Symptom: a hook works where the front end runs the core itself, and is missing where the core
-        has a process of its own.
-    Reason: such a process loads plugins but does not check its configuration again, so the hooks
-        are set from two places.
-    Remove when: the functions called here are gone.
-    """
-    judge_requests_in_the_core()
-    run_as_many_as_have_lanes()
-
-
-def judge_requests_in_the_core() -> None:
-    """What ``judge_requests`` does in the front end, in the engine core's process.
-
-    Uses: vllm.v1.engine.core.EngineCore.preprocess_add_request
-    Symptom: a front end of another make sends a wrong ``specontext_budget``, and the worker's error
-        ends the engine.
-    Reason: the engine core judges no request (vllm/v1/engine/core.py).
-    Remove when: a backend can judge requests.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    preprocess = EngineCore.preprocess_add_request
-    if _is_ours(preprocess):
-        return
-
-    @functools.wraps(preprocess)
-    def preprocess_add_request(self: Any, request: Any) -> Any:
-        _judge(self.vllm_config, request.sampling_params)
-        return preprocess(self, request)
-
-    _mark_as_ours(preprocess_add_request)
-    EngineCore.preprocess_add_request = preprocess_add_request
-
-
-def _judge(vllm_config: Any, params: Any) -> None:
-    if is_selected(vllm_config):
-        from specontext_vllm.engine.request_settings import refuse_request
-
-        refuse_request(vllm_config, params)
-
-
-def run_as_many_as_have_lanes() -> None:
-    """With two tiers the scheduler runs as many requests at once as the workers have lanes for.
-
-    Uses: vllm.v1.engine.core.EngineCore._initialize_kv_caches,
-        vllm.config.scheduler.SchedulerConfig.max_num_active_seqs
-    Symptom: requests beyond the lanes end the engine.
-    Reason: workers learn what fits when they measure their memory, and tell the scheduler a number
-        of bytes alone (vllm/v1/engine/core.py).
-    Remove when: workers can bound the number of running requests.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    original = EngineCore._initialize_kv_caches
-    if _is_ours(original):
-        return
-
-    @functools.wraps(original)
-    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
-        found = original(self, vllm_config)
-        if is_selected(vllm_config):
-            lanes = [n for n in self.collective_rpc("specontext_lanes") if n is not None]
-            if lanes:
-                vllm_config.scheduler_config.max_num_active_seqs = min(lanes)
-        return found
-
-    _mark_as_ours(_initialize_kv_caches)
-    EngineCore._initialize_kv_caches = _initialize_kv_caches
 
 
 def draft_with_target_in_lossless_mode() -> None:
@@ -205,7 +99,7 @@ def draft_with_target_in_lossless_mode() -> None:
     """
     platform = _platform_class()
     original = platform.apply_config_platform_defaults.__func__
-    if _is_ours(original):
+    if is_ours(original):
         return
 
     @functools.wraps(original)
@@ -216,7 +110,7 @@ def draft_with_target_in_lossless_mode() -> None:
 
             draft_with_target(vllm_config)
 
-    _mark_as_ours(apply_config_platform_defaults)
+    mark_as_ours(apply_config_platform_defaults)
     platform.apply_config_platform_defaults = classmethod(apply_config_platform_defaults)
 
 
@@ -232,7 +126,7 @@ def let_cpu_platform_choose_backend() -> None:
     if platform.device_type != "cpu":
         return
     original = platform.get_attn_backend_cls.__func__
-    if _is_ours(original):
+    if is_ours(original):
         return
 
     @functools.wraps(original)
@@ -243,7 +137,7 @@ def let_cpu_platform_choose_backend() -> None:
             return selected_backend.get_path()
         return original(cls, selected_backend, attn_selector_config, num_heads)
 
-    _mark_as_ours(get_attn_backend_cls)
+    mark_as_ours(get_attn_backend_cls)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
@@ -284,7 +178,7 @@ def leave_chunks_to_vllm() -> None:
     from vllm.model_executor.layers.attention import chunked_local_attention
 
     original = chunked_local_attention.get_attn_backend
-    if _is_ours(original):
+    if is_ours(original):
         return
 
     @functools.wraps(original)
@@ -293,7 +187,7 @@ def leave_chunks_to_vllm() -> None:
             kwargs["has_sliding_window"] = True
         return original(*args, **kwargs)
 
-    _mark_as_ours(get_attn_backend)
+    mark_as_ours(get_attn_backend)
     chunked_local_attention.get_attn_backend = get_attn_backend
 
 
@@ -374,14 +268,6 @@ def allocate_kv_cache_as(
     finally:
         for module, function in had.items():
             module.allocate_kv_cache = function
-
-
-def _mark_as_ours(function: Any) -> None:
-    function._specontext = True
-
-
-def _is_ours(function: Any) -> bool:
-    return getattr(function, "_specontext", False)
 
 
 def _platform_class() -> Any:

@@ -10,7 +10,7 @@ import copyreg
 import sys
 from typing import Any
 
-from specontext_vllm.engine import compat
+from specontext_vllm.engine import compat, core_hooks
 from specontext_vllm.engine.names import BACKEND_NAME, BACKEND_PATH
 from specontext_vllm.versions import unsupported_vllm
 
@@ -46,7 +46,7 @@ def _register() -> None:
     # An engine core of its own process loads plugins when its module is there, and does not check
     # its configuration again.
     if hasattr(sys.modules.get("vllm.v1.engine.core"), "EngineCore"):
-        compat.hook_engine_core()
+        core_hooks.hook_engine_core()
 
 
 def ensure_member() -> Any:
