@@ -77,10 +77,10 @@ TOGETHER = {
 }
 """Files that share such a fixture, by which of pytest-xdist's processes runs them."""
 SECONDS = {
-    "scenarios": 200,
+    "scenarios": 250,
+    "tests/kernels/test_compile.py": 80,
     "tests/kernels/cpu/test_sanitizer.py": 55,
     "tests/engine/test_tensor_parallel.py": 55,
-    "tests/kernels/test_compile.py": 50,
     "tests/engine/test_drafts.py": 50,
     "tests/engine/test_faults.py": 45,
     "server": 45,
@@ -92,9 +92,13 @@ SECONDS = {
     "tests/demo/test_smollm2_demo.py": 28,
     "tests/engine/test_fuzz.py": 28,
     "tests/sidecar/test_remote.py": 26,
+    "tests/engine/test_request_settings.py": 25,
     "tests/distillation/test_trainer.py": 23,
+    "tests/engine/test_lanes.py": 22,
     "tests/test_wheel.py": 18,
     "tests/benchmarks/test_real_engine.py": 17,
+    "tests/engine/test_several_kv_groups.py": 15,
+    "tests/engine/test_mixed_tiers.py": 15,
     "tests/engine/test_lora.py": 13,
     "tests/distillation/test_end_to_end.py": 13,
     "tests/benchmarks/test_drafts_speed.py": 13,
@@ -175,10 +179,10 @@ def _seconds(item: pytest.Item) -> float:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes
-    some 2 GiB of memory. One more than there are cores, since a test often waits for a server.
+    some 2 GiB of memory. More than there are cores, since a test often waits for a server.
     """
     cores = len(os.sched_getaffinity(0))
-    return 0 if CUDA or cores < 2 else min(cores + 1, 4)
+    return 0 if CUDA or cores < 2 else min(cores + 2, 4)
 
 
 @pytest.hookimpl(optionalhook=True)
