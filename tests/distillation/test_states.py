@@ -27,6 +27,7 @@ from tests.engine.conftest import DEMO_MODEL
 from tests.engine.families import (
     SHAPE,
     WIDTHS,
+    falcon_h1,
     granite_hybrid,
     nemotron_h,
     qwen3_next,
@@ -47,18 +48,9 @@ def qwen3_5() -> Any:
     )
 
 
-def falcon_h1() -> Any:
-    """Three layers, so that states that enter the last two differ."""
-    from transformers import FalconH1Config
-
-    return FalconH1Config(
-        **SHAPE,
-        num_hidden_layers=3,
-        mamba_d_ssm=128,
-        mamba_n_heads=4,
-        mamba_d_head=32,
-        mamba_d_state=16,
-    )
+def falcon_h1_of_three() -> Any:
+    """So that states that enter the last two layers differ."""
+    return falcon_h1(layers=3)
 
 
 def jamba() -> Any:
@@ -73,7 +65,7 @@ FAMILIES: tuple[Callable[[], Any], ...] = (
     qwen3_next,
     qwen3_5,
     granite_hybrid,
-    falcon_h1,
+    falcon_h1_of_three,
     nemotron_h,
     jamba,
 )

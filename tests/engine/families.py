@@ -188,13 +188,13 @@ def granite_hybrid() -> Any:
     )
 
 
-def falcon_h1() -> Any:
+def falcon_h1(layers: int = 2) -> Any:
     """Mamba 2 and attention side by side in each layer."""
     from transformers import FalconH1Config
 
     return FalconH1Config(
         **SHAPE,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         mamba_d_ssm=128,
         mamba_n_heads=4,
         mamba_d_head=32,
