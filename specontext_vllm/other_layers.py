@@ -147,10 +147,11 @@ def other_layers(
     states = None
     if size:
         heads, width = kv_heads(text, 0)
+        cached = 2 if _is_mamba2(text) else 1
         states = _in_blocks(
             with_states,
             size,
-            3 if prefix_caching and _is_mamba2(text) else 2 if prefix_caching else 1,
+            1 + cached * prefix_caching,
             num_kv_layers(text),
             windowed,
             heads * 2 * width * itemsize,
@@ -186,6 +187,11 @@ def _in_blocks(
 
 def _is_mamba2(text: Any) -> bool:
     return any(hasattr(text, name) for name in ("mamba_num_heads", "mamba_n_heads"))
+
+
+def dtype_of(text: Any) -> torch.dtype:
+    """A text model's; where its config names none, bfloat16."""
+    return text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
 
 
 def state_bytes(text: Any, dtype: torch.dtype) -> int | None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from specontext_vllm.config import PAGE_SIZE, ConfigError
 from specontext_vllm.planning import ACTIVATIONS, GIB, Plan
-from specontext_vllm.residency.memory_model import OTHERS_KEPT, TierPlan
+from specontext_vllm.residency.memory_model import TierPlan
 from specontext_vllm.residency.table_rows import default_captured_rows, table_rows
 
 
@@ -36,17 +36,17 @@ def memory_table(plan: Plan) -> Table:
         **gpu_parts(tiers),
     }
     others = model.others
-    longest = plan.rows[-1]["length"]
+    # States are as large with no context.
+    states, beside = (
+        model.beside_bytes(plan.asked, length, host=bool(tiers.host_layers))
+        for length in (0, plan.rows[-1]["length"])
+    )
     if others.windowed:
         parts[f"KV of {others.windowed} layers' windows ({others.window:,} tokens)"] = (
-            plan.asked * others.kv_bytes(longest) * (OTHERS_KEPT if tiers.host_layers else 1)
+            beside - states
         )
     if others.states is not None:
-        parts[f"states of {others.states.layers} layers, {plan.asked} requests"] = (
-            others.states.apart_bytes(plan.asked)
-            if tiers.host_layers
-            else model.beside_bytes(plan.asked, 0, host=False)
-        )
+        parts[f"states of {others.states.layers} layers, {plan.asked} requests"] = states
     if "tables" in parts:
         parts[
             "tables, for vLLM's default graphs of up to "

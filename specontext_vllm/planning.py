@@ -15,7 +15,7 @@ from specontext_vllm.model_config import (
     num_full_layers,
     num_kv_layers,
 )
-from specontext_vllm.other_layers import OtherLayers, other_layers, refuse_beside_others
+from specontext_vllm.other_layers import OtherLayers, dtype_of, other_layers, refuse_beside_others
 from specontext_vllm.residency.hot_size import prior_rate
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel, TierPlan
 from specontext_vllm.residency.step_time import StepTime
@@ -110,7 +110,7 @@ def read_model(path: Path, kv_cache_dtype: str = "auto", prefix_caching: bool = 
         kinds, full, layers = layer_kinds(text), num_full_layers(text), num_kv_layers(text)
         places = [place for place, kind in enumerate(kinds) if is_full(kind, text)]
         num_kv_heads, head_dim = kv_heads(text, places[0] if places else 0)
-        dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.bfloat16
+        dtype = dtype_of(text)
         itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
         others = other_layers(text, full, dtype, itemsize, prefix_caching)
         longest = _longest(text)

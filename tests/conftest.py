@@ -179,10 +179,10 @@ def _seconds(item: pytest.Item) -> float:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Processes of `-n auto`: one GPU is for one engine at a time, and an engine on a CPU takes
-    some 2 GiB of memory. More than there are cores, since a test often waits for a server.
+    some 2 GiB of memory. Four also on two cores, since a test often waits for a server.
     """
     cores = len(os.sched_getaffinity(0))
-    return 0 if CUDA or cores < 2 else min(cores + 2, 4)
+    return 0 if CUDA or cores < 2 else 4
 
 
 @pytest.hookimpl(optionalhook=True)

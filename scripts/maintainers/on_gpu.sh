@@ -154,22 +154,19 @@ windows() {
     logged windows 580 python3 -m specontext_vllm.demo.train --size windows --out /tmp/windows --minutes 9.2
     tar czf "$OUT/windows.tar.gz" -C /tmp windows
 }
-# 3 % of 4k is a budget of 128.
-accuracy_windows() {
-    bench accuracy-windows 545 accuracy --model /tmp/windows --label windows --prompts 200 --contexts 4096 --budgets 128,256 \
-        --retrievers dlm,quest,recent --tasks demo_needle,multi_key,multi_query,recitation,perplexity --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-windows"
-    tar czf "$OUT/cells-windows.tar.gz" -C "$WORK" accuracy-windows
+# The demo's tasks on a model of one of the sizes; 3 % of 4k is a budget of 128.
+accuracy_of() {
+    bench "accuracy-$1" 545 accuracy --model "/tmp/$1" --label "$1" --prompts 200 --contexts 4096 --budgets 128,256 \
+        --retrievers dlm,quest,recent --tasks demo_needle,multi_key,multi_query,recitation,perplexity --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-$1"
+    tar czf "$OUT/cells-$1.tar.gz" -C "$WORK" "accuracy-$1"
 }
-# The same with linear attention in three of four layers; faster with flash-linear-attention's kernels.
+accuracy_windows() { accuracy_of windows; }
+# The same model with linear attention in three of four layers; faster with flash-linear-attention's kernels.
 hybrid() {
     logged hybrid 590 python3 -m specontext_vllm.demo.train --size hybrid --out /tmp/hybrid --minutes 9.2
     tar czf "$OUT/hybrid.tar.gz" --exclude state.pt -C /tmp hybrid
 }
-accuracy_hybrid() {
-    bench accuracy-hybrid 545 accuracy --model /tmp/hybrid --label hybrid --prompts 200 --contexts 4096 --budgets 128,256 \
-        --retrievers dlm,quest,recent --tasks demo_needle,multi_key,multi_query,recitation,perplexity --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-hybrid"
-    tar czf "$OUT/cells-hybrid.tar.gz" -C "$WORK" accuracy-hybrid
-}
+accuracy_hybrid() { accuracy_of hybrid; }
 GRID=(--prompts 24 --contexts 4096,8192 --budgets 64,128,256,512 --retrievers dlm,quest,recent --tasks multi_key,multi_query,recitation,perplexity)
 accuracy_larger() {
     bench accuracy-larger 545 accuracy --model "$LARGER" "${GRID[@]}" --thresholds 0 --engine-seconds 500 --work "$WORK/accuracy-larger"

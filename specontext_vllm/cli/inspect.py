@@ -15,7 +15,7 @@ from rich.table import Table
 from specontext_vllm.cli.options import AllowPickle, HeadCheckpointName, Revision
 from specontext_vllm.cli.refusals import refusals
 from specontext_vllm.model_config import has_state, layer_kinds, num_full_layers
-from specontext_vllm.other_layers import state_bytes
+from specontext_vllm.other_layers import dtype_of, state_bytes
 from specontext_vllm.retrieval.checkpoint import (
     HeadCheckpoint,
     HeadError,
@@ -120,9 +120,8 @@ def _say_served_layers(console: Console, target: Path) -> None:
             console,
             f"It selects for {full} of its {count} layers, those that attend to the whole context.",
         )
-    dtype = getattr(torch, str(getattr(text, "dtype", None)).removeprefix("torch."), None)
     states = 0 if isinstance(text, SimpleNamespace) else sum(map(has_state, layer_kinds(text)))
-    if states and (size := state_bytes(text, dtype or torch.bfloat16)):
+    if states and (size := state_bytes(text, dtype_of(text))):
         _print(
             console,
             f"{states} layers keep a state: {states * size:,} bytes a request, whatever its "

@@ -24,9 +24,8 @@ class MovesHead:
         head = vllm_config.kv_transfer_config.kv_connector_extra_config.get(HEAD_PRINT)
         (group,) = kv_cache_config.kv_cache_groups
         self.kv_layers, self.block_tokens = list(group.layer_names), group.kv_cache_spec.block_size
-        self.head_layers = [] if head is None else [f"specontext.{head}.keys"]
-        if head is not None:
-            self.head_layers.append(f"specontext.{head}.fused")
+        parts = () if head is None else ("keys", "fused")
+        self.head_layers = [f"specontext.{head}.{part}" for part in parts]
         self.head_caches: dict[str, Tensor] = {}
         self.learn_pages: Callable[[Tensor], None] = lambda slots: None
 

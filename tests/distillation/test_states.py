@@ -169,20 +169,12 @@ def folder(tmp_path_factory) -> Path:
     """Mamba 2, an MLP and two layers of attention, whose queries look for tokens like their own:
     something that a head can learn in a minute. With the demo's tokenizer.
     """
-    from transformers import AutoConfig, NemotronHConfig
+    from transformers import AutoConfig
 
     folder = tmp_path_factory.mktemp("nemotron_h")
     width, scale = SHAPE["head_dim"], 0.3
-    config = NemotronHConfig(
-        **{**SHAPE, "vocab_size": AutoConfig.from_pretrained(DEMO_MODEL).vocab_size},
-        num_hidden_layers=6,
-        hybrid_override_pattern="M*M-M*",
-        mamba_num_heads=8,
-        mamba_head_dim=32,
-        ssm_state_size=16,
-        n_groups=2,
-    )
-    model = write(folder, config)
+    vocabulary = AutoConfig.from_pretrained(DEMO_MODEL).vocab_size
+    model = write(folder, nemotron_h("M*M-M*", vocabulary))
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(30)
         for layer in model.base_model.layers:

@@ -202,14 +202,14 @@ def falcon_h1(layers: int = 2) -> Any:
     )
 
 
-def nemotron_h() -> Any:
+def nemotron_h(pattern: str = "MM*-M", vocabulary: int = 97) -> Any:
     """Layers of Mamba 2, of attention and of an MLP."""
     from transformers import NemotronHConfig
 
     return NemotronHConfig(
-        **SHAPE,
-        num_hidden_layers=5,
-        hybrid_override_pattern="MM*-M",
+        **{**SHAPE, "vocab_size": vocabulary},
+        num_hidden_layers=len(pattern),
+        hybrid_override_pattern=pattern,
         mamba_num_heads=8,
         mamba_head_dim=32,
         ssm_state_size=16,
