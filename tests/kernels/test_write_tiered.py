@@ -83,9 +83,10 @@ def test_tokens_go_where_their_layer_reads_them_and_to_the_mirror(
     decodes, prompts = 3, 5
     table = PageTable.allocate(decodes + 1, heads, 4, device)
     table.pages.fill_(-1)
-    # Each KV head has pages of its own; the new token is the last of the last one.
+    # Each KV head has pages of its own, none in the last frame, so that one is always free; the
+    # new token is the last of its head's last page.
     lengths = torch.tensor([1, 40, 16], dtype=torch.int32).repeat_interleave(heads)
-    head_pages = torch.randperm(FRAMES * heads)[: decodes * heads].int()
+    head_pages = torch.randperm((FRAMES - 1) * heads)[: decodes * heads].int()
     for sequence, tokens in enumerate(lengths.tolist()):
         table.pages[sequence, pages_for(tokens) - 1] = int(head_pages[sequence])
     table.lengths[: len(lengths)] = lengths.to(device)
