@@ -9,7 +9,6 @@ import typer
 
 from benchmarks import (
     ablation,
-    acceptance,
     attention,
     choices,
     decode,
@@ -20,6 +19,7 @@ from benchmarks import (
     timeline,
     transfer,
 )
+from benchmarks.acceptance import command as acceptance
 from benchmarks.accuracy import command as accuracy
 from benchmarks.capacity import command as capacity
 from benchmarks.cpu import command as cpu

@@ -24,6 +24,8 @@ STYLES = {
     "dense": (BLACK, "*"),
 }
 OTHER_STYLE = (SKY, "P")
+MARKS = list(zip((BLUE, ORANGE, GREEN, RED, PURPLE, SKY), "os^vDP", strict=True))
+"""Colour and marker of each curve in turn, where curves are no retrievers."""
 
 PANELS_A_ROW = 3
 MOST_IN_A_ROW = 7

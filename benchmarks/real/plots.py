@@ -6,22 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.panels import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    add_legend,
-    budget_ticks,
-    make_panels,
-    name_panel,
-)
+from benchmarks.panels import MARKS, add_legend, budget_ticks, make_panels, name_panel
 from benchmarks.real.settings import DENSE
-
-MARKS = list(zip((BLUE, ORANGE, GREEN, RED, PURPLE, SKY), "os^vDP", strict=True))
-"""Colour and marker of each variant in turn."""
 
 
 def draw(lines: Sequence[dict[str, Any]], stem: Path, model: str) -> Path | None:

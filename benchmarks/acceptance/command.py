@@ -1,18 +1,18 @@
-"""Case `acceptance`: how many of the drafts that a real model makes over the selected pages it
-accepts when it reads its whole context: lossless mode on real text.
-"""
+"""The command: reads the options, asks an engine, writes tables and a picture."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks import report
+from benchmarks.acceptance import plots
+from benchmarks.acceptance.chat import ABOUT, CHAT, chat_group
+from benchmarks.acceptance.engine import AcceptanceSpec, run_engine
 from benchmarks.children import ChildError, engine_env, run_child
 from benchmarks.machine import gpus
 from benchmarks.real.options import ModelFolder, TestTexts
@@ -20,7 +20,6 @@ from benchmarks.real.prompts import Group, PromptError
 from benchmarks.real.settings import OptionError, parse_numbers
 from benchmarks.real.tasks import Sources, make_groups
 from benchmarks.real.texts import TextError
-from specontext_vllm.config import CONFIG_KEY
 from specontext_vllm.engine.draft_length import MAX_DRAFTS
 
 LENGTHS = range(1, MAX_DRAFTS + 1)
@@ -29,6 +28,7 @@ TABLES = {
         report.Column("context", "context", ",d"),
         report.Column("task", "text"),
         report.Column("rounds", "rounds", ",d"),
+        report.Column("repeated", "repeated 4-grams", ".0%"),
         *(report.Column(f"accepted_{k}", f"of {k}", ".2f") for k in LENGTHS),
     ),
     "Share accepted where all before were, by position": (
@@ -39,50 +39,13 @@ TABLES = {
 }
 
 
-@dataclass(frozen=True)
-class AcceptanceSpec:
-    """What the engine's process runs: see the command's options.
-
-    Attributes:
-        groups: prompts of one task and context each.
-    """
-
-    model: str
-    head: str
-    on_gpu: bool
-    dtype: str
-    budget: int
-    answer_tokens: int
-    groups: tuple[Group, ...]
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of ``LLM``."""
-        longest = max(len(prompt.tokens) for group in self.groups for prompt in group.prompts)
-        return {
-            "model": self.model,
-            "dtype": self.dtype,
-            # Room for what is drafted behind an answer's end.
-            "max_model_len": longest + self.answer_tokens + MAX_DRAFTS + 1,
-            "max_num_seqs": MAX_DRAFTS + 1,
-            "seed": 0,
-            "attention_backend": "specontext",
-            "additional_config": {
-                CONFIG_KEY: {
-                    "retrieval_head": self.head,
-                    "budget": self.budget,
-                    "mode": "lossless",
-                }
-            },
-        }
-
-
 def main(
     model: ModelFolder,
     texts: TestTexts,
     head: Annotated[Path, typer.Option(help="Folder of the retrieval head.")],
-    tasks: Annotated[str, typer.Option(help="Of case real: names separated by commas.")] = (
-        "text,copy"
-    ),
+    tasks: Annotated[
+        str, typer.Option(help="chat, or tasks of case real: names separated by commas.")
+    ] = "text,copy,chat",
     contexts: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "2048,4096,8000",
     prompts: Annotated[int, typer.Option(min=1, help="Of each task and context.")] = 8,
     answer_tokens: Annotated[int, typer.Option(min=8, help="Tokens of an answer.")] = 96,
@@ -100,11 +63,11 @@ def main(
         sources = Sources(model, tuple(texts))
         lengths = parse_numbers("--contexts", contexts)
         names = [name.strip() for name in tasks.split(",")]
-        known = sources.tasks()[0]
+        about = {key: task.about for key, task in sources.tasks()[0].items()} | {CHAT: ABOUT}
         for name in names:
-            if name not in known:
-                raise OptionError(f"--tasks: found {name!r}; use {', '.join(known)}.")
-        groups = make_groups(sources, names, lengths, prompts, seed)
+            if name not in about:
+                raise OptionError(f"--tasks: found {name!r}; use {', '.join(about)}.")
+        groups = _groups(sources, names, lengths, prompts, answer_tokens, seed)
     except (OptionError, PromptError, TextError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
@@ -131,7 +94,13 @@ def main(
         for index, verdicts in events:
             group = groups[int(index)]
             result.rows.append(
-                {"context": group.context, "task": group.task, **accepted_rows(verdicts)}
+                {
+                    "context": group.context,
+                    "task": group.task,
+                    "tokens": verdicts.tokens,
+                    "repeated": verdicts.repeated,
+                    **accepted_rows(verdicts.accepted),
+                }
             )
             print(f"{group.task} at {group.context}: {result.rows[-1]}", flush=True)
     except ChildError as error:
@@ -139,11 +108,32 @@ def main(
     result.notes = [
         "Drafts are the likeliest tokens after the selected pages, and so are answers after all "
         "pages. Of k drafts as many are accepted as agree from the first one on.",
+        *(f"{name}: {about[name]}." for name in names),
+        "Answers to chat end where the model ends them, the others at the limit. Repeated 4-grams: "
+        "of an answer, those that stood in it before; what goes in circles is easy to draft.",
     ]
-    result.write(out)
+    path = result.write(out)
+    if result.rows:
+        plots.draw(result.rows, LENGTHS, f"{name}: drafts accepted", path.with_suffix(".png"))
     result.show()
     if result.failures:
         raise typer.Exit(1)
+
+
+def _groups(
+    sources: Sources,
+    names: Sequence[str],
+    contexts: Sequence[int],
+    prompts: int,
+    answer: int,
+    seed: int,
+) -> list[Group]:
+    """The prompts of all tasks, the shorter contexts first."""
+    made = make_groups(sources, [name for name in names if name != CHAT], contexts, prompts, seed)
+    if CHAT in names:
+        writer = sources.writer()
+        made += [chat_group(writer, context, prompts, answer, seed) for context in contexts]
+    return sorted(made, key=lambda group: (group.context, names.index(group.task)))
 
 
 def accepted_rows(verdicts: Sequence[int]) -> dict[str, Any]:
@@ -155,30 +145,3 @@ def accepted_rows(verdicts: Sequence[int]) -> dict[str, Any]:
         row[f"accepted_{k}"] = sum(reached[1 : k + 1]) / max(rounds, 1)
         row[f"share_{k}"] = reached[k] / reached[k - 1] if reached[k - 1] else None
     return row
-
-
-def run_engine(spec: AcceptanceSpec) -> Iterator[tuple[str, Any]]:
-    """Answer the groups' prompts.
-
-    Yields:
-        A group's index, and the accepted drafts of each round in which all were made.
-    """
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(**spec.arguments())
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    length, verdicts = scheduler.draft_length, []
-
-    def observe(drafted: int, accepted: int) -> None:
-        if drafted == MAX_DRAFTS:
-            verdicts.append(accepted)
-
-    length.choose, length.observe = lambda contexts: MAX_DRAFTS, observe
-    params = SamplingParams(
-        temperature=0, max_tokens=spec.answer_tokens, ignore_eos=True, detokenize=False
-    )
-    for index, group in enumerate(spec.groups):
-        verdicts.clear()
-        for prompt in group.prompts:
-            llm.generate([{"prompt_token_ids": prompt.tokens}], params, use_tqdm=False)
-        yield str(index), list(verdicts)
