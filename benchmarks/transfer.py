@@ -144,7 +144,7 @@ def apply(worker: Any, setting: Setting) -> None:
 
     runtime = worker.model_runner.runtime
     tiers = runtime.tiers
-    runtime.set(stickiness=setting.stickiness)
+    runtime.settings.change(stickiness=setting.stickiness)
     slots = int(setting.slots * runtime.config.budget_pages)
     # Not the time law's choice, which depends on the load.
     tiers.hot_size.choose = lambda ledger: slots

@@ -161,7 +161,7 @@ def _apply(worker: Any, policy: Policy) -> None:
             "selections: the GPU's part of the memory holds all KV of this load, so nothing would "
             "be fetched; give more --prompts."
         )
-    runtime.set(budget=policy.budget, stickiness=policy.stickiness)
+    runtime.settings.change(budget=policy.budget, stickiness=policy.stickiness)
     # Not the time law's choice, which depends on the load.
     tiers.hot_size.choose = lambda ledger: policy.hot_pages
     with torch.inference_mode():

@@ -296,10 +296,6 @@ class Runtime:
 
     # -- while it serves
 
-    def set(self, *args: Any, **changes: Any) -> dict[str, Any]:
-        """Change settings between steps; see ``LiveSettings.change``."""
-        return self.settings.change(*args, **changes)
-
     def give_back_memory(self) -> None:
         """Before vLLM gives up its KV, when no request holds any of it: let go of what lies in none
         of its pools, our graphs and the host pool.

@@ -16,6 +16,18 @@ from specontext_vllm.retrieval.layer_selection import LayerSelector
 
 logger = init_logger("vllm.specontext")
 
+CHANGEABLE = (
+    "retriever",
+    "rule_settings",
+    "budget",
+    "recent_tokens",
+    "sink_tokens",
+    "stickiness",
+    "confidence_threshold",
+    "fallback_budget",
+)
+"""Settings that a running engine can change."""
+
 
 class LiveSettings:
     """The settings of one worker, and how they change between steps.
@@ -43,36 +55,24 @@ class LiveSettings:
         self._captured, self._step = captured, step
         self._selector, self._install_selector = selector, install_selector
 
-    def change(
-        self,
-        retriever: str | None = None,
-        budget: int | None = None,
-        *,
-        recent_tokens: int | None = None,
-        sink_tokens: int | None = None,
-        stickiness: float | None = None,
-        confidence_threshold: float | None = None,
-        fallback_budget: int | None = None,
-        rule_settings: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Change settings between steps, None: leave as it is. The settings in force are returned.
+    def change(self, **asked: Any) -> dict[str, Any]:
+        """Change settings of ``CHANGEABLE`` between steps, None: leave as it is. The settings in
+        force are returned.
 
         Raises:
             ConfigError: one sentence when the settings cannot be, or this engine cannot follow; the
                 ones before stay in force.
         """
-        asked = {
-            "retriever": retriever,
-            "budget": budget,
-            "recent_tokens": recent_tokens,
-            "sink_tokens": sink_tokens,
-            "stickiness": stickiness,
-            "confidence_threshold": confidence_threshold,
-            "fallback_budget": fallback_budget,
-            # Those of another rule say nothing to this one.
-            "rule_settings": rule_settings if retriever is None else rule_settings or {},
-        }
         changes = {key: value for key, value in asked.items() if value is not None}
+        known = SpeContextConfig.model_fields
+        for key in (key for key in changes if key in known and key not in CHANGEABLE):
+            raise ConfigError(
+                f"specontext: {key}: found {changes[key]!r}, which cannot change while an engine "
+                f"runs, as {', '.join(CHANGEABLE)} can; start the engine with it."
+            )
+        if "retriever" in changes:
+            # Those of another rule say nothing to this one.
+            changes.setdefault("rule_settings", {})
         config = SpeContextConfig.from_settings(
             {**self._step.retriever.config.model_dump(exclude_unset=True), **changes}
         )

@@ -79,7 +79,7 @@ class SpeContextWorkerMixin(Worker):
 
     def specontext_set(self, **changes: Any) -> dict[str, Any]:
         """Change settings between steps, and return those in force; see ``LiveSettings.change``."""
-        return self.model_runner.runtime.set(**changes)
+        return self.model_runner.runtime.settings.change(**changes)
 
 
 def _telling_front_end(method: Any) -> Any:

@@ -76,6 +76,9 @@ class RowBudgets:
         """Pages of a budget of so many tokens, and of its fallback."""
         if self._config.rule.reads_everything:
             return self._most, self._most
+        # A request's own was enough for the settings of the start. With fewer pages than are always
+        # read the newest would not be among them.
+        budget = max(budget, self._config.min_budget)
         return (
             min(budget // PAGE_SIZE, self._most),
             min(self._config.fallback_pages_of(budget), self._most),

@@ -1,15 +1,17 @@
 """Changing settings between steps, without an engine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.config import ConfigError, SpeContextConfig, pages_for
 from specontext_vllm.engine import settings as settings_module
 from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.retrieval.checkpoint import dummy_checkpoint
 from specontext_vllm.retrieval.head import RetrievalHead
 from specontext_vllm.retrieval.local import LocalRetriever
-from specontext_vllm.step_data import PageTable, Selection
+from specontext_vllm.step_data import PageTable, Selection, StepBatch
 from tests.steps import bare_step
 
 
@@ -56,7 +58,7 @@ def live(retriever, *, captured=False):
 def test_what_is_not_named_stays(retriever):
     settings = live(retriever)
     settings.change(confidence_threshold=0.25, fallback_budget=512)
-    found = settings.change("random", 128, recent_tokens=32)
+    found = settings.change(retriever="random", budget=128, recent_tokens=32)
     assert (found["retriever"], found["budget"], found["recent_tokens"]) == ("random", 128, 32)
     assert (found["confidence_threshold"], found["fallback_budget"], found["stickiness"]) == (
         0.25,
@@ -116,6 +118,17 @@ def test_requests_that_would_fall_back_to_more_than_the_page_table_holds_are_tol
     )
 
 
+def test_own_budgets_hold_what_is_always_read_after_a_change(retriever, device):
+    """Requests are judged by the settings of the start, where 112 tokens are enough."""
+    live(retriever).change(budget=512, recent_tokens=256)
+    batch = replace(StepBatch.in_block_0(1024, 64, device), budgets=(112,))
+    selection = Selection.into(PageTable.allocate(1, 2, 32, device), count_from_start=64)
+    retriever.select_eagerly(batch, selection)
+    pages = selection.pages[0, : pages_for(int(selection.lengths[0]))] // 2
+    # The sink, a page to choose, and the recents: the newest page is full, so 17 are 272 tokens.
+    assert pages.tolist()[0] == 0 and pages.tolist()[-17:] == list(range(47, 64))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -126,6 +139,8 @@ def test_requests_that_would_fall_back_to_more_than_the_page_table_holds_are_tol
         ({"recent_tokens": 256}, "budget: found 256"),
         ({"retriever": "dlm"}, "needs a retrieval head"),
         ({"retriever": "quest"}, "start the engine with it"),
+        ({"stickines": 2.0}, "unknown key 'stickines'; did you mean 'stickiness'"),
+        ({"host_kv_gib": 1.0}, "host_kv_gib: found 1.0, .* start the engine with it"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -139,5 +154,5 @@ def test_settings_that_cannot_be_leave_the_old_ones_in_force(retriever, changes,
 def test_graphs_that_hold_a_selection_hold_on_to_its_settings(retriever):
     settings = live(retriever, captured=True)
     with pytest.raises(ConfigError, match="CUDA graphs hold the selection"):
-        settings.change("oracle")
-    assert settings.change("random")["retriever"] == "random"
+        settings.change(retriever="oracle")
+    assert settings.change(retriever="random")["retriever"] == "random"
