@@ -6,7 +6,9 @@ vLLM: its connector to a shared folder.
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,10 +201,14 @@ class ExampleConnector(MovesHead, example_connector.ExampleConnector):
         Overrides:
             vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.save_kv_layer
         """
-        self._being_written = {}
+        written: dict[str, str] = {}
+        self._being_written = written
         try:
             super().save_kv_layer(layer_name, kv_layer, attn_metadata, **kwargs)
-            written = self._being_written
+        except BaseException:
+            for temporary in written:
+                Path(temporary).unlink(missing_ok=True)
+            raise
         finally:
             self._being_written = None
         for temporary, name in written.items():
@@ -217,7 +223,8 @@ class ExampleConnector(MovesHead, example_connector.ExampleConnector):
         name = super()._generate_filename_debug(*args, **kwargs)
         if self._being_written is None:
             return name
-        temporary = f"{name}.{os.getpid()}"
+        # Engines on other machines may have this one's process id.
+        temporary = f"{name}.{uuid.uuid4().hex}"
         self._being_written[temporary] = name
         return temporary
 

@@ -116,18 +116,26 @@ def test_an_init_with_parts_that_are_not_trained_is_refused(tmp_path):
         )
 
 
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+def test_an_error_while_writing_leaves_the_old_file_alone(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
-        part.write_text("ne")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old"
+    for contended in (False, True):
+        with pytest.raises(KeyboardInterrupt), whole_file(path, contended=contended) as part:
+            part.write_text("ne")
+            raise KeyboardInterrupt
+        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with whole_file(path) as part:
         part.write_text("new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
-        "model.safetensors"
-    ]
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_processes_of_one_id_write_a_file_at_once(tmp_path):
+    """As on two machines that share the folder."""
+    path = tmp_path / "0.safetensors"
+    with whole_file(path, contended=True) as first, whole_file(path, contended=True) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_config_names_what_vllm_reads(tmp_path):

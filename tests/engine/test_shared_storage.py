@@ -5,6 +5,7 @@ demo model.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,6 +200,55 @@ def test_prompts_are_stored_by_all_that_their_kv_hangs_on():
 
     ways = [marks(), marks("a"), marks("b"), marks(salt="a"), marks(pictures=("a",))]
     assert len(set(ways)) == len(ways)
+
+
+LAYER = torch.randn(3, 2, 16, 8)
+"""Three pages of what is stored."""
+
+
+def storing(folder: Path, *slots: range):
+    """A worker's connector in a step that stores prompts of so many tokens, at these slots."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector
+
+    from specontext_vllm.engine.shared_storage import ExampleConnector
+
+    connector = ExampleConnector.__new__(ExampleConnector)
+    connector._storage_path, connector._block_size = str(folder), 16
+    prompts = [
+        example_connector.ReqMeta(
+            torch.arange(len(own)), torch.tensor(own), is_store=True, mm_hashes=[]
+        )
+        for own in slots
+    ]
+    connector.bind_connector_metadata(example_connector.ExampleConnectorMetadata(prompts))
+    return connector
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_engines_with_one_process_id_store_the_same_prompt_at_once(tmp_path, monkeypatch):
+    """As on two machines, or in two containers: the second stores while the first does."""
+    first, second = (storing(tmp_path, range(16, 48)) for _ in range(2))
+    replace = os.replace
+
+    def replace_later(*names):
+        monkeypatch.setattr(os, "replace", replace)
+        second.save_kv_layer("keys", LAYER, None)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", replace_later)
+    first.save_kv_layer("keys", LAYER, None)
+    (stored,) = files_in(tmp_path)
+    assert stored.name == "keys.safetensors"
+    assert torch.equal(load_file(stored)["kv_cache"], LAYER[1:].transpose(1, 2).flatten(0, 1))
+
+
+def test_an_error_while_storing_leaves_no_part_behind(tmp_path):
+    with pytest.raises(IndexError):
+        storing(tmp_path, range(16, 32), range(16, 64)).save_kv_layer("keys", LAYER, None)
+    assert not files_in(tmp_path)
 
 
 def test_a_head_is_named_by_what_it_keeps(own_head):
