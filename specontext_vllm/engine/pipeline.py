@@ -256,7 +256,7 @@ class FirstStep(DecodeStep):
             states = [state[: batch.num_tokens].clone() for state in states]
         arrive = self._stages.receive_states(batch.num_tokens)
         kept = copy_of(batch)
-        head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
+        head = self.retriever.head
         if head is not None and head.keys_follow:
             # ``project`` has seen other rows by then; all are learned as prompt rows are.
             kept = replace(kept, num_decodes=0, table_rows=0)

@@ -42,9 +42,9 @@ from specontext_vllm.engine.settings import LiveSettings
 from specontext_vllm.engine.step import DecodeStep
 from specontext_vllm.residency.host_pool import HostPoolError
 from specontext_vllm.residency.tiers import TieredKV
+from specontext_vllm.retrieval.cache import HeadCache
 from specontext_vllm.retrieval.draft_lists import DraftLists
 from specontext_vllm.retrieval.layer_selection import LayerSelector
-from specontext_vllm.retrieval.local import LocalRetriever
 from specontext_vllm.step_data import PageTable, Selection
 
 logger = init_logger("vllm.specontext")
@@ -148,10 +148,12 @@ class Runtime:
         with self._kv_memory():
             self.retriever.allocate_cache(num_pages)
         if self.vllm_config.kv_transfer_config is not None and not is_profiling:
-            head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
-            cache, blocks = None if head is None else head.cache, kv_cache_config.num_blocks
-            learn_pages = self.layers.learn_pages
-            self.storage = move_with_kv(self.vllm_config, cache, learn_pages, blocks)
+            self.storage = move_with_kv(
+                self.vllm_config,
+                self._head_cache,
+                self.layers.learn_pages,
+                kv_cache_config.num_blocks,
+            )
         plan = self.kv_plan.of_two_tiers(num_pages, is_profiling)
         if plan is None:
             yield
@@ -281,7 +283,6 @@ class Runtime:
 
     def self_drafts(self, model: Any) -> SelfDrafts:
         """What drafts with the target ``model`` in lossless mode."""
-        head = self.retriever.head if isinstance(self.retriever, LocalRetriever) else None
         ours = set(self.layers.names)
         return SelfDrafts(
             self.step,
@@ -291,8 +292,13 @@ class Runtime:
             ],
             model,
             self.vllm_config,
-            None if head is None else head.cache,
+            self._head_cache,
         )
+
+    @property
+    def _head_cache(self) -> HeadCache | None:
+        """What the head in this worker keeps, if there is one, from ``own_kv_cache`` on."""
+        return None if self.retriever.head is None else self.retriever.head.cache
 
     # -- while it serves
 
@@ -314,8 +320,8 @@ class Runtime:
         Raises:
             ConfigError: others have the host pool's memory now.
         """
-        if isinstance(self.retriever, LocalRetriever):
-            self.retriever.clear_cache()
+        if (cache := self._head_cache) is not None:
+            cache.clear()
         if self.selector is not None:
             self.selector.clear()
         if self.tiers is not None:

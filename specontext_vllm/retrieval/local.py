@@ -290,11 +290,6 @@ class LocalRetriever:
         if self.head is not None:
             self.head.allocate(num_blocks)
 
-    def clear_cache(self) -> None:
-        """The caches are as at first: what they held is lost."""
-        if self.head is not None:
-            self.head.cache.clear()
-
     def shrink(self, max_model_len: int, table_pages: int) -> None:
         """See ``Retriever.shrink``."""
         self.max_model_len, self.max_pages = max_model_len, pages_for(max_model_len)

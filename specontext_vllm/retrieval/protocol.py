@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specontext_vllm.config import SpeContextConfig
+from specontext_vllm.retrieval.cached_head import CachedHead
 from specontext_vllm.retrieval.counters import Counters
 from specontext_vllm.step_data import (
     PageScores,
@@ -38,6 +39,10 @@ class Retriever(Protocol):
 
     @property
     def counters(self) -> Counters: ...
+
+    @property
+    def head(self) -> CachedHead | None:
+        """The head in this process, if there is one."""
 
     @property
     def row_totals(self) -> Tensor:

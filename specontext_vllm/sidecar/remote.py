@@ -59,6 +59,7 @@ class RemoteRetriever:
         dense_rows: rows read whole for want of an actor, since the start.
     """
 
+    head = None
     reads_aux = True
     capturable = False
     bytes_per_block = 0
