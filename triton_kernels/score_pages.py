@@ -9,8 +9,11 @@ import triton.language as tl
 WIDTH_TIMES_PAGES = 8
 """Bytes of a key element times pages of a program; the fastest for 8-bit and for 16-bit keys."""
 
+MAX_BLOCKS = 65_535
+"""CUDA's limit of a grid's second axis."""
 
-@triton.jit(do_not_specialize=["first_row", "s_table"])
+
+@triton.jit(do_not_specialize=["first_row", "first_block", "s_table"])
 def _score_pages_kernel(
     p_queries,
     p_keys,
@@ -25,6 +28,7 @@ def _score_pages_kernel(
     s_table,
     s_scores,
     first_row,
+    first_block,
     NQ: tl.constexpr,
     NKV: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -39,7 +43,7 @@ def _score_pages_kernel(
     HALF: tl.constexpr,
 ):
     i_local = tl.program_id(0)
-    i_block = tl.program_id(1)
+    i_block = first_block + tl.program_id(1)
     i_kv = tl.program_id(2)
     G: tl.constexpr = NQ // NKV
     LN2: tl.constexpr = 0.6931471805599453
@@ -134,32 +138,34 @@ def score_pages(
     # bfloat16 would be slower than reading them from memory.
     half = keys.dtype.itemsize == 1 and queries.dtype != torch.float32
     pages_per_program = WIDTH_TIMES_PAGES // keys.dtype.itemsize
-    grid = (num_rows, triton.cdiv(max_pages, pages_per_program), nkv)
-    _score_pages_kernel[grid](
-        queries,
-        keys,
-        block_table,
-        seq_lens,
-        starts,
-        min_pages,
-        page_max,
-        page_lse,
-        d**-0.5,
-        queries.stride(0),
-        block_table.stride(0),
-        page_max.stride(0),
-        first_row,
-        NQ=nq,
-        NKV=nkv,
-        G_PAD=max(8, triton.next_power_of_2(nq // nkv)),
-        P=page_size,
-        D=d,
-        D_PAD=max(16, triton.next_power_of_2(d)),
-        S=keys.stride(2),
-        FIRST=first_token,
-        KEYLESS=keyless,
-        PAGES=pages_per_program,
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        HALF=half,
-        num_warps=2,
-    )
+    blocks = triton.cdiv(max_pages, pages_per_program)
+    for first_block in range(0, blocks, MAX_BLOCKS):
+        _score_pages_kernel[(num_rows, min(blocks - first_block, MAX_BLOCKS), nkv)](
+            queries,
+            keys,
+            block_table,
+            seq_lens,
+            starts,
+            min_pages,
+            page_max,
+            page_lse,
+            d**-0.5,
+            queries.stride(0),
+            block_table.stride(0),
+            page_max.stride(0),
+            first_row,
+            first_block,
+            NQ=nq,
+            NKV=nkv,
+            G_PAD=max(8, triton.next_power_of_2(nq // nkv)),
+            P=page_size,
+            D=d,
+            D_PAD=max(16, triton.next_power_of_2(d)),
+            S=keys.stride(2),
+            FIRST=first_token,
+            KEYLESS=keyless,
+            PAGES=pages_per_program,
+            PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+            HALF=half,
+            num_warps=2,
+        )

@@ -6,6 +6,7 @@ import torch
 from specontext_vllm.config import PAGE_SIZE, pages_for
 from specontext_vllm.retrieval.scoring import ScoreInputs, row_starts, score_row
 from specontext_vllm.step_data import PageScores
+from specontext_vllm.triton_kernels import score_pages as module
 from specontext_vllm.triton_kernels.score_pages import score_pages
 from tests.paging import assert_close, of_each_row, paged_rows, sliced_rows
 
@@ -175,3 +176,59 @@ def test_scoring_keys_dispatches(device):
     used = sum(map(pages_for, lengths))
     assert used * PAGE_SIZE >= sum(lengths)
     assert_close("lse", first.page_lse[:, :used], second.page_lse[:, :used], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_no_context_is_too_long_for_a_grid(dtype, monkeypatch):
+    """CUDA refuses more than 65,535 programs on a grid's second axis: 3 million tokens of 16-bit
+    keys."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(module, "_score_pages_kernel", Kernel())
+    none = torch.empty(0)
+    score_pages(
+        torch.empty(2, 4, 32, dtype=torch.bfloat16),
+        torch.empty(1, 2, PAGE_SIZE, 32, dtype=dtype),
+        none,
+        none,
+        none,
+        none,
+        none,
+        first_row=0,
+        num_rows=2,
+        max_pages=1 << 20,
+        min_pages=none,
+    )
+    assert all(blocks <= 65_535 for _, blocks, _ in launched)
+    assert sum(blocks for _, blocks, _ in launched) == (1 << 20) * dtype.itemsize // 8
+
+
+def test_blocks_of_several_launches_score_like_one(device, monkeypatch):
+    lengths = [100, 40, 260]
+    rows = paged_rows(lengths, 2, 32, torch.float32, device, seed=3)
+    query = torch.randn(3, 4, 32, device=device)
+    found = []
+    for limit in (module.MAX_BLOCKS, 3):
+        monkeypatch.setattr(module, "MAX_BLOCKS", limit)
+        scores = PageScores.allocate(4, 2, sum(map(pages_for, lengths)), device)
+        score_pages(
+            query,
+            rows.cache,
+            rows.block_table,
+            rows.seq_lens,
+            row_starts(rows.seq_lens, range(3)),
+            scores.page_max,
+            scores.page_lse,
+            first_row=0,
+            num_rows=3,
+            max_pages=pages_for(260),
+            min_pages=of_each_row(0, 3, device),
+        )
+        found.append(scores)
+    assert torch.equal(found[0].page_max, found[1].page_max)
+    assert torch.equal(found[0].page_lse, found[1].page_lse)
