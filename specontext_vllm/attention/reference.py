@@ -1,4 +1,4 @@
-"""Attention in plain torch: what CPU engines run."""
+"""Attention in plain torch: the definition, and what a CPU runs without our C++ kernels."""
 
 from __future__ import annotations
 

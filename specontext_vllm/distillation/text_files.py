@@ -59,7 +59,8 @@ class Files:
         for number, path in enumerate(self.paths):
             if not path.is_file():
                 raise DataError(
-                    f"--data: {path} is not a file; give text or JSON-lines files, or `synthetic`."
+                    f"--data: {path} is not a file; give text or JSON-lines files, or `synthetic` "
+                    "alone."
                 )
             before = len(found)
             found += (

@@ -26,8 +26,7 @@ def find_head(config: SpeContextConfig, model_config: Any) -> str:
     ``retrieval_head_revision`` names.
 
     Looked for in this order: the ``retrieval_head`` setting, a ``retrieval_head/`` folder inside
-        the model's folder, the
-    table of known public EAGLE-3 heads (configs/known_heads.yaml).
+    the model's folder, the table of known public EAGLE-3 heads (configs/known_heads.yaml).
     """
     if config.retrieval_head == DUMMY:
         return DUMMY
