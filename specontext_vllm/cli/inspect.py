@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -51,6 +51,7 @@ def inspect(
         )
         head = read_checkpoint(folder, allow_pickle=allow_pickle)
         served = None if target is None else _target(target, head.spec)
+        text = None if target is None else _text_config(target)
         rope_frequencies(head.spec, head.spec.trained_length)
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
@@ -71,7 +72,8 @@ def inspect(
             _print(console, f"Does not fit {target}: {error}")
             raise typer.Exit(1) from None
         _print(console, f"Fits {target}: reads its layers {layers}.")
-        _say_served_layers(console, target)
+        for sentence in _served_layers(text):
+            _print(console, sentence)
 
 
 def _print(console: Console, text: str) -> None:
@@ -83,19 +85,26 @@ def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
     config = read_config(path)
     # Multimodal models nest the language model's settings.
     config = config.get("text_config", config)
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
-    if missing:
+    if not isinstance(config, dict):
         raise HeadError(
-            f"{path}/config.json has no {missing[0]}: --target must be the folder of a language "
-            "model."
+            f"{path}/config.json has text_config {config!r}, where the language model's settings "
+            "are needed: correct it."
         )
-    widths = {
-        "target_hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "vocab_size": config["vocab_size"],
-    }
+
+    def number(key: str) -> int:
+        if type(found := config.get(key)) is int and found > 0:
+            return found
+        if found is None:
+            raise HeadError(
+                f"{path}/config.json has no {key}: --target must be the folder of a language model."
+            )
+        raise HeadError(
+            f"{path}/config.json has {key} {found!r}, where a number above 0 is needed: correct it."
+        )
+
+    def given(key: str, default: int) -> int:
+        return default if config.get(key) is None else number(key)
+
     # Only float16 can be too narrow for a weight: bfloat16 ends where float32 does.
     dtype = (
         torch.float16
@@ -103,43 +112,53 @@ def _target(path: Path, spec: HeadSpec) -> dict[str, Any]:
         else torch.bfloat16
     )
     return {
-        "target": widths,
-        "max_position": config.get("max_position_embeddings") or spec.trained_length,
+        "target": {
+            "target_hidden_size": number("hidden_size"),
+            "num_layers": number("num_hidden_layers"),
+            "num_kv_heads": given("num_key_value_heads", number("num_attention_heads")),
+            "vocab_size": number("vocab_size"),
+        },
+        "max_position": given("max_position_embeddings", spec.trained_length),
         "dtype": dtype,
     }
 
 
-def _say_served_layers(console: Console, target: Path) -> None:
-    """Say for which of the target's layers pages are selected, where its config.json lists layers
+def _served_layers(text: Any) -> Iterator[str]:
+    """Sentences on the layers for which pages are selected, where the target's config lists layers
     of several kinds.
     """
-    text = _text_config(target)
     full, count = num_full_layers(text), text.num_hidden_layers
     if 0 < full < count:
-        _print(
-            console,
-            f"It selects for {full} of its {count} layers, those that attend to the whole context.",
+        yield (
+            f"It selects for {full} of its {count} layers, those that attend to the whole context."
         )
     states = 0 if isinstance(text, SimpleNamespace) else sum(map(has_state, layer_kinds(text)))
     if states and (size := state_bytes(text, dtype_of(text))):
-        _print(
-            console,
+        yield (
             f"{states} layers keep a state: {states * size:,} bytes a request, whatever its "
-            "context; `specontext plan` has the rest.",
+            "context; `specontext plan` has the rest."
         )
 
 
 def _text_config(target: Path) -> Any:
     """The language model's config: transformers' class of it, which lists the layers where the file
     only has a rule for them; the file as it is, of a model that transformers does not know.
-    """
-    from transformers import AutoConfig
 
+    Raises:
+        HeadError: transformers knows the model, and does not take its config.json.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    config = read_config(target)
     try:
         return AutoConfig.from_pretrained(str(target)).get_text_config()
-    except (OSError, ValueError, KeyError):
-        config = read_config(target)
-        return SimpleNamespace(**config.get("text_config", config))
+    except Exception as error:  # a broken config fails where one of its values is first used
+        if config.get("model_type") not in CONFIG_MAPPING:
+            return SimpleNamespace(**config.get("text_config", config))
+        raise HeadError(
+            f"{target}/config.json holds a value that cannot be used ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}): correct it."
+        ) from None
 
 
 def _tensor_table(head: HeadCheckpoint) -> Table:

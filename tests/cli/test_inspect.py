@@ -175,3 +175,38 @@ def test_a_weight_beyond_the_targets_float16_does_not_fit(tmp_path, key):
         result.exit_code == 1
         and "fc.weight holds values up to 99840, which float16 cannot" in result.stdout
     )
+
+
+WRONG_TARGETS = {
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers 0, where a number above 0"),
+    "layers: yes": ({"num_hidden_layers": True}, "num_hidden_layers True, where a number"),
+    "KV heads in words": ({"num_key_value_heads": "x"}, "num_key_value_heads 'x', where"),
+    "length in words": ({"max_position_embeddings": "x"}, "max_position_embeddings 'x', where"),
+    "length under 0": ({"max_position_embeddings": -1}, "max_position_embeddings -1, where"),
+    "nested number": ({"text_config": 5}, "text_config 5, where the language model's settings"),
+    "dtype list": ({"model_type": "llama", "dtype": ["x"]}, "holds a value that cannot be used"),
+    "kinds unknown": (
+        {"model_type": "llama", "layer_types": ["x"] * 12},
+        "holds a value that cannot be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TARGETS)
+def test_a_wrong_target_is_one_sentence(head, tmp_path, name):
+    changes, sentence = WRONG_TARGETS[name]
+    result = run(head, "--target", write_target(tmp_path, **changes))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert sentence in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_target_that_transformers_does_not_know_is_taken_as_it_is(head, tmp_path):
+    result = run(head, "--target", write_target(tmp_path, model_type="of_tomorrow"))
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}"])
+def test_json_that_cannot_be_parsed_is_one_sentence(head, content):
+    (head / "config.json").write_text(content)
+    result = run(head)
+    assert result.exit_code == 2 and "config.json is not valid JSON (" in result.stderr

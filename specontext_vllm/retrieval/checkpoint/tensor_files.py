@@ -75,7 +75,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises HeadError when the file holds something else."""
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except OSError as error:
+        raise HeadError(
+            f"{file} cannot be read ({error.strerror}): make it readable, or give another folder."
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise HeadError(
             f"{file} is not valid JSON ({error}): download the checkpoint again."
         ) from error
