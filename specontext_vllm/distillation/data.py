@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from specontext_vllm.distillation.encoding import Tokens, encode, encode_turns
+from specontext_vllm.distillation.encoding import Tokens, as_text, encode, encode_turns
+from specontext_vllm.distillation.text_files import DataError
 from specontext_vllm.synthetic import tasks
 
 ANSWER, TEXT = 1.0, 0.1
@@ -28,11 +29,21 @@ class Documents(Protocol):
 class Synthetic:
     """Made-up conversations about facts and passages (`specontext_vllm.synthetic`), written in the
     tokenizer's chat format.
+
+    Raises:
+        DataError: the format has no place for a question and its answer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         words = " ".join(tasks.sentence(Random(0)) for _ in range(64))
+        try:
+            as_text([("user", words), ("assistant", words)], tokenizer)
+        except Exception as error:  # whatever a template raises
+            raise DataError(
+                f"--data: found synthetic, but the model's chat template refuses a question and "
+                f"its answer ({error}); correct the template, or give texts."
+            ) from None
         # How many tokens of this tokenizer a piece of those texts takes.
         self._per_piece = len(
             tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]

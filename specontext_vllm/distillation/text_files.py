@@ -261,6 +261,17 @@ def _pieces(path: Path) -> Iterator[tuple[int, int]]:
             at += len(piece)
 
 
+def _check_encodes(key: str, text: str) -> None:
+    """JSON can spell what is in no text: one half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"`{key}` has {text[error.start]!a} at character {error.start}, which is half of a "
+            "surrogate pair and no text; correct or drop it."
+        ) from None
+
+
 def _turns(line: bytes) -> list[tuple[str, str]] | None:
     """Turns (role, text) of a line of chat data; None if the line is plain ``text``.
 
@@ -269,13 +280,14 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
     """
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error}); give one object a line.") from None
     if not isinstance(record, dict):
         raise DataError(f"found a {type(record).__name__}; give one object a line.")
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise DataError("`text` is empty or no string; correct or drop it.")
+        _check_encodes("text", record["text"])
         return None
     for key, speaker, said in (("messages", "role", "content"), ("conversations", "from", "value")):
         if key in record:
@@ -295,6 +307,8 @@ def _turns(line: bytes) -> list[tuple[str, str]] | None:
                 raise DataError(
                     f"`{key}` has no turns, or turns that are no text; correct or drop it."
                 )
+            for _, text in turns:
+                _check_encodes(key, text)
             return turns
     raise DataError(
         f"found the keys {', '.join(sorted(record)) or 'none'}; give `text`, `messages` or "

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from specontext_vllm.distillation.data import (
     TEXT,
     Sequences,
+    Synthetic,
 )
 from specontext_vllm.distillation.text_files import HELD_OUT, PIECE_BYTES, DataError
 from tests.distillation.made_texts import WORDS, Counting, files, make_words, text_of, write
@@ -171,6 +172,17 @@ BAD = {
         b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}\n',
         "turns that are no text",
     ),
+    "nested-too-deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not JSON"),
+    "half-a-surrogate-pair": (
+        "a.jsonl",
+        b'{"text": "x"}\n{"text": "a \\ud800 b"}\n',
+        "line 2: `text` has '\\ud800' at character 2",
+    ),
+    "half-a-surrogate-pair-said": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "\\udfff"}]}\n',
+        "line 1: `messages` has '\\udfff' at character 0",
+    ),
     "binary": ("a.txt", bytes(range(256)), "not UTF-8 text"),
     "binary-lines": ("a.jsonl", b"\xff\xfe\x00\x01\n", "line 1: not JSON"),
     "one-document": ("a.txt", b"words", "found 1 document"),
@@ -208,3 +220,12 @@ def test_turns_that_the_template_refuses_are_refused(tmp_path):
         match="line 2: the model's chat template refuses turns by system, user, assistant",
     ):
         files(tmp_path, tokenizer, path)
+
+
+def test_made_up_conversations_that_the_template_refuses_are_refused():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = "{{ raise_exception('no answers') }}"
+    with pytest.raises(
+        DataError, match=r"^--data: found synthetic, but .* refuses .* \(no answers\); "
+    ):
+        Synthetic(tokenizer)
