@@ -21,24 +21,28 @@ class CellError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the decode steps read: a retriever, its budget in tokens (None for dense), and the
-    threshold of its fallback (0: off).
+    """What the decode steps read: a retriever, its budget in tokens (None for dense), the threshold
+    of its fallback (0: off), and the newest tokens that are always among them (None: the default).
     """
 
     retriever: str
     budget: int | None = None
     threshold: float = 0.0
+    recents: int | None = None
 
     @property
     def name(self) -> str:
         words = [self.retriever, *([] if self.budget is None else [str(self.budget)])]
-        return " ".join([*words, *([f"threshold {self.threshold:g}"] if self.threshold else [])])
+        words += [f"threshold {self.threshold:g}"] if self.threshold else []
+        return " ".join([*words, *([] if self.recents is None else [f"recents {self.recents}"])])
 
     @property
     def recent_tokens(self) -> int | None:
-        """The default wherever it leaves a page to choose; else a quarter of the budget."""
-        if self.budget is None:
-            return None
+        """Newest tokens that are always read, None where all are. The default wherever it leaves a
+        page to choose; else a quarter of the budget.
+        """
+        if self.budget is None or self.recents is not None:
+            return self.recents
         default = SpeContextConfig()
         min_budget = PAGE_SIZE * (default.sink_pages + default.recent_pages + 1)
         return default.recent_tokens if self.budget >= min_budget else self.budget // 4

@@ -74,6 +74,13 @@ def main(
     threshold_budget: Annotated[
         int | None, typer.Option(help="Budget they are tried with. Default: the smallest.")
     ] = None,
+    recent_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Newest tokens that are always read, wherever the budget leaves a page to choose "
+            "beside them; fewer are compared with the most. Default: as in an engine."
+        ),
+    ] = None,
     longbench: Annotated[
         Path | None, typer.Option(help="Folder of LongBench's JSONL files.")
     ] = None,
@@ -146,6 +153,7 @@ def main(
             prompts,
             thresholds,
             threshold_budget,
+            recent_tokens,
         )
         typer.echo("making the prompts")
         groups = grid.groups(make_writer(model))

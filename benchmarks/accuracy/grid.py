@@ -13,11 +13,13 @@ from benchmarks.accuracy.cells import DENSE, Group, Setting
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.writer import Writer
 from benchmarks.prefilled import EngineSpec
-from specontext_vllm.config import PAGE_SIZE, HeadKeyDtype, pages_for
+from specontext_vllm.config import PAGE_SIZE, HeadKeyDtype, SpeContextConfig, pages_for
 from specontext_vllm.retrieval.rules import find_rule, listed_rules
 
 CONTEXTS = (4096, 8192, 16384, 32768)
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
+LARGE = 1 << 30
+"""A budget that leaves room for any number of recent tokens."""
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
@@ -38,18 +40,23 @@ class Grid:
     prompts: int
     thresholds: list[float]
     threshold_budget: int
+    recents: Sequence[int] = ()
 
     def settings(self, context: int) -> list[Setting]:
-        """Dense first, then every retriever with every budget that is less than the context, then
-        the thresholds of the fallback.
+        """Dense first, then every retriever with every budget that is less than the context and
+        every number of recent tokens that leaves it a page to choose, then the thresholds of the
+        fallback.
         """
         out = [Setting(DENSE)]
+        recent_tokens: Sequence[int | None] = self.recents or [None]
         out += [
-            Setting(name, budget)
+            Setting(name, budget, recents=recents)
             for name in self.retrievers
             if name != DENSE
             for budget in self.budgets
             if budget < context
+            for recents in recent_tokens
+            if recents is None or _leaves_a_choice(budget, recents)
         ]
         out += [
             Setting("dlm", self.threshold_budget, threshold)
@@ -72,6 +79,15 @@ class Grid:
             for context in self.contexts
             for name, task in self.tasks.items()
         ]
+
+
+def _leaves_a_choice(budget: int, recents: int) -> bool:
+    return _min_budget(recents) <= budget
+
+
+def _min_budget(recents: int) -> int:
+    settings = {"budget": LARGE, "recent_tokens": recents}
+    return SpeContextConfig.from_settings(settings).min_budget
 
 
 def parse_numbers(option: str, text: str, kind: type) -> list[Any]:
@@ -176,6 +192,7 @@ def make_grid(
     prompts: int,
     thresholds: str,
     threshold_budget: int | None,
+    recent_tokens: str | None,
 ) -> Grid:
     """Check the options.
 
@@ -188,6 +205,14 @@ def make_grid(
     fallbacks = [
         threshold for threshold in parse_numbers("--thresholds", thresholds, float) if threshold
     ]
+    recents = [] if recent_tokens is None else parse_numbers("--recent-tokens", recent_tokens, int)
+    for number in recents:
+        if _min_budget(number) > sizes[-1]:
+            raise OptionError(
+                f"--recent-tokens: found {number}, but no budget of {budgets} leaves a page to "
+                f"choose beside them; give a budget of {_min_budget(number)}, or fewer recent "
+                "tokens."
+            )
     lengths = None if contexts is None else parse_numbers("--contexts", contexts, int)
     found_head, names = find_head(model, head, retrievers)
     if lengths is None:
@@ -202,6 +227,7 @@ def make_grid(
         prompts,
         fallbacks if "dlm" in names else [],
         threshold_budget or sizes[0],
+        recents,
     )
     for context in grid.contexts:
         for setting in grid.settings(context):

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy.cells import DENSE
 from benchmarks.panels import (
+    MARKS,
     OTHER_STYLE,
     STYLES,
     add_legend,
@@ -72,7 +73,11 @@ def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
     if not panels:
         return None
     figure, axes = make_panels(len(panels), 3.4, 2.7)
-    retrievers = [name for name in _distinct(grid, "retriever") if name != DENSE]
+    curves = list(
+        dict.fromkeys(
+            (line["retriever"], line["recents"]) for line in grid if line["retriever"] != DENSE
+        )
+    )
     for axis, (context, task) in zip(axes, panels):
         here = [line for line in grid if line["context"] == context and line["task"] == task]
         name_panel(
@@ -81,10 +86,15 @@ def _over_budget(lines: Sequence[dict[str, Any]], model: str) -> Any | None:
             "budget, tokens per KV head",
             _y_label(here[0]["kind"]),
         )
-        for place, retriever in enumerate(retrievers):
+        for place, curve in enumerate(curves):
             # Side by side, so that curves with equal values can be told apart.
-            mine = [line for line in here if line["retriever"] == retriever]
-            _curve(axis, retriever, mine, shift=1.05 ** (place - len(retrievers) / 2))
+            mine = [line for line in here if (line["retriever"], line["recents"]) == curve]
+            retriever, recents = curve
+            name = retriever if recents is None else f"{retriever}, {recents} recents"
+            style = (
+                STYLES.get(retriever, OTHER_STYLE) if recents is None else MARKS[place % len(MARKS)]
+            )
+            _curve(axis, name, style, mine, shift=1.05 ** (place - len(curves) / 2))
         for line in here:
             if line["retriever"] == DENSE:
                 axis.axhline(
@@ -108,8 +118,10 @@ def _y_scale(axis: Any, kind: str) -> None:
         axis.set_ylim(-0.04, 1.08)
 
 
-def _curve(axis: Any, retriever: str, lines: Sequence[dict[str, Any]], shift: float) -> None:
-    colour, marker = STYLES.get(retriever, OTHER_STYLE)
+def _curve(
+    axis: Any, name: str, style: tuple[str, str], lines: Sequence[dict[str, Any]], shift: float
+) -> None:
+    colour, marker = style
     lines = sorted(lines, key=lambda line: line["budget"])
     errors = [
         [max(0.0, line["value"] - line["low"]) for line in lines],
@@ -125,7 +137,7 @@ def _curve(axis: Any, retriever: str, lines: Sequence[dict[str, Any]], shift: fl
         linewidth=1.4,
         capsize=2,
         elinewidth=0.7,
-        label=retriever,
+        label=name,
     )
 
 
@@ -133,7 +145,8 @@ def _pareto(rows: Sequence[dict[str, Any]], model: str) -> Any | None:
     points = [
         row
         for row in rows
-        if not row["threshold"] and row.get("mean") is not None and row.get("tokens_per_s")
+        if not row["threshold"] and row["recents"] is None
+        if row.get("mean") is not None and row.get("tokens_per_s")
     ]
     if not points:
         return None

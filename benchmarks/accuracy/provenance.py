@@ -55,7 +55,10 @@ def make_notes(grid: Grid, spec: EngineSpec, left_out: Sequence[str]) -> list[st
         "means.",
         "Always read: the first page and the newest 64 tokens (the defaults); with budgets under "
         "112, which have no room for both and a "
-        "page to choose, the newest quarter of the budget instead.",
+        "page to choose, the newest quarter of the budget instead."
+        if not grid.recents
+        else f"Always read: the first page and the newest {', '.join(map(str, grid.recents))} "
+        "tokens (recents), wherever that leaves the budget a page to choose.",
         f"The head's keys (head_key_dtype): {spec.head_keys}.",
         "Mean: over the tasks scored in 0 to 1. Pages read: of all pages that the decode steps "
         "could have read. Kept mass: share of "

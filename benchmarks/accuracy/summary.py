@@ -60,6 +60,7 @@ def figures(
         "retriever": setting.retriever,
         "budget": setting.budget,
         "recent_tokens": setting.recent_tokens,
+        "recents": setting.recents,
         "threshold": setting.threshold,
         "prompts": len(scores),
         "value": value(task, scores),
@@ -116,7 +117,7 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     out: dict[tuple[int, Setting], dict[str, Any]] = {}
     for line in lines:
-        setting = Setting(line["retriever"], line["budget"], line["threshold"])
+        setting = Setting(line["retriever"], line["budget"], line["threshold"], line["recents"])
         row = out.setdefault((line["context"], setting), {})
         if not row:
             name = (
@@ -128,7 +129,14 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 **name,
                 **{
                     key: line[key]
-                    for key in ("context", "retriever", "budget", "recent_tokens", "threshold")
+                    for key in (
+                        "context",
+                        "retriever",
+                        "budget",
+                        "recent_tokens",
+                        "recents",
+                        "threshold",
+                    )
                 },
             }
         row[line["task"]] = line["value"]
@@ -151,7 +159,8 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def place(key: tuple[int, Setting]) -> tuple[Any, ...]:
         context, setting = key
-        return context, setting.threshold, order.index(setting.retriever), setting.budget or 0
+        by = order.index(setting.retriever)
+        return context, setting.threshold, by, setting.budget or 0, setting.recents or 0
 
     return [out[key] for key in sorted(out, key=place)]
 

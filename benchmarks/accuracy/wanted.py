@@ -2,7 +2,8 @@
 95 % intervals, and a verdict.
 
 The goals of `dlm`: with about 3 % of the context, no more than one point under dense attention;
-with any budget, no less than `quest` with four times as much. A point is 0.01 of a score. For
+with any budget, no less than `quest` with four times as much. Of a grid with several numbers of
+recent tokens, fewer are to do no worse than the most. A point is 0.01 of a score. For
 perplexity it is 0.01 of its logarithm, one percent: differences are those of the mean
 log-probability of a forced token, so that more is better everywhere.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks import report
@@ -28,7 +29,7 @@ POINT = 0.01
 FOLD = 4
 ALL = "all_scores"
 """The tasks of a context that are scored in 0 to 1, together."""
-NEAR_DENSE, LIKE_QUEST = "near_dense", "like_quest"
+NEAR_DENSE, LIKE_QUEST, FEWER_RECENTS = "near_dense", "like_quest", "fewer_recents"
 MET, NOT_MET, OPEN = "met", "not met", "open"
 
 COLUMNS = (
@@ -60,7 +61,7 @@ class Comparison:
     """Two settings over the same prompts.
 
     Attributes:
-        kind: ``NEAR_DENSE`` or ``LIKE_QUEST``.
+        kind: ``NEAR_DENSE``, ``LIKE_QUEST`` or ``FEWER_RECENTS``.
         mark: the difference that was wanted at least.
     """
 
@@ -76,8 +77,8 @@ class Comparison:
 
 
 def comparisons(cells: Iterable[Cell]) -> list[Comparison]:
-    """Those that the cells have both sides of, by context: the one with dense, then those with
-    quest by budget.
+    """Those that the cells have both sides of, by context: the one with dense, those with quest by
+    budget, and those of fewer recent tokens with the most.
     """
     settings: dict[int, dict[Setting, None]] = {}
     for cell in cells:
@@ -87,7 +88,7 @@ def comparisons(cells: Iterable[Cell]) -> list[Comparison]:
         budgets = sorted(
             s.budget
             for s in known
-            if s.retriever == "dlm" and s.budget is not None and not s.threshold
+            if s.retriever == "dlm" and s.budget is not None and s == Setting("dlm", s.budget)
         )
         near = min(
             budgets, key=lambda budget: abs(math.log(budget / (SHARE * context))), default=None
@@ -100,8 +101,20 @@ def comparisons(cells: Iterable[Cell]) -> list[Comparison]:
             Comparison(LIKE_QUEST, context, Setting("dlm", b), Setting("quest", FOLD * b), 0.0)
             for b in budgets
         ]
+        found += [
+            Comparison(FEWER_RECENTS, context, s, most, 0.0)
+            for s in known
+            if s.recents is not None and (most := _with_most_recents(s, known)) != s
+        ]
         found = [c for c in found if c.context != context or c.other in known]
     return found
+
+
+def _with_most_recents(setting: Setting, known: Iterable[Setting]) -> Setting:
+    return max(
+        (s for s in known if replace(s, recents=setting.recents) == setting),
+        key=lambda s: s.recents or 0,
+    )
 
 
 def verdict(low: float, high: float, mark: float) -> str:
@@ -211,7 +224,7 @@ def _row(
 
 
 def counts(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """How many comparisons of each kind, task by task, had which verdict:
+    """How many comparisons of each of dlm's goals, task by task, had which verdict:
     ``{kind: {"met", "not_met", "open", "all"}}``.
     """
     out = {}

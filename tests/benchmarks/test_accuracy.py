@@ -4,16 +4,20 @@ engines are not started.
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import report
+from benchmarks.__main__ import app
 from benchmarks.accuracy import plots, summary
 from benchmarks.accuracy.cells import DENSE, Cell, CellError, CellStore, Group, Setting
 from benchmarks.accuracy.grid import Grid
 from benchmarks.accuracy.run import Run
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.writer import Example
+from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.config import ConfigError
 
 SETTINGS = {"model": "demo", "dtype": "float32"}
@@ -72,6 +76,7 @@ def test_a_setting_keeps_pages_to_choose():
         "recent_tokens": 16,
     }
     assert Setting("dlm", 112).recent_tokens == Setting("dlm", 512).recent_tokens == 64
+    assert Setting("dlm", 512, recents=16).changes()["recent_tokens"] == 16
     assert Setting(DENSE).changes() == {"retriever": DENSE, "confidence_threshold": 0.0}
     with pytest.raises(ConfigError, match="budget"):
         Setting("dlm", 32).changes()
@@ -96,6 +101,25 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert list(again.ordered().values()) == [
         again.cells[first.cell(s)] for s in (Setting(DENSE), Setting("dlm", 256))
     ]
+
+
+def test_recent_tokens_are_tried_where_they_leave_a_page_to_choose(tmp_path):
+    grid = replace(make_run(tmp_path).grid, recents=[16, 32])
+    assert grid.settings(4096) == [
+        Setting(DENSE),
+        Setting("dlm", 64, recents=16),
+        Setting("dlm", 256, recents=16),
+        Setting("dlm", 256, recents=32),
+    ]
+    options = ["accuracy", "--model", str(DEMO_MODEL), "--retrievers", "dlm", "--thresholds", "0"]
+    for given, sentence in {
+        "0": "recent_tokens: found 0",
+        "16,64": "--recent-tokens: found 64, but no budget of 64 leaves a page to choose beside "
+        "them; give a budget of 112, or fewer",
+    }.items():
+        asked = [*options, "--budgets", "64", "--recent-tokens", given, "--work", str(tmp_path)]
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 2 and sentence in done.output
 
 
 def test_where_dense_fails_the_rest_and_longer_contexts_are_left_out(tmp_path):

@@ -48,6 +48,16 @@ def test_the_budget_nearest_to_three_percent_is_compared_with_dense():
     ]
 
 
+def test_fewer_recent_tokens_are_compared_with_the_most_at_the_same_budget():
+    settings = [Setting("dlm", b, recents=n) for b, n in ((64, 16), (128, 16), (128, 64))]
+    settings += [Setting(DENSE), Setting("dlm", 128), Setting("oracle", 128, recents=32)]
+    found = wanted.comparisons(Cell("single", 4096, s) for s in settings)
+    assert [(c.kind, c.name, c.mark) for c in found] == [
+        (wanted.NEAR_DENSE, "dlm 128 – dense", -0.01),
+        (wanted.FEWER_RECENTS, "dlm 128 recents 16 – dlm 128 recents 64", 0.0),
+    ]
+
+
 def test_differences_are_those_of_the_same_prompts():
     """The means are equal; which prompts are lost decides."""
     right = [1.0] * 6 + [0.0] * 6
@@ -127,6 +137,12 @@ def test_the_same_cells_of_another_result_are_compared_prompt_by_prompt():
     assert all("verdict" not in row and "compared" not in row for row in found.values())
 
 
+def cell_of(row, task):
+    """The cell of a committed row; older results have no recent tokens of their own."""
+    setting = Setting(row["retriever"], row["budget"], row["threshold"], row.get("recents"))
+    return Cell(task, row["context"], setting)
+
+
 def test_the_committed_verdicts_follow_from_the_committed_scores():
     for path in RESULTS.glob("accuracy*.json"):
         result = json.loads(path.read_text())
@@ -134,21 +150,12 @@ def test_the_committed_verdicts_follow_from_the_committed_scores():
             result["details"]["scores"],
             [row for row in result["rows"] if "retriever" in row],
         )
-        known = {
-            cell.name: cell
-            for row in rows
-            for task in TASKS
-            for cell in [
-                Cell(
-                    task, row["context"], Setting(row["retriever"], row["budget"], row["threshold"])
-                )
-            ]
-        }
+        known = {cell.name: cell for row in rows for task in TASKS for cell in [cell_of(row, task)]}
         cells = {known[name]: values for name, values in scores.items()}
         # Another machine's sums may differ in their last bits.
         for found, made in zip(
             [row for row in result["rows"] if "compared" in row],
-            wanted.rows(cells, TASKS),
+            wanted.rows(cells, {cell.task: TASKS[cell.task] for cell in cells}),
             strict=True,
         ):
             assert found.keys() == made.keys()
@@ -158,9 +165,7 @@ def test_the_committed_verdicts_follow_from_the_committed_scores():
                 )
         for row in rows:
             for task in TASKS:
-                name = Cell(
-                    task, row["context"], Setting(row["retriever"], row["budget"], row["threshold"])
-                ).name
+                name = cell_of(row, task).name
                 assert row.get(task) == (
                     pytest.approx(summary.value(TASKS[task], scores[name]), abs=1e-9)
                     if name in scores
