@@ -138,6 +138,16 @@ def test_a_key_that_is_nearly_ours_is_not_passed_over(key):
         SpeContextConfig.from_additional_config({key: {"budget": 128}})
 
 
+@pytest.mark.parametrize("given", [{}, {"specontext": {"budget": 256}}], ids=str)
+def test_a_setting_outside_of_its_object_is_not_passed_over(given):
+    """Named regression: the engine started with the default of it."""
+    for key in SpeContextConfig.model_fields:
+        with pytest.raises(ConfigError) as error:
+            SpeContextConfig.from_additional_config({**given, key: 128})
+        assert f"found the key '{key}'" in str(error.value)
+        assert f'put it under \'specontext\', as in {{"specontext": {{"{key}"' in str(error.value)
+
+
 def test_keys_of_other_plugins_are_theirs():
     assert (
         SpeContextConfig.from_additional_config({"gdn_kernel": {}, "specontext_aux_layers": [1]})

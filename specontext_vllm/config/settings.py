@@ -149,6 +149,12 @@ class SpeContextConfig(SettingFields):
                 f"additional_config: found the key {close[0]!r}, which nothing reads; this "
                 f"plugin's settings are under {CONFIG_KEY!r}."
             )
+        if misplaced := [key for key in given if key in cls.model_fields]:
+            raise ConfigError(
+                f"additional_config: found the key {misplaced[0]!r} beside or without "
+                f"{CONFIG_KEY!r}, where nothing reads it; put it under {CONFIG_KEY!r}, as in "
+                f'{{"{CONFIG_KEY}": {{"{misplaced[0]}": ...}}}}.'
+            )
         return cls.from_settings(given.get(CONFIG_KEY, {}))
 
     @classmethod
