@@ -97,6 +97,18 @@ def refuse_lossless(vllm_config: Any, is_cpu: bool) -> None:
             raise ConfigError(
                 f"{SETTING} with {model.model}, {what}, which is not supported; use mode sparse."
             )
+    for option, given in (
+        ("--logits-processors", model.logits_processors),
+        (
+            "--structured-outputs-config.backend lm-format-enforcer",
+            vllm_config.structured_outputs_config.backend == "lm-format-enforcer",
+        ),
+    ):
+        if given:
+            raise ConfigError(
+                f"{SETTING} with {option}, which vLLM does not run on drafts; leave it out, or use "
+                "mode sparse."
+            )
     if vllm_config.lora_config is not None:
         raise ConfigError(
             f"{SETTING} with --enable-lora, but vLLM sets the adapters of a step's tokens, and "

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specontext_vllm.config import CONFIG_KEY, SpeContextConfig
+from specontext_vllm.engine.backend_choice import is_lossless
 from specontext_vllm.step_data import WHOLE
 
 PREFIX = "specontext_"
@@ -123,6 +124,8 @@ def refuse_request(vllm_config: Any, params: Any) -> None:
     Args:
         params: its sampling parameters; others have no settings of ours.
     """
+    if is_lossless(vllm_config):
+        _refuse_sampling(params)
     extra_args = getattr(params, "extra_args", None)
     if not any(str(key).startswith(PREFIX) for key in extra_args or ()):
         return
@@ -133,6 +136,23 @@ def refuse_request(vllm_config: Any, params: Any) -> None:
         read_budget(extra_args, config, vllm_config.model_config.max_model_len)
     except RequestError as error:
         raise VLLMValidationError(str(error)) from None
+
+
+def _refuse_sampling(params: Any) -> None:
+    """Raise vLLM's VLLMValidationError for what it cannot sample with where there are drafts, whose
+    own sentence (vllm/sampling_params.py, _validate_spec_decode) names an option that a lossless
+    engine was not given.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    for key in ("min_p", "logit_bias"):
+        if found := getattr(params, key, None):
+            raise VLLMValidationError(
+                f"{key}: found {found!r}, but this engine is in mode lossless, and vLLM does not "
+                "apply it to drafts; leave it out (what the model's generation_config.json gives "
+                "is left out with --generation-config vllm), or serve with mode sparse.",
+                parameter=key,
+            )
 
 
 class RequestBudgets:

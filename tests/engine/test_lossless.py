@@ -244,6 +244,17 @@ def test_structured_output(lossless, prompts):
     assert found[0] == found[1] and len(found[0][1]) > 4 and lossless.accepted
 
 
+@pytest.mark.parametrize("given", [{"min_p": 0.1}, {"logit_bias": {17: 2.0}}], ids=str)
+def test_what_vllm_does_not_apply_to_drafts_is_refused_by_the_name_of_the_mode(
+    lossless, prompts, given
+):
+    """Named regression: vLLM's sentence spoke of speculative decoding, which nobody had set."""
+    (key,) = given
+    with pytest.raises(Exception, match=f"^{key}: found .* this engine is in mode lossless"):  # noqa: PT011 - vLLM's own class
+        lossless.ask(prompts[3], temperature=1.0, **given)
+    assert not lossless.llm.llm_engine.has_unfinished_requests()
+
+
 TEMPERATURE, TOP, SAMPLES = 1.5, 4, 300
 
 

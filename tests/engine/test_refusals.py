@@ -68,6 +68,11 @@ def test_settings_that_do_not_go_with_drafts_are_refused(settings, changes, sent
         ({"model": {"is_hybrid": True}}, "some of whose layers keep a state instead of KV"),
         ({"model": {"is_multimodal_model": True}}, ", which takes images or audio"),
         ({"lora_config": object()}, "with --enable-lora, but vLLM sets the adapters of a step's"),
+        ({"model": {"logits_processors": ["a:B"]}}, "with --logits-processors, which vLLM does"),
+        (
+            {"structured_outputs_config": SimpleNamespace(backend="lm-format-enforcer")},
+            "with --structured-outputs-config.backend lm-format-enforcer, which vLLM does not",
+        ),
         ({"parallel": {"data_parallel_size": 2}}, "with --data-parallel-size 2"),
     ],
 )
