@@ -212,10 +212,8 @@ def two_of_each(forking_servers) -> Iterator[VllmServer]:
         *device_arguments(),
         *GPU_OPTIONS,
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with VllmServer(DEMO_MODEL, arguments) as running:
-            yield running
+    with VllmServer(DEMO_MODEL, arguments) as running:
+        yield running
 
 
 @pytest.mark.skipif(

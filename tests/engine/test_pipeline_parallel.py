@@ -36,17 +36,15 @@ def two_stages(prompts):
     one.
     """
     settings = {**SETTINGS, "budget": WHOLE, "cache_generated": True}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        with engine(**SHAPE, **TWO, additional_config={"specontext": settings}) as llm:
-            llm.collective_rpc("specontext_stats", args=(True,))
-            out = scenarios(llm, prompts)
-            llm.reset_prefix_cache()
-            llm.collective_rpc("specontext_set", kwargs={"budget": SMALL})
-            llm.collective_rpc("specontext_stats", args=(True,))
-            small = scenarios(llm, prompts)
-            small["stats"] = llm.collective_rpc("specontext_stats")
-            return {**out, "small budget": small}
+    with engine(**SHAPE, **TWO, additional_config={"specontext": settings}) as llm:
+        llm.collective_rpc("specontext_stats", args=(True,))
+        out = scenarios(llm, prompts)
+        llm.reset_prefix_cache()
+        llm.collective_rpc("specontext_set", kwargs={"budget": SMALL})
+        llm.collective_rpc("specontext_stats", args=(True,))
+        small = scenarios(llm, prompts)
+        small["stats"] = llm.collective_rpc("specontext_stats")
+        return {**out, "small budget": small}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -68,13 +66,10 @@ def test_whatever_is_beside_it_and_whatever_way_it_went(scenario, two_stages):
     assert ours == alone
 
 
-def test_rules_that_select_in_each_layer_and_heads_that_read_own_states(
-    own_head, prompts, monkeypatch
-):
+def test_rules_that_select_in_each_layer_and_heads_that_read_own_states(own_head, prompts):
     """Stages select in their layers by themselves; what such a head needs is learned late. Here
     each stage has two workers, which select for their own KV heads.
     """
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1|0|1")
     settings = {**SETTINGS, "retrieval_head": str(own_head), "retriever": "quest"}
     answers = {}
     for name, shape in (("one", {}), ("four", FOUR)):
@@ -86,7 +81,7 @@ def test_rules_that_select_in_each_layer_and_heads_that_read_own_states(
             for retriever in ("quest", "dlm", "dense"):
                 llm.collective_rpc("specontext_set", kwargs={"retriever": retriever})
                 llm.reset_prefix_cache()
-                asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+                asked = [{"prompt_token_ids": prompt} for prompt in prompts[4:]]
                 answers[name, retriever] = ids(llm.generate(asked, sampling(), use_tqdm=False))
     for retriever in ("quest", "dlm", "dense"):
         assert answers["four", retriever] == answers["one", retriever]

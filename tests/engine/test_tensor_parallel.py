@@ -37,7 +37,7 @@ def parallel(workers: int) -> dict:
 
 
 @needs_two
-def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head, monkeypatch):
+def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head):
     from vllm import SamplingParams
 
     pages, pool = 200, 0.125
@@ -55,10 +55,6 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head,
         ("two", 2, {"host_kv_gib": pool, "gpu_kv_gib": 0.0046, "stickiness": 0}),
     ):
         settings = {"specontext": {"retrieval_head": str(own_head), "budget": 128, **tiers}}
-        if workers > 1:
-            # vLLM's CPU workers want to be told their cores where the machine has no second NUMA
-            # node.
-            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         with engine(
             **SHAPE, **parallel(workers), num_gpu_blocks_override=pages, additional_config=settings
         ) as llm:
@@ -118,7 +114,7 @@ def random_model(folder: Path, kv_heads: int) -> Path:
 
 
 @needs_two
-def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp_path, monkeypatch):
+def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp_path):
     from vllm import SamplingParams, TokensPrompt
 
     generator = torch.Generator().manual_seed(2)
@@ -141,8 +137,6 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
         settings = {
             "specontext": {"budget": budget, "retrieval_head": str(model / "retrieval_head")}
         }
-        if workers > 1:
-            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         shape = {**SHAPE, "max_model_len": 1024, "skip_tokenizer_init": True}
         if name == "lossless":
             settings["specontext"]["mode"] = "lossless"

@@ -157,7 +157,6 @@ def two_machines(forking_servers, tmp_path_factory) -> Iterator[tuple[VllmServer
             **server_environment(),
             "GLOO_SOCKET_IFNAME": second.interface,
             "VLLM_HOST_IP": second.address,
-            "VLLM_CPU_OMP_THREADS_BIND": "1",
             "SPECONTEXT_TEST_FORKS": "1",
         }
         worker = second.popen(
@@ -179,7 +178,6 @@ def two_machines(forking_servers, tmp_path_factory) -> Iterator[tuple[VllmServer
         for key, value in {
             "GLOO_SOCKET_IFNAME": interface,
             "VLLM_HOST_IP": address,
-            "VLLM_CPU_OMP_THREADS_BIND": "0",
             "SPECONTEXT_TEST_FORKS": "1",
             "TMPDIR": str(folder / "first"),
         }.items():
