@@ -117,7 +117,7 @@ def plan_one_tier(vllm_config: Any, memory: MemoryModel, gpu_bytes: int, block_b
     refuse_less_than_one_request(vllm_config, memory, gpu_bytes, 0)
     retriever_bytes = memory.block_pages * memory.shape.retriever_page_bytes
     logger.info(
-        "SpeContext: the head's caches take %.1f %% of the KV memory.",
+        "SpeContext: what the retriever keeps takes %.1f %% of the KV memory.",
         100 * retriever_bytes / (block_bytes + retriever_bytes),
     )
     return gpu_bytes // (block_bytes + retriever_bytes)
