@@ -42,8 +42,8 @@ class HotState:
             or -1.
         page_of: ``[lanes, H, S]`` int32 page in a slot, or -1.
         source_of: ``[lanes, H, S]`` int32 its head page in the host pool.
-        stamp: ``[lanes, H, S]`` int32 the step that last read it.
-        step: ``[1]`` int32 number of the present step.
+        stamp: ``[lanes, H, S]`` int64 the step that last read it.
+        step: ``[1]`` int64 number of the present step.
         slots: ``[rows * H, K]`` int32 slots of the step's selection, written by ``resolve``.
         order: ``[rows * H, next_power_of_2(S)]`` int32 scratch of ``resolve``.
     """

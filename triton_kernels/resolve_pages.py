@@ -69,7 +69,7 @@ def _resolve_pages_kernel(
         tl.debug_barrier()
         # [S_PAD] slots in the order in which they may be reused
         o_s = tl.arange(0, S_PAD)
-        b_stamp = tl.load(p_stamp + buffer + o_s, mask=o_s < S, other=0).to(tl.int64)
+        b_stamp = tl.load(p_stamp + buffer + o_s, mask=o_s < S, other=0)
         m_free = (o_s < tl.load(p_capacity + lane)) & (b_stamp != step)
         b_key = tl.sort(tl.where(m_free, (b_stamp + 1) * S_PAD + o_s, KEPT))
         tl.store(p_order + i_seq * S_PAD + o_s, (b_key % S_PAD).to(tl.int32))

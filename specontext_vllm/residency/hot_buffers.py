@@ -46,8 +46,8 @@ class HotBuffers:
         counts: Tensor,
         device: torch.device,
     ) -> None:
-        def full(value: int, *shape: int) -> Tensor:
-            return torch.full(shape, value, dtype=torch.int32, device=device)
+        def full(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
 
         self.num_kv_heads, self.num_slots, self.num_layers = num_kv_heads, num_slots, num_layers
         self.resident, self.counts = resident, counts
@@ -57,8 +57,8 @@ class HotBuffers:
             slot_of=full(-1, num_lanes, num_kv_heads, max_pages),
             page_of=full(-1, num_lanes, num_kv_heads, num_slots),
             source_of=full(-1, num_lanes, num_kv_heads, num_slots),
-            stamp=full(-1, num_lanes, num_kv_heads, num_slots),
-            step=full(0, 1),
+            stamp=full(-1, num_lanes, num_kv_heads, num_slots, dtype=torch.int64),
+            step=full(0, 1, dtype=torch.int64),
             slots=full(0, sequences, table_pages),
             order=full(-1, sequences, 1 << (num_slots - 1).bit_length()),
         )

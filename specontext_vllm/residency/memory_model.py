@@ -169,14 +169,14 @@ class MemoryModel:
         )
 
     def _table_bytes(self, num_pages: int, hot_pages: int) -> int:
-        """int32 tables: frames, hot frames, page tables of all layers, slot maps with their state,
-        and the step's slots, misses and sorting.
+        """int32 tables: frames, hot frames, page tables of all layers, slot maps with their state
+        (stamps are int64), and the step's slots, misses and sorting.
         """
         layers, heads, lanes = self.shape.num_layers, self.shape.num_kv_heads, self.lanes
         return 4 * (
             layers * num_pages
             + layers * lanes * hot_pages
-            + lanes * heads * (self.max_pages + 3 * hot_pages)
+            + lanes * heads * (self.max_pages + 4 * hot_pages)
             + table_rows(self.max_num_seqs, self.captured_rows)
             * heads
             * ((layers + 3) * self.table_pages + (1 << (hot_pages - 1).bit_length()))

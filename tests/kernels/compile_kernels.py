@@ -159,7 +159,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool, wide: bool) -> Non
         shape.dtype,
     )
     rows, kept = 2, 128
-    resident, count, step = cells(1), cells(1), cells(1)
+    resident, count, epoch = cells(1), cells(1), cells(1)
     counts = torch.zeros(COUNTERS, dtype=torch.int64)
     positions, slots = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     block_table, seq_lens, starts, lanes = cells(rows, WIDTH), cells(rows), cells(rows), cells(rows)
@@ -316,8 +316,8 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool, wide: bool) -> Non
         slot_of=cells(rows, h, WIDTH),
         page_of=cells(rows, h, HOT),
         source_of=cells(rows, h, HOT),
-        stamp=cells(rows, h, HOT),
-        step=step,
+        stamp=cells(rows, h, HOT).long(),
+        step=cells(1).long(),
         slots=cells(rows * h, kept),
         order=cells(rows * h, HOT),
     )
@@ -357,7 +357,7 @@ def launch_all(shape: Shape, eight_bits: bool, choices: bool, wide: bool) -> Non
             done=done,
         )
     for counted in (None, counts):
-        progress = CopyProgress(cells(LAYERS), step, cells(1))
+        progress = CopyProgress(cells(LAYERS), epoch, cells(1))
         await_pages(progress, resident, counted, layer=1, seconds=20)
     drafted = RowQueries(cells(rows + 1), 4)
     for (cache, scales), mirrored, queries in product(stored, (False, True), (None, drafted)):

@@ -40,7 +40,10 @@ def run_kernel(hot, selection, rows, step):
 
 
 @pytest.mark.parametrize("capacity", [5, 6], ids=["tight", "spare"])
-def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, device):
+@pytest.mark.parametrize(
+    "before", [0, 2**31 - 12, 2**32 - 12], ids=["at-first", "after-months", "after-more"]
+)
+def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, before, device):
     generator = torch.Generator().manual_seed(capacity)
     reference, kernel = make_hot_buffers(torch.device("cpu")), make_hot_buffers(device)
     table = torch.stack(
@@ -48,16 +51,18 @@ def test_resolve_keeps_hits_evicts_the_oldest_and_matches_the_kernel(capacity, d
     ).int()
     for hot in (reference, kernel):
         hot.state.capacity.fill_(capacity)
+    reference.state.step.fill_(before)
     held = [[{} for _ in range(HEADS)] for _ in range(LANES)]
     returned = selected = missed = 0
-    for step in range(1, 25):
-        lanes = torch.tensor([2, 0, -1] if step % 3 else [1, 2, 0], dtype=torch.int32)
+    for number in range(1, 25):
+        step = before + number
+        lanes = torch.tensor([2, 0, -1] if number % 3 else [1, 2, 0], dtype=torch.int32)
         seq_lens = torch.tensor(
-            [16 * 9 + step, 70 + 16 * step, 0 if lanes[2] < 0 else 33], dtype=torch.int32
+            [16 * 9 + number, 70 + 16 * number, 0 if lanes[2] < 0 else 33], dtype=torch.int32
         )
         selection = random_selection(generator, lanes, seq_lens.tolist())
         # The newest tokens may be drafts; their pages were begun in this step.
-        first = seq_lens - torch.tensor([step % 4, 0, 0], dtype=torch.int32)
+        first = seq_lens - torch.tensor([number % 4, 0, 0], dtype=torch.int32)
         rows = DecodeRows(lanes, first, table)
         reference.resolve(selection, rows, LANES)
         run_kernel(kernel, selection, rows, step)
