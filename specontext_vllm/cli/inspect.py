@@ -27,6 +27,7 @@ from specontext_vllm.retrieval.checkpoint import (
     read_checkpoint,
     read_config,
 )
+from specontext_vllm.retrieval.checkpoint.config import usable_values
 from specontext_vllm.retrieval.head import check_head
 from specontext_vllm.retrieval.rope import rope_frequencies
 
@@ -50,8 +51,11 @@ def inspect(
             checkpoint, revision, say=lambda text: typer.echo(text, err=True)
         )
         head = read_checkpoint(folder, allow_pickle=allow_pickle)
-        served = None if target is None else _target(target, head.spec)
-        text = None if target is None else _text_config(target)
+        served, sentences = None, []
+        if target is not None:
+            served = _target(target, head.spec)
+            with usable_values(target):
+                sentences = list(_served_layers(_text_config(target)))
         rope_frequencies(head.spec, head.spec.trained_length)
     console = Console(soft_wrap=True)
     console.print(_tensor_table(head))
@@ -72,7 +76,7 @@ def inspect(
             _print(console, f"Does not fit {target}: {error}")
             raise typer.Exit(1) from None
         _print(console, f"Fits {target}: reads its layers {layers}.")
-        for sentence in _served_layers(text):
+        for sentence in sentences:
             _print(console, sentence)
 
 

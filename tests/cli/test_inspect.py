@@ -185,6 +185,7 @@ WRONG_TARGETS = {
     "length under 0": ({"max_position_embeddings": -1}, "max_position_embeddings -1, where"),
     "nested number": ({"text_config": 5}, "text_config 5, where the language model's settings"),
     "dtype list": ({"model_type": "llama", "dtype": ["x"]}, "holds a value that cannot be used"),
+    "kinds a number": ({"layer_types": 5}, "holds a value that cannot be used"),
     "kinds unknown": (
         {"model_type": "llama", "layer_types": ["x"] * 12},
         "holds a value that cannot be used",
