@@ -115,7 +115,7 @@ def read_model(path: Path, kv_cache_dtype: str = "auto", prefix_caching: bool = 
         others = other_layers(text, full, dtype, itemsize, prefix_caching)
         longest = _longest(text)
     except Exception as error:  # a broken config fails where one of its values is first used
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"--model: {folder}/config.json is not that of a causal language model that "
             f"transformers knows: {reason}"

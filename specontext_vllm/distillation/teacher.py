@@ -128,7 +128,7 @@ def _read(kind: Any, folder: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, **options)
     except Exception as error:  # each kind of file has errors of its own
-        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = " ".join(str(error).split()).rstrip(".")
         raise TeacherError(
             f"--model: {folder} cannot be read by {kind.__name__} ({type(error).__name__}: "
             f"{reason}); download it in full."

@@ -11,6 +11,7 @@ from benchmarks.shapes import Shape
 from specontext_vllm import draft_plan, planning
 from specontext_vllm.cli import app
 from specontext_vllm.config import ConfigError, SpeContextConfig
+from specontext_vllm.distillation.teacher import TeacherError, read_config
 from specontext_vllm.engine.draft_length import StepBytes, best_length, gain
 from specontext_vllm.other_layers import OtherLayers, States, other_layers
 from specontext_vllm.residency.memory_model import KVShape, MemoryModel
@@ -217,6 +218,15 @@ def test_a_folder_without_a_model(tmp_path):
     assert result.exit_code == 2 and "not that of a causal language model" in result.output, (
         result.output
     )
+
+
+def test_a_broken_value_is_named_with_what_is_wrong(tmp_path):
+    """transformers says it on a second line."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": "many"}')
+    result = run("--model", tmp_path, "--gpu-gib", 80)
+    assert result.exit_code == 2 and "expected int, got str (value: 'many')" in result.stderr
+    with pytest.raises(TeacherError, match=r"expected int, got str \(value: 'many'\)\); download"):
+        read_config(tmp_path)
 
 
 def test_models_that_the_engine_refuses_are_not_planned(folder, tmp_path):
