@@ -135,11 +135,9 @@ class Files:
 
     def _windows(self, group: int, chosen: list[int], count: int, rng: Random) -> Tokens:
         """``count`` tokens of a group's documents, or all that they have."""
-        from safetensors import safe_open
-
         parts: list[Tokens] = []
         start = self.tokenizer.bos_token_id
-        with safe_open(self._tokens_file(group), "np") as file:
+        with self._tokens_file(group) as file:
             ids, answers = file.get_slice("ids"), file.get_slice("answers")
             ends = [0, *file.get_tensor("ends").tolist()]
             for document in chosen:
@@ -163,26 +161,29 @@ class Files:
             [flags for _, flags in parts] or [np.empty(0, bool)]
         )
 
-    def _tokens_file(self, group: int) -> Path:
-        """The file of a group's tokens, made at the first call."""
+    def _tokens_file(self, group: int) -> Any:
+        """The opened file of a group's tokens, made where it is not there or was damaged."""
+        from safetensors import SafetensorError, safe_open
+        from safetensors.numpy import save
+
         number, first, _ = self._documents[self._groups[group]].tolist()
         path = self._caches[number] / f"{first}.safetensors"
-        if not path.is_file():
-            from safetensors.numpy import save
-
+        try:
+            return safe_open(path, "np")
+        except (FileNotFoundError, SafetensorError):
             documents = [
                 self._encode(*row)
                 for row in self._documents[self._groups[group] : self._groups[group + 1]].tolist()
             ]
-            tensors = {
-                "ids": np.concatenate([ids for ids, _ in documents]),
-                "answers": np.concatenate([answers for _, answers in documents]),
-                "ends": np.cumsum([len(ids) for ids, _ in documents]),
-            }
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path, contended=True) as part:
-                part.write_bytes(save(tensors))
-        return path
+        tensors = {
+            "ids": np.concatenate([ids for ids, _ in documents]),
+            "answers": np.concatenate([answers for _, answers in documents]),
+            "ends": np.cumsum([len(ids) for ids, _ in documents]),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, contended=True) as part:
+            part.write_bytes(save(tensors))
+        return safe_open(path, "np")
 
     def _encode(self, number: int, first: int, size: int) -> Tokens:
         """Tokens of a document."""

@@ -99,6 +99,19 @@ def test_a_text_becomes_tokens_once(tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("kept", [0, 40, -1], ids=["empty", "header", "cut"])
+def test_a_damaged_file_of_tokens_is_made_anew(tmp_path, kept):
+    words = make_words()
+    path = write(tmp_path, "a.jsonl", *({"text": " ".join(WORDS[:90])} for _ in range(3)))
+    before = files(tmp_path, words, path).draw(Random(0), 200, False)
+    (made,) = tmp_path.rglob("*.safetensors")
+    whole = made.read_bytes()
+    made.write_bytes(whole[:kept])
+    after = files(tmp_path, words, path).draw(Random(0), 200, False)
+    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    assert made.read_bytes() == whole
+
+
 def test_tokens_of_another_text_or_tokenizer_are_not_taken_for_these(tmp_path):
     path = write(tmp_path, "a.jsonl", {"text": WORDS[0]}, {"text": WORDS[1]})
     assert text_of(files(tmp_path, make_words(), path), make_words(), 0) == WORDS[0]
