@@ -80,6 +80,7 @@ class LiveSettings:
         self._step.configure(config)
         self._warn_of_prefix_cache(config)
         self._warn_of_fallbacks(config)
+        self._warn_of_small_budgets(config)
         if self._selector is None and config.rule.per_layer:
             self._selector = self._install_selector(config)
         if self._selector is not None:
@@ -127,6 +128,17 @@ class LiveSettings:
                 asked,
                 held * PAGE_SIZE,
                 wanted * PAGE_SIZE,
+            )
+
+    def _warn_of_small_budgets(self, config: SpeContextConfig) -> None:
+        least = self._at_start.min_budget
+        if config.min_budget > least:
+            logger.warning(
+                "SpeContext: requests may still ask for a budget of %d tokens; one under %d reads "
+                "%d, since sinks, recents and a page to choose need as many now.",
+                least,
+                config.min_budget,
+                config.min_budget,
             )
 
     def _warn_of_prefix_cache(self, config: SpeContextConfig) -> None:

@@ -118,9 +118,15 @@ def test_requests_that_would_fall_back_to_more_than_the_page_table_holds_are_tol
     )
 
 
-def test_own_budgets_hold_what_is_always_read_after_a_change(retriever, device):
+def test_own_budgets_hold_what_is_always_read_after_a_change(retriever, device, monkeypatch):
     """Requests are judged by the settings of the start, where 112 tokens are enough."""
+    told = []
+    monkeypatch.setattr(
+        settings_module.logger, "warning", lambda text, *values: told.append(text % values)
+    )
     live(retriever).change(budget=512, recent_tokens=256)
+    (sentence,) = told
+    assert "a budget of 112 tokens; one under 304 reads 304" in sentence
     batch = replace(StepBatch.in_block_0(1024, 64, device), budgets=(112,))
     selection = Selection.into(PageTable.allocate(1, 2, 32, device), count_from_start=64)
     retriever.select_eagerly(batch, selection)
