@@ -6,8 +6,10 @@ vLLM: how a step's graphs are captured.
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
+from specontext_vllm import cpu_kernels
 from specontext_vllm.config import CONFIG_KEY, PAGE_SIZE, ConfigError, SpeContextConfig
 from specontext_vllm.engine.connector import found_connector, our_connector, refuse_connector
 from specontext_vllm.engine.drafts import refuse_drafts
@@ -28,12 +30,17 @@ KV_UPDATE = "vllm::unified_kv_cache_update"
 
 
 def refuse_platform(platform: Any) -> None:
-    """Raise a ConfigError where the kernels have never run."""
+    """Raise a ConfigError where the kernels have never run, or nobody knows which ones shall."""
     if not (platform.is_cuda() or platform.is_cpu()):
         raise ConfigError(
             f"--attention-backend: found specontext on vLLM's platform "
             f"{platform.device_name.upper()}, but "
             "its kernels are for NVIDIA GPUs and CPUs; use another backend."
+        )
+    switch = os.environ.get(cpu_kernels.SWITCH, "1")
+    if platform.is_cpu() and switch not in ("0", "1"):
+        raise ConfigError(
+            f"{cpu_kernels.SWITCH}: found {switch!r}; give 0 (plain torch) or 1, or unset it."
         )
 
 

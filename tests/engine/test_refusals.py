@@ -415,6 +415,17 @@ def test_platforms_that_the_kernels_never_ran_on_are_refused(name):
         refuse_platform(platform(supported))
 
 
+@pytest.mark.parametrize("value", ["", "false", "00"])
+def test_a_switch_of_the_kernels_that_is_neither_on_nor_off_is_refused(monkeypatch, value):
+    monkeypatch.setenv("SPECONTEXT_CPU_KERNELS", value)
+    with pytest.raises(ConfigError, match=f"^SPECONTEXT_CPU_KERNELS: found '{value}'; give 0 "):
+        refuse_platform(platform("CPU"))
+    refuse_platform(platform("CUDA"))
+    for known in ("0", "1"):
+        monkeypatch.setenv("SPECONTEXT_CPU_KERNELS", known)
+        refuse_platform(platform("CPU"))
+
+
 @pytest.mark.parametrize(
     ("settings", "changes", "found"),
     [
