@@ -298,7 +298,7 @@ def test_what_follows_a_selection_of_bad_scores_stays_in_its_buffers(bits, devic
             replace(
                 group,
                 **{
-                    name: made(*tensor.shape, fill=-1)
+                    name: made(*tensor.shape, fill=-1, dtype=tensor.dtype)
                     for name, tensor in vars(group).items()
                     if name not in ("capacity", "step", "count")
                 },
