@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.writer import Example
-from specontext_vllm.config import PAGE_SIZE, SpeContextConfig
+from specontext_vllm.config import SpeContextConfig
 
 DENSE = "dense"
 
@@ -44,8 +44,7 @@ class Setting:
         if self.budget is None or self.recents is not None:
             return self.recents
         default = SpeContextConfig()
-        min_budget = PAGE_SIZE * (default.sink_pages + default.recent_pages + 1)
-        return default.recent_tokens if self.budget >= min_budget else self.budget // 4
+        return default.recent_tokens if self.budget >= default.min_budget else self.budget // 4
 
     def changes(self) -> dict[str, Any]:
         """Arguments of ``specontext_set``.

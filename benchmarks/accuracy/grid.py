@@ -56,7 +56,7 @@ class Grid:
             for budget in self.budgets
             if budget < context
             for recents in recent_tokens
-            if recents is None or _leaves_a_choice(budget, recents)
+            if recents is None or _min_budget(recents) <= budget
         ]
         out += [
             Setting("dlm", self.threshold_budget, threshold)
@@ -81,11 +81,8 @@ class Grid:
         ]
 
 
-def _leaves_a_choice(budget: int, recents: int) -> bool:
-    return _min_budget(recents) <= budget
-
-
 def _min_budget(recents: int) -> int:
+    """Tokens of the smallest budget that leaves a page to choose beside so many recent ones."""
     settings = {"budget": LARGE, "recent_tokens": recents}
     return SpeContextConfig.from_settings(settings).min_budget
 

@@ -64,8 +64,8 @@ class LiveSettings:
                 ones before stay in force.
         """
         changes = {key: value for key, value in asked.items() if value is not None}
-        known = SpeContextConfig.model_fields
-        for key in (key for key in changes if key in known and key not in CHANGEABLE):
+        fixed = SpeContextConfig.model_fields.keys() - set(CHANGEABLE)
+        if key := next((key for key in changes if key in fixed), None):
             raise ConfigError(
                 f"specontext: {key}: found {changes[key]!r}, which cannot change while an engine "
                 f"runs, as {', '.join(CHANGEABLE)} can; start the engine with it."
