@@ -80,6 +80,22 @@ class Stages:
         self._selections = group.make_sibling_device_group("specontext_selections")
         self._states = group.make_sibling_device_group("specontext_states")
         self._sent: deque[tuple[Any, Tensor]] = deque()
+        self._connect()
+
+    def _connect(self) -> None:
+        """Exchange a first message with every stage. NCCL links two workers at their first one, and
+        both wait in it for the other: in a step, a later stage waits already, for hidden states that
+        the first one sends after its selection.
+        """
+        message = torch.zeros(1, device=self._device)
+        answer = torch.empty_like(message)
+        if self.is_first:
+            for rank in self._ranks[1:]:
+                self._send(message, rank, self._selections)
+                self._receive(answer, rank, self._states)()
+        else:
+            self._receive(answer, self._ranks[0], self._selections)()
+            self._send(message, self._ranks[0], self._states)
 
     def num_bytes(self, max_tokens: int) -> int:
         """Memory for the hidden states of batches of ``max_tokens`` that are under way."""
@@ -250,10 +266,8 @@ class FirstStep(DecodeStep):
             return
         self._number += 1
         self._last.update(dict.fromkeys(batch.names, self._number))
-        states = list(aux or ())
-        if batch.replayable:
-            # vLLM's next graph writes its own to the same place.
-            states = [state[: batch.num_tokens].clone() for state in states]
+        # vLLM's next graph, a whole step's or a piece's, writes its own to the same place.
+        states = [state[: batch.num_tokens].clone() for state in aux or ()]
         arrive = self._stages.receive_states(batch.num_tokens)
         kept = copy_of(batch)
         head = self.retriever.head
