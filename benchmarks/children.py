@@ -27,6 +27,17 @@ LOG_TAIL = 40
 """Lines of a failed child's log that are shown."""
 
 
+def room_for_kv(gib: float | None) -> dict[str, Any]:
+    """Arguments of ``LLM(...)`` for an engine with ``gib`` of GPU memory for KV; None: what vLLM
+    finds free.
+    """
+    if gib is None:
+        return {}
+    # vLLM only checks that the share is free at the start then, and measures nothing that other
+    # engines could disturb.
+    return {"kv_cache_memory_bytes": int(gib * 2**30), "gpu_memory_utilization": 0.3}
+
+
 def engine_env(on_gpu: bool, cpu_kv_gib: int = 1) -> dict[str, str]:
     """The environment of a child that is one engine. On a CPU, vLLM takes the room for KV from it:
     the caller's own, or ``cpu_kv_gib``.

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.children import room_for_kv
 from benchmarks.driven import driven
 
 SETTLE = 8
@@ -85,6 +86,7 @@ class EngineSpec:
         max_model_len: None: the model's own.
         gpu_gib: cap on the GPU memory in GiB, weights included; on a CPU on our backend's KV cache
             alone. None: 90 % of the GPU.
+        kv_gib: GPU memory for KV; None: what vLLM finds free.
         host_gib: host pool behind the engines of our backend; their selections are then driven, see
             ``benchmarks.driven``.
         turnover: share of the pages that a driven selection scores anew in a step.
@@ -103,6 +105,7 @@ class EngineSpec:
     max_model_len: int | None = None
     batched_tokens: int = BATCHED_TOKENS
     gpu_gib: float | None = None
+    kv_gib: float | None = None
     host_gib: float = 0.0
     turnover: float = 0.05
     head: str | None = None
@@ -144,6 +147,8 @@ class EngineSpec:
             arguments["gpu_memory_utilization"] = (
                 self.gpu_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
             )
+        if self.on_gpu:
+            arguments |= room_for_kv(self.kv_gib)
         if self.is_ours:
             settings: dict[str, Any] = RETRIEVERS[self.name] | {"budget": self.budget}
             if self.head and "retrieval_head" in settings:

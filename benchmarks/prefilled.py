@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.children import room_for_kv
+
 REQUESTS = 16
 """Prompts that are answered at once, unless a case says otherwise."""
 
@@ -63,13 +65,6 @@ class EngineSpec:
         }
         if self.head:
             config["retrieval_head"] = self.head
-        # With the room for KV given, vLLM only checks that the share is free at the start and
-        # measures nothing that other engines could disturb.
-        room = (
-            {}
-            if self.kv_gib is None
-            else {"kv_cache_memory_bytes": int(self.kv_gib * 2**30), "gpu_memory_utilization": 0.3}
-        )
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -81,7 +76,7 @@ class EngineSpec:
             "disable_log_stats": True,
             "attention_backend": "specontext",
             "additional_config": {"specontext": config},
-            **room,
+            **room_for_kv(self.kv_gib),
         }
 
 

@@ -20,6 +20,7 @@ from benchmarks.speed.options import (
     Budget,
     Engines,
     EngineSeconds,
+    KVGib,
     Out,
     Timed,
     Work,
@@ -92,6 +93,7 @@ def steps(
         ),
     ] = 1,
     kv_cache_dtype: KVCacheDtype = "auto",
+    kv_gib: KVGib = None,
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -184,6 +186,7 @@ def steps(
             head=head,
             additional=stepping.additional_config(shape),
             kv_cache_dtype=kv_cache_dtype,
+            kv_gib=kv_gib,
         )
         for _ in stepping.run_into(
             result, spec, ordered, log=folder / f"{name}.log", seconds=engine_seconds

@@ -84,8 +84,8 @@ class Stages:
 
     def _connect(self) -> None:
         """Exchange a first message with every stage. NCCL links two workers at their first one, and
-        both wait in it for the other: in a step, a later stage waits already, for hidden states that
-        the first one sends after its selection.
+        each waits there for the other: in a step, a later stage waits already, for hidden states
+        that the first one sends after its selection.
         """
         message = torch.zeros(1, device=self._device)
         answer = torch.empty_like(message)
