@@ -288,8 +288,12 @@ class SpeContextImpl(AttentionImpl):
                 )
         elif kv_cache.numel():
             self.provider.write(key, value, kv_cache, slot_mapping, scales)
-            if self.selector is not None:
-                self.selector.learn(self.layer, kv_cache, slot_mapping)
+            self.learn_pages(kv_cache, slot_mapping)
+
+    def learn_pages(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """What is kept of pages follows from the keys that are there at ``slots [N]``."""
+        if self.selector is not None:
+            self.selector.learn(self.layer, self._stored(kv_cache), slots)
 
     def _stored(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """vLLM keeps 8-bit floats as bytes."""

@@ -17,6 +17,7 @@ from specontext_vllm.engine.names import (
     HEAD_BLOCK_BYTES,
     HEAD_PRINT,
     KV_PRINT,
+    NIXL_CONNECTOR,
     OFFLOADING_CONNECTOR,
     OFFLOADING_MODULE,
     OFFLOADING_SPEC,
@@ -40,6 +41,11 @@ def our_connector(vllm_config: Any) -> str | None:
     transfer = vllm_config.kv_transfer_config
     name = None if transfer is None else transfer.kv_connector
     return name if name in CONNECTOR_MODULES else None
+
+
+def moves_beside_stream(vllm_config: Any) -> bool:
+    """Whether blocks are read and written in no order with the GPU's stream."""
+    return our_connector(vllm_config) == NIXL_CONNECTOR
 
 
 def refuse_connector(vllm_config: Any) -> None:

@@ -1,5 +1,7 @@
 """A worker's layers that run on our backend: found in the loaded model, then bound to page tables,
 to the two tiers and to what selects in each of them.
+
+vLLM: what it allows to wait for a GPU.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from specontext_vllm.cpu_kernels.huge_pages import use_huge_pages
 from specontext_vllm.engine.kv_dtype import refuse_scales
@@ -93,9 +96,16 @@ class OurLayers:
         """What is kept of pages follows from their KV, which has come from elsewhere.
 
         Args:
-            slots: ``[N]`` int64 of their tokens, page by page.
+            slots: ``[N]`` int64 of their tokens, page by page, on any device.
         """
-        for layer in self._layers:
-            impl = layer.impl
-            if impl.selector is not None and impl.kv_owner is None:
-                impl.selector.learn(impl.layer, layer.kv_cache, slots)
+        learning = [
+            layer
+            for layer in self._layers
+            if layer.impl.selector is not None and layer.impl.kv_owner is None
+        ]
+        if not learning:
+            return
+        with gpu_sync_allowed():
+            slots = slots.to(learning[0].kv_cache.device)
+        for layer in learning:
+            layer.impl.learn_pages(layer.kv_cache, slots)

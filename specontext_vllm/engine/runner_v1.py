@@ -166,7 +166,7 @@ class SpeContextCPUModelRunner(CPUModelRunner):
         else:
             # There are no drafts, and what is stored of a step is stored before it samples.
             self.runtime.step.after_model(batch, aux)
-            self.runtime.storage.save_head(metadata)
+            self.runtime.storage.save_head()
         return output
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.sequence import IntermediateTensors
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from specontext_vllm.engine.attach import attach_runtime
 from specontext_vllm.engine.compat import leave_chunks_to_vllm
+from specontext_vllm.engine.connector import moves_beside_stream
 from specontext_vllm.engine.lossless import SelfDrafts, drafts_itself
 from specontext_vllm.engine.metadata import max_table_rows
 from specontext_vllm.engine.pipeline import take_aux
@@ -207,17 +209,30 @@ class SpeContextModelRunnerV2(GPUModelRunner):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Keep the step's hidden states, which vLLM forgets when it begins to sample.
+        """Keep the step's hidden states, which vLLM forgets when it begins to sample. Where other
+        engines read and write blocks beside the stream, a step has ended when it is learnt.
 
         Overrides: vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens
-        Uses: vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model_state
+        Uses: vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model_state,
+            vllm.v1.worker.gpu.model_runner.GPUModelRunner.main_stream,
+            vllm.v1.worker.gpu.model_runner.GPUModelRunner.output_copy_stream,
+            vllm.v1.worker.gpu.async_utils.AsyncOutput.copy_event
+        Symptom: another engine may read what the head keeps of a prompt's last pages before it is
+            there, or write pages that a step still writes to.
+        Reason: a step's tokens are out once an event has come, which vLLM records before it calls
+            ``postprocess_sampled``; then blocks are handed over, or to another request.
+        Remove when: it records the event when all of a step is enqueued.
         """
         state = self.execute_model_state
         self._aux = None if state is None else state.aux_hidden_states
         try:
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
         finally:
             self._batch = self._aux = None
+        if isinstance(output, AsyncOutput) and moves_beside_stream(self.vllm_config):
+            self.output_copy_stream.wait_stream(self.main_stream)
+            output.copy_event.record(self.output_copy_stream)
+        return output
 
     def postprocess_sampled(self, idx_mapping: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Learn from the step's hidden states, now that the requests have moved on.
@@ -238,3 +253,5 @@ class SpeContextModelRunnerV2(GPUModelRunner):
             kept[:rows].copy_(computed - first)
             batch = replace(batch, kept=kept)
         self.runtime.step.after_model(batch, self._aux)
+        if self.runtime.storage is not None:
+            self.runtime.storage.save_head()

@@ -168,35 +168,38 @@ class ExampleConnector(MovesHead, example_connector.ExampleConnector):
         Uses: vllm.forward_context.ForwardContext.no_compile_layers,
             vllm.forward_context.ForwardContext.attn_metadata
         """
+        # The runners load before anything of a step reads the prompts' pages. The V2 runner has
+        # selected for the step's decode rows by then, which a request that loads is not one of.
         loads = [r for r in self._get_connector_metadata().requests if not r.is_store]
         if not loads:
             return
-        names = self.kv_layers
-        layers = {name: forward_context.no_compile_layers[name] for name in names}
+        layers = {name: forward_context.no_compile_layers[name] for name in self.kv_layers}
         for name, cache in self.head_caches.items():
             layers[name] = SimpleNamespace(kv_cache=cache)
-        found = forward_context.attn_metadata[names[0]]
         context = replace(
             forward_context,
             no_compile_layers=layers,
-            attn_metadata=dict.fromkeys(layers, found),
+            # It is asked whether a layer is MLA's, and nothing else.
+            attn_metadata=dict.fromkeys(layers),
         )
         super().start_load_kv(context, **kwargs)
         for request in loads:
             slots = request.slot_mapping
             self.learn_pages(slots[slots >= self.block_tokens])
 
-    def save_head(self, attn_metadata: Any) -> None:
+    def save_head(self) -> None:
         """Store the head's part of what this step stores, once it has learnt the step's tokens: the
-        last part, without which no other is read.
+        last part, without which no other is read. Nothing in vLLM's own steps before it serves.
         """
+        if not self.has_connector_metadata():
+            return
         for name, cache in self.head_caches.items():
-            self.save_kv_layer(name, cache, attn_metadata)
+            self.save_kv_layer(name, cache, None)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Stores a layer's part; a file that has its name is whole.
+        """Stores a layer's part; a file that has its name is whole. On a GPU it waits for it.
 
         Overrides:
             vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector.save_kv_layer

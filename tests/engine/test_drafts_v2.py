@@ -31,6 +31,7 @@ def runner(monkeypatch):
     made._kept = torch.full((4,), 99, dtype=torch.int32)
     made.seen, made.learned = [], []
     made.runtime = SimpleNamespace(
+        storage=None,
         step=SimpleNamespace(
             before_model=made.seen.append,
             after_model=lambda batch, aux: made.learned.append((batch, aux)),

@@ -1,10 +1,11 @@
 """One engine computes prompts and another one reads them out of its memory: float32, the demo
-model, on a CPU. Two processes, and NIXL's Python package, which no requirement of ours names:
-`pip install --no-deps nixl nixl-cu12`.
+model, on a CPU or two engines on one GPU. Two processes, and NIXL's Python package, which no
+requirement of ours names: `pip install --no-deps nixl nixl-cu12`.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import socket
 from collections.abc import Iterator
@@ -17,18 +18,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.scenarios import ids, sampling
 from tests.engine.test_offloading import SETTINGS, forget
 from tests.engine.test_shared_storage import WAYS, WHOLE, asked, forget_bounds
 from tests.forked import context
 
-needs_nixl = pytest.mark.skipif(
-    torch.cuda.is_available() or find_spec("nixl") is None,
-    reason="needs NIXL's package, and no GPU, where it is refused",
-)
+needs_nixl = pytest.mark.skipif(find_spec("nixl") is None, reason="needs NIXL's package")
 STARTS, ANSWERS = 200, 100
 """Seconds."""
+# What has imported vLLM for a GPU may have used it, which no forked process survives.
+PROCESSES: Any = multiprocessing.get_context("spawn") if CUDA else None
 
 
 def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any]) -> None:
@@ -44,7 +45,8 @@ def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any])
                 "kv_load_failure_policy": "recompute",
             },
             block_size=block,
-            num_gpu_blocks_override=None,
+            # All that is asked there, and no more: each block of each layer is described to NIXL.
+            num_gpu_blocks_override=1024 if CUDA else None,
         ) as llm:
             pipe.send("started")
             while (question := pipe.recv()) is not None:
@@ -58,6 +60,9 @@ def answer(llm: Any, role: str, way: str, prompts: list, transfers: list, tokens
     if role == "kv_consumer":
         llm.collective_rpc(forget)
         llm.collective_rpc(forget_bounds)
+        if CUDA:
+            # Blocks are written beside the stream.
+            torch.cuda.synchronize()
     params = [
         sampling(max_tokens=tokens, extra_args=None if it is None else {"kv_transfer_params": it})
         for it in transfers
@@ -73,8 +78,9 @@ def another(role: str, block: int, **settings: Any) -> Iterator[Any]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    ours, its = context().Pipe()
-    process = context().Process(target=serve, args=(its, role, port, block, settings))
+    processes = PROCESSES or context()
+    ours, its = processes.Pipe()
+    process = processes.Process(target=serve, args=(its, role, port, block, settings))
     process.start()
     its.close()
 
