@@ -132,7 +132,7 @@ def decode(prompts, folder, prefill) -> dict[str, Any]:
     out: dict[str, Any] = {}
 
     def afresh() -> None:
-        llm.reset_prefix_cache()
+        assert llm.reset_prefix_cache()
         llm.collective_rpc(forget)
         llm.collective_rpc(forget_bounds)
 
