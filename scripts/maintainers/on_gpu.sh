@@ -95,8 +95,9 @@ sidecar_bench() {
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
 two_gpus() { test_files two-gpus 560 tests/engine/test_tensor_parallel.py; }
-# test_nixl.py skips without NIXL's packages.
-connectors() { test_files connectors 590 tests/engine/test_shared_storage.py tests/engine/test_nixl.py tests/engine/test_connectors_v2.py tests/engine/test_offloading.py; }
+shared_storage() { test_files shared-storage 450 tests/engine/test_shared_storage.py tests/engine/test_connectors_v2.py; }
+# Skips without NIXL's packages.
+nixl() { test_files nixl 590 tests/engine/test_nixl.py; }
 parallel() { test_files parallel 590 tests/engine/test_pipeline_parallel.py tests/engine/test_data_parallel.py; }
 
 # -- two tiers
