@@ -303,14 +303,14 @@ def accepted_row(reached: Mapping[int, Sequence[int]], lengths: Sequence[int]) -
         ``rounds`` of the most drafts; for each k of ``lengths`` ``rounds_k``, ``accepted_k`` (mean
         of a round), ``positions_k`` (share of the rounds that accepted the draft at each of k
         positions) and ``share_k`` (of the rounds of the most drafts that accepted the first k - 1,
-        those that accepted one more; None where there are none).
+        those that accepted one more). None where there are no such rounds.
     """
     most = reached[max(reached)]
     row: dict[str, Any] = {"rounds": most[0]}
     for k in lengths:
         rounds, *accepted = reached.get(k, most)[: k + 1]
         row[f"rounds_{k}"] = rounds
-        row[f"accepted_{k}"] = sum(accepted) / max(rounds, 1)
-        row[f"positions_{k}"] = [count / max(rounds, 1) for count in accepted]
+        row[f"accepted_{k}"] = sum(accepted) / rounds if rounds else None
+        row[f"positions_{k}"] = [count / rounds for count in accepted] if rounds else None
         row[f"share_{k}"] = most[k] / most[k - 1] if most[k - 1] else None
     return row

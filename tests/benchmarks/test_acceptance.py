@@ -55,7 +55,14 @@ def test_a_shorter_round_accepts_what_the_longer_one_does_up_to_its_end():
 def test_where_nothing_is_accepted_later_positions_have_no_share():
     row = lossless_row([0, 0, 0])
     assert row["accepted_6"] == 0 and row["share_1"] == 0 and row["share_2"] is None
-    assert lossless_row([])["rounds"] == 0
+
+
+def test_without_rounds_there_are_no_means(tmp_path):
+    """As where every answer ends with its first token; 0 would say that drafts were rejected."""
+    row = lossless_row([])
+    assert row["rounds"] == 0 and row["accepted_1"] is None and row["positions_1"] is None
+    cells = [{"task": "chat", "context": 8, **row}]
+    plots.draw(cells, LENGTHS, "A title", tmp_path / "curve.png")
 
 
 def test_a_chat_asks_about_a_text_and_leaves_room_for_the_answer(writer):
