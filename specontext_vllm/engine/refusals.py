@@ -18,7 +18,7 @@ from specontext_vllm.engine.layers import NO_FULL_LAYER
 from specontext_vllm.engine.names import (
     CPU_WORKER,
     GPU_WORKER,
-    NIXL_CONNECTOR,
+    OFFLOADING_CONNECTOR,
     SCHEDULERS,
 )
 from specontext_vllm.model_config import has_windowed_layers, num_full_layers
@@ -71,14 +71,12 @@ def refuse_unproven(vllm_config: Any, platform: Any) -> None:
             "that all stages read what --attention-backend specontext selects; use "
             "--tensor-parallel-size."
         )
-    if our_connector(vllm_config) == NIXL_CONNECTOR and platform.is_cuda():
-        buffer = vllm_config.kv_transfer_config.kv_buffer_device
-        if buffer == "cpu":
-            raise ConfigError(
-                f"--kv-transfer-config: found kv_buffer_device {buffer!r}, but on a GPU it has not "
-                "been shown yet that what the head of --attention-backend specontext keeps passes "
-                "through such a buffer; leave it out."
-            )
+    if (name := our_connector(vllm_config)) is not None and platform.is_cuda():
+        raise ConfigError(
+            f"--kv-transfer-config: found kv_connector {name!r}, but on a GPU it has not been "
+            "shown yet that it moves what the head of --attention-backend specontext keeps; "
+            f"use {OFFLOADING_CONNECTOR} or leave it out."
+        )
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

@@ -36,6 +36,8 @@ def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any])
     """One of the engines: answers what it is asked until it is asked nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(port))
+        # Refused on a GPU until these tests have passed there.
+        patch.setattr("specontext_vllm.engine.prepare.refuse_unproven", lambda *given: None)
         with engine(
             attention_backend="specontext",
             additional_config={"specontext": {**SETTINGS, "budget": WHOLE, **settings}},
@@ -45,6 +47,8 @@ def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any])
                 "kv_load_failure_policy": "recompute",
             },
             block_size=block,
+            # Graphs hold a retriever, and the ways are several.
+            enforce_eager=True,
             # All that is asked there, and no more: each block of each layer is described to NIXL.
             num_gpu_blocks_override=1024 if CUDA else None,
         ) as llm:

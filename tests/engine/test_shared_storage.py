@@ -45,6 +45,8 @@ def one_of_two(folder: Path, role: str):
         kv_transfer_config=transfer,
         block_size=BLOCK,
         num_gpu_blocks_override=None,
+        # Graphs hold a retriever, and the ways are several.
+        enforce_eager=True,
     )
 
 
@@ -104,6 +106,14 @@ def resumed(llm, prompts, afresh) -> list[list[int]]:
                 tokens[int(output.request_id)] = ids([output])[0]
     assert preemptions(llm) == len(prompts)
     return [tokens[name] for name in range(len(prompts))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def served_on_a_gpu():
+    """Refused there until these tests have passed there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specontext_vllm.engine.prepare.refuse_unproven", lambda *given: None)
+        yield
 
 
 @pytest.fixture(scope="module")
