@@ -29,6 +29,7 @@ from benchmarks.accuracy.provenance import cell_settings, make_notes
 from benchmarks.accuracy.run import Run, fill
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.writer import PromptError
+from benchmarks.kv_cache import KVGib
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.shapes import DEMO_MODEL
 from specontext_vllm.config import ConfigError
@@ -93,14 +94,7 @@ def main(
     head_keys: Annotated[
         str, typer.Option(help="What the head's keys are kept in: auto, fp8 or model.")
     ] = "auto",
-    kv_gib: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="GPU memory for KV, so that several runs can share a GPU. "
-            "Default: what vLLM finds free.",
-        ),
-    ] = None,
+    kv_gib: KVGib = None,
     against: Annotated[
         Path | None,
         typer.Option(

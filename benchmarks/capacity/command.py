@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.capacity.engine import Load
 from benchmarks.capacity.tables import NAMES, STEADY, TABLES, compare
 from benchmarks.driven import DRIVEN
-from benchmarks.kv_dtype import KVCacheDtype, kv_suffix, kv_title
+from benchmarks.kv_cache import KVCacheDtype, kv_suffix, kv_title
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.speed.options import refusing

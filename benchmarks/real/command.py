@@ -11,6 +11,7 @@ import typer
 from benchmarks import report
 from benchmarks.accuracy.longbench import LongBenchError
 from benchmarks.fingerprints import code_digest, folder_digest
+from benchmarks.kv_cache import KVGib
 from benchmarks.machine import device_slug, facts, gpus
 from benchmarks.prefilled import EngineSpec
 from benchmarks.real import files, forced, labels, ruler, tables
@@ -93,9 +94,7 @@ def main(
         str, typer.Option(help="What the head's keys are kept in: auto, fp8 or model.")
     ] = "auto",
     requests: Annotated[int, typer.Option(min=1, help="Prompts that are answered at once.")] = 64,
-    kv_gib: Annotated[
-        float | None, typer.Option(min=0, help="GPU memory for KV. Default: what is free.")
-    ] = None,
+    kv_gib: KVGib = None,
     label: Annotated[str | None, typer.Option(help="Word that joins the result's name.")] = None,
     work: Annotated[
         Path | None,

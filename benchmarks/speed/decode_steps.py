@@ -11,7 +11,7 @@ from benchmarks import report
 from benchmarks import steps as stepping
 from benchmarks.engines import EngineSpec
 from benchmarks.hugging_face import MAX_STEPS
-from benchmarks.kv_dtype import KVCacheDtype, kv_bytes, kv_suffix, kv_title
+from benchmarks.kv_cache import KVCacheDtype, KVGib, kv_bytes, kv_suffix, kv_title
 from benchmarks.machine import device_slug, gpus
 from benchmarks.picture import draw_steps
 from benchmarks.shapes import HeadFormat, Shape
@@ -20,7 +20,6 @@ from benchmarks.speed.options import (
     Budget,
     Engines,
     EngineSeconds,
-    KVGib,
     Out,
     Timed,
     Work,

@@ -23,9 +23,6 @@ Engines = Annotated[
 EngineSeconds = Annotated[
     float, typer.Option(help="Time limit of each engine; what it measured till then is kept.")
 ]
-KVGib = Annotated[
-    float | None, typer.Option(min=0, help="GPU memory for KV. Default: what is free.")
-]
 Scale = Annotated[float, typer.Option(help="All lengths are multiplied by this.")]
 Out = Annotated[
     Path, typer.Option(help="Folder of the result files; earlier ones there are added to.")

@@ -108,6 +108,21 @@ def forked_workers() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unproven_served() -> Iterator[None]:
+    """Engines start with what is refused on a GPU until tests have passed there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specontext_vllm.engine.prepare.refuse_unproven", lambda *given: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def served_on_a_gpu() -> Iterator[None]:
+    """For a file whose engines are refused there until it has passed there."""
+    with unproven_served():
+        yield
+
+
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Token ids of demo prompts: within a page, ragged, and long enough for several chunks."""

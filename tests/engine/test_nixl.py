@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import CUDA
-from tests.engine.conftest import DEMO_MODEL, engine
+from tests.engine.conftest import DEMO_MODEL, engine, unproven_served
 from tests.engine.scenarios import ids, sampling
 from tests.engine.test_offloading import SETTINGS, forget
 from tests.engine.test_shared_storage import WAYS, WHOLE, asked, forget_bounds
@@ -34,10 +34,8 @@ PROCESSES: Any = multiprocessing.get_context("spawn") if CUDA else None
 
 def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any]) -> None:
     """One of the engines: answers what it is asked until it is asked nothing."""
-    with pytest.MonkeyPatch.context() as patch:
+    with unproven_served(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(port))
-        # Refused on a GPU until these tests have passed there.
-        patch.setattr("specontext_vllm.engine.prepare.refuse_unproven", lambda *given: None)
         with engine(
             attention_backend="specontext",
             additional_config={"specontext": {**SETTINGS, "budget": WHOLE, **settings}},

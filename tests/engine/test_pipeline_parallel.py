@@ -12,7 +12,7 @@ from tests.engine.scenarios import OTHER_WAYS, SCENARIOS, by_another_way, ids, s
 from tests.engine.shared_runs import SETTINGS, SHAPE, SMALL, WHOLE
 
 pytestmark = [
-    pytest.mark.usefixtures("forked_workers"),
+    pytest.mark.usefixtures("forked_workers", "served_on_a_gpu"),
     pytest.mark.skipif(
         torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
     ),
@@ -20,14 +20,6 @@ pytestmark = [
 TWO = {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
 FOUR = TWO if 0 < torch.cuda.device_count() < 4 else {**TWO, "tensor_parallel_size": 2}
 """Two stages of two workers each, where there are so many GPUs, or none."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def served_on_a_gpu():
-    """Refused there until these tests have passed there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specontext_vllm.engine.prepare.refuse_unproven", lambda *given: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tests.engine.conftest import DEMO_MODEL, engine
 from tests.engine.scenarios import ids, preemptions, sampling
 from tests.engine.test_offloading import SETTINGS, forget
 
+pytestmark = pytest.mark.usefixtures("served_on_a_gpu")
 WHOLE = 2048
 BLOCK = 32
 """Tokens of a block, which is two pages."""
@@ -106,14 +107,6 @@ def resumed(llm, prompts, afresh) -> list[list[int]]:
                 tokens[int(output.request_id)] = ids([output])[0]
     assert preemptions(llm) == len(prompts)
     return [tokens[name] for name in range(len(prompts))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def served_on_a_gpu():
-    """Refused there until these tests have passed there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specontext_vllm.engine.prepare.refuse_unproven", lambda *given: None)
-        yield
 
 
 @pytest.fixture(scope="module")

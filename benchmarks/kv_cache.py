@@ -1,4 +1,4 @@
-"""The option --kv-cache-dtype of benchmarks, and how a result says what it was."""
+"""Options of benchmarks on the KV cache, and how a result says what its dtype was."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import typer
 KVCacheDtype = Annotated[
     Literal["auto", "fp8"],
     typer.Option(help="vLLM's, of all engines of vLLM; fp8 joins the result's name."),
+]
+KVGib = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="GPU memory for KV, so that several runs can share a GPU. "
+        "Default: what vLLM finds free.",
+    ),
 ]
 
 
