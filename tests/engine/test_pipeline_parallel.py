@@ -62,7 +62,13 @@ def test_rules_that_select_in_each_layer_and_heads_that_read_own_states(own_head
     """Stages select in their layers by themselves; what such a head needs is learned late. Here
     each stage has two workers, which select for their own KV heads.
     """
-    settings = {**SETTINGS, "retrieval_head": str(own_head), "retriever": "quest"}
+    settings = {
+        **SETTINGS,
+        "retrieval_head": str(own_head),
+        "retriever": "quest",
+        # A table as wide as the context, for `dense`.
+        "max_budget": "full",
+    }
     answers = {}
     for name, shape in (("one", {}), ("four", FOUR)):
         with engine(
