@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.children import room_for_kv
 from benchmarks.driven import driven
+from benchmarks.standstill import Standstill
 
 SETTLE = 8
 """Steps between the last prefill and the first timed step."""
@@ -254,30 +255,33 @@ def measure_cell(
     prefilled: float | None = None
     ends: list[float] = []
     first_timed = 0
-    while len(ends) < SETTLE + spec.steps + 1:
-        if not engine.has_unfinished_requests():
-            raise RuntimeError(
-                f"the requests ended after {len(ends)} of {SETTLE + spec.steps + 1} steady steps."
-            )
-        outputs = engine.step()
-        now = time.perf_counter()
-        for output in outputs:
-            generated[output.request_id] += len(output.outputs[0].token_ids)
-            cached[output.request_id] = output.num_cached_tokens or 0
-        if prefilled is None:
-            if min(generated.values()) > 0:
-                prefilled = now
-            continue
-        if len(outputs) != requests:
-            # A preempted request: the cell is too large to be steady.
-            if outputs:
-                ends.clear()
-            continue
-        ends.append(now)
-        if len(ends) == SETTLE // 2 and spec.is_ours:
-            llm.collective_rpc("specontext_stats", args=(True,))
-        if len(ends) == SETTLE + 1:
-            first_timed = sum(generated.values())
+    wanted = SETTLE + spec.steps + 1
+    with Standstill() as others:
+        while len(ends) < wanted:
+            if not engine.has_unfinished_requests():
+                raise RuntimeError(
+                    f"the requests ended after {len(ends)} of {wanted} steady steps."
+                )
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                generated[output.request_id] += len(output.outputs[0].token_ids)
+                cached[output.request_id] = output.num_cached_tokens or 0
+            if prefilled is None:
+                if min(generated.values()) > 0:
+                    prefilled = now
+                    others.stop_others()
+                continue
+            if len(outputs) != requests:
+                # A preempted request: the cell is too large to be steady.
+                if outputs:
+                    ends.clear()
+                continue
+            ends.append(now)
+            if len(ends) == SETTLE // 2 and spec.is_ours:
+                llm.collective_rpc("specontext_stats", args=(True,))
+            if len(ends) == SETTLE + 1:
+                first_timed = sum(generated.values())
     assert prefilled is not None  # a step is timed after it only
     last_timed = sum(generated.values())
     stats = llm.collective_rpc("specontext_stats")[0] if spec.is_ours else None

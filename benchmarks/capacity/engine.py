@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.driven import driven
 from benchmarks.engines import BATCHED_TOKENS
+from benchmarks.standstill import Standstill
 from benchmarks.timeline import one_step, start_profiler, stop_profiler
 
 PROFILED = 6
@@ -196,24 +197,27 @@ def serve(llm: Any, load: Load, requests: int, sparse: bool) -> dict[str, Any]:
     counts: list[int] = []
     first: dict[str, float] = {}
     stats: dict[str, Any] | None = None
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        now = time.perf_counter()
-        for output in outputs:
-            first.setdefault(output.request_id, now - begin)
-        ends.append(now)
-        counts.append(len(outputs))
-        if sparse and counts[-SETTLE:] == [requests] * SETTLE and stats is None:
-            llm.collective_rpc("specontext_stats", args=(True,))
-            stats = {}
-            ends[-1] = time.perf_counter()
-        if (
-            sparse
-            and stats == {}
-            and len(outputs) == requests
-            and any(len(o.outputs[0].token_ids) and o.finished for o in outputs)
-        ):
-            stats = llm.collective_rpc("specontext_stats")[0]
+    with Standstill() as others:
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                first.setdefault(output.request_id, now - begin)
+            if len(first) == requests:
+                others.stop_others()
+            ends.append(now)
+            counts.append(len(outputs))
+            if sparse and counts[-SETTLE:] == [requests] * SETTLE and stats is None:
+                llm.collective_rpc("specontext_stats", args=(True,))
+                stats = {}
+                ends[-1] = time.perf_counter()
+            if (
+                sparse
+                and stats == {}
+                and len(outputs) == requests
+                and any(len(o.outputs[0].token_ids) and o.finished for o in outputs)
+            ):
+                stats = llm.collective_rpc("specontext_stats")[0]
     total = time.perf_counter() - begin
     at_once, steady = steady_decode(ends, counts)
     # The rate is taken from the mean, since a few late prefetches skew the distribution.
