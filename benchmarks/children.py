@@ -35,7 +35,7 @@ def room_for_kv(gib: float | None) -> dict[str, Any]:
         return {}
     # vLLM only checks that the share is free at the start then, and measures nothing that other
     # engines could disturb.
-    return {"kv_cache_memory_bytes": int(gib * 2**30), "gpu_memory_utilization": 0.3}
+    return {"kv_cache_memory_bytes": int(gib * 2**30), "gpu_memory_utilization": 0.05}
 
 
 def engine_env(on_gpu: bool, cpu_kv_gib: int = 1) -> dict[str, str]:

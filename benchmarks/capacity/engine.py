@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.children import room_for_kv
 from benchmarks.driven import driven
 from benchmarks.engines import BATCHED_TOKENS
 from benchmarks.standstill import Standstill
@@ -58,6 +59,8 @@ class Load:
         settings = {"retrieval_head": "dummy", "budget": self.budget, "stickiness": 0}
         if engine == "tiered":
             settings |= {"gpu_kv_gib": self.gpu_gib, "host_kv_gib": self.host_gib}
+            if self.on_gpu:
+                arguments |= room_for_kv(self.gpu_gib)
         return arguments | {
             "attention_backend": "specontext",
             "additional_config": {"specontext": settings},

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.children import room_for_kv
 from benchmarks.real.settings import OptionError
 from benchmarks.selections.buffers import Policy
 from specontext_vllm.config import PAGE_SIZE, pages_for
@@ -102,7 +103,7 @@ class Load:
             "disable_log_stats": True,
             "attention_backend": "specontext",
             "additional_config": {"specontext": settings},
-            **({"gpu_memory_utilization": 0.3} if self.on_gpu else {"enforce_eager": True}),
+            **(room_for_kv(room / 2**30) if self.on_gpu else {"enforce_eager": True}),
         }
 
 
