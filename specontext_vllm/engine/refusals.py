@@ -64,18 +64,28 @@ def refuse_runner(vllm_config: Any, is_cpu: bool) -> None:
 
 def refuse_unproven(vllm_config: Any, platform: Any) -> None:
     """Raise a ConfigError for what has run on a CPU alone and is other code on a GPU."""
-    stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages > 1 and platform.is_cuda():
+    if not platform.is_cuda():
+        return
+    if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         raise ConfigError(
             f"--pipeline-parallel-size: found {stages}, but on a GPU it has not been shown yet "
             "that all stages read what --attention-backend specontext selects; use "
             "--tensor-parallel-size."
         )
-    if (name := our_connector(vllm_config)) is not None and platform.is_cuda():
+    if (name := our_connector(vllm_config)) is None:
+        return
+    if not vllm_config.model_config.enforce_eager:
         raise ConfigError(
-            f"--kv-transfer-config: found kv_connector {name!r}, but on a GPU it has not been "
-            "shown yet that it moves what the head of --attention-backend specontext keeps; "
-            f"use {OFFLOADING_CONNECTOR} or leave it out."
+            f"--kv-transfer-config: found kv_connector {name!r} with CUDA graphs, but on a GPU it "
+            "has been shown only without them that it moves what the head of "
+            "--attention-backend specontext keeps; add --enforce-eager, or use "
+            f"{OFFLOADING_CONNECTOR}."
+        )
+    if (buffer := vllm_config.kv_transfer_config.kv_buffer_device) != "cuda":
+        raise ConfigError(
+            f"--kv-transfer-config: found kv_buffer_device {buffer!r}, but on a GPU it has not "
+            "been shown yet that what the head of --attention-backend specontext keeps goes "
+            'through host memory; use "cuda".'
         )
 
 

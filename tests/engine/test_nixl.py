@@ -32,7 +32,9 @@ STARTS, ANSWERS = 200, 100
 PROCESSES: Any = multiprocessing.get_context("spawn") if CUDA else None
 
 
-def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any]) -> None:
+def serve(
+    pipe: Any, role: str, port: int, block: int, eager: bool, settings: dict[str, Any]
+) -> None:
     """One of the engines: answers what it is asked until it is asked nothing."""
     with unproven_served(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(port))
@@ -45,8 +47,7 @@ def serve(pipe: Any, role: str, port: int, block: int, settings: dict[str, Any])
                 "kv_load_failure_policy": "recompute",
             },
             block_size=block,
-            # Graphs hold a retriever, and the ways are several.
-            enforce_eager=True,
+            enforce_eager=eager,
             # All that is asked there, and no more: each block of each layer is described to NIXL.
             num_gpu_blocks_override=1024 if CUDA else None,
         ) as llm:
@@ -75,14 +76,16 @@ def answer(llm: Any, role: str, way: str, prompts: list, transfers: list, tokens
 
 
 @contextmanager
-def another(role: str, block: int, **settings: Any) -> Iterator[Any]:
-    """A function that asks an engine of its own process."""
+def another(role: str, block: int, eager: bool = True, **settings: Any) -> Iterator[Any]:
+    """A function that asks an engine of its own process. With graphs, which hold a retriever, it
+    can be asked in one way only.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = PROCESSES or context()
     ours, its = processes.Pipe()
-    process = processes.Process(target=serve, args=(its, role, port, block, settings))
+    process = processes.Process(target=serve, args=(its, role, port, block, eager, settings))
     process.start()
     its.close()
 
@@ -108,17 +111,25 @@ def stored_tokens(prompt: list[int], block: int) -> int:
 
 
 @needs_nixl
-@pytest.mark.parametrize("block", [16, 32])
-def test_two_engines_answer_as_one(prompts, block):
+@pytest.mark.parametrize(
+    ("block", "eager"),
+    [
+        (16, True),
+        (32, True),
+        pytest.param(16, False, marks=pytest.mark.skipif(not CUDA, reason="a CPU has no graphs")),
+    ],
+)
+def test_two_engines_answer_as_one(prompts, block, eager):
     chosen = asked(prompts)
     nothing = [None] * len(chosen)
     there = [{"do_remote_decode": True, "do_remote_prefill": False}] * len(chosen)
     loaded = 0.0
+    settings = {"retriever": "quest"} if eager else WAYS["small budget"]
     with (
-        another("kv_producer", block, retriever="quest") as prefill,
-        another("kv_consumer", block, retriever="quest") as decode,
+        another("kv_producer", block, eager, **settings) as prefill,
+        another("kv_consumer", block, eager, **settings) as decode,
     ):
-        for way in WAYS:
+        for way in WAYS if eager else ["small budget"]:
             alone, _, _ = prefill(way, chosen, nothing, 16)
             _, transfers, _ = prefill(way, chosen, there, 1)
             found, _, counted = decode(way, chosen, transfers, 16)

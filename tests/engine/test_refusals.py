@@ -462,10 +462,16 @@ def test_what_has_not_run_on_a_gpu_is_refused_there():
     text = str(error.value)
     assert text.startswith("--pipeline-parallel-size: found 2, but on a GPU") and "\n" not in text
     for found in (STORAGE, NIXL):
-        with pytest.raises(
-            ConfigError, match="found kv_connector '[EN].*, but on a GPU it has not"
-        ):
-            refuse_unproven(vllm_config(**found), gpu)
+        config = vllm_config(**found)
+        config.model_config.enforce_eager = False
+        with pytest.raises(ConfigError, match="found kv_connector '[EN].* with CUDA graphs"):
+            refuse_unproven(config, gpu)
+        config.model_config.enforce_eager = True
+        config.kv_transfer_config.kv_buffer_device = "cuda"
+        refuse_unproven(config, gpu)
+        config.kv_transfer_config.kv_buffer_device = "cpu"
+        with pytest.raises(ConfigError, match="found kv_buffer_device 'cpu', but on a GPU"):
+            refuse_unproven(config, gpu)
     for served in (stages, vllm_config(**STORAGE), vllm_config(**NIXL)):
         refuse_unproven(served, cpu)
     for served in (vllm_config(), vllm_config(**OFFLOADING)):

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.conftest import DEMO_MODEL, engine
+from tests.conftest import CUDA
+from tests.engine.conftest import DEMO_MODEL, engine, unproven_served
 from tests.engine.scenarios import ids, preemptions, sampling
 from tests.engine.test_offloading import SETTINGS, forget
 
-pytestmark = pytest.mark.usefixtures("served_on_a_gpu")
 WHOLE = 2048
 BLOCK = 32
 """Tokens of a block, which is two pages."""
@@ -34,21 +34,22 @@ with a head.
 """
 
 
-def one_of_two(folder: Path, role: str):
+def one_of_two(folder: Path, role: str, **others: Any):
     transfer = {
         "kv_connector": "ExampleConnector",
         "kv_role": role,
         "kv_connector_extra_config": {"shared_storage_path": str(folder)},
     }
-    return engine(
-        attention_backend="specontext",
-        additional_config={"specontext": {**SETTINGS, "retriever": "quest", "budget": WHOLE}},
-        kv_transfer_config=transfer,
-        block_size=BLOCK,
-        num_gpu_blocks_override=None,
+    settings = {
+        "attention_backend": "specontext",
+        "additional_config": {"specontext": {**SETTINGS, "retriever": "quest", "budget": WHOLE}},
+        "kv_transfer_config": transfer,
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": None,
         # Graphs hold a retriever, and the ways are several.
-        enforce_eager=True,
-    )
+        "enforce_eager": True,
+    }
+    return engine(**{**settings, **others})
 
 
 def answers(llm, prompts) -> tuple[list, list[int]]:
@@ -79,8 +80,9 @@ def hidden(paths: Iterable[Path]) -> Iterator[None]:
 @torch.inference_mode()
 def forget_bounds(worker: Any) -> None:
     """Of what quest keeps, a page that has not been computed is NaN."""
-    for vectors in worker.model_runner.runtime.selector.page_vectors:
-        vectors.fill_(float("nan"))
+    if (selector := worker.model_runner.runtime.selector) is not None:
+        for vectors in selector.page_vectors:
+            vectors.fill_(float("nan"))
 
 
 def resumed(llm, prompts, afresh) -> list[list[int]]:
@@ -163,6 +165,20 @@ def decode(prompts, folder, prefill) -> dict[str, Any]:
 @pytest.mark.parametrize("way", WAYS)
 def test_two_engines_answer_as_one(prefill, decode, way):
     assert decode[way] == prefill[way]
+
+
+@pytest.mark.skipif(not CUDA, reason="a CPU has no graphs")
+def test_they_do_where_decode_steps_are_graphs(prompts, prefill, tmp_path):
+    settings = {"specontext": {**SETTINGS, **WAYS["small budget"]}}
+    chosen = asked(prompts)
+    with unproven_served():
+        for role in ("kv_producer", "kv_consumer"):
+            with one_of_two(tmp_path, role, enforce_eager=False, additional_config=settings) as llm:
+                assert answers(llm, chosen)[0] == prefill["small budget"], role
+                if role == "kv_consumer":
+                    assert llm.reset_prefix_cache()
+                    _, cached = answers(llm, chosen)
+                    assert cached == [stored_tokens(prompt) for prompt in chosen]
 
 
 def test_within_the_budget_they_answer_as_stock(stock, prefill, decode):
