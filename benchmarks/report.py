@@ -97,7 +97,8 @@ class Report:
         path of the latter.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / f"{self.case}-{machine.device_slug(self.machine)}"
+        # A case's name may hold a dot, as of a model's version.
+        name = f"{self.case}-{machine.device_slug(self.machine)}"
         content = {
             "case": self.case,
             "title": self.title,
@@ -109,11 +110,12 @@ class Report:
             "notes": self.notes,
             "failures": self.failures,
         }
-        stem.with_suffix(".json").write_text(
+        (folder / f"{name}.json").write_text(
             json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         )
-        stem.with_suffix(".md").write_text(self.markdown())
-        return stem.with_suffix(".md")
+        tables = folder / f"{name}.md"
+        tables.write_text(self.markdown())
+        return tables
 
     def take_over(self, folder: Path, same: Sequence[str]) -> None:
         """Start from the details and failures that an earlier run of this case left in ``folder``;

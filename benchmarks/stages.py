@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.shapes import Shape
+from benchmarks.standstill import Standstill
 
 ROTATED_CACHES = 4
 """KV caches that attention is timed on in turn: in an engine, the next layer's pages are never in
@@ -28,7 +29,10 @@ def probe(
     A cell that fails gives ``("failed", (name, reason))``.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield "bandwidth", copy_bandwidth(device)
+    with Standstill() as others:
+        others.stop_others()
+        bandwidth = copy_bandwidth(device)
+    yield "bandwidth", bandwidth
     for name, requests, context in cells:
         try:
             yield "stages", (name, measure_stages(shape, requests, context, budget, device))

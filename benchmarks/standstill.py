@@ -16,8 +16,10 @@ from typing import TextIO
 
 ROOT = "BENCHMARKS_STANDSTILL"
 """Environment variable: the process whose descendants share the machine."""
-DRAIN_S = 0.2
-"""What was launched on the GPU before its process stopped ends by then."""
+DRAIN_S = 3.0
+"""What was launched on the GPU before its process stopped ends by then: prefill steps of long
+contexts take half a second each, and an engine is two ahead.
+"""
 
 
 class Standstill:

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.figures.expressions import Difference, FigureError, read_result
 from benchmarks.report import Column
 
-MARKERS = re.compile(r"<!-- (table|picture) ([\w-]+)(?: (.*?))? -->(.*?)<!-- /\1 -->", re.DOTALL)
+MARKERS = re.compile(r"<!-- (table|picture) ([\w.-]+)(?: (.*?))? -->(.*?)<!-- /\1 -->", re.DOTALL)
 
 
 def make_table(columns: str, heading: list[str], result: dict[str, Any]) -> str:

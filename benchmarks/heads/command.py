@@ -164,8 +164,8 @@ def main(
         },
     )
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"{result.case}-{machine.device_slug(result.machine)}"
-    with stem.with_suffix(".jsonl").open("w") as lines:
+    stem = f"{result.case}-{machine.device_slug(result.machine)}"
+    with (out / f"{stem}.jsonl").open("w") as lines:
         figures = Results(lines, lengths, KINDS, wanted)
         progress = pupils[DEFAULT].run.progress
         for losses in train(rooms, settings, points, typer.echo):
@@ -177,7 +177,7 @@ def main(
         for name, head in heads.items():
             head.save(work / name)
         result.notes += notes_on(prompts, forced, progress.seconds)
-        figures.draw(list(heads), result.title, stem.with_suffix(".png"))
+        figures.draw(list(heads), result.title, out / f"{stem}.png")
 
         def keep() -> None:
             result.tables = figures.tables()

@@ -43,6 +43,16 @@ def make_report(**fields):
     )
 
 
+def test_a_name_with_a_dot_stays_whole(tmp_path):
+    made = make_report()
+    made.case = "speed-steps-qwen3.5-9b"
+    assert made.write(tmp_path).name == "speed-steps-qwen3.5-9b-h200.md"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "speed-steps-qwen3.5-9b-h200.json",
+        "speed-steps-qwen3.5-9b-h200.md",
+    ]
+
+
 def test_the_files_hold_the_figures_and_the_command(tmp_path):
     made = make_report(
         rows=[{"cell": "a|b", "ms": 7.456, "share": 0.0625}, {"cell": "c"}],
