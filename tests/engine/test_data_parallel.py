@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from specontext_vllm.demo.server import VllmServer, device_arguments
 from specontext_vllm.observability import catalog
+from tests.conftest import CUDA
 from tests.engine.conftest import DEMO_MODEL, GPU_OPTIONS, engine
 from tests.engine.scenarios import MAX_TOKENS, until_sure
 from tests.engine.shared_runs import SETTINGS, SMALL
@@ -34,7 +35,7 @@ def two_engines(forking_servers):
         **SETTINGS,
         "max_budget": WHOLE,
         "host_kv_gib": POOL,
-        # Less than the blocks below take.
+        # Less than the blocks below take in float32.
         "gpu_kv_gib": 0.0115,
     }
     arguments = [
@@ -55,6 +56,7 @@ def two_engines(forking_servers):
         "--additional-config",
         json.dumps({"specontext": settings}),
         *device_arguments(),
+        *(["--dtype", "float32"] if CUDA else []),
         *GPU_OPTIONS,
     ]
     with VllmServer(DEMO_MODEL, arguments) as server:
