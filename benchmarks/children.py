@@ -18,6 +18,8 @@ ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # Where it has several workers: it may have asked CUDA for something itself.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 """For a child that is one engine. Async scheduling does not need an engine process of its own
 (vllm/config/vllm.py turns it on for the uniprocess executor as well); runs record that it was

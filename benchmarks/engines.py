@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.children import room_for_kv
 from benchmarks.driven import driven
 from benchmarks.standstill import Standstill
+from benchmarks.workers import tensor_parallel
 
 SETTLE = 8
 """Steps between the last prefill and the first timed step."""
@@ -94,6 +95,7 @@ class EngineSpec:
         head: folder of the retrieval head; None: one of EAGLE-3's shape with random weights.
         additional: vLLM's ``additional_config`` besides our settings.
         kv_cache_dtype: vLLM's.
+        workers: of tensor parallelism, a GPU each.
     """
 
     name: str
@@ -112,6 +114,7 @@ class EngineSpec:
     head: str | None = None
     additional: dict[str, Any] = field(default_factory=dict)
     kv_cache_dtype: str = "auto"
+    workers: int = 1
 
     @property
     def is_ours(self) -> bool:
@@ -130,6 +133,7 @@ class EngineSpec:
             "gpu_memory_utilization": 0.9,
             "disable_log_stats": True,
             "kv_cache_dtype": self.kv_cache_dtype,
+            **tensor_parallel(self.workers),
         }
         if self.additional:
             arguments["additional_config"] = self.additional

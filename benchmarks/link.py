@@ -4,8 +4,12 @@ steps.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +17,12 @@ import typer
 
 from benchmarks import report
 from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 
 PAGES = 16384
+TOGETHER_S, TOGETHER_WAIT_S = 3.0, 100.0
+"""How long several GPUs copy at once, and how long one waits for the others."""
 PRODUCT_LAYERS = 16
 TABLES = {
     "Fetch kernel": (
@@ -24,40 +31,76 @@ TABLES = {
         report.Column("alone", "alone, GB/s", ".1f"),
         report.Column("beside", "beside matrix products, GB/s", ".1f"),
         report.Column("cost", "matrix products slower by, share of the copying time", ".1%"),
-    )
+    ),
+    "Several GPUs at once": (
+        report.Column("gpus", "GPUs"),
+        report.Column("slowest", "the slowest, GB/s", ".1f"),
+        report.Column("fastest", "the fastest, GB/s", ".1f"),
+        report.Column("together", "together, GB/s", ".1f"),
+    ),
 }
+
+
+class Copies:
+    """Random head pages out of 4 GiB of pinned memory, to random places of an arena on the GPU."""
+
+    def __init__(self, shape: Shape) -> None:
+        import torch
+
+        from specontext_vllm.residency.host_pool import HostPool
+        from specontext_vllm.step_data import Misses
+
+        device = torch.device("cuda")
+        self.heads, words = shape.num_key_value_heads, 16 * shape.head_dim
+        pages = (4 << 30) // (4 * words)
+        self.host = HostPool((pages, words), torch.int32, device).tensor
+        self.arena = torch.empty(PAGES, words, dtype=torch.int32, device=device)
+        sources = torch.randint(0, pages, (PAGES,), dtype=torch.int32, device=device)
+        targets = torch.randperm(PAGES, device=device).int()
+        self.places = torch.randperm(PAGES // self.heads, device=device).int()[None]
+        count, self.resident = (
+            torch.tensor([n], dtype=torch.int32, device=device) for n in (PAGES, 0)
+        )
+        self.misses = Misses(sources, targets, count)
+
+    def copy(self, programs: int, kib: int) -> None:
+        """Fetch them all once, by so many programs with so much in flight each."""
+        from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
+
+        fetch_pages(
+            self.host,
+            self.arena,
+            self.misses,
+            self.places,
+            self.resident,
+            layers=range(1),
+            first_source=0,
+            layer_sources=0,
+            num_kv_heads=self.heads,
+            programs=programs,
+            tile_bytes=1024 * kib,
+        )
 
 
 def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
     """Event ``("row", figures)`` per ``(programs, KiB)``; runs in a child.
 
-    Random head pages out of 4 GiB of pinned memory. Products and copies run in one captured graph,
-    on two streams, as in an engine; the graph notes by the GPU's clock when either was done.
+    Products and copies run in one captured graph, on two streams, as in an engine; the graph notes
+    by the GPU's clock when either was done.
     """
     import torch
 
     from benchmarks.gpu_clock import stamp
     from benchmarks.stages import timed
-    from specontext_vllm.residency.host_pool import HostPool
-    from specontext_vllm.step_data import Misses
-    from specontext_vllm.triton_kernels.fetch_pages import fetch_pages
 
     device = torch.device("cuda")
-    heads, words, hidden, inner = (
+    heads, hidden, inner = (
         shape.num_key_value_heads,
-        16 * shape.head_dim,
         shape.hidden_size,
         shape.intermediate_size,
     )
     qkv = shape.head_dim * (shape.num_attention_heads + 2 * heads)
-    pages = (4 << 30) // (4 * words)
-    host = HostPool((pages, words), torch.int32, device).tensor
-    arena = torch.empty(PAGES, words, dtype=torch.int32, device=device)
-    sources = torch.randint(0, pages, (PAGES,), dtype=torch.int32, device=device)
-    targets = torch.randperm(PAGES, device=device).int()
-    places = torch.randperm(PAGES // heads, device=device).int()[None]
-    count, resident = (torch.tensor([n], dtype=torch.int32, device=device) for n in (PAGES, 0))
-    misses = Misses(sources, targets, count)
+    copies = Copies(shape)
     widths = (
         (hidden, qkv),
         (shape.head_dim * shape.num_attention_heads, hidden),
@@ -105,19 +148,7 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
     for programs, kib in settings:
 
         def copy(_: int = 0, programs: int = programs, kib: int = kib) -> None:
-            fetch_pages(
-                host,
-                arena,
-                misses,
-                places,
-                resident,
-                layers=range(1),
-                first_source=0,
-                layer_sources=0,
-                num_kv_heads=heads,
-                programs=programs,
-                tile_bytes=1024 * kib,
-            )
+            copies.copy(programs, kib)
 
         alone = timed(copy, device, repeats=10)
         # Enough products to outlast the copies, which the products slow down.
@@ -131,12 +162,61 @@ def measure(shape: Shape, rows: int, settings: list[tuple[int, int]]) -> Iterato
             {
                 "programs": programs,
                 "tile": kib,
-                "alone": 1e-6 * arena.nbytes / alone,
-                "beside": 1e-6 * arena.nbytes / beside,
+                "alone": 1e-6 * copies.arena.nbytes / alone,
+                "beside": 1e-6 * copies.arena.nbytes / beside,
                 "cost": (products_beside - products_alone) / beside,
                 "products_ms": products_alone,
             },
         )
+
+
+def measure_together(shape: Shape, start: Any) -> Iterator[tuple[str, Any]]:
+    """Event ``("rate", bytes a second)`` of a GPU while others copy too, with the fetch kernel's
+    own numbers; runs in a child.
+
+    Args:
+        start: barrier of all of them.
+    """
+    import torch
+
+    from specontext_vllm.triton_kernels.fetch_pages import PROGRAMS, TILE_BYTES
+
+    setting = PROGRAMS, TILE_BYTES // 1024
+    copies, ends = Copies(shape), list[float]()
+    copies.copy(*setting)
+    torch.cuda.synchronize()
+    start.wait(TOGETHER_WAIT_S)
+    begin = time.perf_counter()
+    while not ends or ends[-1] < TOGETHER_S:
+        for _ in range(4):
+            copies.copy(*setting)
+        torch.cuda.synchronize()
+        ends.append(time.perf_counter() - begin)
+    # The others began at the same time; the first and the last copies may have been alone.
+    inner = [end for end in ends if 0.1 * TOGETHER_S < end < 0.9 * TOGETHER_S]
+    copied = 4 * (len(inner) - 1) * copies.arena.nbytes
+    yield "rate", copied / (inner[-1] - inner[0])
+
+
+def fetch_together(shape: Shape, number: int) -> list[float]:
+    """Bytes a second of each of the first ``number`` GPUs, which all copy at once.
+
+    Raises:
+        ChildError: one of them failed.
+    """
+    start = multiprocessing.get_context("spawn").Barrier(number)
+
+    def run(gpu: int) -> float:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        env = {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+        log = Path(tempfile.mkdtemp()) / f"link-{gpu}.log"
+        events = run_child(
+            measure_together, shape, start, log=log, seconds=120, env=ENGINE_ENV | env
+        )
+        return [value for _, value in events][0]
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(run, range(number)))
 
 
 def main(
@@ -145,12 +225,25 @@ def main(
     settings: Annotated[
         str, typer.Option(help="Comma-separated PROGRAMSxKIB.")
     ] = "4x32,4x64,6x32,6x64,8x16,8x32,8x64,12x32,16x8,16x16,32x8,64x8",
+    at_once: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated numbers of GPUs that fetch at the same time, each in a process "
+            "of its own; default none."
+        ),
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = report.RESULTS,
 ) -> None:
     """What the fetch kernel's constants were chosen by; needs a GPU. Exit code 1 if anything
     failed.
     """
     shape = Shape.named(model_shape)
+    numbers = [int(number) for number in at_once.split(",") if number]
+    if numbers and max(numbers) > len(gpus()):
+        raise typer.BadParameter(
+            f"found {max(numbers)}, but this machine has {len(gpus())} GPU(s); give no more.",
+            param_hint="--at-once",
+        )
     wanted = [
         (int(programs), int(kib))
         for programs, kib in (pair.split("x") for pair in settings.split(","))
@@ -178,6 +271,20 @@ def main(
             result.rows.append(row)
     except ChildError as error:
         result.failures["link"] = str(error)
+    for number in numbers:
+        try:
+            rates = [1e-9 * rate for rate in fetch_together(shape, number)]
+        except ChildError as error:
+            result.failures[f"{number} GPUs at once"] = str(error)
+            continue
+        result.rows.append(
+            {
+                "gpus": number,
+                "slowest": min(rates),
+                "fastest": max(rates),
+                "together": sum(rates),
+            }
+        )
     result.write(out)
     result.show()
     raise typer.Exit(1 if result.failures else 0)

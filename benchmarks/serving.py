@@ -103,9 +103,16 @@ def write_tokenizer(shape: Shape, folder: Path) -> None:
 
 
 def server_arguments(
-    engine: str, loads: Sequence[Load], budget: int, max_num_seqs: int, on_gpu: bool
+    engine: str,
+    loads: Sequence[Load],
+    budget: int,
+    max_num_seqs: int,
+    on_gpu: bool,
+    more: Sequence[str] = (),
 ) -> list[str]:
-    """Options of `vllm serve`: the same for all engines, but for the backend."""
+    """Options of `vllm serve`: the same for all engines, ``more`` among them, but for the
+    backend.
+    """
     longest = max(load.prompt + load.output for load in loads) + MARGIN
     arguments = [
         *device_arguments(),
@@ -120,6 +127,7 @@ def server_arguments(
         "--max-num-batched-tokens",
         str(BATCHED_TOKENS),
         "--enable-prefix-caching",
+        *more,
     ]
     if engine in RETRIEVERS:
         settings = {"specontext": RETRIEVERS[engine] | {"budget": budget}}

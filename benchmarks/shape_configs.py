@@ -15,6 +15,19 @@ _LLAMA = {
     "tie_word_embeddings": False,
 }
 _LLAMAS: dict[str, dict[str, Any]] = {
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
     "8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

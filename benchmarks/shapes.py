@@ -20,6 +20,8 @@ HeadFormat = Literal["eagle3", "specontext"]
 """
 
 NAMES = (*CONFIGS, "demo")
+UNNAMED = ("8b", "1b", "smollm2", "demo", "tiny")
+"""Shapes whose results do not bear their names; they say which it was."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Shape:
 
     @classmethod
     def named(cls, name: str) -> Shape:
-        """8b and 1b are Llama-3.1-8B's and Llama-3.2-1B's (with its LM head untied), smollm2 is
+        """70b and 8b are Llama-3.1's, 1b is Llama-3.2-1B's (with its LM head untied), smollm2 is
         SmolLM2-135M's (with more positions), gpt-oss-20b and qwen3.5-9b are what ``note`` says of
         them, demo is the bundled model's.
 
@@ -68,6 +70,11 @@ class Shape:
             return self.__dict__["config"][key]
         except KeyError:
             raise AttributeError(key) from None
+
+    @property
+    def suffix(self) -> str:
+        """What joins the name of a result."""
+        return "" if self.name in UNNAMED else f"-{self.name}"
 
     @property
     def note(self) -> str | None:

@@ -61,11 +61,16 @@ def parse_cells(text: str, shape: Shape, max_num_seqs: int) -> list[Cell]:
     return cells
 
 
-def refuse_hugging_face(shape: Shape, chosen: Sequence[str]) -> None:
+def refuse_hugging_face(shape: Shape, chosen: Sequence[str], workers: int = 1) -> None:
     """Raise a ValueError where transformers' model of ``shape`` would not be vLLM's: its layers
-    know no windows or sinks, or are not meant to be fast.
+    know no windows or sinks, or are not meant to be fast, or vLLM has several workers.
     """
     found = [name for name in chosen if name in ATTENTION]
+    if workers > 1 and found:
+        raise ValueError(
+            f"--engines: found {', '.join(found)}, which run on one GPU, but "
+            f"--tensor-parallel-size is {workers}; use specontext, quest and stock."
+        )
     if shape.is_mixed and found:
         raise ValueError(
             f"--engines: found {', '.join(found)}, but transformers' layers are no measure for "
@@ -274,6 +279,9 @@ def _limits(
     head_format, groups = details.get("head_format", "eagle3"), details.get("head_groups", 1)
     dense = shape.dense_step_bytes(requests, context)
     sparse = shape.sparse_step_bytes(requests, context, budget, head_format, groups=groups)
+    if bandwidth:
+        # Each worker reads its share.
+        bandwidth *= details.get("workers", 1)
     limits = {"limit_ratio": dense / sparse}
     if bandwidth:
         limits |= {"stock_limit": 1e3 * dense / bandwidth, "sparse_limit": 1e3 * sparse / bandwidth}
@@ -297,6 +305,10 @@ def _engine_columns(key: str, figures: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
+WORKERS_NOTE = (
+    "With several workers the byte limit takes all bytes to be shared out over them, and counts "
+    "nothing that they send to each other. Pages read: the first worker's."
+)
 LIMIT_NOTE = (
     "Byte limit: bytes a step must read (weights; KV of the whole context, or of the budget with "
     "the head's weights and keys; in layers of other kinds windows and states) "

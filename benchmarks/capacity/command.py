@@ -11,21 +11,22 @@ import typer
 
 from benchmarks import report
 from benchmarks.capacity.engine import Load
-from benchmarks.capacity.tables import NAMES, STEADY, TABLES, compare
+from benchmarks.capacity.tables import NAMES, STEADY, TABLES, WORKERS, compare
 from benchmarks.driven import DRIVEN
 from benchmarks.kv_cache import KVCacheDtype, kv_suffix, kv_title
 from benchmarks.machine import gpus
 from benchmarks.shapes import Shape
 from benchmarks.speed.options import refusing
 from benchmarks.steps import chosen_engines
+from benchmarks.workers import Workers, refuse_workers, workers_suffix, workers_title
 
 
 def main(
     model_shape: Annotated[
-        str, typer.Option(help="8b, 1b, demo or tiny; the weights are random.")
+        str, typer.Option(help="70b, 8b, 1b, demo or tiny; the weights are random.")
     ] = "8b",
     gpu_gib: Annotated[
-        float, typer.Option(help="Room for KV on the GPU, both engines; 0: all that vLLM grants.")
+        float, typer.Option(help="Room for KV on each GPU, both engines; 0: all that vLLM grants.")
     ] = 16,
     host_gib: Annotated[float, typer.Option(help="Host pool.")] = 80,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length.")] = 32768,
@@ -33,6 +34,7 @@ def main(
     budget: Annotated[int, typer.Option(help="Tokens a KV head may read in a step.")] = 2048,
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's; hot buffers are sized for it.")] = 20,
     kv_cache_dtype: KVCacheDtype = "auto",
+    workers: Workers = 1,
     engines: Annotated[
         str, typer.Option(help="Comma-separated: specontext, stock.")
     ] = "specontext,stock",
@@ -54,8 +56,9 @@ def main(
     """Long requests in flight on little GPU memory: two tiers against stock vLLM. Exit code 1 if
     anything failed.
     """
-    shape = Shape.named(model_shape)
+    shape = refusing(lambda: Shape.named(model_shape))
     chosen = refusing(lambda: chosen_engines("--engines", engines, ("specontext", "stock")))
+    refusing(lambda: refuse_workers(workers))
     turnovers: dict[str, list[float]] = {}
     for text in turnover.split(","):
         turnovers[text] = (
@@ -74,6 +77,7 @@ def main(
         output_tokens,
         max_num_seqs,
         kv_cache_dtype,
+        workers,
     )
     details: dict[str, Any] = {
         "shape": {"name": shape.name, **shape.config},
@@ -85,15 +89,17 @@ def main(
     room = f"{gpu_gib:g} GiB" if gpu_gib else "all of vLLM's room"
     title = (
         f"{prompt_tokens} tokens in, {output_tokens} out, {model_shape} shape, {room} for KV on "
-        f"the GPU, host pool {host_gib:g} GiB" + kv_title(kv_cache_dtype)
+        f"the GPU, host pool {host_gib:g} GiB" + kv_title(kv_cache_dtype) + workers_title(workers)
     )
     case = ("capacity" if gpu_gib else "capacity-full") + kv_suffix(kv_cache_dtype)
+    case += shape.suffix + workers_suffix(workers)
     result = report.Report(case, title, TABLES, details=details)
     result.notes += [
         f"{DRIVEN} `recorded` takes the shares from the demo model's needle and recitation runs "
         f"({recorded.name}, policy {policy}); the "
         "others are fixed shares.",
         STEADY,
+        *([WORKERS] if workers > 1 else []),
     ]
     every = {"tiered": turnovers, "stock": {"": [0.0]}}
     compare(

@@ -12,6 +12,7 @@ from benchmarks.driven import driven
 from benchmarks.engines import BATCHED_TOKENS
 from benchmarks.standstill import Standstill
 from benchmarks.timeline import one_step, start_profiler, stop_profiler
+from benchmarks.workers import tensor_parallel
 
 PROFILED = 6
 """Steps that the timeline records."""
@@ -32,6 +33,7 @@ class Load:
     output_tokens: int
     max_num_seqs: int
     kv_cache_dtype: str = "auto"
+    workers: int = 1
 
     def arguments(self, engine: str) -> dict[str, Any]:
         """Arguments of ``LLM`` for an engine: stock, untiered (specontext without a host pool) or
@@ -50,6 +52,7 @@ class Load:
             "disable_log_stats": True,
             "enforce_eager": not self.on_gpu,
             "kv_cache_dtype": self.kv_cache_dtype,
+            **tensor_parallel(self.workers),
         }
         if engine == "stock":
             room = (

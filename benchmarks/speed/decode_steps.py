@@ -27,6 +27,12 @@ from benchmarks.speed.options import (
     refusing,
     work_folder,
 )
+from benchmarks.workers import (
+    Workers,
+    refuse_workers,
+    workers_suffix,
+    workers_title,
+)
 
 CELLS = "1x1k,6x1k,24x1k,1x8k,6x8k,24x8k,1x32k,6x32k,24x32k,1x128k,6x128k"
 TABLES = {
@@ -69,8 +75,9 @@ def steps(
     model_shape: Annotated[
         str,
         typer.Option(
-            help="8b, 1b, demo or tiny; or, with layers of other kinds, gpt-oss-20b, qwen3.5-9b, "
-            "tiny-gpt-oss or tiny-qwen3.5, which join the result's name. The weights are random."
+            help="70b, 8b, 1b, demo or tiny; or, with layers of other kinds, gpt-oss-20b, "
+            "qwen3.5-9b, tiny-gpt-oss or tiny-qwen3.5. 70b and these join the result's "
+            "name. The weights are random."
         ),
     ] = "8b",
     budget: Budget = 2048,
@@ -93,6 +100,7 @@ def steps(
     ] = 1,
     kv_cache_dtype: KVCacheDtype = "auto",
     kv_gib: KVGib = None,
+    workers: Workers = 1,
     engine_seconds: EngineSeconds = 280,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -114,13 +122,14 @@ def steps(
             "head_format": head_format,
             "head_groups": head_groups,
             "kv_cache_dtype": kv_cache_dtype,
+            "workers": workers,
             "engines": {},
             "stages_ms": {},
             "cells": [],
         }
         title = f"Decode steps, {model_shape} shape, random weights, budget {budget} tokens"
-        title += kv_title(kv_cache_dtype)
-        case = f"speed-steps-{shape.name}" if shape.is_mixed else "speed-steps"
+        title += kv_title(kv_cache_dtype) + workers_title(workers)
+        case = "speed-steps" + shape.suffix
         if head_format == "specontext":
             case += "-own_head"
         if head_groups > 1:
@@ -130,9 +139,10 @@ def steps(
                     "give --head-format specontext."
                 )
             case += f"-groups_{head_groups}"
-        case += kv_suffix(kv_cache_dtype)
+        case += kv_suffix(kv_cache_dtype) + workers_suffix(workers)
+        refuse_workers(workers)
         chosen = stepping.chosen_engines("--engines", engines, tuple(stepping.KEYS))
-        stepping.refuse_hugging_face(shape, chosen)
+        stepping.refuse_hugging_face(shape, chosen, workers)
         tables = TABLES | (stepping.GAINS if shape.is_mixed else stepping.STAGES)
         result = report.Report(case, title, tables, details=details)
         result.take_over(out, ("shape", "budget"))
@@ -165,6 +175,7 @@ def steps(
         "device. A prefill time is given where no "
         "prompt began as one before it.",
         stepping.LIMIT_NOTE,
+        *([stepping.WORKERS_NOTE] if workers > 1 else []),
         *([shape.note] if shape.note else []),
     ]
 
@@ -186,15 +197,18 @@ def steps(
             additional=stepping.additional_config(shape),
             kv_cache_dtype=kv_cache_dtype,
             kv_gib=kv_gib,
+            workers=workers,
         )
         for _ in stepping.run_into(
             result, spec, ordered, log=folder / f"{name}.log", seconds=engine_seconds
         ):
             save()
     if "specontext" in chosen:
-        # The stages are those of an EAGLE-3 head, of layers of full attention alone, and of KV in
-        # 16 bits.
-        is_staged = head is None and not shape.is_mixed and kv_cache_dtype == "auto"
+        # The stages are those of an EAGLE-3 head, of layers of full attention alone, of KV in 16
+        # bits, and of one worker.
+        is_staged = (
+            head is None and not shape.is_mixed and kv_cache_dtype == "auto" and workers == 1
+        )
         staged = ordered if is_staged else []
         for _ in stepping.probe_into(result, shape, staged, log=folder / "stages.log"):
             save()

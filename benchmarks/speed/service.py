@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,14 @@ def serve(
     budget: Budget = 2048,
     engines: Engines = "specontext,stock",
     max_num_seqs: Annotated[int, typer.Option(help="vLLM's.")] = MAX_REQUESTS,
+    server_options: Annotated[
+        str,
+        typer.Option(
+            help="More options of `vllm serve` for all engines, in quotes, as in "
+            "'--data-parallel-size 2 --tensor-parallel-size 2'; give a --label with them."
+        ),
+    ] = "",
+    label: Annotated[str, typer.Option(help="Word that joins the result's name.")] = "",
     engine_seconds: EngineSeconds = 1200,
     out: Out = report.RESULTS,
     work: Work = None,
@@ -46,18 +55,25 @@ def serve(
     specontext.
     """
 
+    more = shlex.split(server_options)
+
     def prepare() -> tuple[Any, ...]:
         shape = Shape.named(model_shape)
         loads = serving.parse_loads(lengths, concurrency, shape, max_num_seqs)
         details = {
             "shape": {"name": shape.name, **shape.config},
             "budget": budget,
+            "server_options": more,
             "engines": {},
             "loads": [],
         }
         title = f"vllm bench serve, {model_shape} shape, random weights, budget {budget} tokens"
-        result = report.Report("speed-serve", title, serving.TABLES, details=details)
-        result.take_over(out, ("shape", "budget"))
+        if more:
+            title += f", {shlex.join(more)}"
+        case = "speed-serve" + (f"-{label}" if label else "")
+        result = report.Report(case, title, serving.TABLES, details=details)
+        same = ("shape", "budget", *(["server_options"] if more else []))
+        result.take_over(out, same)
         return (
             shape,
             loads,
@@ -88,7 +104,7 @@ def serve(
         result.write(out)
 
     for name in chosen:
-        arguments = serving.server_arguments(name, loads, budget, max_num_seqs, bool(gpus()))
+        arguments = serving.server_arguments(name, loads, budget, max_num_seqs, bool(gpus()), more)
         events = serving.run_server(
             model, arguments, loads, rounds=rounds, seconds=engine_seconds, folder=folder
         )

@@ -94,6 +94,20 @@ sidecar_bench() {
 }
 sidecar() { test_files sidecar 400 tests/sidecar tests/engine/test_sidecar.py; }
 xformers() { test_files xformers 200 tests/attention; }
+# TP workers, 4 or 8: steps of the 70B shape; an engine of it each, since one alone takes minutes to load.
+tp_steps() {
+    wants_h200
+    bench "tp${TP:-4}-steps" 590 speed steps --model-shape 70b --tensor-parallel-size "${TP:-4}" --cells 24x32k,6x128k,fitx128k \
+        --engines "${ENGINES:-specontext,stock}" --engine-seconds "${SECONDS_EACH:-290}" --work "$WORK/tp${TP:-4}"
+    cp "$WORK/tp${TP:-4}"/*.log "$OUT"
+}
+# Host memory for all of them, fetched at once; what the link gives each then is what `specontext plan --link-gbps` wants.
+tp_capacity() { wants_h200; bench "tp${TP:-4}-capacity" 590 capacity --model-shape 70b --tensor-parallel-size "${TP:-4}" --host-gib "${HOST_GIB:-300}" --turnover recorded,0.05 --engine-seconds 290 --work "$WORK/tp${TP:-4}-capacity"; }
+link_together() { bench link 300 link --at-once "${GPUS:-1,2,4}"; }
+four_gpus() { test_files four-gpus 590 tests/engine/test_tensor_parallel.py -k four; }
+# Data parallel 2 x TP 2 behind one server, then vLLM's Ray executor over as many GPUs, both with `vllm bench serve`.
+dp_tp_serve() { bench dp2-tp2-serve 590 speed serve --server-options '--data-parallel-size 2 --tensor-parallel-size 2' --label dp2_tp2 --lengths 8k/1k,32k/1k --concurrency 24 --engine-seconds 290 --work "$WORK/dp2-tp2"; }
+ray_serve() { bench ray-serve 590 speed serve --server-options '--tensor-parallel-size 4 --distributed-executor-backend ray' --label ray_tp4 --lengths 8k/1k --concurrency 24 --engine-seconds 290 --work "$WORK/ray-tp4"; }
 two_gpus() { test_files two-gpus 560 tests/engine/test_tensor_parallel.py; }
 shared_storage() { test_files shared-storage 450 tests/engine/test_shared_storage.py tests/engine/test_connectors_v2.py; }
 # Skips without NIXL's packages.

@@ -268,6 +268,65 @@ def test_engines_differ_in_the_backend_alone():
     }
 
 
+def test_several_workers_share_what_a_step_reads(monkeypatch):
+    arguments = EngineSpec("stock", "/m", False, 256, 4, 8, workers=4).arguments()
+    assert (arguments["tensor_parallel_size"], arguments["distributed_executor_backend"]) == (
+        4,
+        "mp",
+    )
+    assert "tensor_parallel_size" not in EngineSpec("stock", "/m", False, 256, 4, 8).arguments()
+    figures = {
+        "requests": 24,
+        "context_tokens": 32768,
+        "step_ms": {"median": 9.0, "p10": 1, "p90": 1},
+    }
+    details = {
+        "engines": {"stock": {"cells": {"24x32k": figures}}},
+        "stages_ms": {},
+        "copy_bandwidth_bytes_per_s": 4e12,
+    }
+    shape, cells = Shape.named("70b"), [Cell.parse("24x32k")]
+    (alone,) = steps.make_rows(shape, cells, details, 2048)
+    (shared,) = steps.make_rows(shape, cells, details | {"workers": 4}, 2048)
+    for limit in ("stock_limit", "sparse_limit"):
+        assert shared[limit] == pytest.approx(alone[limit] / 4)
+    assert shared["limit_ratio"] == alone["limit_ratio"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["speed", "steps", "--tensor-parallel-size", "4"],
+            "--tensor-parallel-size: found 4, but this machine has 2 GPU(s)",
+        ),
+        (
+            ["capacity", "--tensor-parallel-size", "4"],
+            "--tensor-parallel-size: found 4, but this machine has 2 GPU(s)",
+        ),
+        (
+            ["speed", "steps", "--tensor-parallel-size", "2", "--engines", "hf-sdpa"],
+            "--engines: found hf-sdpa, which run on one GPU, but --tensor-parallel-size is 2",
+        ),
+        (["link", "--at-once", "1,4"], "found 4, but this machine has 2 GPU(s)"),
+    ],
+)
+def test_more_workers_than_gpus_are_refused(monkeypatch, tmp_path, arguments, sentence):
+    two = [{"name": "NVIDIA H200", "driver": "1", "memory": "143771 MiB"}] * 2
+    for module in ("workers", "link"):
+        monkeypatch.setattr(f"benchmarks.{module}.gpus", lambda: two)
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 2 and sentence in " ".join(done.output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_servers_take_more_options():
+    loads = serving.parse_loads("64/8", "1", Shape.named("tiny"), 4)
+    for engine in ("specontext", "stock"):
+        options = serving.server_arguments(engine, loads, 256, 4, False, ["--swap", "1"])
+        assert options[options.index("--swap") + 1] == "1"
+
+
 @pytest.mark.slow
 def test_a_tiny_run_of_the_steps(forked_children, tmp_path):
     options = [

@@ -73,6 +73,34 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head)
     assert tokens["two"] == tokens["one"] == tokens["alone"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_four_workers_with_two_kv_heads_give_the_tokens_of_one(own_head):
+    """Pairs of them hold the same KV head, each with a half of its query heads, and choose for
+    these: where everything is read the tokens are one worker's, else each has its own pages.
+    """
+    from vllm import SamplingParams
+
+    problem = make_problem("needle", seed=40, approx_tokens=1250)
+    params = SamplingParams(temperature=0, max_tokens=24 + 2 * len(problem.answer.split()))
+    tokens, texts = {}, {}
+    for workers in (1, 4):
+        for budget in (2048, 128):
+            settings = {"specontext": {"retrieval_head": str(own_head), "budget": budget}}
+            with engine(
+                **SHAPE,
+                **parallel(workers),
+                num_gpu_blocks_override=200,
+                additional_config=settings,
+            ) as llm:
+                (reply,) = llm.chat([problem.messages], params, use_tqdm=False)
+                assert len(llm.collective_rpc("specontext_stats")) == workers
+            tokens[workers, budget] = list(reply.outputs[0].token_ids)
+            texts[workers, budget] = reply.outputs[0].text
+    assert tokens[4, 2048] == tokens[1, 2048]
+    assert score(problem, texts[4, 128]) == score(problem, texts[1, 128]) == 1.0
+
+
 def counted(llm: Any, what: str) -> float:
     """vLLM's count of drafts."""
     return sum(
