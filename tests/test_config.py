@@ -50,6 +50,7 @@ from specontext_vllm.retrieval.rules import listed_rules
             )
             for shares in ([], [0.5, 2], [True], ["0.5"], [float("nan")], 0.5, None)
         ),
+        ({"retrieval_head": ""}, "retrieval_head: found ''; string should have at least 1 char"),
         (
             {"confidence_threshold": 2},
             "confidence_threshold: found 2; input should be less than or equal to 1",

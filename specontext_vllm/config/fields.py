@@ -23,6 +23,7 @@ class SettingFields(BaseModel):
 
     retrieval_head: str | None = Field(
         default=None,
+        min_length=1,
         description=(
             "Folder or hub id of an EAGLE-3 checkpoint (SafeAILab, SpecForge or speculators "
             "format) or of a head in our own format, or `dummy`: random weights, for benchmarks. "

@@ -89,7 +89,7 @@ def _refuse_budget(budget: Any, mode: Any, config: SpeContextConfig, max_model_l
     found = f"found {budget!r}"
     largest = config.largest_budget(max_model_len)
     if type(budget) is not int:
-        raise RequestError(BUDGET, f"{found}; give a number of tokens.")
+        raise RequestError(BUDGET, f"{found}; give a whole number of tokens.")
     if mode == "dense":
         raise RequestError(
             BUDGET, f"{found} with {MODE} dense, which reads all; leave one of them out."
