@@ -41,6 +41,9 @@ class ExampleConnector(MovesHead, example_connector.ExampleConnector):
     Remove when: the head's caches are layers of vLLM's, and its connector stores what is computed.
     """
 
+    _of_step: Any = None
+    """In a worker, what the connector was told of a step that is not learnt yet."""
+
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         """Parts the folder among engines with other KV.
 
@@ -187,14 +190,30 @@ class ExampleConnector(MovesHead, example_connector.ExampleConnector):
             slots = request.slot_mapping
             self.learn_pages(slots[slots >= self.block_tokens])
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """Keeps what a step stores until it is learnt.
+
+        Overrides:
+            vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_connector_metadata
+        """
+        super().bind_connector_metadata(connector_metadata)
+        self._of_step = connector_metadata
+
     def save_head(self) -> None:
         """Store the head's part of what this step stores, once it has learnt the step's tokens: the
         last part, without which no other is read. Nothing in vLLM's own steps before it serves.
         """
-        if not self.has_connector_metadata():
+        of_step, self._of_step = self._of_step, None
+        if of_step is None:
             return
+        # The V2 runner of vLLM 0.33 ends the connector's step before it says what was sampled.
+        has_ended = not self.has_connector_metadata()
+        if has_ended:
+            super().bind_connector_metadata(of_step)
         for name, cache in self.head_caches.items():
             self.save_kv_layer(name, cache, None)
+        if has_ended:
+            self.clear_connector_metadata()
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
