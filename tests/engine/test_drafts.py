@@ -99,11 +99,15 @@ class Watched:
 
 
 def crowd(llm: Any, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
-    """More requests than the engine has pages for; a prefix hit, and a turn behind it."""
+    """More requests than the engine has pages for; a prefix hit, and a turn behind it. Requests
+    have the budget ``SMALL`` of their own: the scheduler knows no other, and would take what they
+    generated for exact when it caches it.
+    """
 
     def answer(*chosen: list[int], count: int = 20) -> list[list[int]]:
         asked = [{"prompt_token_ids": prompt} for prompt in chosen]
-        return ids(llm.generate(asked, sampling(max_tokens=count), use_tqdm=False))
+        own = sampling(max_tokens=count, extra_args={"specontext_budget": SMALL})
+        return ids(llm.generate(asked, own, use_tqdm=False))
 
     llm.reset_prefix_cache()
     out = {"crowd": answer(*prompts[::-1], count=90)}

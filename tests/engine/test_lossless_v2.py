@@ -85,7 +85,9 @@ def test_a_pass_over_drafts_is_a_step_of_one_token_a_row(monkeypatch, captured):
     monkeypatch.setattr(SelfDrafts, "_run", lambda self, b: (b.token_ids.float(), ["aux"]))
     made = object.__new__(SelfSpeculator)
     made.draft_tokens = torch.full((4, 6), 77)
-    made.num_speculative_steps, made.max_model_len = 6, LONGEST
+    made.num_speculative_steps = 6
+    # vLLM 0.33 reads it of its configuration.
+    monkeypatch.setattr(SelfSpeculator, "max_model_len", LONGEST, raising=False)
     made.runner = SimpleNamespace(
         input_buffers=buffers,
         runtime=SimpleNamespace(
