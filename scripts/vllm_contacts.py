@@ -2,7 +2,8 @@
 
 Four kinds of contact, each with its mark (docs/developer/port_vllm.md):
 
-- an import of a vLLM name: the module's docstring has a line ``vLLM: what it needs of it``;
+- an import of a vLLM name: the module's docstring has a line ``vLLM: what it needs of it``. A name
+  that has moved between two releases is imported with ``try`` and ``except ImportError``;
 - a method that overrides one of vLLM's: its docstring has ``Overrides: dotted.name``, or its
   class's has ``Implements: dotted.name`` where vLLM's class is an interface for plugins;
 - an assignment to an attribute of a vLLM class, module or object, and
@@ -73,6 +74,23 @@ def summary_of(docstring: str | None) -> str:
     return " ".join((docstring or "").split("\n\n")[0].split())
 
 
+def moved_names(tree: ast.AST) -> dict[str, str]:
+    """Local name -> dotted name in the installed vLLM, of names that are imported from one module
+    of vLLM with ``try``, and from another one, for another release, with ``except ImportError``.
+    """
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):
+            for branch in (node.body, *(handler.body for handler in node.handlers)):
+                names = imports_of(ast.Module(branch, []))
+                found |= {
+                    local: name
+                    for local, name in names.items()
+                    if name.startswith("vllm.") and exists_in_vllm(name)
+                }
+    return found
+
+
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -83,7 +101,7 @@ class OurModule:
         self.tree = ast.parse(path.read_text())
         self.name = ".".join(path.relative_to(root).with_suffix("").parts)
         package = self.name.rpartition(".")[0]
-        self.names = imports_of(self.tree, package)
+        self.names = imports_of(self.tree, package) | moved_names(self.tree)
         self.marks = marks_of(ast.get_docstring(self.tree))
 
     def walk(self) -> Iterator[tuple[ast.AST, tuple[Definition, ...]]]:

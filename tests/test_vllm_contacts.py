@@ -151,6 +151,28 @@ def f(platform):
     assert scan(tmp_path, source) == []
 
 
+@pytest.mark.parametrize("here", ["first", "second", "neither"])
+def test_a_name_that_has_moved_is_looked_for_in_both_places(tmp_path, here):
+    first = "vllm.logger" if here == "first" else "vllm.no_such"
+    second = "vllm.logger" if here == "second" else "vllm.no_such_either"
+    found = scan(
+        tmp_path,
+        f'''
+        """A.
+
+        vLLM: its log.
+        """
+        try:
+            from {first} import init_logger
+        except ImportError:
+            from {second} import init_logger
+        ''',
+    )
+    assert [sentence.endswith("not in the installed vLLM") for sentence in found] == (
+        [True] if here == "neither" else []
+    )
+
+
 def test_names_in_vllm_are_found_through_bases_and_imports():
     assert exists_in_vllm(f"{RUNNER}.execute_model_state")
     assert exists_in_vllm("vllm.config.VllmConfig") and exists_in_vllm("vllm.logger.init_logger")

@@ -10,7 +10,6 @@ vLLM: the rule by which a model's layers are grouped.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,10 +131,9 @@ def expected_block(vllm_config: Any, specs: dict[str, Any], layer_names: Sequenc
         ConfigError: their blocks differ.
     """
     try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_groups
+    except ImportError:  # vLLM 0.32
         from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
-    except ImportError:  # vLLM 0.33 has moved it
-        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
-        get_kv_cache_groups = planning.get_kv_cache_groups
 
     from specontext_vllm.engine.other_blocks import full_groups, num_other_blocks
 
