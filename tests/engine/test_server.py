@@ -115,7 +115,7 @@ def test_a_request_asks_for_a_budget_of_its_own(server, client):
 
 WRONG_REQUESTS = {
     "too much": ({"specontext_budget": 1024}, "found 1024, but requests of this engine may have"),
-    "text": ({"specontext_budget": "512"}, "specontext_budget: found '512'; give a number"),
+    "text": ({"specontext_budget": "512"}, "specontext_budget: found '512'; give a whole number"),
     "dense": ({"specontext_mode": "dense"}, "max_budget full, or leave it out."),
     "a slip": ({"specontext_bugdet": 128}, "did you mean specontext_budget?"),
 }
