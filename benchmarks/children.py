@@ -54,6 +54,12 @@ def engine_env(on_gpu: bool, cpu_kv_gib: int = 1) -> dict[str, str]:
     )
 
 
+def one_gpu(gpu: int) -> dict[str, str]:
+    """The environment of a child that sees the one GPU with this number of those seen here."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+
+
 class ChildError(RuntimeError):
     """A child that failed, died or ran out of time; the message is one sentence."""
 

@@ -5,7 +5,6 @@ steps.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,11 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import report
-from benchmarks.children import ENGINE_ENV, ChildError, run_child
+from benchmarks.children import ENGINE_ENV, ChildError, one_gpu, run_child
 from benchmarks.machine import gpus
+from benchmarks.marks.inputs import numbers
 from benchmarks.shapes import Shape
+from benchmarks.speed.options import refusing
 
 PAGES = 16384
 TOGETHER_S, TOGETHER_WAIT_S = 3.0, 100.0
@@ -207,11 +208,9 @@ def fetch_together(shape: Shape, number: int) -> list[float]:
     start = multiprocessing.get_context("spawn").Barrier(number)
 
     def run(gpu: int) -> float:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        env = {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
         log = Path(tempfile.mkdtemp()) / f"link-{gpu}.log"
         events = run_child(
-            measure_together, shape, start, log=log, seconds=120, env=ENGINE_ENV | env
+            measure_together, shape, start, log=log, seconds=120, env=ENGINE_ENV | one_gpu(gpu)
         )
         return [value for _, value in events][0]
 
@@ -238,10 +237,10 @@ def main(
     failed.
     """
     shape = Shape.named(model_shape)
-    numbers = [int(number) for number in at_once.split(",") if number]
-    if numbers and max(numbers) > len(gpus()):
+    together = refusing(lambda: numbers("--at-once", at_once)) if at_once else []
+    if together and max(together) > len(gpus()):
         raise typer.BadParameter(
-            f"found {max(numbers)}, but this machine has {len(gpus())} GPU(s); give no more.",
+            f"found {max(together)}, but this machine has {len(gpus())} GPU(s); give no more.",
             param_hint="--at-once",
         )
     wanted = [
@@ -271,7 +270,7 @@ def main(
             result.rows.append(row)
     except ChildError as error:
         result.failures["link"] = str(error)
-    for number in numbers:
+    for number in together:
         try:
             rates = [1e-9 * rate for rate in fetch_together(shape, number)]
         except ChildError as error:

@@ -69,6 +69,11 @@ class Report:
         default_factory=lambda: shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     )
 
+    @property
+    def stem(self) -> str:
+        """The name of its files without their ends. It may hold a dot, as of a model's version."""
+        return f"{self.case}-{machine.device_slug(self.machine)}"
+
     def rows_of(self, columns: Sequence[Column]) -> list[dict[str, Any]]:
         """Rows of one table."""
         return [row for row in self.rows if row.get(columns[0].key) is not None]
@@ -97,8 +102,6 @@ class Report:
         path of the latter.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        # A case's name may hold a dot, as of a model's version.
-        name = f"{self.case}-{machine.device_slug(self.machine)}"
         content = {
             "case": self.case,
             "title": self.title,
@@ -110,10 +113,10 @@ class Report:
             "notes": self.notes,
             "failures": self.failures,
         }
-        (folder / f"{name}.json").write_text(
+        (folder / f"{self.stem}.json").write_text(
             json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         )
-        tables = folder / f"{name}.md"
+        tables = folder / f"{self.stem}.md"
         tables.write_text(self.markdown())
         return tables
 
@@ -127,7 +130,7 @@ class Report:
         Raises:
             ValueError: a result that was made otherwise; the message says what differs.
         """
-        path = folder / f"{self.case}-{machine.device_slug(self.machine)}.json"
+        path = folder / f"{self.stem}.json"
         if not path.exists():
             return
         earlier = json.loads(path.read_text())

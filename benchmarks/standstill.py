@@ -1,7 +1,7 @@
 """Timed steps that have the machine to themselves, though other work shares it: that stands still.
 
-A GPU that is lent by the minute is filled with engines that start, tests and trainings. What is
-timed takes a second of them, so the others are stopped for it.
+Engines take minutes to start and seconds to be timed, so others can start, or tests run, on the
+same GPU meanwhile; they are stopped for these seconds.
 """
 
 from __future__ import annotations

@@ -279,12 +279,11 @@ def _limits(
     head_format, groups = details.get("head_format", "eagle3"), details.get("head_groups", 1)
     dense = shape.dense_step_bytes(requests, context)
     sparse = shape.sparse_step_bytes(requests, context, budget, head_format, groups=groups)
-    if bandwidth:
-        # Each worker reads its share.
-        bandwidth *= details.get("workers", 1)
     limits = {"limit_ratio": dense / sparse}
     if bandwidth:
-        limits |= {"stock_limit": 1e3 * dense / bandwidth, "sparse_limit": 1e3 * sparse / bandwidth}
+        # Each worker reads its share.
+        together = bandwidth * details.get("workers", 1)
+        limits |= {"stock_limit": 1e3 * dense / together, "sparse_limit": 1e3 * sparse / together}
     full = requests * context * shape.kv_bytes_per_token
     return limits | {
         "weights_gb": shape.weight_bytes / 1e9,

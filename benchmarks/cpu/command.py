@@ -25,7 +25,6 @@ from benchmarks.cpu.engine import (
 )
 from benchmarks.engines import Cell, EngineSpec
 from benchmarks.host.engine import Turns
-from benchmarks.machine import device_slug
 from benchmarks.picture import draw_steps
 from benchmarks.shapes import BYTES, Shape
 from benchmarks.speed.options import Budget, Out, Work, end, refusing, work_folder
@@ -299,5 +298,5 @@ def main(
         print(f"{left} cells are left; the same command goes on with them.", flush=True)
     if any("context" in row for row in result.rows):
         steps = [row for row in result.rows if "context" in row]
-        draw_steps(steps, result.title, out / f"{result.case}-{device_slug(result.machine)}.png")
+        draw_steps(steps, result.title, out / f"{result.stem}.png")
     end(result, out)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import ChildError, engine_env, run_child
+from benchmarks.children import ChildError, engine_env, one_gpu, run_child
 from benchmarks.drafts.engine import DraftSpec, run_engine
 
 Take = Callable[[str, str, Any], None]
@@ -43,8 +43,7 @@ def run_all(
 
         env = engine_env(spec.on_gpu)
         if gpus > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            env = env | {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+            env = env | one_gpu(gpu)
         log = folder / f"{Path(spec.go).stem}.log"
         try:
             left = deadline - time.monotonic()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import machine, report
+from benchmarks import report
 from benchmarks.heads.held_out import HeldOut, Prompts, draw
 from benchmarks.heads.lockstep import Trained, all_layers, make_classrooms, make_pupil, train
 from benchmarks.heads.results import Results
@@ -164,8 +164,7 @@ def main(
         },
     )
     out.mkdir(parents=True, exist_ok=True)
-    stem = f"{result.case}-{machine.device_slug(result.machine)}"
-    with (out / f"{stem}.jsonl").open("w") as lines:
+    with (out / f"{result.stem}.jsonl").open("w") as lines:
         figures = Results(lines, lengths, KINDS, wanted)
         progress = pupils[DEFAULT].run.progress
         for losses in train(rooms, settings, points, typer.echo):
@@ -177,7 +176,7 @@ def main(
         for name, head in heads.items():
             head.save(work / name)
         result.notes += notes_on(prompts, forced, progress.seconds)
-        figures.draw(list(heads), result.title, out / f"{stem}.png")
+        figures.draw(list(heads), result.title, out / f"{result.stem}.png")
 
         def keep() -> None:
             result.tables = figures.tables()

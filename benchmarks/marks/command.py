@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import machine, report
+from benchmarks import report
 from benchmarks.marks.heads import SERVINGS, load_head
 from benchmarks.marks.inputs import DTYPES, KINDS, load_model, make_prompts, names, numbers
 from benchmarks.marks.measuring import Choosers, Size, measure
@@ -105,7 +105,7 @@ def main(
         "before the step: upper marks. A head is run token by token.",
     ]
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{result.case}-{machine.device_slug(result.machine)}.jsonl"
+    path = out / f"{result.stem}.jsonl"
     choosers = Choosers(own, heads, ways)
 
     def in_time() -> bool:

@@ -12,7 +12,7 @@ from benchmarks import steps as stepping
 from benchmarks.engines import EngineSpec
 from benchmarks.hugging_face import MAX_STEPS
 from benchmarks.kv_cache import KVCacheDtype, KVGib, kv_bytes, kv_suffix, kv_title
-from benchmarks.machine import device_slug, gpus
+from benchmarks.machine import gpus
 from benchmarks.picture import draw_steps
 from benchmarks.shapes import HeadFormat, Shape
 from benchmarks.speed.options import (
@@ -212,7 +212,7 @@ def steps(
         staged = ordered if is_staged else []
         for _ in stepping.probe_into(result, shape, staged, log=folder / "stages.log"):
             save()
-    picture = out / f"{result.case}-{device_slug(result.machine)}.png"
+    picture = out / f"{result.stem}.png"
     if any("context" in row for row in result.rows):  # something was timed
         draw_steps(result.rows, result.title, picture)
     end(result, out)

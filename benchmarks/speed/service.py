@@ -55,9 +55,13 @@ def serve(
     specontext.
     """
 
-    more = shlex.split(server_options)
-
     def prepare() -> tuple[Any, ...]:
+        try:
+            more = shlex.split(server_options)
+        except ValueError as error:
+            raise ValueError(
+                f"--server-options: found {server_options!r} ({error}); close the quotes."
+            ) from None
         shape = Shape.named(model_shape)
         loads = serving.parse_loads(lengths, concurrency, shape, max_num_seqs)
         details = {
@@ -77,11 +81,12 @@ def serve(
         return (
             shape,
             loads,
+            more,
             stepping.chosen_engines("--engines", engines, ("specontext", "stock")),
             result,
         )
 
-    shape, loads, chosen, result = refusing(prepare)
+    shape, loads, more, chosen, result = refusing(prepare)
     folder = work_folder(work)
     model = shape.write(folder / "model")
     serving.write_tokenizer(shape, model)

@@ -268,7 +268,7 @@ def test_engines_differ_in_the_backend_alone():
     }
 
 
-def test_several_workers_share_what_a_step_reads(monkeypatch):
+def test_several_workers_share_what_a_step_reads():
     arguments = EngineSpec("stock", "/m", False, 256, 4, 8, workers=4).arguments()
     assert (arguments["tensor_parallel_size"], arguments["distributed_executor_backend"]) == (
         4,
@@ -317,6 +317,22 @@ def test_more_workers_than_gpus_are_refused(monkeypatch, tmp_path, arguments, se
         monkeypatch.setattr(f"benchmarks.{module}.gpus", lambda: two)
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert done.exit_code == 2 and sentence in " ".join(done.output.replace("│", "").split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["link", "--at-once", "two"], "--at-once: found 'two'; give numbers separated by commas."),
+        (
+            ["speed", "serve", "--server-options", "'--swap 1"],
+            '--server-options: found "\'--swap 1" (No closing quotation); close the quotes.',
+        ),
+    ],
+)
+def test_options_that_cannot_be_read_are_refused(tmp_path, arguments, sentence):
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 2 and done.output.strip() == sentence
     assert not list(tmp_path.iterdir())
 
 

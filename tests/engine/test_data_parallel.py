@@ -30,16 +30,13 @@ POOL = 0.25
 WHOLE = 384
 """A budget over the contexts of some of the prompts, which leaves something to mirror."""
 ENGINES = ("0", "1")
-
-
 MEMORY_NODES = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
 
 
 @pytest.fixture(scope="module")
 def two_engines(forking_servers):
-    if not torch.cuda.is_available() and Version(vllm.__version__) >= Version("0.33"):
-        if MEMORY_NODES < 2:
-            pytest.skip("on a CPU vLLM 0.33 wants a memory node for each engine")
+    if not CUDA and MEMORY_NODES < len(ENGINES) and Version(vllm.__version__) >= Version("0.33"):
+        pytest.skip("on a CPU vLLM 0.33 wants a memory node for each engine")
     settings = {
         **SETTINGS,
         "max_budget": WHOLE,

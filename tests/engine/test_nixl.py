@@ -9,7 +9,7 @@ import multiprocessing
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +36,10 @@ def serve(
     pipe: Any, role: str, port: int, block: int, eager: bool, settings: dict[str, Any]
 ) -> None:
     """One of the engines: answers what it is asked until it is asked nothing."""
-    with unproven_served(), pytest.MonkeyPatch.context() as patch:
+    with (
+        nullcontext() if eager else unproven_served(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(port))
         with engine(
             attention_backend="specontext",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.workers import tensor_parallel
 from specontext_vllm.distillation.draft import DraftModel
 from specontext_vllm.distillation.shape import DraftShape
 from specontext_vllm.synthetic.tasks import make_problem, score
@@ -25,15 +26,6 @@ needs_two = pytest.mark.skipif(
 )
 
 SHAPE = {"attention_backend": "specontext", "max_model_len": 2048, "max_num_batched_tokens": 2048}
-
-
-def parallel(workers: int) -> dict:
-    """Arguments of ``LLM`` for so many workers."""
-    return (
-        {"tensor_parallel_size": workers, "distributed_executor_backend": "mp"}
-        if workers > 1
-        else {}
-    )
 
 
 @needs_two
@@ -56,7 +48,10 @@ def test_two_workers_give_the_tokens_of_one_with_one_tier_and_with_two(own_head)
     ):
         settings = {"specontext": {"retrieval_head": str(own_head), "budget": 128, **tiers}}
         with engine(
-            **SHAPE, **parallel(workers), num_gpu_blocks_override=pages, additional_config=settings
+            **SHAPE,
+            **tensor_parallel(workers),
+            num_gpu_blocks_override=pages,
+            additional_config=settings,
         ) as llm:
             replies = llm.chat([p.messages for p in problems], params, use_tqdm=False)
             stats = llm.collective_rpc("specontext_stats")
@@ -89,7 +84,7 @@ def test_four_workers_with_two_kv_heads_give_the_tokens_of_one(own_head):
             settings = {"specontext": {"retrieval_head": str(own_head), "budget": budget}}
             with engine(
                 **SHAPE,
-                **parallel(workers),
+                **tensor_parallel(workers),
                 num_gpu_blocks_override=200,
                 additional_config=settings,
             ) as llm:
@@ -177,7 +172,7 @@ def test_two_workers_with_one_kv_head_choose_pages_for_their_own_query_heads(tmp
             }
         with engine(
             **{**shape, "model": str(model)},
-            **parallel(workers),
+            **tensor_parallel(workers),
             num_gpu_blocks_override=260,
             additional_config=settings,
         ) as llm:
